@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.config.paths import absolute_path
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
+from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -37,20 +38,14 @@ RETRY_SECONDS = 30.0
 REQUEST_SECONDS = 60.0
 _MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
-# The variables by which obstore takes the address of a server other than the cloud's own, and the credentials.
+# The variables by which obstore takes the address of a server other than the cloud's own.
 _ENDPOINT = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
 # A server without TLS is one of the user's own, which has no name of its own for each bucket.
 _WITHOUT_TLS = {"s3": {"virtual_hosted_style_request": False}, "gs": {}, "az": {}}
-_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound")
 
 
 @dataclass(frozen=True)
@@ -243,7 +238,7 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            if _NO_BUCKET.search(str(error)):
+            if NO_BUCKET.search(str(error)):
                 raise StorageError(f"cannot {verb} {where}: {self._reason(error)}.") from error
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
@@ -251,11 +246,11 @@ class Store:
         except (BaseError, OSError, ValueError) as error:  # a ValueError of a name that no store takes
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
-            kind = Damaged if _beyond_the_end(error) else Unreachable if _passes(error) else StorageError
+            kind = Damaged if beyond_the_end(error) else Unreachable if passes(error) else StorageError
             raise kind(f"cannot {verb} {where}: {self._reason(error)}.") from error
 
     def _reason(self, error: BaseException) -> str:
-        return _reason(error, self.uri.partition("://")[0])
+        return reason(error, self.uri.partition("://")[0])
 
 
 def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -273,56 +268,6 @@ def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], 
             spans.append((start, end))
         owners[index] = len(spans) - 1
     return spans, owners
-
-
-# Where a cloud machine asks for its role, on AWS, GCP and Azure: reached only when nothing else gave credentials.
-_METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")
-
-
-def _reason(error: BaseException, scheme: str) -> str:
-    """The cause in one clause, without secrets: obstore's text has the request, the server's XML and a debug rendering."""
-    text = without_credentials(str(error).strip())
-    if _METADATA_SERVICE.search(text):
-        return f"no credentials were found, neither in the environment ({_CREDENTIALS[scheme]}) nor as a role of this machine"
-    if _NO_BUCKET.search(text):
-        return "the bucket does not exist"
-    host = _first(r"https?://[^/\s]+", text)
-    status = _first(r"status code: (\d{3}[A-Za-z ]*)", text)
-    if status:
-        details = filter(None, (_first(r"<Code>([^<\n]*)", text), _first(r"<Message>([^<\n]*)", text)))
-        explanation = ": ".join(details).rstrip(". ")
-        return f"{host} answered {status.strip()}" + (f" ({explanation})" if explanation else "")
-    if "kind: Timeout" in text:
-        return f"{host} did not answer in time"
-    if "error sending request" in text:
-        cause = _first(r'message: "(.*?)"', text) or _first(r'"((?:failed|dns|invalid)[^"]*)"', text)
-        return f"{host} cannot be reached" + (f" ({cause})" if cause else "")
-    first_line = text.splitlines()[0] if text else type(error).__name__
-    return re.sub(r"^Generic \w+ error: ", "", first_line).rstrip(".")
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether it is the server or the way to it that failed, rather than the request."""
-    text = str(error)
-    status = _first(r"status code: (\d{3})", text)
-    if _METADATA_SERVICE.search(text):
-        return False
-    if status:
-        return status.startswith("5") or status in ("408", "429")
-    return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
-
-
-def _beyond_the_end(error: BaseException) -> bool:
-    """Whether the object ends before the bytes that were asked for: it is not what was written."""
-    return (
-        any(words in str(error) for words in ("range was invalid", "Invalid range"))
-        or _first(r"status code: (\d{3})", str(error)) == "416"
-    )
-
-
-def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
-    return match[match.re.groups] if match else None
 
 
 def open_run_store(config: Config) -> Store:
@@ -360,7 +305,7 @@ def open_store(
     if re.search(r"[?#]|^[^/]*//[^/]*@", uri):
         raise ConfigError(
             f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or what follows "
-            f"'?' or '#'. Remove that; credentials come from the environment ({_CREDENTIALS[scheme]})."
+            f"'?' or '#'. Remove that; credentials come from the environment ({CREDENTIALS[scheme]})."
         )
     options: dict[str, Any] = {
         "retry_config": {
@@ -377,8 +322,8 @@ def open_store(
         return Store(uri, from_url(uri, **options), request_seconds=request_seconds)
     except (BaseError, ValueError, OSError) as error:
         raise ConfigError(
-            f"{setting}: {uri!r} cannot be opened: {_reason(error, scheme)}. Credentials come from the environment "
-            f"({_CREDENTIALS[scheme]}) or the machine's role."
+            f"{setting}: {uri!r} cannot be opened: {reason(error, scheme)}. Credentials come from the environment "
+            f"({CREDENTIALS[scheme]}) or the machine's role."
         ) from error
 
 
@@ -408,4 +353,4 @@ def _open_folder(uri: str, setting: str) -> Store:
         missing = path.relative_to(root).as_posix()
         return Store(f"file://{path}", LocalStore(root), "" if missing == "." else f"{missing}/")
     except (OSError, BaseError) as error:
-        raise StorageError(f"{setting}: the folder {path} cannot be used: {_reason(error, 'file')}.") from error
+        raise StorageError(f"{setting}: the folder {path} cannot be used: {reason(error, 'file')}.") from error
