@@ -23,7 +23,7 @@ from trainer.config import Config
 from trainer.config.paths import absolute_path
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
-from trainer.store.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
+from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
