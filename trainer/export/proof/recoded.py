@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.export.figures import Proof
 from trainer.export.proof import plain
 from trainer.export.proof.dequantized import dequantized_by_transformers

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
