@@ -195,10 +195,10 @@ class Kept(Metrics):
 
 
 def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_update(shop: Workshop) -> None:
-    config = shop.config(
-        "lost", "data.packing=false", "train.global_batch=20", "train.steps=null", "train.epochs=1", "eval.per_epoch=2"
-    )
+    epoch = ("train.global_batch=20", "train.steps=null", "train.epochs=1")
+    config = shop.config("lost", "data.packing=false", *epoch)
     datasets = shop.prepare(config)
+    config = override(config, f"data.eval=[{{path: {shop.data}}}]", "eval.per_epoch=2")
     stream = train_stream(config, open_chapters(shop.store, datasets.train, shop.store.sub("lost")), 0, 1)
     skipped, metrics = (Position(bin=80),), Kept()
     checkpoints = SimpleNamespace(
@@ -223,4 +223,6 @@ def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_up
         skipped=skipped,
     )
     assert [record["step"] for record in train(training, 0, Position())] == list(range(1, 10))
-    assert metrics.records == [("skip", 4), ("eval", 5), ("eval", 9)], "half of the rows lie where the fifth batch was"
+    assert metrics.records == [("eval", 0), ("skip", 4), ("eval", 5), ("eval", 9)], (
+        "half of the rows lie in the fifth batch"
+    )
