@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.material import Workshop, commit, make_data
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Train, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
-from trainer.objective.objective import find_objective
-from trainer.ranks import Ranks
+from trainer.processes.ranks import Ranks
 from trainer.run import layout
 from trainer.run.metrics import Metrics
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.zero.clock import Clock
 from trainer.train.horizon import Horizon, horizon_of
 from trainer.train.loop import Training, train
-from trainer.zero.clock import Clock
+from trainer.tuning.objective.objective import find_objective
 
 
 @pytest.fixture(scope="module")

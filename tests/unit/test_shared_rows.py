@@ -14,7 +14,7 @@ from tests.unit.test_plan import config, plan_of
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.model.shared_heads import copies_of_keys
-from trainer.shared_rows import uneven_ranks
+from trainer.plan.shared_rows import uneven_ranks
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
 
