@@ -101,7 +101,7 @@ def has_conversations(file: SourceFile) -> bool:
     if form.kind == "chat" or ROW_FORMATS[form.format].read:
         return True
     first = next((row for _, row in rows(replace(file, take=None), lambda _: None)), {})
-    return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion"))
+    return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion", "prompt"))
 
 
 def as_trained(config: Config) -> Data:
