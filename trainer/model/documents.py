@@ -171,7 +171,8 @@ class _Known:
     prefixes: Prefixes = ()
 
 
-_KNOWN: ContextVar[_Known] = ContextVar("known", default=_Known())
+_NOTHING = _Known()
+_KNOWN: ContextVar[_Known] = ContextVar("known", default=_NOTHING)
 
 
 @contextmanager
