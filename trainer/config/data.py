@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Format = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text")
+LIKELY = ("chat", "prompt_completion", "text", "answers")
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
 _LOSS_ON = {
     "chat": ("assistant", "last_assistant", "all"),
