@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from launcher.commented import yaml_text
+from launcher.init.commented import yaml_text
 from trainer.base.base import Description
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError, DoesNotFit

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.commented import yaml_text
-from launcher.importing.sources import is_hub_id
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
+from launcher.init.commented import yaml_text
 from launcher.init.goals import GOALS
+from launcher.init.importing.sources import is_hub_id
 from launcher.init.templates import template_for
 from trainer.base.base import Description
 from trainer.base.find.locate import base_at_hand

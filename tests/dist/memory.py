@@ -10,11 +10,9 @@ from torch import Tensor
 
 from tests.dist import runs
 from tests.dist.assembled import Assembled, assemble_run
-from trainer import store
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions import reading
-from trainer.checkpoint import shard
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.export.write import merged
@@ -23,10 +21,12 @@ from trainer.export.write.merged import export_merged
 from trainer.model import nf4
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import FrozenLinear4bit
-from trainer.ranks import join
-from trainer.store import open_store
-from trainer.zero.engine import Engine
-from trainer.zero.policy import build_deepspeed_config
+from trainer.processes.ranks import join
+from trainer.state.checkpoint import shard
+from trainer.state.zero.engine import Engine
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store import store
+from trainer.store.store import open_store
 
 
 def load_memory(config_text: str) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from trainer.assemble import join_run
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.data.order.micro_batch import Position
 from trainer.errors import CapstanError
+from trainer.plan.assemble import join_run
+from trainer.processes.ranks import join
 from trainer.rank import run_rank
-from trainer.ranks import join
 from trainer.run import layout
-from trainer.store import Store, open_store
-from trainer.zero.engine import Engine
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store, open_store
 
 
 def run(

@@ -24,7 +24,7 @@ from trainer.export.proof import verify
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.export.written import ExportProgress, Written
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 

@@ -12,10 +12,10 @@ from tests.dist.test_gradients import distance
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
 from trainer.base.find.locate import describe_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.plan.plan import make_plan
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import read_manifest
 
 TOLERANCE = 1e-5
 PAIRS = ("objective.name=dpo", "data.format=preference")

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError
 from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.plan import Plan, make_plan
 from trainer.plan.sizes import most_whole, quantized_bytes
-from trainer.zero.policy import WHOLE
+from trainer.state.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GIB = 2**30

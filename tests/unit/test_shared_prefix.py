@@ -18,7 +18,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.part import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import ConfigError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 LENGTH = 64
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}

@@ -16,8 +16,8 @@ from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
 from trainer.model.shared_heads import copies_of_keys
-from trainer.shared_rows import uneven_ranks
-from trainer.store import open_store
+from trainer.plan.shared_rows import uneven_ranks
+from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
-from trainer.files.codes import Kept
+from trainer.store.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.registry import kinds
-from trainer.section import Section, setting
+from trainer.config.registry import kinds
+from trainer.config.section import Section, setting
 
 if TYPE_CHECKING:
     from trainer.data.format.row_format import RowFormat

@@ -12,8 +12,6 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.activations import layer_values
 from trainer.config import Config
 from trainer.config.training import MLP_TILE
-from trainer.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
-from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     StoredParameter,
@@ -24,8 +22,10 @@ from trainer.plan.sizes import (
     stored_parameters,
     value_bytes,
 )
+from trainer.state.optimizer.optimizer import State, find_optimizer, states_by_name
+from trainer.state.zero.policy import Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
-from trainer.zero.policy import Scope, is_offloaded
+from trainer.tuning.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
@@ -33,7 +33,7 @@ _EXPERTS_BYTES = 2**29
 _DECODING_BYTES = 16 * 2**23
 # trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
-# trainer/zero/gather.py: layers that are whole on a GPU at one time.
+# trainer/state/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
 # CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
 # send and to receive. Allowances, not measurements.
@@ -301,7 +301,7 @@ def optimizer_step(given: Inputs) -> int:
 
 
 def _gathered(given: Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/zero/gather.py gathers them.
+    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/state/zero/gather.py gathers them.
 
     In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
     came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the

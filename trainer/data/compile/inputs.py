@@ -11,12 +11,11 @@ from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
 from trainer.data.render.template import has_template, no_template, tokens_of
-from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.files import SourceFile, expand, with_take
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows
-from trainer.data.source.take import with_take
 from trainer.errors import CapstanError
-from trainer.objective.objective import find_objective
+from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
 

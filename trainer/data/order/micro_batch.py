@@ -35,7 +35,7 @@ class MicroBatch:
         desired: (documents,) bool, whether each is a labelled answer that is desired.
         mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py. Or, of words with
             tags, those with the tags' numbers; see trainer/data/render/tagged.py.
-        survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
+        survey: the figures that the losses of the step were found to need beforehand; see trainer/tuning/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
