@@ -19,6 +19,7 @@ from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
+from trainer.data.order.shared_prefix import kernels_without_masks
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.exchange import Peers, RankPeers
@@ -89,8 +90,11 @@ def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Reso
 
 def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set cannot be used."""
-    model, refused = resolved.config.model, resolved.method.virtual.refused_kernels
-    return choose_attention(model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused)
+    model, masked = resolved.config.model, kernels_without_masks(resolved.config)
+    refused = {**resolved.method.virtual.refused_kernels, **masked}
+    return choose_attention(
+        model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)
+    )
 
 
 class Sharding(NamedTuple):

@@ -14,6 +14,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
+from trainer.data.order.shared_prefix import shared_prefix_mismatches
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
 from trainer.plan.shared_rows import shared_row_mismatches
@@ -115,4 +116,5 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *stored_mismatches(config, method, base.stored),
         *objective_mismatches(config, objective, method),
         *shared_row_mismatches(config, base.architecture, method, objective),
+        *shared_prefix_mismatches(config, base.architecture, method),
     ]

@@ -44,6 +44,11 @@ class Gguf(Section):
     def check(self, config: Config, base: Description) -> None:
         check_converter()
         check_mergeable_run(config, base)
+        if config.model.rope_scaling.rope_type == "longrope":
+            raise ConfigError(
+                "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the file would have other positions. "
+                "Take --format merged."
+            )
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.decoded import as_plain

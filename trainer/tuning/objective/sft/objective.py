@@ -27,7 +27,7 @@ class NextTokens:
 
     settings: Collection[str] = ("label_smoothing", "z_loss")
     defaults: Mapping[str, Any] = {"name": "sft", "label_smoothing": 0.0, "z_loss": 0.0}
-    formats: Collection[str] = ("chat", "prompt_completion", "text")
+    formats: Collection[str] = ("chat", "prompt_completion", "text", "answers")
     reads_reference: bool = False
     survey: Survey | None = None
     unit: str = "targets"
