@@ -24,8 +24,8 @@ from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.files.codes import Code, Kept, Numbers
-from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
+from trainer.store.codes import Code, Kept, Numbers
+from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
     from trainer.base.stored.shared.coded import Coded
@@ -44,7 +44,7 @@ class Fp8:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
-    unmergeable: ClassVar[str | None] = "stored in FP8, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = True

@@ -20,8 +20,8 @@ from trainer.base.base import Base, QuantizedBy
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.files.codes import Kept
-from trainer.files.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
+from trainer.store.codes import Kept
+from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
 
 if TYPE_CHECKING:
     from trainer.base.stored.shared.columns import Columns
@@ -38,7 +38,7 @@ class Gptq:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
-    unmergeable: ClassVar[str | None] = "stored by GPTQ, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False
@@ -76,7 +76,7 @@ class Awq:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "AWQ"
-    unmergeable: ClassVar[str | None] = "stored by AWQ, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False

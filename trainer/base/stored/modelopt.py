@@ -16,8 +16,8 @@ from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.files.codes import Code, Kept
-from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
+from trainer.store.codes import Code, Kept
+from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
     from trainer.base.stored.shared.coded import Coded
@@ -34,7 +34,7 @@ class ModelOpt:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
-    unmergeable: ClassVar[str | None] = "stored by Model Optimizer, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False
