@@ -12,8 +12,8 @@ from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
+from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
