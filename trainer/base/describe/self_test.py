@@ -30,13 +30,9 @@ _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-<<<<<<< bb1f9f2c8c488c01ecb80285ff5603c43e1b469b
-    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether documents of a row are computed as each alone, and the
-    reasons why ranks cannot share a row, and why weights in 4 bits cannot be computed with, if there are any."""
-=======
-    """Whether tokens see those behind them, whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row,
-    documents cannot share a prefix, and weights in 4 bits cannot be computed with, if there are any."""
->>>>>>> e2d427a587933e35a835268755b5604b82e026d3
+    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether documents of a row are
+    computed as each alone, and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be computed
+    with, if there are any."""
 
     looks_ahead: bool
     learns: bool
@@ -72,13 +68,8 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         except Exception:  # a family's code for rows that it was not made for
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
-<<<<<<< bb1f9f2c8c488c01ecb80285ff5603c43e1b469b
-        learns = _learns(model, inner, documents[1])
-        return Found(ahead, learns, apart, shared, _fails_packed(model, inner, documents[1], read))
-=======
-        prefix = _fails_prefix(inner, documents)
-        return Found(ahead, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
->>>>>>> e2d427a587933e35a835268755b5604b82e026d3
+        prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
+        return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
