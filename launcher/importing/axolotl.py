@@ -102,7 +102,7 @@ def _trained_part(keys: Keys) -> None:
         keys.lose("unfrozen_parameters", f"{ranges[0]}: a parameter learns whole: tuning.train names parameters.")
     elif patterns:
         whole = [re.sub(r"(?<!\\)\.(?![+*])", r"\.", given.lstrip("^")) for given in patterns]
-        expressions = [f"re:{given.removesuffix('$')}{'' if given.endswith('$') else '.*'}" for given in whole]
+        expressions = [f"re:{given.removesuffix('$')}{'' if given.endswith(('$', '.*')) else '.*'}" for given in whole]
         keys.put("tuning.train", expressions, "unfrozen_parameters")
 
 
