@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.importing.importing import JOINS, Imported, import_files
+from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
@@ -38,7 +38,14 @@ CLASSES = {
     "accelerate": [("accelerate", "commands/config/config_args.py")],
 }
 # The values of keys with which a file would be no training of ours.
-ORDINARY = {"stage": "sft", "rl": "dpo", "reward_model": False, "process_reward_model": False, "skip_prepare_dataset": False, "export_dir": ""}
+ORDINARY = {
+    "stage": "sft",
+    "rl": "dpo",
+    "reward_model": False,
+    "process_reward_model": False,
+    "skip_prepare_dataset": False,
+    "export_dir": "",
+}
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.model import head as loss_module
 from trainer.model.head import IGNORE, LossHead, LossTerms
-from trainer.objective.sft.objective import NextTokens
+from trainer.tuning.objective.sft.objective import NextTokens
 
 T, H, V = 50, 12, 31
 TERMS = {

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from trainer.config.patterns import check_patterns
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 
 class FullSettings(Section):
