@@ -24,6 +24,7 @@ from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.objective.objective import find_objective
+from trainer.objective.teacher import teacher_of
 from trainer.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
@@ -47,6 +48,13 @@ def anchored(config: Config) -> Config:
             changes[key] = absolute(path, key)
     if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
         changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
+    teacher = teacher_of(find_objective(config))
+    if (
+        teacher
+        and teacher.name
+        and (local_path(teacher.name, teacher.setting).exists() or (teacher.is_run and "/" in teacher.name))
+    ):
+        changes[teacher.setting] = absolute(teacher.name, teacher.setting)
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
