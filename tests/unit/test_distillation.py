@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.data.order.micro_batch import MicroBatch
 from trainer.model import head as head_module
 from trainer.model.divergence import Distillation, Divergence, Taught, TopK, likeliest
 from trainer.model.head import IGNORE, LossHead
@@ -116,3 +117,11 @@ def test_a_head_names_the_likeliest_of_its_logits(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(found[:, 5:10], values)
     torch.testing.assert_close(found[:, 5:].exp().sum(-1), torch.ones(len(values)))
     assert head(hidden, labels[:, :0].expand(1, 0), labels[0, :0], top=TopK(5, V)).shape == (0, 11)
+
+
+def test_ranks_that_share_a_row_have_the_teachers_word_on_their_own_targets() -> None:
+    labels = torch.tensor([[5, IGNORE, 6, 7, IGNORE, 8]], dtype=torch.int32)
+    taught = Taught(torch.arange(4)[:, None], torch.zeros(4, 2))
+    row = MicroBatch(labels, labels, labels, torch.tensor([0, 6], dtype=torch.int32), 6, 6, 4, (), (0,), taught=taught)
+    slices = [row.cut(part, 2).taught for part in range(2)]
+    assert [part.ids.flatten().tolist() for part in slices if part is not None] == [[0, 1], [2, 3]]
