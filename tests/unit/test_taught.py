@@ -70,7 +70,7 @@ def test_documents_are_read_back_in_the_order_that_is_asked_for(folder: Store) -
 
 def test_a_record_that_is_damaged_is_not_trained_on(folder: Store) -> None:
     data = bytearray(folder.get("block-000000000.bin"))
-    data[70] ^= 1  # of the document 0
+    data[69] ^= 1  # of the document 0
     folder.put("block-000000000.bin", bytes(data))
     assert len(reader(folder).read([1, 2]).ids) == 3
     with pytest.raises(Damaged, match=r"block-000000000\.bin is damaged.*run capstan teach again"):

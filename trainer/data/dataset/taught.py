@@ -50,10 +50,10 @@ class TeacherRecord(Record):
 
 
 class BlockRecord(Record):
-    """Document i of a block has its records [offsets[i], offsets[i + 1])."""
+    """Document i of a block has its records [offsets[i], offsets[i + 1]), whose SHA-256 is digests[i]."""
 
     offsets: list[Count]
-    sha256: list[Sha256]
+    digests: list[Sha256]
 
 
 class WholeRecord(Record):
@@ -108,7 +108,7 @@ def write_block(folder: Store, record: TeacherRecord, block: int, documents: Seq
     offsets = np.cumsum([0, *(len(ids) for ids, _ in documents)]).tolist()
     folder.put(_key(block, "bin"), b"".join(parts))
     digests = [hashlib.sha256(part).hexdigest() for part in parts]
-    folder.put(_key(block, "json"), BlockRecord(offsets=offsets, sha256=digests).sealed())
+    folder.put(_key(block, "json"), BlockRecord(offsets=offsets, digests=digests).sealed())
     return offsets[-1]
 
 
@@ -173,7 +173,7 @@ class StoredTeacher:
 
 
 def _intact(index: BlockRecord, place: int, data: Buffer) -> bool:
-    return hashlib.sha256(data).hexdigest() == index.sha256[place]
+    return hashlib.sha256(data).hexdigest() == index.digests[place]
 
 
 def _key(block: int, kind: str) -> str:
@@ -186,7 +186,7 @@ def _record(kind: Any, folder: Store, key: str) -> Any:
     except Damaged as error:
         raise _damaged(folder, key, "it is not what was written") from error
     if isinstance(record, BlockRecord) and (
-        len(record.offsets) != len(record.sha256) + 1 or any(a > b for a, b in pairwise([0, *record.offsets]))
+        len(record.offsets) != len(record.digests) + 1 or any(a > b for a, b in pairwise([0, *record.offsets]))
     ):
         raise _damaged(folder, key, "its documents do not follow each other")
     return record
