@@ -14,7 +14,7 @@ from launcher.start.check import anchored
 from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from trainer.base.find.locate import resolve_base
-from trainer.config import dump_config, load_config
+from trainer.config import dump_config, load_config, override
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.ask import Ask
@@ -67,6 +67,12 @@ def teach(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[
     teacher = teacher_of(resolved.objective)
     if teacher is None:
         raise ConfigError(f"objective.name: {config.objective.name} learns from no teacher. Set it to distil.")
+    if teacher.is_server:
+        if is_rank():
+            raise ConfigError(
+                f"{teacher.setting}: a server is asked by one process. Call capstan teach without torchrun or srun."
+            )
+        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
     if dry_run:
         key, manifest = build_config(config, dry_run=True, log=log).splits["train"]
         folder = teacher_folder(open_run_store(config).sub(layout.dataset(key)), teacher.to_json())

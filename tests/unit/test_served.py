@@ -54,18 +54,18 @@ def stub(complete: Complete, *models: str) -> Iterator[str]:
 
 def test_the_model_is_the_one_that_is_named_or_the_runs_or_the_only_one() -> None:
     with stub(lambda _: 500, "base", "first") as url:
-        assert CompletionsServer.find(f"{url}/v1", "first").model == "first"
-        assert CompletionsServer.find(f"{url}#base", "first").model == "base"
+        assert CompletionsServer.find("--server", f"{url}/v1", "first").model == "first"
+        assert CompletionsServer.find("--server", f"{url}#base", "first").model == "base"
         with pytest.raises(
             ConfigError, match=r"serves no model called '?second'?; it has base, first\. Name one behind a #"
         ):
-            CompletionsServer.find(url, "second")
+            CompletionsServer.find("--server", url, "second")
     with stub(lambda _: 500, "merged") as url:
-        assert CompletionsServer.find(url, "first").model == "merged"
+        assert CompletionsServer.find("--server", url, "first").model == "merged"
     with pytest.raises(ConfigError, match=r"does not answer \(.*refused.*\)\. Start the server"):
-        CompletionsServer.find(url, "first")
+        CompletionsServer.find("--server", url, "first")
     with pytest.raises(ConfigError, match="is no URL of a server"):
-        CompletionsServer.find("localhost:8000", "first")
+        CompletionsServer.find("--server", "localhost:8000", "first")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_model_is_the_one_that_is_named_or_the_runs_or_the_only_one() -> Non
 )
 def test_what_is_no_answer_is_one_sentence(answer: Any, said: str) -> None:
     with stub(lambda _: answer, "first") as url, pytest.raises(CapstanError, match=said):
-        CompletionsServer.find(url, "first").ask([3, 4], 1)
+        CompletionsServer.find("--server", url, "first").ask([3, 4], 1)
 
 
 def test_a_server_without_verify_has_no_effect() -> None:

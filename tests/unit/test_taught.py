@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.test_served import stub
 from trainer.config import parse_config
+from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.taught import (
     Likeliest,
@@ -20,7 +22,9 @@ from trainer.data.dataset.taught import (
     written_blocks,
 )
 from trainer.errors import ConfigError, Damaged
-from trainer.evaluate import teach
+from trainer.evaluate import teach, teach_server
+from trainer.evaluate.taught_data import begun
+from trainer.export.proof.completions import CompletionsServer
 from trainer.objective.objective import find_objective
 from trainer.objective.teacher import Teacher, teacher_of
 from trainer.store import Store, open_store
@@ -99,7 +103,7 @@ def test_a_run_without_its_teacher_names_the_command(tmp_path: Any) -> None:
 def test_another_teacher_does_not_go_on_in_a_folder(folder: Store) -> None:
     wanted = TeacherRecord(settings={}, facts={"base": "y"}, k=3, vocabulary=300)
     with pytest.raises(ConfigError, match=r"is not the teacher that has written .*: its base is another"):
-        teach._begun(folder, wanted, BIG)
+        begun(folder, wanted, BIG)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +125,10 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytes
         ([], "none is set"),
         (["objective.teacher=a", "objective.teacher_run=b"], "both are set"),
         (["objective.teacher_run=b", "objective.teacher_quant=nf4"], "objective.teacher_quant: has no effect"),
+        (
+            ["objective.teacher=http://a", "objective.temperature=2"],
+            "objective.temperature: a server as teacher has its own",
+        ),
         (["objective.teacher=a"], ""),
     ],
     ids=str,
@@ -134,3 +142,22 @@ def test_only_a_distillation_has_a_teacher() -> None:
     assert teacher_of(find_objective(parse_config(CONFIG))) is None
     with pytest.raises(ConfigError, match="objective.top_k: has no effect with objective.name: sft"):
         find_objective(parse_config(CONFIG, ["objective.top_k=3"]))
+
+
+def test_a_server_teaches_what_it_says_of_each_target() -> None:
+    """Token 7 is trained, and not among the two likeliest in its place."""
+    places = [None, {"4": {"logprob": -0.1}}, {"9": {"logprob": -0.5}, "3": {"logprob": -1.5}, "7": {"logprob": -4.0}}]
+
+    def complete(asked: dict[str, Any]) -> Any:
+        assert (asked["prompt"], asked["prompt_logprobs"]) == ([5, 4, 7], 2)
+        return {"choices": [{"prompt_logprobs": places}]}
+
+    stored = np.array([5, 4, 7 | TARGET_BIT], np.uint32)
+    with stub(complete, "big") as url:
+        server = CompletionsServer.find("objective.teacher", url)
+        ids, log_p = teach_server._said(server, 2, stored)
+        assert ids.tolist() == [[9, 3]]
+        np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-6)
+        places[2] = {"9": {"logprob": -0.5}}
+        with pytest.raises(ConfigError, match="gives fewer than the 2 likeliest .* --max-logprobs 2"):
+            teach_server._said(server, 2, stored)

@@ -20,22 +20,15 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.taught import (
-    Likeliest,
-    TeacherRecord,
-    begin_teacher,
-    finish_teacher,
-    read_teacher,
-    teacher_folder,
-    write_block,
-    written_blocks,
-)
+from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
 from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
 from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.sharded_model import open_run
+from trainer.evaluate.taught_data import begun, finished
+from trainer.evaluate.teach_server import teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
 from trainer.model.packed import PackedModel
@@ -61,6 +54,8 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     config = parse_config(ask.config, name="the run's settings")
     teacher = teacher_of(find_objective(config))
     assert teacher is not None, "the launcher refuses other objectives"
+    if teacher.is_server:
+        return teach_by_server(config, teacher, tell)
     store = open_run_store(config)
     log = partial(_log, tell)
     model = _open_run(config, teacher, store, log) if teacher.is_run else _open_base(config, teacher, log)
@@ -75,22 +70,11 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     wanted = TeacherRecord(
         settings=teacher.to_json(), facts=facts, k=min(teacher.top_k, vocabulary), vocabulary=vocabulary
     )
-    record = ranks.on_first(lambda: _begun(folder, wanted, teacher))
+    record = ranks.on_first(lambda: begun(folder, wanted, teacher))
     order = replace(eval_order(config, dataset.manifest), reserved=method_of(model.config).virtual.reserved)
     with model.computing():
         written = TeacherPass(model, dataset, folder, record, order, config.train.micro_batch, teacher, tell).run()
-    firsts = dataset.blocks.tolist()
-    whole = ranks.on_first(lambda: finish_teacher(folder, record, firsts, dataset.manifest.targets))
-    return {
-        "teacher": teacher.name,
-        "folder": folder.uri,
-        "data": key,
-        "documents": dataset.manifest.documents,
-        "targets": whole.targets,
-        "top_k": record.k,
-        "bytes": whole.bytes,
-        "written": written,
-    }
+    return ranks.on_first(lambda: finished(folder, record, teacher, dataset, written))
 
 
 def _log(tell: Tell, text: str) -> None:
@@ -168,19 +152,6 @@ def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
 
 def _number(token: int | None) -> str:
     return "no token" if token is None else f"token {token}"
-
-
-def _begun(folder: Store, wanted: TeacherRecord, teacher: Teacher) -> TeacherRecord:
-    """The record of the folder, made now unless it is there. Raises `ConfigError` where another teacher has it."""
-    found = read_teacher(folder) or begin_teacher(folder, wanted)
-    for name in sorted(found.facts.keys() | wanted.facts.keys()):
-        before, now = found.facts.get(name), wanted.facts.get(name)
-        if before != now:
-            raise ConfigError(
-                f"{teacher.setting}: {shown(teacher.name)} is not the teacher that has written {folder.uri}: its {name} is another. "
-                "Put that one back, or delete the folder and have this one write it anew."
-            )
-    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from trainer.objective.objective import Objective
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base. Of each target the
+    """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base, or the URL of a server. Of each target the
     `top_k` likeliest tokens are stored, at `temperature`."""
 
     name: str
@@ -20,6 +20,10 @@ class Teacher:
     @property
     def setting(self) -> str:
         return "objective.teacher_run" if self.is_run else "objective.teacher"
+
+    @property
+    def is_server(self) -> bool:
+        return self.name.startswith(("http://", "https://"))
 
     def bytes_a_target(self, vocabulary: int) -> int:
         """As `trainer.data.dataset.taught` stores them, for a vocabulary of so many tokens."""

@@ -37,7 +37,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
         raise ConfigError(
             f"--server: objective.name: {trained.config.objective.name} has a head that gives no next tokens. Leave --server out."
         )
-    server = CompletionsServer.find(given, trained.config.run.name)
+    server = CompletionsServer.find("--server", given, trained.config.run.name)
     probe = trained.probe.rows
     answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]
     rows = [_whole(row, answer) for row, answer in zip(probe, answers, strict=True)]

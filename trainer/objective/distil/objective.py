@@ -69,6 +69,11 @@ class Distil:
             wrong.append(
                 "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
             )
+        if self.teacher.is_server and (given.temperature != 1 or given.teacher_quant is not None):
+            name = "temperature" if given.temperature != 1 else "teacher_quant"
+            wrong.append(
+                f"objective.{name}: a server as teacher has its own, and says its probabilities at 1. Remove it."
+            )
         return wrong
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
