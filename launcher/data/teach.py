@@ -18,10 +18,10 @@ from trainer.config import dump_config, load_config, override
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.ask import Ask
-from trainer.objective.teacher import teacher_of
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
+from trainer.tuning.objective.teacher import teacher_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
-from trainer.objective.objective import find_objective
-from trainer.objective.teacher import Teacher, teacher_of
 from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
@@ -23,7 +21,9 @@ from trainer.plan.plan import make_plan
 from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.processes.patience import patiently
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 # A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
 _STORE_SECONDS = 3.0

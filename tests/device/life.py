@@ -52,7 +52,7 @@ def logits(library: str, run: str, step: int, scratch: str | None) -> list[float
     if library:
         install(Path(library))
     from trainer.export.proof.verify import Trained
-    from trainer.store import open_store
+    from trainer.store.store import open_store
 
     trained = Trained.at(open_store(run), step, Path(scratch) if scratch else None)
     found: list[Tensor] = trained.logits("bf16")

@@ -25,7 +25,7 @@ from tests.needs import need
 from trainer.config import Config, dump_config
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 STEPS = 6
@@ -136,7 +136,11 @@ def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
         assert launch(1, life.logits, library, uri, 10, scratch)[0] == pytest.approx(expected, abs=2e-2)
 
 
-GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.checkpoints", "trainer.accelerator"
+GATHER, CHECKPOINTS, ACCELERATOR = (
+    "trainer.state.zero.gather",
+    "trainer.state.checkpoint.checkpoints",
+    "trainer.processes.accelerator",
+)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.ch
         # The clock would read a moment that never was.
         (ACCELERATOR, "event.record()", "pass", "must be recorded"),
         # A tensor of the host would meet the weights.
-        ("trainer.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
+        ("trainer.state.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
     ],
     ids=["gathered", "clock", "row"],
 )

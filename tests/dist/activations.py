@@ -6,13 +6,13 @@ from typing import Any
 from torch.autograd.graph import save_on_cpu
 
 from tests.dist import gradients
-from trainer import ranks as ranks_module
-from trainer.assemble import settle
 from trainer.config import parse_config, training
 from trainer.model import activations as model_activations
 from trainer.model import nf4, tiled
-from trainer.ranks import join
-from trainer.resolve import resolve
+from trainer.plan.assemble import settle
+from trainer.plan.resolve import resolve
+from trainer.processes import ranks as ranks_module
+from trainer.processes.ranks import join
 
 LAYERS = 3
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
-from trainer.store import PART_BYTES, Store, open_store
+from trainer.store.store import PART_BYTES, Store, open_store
 
 
 def test_what_was_put_is_read_back_and_replaced_whole(store: Store) -> None:
@@ -156,11 +156,11 @@ def test_a_missing_key_is_not_found(store: Store, read: Callable[[Store], object
         read(store)
 
 
-@pytest.mark.parametrize("read", ["get", "get_range", "get_ranges"])
+@pytest.mark.parametrize("read", ["get", "head", "exists", "get_range", "get_ranges"])
 def test_a_pipe_in_place_of_an_object_is_refused_and_not_waited_for(tmp_path: Path, read: str) -> None:
     os.mkfifo(tmp_path / "a.json")
     store = open_store(str(tmp_path))
-    arguments = {"get": (), "get_range": (0, 4), "get_ranges": ([0], [4])}[read]
+    arguments = {"get_range": (0, 4), "get_ranges": ([0], [4])}.get(read, ())
     with pytest.raises(StorageError, match=r"cannot read file:///.*a\.json: it is no file, but a pipe"):
         getattr(store, read)("a.json", *arguments)
 

@@ -22,7 +22,7 @@ from trainer.export.proof import verify
 from trainer.export.proof.completions import CompletionsServer
 from trainer.export.proof.served import prove_served
 from trainer.export.write.adapter import export_adapter
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 Complete = Callable[[dict[str, Any]], Any]
 

@@ -25,10 +25,10 @@ from trainer.errors import ConfigError, Damaged
 from trainer.evaluate import teach, teach_server
 from trainer.evaluate.taught_data import begun
 from trainer.export.proof.completions import CompletionsServer
-from trainer.objective.objective import find_objective
-from trainer.objective.teacher import Teacher, teacher_of
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 from trainer.train.taught import stored_teacher
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 CONFIG = """
 run: {name: a, store: memory://taught}

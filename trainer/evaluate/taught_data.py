@@ -5,8 +5,8 @@ from typing import Any
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.dataset.taught import TeacherRecord, begin_teacher, finish_teacher, read_teacher
 from trainer.errors import ConfigError, shown
-from trainer.objective.teacher import Teacher
-from trainer.store import Store
+from trainer.store.store import Store
+from trainer.tuning.objective.teacher import Teacher
 
 
 def begun(folder: Store, wanted: TeacherRecord, teacher: Teacher) -> TeacherRecord:

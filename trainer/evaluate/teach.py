@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.base.find.content import content_of
 from trainer.base.find.locate import Base, resolve_base
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
@@ -32,15 +30,17 @@ from trainer.evaluate.teach_server import teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
 from trainer.model.packed import PackedModel
-from trainer.objective.objective import find_objective
-from trainer.objective.teacher import Teacher, teacher_of
-from trainer.ranks import Ranks
-from trainer.resolve import Resolved, resolve
+from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
+from trainer.plan.resolve import Resolved, resolve
+from trainer.processes.ranks import Ranks
 from trainer.run import layout
-from trainer.store import Store, open_run_store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store, open_run_store
 from trainer.tuning.beginning import place_of
 from trainer.tuning.method import method_of
-from trainer.zero.engine import Engine
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 
 def teach(ask: Ask, tell: Tell) -> dict[str, Any]:

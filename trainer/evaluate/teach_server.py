@@ -18,9 +18,9 @@ from trainer.errors import ConfigError
 from trainer.evaluate.ask import Tell
 from trainer.evaluate.taught_data import begun, finished
 from trainer.export.proof.completions import CompletionsServer
-from trainer.objective.teacher import Teacher
 from trainer.run import layout
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
+from trainer.tuning.objective.teacher import Teacher
 
 _AT_ONCE = 16
 _LEAST_TAIL = 1e-9

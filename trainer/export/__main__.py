@@ -16,8 +16,6 @@ from typing import Any
 from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
-from trainer.checkpoint.listing import newest_commit
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.errors import CapstanError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten, DestinationTaken
@@ -25,7 +23,9 @@ from trainer.export.format import ExportFormat, find_format
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress, Written
 from trainer.run.background import Every
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import newest_commit
+from trainer.state.checkpoint.manifest import whole_checkpoint
+from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 
 _SAY_SECONDS = 30.0

@@ -7,11 +7,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trainer.accelerator import kind
 from trainer.config.training import Train
 from trainer.model.documents import recomputed
 from trainer.model.parts import is_layer
 from trainer.model.tiled import mlps, tile
+from trainer.processes.accelerator import kind
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:

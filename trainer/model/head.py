@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.accelerator import is_accelerator
 from trainer.model.divergence import Distillation, Divergence, Taught, TopK, likeliest
+from trainer.processes.accelerator import is_accelerator
 
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""

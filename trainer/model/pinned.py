@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.accelerator import is_accelerator
+from trainer.processes.accelerator import is_accelerator
 
 
 def onto(tensor: Tensor, device: torch.device) -> Tensor:

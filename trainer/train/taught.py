@@ -3,9 +3,9 @@
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
 from trainer.errors import ConfigError, shown
-from trainer.objective.teacher import teacher_of
 from trainer.run import layout
 from trainer.train.start import Start
+from trainer.tuning.objective.teacher import teacher_of
 
 
 def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:

@@ -50,7 +50,7 @@ def export(
     """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT adapter, merged
     with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
     from launcher.export.export import export_run
-    from trainer.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.choice import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
@@ -85,7 +85,7 @@ def push(
     """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the environment
     variable HF_TOKEN. A push that was killed goes on when it is called again."""
     from launcher.export.push import push_run
-    from trainer.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.choice import chosen_step
 
     folder = open_run(run, store)
     result = push_run(

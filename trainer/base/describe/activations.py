@@ -16,10 +16,10 @@ class LayerValues(NamedTuple):
     widest_mlp: float
 
 
-def layer_values(model: Architecture, layer: int) -> LayerValues:
-    """The values that one decoder layer keeps of each token, in values of 16 or 32 bits.
+def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
+    """The values that one decoder layer keeps of each token, in values of `item` bytes.
 
-    Three for each weight of a norm: its input in fp32, and its output. In each block, such as attention or an MLP: what leaves
+    For each weight of a norm its input in fp32, and its output: three values of 16 bits, two of 32. In each block, such as attention or an MLP: what leaves
     its linear layers but the last, what enters those that do not read the hidden state, and what enters the last; in an MLP as
     much again, the gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
     6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
@@ -29,7 +29,7 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
         if part.kind in ("linear", "experts"):
             blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
-            kept += 3 * part.numel
+            kept += (4 // item + 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = kept_in_mlps = widest_mlp = 0.0
     for path, parts in blocks.items():

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
 from trainer.errors import AlreadyExists, Damaged, NotFound
-from trainer.objective.teacher import id_bytes
-from trainer.store import Buffer, Store
+from trainer.store.store import Buffer, Store
+from trainer.tuning.objective.teacher import id_bytes
 
 _TEACHER, _WHOLE = "teacher.json", "whole.json"
 _BLOCK = re.compile(r"block-(\d{9})\.json")

@@ -17,8 +17,8 @@ from trainer.export.proof.completions import Answer, CompletionsServer
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import Trained, base_directory, directory_of, held_in, plain_model
 from trainer.export.write.adapter import export_adapter
-from trainer.files.scratch import scratch_folder
-from trainer.store import Store, open_store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 
 _DRAWS = 24
 _SHAKEN_BY = 2**-8
