@@ -42,7 +42,7 @@ class CompletionsServer:
             raise ConfigError(f"{setting}: {shown(given)} is no URL of a server. Example: http://127.0.0.1:8000.")
         models = [model["id"] for model in _read(setting, url, "/v1/models", None, lambda found: found["data"])]
         chosen = wanted or (name if name in models else models[0] if len(models) == 1 else None)
-        if chosen not in models:
+        if chosen is None or chosen not in models:
             what = f"no model called {shown(wanted or name)}"
             raise ConfigError(
                 f"{setting}: {url} serves {what}; it has {', '.join(models) or 'none'}. Name one behind a #: {url}#{models[0] if models else 'NAME'}."
