@@ -28,7 +28,7 @@ from tests.dist.launch import RankFailed, launch
 from tests.experts import multiply_expert_by_expert
 from tests.material import byte_tokenizer, commit, make_data, make_policy
 from tests.nf4 import dequantized
-from trainer.base.describe.small import small_settings
+from trainer.base.describe.trial.small import small_settings
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 

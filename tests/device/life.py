@@ -51,7 +51,7 @@ def logits(library: str, run: str, step: int, scratch: str | None) -> list[float
     """Logits of the trained model as a proof computes them, a layer at a time where it has a folder for that: their mean a row."""
     if library:
         install(Path(library))
-    from trainer.export.proof.verify import Trained
+    from trainer.export.proof.sides import Trained
     from trainer.store.store import open_store
 
     trained = Trained.at(open_store(run), step, Path(scratch) if scratch else None)

@@ -12,7 +12,7 @@ from trainer.base.describe import supported
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.language_part import LanguagePart
 from trainer.base.describe.meta import architecture_of
-from trainer.base.describe.small import small_settings
+from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.known import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.base.describe.touched import Place, place_of
+from trainer.base.describe.trial.touched import Place, place_of
 from trainer.model.documents import CannotDivide, keep_documents_apart, lengths_known
 from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
 from trainer.model.parts import body, decoder_layers
