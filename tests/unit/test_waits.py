@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.material import Workshop, make_labelled, make_pairs
+from trainer.accelerator import onto
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.data.dataset.chapters import open_chapters
@@ -19,7 +20,6 @@ from trainer.measure.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
-from trainer.model.pinned import onto
 from trainer.objective.objective import find_objective
 from trainer.tuning.method import method_of
 

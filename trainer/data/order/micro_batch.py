@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
+from trainer.accelerator import onto
 from trainer.data.order.position import Position
 from trainer.model.head import IGNORE
-from trainer.model.pinned import onto
 
 
 def _none(dtype: torch.dtype) -> torch.Tensor:
