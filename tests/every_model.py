@@ -55,6 +55,13 @@ _LACKING: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_compress_ratio": 2}
     | {"indexer_head_dim": 16, "indexer_budget": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -67,12 +74,20 @@ _LACKING: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
 }
+# Settings of the whole class, without which there is none of the type.
+_WHOLE: dict[str, dict[str, Any]] = {
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251, "<|visual token 000000|>": 252}},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2}
+        | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2}
+    },
+}
 _WHEREVER_DECODERS = {"is_decoder": True}
 
 
 def settings_of(kind: str) -> PretrainedConfig:
     """The settings of a tiny base of the type, whose defaults are those of a large model."""
-    whole = CONFIG_MAPPING[kind]()
+    whole = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
     text = (
         whole
         if type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(whole, "text_config")
@@ -88,7 +103,7 @@ def settings_of(kind: str) -> PretrainedConfig:
 
 def _whole_settings(kind: str) -> PretrainedConfig:
     """The settings of a tiny model that sees, whose language model is that of `settings_of`."""
-    config: Any = CONFIG_MAPPING[kind]()
+    config: Any = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
     text = config.get_text_config()
     parts = {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
     sizes = {
@@ -106,7 +121,7 @@ def _whole_settings(kind: str) -> PretrainedConfig:
         if part is not text
     }
     (own,) = (key for key, part in parts.items() if part is text)
-    return type(config)(**{own: settings_of(kind).to_dict()}, **towers)
+    return type(config)(**{**_WHOLE.get(kind, {}), own: settings_of(kind).to_dict()}, **towers)
 
 
 def write_base(kind: str, folder: Path) -> None:
@@ -144,7 +159,10 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     try:
         write_base(kind, base)
     except Exception as error:
-        return {"status": "not built", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+        return _by_config_alone(kind, base) or {
+            "status": "not built",
+            "reason": f"{type(error).__name__}: {str(error)[:300]}",
+        }
     try:
         return _proven(kind, base, here)
     except ConfigError as refused:
@@ -155,6 +173,19 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
             "reason": f"{type(error).__name__}: {str(error)[:300]}",
             "trace": traceback.format_exc()[-2500:],
         }
+
+
+def _by_config_alone(kind: str, base: Path) -> dict[str, Any] | None:
+    """The refusal of a type by the config.json that transformers writes for it; None where that is none."""
+    from trainer.base.find.locate import describe_base
+    from trainer.config import Model
+
+    CONFIG_MAPPING[kind]().save_pretrained(base)
+    try:
+        describe_base(Model(base=str(base)))
+    except ConfigError as refused:
+        return {"status": "refused", "reason": str(refused)}
+    return None
 
 
 def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A base in FP8 or MXFP4 is, at any number of ranks, the one that it is in 16 bits, for about the bytes of its files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist import curves, loading
+from tests.dist import curves, loading, proofs
 from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove
 from tests.material import Workshop, commit, make_base
-from tests.stored import edit_config, store_as, store_in_4_bits, store_in_fp8, store_in_mxfp4
+from tests.stored import edit_config, read_files, store_as, store_in_4_bits, store_in_fp8, store_in_mxfp4
 from trainer.config import dump_config
-from trainer.errors import ConfigError
+from trainer.export.figures import Proof
+from trainer.export.write import decoded
 from trainer.export.write.merged import export_merged
-from trainer.store import open_store
+from trainer.store import Store, open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.
@@ -168,16 +170,45 @@ def test_ten_steps_have_the_losses_of_the_same_base_in_16_bits(workshop: Worksho
     assert experts == experts_decoded != gpt_oss == gpt_oss_decoded
 
 
-@pytest.mark.parametrize("name", ["awkward", "gpt-oss"])
-def test_an_export_is_proven_by_transformers_own_decoding_and_a_merge_is_refused(
-    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, name: str
-) -> None:
-    config = workshop.config(f"export-{name}", f"model.base={bases[name]}", *UNPACKED)
+def committed(workshop: Workshop, name: str, base: Path) -> Store:
+    config = workshop.config(name, f"model.base={base}", *UNPACKED)
     run = workshop.store.sub(config.run.name)
     commit(run, config, dataset=workshop.prepare(config).train)
-    export_and_prove(run, tmp_path / "adapter")
-    with pytest.raises(
-        ConfigError,
-        match=r"^there is no merged model: .* is stored in \w+, where no new weight fits. Take --format peft",
-    ):
-        export_merged(run, open_store(str(tmp_path / "merged")))
+    return run
+
+
+@pytest.mark.parametrize("name", ["awkward", "gpt-oss"])
+def test_an_export_is_proven_by_transformers_own_decoding(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    export_and_prove(committed(workshop, f"export-{name}", bases[name]), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["awkward", "gpt-oss", "int4"])
+def test_a_merged_model_is_that_of_the_same_base_in_16_bits(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(decoded, "_FILE_BYTES", 50_000)  # several files
+    for folder, base in (("merged", bases[name]), ("expected", bases[name] / "decoded")):
+        run = committed(workshop, f"{folder}-{name}", base)
+        export_merged(run, open_store(str(tmp_path / folder)))
+    found, expected = (read_files(tmp_path / folder) for folder in ("merged", "expected"))
+    before = read_files(bases[name] / "decoded")
+    assert found.keys() == expected.keys() == before.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert any(not torch.equal(found[key], before[key]) for key in before)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    settings = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("merged", "expected")]
+    assert settings[0] == settings[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["awkward", "gpt-oss", "int4"])
+def test_a_merge_into_decoded_weights_is_proven(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    run = committed(workshop, f"proven-{name}", bases[name])
+    export_merged(run, open_store(str(tmp_path / "merged")))
+    (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
+    assert Proof(**proof).holds
+    assert proof["kl_allowed"] < 1e-4 * proof["kl_effect"]

@@ -58,6 +58,14 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**experts, **found} if found else {}
 
 
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the plain base that one in fewer bits stands for."""
+    left = {key: value for key, value in config.items() if key not in ("quantization_config", "expert_dtype")}
+    if text := _text_config(config):
+        left["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return left
+
+
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of one that sees or hears as well that describes its language model."""
     section = config.get("text_config")

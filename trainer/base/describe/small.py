@@ -21,6 +21,7 @@ _COUNTS = {
     ),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
     **dict.fromkeys(("swa_num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
+    "index_kpool": 4,
     "index_n_heads": 16,  # with few, many keys would have the same score: none
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("num_global_key_value_heads", "linear_num_heads", "n_mamba_heads", "num_query_groups"), 2),
@@ -86,11 +87,8 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     if getattr(config, "hidden_size", HIDDEN + 1) <= HIDDEN:
         return settings  # it is small already
     made = {**_sized(settings), **_that_follow(settings)}
-    rotary = settings.get("rope_parameters") or {}
-    if sections := rotary.get("mrope_section"):
-        made["rope_parameters"]["mrope_section"] = _scaled(
-            sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2
-        )
+    if rotary := settings.get("rope_parameters"):
+        made["rope_parameters"] = _with_small_sections(rotary)
     count = next((settings[key] for key in _LAYERS if isinstance(settings.get(key), int)), 0)
     kept = _one_of_each_kind(settings, count)
     for key, value in settings.items():
@@ -99,7 +97,11 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
         elif key.endswith("layer_ids") and isinstance(value, list):
             made[key] = [kept.index(layer) for layer in value if layer in kept]
         elif isinstance(value, dict) and value and all(str(layer).isdecimal() for layer in value):
-            made[key] = {kept.index(int(layer)): _sized(own) for layer, own in value.items() if int(layer) in kept}
+            made[key] = {
+                kept.index(int(layer)): {**_sized(own), **_that_follow({**settings, **own})}
+                for layer, own in value.items()
+                if int(layer) in kept
+            }
     for key in _LAYERS:
         if isinstance(settings.get(key), int):
             made[key] = len(kept)
@@ -121,6 +123,14 @@ def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _size_of(key, value) for key, value in settings.items()}
 
 
+def _with_small_sections(rotary: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings, or those of each kind of layer, for heads of `HEAD`: sections of a dimension are parts of that."""
+    made = {key: _with_small_sections(value) if isinstance(value, dict) else value for key, value in rotary.items()}
+    if sections := rotary.get("mrope_section"):
+        made["mrope_section"] = _scaled(sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2)
+    return made
+
+
 def _scaled(sections: list[int], total: int) -> list[int]:
     """The parts of a rotary dimension in like proportions."""
     made = [max(1, part * total // sum(sections)) for part in sections]
@@ -133,8 +143,9 @@ def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
     heads = next((settings[key] for key in _HEADS if settings.get(key)), None)
     if heads and settings.get("num_key_value_heads") == heads:
         made["num_key_value_heads"] = HEADS
-    if settings.get("head_dim") and settings.get("head_dim") == settings.get("qk_rope_head_dim"):
-        made["head_dim"] = _WIDTHS["qk_rope_head_dim"]
+    parts = [settings.get(key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if parts[1] and settings.get("head_dim") in (parts[1], sum(parts)):
+        made["head_dim"] = _WIDTHS["qk_rope_head_dim"] + (HEAD if settings["head_dim"] != parts[1] else 0)
     if (attended := settings.get("attention_hidden_size")) and settings.get("attention_head_dim"):
         made["attention_hidden_size"] = HIDDEN * attended // settings["hidden_size"]
         made["attention_head_dim"] = made["attention_hidden_size"] // HEADS

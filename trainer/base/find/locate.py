@@ -77,13 +77,17 @@ def _scaled(model: Model, directory: Path) -> Path:
     path = directory / CONFIG
     if model.rope_scaling.rope_type is None or not path.is_file():
         return directory
-    config = parse_base_config(model.base, path.read_bytes())
+    return with_config(directory, rescaled(parse_base_config(model.base, path.read_bytes()), model.rope_scaling))
+
+
+def with_config(directory: Path, config: Mapping[str, Any]) -> Path:
+    """A folder with the small files of the base in `directory`, and another config.json."""
     every = (
         file.relative_to(directory).as_posix()
         for file in (*directory.iterdir(), *directory.glob(f"{NAMED_TEMPLATES}/*"))
     )
     files = named_files(directory, filter(is_small_file, every))
-    return cached_folder({**files, CONFIG: json.dumps(rescaled(config, model.rope_scaling), indent=2).encode()})
+    return cached_folder({**files, CONFIG: json.dumps(config, indent=2).encode()})
 
 
 def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

@@ -55,7 +55,7 @@ class CompressedTensors:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
-    unmergeable: ClassVar[str | None] = "stored by compressed-tensors, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False

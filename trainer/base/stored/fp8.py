@@ -44,7 +44,7 @@ class Fp8:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
-    unmergeable: ClassVar[str | None] = "stored in FP8, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = True

@@ -38,7 +38,7 @@ class Gptq:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
-    unmergeable: ClassVar[str | None] = "stored by GPTQ, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False
@@ -76,7 +76,7 @@ class Awq:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "AWQ"
-    unmergeable: ClassVar[str | None] = "stored by AWQ, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False

@@ -34,7 +34,7 @@ class ModelOpt:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
-    unmergeable: ClassVar[str | None] = "stored by Model Optimizer, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = False

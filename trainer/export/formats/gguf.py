@@ -46,6 +46,7 @@ class Gguf(Section):
         check_mergeable_run(config, base)
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+        from trainer.export.write.decoded import as_plain
         from trainer.export.write.merged import write_model
 
         manifest, config, _ = trained_checkpoint(folder, step)
@@ -56,7 +57,8 @@ class Gguf(Section):
         temporary = local_path(self.scratch or tempfile.gettempdir(), "scratch")
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
-        base, directory = resolve_trained_base(folder, config.model, manifest), local_folder(destination)
+        base = as_plain(resolve_trained_base(folder, config.model, manifest))
+        directory = local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")
         results = sum(int(_BYTES[kind] * weights) for kind in names)

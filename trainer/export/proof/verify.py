@@ -255,7 +255,7 @@ def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Te
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(trained.run, open_store(folder), trained.manifest.step)
         streamed = trained.streamed_layers()
-        model = plain.load_plain(base, held_in(trained.base), trained.dtype, streamed=streamed)
+        model = _stored_base(trained, base, held_in(trained.base), streamed)
         model = plain.grow(model, trained.vocabulary).to(plain.device())
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
@@ -346,22 +346,26 @@ def plain_model(trained: Trained, folder: Path) -> Any:
 
 def _plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple[str, ...] = ()) -> Any:
     """The base in transformers, quantized as it was for training; `unpacked` as in `plain.quantize`."""
-    config, base = trained.config, trained.base
-    dtype = DTYPES[computed_in]
+    config, dtype = trained.config, DTYPES[computed_in]
     # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
-    exact = torch.float32 if config.model.dtype == "fp32" else held_in(base)
-    held = exact if computed_in == "fp32" else dtype
-    architecture, streamed = model_config(folder, config.model.layers), trained.streamed_layers()
+    exact = torch.float32 if config.model.dtype == "fp32" else held_in(trained.base)
+    streamed = trained.streamed_layers()
+    model = _stored_base(trained, folder, exact if computed_in == "fp32" else dtype, streamed)
+    if config.quant.quantizes and not trained.base.stored.quantized:
+        plain.quantize(model, config.quant, dtype, trained.base.architecture.quantizable(), unpacked, streamed)
+    return plain.grow(model, trained.vocabulary).to(plain.device())
+
+
+def _stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: StreamedLayers | None) -> Any:
+    """The base in transformers as its files have it, decoded where they hold it in fewer bits than 16."""
+    base, architecture = trained.base, model_config(folder, trained.config.model.layers)
     made: Any = transformers.AutoModelForCausalLM
     if (head := trained.head) is not None:
         made, architecture.num_labels = getattr(transformers, head.head.transformers_class), head.outputs
     told = base.stored.decoded and base.stored.dequantizes
     values = decoded_here(base) if base.stored.decoded and not told else None
     with dequantized_by_transformers(architecture) if told else nullcontext():
-        model = plain.load_plain(folder, held, trained.dtype, architecture, streamed, values, made)
-    if config.quant.quantizes and not base.stored.quantized:
-        plain.quantize(model, config.quant, dtype, base.architecture.quantizable(), unpacked, streamed)
-    return plain.grow(model, trained.vocabulary).to(plain.device())
+        return plain.load_plain(folder, held, trained.dtype, architecture, streamed, values, made)
 
 
 @contextmanager

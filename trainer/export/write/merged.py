@@ -3,7 +3,8 @@
 Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
 only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not as
 they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt itself has
-the trained weights in the place of its own, as the forward pass of the training had them.
+the trained weights in the place of its own, as the forward pass of the training had them. A base that is stored in fewer bits
+is merged into as the plain one that it stands for (trainer/export/write/decoded.py): its merged model has 16 bits.
 Where tokens were added that the base has no rows for, its embedding and head have more rows here: then the header of their
 file, and all that lies behind them in it, is written anew.
 config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
@@ -32,6 +33,7 @@ from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
+from trainer.export.write.decoded import as_plain
 from trainer.export.write.learnt import CheckpointWeights
 from trainer.files.safetensors_index import (
     INDEX_FILE,
@@ -86,7 +88,7 @@ def write_model(
             f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
             "all. Only a run of the whole base can be exported as a model."
         )
-    base = resolve_trained_base(folder, config.model, manifest)
+    base = as_plain(resolve_trained_base(folder, config.model, manifest))
     content = CardContent(
         "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
     )

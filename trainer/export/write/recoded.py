@@ -26,6 +26,7 @@ from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED
 from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
+from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
 from trainer.export.written import ExportProgress, Written
 from trainer.files.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
@@ -110,7 +111,7 @@ def export_recoded(
     manifest, config, _ = mergeable_checkpoint(folder, destination, step)
     if config.model.layers:
         raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
-    base, code = resolve_trained_base(folder, config.model, manifest), make(config)
+    base, code = as_plain(resolve_trained_base(folder, config.model, manifest)), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
     usage = model_usage(composite_class(base.directory))

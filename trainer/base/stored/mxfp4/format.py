@@ -36,7 +36,7 @@ class Mxfp4:
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "MXFP4"
-    unmergeable: ClassVar[str | None] = "stored in MXFP4, where no new weight fits"
+    unmergeable: ClassVar[str | None] = None
     quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = True
