@@ -129,8 +129,8 @@ def trained(
             given.setdefault(where, []).append([dump_config(config), prepared.train, "start", prepared.eval])
     launch(ranks, life.train, "", given["-host"], **nodes)
     every = launch(ranks, life.train, library, given[""], **nodes)
-    ended = (list(of_ranks) for of_ranks in zip(*every, strict=True))
-    return {name: (ends, *configs[name]) for name, ends in zip(CASES[ranks], ended, strict=True)}
+    ended = dict(zip(CASES[ranks], map(list, zip(*every, strict=True)), strict=True))
+    return {name: (ended[name], there, on_host) for name, (there, on_host) in configs.items()}
 
 
 def test_runs_have_the_losses_that_they_have_on_cpus(trained: dict[str, Any]) -> None:

@@ -5,10 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from benchmarks.card.carry import BESIDE_TORCH, WITH_TORCH
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -41,6 +46,13 @@ def test_a_part_may_take_what_those_before_it_have_left() -> None:
     took = {"kernels": 20.0, "tiny": 80.0}
     asked = f"from benchmarks import gpu; print(gpu.limit('kernels', {{}}), gpu.limit('big', {took}))"
     assert [float(seconds) for seconds in run("-c", asked).split()] == [40, 130]
+
+
+def test_what_is_carried_to_a_machine_lacks_nothing_that_it_needs() -> None:
+    names = {canonicalize_name(name) for name in BESIDE_TORCH} | WITH_TORCH
+    needed = (Requirement(line) for name in BESIDE_TORCH for line in metadata.requires(name) or ())
+    asked = {canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert asked <= names
 
 
 _WITHOUT = """
