@@ -80,10 +80,10 @@ class Bench:
 
 class Ours:
     def __init__(self, bench: Bench, place: str) -> None:
-        from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
-        from trainer.checkpoint.identity import Identity
         from trainer.config import Checkpoint
-        from trainer.store import open_store
+        from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+        from trainer.state.checkpoint.identity import Identity
+        from trainer.store.store import open_store
 
         store = open_store(str(bench.folder / "ours")) if place == "disk" else bench.remote.sub("ours")
         self.bench, self.run, self.steps = bench, store, 0
@@ -104,9 +104,9 @@ class Ours:
         assert self.checkpoints.restore(self.bench.engine, required=True, log=print)
 
     def size(self) -> int:
-        from trainer.checkpoint.listing import committed_steps
-        from trainer.checkpoint.manifest import read_manifest
         from trainer.run.layout import manifest
+        from trainer.state.checkpoint.listing import committed_steps
+        from trainer.state.checkpoint.manifest import read_manifest
 
         step = committed_steps(self.run)[0]
         return read_manifest(self.run, step).size + self.run.head(manifest(step)).size
@@ -236,14 +236,14 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
 
     import torch
 
-    from trainer.assemble import Sharding, assemble
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.ranks import join
-    from trainer.resolve import resolve
-    from trainer.store import open_store
-    from trainer.zero.policy import build_deepspeed_config
+    from trainer.plan.assemble import Sharding, assemble
+    from trainer.plan.resolve import resolve
+    from trainer.processes.ranks import join
+    from trainer.state.zero.policy import build_deepspeed_config
+    from trainer.store.store import open_store
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)

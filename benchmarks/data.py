@@ -39,7 +39,7 @@ from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset as dataset_key
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 SEQUENCE_LENGTH = 8192
 PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "datasets==5.0.1", "grain==0.2.18")

@@ -28,14 +28,14 @@ from tests.dist import full, memory
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16_384,

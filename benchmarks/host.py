@@ -52,12 +52,12 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
-    from trainer.objective.objective import find_objective
     from trainer.plan.sizes import most_whole
-    from trainer.ranks import join
+    from trainer.processes.ranks import join
+    from trainer.state.zero.engine import Engine
+    from trainer.state.zero.policy import build_deepspeed_config
     from trainer.tuning.method import method_of
-    from trainer.zero.engine import Engine
-    from trainer.zero.policy import build_deepspeed_config
+    from trainer.tuning.objective.objective import find_objective
 
     torch.set_num_threads(1)
     ranks = join()

@@ -1,9 +1,10 @@
 """The memory of a row's activations by its length, on one rank and on ranks that share it, beside the plan's.
 
-    python benchmarks/length.py [--ranks 1 2 4] [--lengths 4096 12288]
+    python benchmarks/length.py [--ranks 1 2 4] [--lengths 4096 12288] [--memory MIB]
 
 A forward and backward pass through one document of either length on CPUs, over a small random base: what
 a token adds to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to activations and logits.
+With `--memory` instead the longest row that one rank computes in so many MiB, bisected by real steps, beside that of `capstan plan --longest`.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
 
-from tests.dist import memory
+from tests.dist import memory as memory_of
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.base.find.locate import describe_base
 from trainer.config import Config, dump_config
+from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.plan import make_plan
 
 SIZES: dict[str, Any] = {
@@ -41,28 +43,42 @@ def planned(config: Config, ranks: int) -> int:
     return parts.activations + parts.logits
 
 
+def settings_of(ranks: int, recomputed: str) -> tuple[str, ...]:
+    shared = f"sharding.sequence_parallel={ranks}"
+    here = "model.dtype=fp32", "train.tiled_mlp=false", "cluster.gpus_per_worker=0"
+    return *here, shared, f"train.activation_checkpointing={recomputed}"
+
+
+def longest(workshop: Workshop, memory: int) -> Table:
+    """The longest rows that fit into `memory` bytes, by the plan and by real steps."""
+    table = Table("layers computed again", "longest row", "planned", "ratio")
+    for recomputed in RECOMPUTED:
+        config = workshop.config("longest", *settings_of(1, recomputed))
+        said = longest_rows(config, describe_base(config.model), Ranks(1, 1, memory, on_gpu=False))[0].tokens
+        (found,) = launch(1, memory_of.longest_row, dump_config(config), memory, 2 * said, timeout=1800.0)
+        table.add_row(recomputed, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The memory of a row's activations by its length.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs=2, default=[4096, 12288])
+    parser.add_argument("--memory", type=int, help="MiB")
     asked = parser.parse_args()
     table = Table("ranks that share a row", "layers computed again", "bytes a token", "planned", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder), **SIZES)
+        if asked.memory:
+            Console().print(longest(workshop, asked.memory * 2**20))
+            return
         for recomputed in RECOMPUTED:
             for ranks in asked.ranks:
-                settings = [f"sharding.sequence_parallel={ranks}", f"train.activation_checkpointing={recomputed}"]
+                settings = settings_of(ranks, recomputed)
                 configs = [
-                    workshop.config(
-                        "length",
-                        "model.dtype=fp32",
-                        "train.tiled_mlp=false",
-                        *settings,
-                        f"data.sequence_length={length}",
-                    )
-                    for length in asked.lengths
+                    workshop.config("length", *settings, f"data.sequence_length={length}") for length in asked.lengths
                 ]
-                grown = launch(ranks, memory.row_memory, dump_config(configs[0]), asked.lengths, timeout=1800.0)
+                grown = launch(ranks, memory_of.row_memory, dump_config(configs[0]), asked.lengths, timeout=1800.0)
                 tokens = asked.lengths[1] - asked.lengths[0]
                 measured = max((longer - shorter) / tokens for shorter, longer in grown)
                 shorter, longer = (planned(config, ranks) for config in configs)

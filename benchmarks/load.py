@@ -101,9 +101,9 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     from trainer.base.load.load import DTYPES, load_model
     from trainer.model.attention import choose_attention
     from trainer.model.packed import PackedModel
-    from trainer.objective.sft.objective import NextTokens
+    from trainer.state.zero.engine import Engine
     from trainer.tuning.method import method_of
-    from trainer.zero.engine import Engine
+    from trainer.tuning.objective.sft.objective import NextTokens
 
     config = run_config(base)
     found = resolve_base(config.model)
@@ -161,8 +161,8 @@ def rank_main(side: str, base: Path, rank: int, world: int, port: int, parent: A
     import transformers.models.llama.modeling_llama
 
     import trainer.rank
-    from trainer.ranks import join
-    from trainer.zero.policy import build_deepspeed_config
+    from trainer.processes.ranks import join
+    from trainer.state.zero.policy import build_deepspeed_config
 
     # Both sides import the same stack before they are measured.
     assert (trainer.rank, transformers.models.llama.modeling_llama) is not None

@@ -72,7 +72,7 @@ def compile_data(config: Config, folder: Path) -> tuple[str, list[str]]:
     """The fingerprints of what is trained on, and of the held-out questions and the source code."""
     from trainer.base.find.locate import resolve_base
     from trainer.data.compile.prepare import prepare
-    from trainer.store import open_store
+    from trainer.store.store import open_store
 
     base, store, train, held_out = resolve_base(config.model), open_store(config.run.store), "", list[str]()
     for name in ("task", "general"):
@@ -100,8 +100,8 @@ def measure(folder: Path, name: str, settings: Sequence[str]) -> dict[str, Any]:
 
     import torch
 
-    from trainer.objective.sft.objective import NextTokens
-    from trainer.ranks import join
+    from trainer.processes.ranks import join
+    from trainer.tuning.objective.sft.objective import NextTokens
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -134,13 +134,13 @@ class Trial:
     """A rank with a model that can be trained again and again from its start."""
 
     def __init__(self, config: Config, folder: Path, ranks: Any, objective: Any) -> None:
-        from trainer.assemble import Sharding, assemble, attention_of
         from trainer.data.dataset.chapters import open_chapters
         from trainer.data.dataset.dataset import open_dataset
         from trainer.data.order.stream import eval_stream, train_stream
-        from trainer.resolve import resolve
-        from trainer.store import open_store
-        from trainer.zero.policy import build_deepspeed_config
+        from trainer.plan.assemble import Sharding, assemble, attention_of
+        from trainer.plan.resolve import resolve
+        from trainer.state.zero.policy import build_deepspeed_config
+        from trainer.store.store import open_store
 
         self.config, self.objective, self.seconds = config, objective, list[float]()
         resolved, store = resolve(config), open_store(config.run.store)

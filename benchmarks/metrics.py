@@ -31,7 +31,7 @@ from trainer.run.requests import StopSignal
 from trainer.run.segments import Appender
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
-from trainer.store import Entry, Store, open_store
+from trainer.store.store import Entry, Store, open_store
 
 FLUSH_SECONDS = 5.0  # the default of track.flush_seconds
 COMMIT_SECONDS = 1800.0

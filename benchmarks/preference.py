@@ -30,15 +30,15 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     become_rank(rank, world, port)
     import torch
 
-    from trainer.assemble import Sharding, assemble
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
-    from trainer.objective.objective import find_objective
-    from trainer.ranks import join
-    from trainer.resolve import resolve
-    from trainer.zero.policy import build_deepspeed_config
+    from trainer.plan.assemble import Sharding, assemble
+    from trainer.plan.resolve import resolve
+    from trainer.processes.ranks import join
+    from trainer.state.zero.policy import build_deepspeed_config
+    from trainer.tuning.objective.objective import find_objective
 
     torch.set_num_threads(1)
     ranks = join()

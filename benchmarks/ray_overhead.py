@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.material m
 from launcher.view.status import read_generation
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
-from trainer.store import Store
+from trainer.store.store import Store
 
 BASE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "num_attention_heads": 8}
 ENVIRONMENT = {

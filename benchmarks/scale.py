@@ -20,20 +20,20 @@ from rich.table import Table
 import trainer.run.metrics
 import trainer.run.requests
 from launcher.view.status import read_status
-from trainer.checkpoint.contents import Contents
-from trainer.checkpoint.division import EvenDivision
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest, read_manifest
-from trainer.checkpoint.reading import plan_reads
-from trainer.checkpoint.retention import Retention, plan_removal, remove
-from trainer.checkpoint.shard import Shard
 from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
-from trainer.store import Buffer, Entry, Store, open_store
+from trainer.state.checkpoint.contents import Contents
+from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest, read_manifest
+from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.state.checkpoint.shard import Shard
+from trainer.store.store import Buffer, Entry, Store, open_store
 
 LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, LORA_RANK = 126, 16384, 53248, 1024, 16
 LINEARS = {

@@ -107,7 +107,7 @@ def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, docum
     from trainer.data.dataset.chapters import open_chapters
     from trainer.data.order.micro_batch import Position
     from trainer.data.order.stream import train_stream
-    from trainer.store import open_run_store
+    from trainer.store.store import open_run_store
 
     tree = {
         "run": {"name": name, "store": str(folder / "store")},

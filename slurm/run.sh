@@ -18,7 +18,7 @@ trap 'forward TERM' TERM
 
 # One task on each node: Ray's head on the first, a worker that joins it on every other. Its token comes in by stdin.
 ray_node() {
-  "${python[@]}" trainer.files.scratch "${LOCAL%/*}" # what jobs that were killed have left on this node
+  "${python[@]}" trainer.store.scratch "${LOCAL%/*}" # what jobs that were killed have left on this node
   mkdir -m 700 "$LOCAL" || exit 1 # never one that exists: on a shared /tmp it could be somebody else's
   trap 'rm -rf -- "$LOCAL"' EXIT
   exec 9<"$LOCAL" && flock 9 # nobody takes it for left as long as this node's Ray lives, which inherits the lock
@@ -45,7 +45,7 @@ start_ray() {
   local address port
   # The name may stand for this machine's loopback address, which no other node reaches.
   address=$(getent ahostsv4 "${nodes[0]}" | awk '$1 !~ /^127\./ { print $1; exit }')
-  read -r port CLIENT_PORT < <("${python[@]}" launcher.slurm.job ports)
+  read -r port CLIENT_PORT < <("${python[@]}" launcher.cluster.slurm.job ports)
   export CLIENT_PORT RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$port
   export LOCAL=$LOCAL_DIR/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_CPUS
@@ -73,7 +73,7 @@ wait_for_driver() {
 
 # In an earlier job of a chain the run may have ended; then there is nothing to do.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-read -r verdict code < <("${python[@]}" launcher.slurm.job begin "$RUN_URI" --submission "$SUBMISSION" "${nodes[@]}")
+read -r verdict code < <("${python[@]}" launcher.cluster.slurm.job begin "$RUN_URI" --submission "$SUBMISSION" "${nodes[@]}")
 if [ "${verdict:-}" != run ]; then exit "${code:-1}"; fi
 
 say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
@@ -82,7 +82,7 @@ code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
   srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
-    "${python[@]}" launcher.slurm.rank "$RUN_URI" "$SUBMISSION" &
+    "${python[@]}" launcher.cluster.slurm.rank "$RUN_URI" "$SUBMISSION" &
   driver=$!
   wait_for_driver
 elif start_ray; then
@@ -96,7 +96,7 @@ driver=
 # The kind of end (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script
 read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
-  "${python[@]}" launcher.slurm.job end "$RUN_URI" --exit-code "$code" --signal "$asked")
+  "${python[@]}" launcher.cluster.slurm.job end "$RUN_URI" --exit-code "$code" --signal "$asked")
 
 if [ -n "$step" ]; then
   scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null

@@ -2,13 +2,13 @@
 
 import struct
 
-from trainer.checkpoint.contents import Contents
-from trainer.checkpoint.division import EvenDivision
-from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.checkpoint.shard import Shard, ShardLayout, write_shard
-from trainer.optimizer.optimizer import states_by_name
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.contents import Contents
+from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.checkpoint.shard import Shard, ShardLayout, write_shard
+from trainer.state.optimizer.optimizer import states_by_name
+from trainer.store.store import Store
 
 NAME = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
 SHAPE = [4, 5]

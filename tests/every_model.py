@@ -190,14 +190,14 @@ def _by_config_alone(kind: str, base: Path) -> dict[str, Any] | None:
 
 def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     from tests.dist.assembled import assemble_run
-    from trainer.checkpoint.checkpoints import load_partitions
-    from trainer.checkpoint.manifest import read_manifest
     from trainer.data.order.micro_batch import MicroBatch
     from trainer.export.write.adapter import export_adapter
     from trainer.export.write.merged import export_merged
-    from trainer.optimizer.optimizer import MASTER
-    from trainer.resolve import resolve
-    from trainer.store import open_store
+    from trainer.plan.resolve import resolve
+    from trainer.state.checkpoint.checkpoints import load_partitions
+    from trainer.state.checkpoint.manifest import read_manifest
+    from trainer.state.optimizer.optimizer import MASTER
+    from trainer.store.store import open_store
 
     make_data(folder / "train.jsonl")
     tree = {

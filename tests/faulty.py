@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainer.errors import StorageError
-from trainer.store import Buffer, Entry, Store
+from trainer.store.store import Buffer, Entry, Store
 
 # fail: it is not done. lost: it is done, but the answer never comes. stall: nothing comes for long, then it fails.
 # kill: the process dies before it, or, writing an object, in the middle of it.

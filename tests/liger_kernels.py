@@ -33,8 +33,8 @@ from trainer.model.kernels import liger
 from trainer.model.kernels.liger import Kernels
 from trainer.model.packed import PackedModel
 from trainer.model.parts import decoder_layers
-from trainer.objective.objective import find_objective
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
 
 CPU = torch.device("cpu")
 LENGTHS = (8, 5)

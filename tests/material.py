@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.contents import Contents
-from trainer.checkpoint.division import EvenDivision
-from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.checkpoint.shard import ShardLayout, write_shard
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.data.render.text_files import keep_text, text_of
-from trainer.optimizer.optimizer import states_by_name
-from trainer.resolve import Resolved
+from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.contents import Contents
+from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.checkpoint.shard import ShardLayout, write_shard
+from trainer.state.optimizer.optimizer import states_by_name
+from trainer.store.store import Store, open_store
 from trainer.tuning.beginning import find_beginning
 from trainer.tuning.method import method_of, tuning_mismatches
 

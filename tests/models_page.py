@@ -51,7 +51,8 @@ shared experts), PEFT 0.21 adapts them by their weights, and its logits are thos
 
 *packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer. *experts*: the
 one forward pass that serves all mixtures has the values and gradients of the family's own. *LoRA on experts*: its gradients are
-PEFT's, at any number of ranks. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
+PEFT's, at any number of ranks. *shared rows*: two that share a row (`sharding.sequence_parallel`) have the gradients of one, and a plan refuses
+the others with the name of the layer that mixes tokens otherwise. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
 experts of awkward shapes.
 """
 
@@ -117,14 +118,15 @@ def render() -> str:
 
 
 def _family_rows() -> Iterator[str]:
-    yield "| `model_type` | layers of its tiny base | packing | experts | LoRA on experts |"
-    yield "|---|---|---|---|---|"
+    yield "| `model_type` | layers of its tiny base | packing | experts | LoRA on experts | shared rows |"
+    yield "|---|---|---|---|---|---|"
     adapted = _cases(test_experts.test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size)
     for kind in sorted(FAMILIES, key=lambda kind: FAMILIES[kind]["model_type"]):
         settings: dict[str, Any] = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
         name = settings["model_type"]
         layers = list(_layers(settings))
-        tested = (kind in test_documents.KINDS, name in EXPERTS and "experts" in layers, kind in adapted)
+        shared = read_architecture(settings).fails_shared is None
+        tested = (kind in test_documents.KINDS, name in EXPERTS and "experts" in layers, kind in adapted, shared)
         cells = [f"`{name}`", ", ".join(layers), *("yes" if has else "" for has in tested)]
         yield f"| {' | '.join(cells)} |"
 

@@ -57,14 +57,14 @@ MUTATIONS = (
     ),
     Mutation(
         "commit: a start that another has overtaken commits",
-        "trainer/checkpoint/checkpoints.py",
+        "trainer/state/checkpoint/checkpoints.py",
         "if newest > self.generation:",
         "if newest > self.generation + 1:",
         ("tests/dist/test_checkpoint.py", "-k", "overtaken"),
     ),
     Mutation(
         "restore: the last shard that holds a part of an interval is not read",
-        "trainer/checkpoint/division.py",
+        "trainer/state/checkpoint/division.py",
         "range(begin // length, -(-end // length))",
         "range(begin // length, max(1, end // length))",
         ("tests/dist/test_checkpoint.py", "-k", "comes_back and lora-rank-3"),
@@ -92,7 +92,7 @@ MUTATIONS = (
     ),
     Mutation(
         "override: train.epochs leaves the file's train.steps where it is",
-        "trainer/config/overrides.py",
+        "trainer/config/reading/overrides.py",
         '    _Exclusion("train.epochs", ("train.steps",)),\n',
         "",
         ("tests/unit/test_config.py", "tests/unit/test_examples.py"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.importing.importing import import_files
+from launcher.init.importing.importing import import_files
 from trainer.errors import CapstanError
 
 _KINDS = (".yaml", ".yml", ".json", ".sh", ".py")

@@ -11,9 +11,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run, settle
-from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import Datasets
@@ -23,9 +20,10 @@ from trainer.data.order.bins import EpochBins
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
+from trainer.evaluate.measure.samples import open_samples
 from trainer.export.write.checkpoint_adapters import adapters_beside
-from trainer.measure.samples import open_samples
 from trainer.model.parts import recomputed_share
+from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run, settle
 from trainer.plan.flops import work_of
 from trainer.processes.siblings import Siblings
 from trainer.run import layout
@@ -36,7 +34,10 @@ from trainer.run.owner import OwnerWatch
 from trainer.run.power import metered
 from trainer.run.records import bad_windows
 from trainer.run.requests import StopSignal
-from trainer.store import open_run_store
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.zero.engine import Engine
+from trainer.store.store import open_run_store
 from trainer.train.begin import begin_from, resolve_alike
 from trainer.train.end_record import early_end, last_words
 from trainer.train.heartbeat import Heart
@@ -47,7 +48,6 @@ from trainer.train.reference import ReferencePass
 from trainer.train.start import Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
-from trainer.zero.engine import Engine
 
 _print = partial(print, flush=True)
 

@@ -109,7 +109,7 @@ def _steps(folder: Path, settings: list[str], snapshot: Path | None, memory: int
     from trainer.config import load_config, override
     from trainer.data.compile.prepare import prepare
     from trainer.rank import run_rank
-    from trainer.store import open_run_store
+    from trainer.store.store import open_run_store
     from trainer.train.start import Starter
 
     config = override(load_config(folder / "fixed.yaml"), *settings)

@@ -109,7 +109,7 @@ def _tiles_of(tokens: int | None) -> Iterator[None]:
 @contextmanager
 def _watched() -> Iterator[list[float]]:
     """The norm of the gradient in each step, and after the last one the norms of each parameter's states that are no codes."""
-    from trainer.zero.engine import Engine
+    from trainer.state.zero.engine import Engine
 
     plain, norms, found = Engine.step, list[float](), list[float]()
 

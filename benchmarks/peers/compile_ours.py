@@ -12,7 +12,7 @@ from trainer.config import Data
 from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.pool import map_batches
 from trainer.data.source.files import expand
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def main(folder: Path) -> None:

@@ -1,14 +1,15 @@
 """One verb of `capstan`, and how verbs are found.
 
-A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for one of a group. Everything that a
+A file of launcher/cli/verbs, or of a folder there, names its verbs in `VERBS`, such as "train", or "data build" for one of a group. Everything that a
 verb needs beyond its options is imported when it runs, as --help and completion load all of these files.
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from pkgutil import walk_packages
 from typing import Any, NamedTuple
 
 from launcher.cli import verbs
-from trainer.registry import kinds
 
 
 class Command(NamedTuple):
@@ -22,4 +23,7 @@ class Command(NamedTuple):
 
 def commands() -> list[tuple[str, Command]]:
     """Every verb, in the order of --help."""
-    return sorted(kinds(verbs, "VERBS").items(), key=lambda item: (item[1].place, item[0]))
+    found: dict[str, Command] = {}
+    for module in walk_packages(verbs.__path__, f"{verbs.__name__}."):
+        found |= getattr(import_module(module.name), "VERBS", {})
+    return sorted(found.items(), key=lambda item: (item[1].place, item[0]))

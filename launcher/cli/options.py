@@ -11,7 +11,8 @@ import typer
 
 from launcher.cli.shell import complete_run, complete_setting
 from launcher.start.group import is_silent_rank
-from launcher.terminal import put
+from launcher.view.terminal import put
+from trainer.errors import ConfigError
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -36,12 +37,42 @@ StepOption = Annotated[
 BestOption = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest evaluation loss.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+FormatOptions = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Options of the format, such as 'types=[f16,q8_0]' for gguf."),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="peft (the adapter, the default), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
+    ),
+]
+# More than any machine has; a plan for as many would say nothing.
+_MOST_GPUS = 2**17
+
 
 def finite(value: float | None) -> float | None:
     """For options that are numbers: click takes `nan` and, without a bound, `inf`."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no number to count with.")
     return value
+
+
+def countable(gpus: int | None) -> int | None:
+    """`--gpus`, unless it is more than any machine has."""
+    if gpus is not None and gpus > _MOST_GPUS:
+        raise ConfigError(f"--gpus: {gpus:,} is more than any cluster has. Give at most {_MOST_GPUS:,}. Example: 8.")
+    return gpus
+
+
+def chosen_format(given: str | None, merged: str | None) -> str:
+    """The format of `--format`, or of the option that stands for merged."""
+    if merged and given not in (None, "merged"):
+        raise ConfigError(
+            f"{merged} is the same as --format merged, and --format {given} was given. Leave out one of them."
+        )
+    return given or ("merged" if merged else "peft")
 
 
 def log(text: str) -> None:
@@ -61,7 +92,7 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
     elif isinstance(shown := show(value), str):
         put(shown)
     else:
-        from launcher.console import Terminal
+        from launcher.view.console import Terminal
 
         Terminal().print(shown)
 

@@ -116,7 +116,7 @@ def complete_run(ctx: typer.Context, incomplete: str) -> Choices:
     """The runs of a store that is a folder; a bucket may take longer than somebody waits at a prompt."""
     from launcher.view.runs import runs
     from trainer.errors import CapstanError
-    from trainer.store import open_store
+    from trainer.store.store import open_store
 
     store = str(ctx.params.get("store") or "runs")
     try:

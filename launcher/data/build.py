@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.ray.cluster import address_of, is_dashboard
-from launcher.ray.data import join_and_map
+from launcher.cluster.ray.cluster import address_of, is_dashboard
+from launcher.cluster.ray.data import join_and_map
 from launcher.view.compiling import compile_progress
 from launcher.view.folded import FoldedTable
 from trainer.base.find.check import check_base
@@ -18,7 +18,7 @@ from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate, prepare
 from trainer.data.dataset.manifest import DatasetManifest, read_manifest
 from trainer.errors import NotFound
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from launcher.console import Terminal
 from launcher.view.compiling import describe_left_out
+from launcher.view.console import Terminal
 from launcher.view.folded import FoldedTable
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base

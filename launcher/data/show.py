@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from launcher.console import Terminal
+from launcher.view.console import Terminal
 from trainer.base.find.locate import base_files
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import load_config, unsaid

@@ -23,14 +23,14 @@ from launcher.view.folded import FoldedTable
 from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
+from trainer.config.registry import kinds
 from trainer.errors import CapstanError
 from trainer.model.kernels.attention import KERNELS
 from trainer.processes import children
 from trainer.processes.devices import count_visible, listed_gpus, unused
-from trainer.registry import kinds
 from trainer.run import trackers
 from trainer.run.folder import run_folder
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 

@@ -1,1 +1,1 @@
-"""The driver of a run: compile, start ranks, start them again."""
+"""The driver of a run: compile, start ranks, start them again; sweep/ drives many."""

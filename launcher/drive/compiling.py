@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launcher.ray.data import map_on_cluster
+from launcher.cluster.ray.data import map_on_cluster
 from launcher.start.stopping import stop_if_asked
 from launcher.view.compiling import compile_progress, log_left_out
 from trainer.base.find.locate import resolve_base
@@ -19,7 +19,7 @@ from trainer.errors import CapstanError, Stopped, StorageError, Unreachable
 from trainer.run import layout
 from trainer.run.records import generations, record_end
 from trainer.run.requests import request_stop, stop_requester
-from trainer.store import Store, open_run_store
+from trainer.store.store import Store, open_run_store
 
 BY = "the compilation of its data"
 """The author of a stop request that is made because the rest of the data cannot be compiled."""

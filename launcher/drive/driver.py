@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+from launcher.cluster.ray.cluster import address_of, joined_ray
+from launcher.cluster.ray.train import run_on_ray
 from launcher.drive.compiling import Compilation, forget_stop_by_compilation
 from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
-from launcher.ray.cluster import address_of, joined_ray
-from launcher.ray.train import run_on_ray
 from launcher.report.report import keep_report
 from launcher.start.claim import turn
 from launcher.start.local_ranks import ranks_here, run_here
@@ -34,12 +34,12 @@ from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped, Superseded
-from trainer.files.scratch import collect_leftovers
 from trainer.run import layout
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
-from trainer.store import Store, open_store
+from trainer.store.scratch import collect_leftovers
+from trainer.store.store import Store, open_store
 
 
 def drive(

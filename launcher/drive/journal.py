@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from trainer.errors import CapstanError, NotFound
 from trainer.run import layout
 from trainer.run.background import Harmless
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 class Journal:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from rich.filesize import decimal
 
+from launcher.cluster.ray.cluster import address_of
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
-from launcher.ray.cluster import address_of
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
@@ -16,11 +16,11 @@ from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.files.scratch import collect_leftovers
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
 from trainer.run.folder import run_folder
-from trainer.store import open_run_store
+from trainer.store.scratch import collect_leftovers
+from trainer.store.store import open_run_store
 
 _MUCH = 10**9
 """A base of so many bytes takes longer to read than a person expects of a start."""

@@ -12,7 +12,7 @@ from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.owner import Ownership
 from trainer.run.requests import request_stop, stop_requester
-from trainer.store import Store
+from trainer.store.store import Store
 
 ENDED_AT_ONCE = 130
 """The exit code after a second Ctrl-C."""

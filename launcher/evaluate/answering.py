@@ -9,14 +9,14 @@ from launcher.evaluate.ranks import run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
-from launcher.terminal import put
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import check_step
+from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.evaluate.ask import Ask
-from trainer.measure.prompts import Prompt, asked, read_prompts
+from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
 from trainer.run.folder import run_config
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import check_step
+from trainer.store.store import Store
 
 
 def generate_answers(

@@ -6,13 +6,10 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from launcher.console import Terminal, description, time_left
 from launcher.evaluate.ranks import Hear, run_ranks
 from launcher.evaluate.tables import Evaluated
 from launcher.start.local_group import count_ranks
-from trainer.checkpoint.choice import chosen_step
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import check_step
+from launcher.view.console import Terminal, description, time_left
 from trainer.config import assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError
@@ -20,7 +17,10 @@ from trainer.evaluate.ask import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.folder import run_config
-from trainer.store import Store
+from trainer.state.checkpoint.choice import chosen_step
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import check_step
+from trainer.store.store import Store
 
 Log = Callable[[str], None]
 

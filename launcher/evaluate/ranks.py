@@ -13,12 +13,12 @@ from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
 from launcher.start.local_group import count_ranks, end_together, places
-from launcher.terminal import put
+from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import CapstanError
 from trainer.evaluate.ask import Ask
+from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.program import answer
-from trainer.measure.prompts import Prompt
 from trainer.processes import children
 
 Hear = Callable[[dict[str, Any]], None]

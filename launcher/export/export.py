@@ -17,11 +17,9 @@ from typing import Any
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from launcher.console import Terminal, description, time_left
-from launcher.terminal import put
+from launcher.view.console import Terminal, description, time_left
+from launcher.view.terminal import put
 from trainer.base.find.locate import describe_base
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
 from trainer.export.figures import Proof
@@ -30,7 +28,9 @@ from trainer.export.format import find_format
 from trainer.export.trained import trained_config
 from trainer.export.written import ExportProgress
 from trainer.processes import children
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
+from trainer.store.store import Store
 from trainer.tuning.method import method_of
 
 _MUCH = 10**9

@@ -24,9 +24,9 @@ from trainer.base.find.locate import NAMED_TEMPLATES, TOKENIZER_PATTERNS
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD
-from trainer.files.scratch import scratch_folder
 from trainer.run.folder import name_of
-from trainer.store import Store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store
 
 _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _TOKEN = "HF_TOKEN"

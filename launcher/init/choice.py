@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from launcher.commented import yaml_text
+from launcher.init.commented import yaml_text
 from trainer.base.base import Description
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError, DoesNotFit
+from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
 GIB = 2**30
 _LENGTHS = (4096, 2048, 1024, 512)
+_LENGTH_STEP = 2048  # tokens; of rows that are longer than the longest of these
 _MICRO_BATCHES = (8, 4, 2)
 _MOST_GPUS = 64
 # A plan may take so much of a GPU's memory: the rest is for what the plan estimates too low.
@@ -75,6 +77,30 @@ def choose(
         f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {gpus} GPU{'s' if gpus > 1 else ''} take {total / GIB:.1f} GiB each, of "
         f"{have:.1f} GiB that are there. Give more GPUs (--gpus), larger ones (--gpu), or a smaller base."
     )
+
+
+def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int, longest: int) -> Choice:
+    """The same with rows that hold a document of `longest` tokens, or as many of them as fit, where the rows of `choice` are shorter: by the first
+    line of `capstan plan --longest` that has room for it. A step still has about so many `tokens`."""
+    shorter, most = choice.settings["data.sequence_length"][0], base.architecture.positions or longest
+    wanted = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, most)
+    if machine.memory is None or wanted <= shorter:
+        return choice
+    ranks = Ranks(choice.gpus, min(choice.gpus, machine.per_node), int(_SHARE * machine.memory), on_gpu=True)
+    lines = longest_rows(parsed({**choice.settings, "train.micro_batch": (1, "")}), base, ranks)
+    line = next((line for line in lines if line.tokens >= wanted), max(lines, key=lambda line: line.tokens))
+    if (length := min(wanted, line.tokens)) <= shorter:
+        return choice
+    groups = choice.gpus // line.settings.get("sharding.sequence_parallel", 1)
+    why = f"for rows of {length:,} tokens; `capstan plan --longest` has what each setting buys"
+    about = f"tokens of a packed row: one of the first documents has about {longest:,}; longer ones are cut"
+    settings = {
+        **choice.settings,
+        **_rows(length, groups, 1, tokens),
+        **{name: (value, why) for name, value in line.settings.items() if name != "train.micro_batch"},
+        "data.sequence_length": (length, about),
+    }
+    return Choice(settings, _plan(settings, base, machine, choice.gpus), choice.gpus)
 
 
 def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool:

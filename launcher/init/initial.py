@@ -3,20 +3,23 @@
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.commented import yaml_text
-from launcher.importing.sources import is_hub_id
-from launcher.init.choice import GIB, Choice, Machine, Setting, choose, parsed
+from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
+from launcher.init.commented import yaml_text
 from launcher.init.goals import GOALS
+from launcher.init.importing.sources import is_hub_id
 from launcher.init.templates import template_for
 from trainer.base.base import Description
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
-from trainer.data.compile.inputs import check_sources
-from trainer.data.compile.length import epoch_length
-from trainer.data.source.files import unusable
+from trainer.data.compile.inputs import check_sources, find_train
+from trainer.data.compile.length import BYTES_A_TOKEN, epoch_length
+from trainer.data.format.left_out import strings_of
+from trainer.data.source.files import is_of_hub, unusable
+from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown
 from trainer.plan.gpus import read_gpu
 from trainer.processes.devices import described_gpus
@@ -29,6 +32,7 @@ _LARGE = 13e9
 # A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over more often.
 _STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
 _EVALUATIONS = 10
+_ROWS_SEEN = 256  # of each file, whose longest one says how long rows should be
 _LITTLE, _FEW_HELD_OUT = 1_000_000, 0.1  # tokens, and share of rows
 
 
@@ -109,6 +113,8 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     )
     step = goal.tokens if tokens is None else max(1, min(goal.tokens, tokens // _STEPS_OF_EPOCH))
     chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=step)
+    if longest := _longest_document(parsed(given)):
+        chosen = lengthened(chosen, base, machine, step, longest)
     chosen.settings.update(_length(chosen, tokens))
     settings = {**chosen.settings, **_cluster(answers, machine, chosen)}
     values = {name: value for name, (value, _) in settings.items()}
@@ -132,12 +138,25 @@ def _tokens_of_epoch(config: Config, files: Path | None) -> int | None:
     return found.tokens if found else None
 
 
+def _longest_document(config: Config) -> int | None:
+    """About how many tokens the longest of the data's first rows has; None where they cannot be seen from here."""
+    if any(is_of_hub(source) for source in config.data.train):
+        return None
+    try:
+        files = find_train(config).files
+        seen = [row for file in files for _, row in islice(rows(file, lambda _: None), _ROWS_SEEN)]
+    except CapstanError:
+        return None
+    characters = (sum(map(len, strings_of(row))) for row in seen)
+    return max(characters, default=0) // BYTES_A_TOKEN
+
+
 def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
     """Passes over the data and how often the run is evaluated, by how many steps an epoch of the data has."""
     if tokens is None:
         return {"eval.every": (50, "steps; before the first one too")}
-    rows, length = (chosen.settings[name][0] for name in ("train.global_batch", "data.sequence_length"))
-    steps = max(1, round(tokens / (rows * length)))
+    in_step, length = (chosen.settings[name][0] for name in ("train.global_batch", "data.sequence_length"))
+    steps = max(1, round(tokens / (in_step * length)))
     epochs = min(_MOST_EPOCHS, -(-_FEWEST_STEPS // steps))
     every = max(1, round(steps * epochs / _EVALUATIONS))
     return {

@@ -16,7 +16,7 @@ from trainer.run import layout
 from trainer.run.folder import name_of, run_config
 from trainer.run.records import Record, edge_records, starts_in
 from trainer.run.segments import streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16

@@ -19,7 +19,7 @@ from trainer.plan.plan import make_plan
 from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.processes.patience import patiently
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 # A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
 _STORE_SECONDS = 3.0

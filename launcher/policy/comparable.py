@@ -12,7 +12,7 @@ from trainer.config.data import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.config.sweep import TRAIN
 from trainer.errors import ConfigError
-from trainer.objective.objective import find_objective
+from trainer.tuning.objective.objective import find_objective
 
 LOSS = "loss"
 _BETTER_WHEN_HIGH = ("reward_accuracy", "reward_margin", "accuracy", "macro_f1")

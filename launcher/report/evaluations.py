@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from trainer.errors import NOT_JSON
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 M = TypeVar("M", bound=BaseModel)

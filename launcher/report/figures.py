@@ -24,10 +24,10 @@ from launcher.report.trained import (
     trained_figures,
 )
 from launcher.view.status import read_status
-from trainer.checkpoint.listing import committed_steps
 from trainer.run.folder import name_of
 from trainer.run.records import Record
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store
 
 _COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""

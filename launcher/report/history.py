@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from launcher.report.curves import Columns
 from trainer.run.records import Lifetime, Record, generations, read_records
 from trainer.run.settings import Change
-from trainer.store import Store
+from trainer.store.store import Store
 
 _NO_END = "it ended without a word, killed or with its machine"
 PARTS = ("launch", "load", "restore")

@@ -15,7 +15,7 @@ from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.folder import command
 from trainer.run.records import generations
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 @dataclass(frozen=True)

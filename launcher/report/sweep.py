@@ -15,7 +15,7 @@ from launcher.report.plots import Axis, Plot, scatter
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
 from trainer.config.sweep import LOG_UNIFORM
 from trainer.run.folder import run_config, store_of
-from trainer.store import Store
+from trainer.store.store import Store
 
 _OVERLAID = 7
 """Trials whose curves are drawn over each other: as many as have colours of their own."""

@@ -12,14 +12,14 @@ import yaml
 
 from launcher.report.history import History
 from launcher.view.compiling import describe_left_out
-from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests
+from trainer.config.reading.yaml_reader import read_yaml
 from trainer.config.secrets import masked
-from trainer.config.yaml_reader import read_yaml
 from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import NOT_JSON, ConfigError, NotFound, StorageError
 from trainer.run import layout
 from trainer.run.folder import name_of, store_of
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests
+from trainer.store.store import Store
 
 _UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
 _COUNTS = {

@@ -18,15 +18,14 @@ from typing import Any
 
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from launcher.console import Terminal
-from launcher.ray.cluster import local_ray
+from launcher.cluster.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.command import Command
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.check import anchored
+from launcher.view.console import Terminal
 from launcher.view.status import read_generation
 from trainer.base.find.locate import describe_base
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
 from trainer.data.source.files import expand
 from trainer.data.source.reading import rows
@@ -34,7 +33,8 @@ from trainer.errors import CapstanError, DataError, DoesNotFit
 from trainer.export.figures import Proof
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import local_gpus
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store, open_store
 
 COMMIT_EVERY, KILL_AFTER = 5, 6
 SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.console import Terminal
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, split
+from launcher.view.console import Terminal
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
 from trainer.config import Model

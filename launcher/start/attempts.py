@@ -11,7 +11,6 @@ from functools import partial
 
 from launcher.policy import retry
 from launcher.start.stopping import stop_if_asked
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded
@@ -20,7 +19,8 @@ from trainer.run.background import say
 from trainer.run.folder import command
 from trainer.run.owner import Ownership
 from trainer.run.records import generations, newest_records, record_end, record_restart
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store
 
 _LOOK_SECONDS = 2.0
 

@@ -13,9 +13,6 @@ from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
 from trainer.base.find.locate import base_at_hand, is_hub_id
-from trainer.checkpoint.identity import check_identity
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
@@ -23,16 +20,19 @@ from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
-from trainer.objective.objective import find_objective
-from trainer.resolve import Resolved, mismatches, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
 from trainer.run.trackers.services import check_trackers
-from trainer.store import Store, open_run_store
+from trainer.state.checkpoint.identity import check_identity
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import readable_manifests
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store.store import Store, open_run_store
 from trainer.tuning.beginning import starting_at
 from trainer.tuning.method import method_of
-from trainer.zero.policy import build_deepspeed_config
+from trainer.tuning.objective.objective import find_objective
 
 
 def anchored(config: Config) -> Config:

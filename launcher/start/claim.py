@@ -16,7 +16,7 @@ from trainer.run.folder import run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.records import generations
 from trainer.run.settings import changes
-from trainer.store import Store
+from trainer.store.store import Store
 
 _WRITTEN = (layout.CONFIG, layout.SUBMITTED, layout.SNAPSHOT, layout.STOP, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
 """The keys that a start writes or takes away before its first rank."""

@@ -17,9 +17,9 @@ from trainer import errors
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
-from trainer.files.scratch import scratch_folder
 from trainer.processes import children
 from trainer.run.owner import Ownership
+from trainer.store.scratch import scratch_folder
 
 _WORDS = 300
 

@@ -1,12 +1,12 @@
 """A stop that is asked for while no rank is there to commit, so that the start itself has to end."""
 
-from trainer.checkpoint.listing import committed_steps
 from trainer.errors import NothingCommitted, Stopped
 from trainer.run.folder import command
 from trainer.run.owner import ended_waiting
 from trainer.run.records import record_end
 from trainer.run.requests import read_stop
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store
 
 
 def stop_if_asked(folder: Store, when: str) -> None:

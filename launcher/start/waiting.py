@@ -10,7 +10,7 @@ from trainer.errors import DataError
 from trainer.processes.siblings import Siblings
 from trainer.run.folder import run_folder
 from trainer.run.owner import OwnerWatch
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
 
 _LOOK_SECONDS = 2.0
 

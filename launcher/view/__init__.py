@@ -1,1 +1,1 @@
-"""Views of a run's folder: status, logs, checkpoints, tables."""
+"""Views of a run's folder on a terminal: status, logs, checkpoints, tables."""

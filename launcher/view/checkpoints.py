@@ -10,14 +10,14 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from launcher.console import Terminal
+from launcher.view.console import Terminal
 from launcher.view.folded import FoldedTable
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
-from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.run.folder import run_config
 from trainer.run.lines import duration
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
+from trainer.state.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, TaskID
 from rich.progress import Progress as Bars
 
-from launcher.console import Terminal, description, time_left
+from launcher.view.console import Terminal, description, time_left
 from trainer.data.compile.compile import Progress
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.format.left_out import in_words

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from launcher.terminal import visible
+from launcher.view.terminal import visible
 
 
 class FoldedTable(Table):

@@ -10,7 +10,7 @@ from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.records import RunReader, generations
 from trainer.run.segments import streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 def follow_lines(

@@ -17,7 +17,7 @@ from trainer.run.lines import duration
 from trainer.run.owner import last_owner
 from trainer.run.records import edge_records, last_written, starts_in
 from trainer.run.segments import Segment, streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 _EDGE_BYTES = 2**17
 _RUNS_AT_A_TIME = 16

@@ -9,7 +9,7 @@ from launcher.view.tail import poll_seconds
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.segments import Appended, Segment, read_stream, streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 def read_log(folder: Store, rank: int, generation: int | None = None) -> str:

@@ -7,7 +7,7 @@ from itertools import compress
 
 from trainer.errors import ConfigError, shown
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 _REQUESTS_AT_A_TIME = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be

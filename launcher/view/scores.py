@@ -9,7 +9,7 @@ from trainer.config.sweep import TRAIN
 from trainer.run import layout
 from trainer.run.records import Record, RunReader
 from trainer.run.segments import streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 _SMOOTHED_STEPS = 10
 """The training loss is a mean over so many steps, since that of one step is that of its few rows."""

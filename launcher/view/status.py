@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from launcher.view.sparkline import Thinned
-from trainer.checkpoint.listing import newest_commit
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -22,7 +21,8 @@ from trainer.run.folder import command, run_config
 from trainer.run.owner import read_owner
 from trainer.run.records import Lifetime, Record, RunReader, last_written, read_records
 from trainer.run.segments import streams
-from trainer.store import Store
+from trainer.state.checkpoint.listing import newest_commit
+from trainer.store.store import Store
 
 State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 

@@ -12,10 +12,10 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher.console import Terminal
 from launcher.policy.comparable import Metric
 from launcher.policy.sensitivity import Sensitivity, sensitivities
 from launcher.policy.trials import SearchPlan, Trial, in_words, word
+from launcher.view.console import Terminal
 from launcher.view.folded import FoldedTable
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
@@ -26,7 +26,7 @@ from trainer.run import layout
 from trainer.run.folder import command, run_config, store_of
 from trainer.run.owner import last_owner
 from trainer.run.requests import read_stop, stop_requester
-from trainer.store import Store
+from trainer.store.store import Store
 
 BY = "capstan sweep"
 """The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""

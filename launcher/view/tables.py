@@ -9,14 +9,14 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from launcher.console import Terminal
+from launcher.view.console import Terminal
 from launcher.view.folded import facts
 from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
 from trainer.errors import StorageError
 from trainer.run.lines import duration
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 def render(status: RunStatus) -> RenderableType:

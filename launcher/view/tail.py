@@ -1,6 +1,6 @@
 """How often a view of a run looks again."""
 
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 def poll_seconds(folder: Store) -> float:

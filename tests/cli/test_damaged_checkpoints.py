@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Capstan
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 

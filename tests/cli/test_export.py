@@ -13,11 +13,11 @@ from tests.cli.conftest import Capstan
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, parse_config
 from trainer.export.figures import Proof
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -166,7 +166,7 @@ if sys.argv[0] == "trainer.export":
     import json
     import torch
     import safetensors.torch
-    from trainer.store import Store
+    from trainer.store.store import Store
     change = change_settings = lambda given: given
     save, create = safetensors.torch.save, Store.create
     safetensors.torch.save = lambda weights, metadata: save(change(weights), metadata)

@@ -12,7 +12,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
 from trainer.config import dump_config
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ from tests.hub import READER, TOKEN, Hub, serve_hub
 from tests.material import Workshop, commit
 from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 pytestmark = pytest.mark.timeout(900)
 

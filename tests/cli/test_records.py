@@ -17,9 +17,9 @@ from launcher.view.logs import read_log
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
-from trainer.checkpoint.manifest import committed_steps
 from trainer.config import dump_config
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import committed_steps
 
 pytestmark = pytest.mark.long
 

@@ -21,8 +21,8 @@ for package in (launcher, trainer):
             print(importlib.import_module(module.name).__file__)
 """
 READ_FILES = """
-from trainer.zero.policy import policy_names
-from launcher.slurm.script import _BODY
+from trainer.state.zero.policy import policy_names
+from launcher.cluster.slurm.script import _BODY
 print(*policy_names(), _BODY.read_text().splitlines()[0])
 """
 

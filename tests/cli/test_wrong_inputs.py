@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.material import Workshop, commit
 from trainer.config import dump_config
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def refused(done, exit_code: int, *words: str) -> None:

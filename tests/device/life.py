@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.device.pretended import install
 from tests.dist import runs
-from trainer import ranks
 from trainer.model.offload import Offload
+from trainer.processes import ranks
 
 
 def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def logits(library: str, run: str, step: int, scratches: list[str | None]) -> li
     if library:
         install(Path(library))
     from trainer.export.proof.verify import Trained
-    from trainer.store import open_store
+    from trainer.store.store import open_store
 
     found = list[list[float]]()
     for scratch in scratches:

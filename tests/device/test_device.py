@@ -33,7 +33,7 @@ from tests.needs import need
 from trainer.config import Config, dump_config
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 STEPS, LAYERS = 3, 4
@@ -182,8 +182,12 @@ def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
         assert found == pytest.approx(expected, abs=2e-2)
 
 
-GATHER, CHECKPOINTS, ACCELERATOR = "trainer.zero.gather", "trainer.checkpoint.checkpoints", "trainer.accelerator"
-ENGINE, OFFLOAD, RANKS = "trainer.zero.engine", "trainer.model.offload", "trainer.ranks"
+GATHER, CHECKPOINTS, ACCELERATOR = (
+    "trainer.state.zero.gather",
+    "trainer.state.checkpoint.checkpoints",
+    "trainer.processes.accelerator",
+)
+ENGINE, OFFLOAD, RANKS = "trainer.state.zero.engine", "trainer.model.offload", "trainer.processes.ranks"
 SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._device))"
 
 

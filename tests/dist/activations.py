@@ -4,12 +4,12 @@ from collections import Counter
 from typing import Any
 
 from tests.dist import gradients
-from trainer import ranks as ranks_module
-from trainer.assemble import settle
 from trainer.config import parse_config, training
 from trainer.model import nf4, tiled
-from trainer.ranks import join
-from trainer.resolve import resolve
+from trainer.plan.assemble import settle
+from trainer.plan.resolve import resolve
+from trainer.processes import ranks as ranks_module
+from trainer.processes.ranks import join
 
 LAYERS = 3
 

@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import LoadReport
-from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
-from trainer.checkpoint.identity import Identity
 from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.order.stream import Stream, train_stream
 from trainer.model.attention import Attention
-from trainer.objective.objective import Objective
+from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.plan import choose_scope
-from trainer.ranks import Ranks, join
-from trainer.resolve import Resolved
+from trainer.plan.resolve import Resolved
+from trainer.processes.ranks import Ranks, join
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.identity import Identity
+from trainer.state.zero.engine import Engine
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store.store import Store, open_store
 from trainer.train.horizon import Horizon
 from trainer.train.loop import Training
 from trainer.train.start import Start
-from trainer.zero.engine import Engine
-from trainer.zero.policy import build_deepspeed_config
+from trainer.tuning.objective.objective import Objective
 
 LIMIT = timedelta(seconds=1500)  # of collectives: neither gloo's own nor NCCL's
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.dist.gradients import plain_base, plain_step
 from trainer.config import parse_config
-from trainer.section import part
+from trainer.config.section import part
 from trainer.tuning.bottleneck.settings import BottleneckSettings
 
 

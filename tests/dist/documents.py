@@ -13,10 +13,10 @@ from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart, recomputed
 from trainer.model.packed import PackedModel
-from trainer.ranks import join
-from trainer.zero.engine import Engine
-from trainer.zero.partition import Partitioner
-from trainer.zero.policy import build_deepspeed_config
+from trainer.processes.ranks import join
+from trainer.state.zero.engine import Engine
+from trainer.state.zero.partition import Partitioner
+from trainer.state.zero.policy import build_deepspeed_config
 
 # The documents of each rank's row, step by step: another number on every rank, and in every step.
 ROWS = (((19, 30, 11, 4), (50, 14)), ((64,), (7, 8, 9, 40)))

@@ -11,12 +11,12 @@ from torch.distributed import distributed_c10d
 from tests.dist.assembled import STATES, assemble_run
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import Position
+from trainer.state.zero.engine import zero_init
 from trainer.train.loop import train
-from trainer.zero.engine import zero_init
 
 
 def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
-    """The internals that trainer/zero/engine.py takes from DeepSpeed, compared with DeepSpeed's public functions."""
+    """The internals that trainer/state/zero/engine.py takes from DeepSpeed, compared with DeepSpeed's public functions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     here = assemble_run(parse_config(config_text), fingerprint)

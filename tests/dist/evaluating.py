@@ -13,7 +13,7 @@ from trainer.evaluate.ask import Ask
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.export.write.adapter import export_adapter
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def answers(asks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,10 +7,10 @@ from tests import material
 from tests.dist.faults import each_fault
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
-from trainer.checkpoint.manifest import problems_of, read_manifest
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import problems_of, read_manifest
+from trainer.store.store import Store, open_store
 
 # Exports: of the adapter, and merged. Each with the file without which nothing loads what it has left.
 

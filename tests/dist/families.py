@@ -21,17 +21,17 @@ from tests.experts import multiply_expert_by_expert
 from tests.material import SIZES
 from tests.nf4 import decoded
 from trainer.base.load.load import DTYPES
-from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.order.micro_batch import Position
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model.nf4 import Packed
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import open_store
 from trainer.train.loop import train
 
 

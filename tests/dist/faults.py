@@ -15,18 +15,18 @@ from torch import Tensor
 from tests.dist.assembled import STATES
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
-from trainer.checkpoint.checkpoints import Checkpoints, CommitHooks
-from trainer.checkpoint.identity import Identity
-from trainer.checkpoint.learner import TrainablePartition
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
-from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
 from trainer.export.write.learnt import master_weights
-from trainer.ranks import Ranks, join
+from trainer.processes.ranks import Ranks, join
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.identity import Identity
+from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
+from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.store.store import Store, open_store
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj.lora_A.default.weight": (3, 7),

@@ -17,8 +17,8 @@ from tests.dist import traffic
 from tests.dist.assembled import Assembled, assemble_run
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import MicroBatch
-from trainer.ranks import join
-from trainer.zero import gather
+from trainer.processes.ranks import join
+from trainer.state.zero import gather
 
 TOKENS = 16
 

@@ -14,13 +14,13 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, parse_config
+from trainer.config.section import part
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.stream import train_stream
 from trainer.export.proof import plain
-from trainer.objective.sft.settings import SftSettings
-from trainer.section import part
 from trainer.train.loop import train
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.sft.settings import SftSettings
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:

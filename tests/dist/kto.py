@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tests.dist.gradients import plain_base
 from tests.dist.preference import adapt, answer
 from trainer.config import override, parse_config
-from trainer.objective.kto.settings import KtoSettings
-from trainer.section import part
+from trainer.config.section import part
+from trainer.tuning.objective.kto.settings import KtoSettings
 
 # A name -> the settings of the objective.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -16,19 +16,19 @@ from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
 from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized
-from trainer.assemble import checksums
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions.filling import Quantize, as_tensor
 from trainer.config import Config, override, parse_config
 from trainer.errors import StorageError
-from trainer.files.safetensors_index import numel
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.nf4 import FrozenLinear4bit, Packed
-from trainer.ranks import join
-from trainer.store import Store
-from trainer.zero.policy import build_deepspeed_config
+from trainer.plan.assemble import checksums
+from trainer.processes.ranks import join
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store.safetensors_index import numel
+from trainer.store.store import Store
 
 
 def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """How much memory a load, a step, a whole training and an export take."""
 
+import gc
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.dist import runs
-from tests.dist.assembled import assemble_run
-from trainer import store
+from tests.dist.assembled import Assembled, assemble_run
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions import reading
-from trainer.checkpoint import shard
 from trainer.config import parse_config
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.export.write import merged
@@ -21,10 +21,12 @@ from trainer.export.write.merged import export_merged
 from trainer.model import nf4
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import FrozenLinear4bit
-from trainer.ranks import join
-from trainer.store import open_store
-from trainer.zero.engine import Engine
-from trainer.zero.policy import build_deepspeed_config
+from trainer.processes.ranks import join
+from trainer.state.checkpoint import shard
+from trainer.state.zero.engine import Engine
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store import store
+from trainer.store.store import open_store
 
 
 def load_memory(config_text: str) -> dict[str, Any]:
@@ -76,16 +78,40 @@ def row_memory(config_text: str, lengths: list[int]) -> list[int]:
     with reading.freed_memory_given_back():
         here, parts, grown = assemble_run(config), config.sharding.sequence_parallel, list[int]()
         for length in (lengths[0], *lengths):  # the first pass finds out in which order parameters are used
-            tokens = torch.arange(length, dtype=torch.int32)[None] % 250
-            borders = torch.tensor([0, length], dtype=torch.int32)
-            positions = torch.arange(length, dtype=torch.int32)[None]
-            row = MicroBatch(tokens, tokens, positions, borders, length, length, length, (), ())
             before = _peak_from_here()
-            mine = row if parts == 1 else row.cut(here.ranks.rank % parts, parts)
-            here.engine.backward(here.engine.loss(mine) / length, last=True)
+            _pass_through(here, length, parts)
             grown.append(_memory("VmHWM") - before)
-            here.engine.step(1e-6)
     return grown[1:]
+
+
+def longest_row(config_text: str, memory: int, longest: int) -> int:
+    """The longest document, of at most `longest` tokens, whose step this process can make with `memory` bytes beyond those that it has before the
+    base is loaded: bisected by steps, in 64ths of `longest`."""
+    config = parse_config(config_text)
+    reading._GLIBC_DEFAULT_LIMIT = 2**20
+    with reading.freed_memory_given_back():
+        step = longest // 64
+        _pass_through(assemble_run(config), step, 1)  # whatever is imported on the way is there then
+        gc.collect()
+        before, here = _peak_from_here(), assemble_run(config)
+
+        def is_too_long(steps: int) -> bool:
+            _peak_from_here()
+            _pass_through(here, steps * step, 1)
+            return _memory("VmHWM") - before > memory
+
+        return step * bisect_right(range(1, 65), False, key=is_too_long)
+
+
+def _pass_through(here: Assembled, length: int, parts: int) -> None:
+    """A step over one document of so many tokens, or this rank's slice of it."""
+    tokens = torch.arange(length, dtype=torch.int32)[None] % 250
+    borders = torch.tensor([0, length], dtype=torch.int32)
+    positions = torch.arange(length, dtype=torch.int32)[None]
+    row = MicroBatch(tokens, tokens, positions, borders, length, length, length, (), ())
+    mine = row if parts == 1 else row.cut(here.ranks.rank % parts, parts)
+    here.engine.backward(here.engine.loss(mine) / length, last=True)
+    here.engine.step(1e-6)
 
 
 def training_memory(config_text: str, fingerprint: str) -> int:

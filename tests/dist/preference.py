@@ -13,8 +13,8 @@ from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
-from trainer.objective.objective import find_objective
 from trainer.train.loop import train
+from trainer.tuning.objective.objective import find_objective
 
 # A name -> the settings of the objective.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

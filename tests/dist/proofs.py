@@ -18,7 +18,7 @@ from trainer.export.proof.recoded import prove_recoded
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def together(_device: str, work: Callable[..., Any], *arguments: Any) -> Any:

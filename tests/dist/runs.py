@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from trainer.assemble import join_run
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.data.order.micro_batch import Position
 from trainer.errors import CapstanError
+from trainer.plan.assemble import join_run
+from trainer.processes.ranks import join
 from trainer.rank import run_rank
-from trainer.ranks import join
 from trainer.run import layout
-from trainer.store import Store, open_store
-from trainer.zero.engine import Engine
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store, open_store
 
 
 def run(
@@ -34,15 +34,17 @@ def run(
 ) -> dict[str, Any]:
     """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
 
-    hold: after the commit of step 5 showed up, no rank finishes another step.
+    hold: after the first commit showed up, no rank finishes another step; resume_hold: so after the second in a run that goes on.
     terminate: rank 1 alone gets SIGTERM in its third step.
     poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number.
     stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by collectives
     that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
     """
     config = parse_config(config_text)
-    if how == "hold":
-        _hold_after(open_store(config.run.store).sub(config.run.name), step=5)
+    if how in ("hold", "resume_hold"):
+        every = config.checkpoint.every_steps
+        assert every
+        _hold_after(open_store(config.run.store).sub(config.run.name), step=every if how == "hold" else 2 * every)
     if how == "terminate" and os.environ["RANK"] == "1":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if how == "poison":
@@ -54,7 +56,7 @@ def run(
     if how == "freeze" and os.environ["RANK"] == "0":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     datasets = Datasets(fingerprint, eval_fingerprint, epochs or (), sets or {}) if os.environ["RANK"] == "0" else None
-    return outcome_of(lambda: run_rank(config, datasets, resume=how == "resume"))
+    return outcome_of(lambda: run_rank(config, datasets, resume=how.startswith("resume")))
 
 
 def meet(seconds: float, absent: list[int]) -> str:

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from trainer import objective, tuning
+from trainer import tuning
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.rank import run_rank
+from trainer.tuning import objective
 
 TOYS = Path(__file__).parents[1] / "toys"
 

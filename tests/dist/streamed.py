@@ -13,7 +13,7 @@ from trainer.export.proof.verify import Trained
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model.parts import decoder_layers
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def compared(runs: dict[str, str], folder: str) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop, make_base
 from trainer.base.load.cache import open_cache
 from trainer.config import dump_config
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 KINDS = ("llama", "mixtral")
 

@@ -17,7 +17,6 @@ from launcher.view.status import read_generation
 from tests.dist import runs
 from tests.dist.launch import launch
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import open_chapters
@@ -25,7 +24,8 @@ from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store, open_store
 
 BEFORE = Path(__file__).parents[1] / "golden/before"
 FACTS = json.loads((BEFORE / "facts.json").read_text(encoding="utf-8"))

@@ -15,14 +15,14 @@ from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import open_store
 
 FP32 = ("model.dtype=fp32", "data.sequence_length=96")
 DPO = (

@@ -20,14 +20,14 @@ from tests.dist.test_gradients import distance
 from tests.families import rows
 from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 from trainer.tuning.method import find_method
 
 ROOT = Path(__file__).parents[2]

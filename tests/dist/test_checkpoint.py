@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tests.dist import faults, saving
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first
 

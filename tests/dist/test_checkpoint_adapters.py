@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.retention import Retention, plan_removal, remove
 from trainer.config import dump_config
 from trainer.export.write import checkpoint_adapters as beside
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.checkpoint_adapters import AdapterWriter
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

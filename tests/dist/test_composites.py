@@ -13,7 +13,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model, dump_config
 from trainer.export.figures import Proof
-from trainer.files.safetensors_index import Joined, TensorSource, numel
+from trainer.store.safetensors_index import Joined, TensorSource, numel
 
 pytestmark = pytest.mark.long
 

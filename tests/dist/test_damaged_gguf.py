@@ -12,7 +12,6 @@ from gguf import GGUFReader, Keys
 
 from tests.dist.test_gguf import exported, workshop_of
 from tests.material import commit
-from trainer.checkpoint.manifest import read_manifest
 from trainer.errors import CapstanError
 from trainer.export.format import find_format
 from trainer.export.formats import gguf as gguf_format
@@ -20,7 +19,8 @@ from trainer.export.gguf.proof import _check_texts
 from trainer.export.proof.rendering import trained_texts
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 

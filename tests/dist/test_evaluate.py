@@ -22,7 +22,7 @@ from trainer.config import dump_config
 from trainer.evaluate.tasks import task_specs
 from trainer.run import layout
 from trainer.run.evaluations import FEWEST
-from trainer.store import Store
+from trainer.store.store import Store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TEXTS = ["a bee and a cat", "the jay saw an emu", "dog", "two hens, one fox: none left", "an ant is not an ibis"]

@@ -10,8 +10,8 @@ from tests.dist import runs
 from tests.dist.launch import launch
 from tests.families import rows
 from tests.material import Workshop, make_data, make_labelled, make_pairs
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import Config, dump_config, load_config
+from trainer.state.checkpoint.listing import committed_steps
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

@@ -24,7 +24,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 # A base -> sizes that torch's grouped products take; transformers' default experts take no others.
 SIZES: dict[str, dict[str, Any]] = {

@@ -15,8 +15,6 @@ from launcher.smoke.local_s3 import S3Server
 from tests.dist import proofs, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, quantize_base
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export.figures import Proof
@@ -24,7 +22,9 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture(scope="module")

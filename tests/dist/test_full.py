@@ -19,8 +19,6 @@ from tests.dist.test_resume import losses
 from tests.families import rows
 from tests.material import Workshop, commit, make_base
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.identity import check_identity
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import Proof
@@ -29,11 +27,13 @@ from trainer.export.proof.same_bytes import check_again
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
-from trainer.files.safetensors_index import read_index
 from trainer.plan.plan import make_plan
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.identity import check_identity
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.safetensors_index import read_index
+from trainer.store.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")
 LORA = ("tuning.method=lora", "optim.lora_plus_ratio=2", "quant.type=nf4", "optim.lr=1e-2")

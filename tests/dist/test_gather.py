@@ -11,7 +11,7 @@ from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.plan.plan import make_plan
-from trainer.zero.policy import build_deepspeed_config
+from trainer.state.zero.policy import build_deepspeed_config
 
 LAYERS = 6
 

@@ -15,7 +15,7 @@ from tests.dist.test_linear_adapters import adapting
 from tests.material import Workshop, byte_tokenizer, commit
 from trainer.config import dump_config
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 pytestmark = pytest.mark.timeout(900)
 METHODS = ("lora", "prefix", "prompt")

@@ -24,7 +24,7 @@ from trainer.export.proof import verify
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.export.written import ExportProgress, Written
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 
@@ -122,6 +122,25 @@ def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: S
     assert proof.sentence().startswith("its predictions in llama.cpp against the merged model's in transformers: KL ")
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "rope_type: linear, factor: 4.0",
+        "rope_type: yarn, factor: 4.0, original_max_position_embeddings: 16",
+        "rope_type: llama3, factor: 4.0, original_max_position_embeddings: 16, low_freq_factor: 1.0, high_freq_factor: 4.0",
+    ],
+)
+def test_scaled_positions_are_those_of_the_file(tmp_path: Path, scaling: str) -> None:
+    workshop, found = workshop_of(tmp_path, "llama"), dict[str, Tensor]()
+    for name, settings in (("scaled", [f"model.rope_scaling={{{scaling}}}"]), ("plain", [])):
+        commit(workshop.store.sub(name), workshop.config(name, "tuning.rank=4", *settings), 4)
+        export_merged(workshop.store.sub(name), open_store(str(tmp_path / f"{name}-merged")), 4)
+        found[name] = in_transformers(loaded(tmp_path / f"{name}-merged"))
+    exported(workshop.store.sub("scaled"), tmp_path / "gguf", "gguf", "types=[f32]")
+    in_file = in_llama_cpp(tmp_path / "gguf/scaled-f32.gguf")
+    assert difference(in_file, found["scaled"]) < 1e-2 < difference(found["scaled"], found["plain"])
+
+
 def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "peft")), 4)
     exported(run, tmp_path / "lora", "gguf-adapter")
@@ -150,11 +169,17 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     for name, *settings in (
         ["done"],
         ["dora", "tuning.method=dora"],
+        [
+            "longrope",
+            "data.packing=false",
+            f"model.rope_scaling={{rope_type: longrope, factor: 4.0, short_factor: {[1.0] * 8}, long_factor: {[4.0] * 8}}}",
+        ],
         ["full", "tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none"],
     ):
         commit(workshop.store.sub(name), workshop.config(name, *settings))
     assert "does not know this base's tokenizer" in refusal("gguf")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"], "the merged model was left behind"
+    assert "the factors of rope_type: longrope for Phi-3 alone" in refusal("gguf", name="longrope")
     assert "and this is DoRA. Export the merged model" in refusal("gguf-adapter", name="dora")
     assert "there is no adapter" in refusal("gguf-adapter", name="full")
     assert "Input should be 'f32', 'f16', 'bf16' or 'q8_0'" in refusal("gguf", "types=[q4]")

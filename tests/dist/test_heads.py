@@ -9,13 +9,13 @@ import pytest
 from tests.dist import evaluating, heads, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_classified, make_pairs, make_tagged
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.data.compile.inputs import with_labels
 from trainer.export.proof.verify import prove_adapter
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 CLASSES = ["bad", "good", "so-so"]
 

@@ -25,7 +25,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 METHODS = ("dora", "ia3")
 EXAMPLES = Path(__file__).parents[2] / "examples"

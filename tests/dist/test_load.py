@@ -15,7 +15,7 @@ from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
 from trainer.config import dump_config
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 # World size, and ranks of one "node" where the base is sharded inside a node only.
 WORLDS = [(3, None), (4, 2), *(pytest.param((ranks, None), marks=pytest.mark.long) for ranks in (1, 2, 4))]

@@ -10,10 +10,10 @@ import pytest
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
-from trainer import ranks
 from trainer.config import dump_config
 from trainer.errors import CapstanError
-from trainer.ranks import join
+from trainer.processes import ranks
+from trainer.processes.ranks import join
 
 
 def test_ranks_that_all_come_are_together() -> None:

@@ -21,8 +21,8 @@ from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.files.safetensors_index import INDEX_FILE, read_index
-from trainer.store import PART_BYTES, Store, open_store
+from trainer.store.safetensors_index import INDEX_FILE, read_index
+from trainer.store.store import PART_BYTES, Store, open_store
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from tests.dist.test_gradients import distance
 from tests.dist.test_merge import merged_by_peft
 from tests.families import rows
 from tests.material import Workshop, commit, make_base
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import whole_checkpoint
+from trainer.store.store import Store, open_store
 
 # Name -> base, method, and the modules that learn.
 CASES = {

@@ -19,14 +19,14 @@ from tests.dist.test_resume import losses
 from tests.families import rows
 from tests.material import Workshop, make_pairs
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config, override
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.plan.plan import make_plan
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import open_store
 
 PAIRS = 12
 # world size, micro_batch and packing. Without packing each of the 12 pairs has a row, with it 8 rows hold them.

@@ -16,7 +16,7 @@ from tests.material import make_base, make_policy
 from tests.pages import ROOT, blocks_of
 from trainer.config import dump_config, load_config
 from trainer.data.compile.prepare import prepare
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
 
 (BLOCK,) = (block.text for block in blocks_of(ROOT / "README.md") if block.text.startswith("# my-run.yaml"))
 ROWS = 30

@@ -21,8 +21,8 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.write.merged import export_merged
 from trainer.export.written import ExportProgress, Written
-from trainer.files.safetensors_index import numel
-from trainer.store import Store, open_store
+from trainer.store.safetensors_index import numel
+from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
 

@@ -16,7 +16,7 @@ from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import prepare_start
 from trainer.data.dataset.references import References, read_references, write_references
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 DPO = (
     "objective.name=dpo",

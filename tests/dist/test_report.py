@@ -21,7 +21,7 @@ from tests.dist.launch import launch, running
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 pytestmark = pytest.mark.long
 

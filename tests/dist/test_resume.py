@@ -10,11 +10,11 @@ import pytest
 from tests.dist import runs
 from tests.dist.launch import launch, running
 from tests.material import Workshop
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, dump_config
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
 
 TOLERANCE = 1e-3  # nats, at another world size
 

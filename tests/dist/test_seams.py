@@ -11,15 +11,16 @@ from tests.dist import seams
 from tests.dist.launch import launch
 from tests.dist.seams import TOYS
 from tests.material import Workshop, tuning_misfits
-from trainer import objective, tuning
+from trainer import tuning
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
-from trainer.files.safetensors_index import numel
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.store.safetensors_index import numel
+from trainer.store.store import open_store
+from trainer.tuning import objective
 
 CONSTANT = ("optim.schedule=constant", "optim.warmup_steps=0", "checkpoint.every_steps=3")
 

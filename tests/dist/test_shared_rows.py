@@ -12,10 +12,10 @@ from tests.dist.test_gradients import distance
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
 from trainer.base.find.locate import describe_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config
 from trainer.plan.plan import make_plan
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import read_manifest
 
 TOLERANCE = 1e-5
 PAIRS = ("objective.name=dpo", "data.format=preference")
@@ -86,30 +86,56 @@ def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("later", [1, 4])
-def test_a_run_whose_rows_two_ranks_shared_goes_on_with_others_and_evaluates_alike(
-    workshop: Workshop, later: int
+def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None:
+    ways: dict[str, tuple[str, ...]] = {
+        "full": ("tuning={method: full}", "quant.type=none"),
+        "some": ("tuning={method: full, train: [layers.1]}", "quant.type=none"),
+        "dora": ("tuning.method=dora",),
+        "ia3": ("tuning={method: ia3}",),
+        "bottleneck": ("tuning={method: bottleneck}",),
+        "tokens": ("model.add_tokens=[he, ant]",),
+        "modules": ("tuning.modules_to_save=[embed_tokens, lm_head]",),
+    }
+    steps = dict[int, list[float]]()
+    for ranks in (1, 2):
+        loads = list[tuple[str, str, str]]()
+        for name, settings in ways.items():
+            shared = f"sharding.sequence_parallel={ranks}"
+            config = workshop.config(f"{name}-{ranks}", *settings, shared, "model.dtype=fp32", "train.global_batch=2")
+            data = workshop.prepare(config).train
+            loads.append((dump_config(config), data, str(tmp_path / f"{name}-{ranks}.safetensors")))
+        steps[ranks] = launch(ranks, gradients.first_steps, loads, timeout=600.0)[0]
+    assert steps[2] == pytest.approx(steps[1], rel=TOLERANCE)
+    for name in ways:
+        alone, shared = (load_file(tmp_path / f"{name}-{ranks}.safetensors") for ranks in (1, 2))
+        assert distance(shared, alone) < TOLERANCE, name
+
+
+@pytest.mark.long
+def test_a_run_whose_rows_two_ranks_shared_goes_on_with_four_and_with_one_and_evaluates_alike(
+    workshop: Workshop,
 ) -> None:
     settings = ("model.dtype=fp32", "data.held_out=0.2", "eval.every=5")
 
-    def arguments(name: str, shared: int) -> tuple[list[str], str | None]:
-        config = workshop.config(name, *settings, f"sharding.sequence_parallel={shared}")
+    def arguments(name: str, shared: int, *more: str) -> tuple[list[str], str | None]:
+        config = workshop.config(name, *settings, f"sharding.sequence_parallel={shared}", *more)
         data = workshop.prepare(config)
         return [dump_config(config), data.train], data.eval
 
-    def train(name: str, ranks: int, how: str) -> dict[int, float]:
-        given, held_out = arguments(name, ranks)
-        assert {one["outcome"] for one in launch(ranks, runs.run, *given, how, held_out)} == {"finished"}
+    def train(name: str, how: str) -> dict[int, float]:
+        given, held_out = arguments(name, 1)
+        assert {one["outcome"] for one in launch(1, runs.run, *given, how, held_out)} == {"finished"}
         return losses(workshop.store.sub(name))
 
-    whole, name = train(f"whole-{later}", 1, "start"), f"shared-then-{later}"
-    (given, held_out), folder = arguments(name, 2), workshop.store.sub(name)
-    with running(2, runs.run, *given, "hold", held_out) as ranks:
-        ranks.wait_until(lambda: folder.exists(layout.manifest(5)))
-        ranks.kill()
-    assert train(name, later, "resume") == pytest.approx(whole, rel=TOLERANCE)
+    folder = workshop.store.sub("passed-on")
+    for ranks, how, step in ((2, "hold", 5), (4, "resume_hold", 8)):
+        given, held_out = arguments("passed-on", ranks, f"checkpoint.every_steps={5 if step == 5 else 4}")
+        with running(ranks, runs.run, *given, how, held_out) as group:
+            group.wait_until(lambda: folder.exists(layout.manifest(step)))  # noqa: B023
+            group.kill()
+    assert train("passed-on", "resume") == pytest.approx(train("whole", "start"), rel=TOLERANCE)
     for step in (5, 10):
-        expected = read_manifest(workshop.store.sub(f"whole-{later}"), step).eval_loss
+        expected = read_manifest(workshop.store.sub("whole"), step).eval_loss
         assert read_manifest(folder, step).eval_loss == pytest.approx(expected, rel=TOLERANCE)
 
 

@@ -17,7 +17,7 @@ from trainer.config import dump_config
 from trainer.export.figures import Proof
 from trainer.export.write import decoded
 from trainer.export.write.merged import export_merged
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 # Packed matrices of each: linear layers, and stacks of experts.

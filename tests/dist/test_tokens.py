@@ -23,7 +23,7 @@ from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.learnt import master_weights
 from trainer.export.write.merged import export_merged
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 # Texts of the training rows, of which one stands inside words too; and a token that the tokenizer has.
 TOKENS = ["he", "ant", "</s>"]

@@ -11,7 +11,7 @@ from tests.fuzz.test_bases import FUZZ, leaves, odd, replaced
 from tests.unit.test_base_cache import BYTES, reseal, written
 from trainer.base.load.cache import MANIFEST, open_cache
 from trainer.errors import Damaged
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 FOLDER = written(open_store("memory://"))
 CONTENT = bytes(FOLDER.get(MANIFEST))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launcher.cli.__main__ import main
 from tests.material import Workshop
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 FUZZ = settings(
     max_examples=100,

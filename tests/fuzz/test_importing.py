@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.importing.importing import JOINS, import_files
+from launcher.init.importing.importing import JOINS, import_files
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from launcher.console import Terminal
+from launcher.cluster.slurm.queue import attempts, submitted_jobs
 from launcher.report.report import read_report
-from launcher.slurm.queue import attempts, submitted_jobs
 from launcher.view.checkpoints import checkpoint_table, list_checkpoints
+from launcher.view.console import Terminal
 from launcher.view.listing import list_runs
 from launcher.view.runs import find_run
 from launcher.view.status import read_status
 from launcher.view.tables import render
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
-from trainer.checkpoint.retention import Retention, plan_removal
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import model_card_evaluation
 from trainer.run import layout
 from trainer.run.requests import read_stop
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.retention import Retention, plan_removal
+from trainer.store.store import Store, open_store
 
 WRONG: list[Any] = [None, True, -1, 1e308, float("nan"), 2**70, "", "x", [], [1], {}, {"a": 5}, {"a": None}, [[1, 2]]]
 SIDE = {"loss": 1.0, "perplexity": 2.0}

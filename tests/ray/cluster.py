@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
-from trainer.store import Store
+from trainer.store.store import Store
 
 Records = dict[str, list[dict[str, Any]]]
 

@@ -12,7 +12,7 @@ from launcher.view.status import read_generation
 from trainer.data.compile import fingerprint
 from trainer.data.compile.shards import ShardWriter
 from trainer.data.source import rows
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 PATIENCE = 200.0
 # Chapters of some 50 of our documents, read in small batches.

@@ -13,13 +13,13 @@ from tests.material import Workshop, make_data
 from tests.ray.cluster import Driver, losses, steps, write
 from tests.ray.held_compilation import SMALL
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import train_order
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -7,7 +7,7 @@ import sys
 
 import psutil
 
-from launcher.ray.cluster import local_ray
+from launcher.cluster.ray.cluster import local_ray
 from trainer.processes.guard import family
 
 

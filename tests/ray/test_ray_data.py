@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.ray import data as cluster_data
-from launcher.ray.cluster import joined_ray
-from launcher.ray.data import map_on_cluster
+from launcher.cluster.ray import data as cluster_data
+from launcher.cluster.ray.cluster import joined_ray
+from launcher.cluster.ray.data import map_on_cluster
 from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from tests.ray.tasks import die, idle, returned, where
@@ -23,7 +23,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import DataError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def texts(folder: Path, rows: int) -> Data:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from launcher.ray.cluster import _not_joined
+from launcher.cluster.ray.cluster import _not_joined
 from launcher.view.status import ENDED, read_status
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.ray.cluster import write
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -19,7 +19,7 @@ from launcher.view.sweep import SweepStatus, read_sweep
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, write
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]  # a minute on an idle machine of two cores
 

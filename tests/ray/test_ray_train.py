@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from launcher.cluster.ray.train import _original
 from launcher.policy.retry import RankDied
-from launcher.ray.train import _original
 from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
 from tests.cli.conftest import ENVIRONMENT
@@ -18,10 +18,10 @@ from tests.dist.launch import launch
 from tests.forked import run_command
 from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, alive, losses, steps, write
-from trainer.checkpoint.listing import committed_steps
 from trainer.config import dump_config
 from trainer.run.requests import request_stop
-from trainer.store import open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import open_store
 
 pytestmark = pytest.mark.timeout(1200)
 

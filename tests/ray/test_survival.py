@@ -15,7 +15,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, write
 from trainer.config import dump_config
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
+from launcher.cluster.slurm.queue import attempts
 from launcher.policy.jobs import Attempt
-from launcher.slurm.queue import attempts
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
-from trainer.store import Store
+from trainer.store.store import Store
 
 PATIENCE = 600.0  # seconds; a start of Ray takes 20 of them on an idle machine
 LAYOUT = (

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from launcher.slurm.script import slurm_quoted
+from launcher.cluster.slurm.script import slurm_quoted
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import commit
 from tests.slurm.cluster import NETWORK, Cluster
@@ -15,7 +15,7 @@ from trainer.run import layout
 
 HELD = "cluster.slurm.extra=[--hold]"
 
-# It answers as launcher.slurm.job and a rank would: the first rank ends with 1, which leads to a start without its node.
+# It answers as launcher.cluster.slurm.job and a rank would: the first rank ends with 1, which leads to a start without its node.
 FAKE_PYTHON = """\
 #!/bin/bash
 case "$2 $3 ${SLURM_RESTART_COUNT:-0}" in

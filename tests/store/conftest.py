@@ -8,7 +8,7 @@ import pytest
 
 from tests.needs import need
 from tests.store import servers
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 BUCKET = "test-store"
 

@@ -19,7 +19,7 @@ from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source.files import SourceFile, expand
 from trainer.errors import DataError, NotFound, StorageError
-from trainer.store import Buffer, Store, open_store
+from trainer.store.store import Buffer, Store, open_store
 
 DOCUMENTS = 2000
 FINGERPRINT = "f" * 20

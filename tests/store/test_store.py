@@ -11,7 +11,7 @@ import pytest
 
 from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError
-from trainer.store import PART_BYTES, Store, open_store
+from trainer.store.store import PART_BYTES, Store, open_store
 
 
 def test_what_was_put_is_read_back_and_replaced_whole(store: Store) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.store.conftest import assert_one_line
 from trainer.errors import ConfigError, StorageError
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def test_an_endpoint_without_tls_is_allowed(azure: Store) -> None:

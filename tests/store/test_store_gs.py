@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Unreachable
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 class Google(ThreadingHTTPServer):

@@ -13,7 +13,7 @@ import pytest
 from launcher.smoke.local_s3 import S3Server, serve_s3
 from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, ConfigError, StorageError
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from trainer.base.describe.description import stored_format
 from trainer.config import Config, parse_config
 from trainer.data.format.formats import detect
 from trainer.errors import ConfigError
-from trainer.objective.answers import Answers
-from trainer.objective.objective import find_objective
-from trainer.store import open_store
+from trainer.store.store import open_store
 from trainer.tuning.method import find_method
+from trainer.tuning.objective.answers import Answers
+from trainer.tuning.objective.objective import find_objective
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 NOW = 1_800_000_000.0
 CONFIG = """

@@ -12,7 +12,7 @@ from tests.material import make_base
 from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError, NotFound, StorageError
-from trainer.files.safetensors_index import numel
+from trainer.store.safetensors_index import numel
 
 NAME = "model.embed_tokens.weight"
 

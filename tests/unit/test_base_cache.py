@@ -11,8 +11,8 @@ from torch import nn
 
 from trainer.base.load.cache import CHUNK_BYTES, MANIFEST, open_cache, write_cache
 from trainer.errors import Damaged
-from trainer.store import Store, open_store
-from trainer.zero.partition import Partition
+from trainer.state.zero.partition import Partition
+from trainer.store.store import Store, open_store
 
 SIZES = {"a.weight": 2 * CHUNK_BYTES + 5, "a.absmax": 40, "a.nested_absmax": 8}
 BYTES = {name: torch.randint(256, (size,), dtype=torch.uint8) for name, size in SIZES.items()}

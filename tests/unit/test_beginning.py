@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from launcher.drive.sweep.driver import laid_out
 from launcher.start.check import check, pinned
-from launcher.sweep.driver import laid_out
 from tests.material import Workshop, commit
 from tests.unit.test_same_base import one_weight
 from trainer.config import dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 @pytest.fixture

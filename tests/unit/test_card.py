@@ -3,11 +3,11 @@
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.checkpoint.manifest import read_manifest
 from trainer.export.card import CardContent, model_card
 from trainer.export.trained import trained_config
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from typer.testing import CliRunner, Result
 
 from launcher.cli.__main__ import app
 from tests.checkpoints import commit
-from trainer.checkpoint.choice import chosen_step
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.errors import CapstanError, ConfigError, NothingToResume
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.choice import chosen_step
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import whole_checkpoint
+from trainer.store.store import Store, open_store
 
 CONFIG = {
     "run": {"name": "mine"},

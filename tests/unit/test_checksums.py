@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.assemble import checksums
+from trainer.plan.assemble import checksums
 
 
 class Summed(TorchDispatchMode):

@@ -16,7 +16,7 @@ from trainer.processes import children, guard
 
 ROOT = Path(__file__).parents[2]
 # Each says beside its call why it does without.
-WITHOUT = {"launcher/ray/jobs.py", "trainer/run/trackers/tracker_process.py"}
+WITHOUT = {"launcher/cluster/ray/jobs.py", "trainer/run/trackers/tracker_process.py"}
 # A family of four: a command that starts a command of its own, and a worker of multiprocessing that does.
 FAMILY = """
 import sys, time

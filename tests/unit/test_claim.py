@@ -23,7 +23,7 @@ from trainer.run.folder import run_config, run_folder, submitted_config
 from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
 from trainer.run.requests import request_stop
 from trainer.run.settings import Change, record_settings
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 @pytest.fixture

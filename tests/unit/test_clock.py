@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from trainer.zero.clock import Clock
+from trainer.state.zero.clock import Clock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

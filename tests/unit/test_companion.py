@@ -13,7 +13,7 @@ from trainer.run.trackers import companion
 from trainer.run.trackers.companion import Companion, Kept, follow
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tracker import Row
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 class Remembering:

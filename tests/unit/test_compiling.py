@@ -12,7 +12,7 @@ from tests.faulty import Fault, FaultyStore
 from trainer.errors import DataError, Stopped, Unreachable
 from trainer.run import layout
 from trainer.run.requests import stop_requester
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

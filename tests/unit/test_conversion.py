@@ -36,8 +36,8 @@ from trainer.base.rows.converted import Converted
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.files.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
-from trainer.store import open_store
+from trainer.store.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
+from trainer.store.store import open_store
 
 
 @dataclass

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from tests.material import SPECIALS, Workshop, commit
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Model, override
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.__main__ import _export
@@ -28,7 +27,8 @@ from trainer.export.proof.same_bytes import check_again
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 Change = Callable[[Path], object]
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"

@@ -33,7 +33,7 @@ from trainer.data.source import rows
 from trainer.data.source.files import expand
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 A, B = 520, 230
 """Documents of the two sources: of the first 520 words, and of the next 230."""

@@ -20,7 +20,7 @@ from trainer.data.look.check import DataReport, Findings, check_data
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.source.files import expand
 from trainer.errors import DataError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"

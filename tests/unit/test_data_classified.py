@@ -19,8 +19,8 @@ from trainer.data.format.formats import detect
 from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
-from trainer.objective.objective import find_objective, measured
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective, measured
 
 
 def config(path: Path | str, *overrides: str) -> Config:

@@ -28,7 +28,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.part import Part
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError, NotFound, StorageError
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 FINGERPRINT = "f" * 20
 

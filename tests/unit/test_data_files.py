@@ -26,7 +26,7 @@ from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"

@@ -7,7 +7,7 @@ from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.source.files import SourceFile, expand
 from trainer.data.source.part import Part
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None:

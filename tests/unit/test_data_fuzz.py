@@ -32,7 +32,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}"

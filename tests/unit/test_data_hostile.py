@@ -21,7 +21,7 @@ from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}"

@@ -24,7 +24,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.part import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import DataError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def settings(**options: Any) -> Data:

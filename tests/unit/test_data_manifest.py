@@ -15,7 +15,7 @@ from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.dataset.manifest import Counters, read_manifest, unsealed
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 Change = Callable[[dict[str, Any]], Any]
 

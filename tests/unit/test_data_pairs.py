@@ -23,7 +23,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.part import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import ConfigError, DataError
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 USER, AGAIN = {"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}
 YO, BRIEF = {"role": "assistant", "content": "yo yo"}, {"role": "assistant", "content": "be brief"}

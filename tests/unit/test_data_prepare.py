@@ -31,7 +31,7 @@ from trainer.data.order.settings import train_order
 from trainer.data.order.stream import train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.store.store import open_store
 from trainer.train.horizon import horizon_of
 
 EPOCHS = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\n"

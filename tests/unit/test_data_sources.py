@@ -14,11 +14,10 @@ from obstore.store import MemoryStore
 from trainer.config import Source
 from trainer.data.source import files as sources
 from trainer.data.source import rows as reading
-from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.files import SourceFile, expand, with_take
 from trainer.data.source.reading import batches, rows
-from trainer.data.source.take import with_take
 from trainer.errors import ConfigError, DataError, NotFound
-from trainer.store import Store
+from trainer.store.store import Store
 
 ROWS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -24,7 +24,7 @@ from trainer.data.order.stream import PAD, Stream, eval_stream
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 LENGTH, EOS, DOCUMENTS = 32, 1000, 700
 

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.zero.policy import WHOLE, build_deepspeed_config, choose_policy, policy_names
+from trainer.state.zero.policy import WHOLE, build_deepspeed_config, choose_policy, policy_names
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.accelerator import own_device
 from trainer.errors import ConfigError
 from trainer.processes import devices
+from trainer.processes.accelerator import own_device
 from trainer.processes.devices import (
     ListedGpu,
     LocalGpu,
@@ -22,7 +22,7 @@ from trainer.processes.devices import (
     listed_gpus,
     local_gpus,
 )
-from trainer.ranks import add_in_one_order, let_segments_grow, take_gpu
+from trainer.processes.ranks import add_in_one_order, let_segments_grow, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"

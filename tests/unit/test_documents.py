@@ -18,7 +18,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
-from trainer.model.documents import batches, keep_documents_apart, knows_borders, mixers, recomputed
+from trainer.model.documents import batches, keep_documents_apart, knows_borders, lengths_known, mixers, recomputed
 from trainer.model.kernels.attention import FLASH, unable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
@@ -139,6 +139,19 @@ def hidden(model: Any, ids: Tensor, lengths: tuple[int, ...] = LENGTHS, **given:
     return model.model(input_ids=ids, position_ids=positions, use_cache=False, **given).last_hidden_state[0]
 
 
+def of_two_answers(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The third document, which goes on from the first tokens of the second one; as it is in the row, and behind a copy of them."""
+    _, prompt, answer, _ = ids.split(LENGTHS, dim=1)
+    shared, begin = prompt.shape[1] - 3, A + LENGTHS[1]
+    prefixes = ((0, 0), (0, 0), (A, shared), (0, 0))
+    begins = (tokens for _, tokens in prefixes)
+    positions = torch.cat([torch.arange(b, b + length) for b, length in zip(begins, LENGTHS, strict=True)])[None]
+    with lengths_known(LENGTHS, prefixes=prefixes):
+        found = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+    alone = torch.cat([prompt[:, :shared], answer], dim=1)
+    return found[begin : begin + LENGTHS[2]], hidden(model, alone, (alone.shape[1],))[shared:]
+
+
 def row(seed: int = 1) -> tuple[Tensor, Tensor]:
     """A row of random tokens, and the same row with another first document."""
     draw = torch.Generator().manual_seed(seed)
@@ -159,6 +172,7 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     assert facts.isolates_documents
     # Lightning indexers pick keys by scores of all tokens, outside of the attention function.
     assert (facts.fails_shared is None) == (kind not in {*IN_BATCHES, "deepseek-v32"})
+    assert (facts.fails_prefix is None) == (kind not in IN_BATCHES)
     assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
     assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
     kernels = [
@@ -173,6 +187,8 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
         assert close(changed[A:], packed[A:])
         alone = [hidden(model, document, (document.shape[1],)) for document in one.split(LENGTHS, dim=1)]
         assert close(packed, torch.cat(alone))
+        if facts.fails_prefix is None:
+            assert close(*of_two_answers(model, one))
         found.append(packed)
     assert all(close(found[0], other) for other in found[1:])
 

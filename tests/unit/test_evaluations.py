@@ -8,7 +8,7 @@ import pytest
 from trainer.config import parse_config
 from trainer.run import layout
 from trainer.run.evaluations import keep_evaluation, other_settings, read_evaluation
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 
 def found(base: str = "one", **parts: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES, rows
 from tests.material import make_base
-from trainer.files.safetensors_index import read_index
-from trainer.store import open_store
+from trainer.store.safetensors_index import read_index
+from trainer.store.store import open_store
 
 # Names in the index of a published model of the family, where transformers calls or shapes the parameters otherwise.
 PUBLISHED = {

@@ -16,9 +16,9 @@ from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import choose_attention
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
-from trainer.objective.objective import find_objective
 from trainer.plan.flops import AttentionWork, StepWork, peak_flops, work_of
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
 
 TOKENS = 48
 LAYERS = 8

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.ray import jobs as ray
-from launcher.slurm import submit as slurm
+from launcher.cluster.ray import jobs as ray
+from launcher.cluster.slurm import submit as slurm
 from tests.material import Workshop
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 CONFIG = b"run: {name: orig, store: /elsewhere}\nmodel: {base: b}\ndata: {train: [{path: rows.jsonl}]}\ntrain: {steps: 1, global_batch: 1}\n"
 

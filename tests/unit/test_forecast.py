@@ -31,7 +31,7 @@ from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, len
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import LocalGpu
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 from trainer.train.horizon import horizon_of
 
 ROOT = Path(__file__).parents[2]

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 
 from tests.material import Workshop, commit, make_data
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Train, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import read_manifest
 from trainer.train.horizon import Horizon, horizon_of
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint.identity import Identity, check_identity, is_written_anew
-from trainer.checkpoint.manifest import CheckpointManifest, TextHashes
 from trainer.config import Tuning
 from trainer.errors import ConfigError
+from trainer.state.checkpoint.identity import Identity, check_identity, is_written_anew
+from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes
 from trainer.tuning.method import find_method
 
 LORA = find_method(Tuning(rank=8, alpha=16))

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.importing.importing import JOINS, Imported, import_files
+from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.importing.importing import Imported, import_files
+from launcher.init.importing.importing import Imported, import_files
 from trainer.errors import ConfigError
 
 SCRIPT = """

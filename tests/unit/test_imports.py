@@ -18,8 +18,8 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "p
         "launcher.cli.__main__",
         "launcher.doctor.doctor",
         "trainer.plan.plan",
-        "trainer.zero.policy",
-        "trainer.checkpoint.identity",
+        "trainer.state.zero.policy",
+        "trainer.state.checkpoint.identity",
         "launcher.plan.opening",
     ],
 )

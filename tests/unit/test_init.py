@@ -18,9 +18,10 @@ from launcher.init.initial import InitAnswers, Initial, initial_config
 from tests.codes import FORMATS
 from tests.unit.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
-from trainer.config import load_config, parse_config
+from trainer.config import Config, load_config, parse_config
 from trainer.data.render.named_templates import NAMED
 from trainer.errors import ConfigError, DoesNotFit
+from trainer.plan.gpus import read_gpu
 from trainer.plan.plan import make_plan
 
 GIB = 2**30
@@ -175,6 +176,25 @@ def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: 
         assert (config.train.global_batch, config.train.epochs, config.data.held_out) == (1, 3, 0.1)
     if rows == 100_000:
         assert (steps >= 50, config.train.epochs, config.data.held_out) == (True, 2, 0.02)
+
+
+def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -> None:
+    def planned(tokens: int, gpu: str) -> Config:
+        (bases / "rows.jsonl").write_text(json.dumps({"text": "abc " * tokens}) + "\n")
+        found = first(bases, "8b", gpu, goal="sft")
+        config = parse_config(found.text)
+        read = read_gpu(gpu, "--gpu").memory
+        assert make_plan(config, describe_base(config.model), 1, 1, read).shortfalls == []
+        assert found.gpu_bytes <= read
+        return config
+
+    config = planned(30_000, "80GiB")
+    assert config.data.sequence_length == 15 * 2048
+    assert config.train.micro_batch * config.train.global_batch == 1
+    assert planned(3000, "80GiB").data.sequence_length == 4096
+    cut = planned(200_000, "16GiB")
+    assert 15 * 2048 < cut.data.sequence_length < 131072
+    assert cut.train.activation_offload
 
 
 def test_where_nothing_fits_it_says_how_near_it_is(bases: Path) -> None:

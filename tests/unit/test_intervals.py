@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from launcher.evaluate.tables import sentences
-from trainer.measure.intervals import clusters_of, difference_interval
+from trainer.evaluate.measure.intervals import clusters_of, difference_interval
 from trainer.run.evaluations import FEWEST
 
 SETS = 2000

@@ -20,7 +20,7 @@ from trainer.base.find.known import FILE, known_config
 from trainer.base.find.locate import describe_base
 from trainer.config import Config, Model, load_config
 from trainer.errors import BaseOutOfReach, ConfigError
-from trainer.files import hub
+from trainer.store import hub
 
 ENTRIES: list[dict[str, Any]] = [json.loads(line) for line in FILE.read_text().splitlines()]
 QUICK = ("openai/gpt-oss-20b", "google/gemma-3-4b-it")

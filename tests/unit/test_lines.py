@@ -10,7 +10,7 @@ from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.records import new_record, record_line
 from trainer.run.trackers.printed import Printed
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from trainer.run import layout
 from trainer.run.owner import take
 from trainer.run.records import edge_records, read_records
 from trainer.run.segments import streams
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

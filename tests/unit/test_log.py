@@ -11,7 +11,7 @@ from launcher.view.logs import read_log
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.log import log_allowance, rank_log
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

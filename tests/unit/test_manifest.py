@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
-from trainer.checkpoint.contents import Contents, Key
-from trainer.checkpoint.division import EvenDivision, ListedDivision
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
-from trainer.checkpoint.reading import plan_reads
 from trainer.errors import Damaged, StorageError
-from trainer.optimizer.optimizer import State
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.contents import Contents, Key
+from trainer.state.checkpoint.division import EvenDivision, ListedDivision
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
+from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.optimizer.optimizer import State
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

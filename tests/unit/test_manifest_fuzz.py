@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from launcher.view.checkpoints import checkpoint_table, list_checkpoints
 from tests.checkpoints import manifest
-from trainer.checkpoint.contents import Key
-from trainer.checkpoint.division import Interval
-from trainer.checkpoint.manifest import CheckpointManifest, parse_manifest
-from trainer.checkpoint.reading import plan_reads
-from trainer.checkpoint.retention import Removal, Retention, plan_removal
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.state.checkpoint.contents import Key
+from trainer.state.checkpoint.division import Interval
+from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest
+from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.checkpoint.retention import Removal, Retention, plan_removal
+from trainer.store.store import open_store
 
 GOLDEN = Path(__file__).parents[1] / "golden/checkpoint-format-2"
 TREES = [

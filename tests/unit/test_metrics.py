@@ -15,7 +15,7 @@ from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.records import add_record, read_records
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

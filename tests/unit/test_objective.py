@@ -9,13 +9,13 @@ from tests.toys.tuning.biases import METHODS as TOYS
 from tests.unit.test_plan import LLAMA_70B
 from trainer import tuning
 from trainer.base.describe.description import describe
-from trainer.checkpoint.identity import Identity, check_identity
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.objective.objective import find_objective, objective_mismatches, reference_of
 from trainer.plan.plan import Plan, make_plan
+from trainer.state.checkpoint.identity import Identity, check_identity
+from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective, objective_mismatches, reference_of
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import Flat, FlatPart, Reduce, State, find_optimizer, states_by_name
+from trainer.state.optimizer.optimizer import Flat, FlatPart, Reduce, State, find_optimizer, states_by_name
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in bytes.
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
@@ -234,7 +234,7 @@ def test_a_setting_that_the_optimizer_does_not_read_is_refused() -> None:
 
 def test_finding_one_loads_no_torch() -> None:
     code = (
-        "import sys; from trainer.optimizer.optimizer import optimizers; optimizers(); "
+        "import sys; from trainer.state.optimizer.optimizer import optimizers; optimizers(); "
         "print(*({'torch', 'bitsandbytes', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

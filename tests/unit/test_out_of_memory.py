@@ -8,8 +8,8 @@ import torch
 
 from tests.material import Workshop
 from trainer.errors import DoesNotFit
-from trainer.ranks import Ranks
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
+from trainer.processes.ranks import Ranks
 from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.requests import StopSignal

@@ -10,7 +10,6 @@ import pytest
 
 from tests.material import Workshop, commit, make_data
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import Config, override
 from trainer.data.compile.compile import Progress
 from trainer.data.compile.prepare import prepare
@@ -20,6 +19,7 @@ from trainer.errors import DataError
 from trainer.evaluate.measured import _trained_on
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

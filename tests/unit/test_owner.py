@@ -19,7 +19,7 @@ from launcher.view.status import read_status
 from trainer.errors import ConfigError, Superseded
 from trainer.run import layout, owner
 from trainer.run.owner import FRESH_SECONDS, Owner, Ownership, newest_number, read_owner, take
-from trainer.store import Entry, Store, open_store
+from trainer.store.store import Entry, Store, open_store
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_of_several_who_take_a_run_at_once_one_gets_it(run: Store) -> None:
 
 
 def test_a_process_that_was_killed_is_gone_at_once_even_while_nobody_has_waited_for_it(run: Store) -> None:
-    code = "import sys; from trainer.store import open_store; from trainer.run.owner import take; take(open_store(sys.argv[1]), 'x', 0); input()"
+    code = "import sys; from trainer.store.store import open_store; from trainer.run.owner import take; take(open_store(sys.argv[1]), 'x', 0); input()"
     command = [sys.executable, "-c", code, run.uri]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         try:

@@ -11,14 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.sweep.driver import laid_out
+from launcher.drive.sweep.driver import laid_out
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
 from trainer.data.compile.prepare import prepare
 from trainer.run import layout
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
 
 CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 STEPS = (120, 400)  # that pages name checkpoints of

@@ -16,7 +16,7 @@ from tests.material import make_base
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.export.write.per_expert import per_expert_files
-from trainer.files.safetensors_index import INDEX_FILE
+from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.method import method_of
 from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
 

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError
 from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.plan import Plan, make_plan
 from trainer.plan.sizes import most_whole, quantized_bytes
-from trainer.zero.policy import WHOLE
+from trainer.state.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GIB = 2**30
@@ -132,24 +132,19 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
     import torch
 
     from trainer.model import head
-    from trainer.plan import memory
+    from trainer.plan import memory, plan
 
     assert memory._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
     assert memory._LOGITS_CHUNK_ROWS == head._CHUNK_ROWS
-    assert memory._LOGITS_BLOCK_BYTES == head._BLOCK_BYTES_ON_GPU
+    assert memory._LOGITS_BLOCK_BYTES == (head._BLOCK_BYTES, head._BLOCK_BYTES_ON_GPU)
     for vocabulary in (1000, 32000, 128256, 262144):
         hidden, weight = (torch.empty(rows, 1, device="meta") for rows in (2**20, vocabulary))
         first, second = itertools.islice(head._parts(hidden, weight), 2)
         assert second.start % 512 == 0
-        given = plan_of(
-            config("data.sequence_length=8192"),
-            {**TINY, "model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 8192},
-            1,
-            1,
-            None,
-        )
+        base = {**TINY, "model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 8192}
+        given, _ = plan._inputs(config("data.sequence_length=8192"), read_architecture(base), 1, 1, "world")
         logits = min(8192, first.stop) * vocabulary
-        assert given.memory_per_gpu.logits == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
+        assert memory._logits(given) == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
 
 
 def test_targets_that_match_nothing_are_a_sentence_of_the_plan():
@@ -367,7 +362,7 @@ def test_the_plan_is_json():
 
 
 def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting_makes_it_longer() -> None:
-    given, ranks = config("quant.type=none", "train.micro_batch=2"), Ranks(4, 4, 19 * 2**30 // 10, on_gpu=True)
+    given, ranks = config("quant.type=none", "train.micro_batch=2"), Ranks(4, 4, 17 * 2**30 // 10, on_gpu=True)
     found = longest_rows(given, describe({**TINY, "model_type": "llama"}, None), ranks)
     more = [dict(after.settings.items() - before.settings.items()) for before, after in itertools.pairwise(found[1:])]
     assert more == [

@@ -160,10 +160,17 @@ def test_a_rank_on_a_cpu_has_neither_a_context_nor_nccl_and_its_memory_is_the_ho
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"q_lora_rank": 96}, {"q_lora_rank": None}], ids=["llama", "latent", "latent keys"]
+    ("extra", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({}, torch.float32),
+        ({"q_lora_rank": 96}, torch.bfloat16),
+        ({"q_lora_rank": None}, torch.bfloat16),
+    ],
+    ids=["llama", "fp32", "latent", "latent keys"],
 )
-def test_a_layer_keeps_the_values_that_are_counted(extra: dict[str, Any]):
-    """Those that autograd saves in a layer with LoRA of rank 1 on all its linear layers, in values of 16 bits a token."""
+def test_a_layer_keeps_the_values_that_are_counted(extra: dict[str, Any], dtype: torch.dtype):
+    """Those that autograd saves in a layer with LoRA of rank 1 on all its linear layers, in values of `dtype` a token."""
     latent = {
         "kv_lora_rank": 64,
         "qk_nope_head_dim": 64,
@@ -174,19 +181,19 @@ def test_a_layer_keeps_the_values_that_are_counted(extra: dict[str, Any]):
     }
     sizes = {**TINY, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     base = {"model_type": "llama", **sizes} if not extra else {"model_type": "deepseek_v3", **sizes, **latent, **extra}
-    counted = layer_values(read_architecture(base), 1)
-    assert _saved(base, tokens=128) == pytest.approx(counted.kept + counted.kept_in_mlps, rel=0.05)
+    counted = layer_values(read_architecture(base), 1, dtype.itemsize)
+    assert _saved(base, dtype, tokens=128) == pytest.approx(counted.kept + counted.kept_in_mlps, rel=0.05)
 
 
-def _saved(base: dict[str, Any], tokens: int) -> float:
+def _saved(base: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {key: value for key, value in base.items() if key != "model_type"}
     plain = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(base["model_type"], **options), dtype=torch.bfloat16, attn_implementation="sdpa"
+        AutoConfig.for_model(base["model_type"], **options), dtype=dtype, attn_implementation="sdpa"
     )
-    model = get_peft_model(plain, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")).bfloat16()
+    model = get_peft_model(plain, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")).to(dtype)
     layer, saved = plain.model.layers[1], dict[int, torch.UntypedStorage]()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -201,4 +208,4 @@ def _saved(base: dict[str, Any], tokens: int) -> float:
     layer.register_forward_hook(lambda *_: inside.__exit__())
     output = model(input_ids=torch.arange(tokens)[None] % base["vocab_size"]).logits
     assert output.requires_grad
-    return sum(storage.nbytes() for storage in saved.values()) / 2 / tokens
+    return sum(storage.nbytes() for storage in saved.values()) / dtype.itemsize / tokens

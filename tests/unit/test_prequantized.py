@@ -13,8 +13,8 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import find_weights
 from trainer.errors import ConfigError
-from trainer.files.safetensors_index import PackedTensor
 from trainer.model.attention import Attention
+from trainer.store.safetensors_index import PackedTensor
 
 DOUBLE = "quant.double=true"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

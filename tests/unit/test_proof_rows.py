@@ -9,10 +9,10 @@ import torch
 
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
-from trainer.checkpoint.manifest import read_manifest
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.export.proof.distributions import distance
 from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, find_probe
+from trainer.state.checkpoint.manifest import read_manifest
 
 
 def probe_of(workshop: Workshop, *overrides: str, compiled: bool = True) -> Probe:

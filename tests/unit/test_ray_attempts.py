@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster.ray import group, train
+from launcher.cluster.ray.cluster import Need
+from launcher.cluster.ray.group import RankGroup
 from launcher.policy.retry import Failure
-from launcher.ray import group, train
-from launcher.ray.cluster import Need
-from launcher.ray.group import RankGroup
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
-from trainer import assemble
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
+from trainer.plan import assemble
 from trainer.processes import devices
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import take
 from trainer.run.records import read_records
-from trainer.store import Store
+from trainer.store.store import Store
 
 NOTHING_STARTED = Failure("Ray could not start the ranks", None)
 Attempt = Callable[[Store], Failure | None]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.ray.cluster import _bundle, fits, local_ray, shortage
+from launcher.cluster.ray.cluster import _bundle, fits, local_ray, shortage
 from trainer.errors import CapstanError
 
 GPU_RANK = {"CPU": 4.0, "GPU": 1.0}

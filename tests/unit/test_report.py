@@ -27,7 +27,7 @@ from trainer.config import dump_config, parse_config
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.requests import request_stop
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 NOW = 1_800_000_000.0
 CONFIG = b"run: {name: demo}\nmodel: {base: /models/b}\noptim: {lr: 0.001}\ntrack: {price_per_gpu_hour: 3.0}\n"

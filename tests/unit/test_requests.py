@@ -9,7 +9,7 @@ from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.requests import Stop, StopSignal, request_restart, request_stop
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

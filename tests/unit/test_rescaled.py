@@ -13,7 +13,7 @@ from trainer.base.find.rescaled import rescaled
 from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.export.write.merged import merged_config
-from trainer.resolve import resolve
+from trainer.plan.resolve import resolve
 
 YARN = ("model.rope_scaling.rope_type=yarn", "model.rope_scaling.factor=4")
 

@@ -5,9 +5,9 @@ import pytest
 from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.errors import ConfigError
-from trainer.optimizer.optimizer import find_optimizer
-from trainer.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved, resolve
 from trainer.run import environment
+from trainer.state.optimizer.optimizer import find_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_all_that_does_not_fit_is_said_at_once(workshop: Workshop) -> None:
 
 def test_a_base_that_is_known_is_not_looked_for_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     base = resolve_base(workshop.config("any").model)
-    monkeypatch.setattr("trainer.resolve.resolve_base", lambda model: pytest.fail("looked for again"))
+    monkeypatch.setattr("trainer.plan.resolve.resolve_base", lambda model: pytest.fail("looked for again"))
     assert resolve(workshop.config("any"), base).base is base
     assert Resolved.of(workshop.config("any"), base).base is base
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import commit, manifest, write_shards
-from trainer.checkpoint.choice import chosen_step
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.retention import Removal, Retention, plan_removal, remove
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.choice import chosen_step
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from trainer.errors import (
 )
 from trainer.run.layout import metrics
 from trainer.run.records import newest_records, record_end
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def decide(ends: list[Failure], rules: Retry, *, committed: bool = True) -> retry.Decision:

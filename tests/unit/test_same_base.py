@@ -14,30 +14,30 @@ import huggingface_hub
 import pytest
 
 from launcher.doctor.doctor import check_base
+from launcher.drive.sweep.bases import check_same
+from launcher.drive.sweep.driver import laid_out
+from launcher.drive.sweep.trial import train_trial
 from launcher.policy.trials import SearchPlan
 from launcher.start.check import check, pinned
-from launcher.sweep.bases import check_same
-from launcher.sweep.driver import laid_out
-from launcher.sweep.trial import train_trial
 from tests.material import Workshop, commit
-from trainer.assemble import check_same_base
 from trainer.base import sampled
 from trainer.base.base import Base
 from trainer.base.describe.description import describe
 from trainer.base.find.content import check_whole, hub_commit
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.cache import cache_key
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import dump_config, override
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import settings_of
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.files.safetensors_index import read_headers
+from trainer.plan.assemble import check_same_base
 from trainer.run import layout
-from trainer.store import open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.safetensors_index import read_headers
+from trainer.store.store import open_store
 
 
 @pytest.fixture

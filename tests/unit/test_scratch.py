@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.files import scratch
-from trainer.files.scratch import collect_leftovers, scratch_folder
+from trainer.store import scratch
+from trainer.store.scratch import collect_leftovers, scratch_folder
 
 HOLD = """
 import sys
-from trainer.files.scratch import scratch_folder
+from trainer.store.scratch import scratch_folder
 with scratch_folder("ray") as folder:
     print(folder, flush=True)
     sys.stdin.read()

@@ -8,7 +8,7 @@ import pytest
 from trainer.errors import NotFound, StorageError
 from trainer.run import segments
 from trainer.run.segments import Appended, Appender, read_stream, streams
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 LOG = "logs/rank-00000.log"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from trainer.evaluate import shared
+from trainer.evaluate.measure.scoring import Continued
 from trainer.evaluate.shared import PassFailed, SharedModel
-from trainer.measure.scoring import Continued
 
 
 class _FirstOfTwo:

@@ -1,6 +1,7 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.test_plan import config, plan_of
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.errors import ConfigError
+from trainer.evaluate.sharded_model import open_run
 from trainer.model.shared_heads import copies_of_keys
-from trainer.shared_rows import uneven_ranks
+from trainer.plan.shared_rows import uneven_ranks
+from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
 
@@ -38,6 +41,13 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
     assert "with the virtual tokens of tuning.method: prefix" in virtual
     (objective,) = wrong(LLAMA, 2, "objective.name=kto", "data.format=labelled")
     assert "objective.name: kto looks at parts of a row by themselves" in objective
+    (head,) = wrong(LLAMA, 2, "objective.name=reward", "data.format=preference")
+    assert "objective.name: reward looks at parts of a row by themselves" in head
+
+
+def test_an_evaluation_has_each_row_on_one_rank_and_refuses_another_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an evaluation computes each row on one rank"):
+        open_run(open_store(str(tmp_path)), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print)
 
 
 def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:

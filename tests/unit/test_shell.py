@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.view.folded import FoldedTable
-from trainer.store import open_store
+from trainer.store.store import open_store
 
 LINES = {
     "capstan ev": ["evaluate"],

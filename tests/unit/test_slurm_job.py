@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster.slurm.job import begin, end, free_ports, silent_nodes
+from launcher.cluster.slurm.queue import attempts
 from launcher.policy.retry import decide, lost_machine
-from launcher.slurm.job import begin, end, free_ports, silent_nodes
-from launcher.slurm.queue import attempts
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config, Retry, dump_config, parse_config
 from trainer.errors import ConfigError
@@ -19,7 +19,7 @@ from trainer.run import layout
 from trainer.run.owner import newest_number, read_owner, take
 from trainer.run.records import record_end
 from trainer.run.requests import request_stop
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

@@ -9,15 +9,24 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster.slurm import queue
+from launcher.cluster.slurm.queue import (
+    SlurmJob,
+    SubmittedJobs,
+    is_over,
+    job_output,
+    jobs_of,
+    parse_sacct,
+    parse_squeue,
+    stop,
+)
+from launcher.cluster.slurm.submit import clean_environment
 from launcher.policy.jobs import Attempt
-from launcher.slurm import queue
-from launcher.slurm.queue import SlurmJob, SubmittedJobs, is_over, job_output, jobs_of, parse_sacct, parse_squeue, stop
-from launcher.slurm.submit import clean_environment
 from launcher.view.status import read_status
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.requests import stop_requester
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def number(value: int | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.slurm.script import Shape, options, render, shape, slurm_quoted
-from launcher.slurm.submit import inside_a_job
+from launcher.cluster.slurm.script import Shape, options, render, shape, slurm_quoted
+from launcher.cluster.slurm.submit import inside_a_job
 from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 

@@ -17,7 +17,7 @@ from tests.unit.made_records import NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.requests import request_stop
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from trainer.config import parse_config
 from trainer.config.training import StopWhen
 from trainer.run import layout
 from trainer.run.records import encoded
-from trainer.store import open_store
+from trainer.store.store import open_store
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules, open_stop_rules
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster.slurm import rank
 from launcher.data.build import build
 from launcher.drive import local
-from launcher.slurm import rank
 from launcher.start import check
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.errors import StorageError
-from trainer.store import open_run_store
+from trainer.store.store import open_run_store
 
 # With the default limits one request alone would take longer.
 pytestmark = pytest.mark.timeout(30)

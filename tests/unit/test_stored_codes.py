@@ -16,8 +16,8 @@ from tests.unit.test_plan import LLAMA_70B
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.errors import ConfigError
-from trainer.files.safetensors_index import StoredTensor, read_index
-from trainer.store import open_store
+from trainer.store.safetensors_index import StoredTensor, read_index
+from trainer.store.store import open_store
 
 # Sizes that no number of ranks divides, and codes that fill no whole int32 along the rows.
 SHAPES = [(37, 384), (128, 128), (3, 640)]

@@ -29,11 +29,11 @@ from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.dequantized import dequantized_by_transformers
-from trainer.files.codes import Code
-from trainer.files.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
 from trainer.plan.plan import make_plan
-from trainer.resolve import resolve
-from trainer.store import Store, open_store
+from trainer.plan.resolve import resolve
+from trainer.store.codes import Code
+from trainer.store.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.store.store import Store, open_store
 
 TILE = (128, 128)
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none", "data.packing=false")

@@ -16,11 +16,11 @@ from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.rows.kept_parts import kept_sources
 from trainer.config import Quant, override, parse_config
-from trainer.files.codes import Code, KeptSources
-from trainer.files.safetensors_index import Joined, Stretch, numel
 from trainer.model.nf4 import Packed
 from trainer.model.stored import StoredFormat
 from trainer.plan.sizes import stored_bytes
+from trainer.store.codes import Code, KeptSources
+from trainer.store.safetensors_index import Joined, Stretch, numel
 
 KEPT = [
     "int4-32",

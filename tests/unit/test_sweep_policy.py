@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from launcher.drive.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from launcher.policy.sensitivity import sensitivities
 from launcher.policy.trials import Trial
 from launcher.policy.turns import Candidate, Turns
-from launcher.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from tests.unit.test_sweep import LR
 from trainer.config.sweep import Sweep
 

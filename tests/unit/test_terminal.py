@@ -9,14 +9,14 @@ import pytest
 from rich.progress import BarColumn, Progress
 
 from launcher.cli.__main__ import app
-from launcher.console import Terminal, description, time_left
 from launcher.evaluate.answering import Screen
 from launcher.evaluate.tables import Evaluated
-from launcher.terminal import in_lines, visible
+from launcher.view.console import Terminal, description, time_left
+from launcher.view.terminal import in_lines, visible
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import CapstanError
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 TITLE, CSI, TURNED = "\x1b]0;title\x07", "\x9b31m", "\u202egpj"
 EVIL = f"a{TITLE}b{CSI}c{TURNED}[link=https://evil][red]d"

@@ -29,7 +29,7 @@ from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Row
 from trainer.run.trackers.tracker_process import Beside
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
 CONFIG = """

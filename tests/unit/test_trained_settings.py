@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import override
 from trainer.errors import ConfigError, Damaged, StorageError
 from trainer.export.format import find_format
@@ -18,7 +17,8 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.export.written import ExportProgress, Written
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
 from trainer.model.packed import PackedModel
-from trainer.objective.sft.objective import NextTokens
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method
+from trainer.tuning.objective.sft.objective import NextTokens
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
 from trainer.tuning.shared.linear_adapters import flagged

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from tests.material import Workshop, make_labelled, make_pairs
-from trainer.accelerator import onto
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.stream import train_stream
-from trainer.measure.losses import document_losses
+from trainer.evaluate.measure.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
-from trainer.objective.objective import find_objective
+from trainer.processes.accelerator import onto
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
 
 META = torch.device("meta")
 

@@ -13,20 +13,20 @@ from typer.main import get_command
 
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
-from launcher.console import Terminal
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.export.export import lines
 from launcher.report import report
 from launcher.start.check import check_idle, checked
 from launcher.start.place import warn_of_place
+from launcher.view.console import Terminal
 from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.errors import BaseOutOfReach, ConfigError, StorageError
-from trainer.files import hub
 from trainer.run import layout
-from trainer.store import Store, open_store
+from trainer.store import hub
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture

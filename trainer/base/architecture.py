@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
-from trainer.files.codes import Kept
+from trainer.store.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 
@@ -91,7 +91,7 @@ class Architecture:
     (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
     packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
-    ranks that share a row where `fails_shared` does.
+    ranks that share a row where `fails_shared` does, nor documents that share a prefix where `fails_prefix` does.
     Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
     families but a few use.
@@ -117,6 +117,7 @@ class Architecture:
     isolates_documents: bool = True
     fails_packed: str | None = None
     fails_shared: str | None = None
+    fails_prefix: str | None = None
     tried: bool = True
     recomputes: bool = True
     rotary: bool = True

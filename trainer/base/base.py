@@ -17,9 +17,9 @@ from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.sampled import sample_weights
 from trainer.config import Config, Quant
 from trainer.config.model import Tokens
-from trainer.files.codes import Kept
-from trainer.files.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
-from trainer.store import Store
+from trainer.store.codes import Kept
+from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
+from trainer.store.store import Store
 
 
 class StoredFormat(Protocol):

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import NamedTuple
 
-from trainer.files.safetensors_index import FileHeader, TensorSource, numel
-from trainer.store import Store
+from trainer.store.safetensors_index import FileHeader, TensorSource, numel
+from trainer.store.store import Store
 
 SAMPLED_BYTES = 8 * 2**20
 """A base of at most so many bytes is hashed whole."""

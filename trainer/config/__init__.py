@@ -14,13 +14,13 @@ from pydantic import BaseModel, ValidationError
 from trainer.config.cluster import Slurm
 from trainer.config.data import Data, Source
 from trainer.config.evaluation import EvalSet, Evaluation
-from trainer.config.mistakes import explained, listed, unknown_keys
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
-from trainer.config.overrides import apply_overrides
+from trainer.config.reading.mistakes import explained, listed, unknown_keys
+from trainer.config.reading.overrides import apply_overrides
+from trainer.config.reading.yaml_reader import read_yaml
 from trainer.config.training import Checkpoint, Optim, Retry, Timeouts, Train
 from trainer.config.tree import Config, fields
-from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 STARTS_HERE = "local"
 """The address of a Ray that a run starts for itself, as `ray.init` has it."""

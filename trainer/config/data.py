@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.registry import kinds
-from trainer.section import Section, setting
+from trainer.config.registry import kinds
+from trainer.config.section import Section, setting
 
 if TYPE_CHECKING:
     from trainer.data.format.row_format import RowFormat
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Format = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text")
+LIKELY = ("chat", "prompt_completion", "text", "answers")
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
 _LOSS_ON = {
     "chat": ("assistant", "last_assistant", "all"),
@@ -33,6 +33,7 @@ _LOSS_ON = {
     "text": ("all",),
     "preference": ("completion",),
     "labelled": ("completion",),
+    "answers": ("completion",),
     "classified": (),
     "tagged": (),
 }
@@ -41,11 +42,14 @@ _TODAY = "2025-01-01"
 _WHOLE = {
     "preference": "part a pair",
     "labelled": "part an answer",
+    "answers": "part an answer",
     "classified": "part a text from its class",
     "tagged": "part words from their tags",
 }
 _TWO_SEGMENTS = ("preference", "labelled", "tagged")
 _OF_CLASSES = ("classified", "tagged")
+_SHARING = ("preference", "labelled", "answers")
+"""Kinds of rows with several answers to a prompt."""
 
 
 class Source(Section):
@@ -171,7 +175,7 @@ class Data(Section):
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
         "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
-        "preference. Answers with a label: labelled. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
+        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
         "docs/data-format.md has an example of each.",
         example="chat",
     )
@@ -203,7 +207,7 @@ class Data(Section):
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
-        about="Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, preference and labelled, all for "
+        about="Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, answers, preference and labelled, all for "
         "text.",
         example="last_assistant",
     )
@@ -223,6 +227,13 @@ class Data(Section):
         unit="tokens",
     )
     packing: bool = setting(True, about="Put several documents into one row; they never see each other.", example=True)
+    share_prefix: bool = setting(
+        False,
+        about="Hold a prompt once in a row where several answers to it follow: the two of a pair, a labelled and its mismatched one, all of `answers`. "
+        "Each sees the prompt and itself, so that loss and gradients are the same, of fewer tokens. For bases whose layers mix tokens by attention "
+        "alone, and kernels that take a mask (sdpa, flex_attention, eager).",
+        example=True,
+    )
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
         about="What happens to a document longer than sequence_length; it is counted either way. split makes documents of "
@@ -261,6 +272,8 @@ class Data(Section):
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
                 f"Allowed there: {', '.join(_LOSS_ON[kind])}."
             )
+        if self.share_prefix and kind not in _SHARING:
+            return f"data.share_prefix: has no effect with data.format: {format}, whose rows have one answer to a prompt. Remove it."
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
         if kind in ("prompt_completion", "text"):
@@ -283,6 +296,7 @@ class Data(Section):
             "template": self.template if talks else None,
             "today": self.today if talks else _TODAY,
             "labels": self.labels if kind in _OF_CLASSES else None,
+            "share_prefix": self.share_prefix and kind in _SHARING,
         }
         return self.model_copy(update=kept)
 
@@ -397,6 +411,7 @@ class Data(Section):
             "thinking": None if on.thinking else "untrained",
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
+            "share_prefix": True if self.share_prefix else None,
         }
         return {name: value for name, value in found.items() if value is not None}
 

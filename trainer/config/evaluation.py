@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from trainer.config.data import LIKELY, ROW_FORMATS, Data, Format, kind_of
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 UNNAMED = "eval"
 """The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""

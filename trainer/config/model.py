@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from trainer.section import Section, setting, with_parts
+from trainer.config.section import Section, setting, with_parts
 
 EXPRESSION = "re:"
 """The mark before a regular expression in `tuning.targets`."""

@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from trainer.section import Section, declared, setting, with_parts
+from trainer.config.section import Section, declared, setting, with_parts
 
 if TYPE_CHECKING:
-    from trainer.objective.head import Head
+    from trainer.tuning.objective.head import Head
 
-HEADS: "dict[str, Head]" = declared("trainer.objective", "HEADS")
+HEADS: "dict[str, Head]" = declared("trainer.tuning.objective", "HEADS")
 """The heads of those objectives that have one of their own, by the objective's name."""
 
 
-@with_parts("trainer.objective")
+@with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
     """The loss that training minimises. docs/preference.md and docs/methods.md say when to use which, and give the formulas."""
 

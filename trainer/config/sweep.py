@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 GRID = "grid"
 LOG_UNIFORM = "log_uniform"

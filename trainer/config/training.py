@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 MLP_TILE = 4096
 """Tokens that an MLP takes at a time where it is tiled."""

@@ -11,9 +11,9 @@ from trainer.config.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
+from trainer.config.section import Section
 from trainer.config.sweep import Sweep
 from trainer.config.training import Checkpoint, Optim, Retry, Run, Sharding, Timeouts, Track, Train
-from trainer.section import Section
 
 
 class Config(Section):

@@ -1,1 +1,1 @@
-"""The work of `capstan evaluate` and `capstan generate` on each rank: a run's model, before and after its training."""
+"""`capstan evaluate` and `capstan generate` on each rank; measure/ is what a training measures of its model as well."""

@@ -13,7 +13,7 @@ class Ask:
     """The request to every rank: evaluate or question the run at the URI `run`, with the checkpoint of `step`. None is the newest whole one.
 
     `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
-    adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.measure.generation.Sampling`.
+    adapter's. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.evaluate.measure.generation.Sampling`.
     """
 
     what: Literal["evaluate", "generate"]

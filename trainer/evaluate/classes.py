@@ -12,8 +12,8 @@ from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.tagged import TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.ask import Ask
+from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.measure.prompts import Prompt
 from trainer.model.packed import PackedModel, TextRow
 from trainer.tuning.head import WithHead, outputs
 

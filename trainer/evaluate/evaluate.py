@@ -4,7 +4,6 @@ import time
 from functools import partial
 from typing import Any
 
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import override
 from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.measured import Progress, TaskScores, evaluation, find_work, measure
@@ -12,7 +11,8 @@ from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.evaluate.subjects import subjects
 from trainer.export.trained import trained_config
 from trainer.run.evaluations import keep_evaluation, other_settings
-from trainer.store import open_store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.store import open_store
 
 _TOLD_SECONDS = 0.2
 

@@ -21,13 +21,13 @@ from trainer.data.dataset.overlap import overlap_of
 from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError, StorageError
+from trainer.evaluate.measure import bias
+from trainer.evaluate.measure.bias import Gaps, SentencePair
+from trainer.evaluate.measure.intervals import clusters_of, difference_interval
+from trainer.evaluate.measure.losses import document_losses, objective_means
+from trainer.evaluate.measure.scoring import Continued, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
-from trainer.measure import bias
-from trainer.measure.bias import Gaps, SentencePair
-from trainer.measure.intervals import clusters_of, difference_interval
-from trainer.measure.losses import document_losses, objective_means
-from trainer.measure.scoring import Continued, likelihoods
 
 Progress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.errors import CapstanError
 from trainer.evaluate.ask import Ask, Tell
-from trainer.measure.prompts import Prompt
+from trainer.evaluate.measure.prompts import Prompt
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import stay_on_cpu
 

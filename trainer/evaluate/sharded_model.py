@@ -7,14 +7,12 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.base.find.locate import Base, resolve_base
-from trainer.checkpoint.checkpoints import load_partitions
-from trainer.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError
+from trainer.evaluate.measure.prompts import Prompter
 from trainer.export.trained import (
     check_overrides,
     check_trained_base,
@@ -23,13 +21,15 @@ from trainer.export.trained import (
     with_trained_template,
     with_trained_tokenizer,
 )
-from trainer.measure.prompts import Prompter
-from trainer.optimizer.optimizer import MASTER
-from trainer.ranks import Ranks
-from trainer.resolve import Resolved, resolve
+from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
+from trainer.plan.resolve import Resolved, resolve
+from trainer.processes.ranks import Ranks
 from trainer.run.folder import run_config
-from trainer.store import Store, open_run_store
-from trainer.zero.engine import Engine
+from trainer.state.checkpoint.checkpoints import load_partitions
+from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
+from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store, open_run_store
 
 Log = Callable[[str], None]
 
@@ -61,7 +61,7 @@ class OpenedRun:
     engine: Engine
     words: Words
     keeps: bool = True
-    """Whether a text that grows may keep keys and values; see `trainer.measure.decoding.GrowingText`."""
+    """Whether a text that grows may keep keys and values; see `trainer.evaluate.measure.decoding.GrowingText`."""
 
     @contextmanager
     def as_base(self) -> Iterator["OpenedRun"]:

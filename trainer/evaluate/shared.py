@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from trainer.evaluate.measure.generation import Opening, Sampling, continued
+from trainer.evaluate.measure.scoring import Continued, Likelihood, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.measure.generation import Opening, Sampling, continued
-from trainer.measure.scoring import Continued, Likelihood, likelihoods
 
 T = TypeVar("T")
 Told = Callable[[int], None]

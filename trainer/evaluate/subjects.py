@@ -10,8 +10,8 @@ from trainer.config.objective import HEADS
 from trainer.config.paths import local_path
 from trainer.data.compile.inputs import find_evaluated, named
 from trainer.errors import ConfigError
-from trainer.measure.bias import read_pairs
-from trainer.objective.objective import find_objective
+from trainer.evaluate.measure.bias import read_pairs
+from trainer.tuning.objective.objective import find_objective
 
 
 def subjects(config: Config) -> list[str]:

@@ -15,11 +15,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from trainer.config.paths import local_path
 from trainer.data.render.template import chat_template
 from trainer.errors import ConfigError
+from trainer.evaluate.measure.generation import Sampling
+from trainer.evaluate.measure.scoring import Continued
 from trainer.evaluate.measured import TaskScores
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.shared import OpenText, SharedModel
-from trainer.measure.generation import Sampling
-from trainer.measure.scoring import Continued
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none

@@ -16,15 +16,15 @@ from typing import Any
 from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
-from trainer.checkpoint.listing import newest_commit
-from trainer.checkpoint.manifest import whole_checkpoint
 from trainer.errors import CapstanError
 from trainer.export.folder import BytesWritten, DestinationTaken
 from trainer.export.format import find_format
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress, Written
 from trainer.run.background import Every
-from trainer.store import open_store
+from trainer.state.checkpoint.listing import newest_commit
+from trainer.state.checkpoint.manifest import whole_checkpoint
+from trainer.store.store import open_store
 from trainer.tuning.method import method_of
 
 _SAY_SECONDS = 30.0

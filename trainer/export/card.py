@@ -15,12 +15,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.base.find.locate import base_files, is_hub_id
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.source.hub import repository
 from trainer.run.evaluations import read_evaluation
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.store import Store
 from trainer.tuning.head import WithHead
 from trainer.tuning.method import method_of
 

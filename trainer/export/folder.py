@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.store import Store
+from trainer.store.store import Store
 
 # It is told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]

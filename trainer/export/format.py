@@ -10,11 +10,11 @@ from typing import ClassVar, Protocol
 
 from trainer.base.base import Description
 from trainer.config import Config, parse_options
+from trainer.config.registry import chosen, kinds
 from trainer.export import formats
 from trainer.export.figures import Proof
 from trainer.export.written import ExportProgress, Written
-from trainer.registry import chosen, kinds
-from trainer.store import Store
+from trainer.store.store import Store
 
 WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are the same)"
 

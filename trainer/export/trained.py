@@ -25,8 +25,6 @@ from trainer.base.find.locate import (
     is_small_file,
     resolve_base,
 )
-from trainer.checkpoint.identity import check_content, check_text
-from trainer.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer
@@ -34,7 +32,9 @@ from trainer.data.render.template import template_text
 from trainer.data.render.text_files import RunText, kept_text
 from trainer.errors import ConfigError, Damaged, StorageError, shown
 from trainer.run.folder import run_config
-from trainer.store import Store
+from trainer.state.checkpoint.identity import check_content, check_text
+from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
+from trainer.store.store import Store
 from trainer.tuning.method import Method, method_of, methods
 
 # Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.export.folder import BytesWritten
+from trainer.state.checkpoint.manifest import CheckpointManifest
 
 
 class ExportProgress(NamedTuple):

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer.accelerator import kind
 from trainer.config.training import Train
 from trainer.model.documents import recomputed
 from trainer.model.offload import Offload
 from trainer.model.parts import is_layer
 from trainer.model.tiled import mlps, tile
+from trainer.processes.accelerator import kind
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:

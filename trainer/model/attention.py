@@ -60,13 +60,20 @@ def choose_attention(
     dtype: torch.dtype,
     needs: AttentionNeeds,
     refused: Mapping[str, str] | None = None,
+    *,
+    masked: bool = False,
 ) -> Attention:
     """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base.
 
-    `refused` gives the reason for each kernel that the run's method cannot compute with.
+    `refused` gives the reason for each kernel that the run's method cannot compute with; with `masked` its rows have a mask that is more than
+    borders of documents.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    missing = {**unavailable(capability, dtype != torch.float32, needs), **unable(needs), **(refused or {})}
+    missing = {
+        **unavailable(capability, dtype != torch.float32, needs),
+        **unable(needs, masked=masked),
+        **(refused or {}),
+    }
     if setting in missing:
         raise ConfigError(f"model.attention: {setting!r} cannot run here: {missing[setting]}. Use auto.")
     kernel, why = chosen(setting, missing)

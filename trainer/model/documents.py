@@ -8,6 +8,11 @@
 A row may be divided over ranks (trainer/model/exchange.py): then attention, and its mask, is for all of the row's tokens, and every other
 layer for this rank's slice of them.
 
+A document may go on from a prefix that lies before it in the row, as several answers do that share their prompt (`data.share_prefix`):
+
+    row:        p p p p a a a b b b    a is one document with the prefix p, and b goes on from p
+    positions:  0 1 2 3 4 5 6 4 5 6    b sees p and itself, and none of a
+
 Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting position_ids, but
 some models make theirs without: here every mask that is made for a row gets the borders. Any other layer that mixes tokens
 (linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the documents apart, so that the
@@ -20,7 +25,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,9 +43,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.accelerator import onto
 from trainer.model.exchange import Peers, attend_across
 from trainer.model.parts import body
+from trainer.processes.accelerator import onto
 
 # The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
@@ -64,11 +69,22 @@ def batches(lengths: list[int]) -> list[list[int]]:
 class Documents:
     """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
     beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this rank's slice, and the lengths, which
-    must be known, those of the whole row that they share."""
+    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`."""
 
-    def __init__(self, position_ids: Tensor, lengths: Sequence[int] | None = None, peers: Peers | None = None) -> None:
-        assert peers is None or lengths is not None
-        self._position_ids, self._lengths, self.peers = position_ids, lengths, peers
+    def __init__(
+        self,
+        position_ids: Tensor,
+        lengths: Sequence[int] | None = None,
+        peers: Peers | None = None,
+        prefixes: "Prefixes" = (),
+    ) -> None:
+        assert (peers is None and not prefixes) or lengths is not None
+        self._position_ids, self._lengths, self.peers, self._prefixes = position_ids, lengths, peers, prefixes
+
+    @property
+    def masked_here(self) -> bool:
+        """Whether transformers, which looks at the positions of a row, would make another mask than the row needs."""
+        return self.peers is not None or bool(self._prefixes)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -85,8 +101,28 @@ class Documents:
         """The position_ids of the whole row, (1, T)."""
         if self.peers is None:
             return self._position_ids
-        every = torch.cat([torch.arange(length) for length in self.lengths])[None]
-        return onto(every, self._position_ids.device)
+        begins = [tokens for _, tokens in self._prefixes] or [0] * len(self.lengths)
+        every = [torch.arange(begin, begin + length) for begin, length in zip(begins, self.lengths, strict=True)]
+        return onto(torch.cat(every)[None], self._position_ids.device)
+
+    @cached_property
+    def sees(self) -> Callable[..., Any]:
+        """Whether a token may see another one as far as documents go, as a function of transformers' masks; there are several documents."""
+        assert self.numbers is not None
+        own = packed_sequence_mask_function(self.numbers)
+        if not self._prefixes:
+            return own
+        sizes = torch.tensor(self.lengths)
+        first, behind = (
+            onto(torch.tensor(places).repeat_interleave(sizes), self.numbers.device)
+            for places in zip(*((begin, begin + tokens) for begin, tokens in self._prefixes), strict=True)
+        )
+
+        def or_prefix(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+            in_prefix = (kv_idx >= first[q_idx]) & (kv_idx < behind[q_idx])
+            return own(batch_idx, head_idx, q_idx, kv_idx) | in_prefix
+
+        return or_prefix
 
     @cached_property
     def _counted(self) -> Tensor:
@@ -121,30 +157,46 @@ class _Batches:
 
 
 _ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
-_LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
-_PEERS: ContextVar[Peers | None] = ContextVar("peers", default=None)
+Prefixes = Sequence[tuple[int, int]]
+"""The prefix that each document of a row goes on from: the place of its first token in the row, and its tokens, 0 for none. Empty where no
+document has one."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The arguments of `lengths_known`."""
+
+    lengths: tuple[int, ...] | None = None
+    peers: Peers | None = None
+    prefixes: Prefixes = ()
+
+
+_NOTHING = _Known()
+_KNOWN: ContextVar[_Known] = ContextVar("known", default=_NOTHING)
 
 
 @contextmanager
-def lengths_known(lengths: tuple[int, ...], peers: Peers | None = None) -> Iterator[None]:
-    """Inside, a model computes a row whose documents have so many tokens each; with `peers` this rank's slice of it."""
-    before, shared_before = _LENGTHS.set(lengths), _PEERS.set(peers)
+def lengths_known(lengths: tuple[int, ...], peers: Peers | None = None, prefixes: Prefixes = ()) -> Iterator[None]:
+    """Inside, a model computes a row whose documents have so many tokens each; with `peers` this rank's slice of it. A document may go on
+    from one of `prefixes`, whose tokens lie before it in the row; its positions do."""
+    before = _KNOWN.set(_Known(lengths, peers, prefixes))
     try:
         yield
     finally:
-        _LENGTHS.reset(before)
-        _PEERS.reset(shared_before)
+        _KNOWN.reset(before)
 
 
 def set_documents_apart(tokens: int) -> None:
     """The first `tokens` of each document of the row that is about to be computed are a document of their own."""
-    if (lengths := _LENGTHS.get()) is not None:
-        parts = ((min(length, tokens), length - tokens) for length in lengths)
-        _LENGTHS.set(tuple(part for pair in parts for part in pair if part > 0))
+    known = _KNOWN.get()
+    if known.lengths is not None:
+        assert not known.prefixes
+        parts = ((min(length, tokens), length - tokens) for length in known.lengths)
+        _KNOWN.set(replace(known, lengths=tuple(part for pair in parts for part in pair if part > 0)))
 
 
 class CannotDivide(Exception):
-    """A layer cannot compute for a slice of a row; the text says why, as a clause."""
+    """A layer cannot compute for a slice of a row, or for documents that share a prefix; the text says why, as a clause."""
 
 
 class _RowAtWork(AbstractContextManager[None]):
@@ -227,11 +279,11 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 def _find_documents(position_ids: Tensor) -> Tensor | None:
     """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known. The
-    positions of a slice would be too few for its mask, which gets the whole row's in `of_row`."""
+    positions of a slice would be too few for its mask, and would hide a prefix: `of_row` does without."""
     row = _ROW.get()
     if row is None:
         return _find_packed(position_ids)
-    return row.numbers if row.peers is None else None
+    return None if row.masked_here else row.numbers
 
 
 _interface = AttentionInterface.get_interface
@@ -248,12 +300,12 @@ def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = _ROW.get()
-        if row is not None and row.peers is not None:
+        if row is not None and row.masked_here:
             given["q_length"] = given["kv_length"] = sum(row.lengths)
             if row.numbers is not None:
                 mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
         if row is not None and row.numbers is not None:
-            mask_function = and_masks(mask_function, packed_sequence_mask_function(row.numbers))
+            mask_function = and_masks(mask_function, row.sees)
             given["allow_is_causal_skip"] = False
         return make(mask_function=mask_function, **given)
 
@@ -273,7 +325,8 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with _RowAtWork(Documents(positions, _LENGTHS.get(), _PEERS.get())):
+        known = _KNOWN.get()
+        with _RowAtWork(Documents(positions, known.lengths, known.peers, known.prefixes)):
             return forward(*arguments, position_ids=positions, **given)
 
     return over_row
@@ -285,7 +338,7 @@ def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(forward)
     def in_batches(*arguments: Any, **given: Any) -> Any:
         row, given = _ROW.get(), {name: value for name, value in given.items() if name not in _BORDERS}
-        if row is not None and row.peers is not None:
+        if row is not None and row.masked_here:
             raise CannotDivide(f"its {type(mixer).__name__} mixes tokens by something else than plain attention")
         with _unfused(mixer):
             if row is None or row.numbers is None:

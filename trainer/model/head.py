@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.accelerator import is_accelerator
+from trainer.processes.accelerator import is_accelerator
 
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
-from trainer.model.documents import lengths_known
+from trainer.model.documents import Prefixes, lengths_known
 from trainer.model.exchange import Peers, total
 from trainer.model.head import LossHead
 from trainer.model.parts import body
@@ -16,7 +16,8 @@ from trainer.model.parts import body
 
 class PackedRow(Protocol):
     """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32, and
-    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part."""
+    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part. Documents may go on from
+    `prefixes`."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -30,6 +31,8 @@ class PackedRow(Protocol):
     def lengths(self) -> tuple[int, ...]: ...
     @property
     def parts(self) -> int: ...
+    @property
+    def prefixes(self) -> Prefixes: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class TextRow:
     position_ids: Tensor
     cu_seqlens: Tensor
     parts: int = 1
+    prefixes: Prefixes = ()
 
     @classmethod
     def of(cls, tokens: Tensor) -> "TextRow":
@@ -77,7 +81,7 @@ class PackedModel:
 
     def hidden(self, row: PackedRow) -> Tensor:
         """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the row."""
-        with lengths_known(row.lengths, self.peers if row.parts > 1 else None):
+        with lengths_known(row.lengths, self.peers if row.parts > 1 else None, row.prefixes):
             return body(self.model)(
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,

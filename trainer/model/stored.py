@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from trainer.files.codes import Kept, Numbers
 from trainer.model.nf4 import FrozenLinear4bit, FrozenStack4bit, Layout, Packed
+from trainer.store.codes import Kept, Numbers
 
 # Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
 _AT_ONCE = 2**23

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.accelerator import is_accelerator
 from trainer.config.training import MLP_TILE
 from trainer.model.nf4 import dequantized_once
 from trainer.model.parts import is_experts
+from trainer.processes.accelerator import is_accelerator
 
 
 def mlps(layer: nn.Module) -> Iterator[nn.Module]:

@@ -1,1 +1,2 @@
-"""The needs and the duration of a run, by arithmetic: parameters, memory, time, GPUs by name. No file here loads torch."""
+"""The way from settings to a model on its ranks: what they name (resolve.py), whether it fits and how long it takes (plan.py and
+others, without torch), and all of it put together (assemble.py)."""

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config
-from trainer.objective.objective import find_objective, reference_of
 from trainer.plan.gpus import find_gpu
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective, reference_of
 
 if TYPE_CHECKING:
     from trainer.data.order.micro_batch import MicroBatch

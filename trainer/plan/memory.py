@@ -12,8 +12,6 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.activations import layer_values
 from trainer.config import Config
 from trainer.config.training import MLP_TILE
-from trainer.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
-from trainer.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     StoredParameter,
@@ -24,16 +22,18 @@ from trainer.plan.sizes import (
     stored_parameters,
     value_bytes,
 )
+from trainer.state.optimizer.optimizer import State, find_optimizer, states_by_name
+from trainer.state.zero.policy import Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
-from trainer.zero.policy import Scope, is_offloaded
+from trainer.tuning.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
 # trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
 _DECODING_BYTES = 16 * 2**23
-# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are.
-_LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, 2**26
-# trainer/zero/gather.py: layers that are whole on a GPU at one time.
+# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a GPU.
+_LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
+# trainer/state/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
 # CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
 # send and to receive. Allowances, not measurements.
@@ -230,12 +230,13 @@ def memory_of(given: Inputs) -> GpuMemory:
     unquantized = base_bytes(given) - packed
     unquantized -= given.item * given.learning_base
     whole = given.small if world_size > 1 else 0
+    kept, backward = _activations(given)
     passes = {
         "gathered_layers": _gathered(given),
         "dequantized_weight": _dequantized(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
-        "activations": _activations(given),
-        "logits": _logits(given),
+        "activations": kept + backward,
+        "logits": max(0, _logits(given) - backward),
     }
     parts = {
         "frozen_quantized": 0 if given.offloaded else ceil(packed / given.group),
@@ -309,7 +310,7 @@ def optimizer_step(given: Inputs) -> int:
 
 
 def _gathered(given: Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/zero/gather.py gathers them.
+    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/state/zero/gather.py gathers them.
 
     In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
     came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the
@@ -333,8 +334,9 @@ def _gradient_buckets(given: Inputs) -> int:
     return 4 * (bucket + reduced + ceil(reduced / given.world_size))
 
 
-def _activations(given: Inputs) -> int:
-    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix.
+def _activations(given: Inputs) -> tuple[int, int]:
+    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix: those that lie there from the
+    forward pass on, and those that the backward pass of a layer adds, when the logits are gone.
 
     Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/describe/activations.py.
     The last layers may keep theirs. Any other keeps its hidden state, and is computed again in its backward pass, when those behind
@@ -346,8 +348,11 @@ def _activations(given: Inputs) -> int:
     again = given.recomputed_layers
     kept, widest = zip(*(_layer(given, place) for place in range(model.layers)), strict=True)
     inputs = min(2, again) if given.offloads_inputs else again
-    values = inputs * model.hidden + max(sum(kept[again:]), *kept[:again], 0)
-    return ceil(given.item * given.tokens * (values + 2 * max(widest) + model.hidden))
+    from_forward = inputs * model.hidden + sum(kept[again:])
+    computed_again = max(0, max(kept[:again], default=0) - sum(kept[again:]))
+    in_backward = computed_again + 2 * max(widest) + model.hidden
+    value = given.item * given.tokens
+    return ceil(value * from_forward), ceil(value * in_backward)
 
 
 def offloaded_activations(given: Inputs) -> int:
@@ -359,7 +364,7 @@ def offloaded_activations(given: Inputs) -> int:
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
-    values, tile = layer_values(given.model, place), _tile(given, place)
+    values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + tile * values.kept_in_mlps
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
@@ -373,11 +378,12 @@ def _tile(given: Inputs, place: int) -> float:
 
 
 def _logits(given: Inputs) -> int:
-    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; twice those that are in fp32 at
-    one time; and the gradient of the hidden states of all T tokens."""
+    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; those that are in fp32 at one time, and what is
+    computed of them; and the gradient of the hidden states of all T tokens."""
     model, tokens = given.model, given.tokens
     chunk = min(
         tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary) // _LOGITS_CHUNK_ROWS) * _LOGITS_CHUNK_ROWS
     )
-    in_fp32 = min(4 * chunk * model.vocabulary, _LOGITS_BLOCK_BYTES)
-    return chunk * model.vocabulary * given.item + 2 * in_fp32 + given.item * tokens * model.hidden
+    in_fp32 = min(4 * chunk * model.vocabulary, _LOGITS_BLOCK_BYTES[given.on_gpu])
+    copies = 2 if given.item < 4 else 1  # logits that are in fp32 are not copied
+    return chunk * model.vocabulary * given.item + copies * in_fp32 + given.item * tokens * model.hidden

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from trainer.base.find.check import LeftOutPart
-from trainer.zero.policy import Scope
+from trainer.state.zero.policy import Scope
 
 
 @dataclass(frozen=True)

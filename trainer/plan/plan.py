@@ -15,11 +15,11 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
+from trainer.plan.resolve import mismatches
+from trainer.plan.shared_rows import uneven_ranks
 from trainer.plan.sizes import exchanged_values, most_whole, value_bytes
-from trainer.resolve import mismatches
-from trainer.shared_rows import uneven_ranks
+from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
-from trainer.zero.policy import Scope, build_deepspeed_config
 
 # trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
 from trainer.model.shared_heads import copies_of_keys
+from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
-from trainer.zero.policy import WHOLE
 
 # trainer/model/nf4.py: scales that share a second scale under double quantization.
 _NESTED_BLOCK = 256

@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from trainer.ranks import Ranks
+from trainer.processes.ranks import Ranks
 
 _PACKAGES = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "ray", "obstore")
 

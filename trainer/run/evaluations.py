@@ -7,7 +7,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 FEWEST = 6
 """The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise less than 95 %."""

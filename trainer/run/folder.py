@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from trainer.config import Config, assignment, parse_config, unsaid
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Store, open_run_store, open_store
+from trainer.store.store import Store, open_run_store, open_store
 
 
 def run_folder(config: Config) -> Store:

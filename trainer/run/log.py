@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from trainer.run import layout
 from trainer.run.background import Every, Harmless
 from trainer.run.segments import BLOCK_BYTES, Appender
-from trainer.store import Store
+from trainer.store.store import Store
 
 _FIRST_SECONDS = 30.0
 """Rank 0's log is sent this often in the long run."""

@@ -19,7 +19,7 @@ from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Tracker
 from trainer.run.trackers.tracker_process import Beside
-from trainer.store import Store
+from trainer.store.store import Store
 
 CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""

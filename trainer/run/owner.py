@@ -21,7 +21,7 @@ from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, S
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import name_of
-from trainer.store import Entry, Store
+from trainer.store.store import Entry, Store
 
 BEAT_SECONDS = 30.0
 FRESH_SECONDS = 100.0

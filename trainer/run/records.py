@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 from trainer.errors import NOT_JSON, AlreadyExists
 from trainer.run import layout
 from trainer.run.segments import Appended, Segment, length, streams
-from trainer.store import Store
+from trainer.store.store import Store
 
 Record: TypeAlias = dict[str, Any]
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from trainer.errors import NOT_JSON, NotFound
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.store import Store
+from trainer.store.store import Store
 
 MACHINE_LEAVES = "because a machine of the run is being taken away"
 """Completes "stopped", in the reason of a start's end."""

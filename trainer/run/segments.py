@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from trainer.errors import NotFound
 from trainer.run.background import say
-from trainer.store import Entry, Store
+from trainer.store.store import Entry, Store
 
 BLOCK_BYTES = 2**20
 SHORT_WRITES = 8

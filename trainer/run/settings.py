@@ -6,11 +6,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from trainer.config import Config, dump_config
+from trainer.config.reading.yaml_reader import read_yaml
 from trainer.config.secrets import masked
-from trainer.config.yaml_reader import read_yaml
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 _PLACE = ("run.name", "run.store")
 """Where the run is, which a copied or moved folder changes."""

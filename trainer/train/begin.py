@@ -5,11 +5,11 @@ import torch
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.ranks import Ranks
-from trainer.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved, resolve
+from trainer.processes.ranks import Ranks
+from trainer.state.zero.engine import Engine
 from trainer.train.start import Start
 from trainer.tuning.beginning import SETTING, Beginning, with_known_start
-from trainer.zero.engine import Engine
 
 
 def resolve_alike(config: Config, ranks: Ranks) -> Resolved:

@@ -10,11 +10,11 @@ import torch
 
 from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
 from trainer.plan.plan import make_plan
-from trainer.ranks import Ranks
-from trainer.resolve import Resolved
+from trainer.plan.resolve import Resolved
+from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.records import add_record
-from trainer.store import Store
+from trainer.store.store import Store
 from trainer.train.heartbeat import Hang
 from trainer.train.start import Start
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from trainer.config import Timeouts
-from trainer.ranks import Ranks, collectives_begun
+from trainer.processes.ranks import Ranks, collectives_begun
 from trainer.run.background import Harmless, say
 from trainer.train.signed_lines import Line, Server
 

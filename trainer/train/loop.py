@@ -11,26 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config.training import StopWhen
 from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
-from trainer.measure.losses import mean_loss, objective_means
-from trainer.measure.samples import PromptSamples
-from trainer.objective.objective import measured, sums_of
+from trainer.evaluate.measure.losses import mean_loss, objective_means
+from trainer.evaluate.measure.samples import PromptSamples
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
 from trainer.run.requests import Stop
+from trainer.state.checkpoint.checkpoints import Checkpoints
+from trainer.state.zero.engine import Engine
 from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
 from trainer.train.save_rules import SaveRules
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules
-from trainer.zero.engine import Engine
+from trainer.tuning.objective.objective import measured, sums_of
 
 
 @dataclass(frozen=True, kw_only=True)

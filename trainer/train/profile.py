@@ -7,10 +7,10 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.files.scratch import scratch_folder
 from trainer.run import layout
 from trainer.run.background import Harmless
-from trainer.store import Store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store
 
 
 class StepProfile:

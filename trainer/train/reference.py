@@ -23,10 +23,10 @@ from trainer.data.order.settings import eval_order
 from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store
 from trainer.train.begin import begin_from
 from trainer.train.start import Start
-from trainer.zero.engine import Engine
 
 _KEPT_SECONDS = 300.0  # between two writes of what is computed so far
 _TOLD_SECONDS = 30.0

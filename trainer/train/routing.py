@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.model.parts import is_experts
-from trainer.ranks import Ranks
+from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 
 

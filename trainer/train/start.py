@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from trainer.config import Config
-from trainer.objective.objective import Objective
-from trainer.ranks import Ranks
-from trainer.resolve import Resolved
+from trainer.plan.resolve import Resolved
+from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
-from trainer.store import Store
+from trainer.store.store import Store
 from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.tuning.objective.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.base.load.load import LoadReport
 from trainer.errors import StorageError
 from trainer.plan.plan import make_plan
-from trainer.resolve import Resolved
+from trainer.plan.resolve import Resolved
 from trainer.run.settings import record_settings
 from trainer.train.start import Start
 

@@ -17,19 +17,19 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.checkpoint.contents import Key
-from trainer.checkpoint.division import Interval
-from trainer.checkpoint.identity import check_content
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import CheckpointManifest, problems_of, readable_manifests
-from trainer.checkpoint.reading import read_elements
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError, StorageError, shown
-from trainer.files.safetensors_index import TensorSource, read_header
-from trainer.optimizer.optimizer import MASTER
 from trainer.run import layout
-from trainer.store import Buffer, Store, open_run_store, open_store
+from trainer.state.checkpoint.contents import Key
+from trainer.state.checkpoint.division import Interval
+from trainer.state.checkpoint.identity import check_content
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import CheckpointManifest, problems_of, readable_manifests
+from trainer.state.checkpoint.reading import read_elements
+from trainer.state.optimizer.optimizer import MASTER
+from trainer.store.safetensors_index import TensorSource, read_header
+from trainer.store.store import Buffer, Store, open_run_store, open_store
 from trainer.tuning.method import Method, SavedByPeft, method_of
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 from trainer.tuning.shared.wrapper import Around

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trainer.model.packed import PackedModel, PackedRow
-    from trainer.objective.head import Head
+    from trainer.tuning.objective.head import Head
 
 
 MODULE = "score"

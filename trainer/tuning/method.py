@@ -18,8 +18,8 @@ from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.base.base import StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
+from trainer.config.registry import chosen, kinds, refuse_unread
 from trainer.errors import ConfigError
-from trainer.registry import chosen, kinds, refuse_unread
 
 if TYPE_CHECKING:
     import torch

@@ -64,7 +64,7 @@ class WithModules(Around):
         return {**self.method.shapes(architecture), **self._own(architecture)}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        from trainer.zero.partition import let_learn
+        from trainer.state.zero.partition import let_learn
 
         self.method.attach(model, architecture, dtype, seed)
         parameters = dict(model.named_parameters())

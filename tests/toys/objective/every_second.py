@@ -1,6 +1,6 @@
 """A toy objective: the next token at every second position only, so that its loss and its weights are not those of sft.
 
-One file, as trainer/objective/objective.py wants it.
+One file, as trainer/tuning/objective/objective.py wants it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.objective.objective import Objective, Survey
 from trainer.tuning.method import Method
+from trainer.tuning.objective.objective import Objective, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor

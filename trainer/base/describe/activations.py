@@ -20,10 +20,10 @@ class LayerValues(NamedTuple):
     fused_in_mlps: float
 
 
-def layer_values(model: Architecture, layer: int) -> LayerValues:
-    """The values that one decoder layer keeps of each token, in values of 16 or 32 bits.
+def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
+    """The values that one decoder layer keeps of each token, in values of `item` bytes.
 
-    Three for each weight of a norm: its input in fp32, and its output. In each block, such as attention or an MLP: what leaves
+    For each weight of a norm its input in fp32, and its output: three values of 16 bits, two of 32. In each block, such as attention or an MLP: what leaves
     its linear layers but the last, what enters those that do not read the hidden state, and what enters the last; in an MLP as
     much again, the gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
     6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
@@ -34,7 +34,7 @@ def layer_values(model: Architecture, layer: int) -> LayerValues:
         if part.kind in ("linear", "experts"):
             blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
-            kept, fused = kept + 3 * part.numel, fused + part.numel
+            kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
     mlp_weights = 0

@@ -10,8 +10,8 @@ from trainer.base.base import Description, StoredFormat
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.unrecognised import unrecognised
+from trainer.config.registry import kinds
 from trainer.errors import ConfigError, shown
-from trainer.registry import kinds
 
 # The keys of a quantization_config that tell kinds of one method apart.
 _KINDS = ("quant_algo", "format", "expert_dtype", "load_in_8bit", "bits")

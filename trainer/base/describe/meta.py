@@ -69,6 +69,7 @@ _OTHER_HEADS = (
     (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, GenericForTokenClassification, "AutoModelForTokenClassification"),
 )
 _WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
+_NOT_TRIED = "no small model of its kind could be tried"
 _SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
@@ -213,6 +214,7 @@ class _Reader:
             isolates_documents=takes_positions(body(self.model)) and (trial is None or trial.keeps_documents_apart),
             fails_packed=trial.fails_packed if trial else None,
             fails_shared=self._fails_shared(trial),
+            fails_prefix=trial.fails_prefix if trial else _NOT_TRIED,
             tried=trial is not None,
             recomputes=self.model.supports_gradient_checkpointing,
             rotary=bool(getattr(self.config, "rope_parameters", None)),
@@ -359,7 +361,7 @@ class _Reader:
         """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a model computes, which a
         small model's do not come to."""
         if trial is None:
-            return "no small model of its kind could be tried"
+            return _NOT_TRIED
         rotary: Any = getattr(self.config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, Mapping)}
         for kind in ("dynamic", "longrope"):

@@ -5,7 +5,7 @@ It takes tenths of a second, and finds what no look at a model's parts tells: a 
 that are counted through a row, a layer that cannot compute for a slice of a row, or with weights in 4 bits.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from threading import Barrier, BrokenBarrierError
@@ -24,16 +24,18 @@ _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
 _DIFFERENT, _MOST = 1e-4, 0.5
 _MOST_SHARED = 0.1  # of a document that the cut goes through, a few tokens may differ and all others not
+_OTHERWISE = "a small model of its kind predicts otherwise then"
 _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-    """Whether tokens see those behind them, whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row, and why weights in 4 bits cannot be
-    computed with, if there are any."""
+    """Whether tokens see those behind them, whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row,
+    documents cannot share a prefix, and weights in 4 bits cannot be computed with, if there are any."""
 
     looks_ahead: bool
     keeps_documents_apart: bool
     fails_shared: str | None
+    fails_prefix: str | None
     fails_packed: str | None
 
 
@@ -63,13 +65,14 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         except Exception:  # a family's code for rows that it was not made for
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
-        return Found(ahead, apart, shared, _fails_packed(model, inner, documents[1], read))
+        prefix = _fails_prefix(inner, documents)
+        return Found(ahead, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
 
 
-class _ThreadPeers:
+class ThreadPeers:
     """Threads of this process that share a row, each by a slice."""
 
     size = 2
@@ -90,12 +93,12 @@ class _ThreadPeers:
 
 def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
     """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if they do."""
-    given, meeting = [tokens] * _ThreadPeers.size, Barrier(_ThreadPeers.size)
+    given, meeting = [tokens] * ThreadPeers.size, Barrier(ThreadPeers.size)
 
     def compute(part: int) -> Tensor | str | None:
-        slices = (values.chunk(_ThreadPeers.size, dim=1)[part] for values in (tokens, positions))
+        slices = (values.chunk(ThreadPeers.size, dim=1)[part] for values in (tokens, positions))
         try:
-            with torch.no_grad(), lengths_known(_LENGTHS, _ThreadPeers(part, given, meeting)):
+            with torch.no_grad(), lengths_known(_LENGTHS, ThreadPeers(part, given, meeting)):
                 return _hidden(inner, *slices)
         except BrokenBarrierError:  # the other one says why
             return None
@@ -103,13 +106,27 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
             meeting.abort()
             return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
 
-    with ThreadPoolExecutor(_ThreadPeers.size) as pool:
-        found = list(pool.map(compute, range(_ThreadPeers.size)))
+    with ThreadPoolExecutor(ThreadPeers.size) as pool:
+        found = list(pool.map(compute, range(ThreadPeers.size)))
     if why := next((part for part in found if isinstance(part, str)), None):
         return why
     parts = [part for part in found if isinstance(part, Tensor)]
     different = _share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
-    return "a small model of its kind predicts otherwise then" if different else None
+    return _OTHERWISE if different else None
+
+
+def _fails_prefix(inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
+    """Why a document that goes on from the first tokens of another one is not computed as behind a copy of them; None if it is."""
+    first, other = documents[1], documents[2]
+    prefix, lengths = first.shape[1] // 2, (first.shape[1], other.shape[1])
+    expected = _hidden(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
+    positions = torch.cat([torch.arange(lengths[0]), torch.arange(prefix, prefix + lengths[1])])[None]
+    try:
+        with lengths_known(lengths, prefixes=((0, 0), (0, prefix))):
+            found = _hidden(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
+    except Exception as error:  # a family's code for rows that it was not made for
+        return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
+    return _OTHERWISE if _share_of_different(found, expected) >= _MOST_SHARED else None
 
 
 def _spread(model: PreTrainedModel) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.sampled import hash_whole
-from trainer.checkpoint.listing import committed_steps
 from trainer.errors import NOT_JSON, ConfigError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store
 
 # huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its SHA-256.
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")

@@ -21,9 +21,9 @@ from trainer.base.find.rescaled import rescaled
 from trainer.config import Model
 from trainer.config.paths import local_path
 from trainer.errors import BaseOutOfReach, ConfigError
-from trainer.files.hub import hub_answers, hub_host
-from trainer.files.safetensors_index import INDEX_FILE
-from trainer.store import SCHEMES, Entry, Store, open_store
+from trainer.store.hub import hub_answers, hub_host
+from trainer.store.safetensors_index import INDEX_FILE
+from trainer.store.store import SCHEMES, Entry, Store, open_store
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -15,7 +15,7 @@ from trainer.base.find.locate import CHAT_TEMPLATE, NAMED_TEMPLATES, base_files,
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError
-from trainer.files.scratch import scratch_folder
+from trainer.store.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

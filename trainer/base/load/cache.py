@@ -22,13 +22,13 @@ from uuid import uuid4
 from trainer.base.find.locate import Base, in_bucket
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
-from trainer.files.safetensors_index import PackedSources
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.safetensors_index import PackedSources
+from trainer.store.store import Store
 
 if TYPE_CHECKING:
-    from trainer.ranks import Ranks
-    from trainer.zero.partition import Partition
+    from trainer.processes.ranks import Ranks
+    from trainer.state.zero.partition import Partition
 
 FORMAT = 1
 CHUNK_BYTES = 256 * 2**10

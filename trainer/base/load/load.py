@@ -20,17 +20,17 @@ from trainer.base.rows.kept_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.config import Config
 from trainer.errors import Damaged
-from trainer.files.safetensors_index import PackedSources
 from trainer.model.activations import arrange_activations
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.model.kernels.liger import Kernels
-from trainer.ranks import Ranks
-from trainer.store import open_run_store
-from trainer.zero.partition import Partitioner
-from trainer.zero.policy import Scope
+from trainer.processes.ranks import Ranks
+from trainer.state.zero.partition import Partitioner
+from trainer.state.zero.policy import Scope
+from trainer.store.safetensors_index import PackedSources
+from trainer.store.store import open_run_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

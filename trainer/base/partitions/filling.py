@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.accelerator import onto
 from trainer.base.partitions.reading import Piece, cut
 from trainer.errors import Damaged
-from trainer.files.safetensors_index import PackedSources, StoredTensor, numel
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
-from trainer.zero.partition import Partition, Partitioner
+from trainer.processes.accelerator import onto
+from trainer.state.zero.partition import Partition, Partitioner
+from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
 
 # Weights; a multiple of every block size. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
 _QUANTIZED_AT_ONCE = 2**19

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.partitions.reading import Job
 from trainer.config import Quant
-from trainer.files.codes import KeptSources
-from trainer.files.safetensors_index import PackedSources, PackedTensor, StoredTensor
 from trainer.model.nf4 import Form, Format, Packed
 from trainer.model.stored import StoredFormat
-from trainer.zero.partition import Partition, Partitioner
+from trainer.state.zero.partition import Partition, Partitioner
+from trainer.store.codes import KeptSources
+from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
 
 
 @dataclass

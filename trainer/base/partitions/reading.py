@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from trainer.files.safetensors_index import StoredTensor, item_bytes
-from trainer.ranks import Ranks
+from trainer.processes.ranks import Ranks
+from trainer.store.safetensors_index import StoredTensor, item_bytes
 
 # The memory of a load beside its result: so many pieces of so many bytes, as read, and one while it is quantized.
 PIECE_BYTES = 4 * 2**20

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from trainer.base.rows.converted import Converted, StoredPart
 from trainer.base.rows.packed_parts import Weight, join_packed, unpacked
 from trainer.base.stored.shared.reads import LastMade
-from trainer.files.safetensors_index import Joined, StoredTensor, Stretch
+from trainer.store.safetensors_index import Joined, StoredTensor, Stretch
 
 Shape = tuple[int, ...]
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from math import prod
 
 from trainer.base.rows.packed_parts import Weight
-from trainer.files.codes import CodedTensor, Kept, KeptSources
-from trainer.files.safetensors_index import DTYPE_BYTES, Joined, PackedSources, StoredTensor, Stretch
+from trainer.store.codes import CodedTensor, Kept, KeptSources
+from trainer.store.safetensors_index import DTYPE_BYTES, Joined, PackedSources, StoredTensor, Stretch
 
 
 def kept_sources(weight: Weight) -> KeptSources | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trainer.files.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, Stretch, numel
 from trainer.model.nf4 import NESTED_BLOCK, Format, dequantize_absmax, dequantize_blocks
+from trainer.store.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, Stretch, numel
 
 Weight = StoredTensor | PackedTensor
 _TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -22,8 +22,8 @@ from trainer.base.rows.conversion import Conversion, convert
 from trainer.base.rows.packed_parts import Weight
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.files.safetensors_index import WEIGHT_DTYPES, PackedTensor
 from trainer.model.parts import tied_names
+from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor
 
 # transformers computes these anew, and old files hold them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")

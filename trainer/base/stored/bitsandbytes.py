@@ -16,8 +16,8 @@ from trainer.base.base import Base, QuantizedBy
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
-from trainer.files.codes import Code, Kept
-from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
+from trainer.store.codes import Code, Kept
+from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
 _STATE = ".quant_state.bitsandbytes__"
 _NESTED_BLOCK = 256

@@ -24,8 +24,8 @@ from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.files.codes import Code, Kept, Numbers
-from trainer.files.safetensors_index import StoredTensor, TensorSource, numel
+from trainer.store.codes import Code, Kept, Numbers
+from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 if TYPE_CHECKING:
     from trainer.base.stored.shared.coded import Coded

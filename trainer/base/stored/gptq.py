@@ -20,8 +20,8 @@ from trainer.base.base import Base, QuantizedBy
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.files.codes import Kept
-from trainer.files.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
+from trainer.store.codes import Kept
+from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
 
 if TYPE_CHECKING:
     from trainer.base.stored.shared.columns import Columns

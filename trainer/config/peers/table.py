@@ -29,7 +29,7 @@ class To:
 
 @dataclass(frozen=True)
 class Together:
-    """The key makes `setting` together with others: launcher/importing/ has a module a peer that does it."""
+    """The key makes `setting` together with others: launcher/init/importing/ has a module a peer that does it."""
 
     setting: str
 
@@ -58,7 +58,7 @@ class Peer:
 
     Keys of sections are dotted, `[]` stands for each item of a list, and a last `*` for whatever is in a section. `defaults` are
     values of keys that are not given, where another value of ours would follow from their absence. `tables` are what the peer's
-    module in launcher/importing/ looks up: the peer's words for formats, losses and the like.
+    module in launcher/init/importing/ looks up: the peer's words for formats, losses and the like.
     """
 
     name: str

@@ -28,7 +28,7 @@ from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch
 from trainer.errors import AlreadyExists, DataError
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,6 +11,7 @@ from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
+from trainer.data.render.alternatives import Alternatives, AlternativesRenderer
 from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
@@ -56,9 +57,10 @@ _RENDERERS = {
     "labelled": LabelledRenderer,
     "classified": ClassifiedRenderer,
     "tagged": TaggedRenderer,
+    "answers": AlternativesRenderer,
 }
-_RowRenderer = Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer | TaggedRenderer
-Document = Example | Pair | Labelled | Classified | Tagged
+_RowRenderer = AlternativesRenderer | Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer | TaggedRenderer
+Document = Alternatives | Example | Pair | Labelled | Classified | Tagged
 """A row, tokenized."""
 
 
@@ -143,7 +145,7 @@ class Encoder:
 
     def _documents(self, result: Encoded, where: str, example: Document) -> list[NDArray[np.uint32]]:
         """The example as it is stored."""
-        length, limit = len(example.tokens), self._data.sequence_length
+        length, limit = row_tokens(example), self._data.sequence_length
         if length > limit and self._data.on_too_long == "fail":
             raise _Fatal(
                 f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
@@ -152,11 +154,16 @@ class Encoder:
         return documents_of(self._data, example, result.counters)
 
 
+def row_tokens(example: Document) -> int:
+    """The tokens of the shortest row that holds a document, or each of the documents that it falls into."""
+    return example.longest if isinstance(example, Alternatives) else len(example.tokens)
+
+
 def documents_of(data: Data, example: Document, counters: Counters) -> list[NDArray[np.uint32]]:
     """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those that train nothing.
     `counters` counts what became of it."""
     limit = data.sequence_length
-    if len(example.tokens) > limit:
+    if row_tokens(example) > limit:
         match data.on_too_long:
             case "drop" | "fail":
                 counters.dropped += 1

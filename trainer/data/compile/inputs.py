@@ -11,12 +11,11 @@ from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
 from trainer.data.render.template import has_template, no_template, tokens_of
-from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.files import SourceFile, expand, with_take
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows
-from trainer.data.source.take import with_take
 from trainer.errors import CapstanError
-from trainer.objective.objective import find_objective
+from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
 
@@ -101,12 +100,12 @@ def has_conversations(file: SourceFile) -> bool:
     if form.kind == "chat" or ROW_FORMATS[form.format].read:
         return True
     first = next((row for _, row in rows(replace(file, take=None), lambda _: None)), {})
-    return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion"))
+    return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion", "prompt"))
 
 
 def as_trained(config: Config) -> Data:
     """The settings of the data with the kind of the training rows in the place of `format: auto`: that of conversations where there
-    are any. As they are where the rows cannot be read here and now, or are answers to be judged."""
+    are any. As they are where the rows cannot be read here and now, or are answers, to conversations or to texts."""
     data = config.data
     if data.format != "auto":
         return data
@@ -114,7 +113,7 @@ def as_trained(config: Config) -> Data:
         found = {file.form.kind for file in _read(config, data, data.train, "data.train") if file.form}
     except CapstanError:
         return data
-    kind = next((kind for kind in LIKELY if kind in found), data.format)
+    kind = next((kind for kind in LIKELY if kind in found - {"answers"}), data.format)
     return data.model_copy(update={"format": kind})
 
 

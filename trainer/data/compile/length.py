@@ -16,7 +16,7 @@ from trainer.data.order.settings import train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
 from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
-from trainer.store import Store
+from trainer.store.store import Store
 
 # Bytes of a file that become one token: of English text a token takes some four, and JSON about makes up for tokens added to it.
 BYTES_A_TOKEN = 4

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from trainer.base.find.locate import Base
 from trainer.base.find.tokenizer import read_tokenizer
-from trainer.checkpoint.listing import committed_steps
-from trainer.checkpoint.manifest import readable_manifests
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
@@ -34,7 +32,9 @@ from trainer.data.order.settings import Order, train_order
 from trainer.data.source.files import SourceFile
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import readable_manifests
+from trainer.store.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from trainer.data.dataset.manifest import (
 )
 from trainer.data.order.order import splitmix64
 from trainer.errors import Damaged, NotFound
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 class Place(Record):

@@ -13,7 +13,7 @@ from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import batches
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 # Versions that knew fewer of these words kept their answer under other names.
 _KEY = "masks.json"

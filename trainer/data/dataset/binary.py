@@ -13,4 +13,8 @@ REJECTED_BIT = np.uint32(1 << 30)
 # The next two say so of the first token of a desired answer, and of the mismatched answer behind a labelled one.
 DESIRED_BIT = np.uint32(1 << 29)
 MISMATCHED_BIT = np.uint32(1 << 28)
-ID_BITS = np.uint32(MISMATCHED_BIT - 1)
+# The bit below them says that a token is the first of another answer to the prompt that its document begins with, which is there once.
+SHARED_BIT = np.uint32(1 << 27)
+ID_BITS = np.uint32(SHARED_BIT - 1)
+# A segment of its own begins with a token that has one of these, inside of a document.
+SEGMENT_BITS = REJECTED_BIT | MISMATCHED_BIT | SHARED_BIT

@@ -15,7 +15,7 @@ from trainer.data.dataset.dataset import Dataset, Reads, open_chapter
 from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 LOOK_SECONDS = 2.0
 # The one before, the one in use, and as many as the windows that are read ahead may be in.

@@ -20,7 +20,7 @@ from trainer.data.dataset.binary import BLOCK, OFFSET, TOKEN
 from trainer.data.dataset.manifest import DatasetManifest, FileRecord, ShardRecord, damaged, read_manifest
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
-from trainer.store import Buffer, Store
+from trainer.store.store import Buffer, Store
 
 BLOCK_DOCUMENTS = 256
 BLOCK_TOKENS = 2**18

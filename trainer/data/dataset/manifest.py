@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 FORMAT = 3
 MANIFEST = "manifest.json"

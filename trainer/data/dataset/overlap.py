@@ -14,7 +14,7 @@ from trainer.data.dataset.dataset import reader
 from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, unsealed
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 _REFUSED_SHARE = 0.9
 """So large a share means that the set is the training data, or a part of it."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from trainer.errors import NOT_JSON, Damaged
-from trainer.store import Store
+from trainer.store.store import Store
 
 _TENSOR = "log_p"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trainer.config import Config, Data
-from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals
+from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals, row_tokens
 from trainer.data.compile.inputs import Input
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
@@ -196,12 +196,13 @@ class _Inspector:
             # Many rows share a system message: it says nothing about whether they are alike.
             spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
             result.texts.append((where, Fingerprint.of(spoken)))
-            result.lengths.append(len(example.tokens))
+            length = row_tokens(example)
+            result.lengths.append(length)
             found.documents += 1
             found.tokens += len(example.tokens)
             found.targets += int(example.targets.sum())
-            found.too_long += len(example.tokens) > limit
-            found.tokens_cut += max(0, len(example.tokens) - limit)
+            found.too_long += length > limit
+            found.tokens_cut += max(0, length - limit)
             result.lost.update(_lost(example))
             stored = documents_of(self._data, example, result.counters)
             result.kept += [len(document) for document in stored]
@@ -214,7 +215,7 @@ class _Inspector:
 def _lost(example: Document) -> dict[tuple[int, str], int]:
     """The document and its targets that rows of each shorter length would lose, as counts."""
     lost, targets, length = dict[tuple[int, str], int](), int(example.targets.sum()), _SHORTEST
-    while length < len(example.tokens):
+    while length < row_tokens(example):
         left = int(example.cut(length).targets.sum())
         counts = LostAt(1, targets - left, targets)
         lost |= {(length, name): int(count) for name, count in counts._asdict().items()}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trainer.config import Config
 from trainer.data.compile.encode import Encoded, Encoder, RowEncoder
 from trainer.data.compile.inputs import Input
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.left_out import in_words
 from trainer.data.order.pack import best_fit_decreasing
@@ -152,9 +152,9 @@ class Viewer:
         return SeenRow(read.where, str(read.form), documents, warnings)
 
     def _answers(self, where: str, stored: NDArray[np.uint32]) -> Iterator[SeenDocument]:
-        """The document, or each of its two answers."""
-        second = np.flatnonzero(stored & (REJECTED_BIT | MISMATCHED_BIT))
-        parts = ["", ""]
+        """The document, or each of its answers; where they share their prompt, those behind the first without it."""
+        second = np.flatnonzero(stored & SEGMENT_BITS)
+        parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
         if (stored & REJECTED_BIT).any():
             parts = ["chosen", "rejected"]
         elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:

@@ -12,7 +12,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
-from trainer.store import Store
+from trainer.store.store import Store
 
 EpochBins = Sequence[Sequence[int]]
 """The bins of each window of an epoch, for one chapter after the other in the order that the epoch takes them."""

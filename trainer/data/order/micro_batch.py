@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from trainer.accelerator import onto
 from trainer.data.order.position import Position
 from trainer.model.head import IGNORE
+from trainer.processes.accelerator import onto
 
 
 def _none(dtype: torch.dtype) -> torch.Tensor:
@@ -22,7 +22,7 @@ class MicroBatch:
     Attributes:
         input_ids: (1, T) int32.
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
-        position_ids: (1, T) int32, from 0 in each segment.
+        position_ids: (1, T) int32, from 0 in each segment, or from the end of its prefix.
         cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
             pair, a labelled or a mismatched answer, or the padding at the end of a bin.
         max_seqlen: tokens of the longest segment.
@@ -35,11 +35,13 @@ class MicroBatch:
         desired: (documents,) bool, whether each is a labelled answer that is desired.
         mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py. Or, of words with
             tags, those with the tags' numbers; see trainer/data/render/tagged.py.
-        survey: the figures that the losses of the step were found to need beforehand; see trainer/objective/objective.py.
+        survey: the figures that the losses of the step were found to need beforehand; see trainer/tuning/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
+        prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its first token in the row,
+            and its tokens, 0 for none. Empty where no segment has one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
 
@@ -60,6 +62,7 @@ class MicroBatch:
     reference: torch.Tensor | None = None
     parts: int = 1
     first: int = 0
+    prefixes: tuple[tuple[int, int], ...] = ()
     host: "MicroBatch | None" = None
 
     @property
@@ -102,21 +105,23 @@ class MicroBatch:
         )
 
     def part(self, segments: Literal["beginnings", "mismatched"]) -> "PartOfRow":
-        """These of the row's segments alone, in rising order; the whole row where they are none, as a pass needs tokens."""
+        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from; the whole row where they are none, as a
+        pass needs tokens."""
         row, device = self.host or self, self.labels.device
         chosen: torch.Tensor = getattr(row, segments).long()
         if not len(chosen):
             rows = self.input_ids, self.labels, self.position_ids
-            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places)
-        sizes = row.cu_seqlens.diff()
-        kept = torch.zeros(len(sizes), dtype=torch.bool)
-        kept[chosen] = True
-        places = torch.repeat_interleave(kept, sizes.long()).nonzero()[:, 0]
-        borders = torch.nn.functional.pad(sizes[chosen].cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
+            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places, prefixes=self.prefixes)
+        begins, prefixes = row.cu_seqlens.tolist(), row.prefixes or ((0, 0),) * len(row.lengths)
+        spans = [(prefixes[number], (begins[number], row.lengths[number])) for number in chosen.tolist()]
+        places = torch.cat([torch.arange(begin, begin + size) for pair in spans for begin, size in pair])
+        sizes = torch.tensor([sum(size for _, size in pair) for pair in spans])
+        borders = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
         there = onto(places, device)
         ids, trained, positions = (part[:, there] for part in (self.input_ids, self.labels, self.position_ids))
         targets = onto(_places(row.labels[:, places]), device)
-        return PartOfRow(ids, trained, positions, onto(borders, device), self.max_seqlen, _lengths(borders), targets)
+        longest = max(self.max_seqlen, int(sizes.max()))
+        return PartOfRow(ids, trained, positions, onto(borders, device), longest, _lengths(borders), targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +137,7 @@ class PartOfRow:
     places: torch.Tensor
     parts: int = 1
     first: int = 0
+    prefixes: tuple[tuple[int, int], ...] = ()
 
 
 def _lengths(borders: torch.Tensor) -> tuple[int, ...]:

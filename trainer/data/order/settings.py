@@ -6,8 +6,8 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.data.dataset.manifest import DatasetManifest
-from trainer.objective.objective import segments_of
 from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import segments_of
 
 VERSION = 2
 """Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""

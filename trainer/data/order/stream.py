@@ -15,7 +15,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from trainer.config import Config
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.binary import (
+    DESIRED_BIT,
+    ID_BITS,
+    MISMATCHED_BIT,
+    REJECTED_BIT,
+    SEGMENT_BITS,
+    SHARED_BIT,
+    TARGET_BIT,
+)
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.order.micro_batch import MicroBatch
@@ -219,19 +227,22 @@ class Stream:
                 padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
-        # The second answer of a document begins inside it.
+        # The second answer of a document begins inside it, and so do all that share its prompt.
         rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
-        borders = np.sort(np.array([0, *ends, *rejected, *mismatched], np.int32))
+        inside = np.flatnonzero(stored & SEGMENT_BITS)
+        borders = np.sort(np.array([0, *ends, *inside], np.int32))
+        prefixes = _prefixes(stored, np.array(starts, np.int64), borders)
 
         def segments(places: ArrayLike) -> torch.Tensor:
             return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
 
         begun = stored[np.array(starts, np.int64)]
-        sizes, answers = np.diff(borders), len(documents) + len(rejected) + len(mismatched)
+        sizes, answers = np.diff(borders), len(documents) + len(inside)
+        before = borders[:-1] - np.array([tokens for _, tokens in prefixes] or 0, np.int32)
         row = MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
-            position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(borders[:-1], sizes))[None],
+            position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(before, sizes))[None],
             cu_seqlens=torch.from_numpy(borders),
             max_seqlen=int(sizes.max()),
             tokens=len(stored) - padding - answers * self._order.reserved,
@@ -242,6 +253,7 @@ class Stream:
             beginnings=segments(starts),
             desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
             mismatched=segments(mismatched),
+            prefixes=prefixes,
             reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
         )
         return row if self._parts == 1 else row.cut(self._part, self._parts)
@@ -261,6 +273,24 @@ def reserve(
     reserved[:, 0] |= tokens[starts] & marks  # the answer begins here now
     tokens = np.insert(tokens & ~marks, np.repeat(starts, positions), reserved.ravel())
     return tokens, offsets + positions * np.searchsorted(starts, offsets)
+
+
+def _prefixes(
+    stored: NDArray[np.uint32], starts: NDArray[np.int64], borders: NDArray[np.int32]
+) -> tuple[tuple[int, int], ...]:
+    """The prefix of each segment between `borders`, as `MicroBatch.prefixes` has it; documents begin at `starts`.
+
+    Answers that share a prompt have all of it but its last token in common: that one predicts the first of each answer, so each has its own.
+    """
+    shared = np.flatnonzero(stored & SHARED_BIT)
+    if not len(shared):
+        return ()
+    begins = starts[np.searchsorted(starts, shared, side="right") - 1]
+    trained = np.flatnonzero(stored & TARGET_BIT)
+    tokens = trained[np.searchsorted(trained, begins)] - 1 - begins
+    found = np.zeros((len(borders) - 1, 2), np.int64)
+    found[np.searchsorted(borders, shared)] = np.stack([begins, tokens], axis=1)
+    return tuple((begin, size) for begin, size in found.tolist())
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:

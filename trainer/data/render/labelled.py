@@ -18,6 +18,7 @@ from trainer.data.format.formats import or_error
 from trainer.data.format.messages import text_of, untrained
 from trainer.data.render.answers import AnswerRenderer, messages_of
 from trainer.data.render.chat import Example, Turn, field_of
+from trainer.data.render.shared_prompt import behind, marked, shared_tokens
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,15 +30,17 @@ _WRITTEN = {"true": True, "True": True, "false": False, "False": False}
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """An answer with its prompt and its label, and the mismatched answer behind it, where there is room for one."""
+    """An answer with its prompt and its label, and the mismatched answer behind it, where there is room for one, without the first `shared` tokens,
+    which both have."""
 
     answer: Example
     desired: bool
     mismatched: Example | None = None
+    shared: int = 0
 
     @property
     def _parts(self) -> list[Example]:
-        return [self.answer, *([self.mismatched] if self.mismatched else [])]
+        return [self.answer, *([behind(self.mismatched, self.shared)] if self.mismatched else [])]
 
     @property
     def tokens(self) -> NDArray[np.uint32]:
@@ -66,18 +69,19 @@ class Labelled:
         return [self]
 
     def stored(self) -> NDArray[np.uint32]:
-        parts = [part.stored() for part in self._parts]
+        parts = [marked(part, shared) for part, shared in zip(self._parts, (0, self.shared), strict=False)]
         for part, bit in zip(parts, (DESIRED_BIT if self.desired else 0, MISMATCHED_BIT), strict=False):
             part[0] |= bit
         return np.concatenate(parts)
 
-    def beside(self, other: "Labelled", room: int) -> "Labelled":
-        """This answer, and behind it the first `room` tokens of the prompt with the other row's answer, if any of it is among them."""
+    def beside(self, other: "Labelled", room: int, shared: int) -> "Labelled":
+        """This answer, and behind it the first `room` tokens of the prompt with the other row's answer, if any of it is among them; they are those
+        behind the first `shared`."""
         mine, theirs = self.prompt_tokens, other.prompt_tokens
         tokens = np.concatenate([self.answer.tokens[:mine], other.answer.tokens[theirs:]])
         targets = np.concatenate([self.answer.targets[:mine], other.answer.targets[theirs:]])
-        mismatched = Example(tokens, targets).cut(max(0, room))
-        return Labelled(self.answer, self.desired, mismatched if mismatched.teaches else None)
+        mismatched = Example(tokens, targets).cut(max(0, room) + shared)
+        return Labelled(self.answer, self.desired, mismatched if mismatched.teaches else None, shared)
 
     @property
     def prompt_tokens(self) -> int:
@@ -119,7 +123,7 @@ class LabelledRenderer:
                 example = next(examples)
                 result.append(example if isinstance(example, DataError) else Labelled(example, found.desired))
         answers = [found for found in result if isinstance(found, Labelled) and found.teaches]
-        paired = iter(_paired(answers, self._data.sequence_length))
+        paired = iter(_paired(answers, self._data))
         return [next(paired) if isinstance(found, Labelled) and found.teaches else found for found in result]
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
@@ -144,14 +148,16 @@ class LabelledRenderer:
         return _Row(texts, label, [Turn("user", texts["prompt"]), Turn("assistant", texts["completion"])])
 
 
-def _paired(answers: list[Labelled], room: int) -> list[Labelled]:
-    """Each answer with the one before it that has another prompt, as far as `room` tokens hold both; else with the one before it."""
+def _paired(answers: list[Labelled], data: Data) -> list[Labelled]:
+    """Each answer with the one before it that has another prompt, as far as a row holds both; else with the one before it."""
     prompts = [answer.prompt for answer in answers]
     result = []
     for place, answer in enumerate(answers):
         before = [place - back for back in range(1, len(answers))]
         other = next((index for index in before if prompts[index] != prompts[place]), before[0] if before else None)
-        result.append(answer if other is None else answer.beside(answers[other], room - len(answer.answer.tokens)))
+        room = data.sequence_length - len(answer.answer.tokens)
+        shared = shared_tokens(answer.answer) if data.share_prefix else 0
+        result.append(answer if other is None else answer.beside(answers[other], room, shared))
     return result
 
 

@@ -6,7 +6,7 @@ what chosen and rejected have in common at their beginning. It is never trained.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from trainer.data.format.formats import or_error
 from trainer.data.format.messages import Message, text_of, untrained
 from trainer.data.render.answers import AnswerRenderer, messages_of
 from trainer.data.render.chat import Example, Turn, field_of
+from trainer.data.render.shared_prompt import behind, marked, shared_tokens
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,18 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two tokenized documents that begin with the same prompt; it is stored, packed and visited like one document."""
+    """Two tokenized documents that begin with the same prompt; it is stored, packed and visited like one document, with the first `shared` tokens
+    once."""
 
     chosen: Example
     rejected: Example
+    shared: int = 0
 
     @property
     def tokens(self) -> NDArray[np.uint32]:
-        return np.concatenate([self.chosen.tokens, self.rejected.tokens])
+        return np.concatenate([self.chosen.tokens, self.rejected.tokens[self.shared :]])
 
     @property
     def targets(self) -> NDArray[np.bool_]:
-        return np.concatenate([self.chosen.targets, self.rejected.targets])
+        return np.concatenate([self.chosen.targets, self.rejected.targets[self.shared :]])
 
     @property
     def left_out(self) -> Sequence[str]:
@@ -51,9 +54,11 @@ class Pair:
         return self.chosen.teaches and self.rejected.teaches and not alike
 
     def cut(self, limit: int) -> "Pair":
-        """The beginnings of both, of `limit` tokens together: each keeps a half, and what the other does not need of its own."""
-        chosen = self.chosen.cut(max(limit // 2, limit - len(self.rejected.tokens)))
-        return Pair(chosen, self.rejected.cut(limit - len(chosen.tokens)))
+        """The beginnings of both, of `limit` tokens together: each keeps a half behind what they share, and what the other does not need of its
+        own."""
+        room, shared = max(0, limit - self.shared), self.shared
+        chosen = self.chosen.cut(shared + max(room // 2, room - len(self.rejected.tokens) + shared))
+        return Pair(chosen, self.rejected.cut(limit - len(chosen.tokens) + shared), shared)
 
     def pieces(self, limit: int) -> "list[Pair]":
         """Itself: a pair is never split."""
@@ -61,7 +66,7 @@ class Pair:
         return [self]
 
     def stored(self) -> NDArray[np.uint32]:
-        rejected = self.rejected.stored()
+        rejected = marked(behind(self.rejected, self.shared), self.shared)
         rejected[0] |= REJECTED_BIT
         return np.concatenate([self.chosen.stored(), rejected])
 
@@ -90,7 +95,13 @@ class PairRenderer:
         found = [or_error(self._answers, row) for row in rows]
         answers = [both for both in found if isinstance(both, _Answers)]
         examples = iter(self._encoded.encode([row for both in answers for row in (both.chosen, both.rejected)]))
-        return [_pair(next(examples), next(examples)) if isinstance(both, _Answers) else both for both in found]
+        pairs = (_pair(next(examples), next(examples)) if isinstance(both, _Answers) else both for both in found)
+        return [self._with_shared(pair) for pair in pairs]
+
+    def _with_shared(self, pair: Pair | DataError) -> Pair | DataError:
+        if isinstance(pair, DataError) or not (self._data.share_prefix and pair.teaches):
+            return pair
+        return replace(pair, shared=shared_tokens(pair.chosen))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         """The turns of the prompt and of the chosen answer, then those of the rejected one.

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer.base.find.locate import tokenizer_content
-from trainer.checkpoint.manifest import TextHashes
 from trainer.config import Data
 from trainer.data.render.template import template_text
 from trainer.errors import Damaged
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import TextHashes
+from trainer.store.store import Store
 
 
 @dataclass(frozen=True)

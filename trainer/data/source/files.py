@@ -4,19 +4,16 @@ import fnmatch
 import glob
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.config import Data, Source
 from trainer.data.format.formats import RowForm
 from trainer.data.source import hub
 from trainer.errors import DataError, NotFound, StorageError
-from trainer.store import Store, open_store
-
-if TYPE_CHECKING:
-    from trainer.data.source.take import Take
+from trainer.store.store import Store, open_store
 
 # Ending of a file's name -> its compression; what can be compressed as a whole.
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
@@ -54,6 +51,26 @@ class SourceFile:
     def changed(self) -> bool:
         """Whether the file is not what it was when it was found."""
         return not self.immutable and self.store.head(self.key).version != self.version
+
+
+@dataclass(frozen=True)
+class Take:
+    """`amount`: a number of rows from 1, or a share of them below 1. `seed`: None takes the first. `files` are all of the source's."""
+
+    amount: int | float
+    seed: int | None
+    files: tuple["SourceFile", ...]
+
+    @property
+    def counted(self) -> bool:
+        """Whether it depends on how many rows there are."""
+        return self.seed is not None or self.amount < 1
+
+
+def with_take(files: Sequence[SourceFile], amount: int | float | None, seed: int | None) -> list[SourceFile]:
+    """All files of one source, which know what is taken of them."""
+    take = None if amount is None else Take(amount, seed, tuple(files))
+    return [replace(file, take=take) for file in files]
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from trainer.errors import DataError
-from trainer.files.hub import hub_answers
+from trainer.store.hub import hub_answers
 
 SCHEME = "hf"
 _PATH = re.compile(r"hf://(?:datasets/)?(?!datasets/)([\w.-]+/[\w.-]+?)(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.+))?")

@@ -13,7 +13,7 @@ from trainer.data.format.formats import Row, RowForm
 from trainer.data.source.files import SourceFile
 from trainer.data.source.json_array import elements
 from trainer.errors import DataError
-from trainer.store import Store
+from trainer.store.store import Store
 
 BATCH_ROWS = 128
 _BATCH_BYTES = 2**20

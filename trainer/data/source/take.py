@@ -4,34 +4,17 @@ A share and a choice are known once all rows are counted: a pass over the source
 that of `datasets.Dataset.shuffle(seed)` cut to as many rows; its order is left to the epoch's plan.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 from trainer.data.format.formats import Row
+from trainer.data.source.files import SourceFile, Take
 from trainer.data.source.rows import Batch, Content
 from trainer.errors import DataError
 
-if TYPE_CHECKING:
-    from trainer.data.source.files import SourceFile
-
-Read = Callable[["SourceFile"], Iterator[Batch]]
+Read = Callable[[SourceFile], Iterator[Batch]]
 """Reads a file in batches, whole."""
-
-
-@dataclass(frozen=True)
-class Take:
-    """`amount`: a number of rows from 1, or a share of them below 1. `seed`: None takes the first. `files` are all of the source's."""
-
-    amount: int | float
-    seed: int | None
-    files: tuple["SourceFile", ...]
-
-    @property
-    def counted(self) -> bool:
-        """Whether it depends on how many rows there are."""
-        return self.seed is not None or self.amount < 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class Some:
         return self
 
 
-def taken(file: "SourceFile", take: Take, read: Read) -> Iterator[Batch]:
+def taken(file: SourceFile, take: Take, read: Read) -> Iterator[Batch]:
     """The batches of a file, with the rows in them that are taken; none behind the last of the first so many."""
     first = sum(_count(other, read) for other in take.files[: take.files.index(replace(file, take=None))])
     end = _amount(take, read) if take.counted else int(take.amount)
@@ -83,16 +66,10 @@ def _chosen(take: Take, read: Read) -> frozenset[int]:
 
 
 @cache
-def _count(file: "SourceFile", read: Read) -> int:
+def _count(file: SourceFile, read: Read) -> int:
     """The rows of a file, bad ones among them."""
     if file.key.endswith(".parquet"):
         from trainer.data.source.binary_rows import parquet_rows
 
         return parquet_rows(file)
     return sum(batch.content.count() for batch in read(file))
-
-
-def with_take(files: Sequence["SourceFile"], amount: int | float | None, seed: int | None) -> list["SourceFile"]:
-    """All files of one source, which know what is taken of them."""
-    take = None if amount is None else Take(amount, seed, tuple(files))
-    return [replace(file, take=take) for file in files]

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from trainer.base.base import Description
 from trainer.config import Config
+from trainer.config.section import Section
 from trainer.export.figures import Proof
 from trainer.export.trained import check_mergeable_run, check_recodable
 from trainer.export.written import ExportProgress, Written
-from trainer.section import Section
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 class Fp8Folder(Section):

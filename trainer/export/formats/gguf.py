@@ -15,6 +15,7 @@ from trainer.base.base import Description
 from trainer.base.find.locate import describe_base
 from trainer.config import Config
 from trainer.config.paths import local_path
+from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
@@ -22,9 +23,8 @@ from trainer.export.folder import CARD, TRAINED, check_destination, local_folder
 from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.written import ExportProgress, Written
-from trainer.files.scratch import scratch_folder
-from trainer.section import Section, setting
-from trainer.store import Store, open_store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
 
@@ -44,6 +44,11 @@ class Gguf(Section):
     def check(self, config: Config, base: Description) -> None:
         check_converter()
         check_mergeable_run(config, base)
+        if config.model.rope_scaling.rope_type == "longrope":
+            raise ConfigError(
+                "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the file would have other positions. "
+                "Take --format merged."
+            )
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.decoded import as_plain

@@ -6,6 +6,7 @@ from typing import ClassVar
 from trainer.base.base import Description
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
+from trainer.config.section import Section
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
@@ -13,9 +14,8 @@ from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.gguf.converter import PART, check_converter, deliver
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
 from trainer.export.written import ExportProgress, Written
-from trainer.files.scratch import scratch_folder
-from trainer.section import Section
-from trainer.store import Store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store
 from trainer.tuning.head import head_of
 from trainer.tuning.method import method_of
 

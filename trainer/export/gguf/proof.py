@@ -25,8 +25,8 @@ from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import Trained, base_directory, directory_of, make_proof, plain_model
 from trainer.export.write.merged import write_model
-from trainer.files.scratch import scratch_folder
-from trainer.store import Store, open_store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 
 _PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells a whole vocabulary as text
 

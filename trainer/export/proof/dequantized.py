@@ -12,7 +12,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from trainer.base.base import Base
 from trainer.base.partitions.filling import as_tensor
-from trainer.files.safetensors_index import PackedTensor, numel
+from trainer.store.safetensors_index import PackedTensor, numel
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from torch import Tensor
 from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.rows import Probe, ProbeRow
 from trainer.model.packed import PackedModel, TextRow
+from trainer.state.zero.engine import Engine
 from trainer.tuning.head import WithHead, outputs
-from trainer.zero.engine import Engine
 
 
 def judged(probe: Probe, head: WithHead | None) -> Probe:

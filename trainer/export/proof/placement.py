@@ -69,7 +69,7 @@ def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int
     held = _stored(model.parameters, quant, bytes_each)
     layers = [model.in_layer(number) for number in range(model.layers)]
     layer = max(_stored(parts, quant, bytes_each) for parts in layers)
-    # As trainer/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its 4 bits.
+    # As trainer/state/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its 4 bits.
     gathered = max(3 * layer, layer + bytes_each * model.largest("embedding", "head"))
     matrix = bytes_each * max(size for part in model.parameters for size in part.matrices)
     whole = _with_margin(held + 8 * learnt)

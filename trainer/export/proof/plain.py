@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from trainer.accelerator import kind
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_part import is_part
@@ -29,6 +28,7 @@ from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
+from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
 from trainer.tuning.method import Method, OwnFormat
 

@@ -16,7 +16,7 @@ from trainer.export.proof import plain
 from trainer.export.proof.dequantized import dequantized_by_transformers
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.verify import Trained, directory_of, make_proof
-from trainer.store import Store, open_store
+from trainer.store.store import Store, open_store
 
 
 def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.find.locate import Base
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.compile.prepare import locate
-from trainer.data.dataset.binary import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.binary import ID_BITS, SEGMENT_BITS, TARGET_BIT
 from trainer.data.dataset.dataset import Dataset, open_chapter
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run.folder import store_of
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.store import Store
 
 ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
 _CANDIDATES = 64  # documents, as some may have nothing that is trained
@@ -96,8 +96,8 @@ def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
 
 
 def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
-    second = np.flatnonzero(stored & (REJECTED_BIT | MISMATCHED_BIT))
-    stored = stored[: second[0]] if len(second) else stored  # of two answers, the first
+    second = np.flatnonzero(stored & SEGMENT_BITS)
+    stored = stored[: second[0]] if len(second) else stored  # of several answers, the first
     trained = np.flatnonzero(stored & TARGET_BIT)
     if not len(trained):
         return None

@@ -11,7 +11,7 @@ from trainer.errors import CapstanError, NotFound
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.folder import CARD
 from trainer.export.written import ExportProgress
-from trainer.store import PART_BYTES, Buffer, Entry, Store
+from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 if TYPE_CHECKING:
     from trainer.export.format import ExportFormat

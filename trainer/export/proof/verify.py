@@ -26,17 +26,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from trainer.accelerator import is_accelerator
-from trainer.assemble import Sharding, assemble, attention_of
 from trainer.base.describe.meta import model_config
 from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
-from trainer.checkpoint.checkpoints import load_partitions
-from trainer.checkpoint.learner import TrainablePartition
-from trainer.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.config import Config, override
 from trainer.export.figures import Proof
 from trainer.export.folder import local_folder
@@ -52,17 +47,22 @@ from trainer.export.proof.source_rows import source_rows
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
-from trainer.files.safetensors_index import WEIGHT_DTYPES
-from trainer.files.scratch import scratch_folder
-from trainer.objective.sft.objective import NextTokens
-from trainer.optimizer.optimizer import MASTER
+from trainer.plan.assemble import Sharding, assemble, attention_of
+from trainer.plan.resolve import Resolved
+from trainer.processes.accelerator import is_accelerator
 from trainer.processes.devices import host_memory_left, local_gpus
-from trainer.ranks import join
-from trainer.resolve import Resolved
-from trainer.store import Store, open_store
+from trainer.processes.ranks import join
+from trainer.state.checkpoint.checkpoints import load_partitions
+from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest
+from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.zero.policy import build_deepspeed_config
+from trainer.store.safetensors_index import WEIGHT_DTYPES
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 from trainer.tuning.head import WithHead, head_of
 from trainer.tuning.method import Method, method_of
-from trainer.zero.policy import build_deepspeed_config
+from trainer.tuning.objective.sft.objective import NextTokens
 
 T = TypeVar("T")
 

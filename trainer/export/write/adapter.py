@@ -13,7 +13,6 @@ from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import TOKENIZER_PATTERNS, base_files
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Model, Tuning
 from trainer.data.render.template import template_text
 from trainer.export.card import CardContent, head_usage, model_card, peft_usage
@@ -23,7 +22,8 @@ from trainer.export.write.learnt import CheckpointWeights
 from trainer.export.write.merged import write_model
 from trainer.export.write.read_by_peft import check_peft_reads
 from trainer.export.write.whole_class import for_whole_class
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.store import Store
 from trainer.tuning.head import head_of
 from trainer.tuning.method import methods
 

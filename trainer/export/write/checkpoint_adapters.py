@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from trainer.base.find.locate import TOKENIZER_PATTERNS
-from trainer.checkpoint.listing import committed_steps
 from trainer.export.folder import holds_export
+from trainer.plan.resolve import Resolved
 from trainer.processes import children
-from trainer.resolve import Resolved
 from trainer.run import layout
-from trainer.store import Store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store
 
 
 class AdapterWriter:

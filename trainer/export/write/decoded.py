@@ -16,7 +16,7 @@ from trainer.base.describe.config_json import without_quantization
 from trainer.base.find.locate import with_config
 from trainer.base.stored.plain import Plain
 from trainer.errors import NotFound
-from trainer.files.safetensors_index import (
+from trainer.store.safetensors_index import (
     INDEX_FILE,
     SINGLE_FILE,
     PackedTensor,
@@ -25,7 +25,7 @@ from trainer.files.safetensors_index import (
     item_bytes,
     numel,
 )
-from trainer.store import Entry, Store
+from trainer.store.store import Entry, Store
 
 _FILE_BYTES = 5 * 10**9  # as transformers cuts models
 

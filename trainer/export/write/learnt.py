@@ -7,11 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.contents import Key
-from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.checkpoint.reading import read_elements
-from trainer.optimizer.optimizer import MASTER
-from trainer.store import Store
+from trainer.state.checkpoint.contents import Key
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.checkpoint.reading import read_elements
+from trainer.state.optimizer.optimizer import MASTER
+from trainer.store.store import Store
 from trainer.tuning.method import LearntWeights
 
 

@@ -26,7 +26,6 @@ from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import find_all_weights
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.data.render.template import template_text
 from trainer.errors import ConfigError
@@ -35,7 +34,8 @@ from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.learnt import CheckpointWeights
-from trainer.files.safetensors_index import (
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.safetensors_index import (
     INDEX_FILE,
     SINGLE_FILE,
     Joined,
@@ -44,7 +44,7 @@ from trainer.files.safetensors_index import (
     item_bytes,
     numel,
 )
-from trainer.store import Store
+from trainer.store.store import Store
 from trainer.tuning.method import WeightUpdate, method_of
 
 _CONFIG = "config.json"

@@ -24,8 +24,8 @@ from trainer.base.describe.meta import model_config
 from trainer.base.find.locate import base_files, describe_base, in_bucket
 from trainer.config import Model
 from trainer.errors import NotFound
-from trainer.files.safetensors_index import INDEX_FILE
-from trainer.store import open_store
+from trainer.store.safetensors_index import INDEX_FILE
+from trainer.store.store import open_store
 from trainer.tuning.experts.method import saved_as
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 

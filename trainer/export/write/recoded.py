@@ -20,7 +20,6 @@ from trainer.base.describe.composite import composite_class
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
 from trainer.base.rows.parameters import find_all_weights
-from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
@@ -29,8 +28,9 @@ from trainer.export.trained import check_recodable, resolve_trained_base, unload
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
 from trainer.export.written import ExportProgress, Written
-from trainer.files.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
-from trainer.store import Store
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.store.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
+from trainer.store.store import Store
 
 
 class NewTensor(NamedTuple):

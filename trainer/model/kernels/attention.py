@@ -164,10 +164,11 @@ KERNELS = (
 )
 
 
-def unable(needs: AttentionNeeds) -> dict[str, str]:
-    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another."""
+def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
+    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another. Where rows are `masked`
+    otherwise than by borders of documents, flex_attention has more than others: it leaves out what a mask hides."""
     reasons = {kernel.name: kernel.unable(needs) for kernel in KERNELS}
-    if not (needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
+    if not (masked or needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
         reasons["flex_attention"] = "this base needs nothing of it that sdpa has not"
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -26,7 +26,7 @@ from trainer.run.segments import streams
 from trainer.run.trackers.services import find_service
 from trainer.run.trackers.tracker import Page, Service, Unshown
 from trainer.run.trackers.tracker_process import FAREWELL
-from trainer.store import Store
+from trainer.store.store import Store
 
 LOOK_SECONDS = 10.0
 _LONGEST_PAUSE = 600.0

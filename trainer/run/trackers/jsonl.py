@@ -3,7 +3,7 @@
 from trainer.run import layout
 from trainer.run.records import Record, encoded
 from trainer.run.segments import Appender
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 class JsonLines:

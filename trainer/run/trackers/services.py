@@ -4,9 +4,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from trainer.config.registry import chosen, kinds
 from trainer.config.training import Track
 from trainer.errors import ConfigError
-from trainer.registry import chosen, kinds
 from trainer.run import trackers
 from trainer.run.trackers.tracker import Page, Service
 

@@ -9,7 +9,7 @@ from trainer.run import layout
 from trainer.run.records import Record
 from trainer.run.segments import Appender
 from trainer.run.trackers.tracker import points
-from trainer.store import Store
+from trainer.store.store import Store
 
 
 class Curves:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.section import part
+from trainer.config.section import part
 from trainer.tuning.bottleneck.settings import BottleneckSettings
 from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens, WeightUpdate
 from trainer.tuning.shared.linear_adapters import flagged

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 
 class BottleneckSettings(Section):

@@ -92,8 +92,8 @@ class Dora(LinearAdapters):
         import torch
         from torch import nn
 
+        from trainer.state.zero.engine import gathered
         from trainer.tuning.dora.layer import DoraLinear
-        from trainer.zero.engine import gathered
 
         torch.manual_seed(seed)
         for path in self.adapted(architecture):

@@ -111,8 +111,8 @@ class WithExperts(Around):
         """A starts as PEFT's, uniform within 1 / sqrt(inputs), and B at 0. Each adapter is divided over the ranks when it is made."""
         import torch
 
+        from trainer.state.zero.engine import divide_now
         from trainer.tuning.experts.layer import ExpertLora
-        from trainer.zero.engine import divide_now
 
         self.method.attach(model, architecture, dtype, seed)
         generator, shapes = torch.Generator().manual_seed(seed), self._own(architecture)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
+from trainer.config.section import part
 from trainer.errors import ConfigError
-from trainer.section import part
 from trainer.tuning.full.settings import FullSettings
 from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight, VirtualTokens
 
@@ -73,7 +73,7 @@ class Full:
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        from trainer.zero.partition import let_learn
+        from trainer.state.zero.partition import let_learn
 
         learning = self.shapes(architecture)
         for name, parameter in model.named_parameters():
@@ -83,7 +83,7 @@ class Full:
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """Matrices, which decay, and all else, which does not."""
-        from trainer.zero.partition import whole_shape
+        from trainer.state.zero.partition import whole_shape
 
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in learning if len(whole_shape(parameter)) > 1]

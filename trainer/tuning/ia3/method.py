@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
-from trainer.section import part
+from trainer.config.section import part
 from trainer.tuning.ia3.settings import Ia3Settings
 from trainer.tuning.method import ExportedFiles
 from trainer.tuning.shared.linear_adapters import (

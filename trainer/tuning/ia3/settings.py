@@ -1,6 +1,6 @@
 """The settings of the section `tuning` that ia3 alone reads."""
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 
 class Ia3Settings(Section):

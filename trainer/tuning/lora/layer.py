@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from trainer.accelerator import is_accelerator
 from trainer.model.nf4 import weight_of
+from trainer.processes.accelerator import is_accelerator
 
 
 class LoraLinear(Linear):

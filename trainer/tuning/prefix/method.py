@@ -68,8 +68,8 @@ class PrefixTuning(BesideBase):
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by layer."""
         from trainer.model.parts import in_order
+        from trainer.state.zero.engine import gathered_in_turn
         from trainer.tuning.prefix.layer import add_prefixes, keys_and_values
-        from trainer.zero.engine import gathered_in_turn
 
         layers = [model.get_submodule(layer.path) for layer in architecture.attention]
         embedding: Any = model.get_input_embeddings()

@@ -42,8 +42,8 @@ class PromptTuning(BesideBase):
         """The prompt starts as the embeddings of tokens of the vocabulary, for which the embedding is gathered once."""
         import torch
 
+        from trainer.state.zero.engine import gathered
         from trainer.tuning.prompt.layer import add_prompt
-        from trainer.zero.engine import gathered
 
         embedding: Any = model.get_input_embeddings()
         tokens = self.first_tokens(model, seed)

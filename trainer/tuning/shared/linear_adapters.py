@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
 from trainer.config.model import EXPRESSION
-from trainer.files.scratch import scratch_folder
-from trainer.registry import without_defaults
+from trainer.config.registry import without_defaults
+from trainer.store.scratch import scratch_folder
 from trainer.tuning.method import ExportedFiles, VirtualTokens
 from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.config import Tuning
+from trainer.config.registry import without_defaults
 from trainer.errors import ConfigError
-from trainer.registry import without_defaults
 from trainer.tuning.shared.linear_adapters import PEFT_FILES
 
 if TYPE_CHECKING:

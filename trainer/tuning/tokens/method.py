@@ -124,7 +124,7 @@ def _means(layer: Any, rows: Sequence[TokenRow]) -> Tensor:
     """The mean of the rows of each token's pieces, (tokens, H), of the layer's frozen weight. Collective."""
     import torch
 
-    from trainer.zero.engine import gathered
+    from trainer.state.zero.engine import gathered
 
     with gathered(layer):
         means = [layer.weight[row.pieces].float().mean(0) for row in rows]

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E8M0
 from trainer.base.stored.shared.reads import LastReads
-from trainer.files.codes import Code, Kept, KeptSources
-from trainer.files.safetensors_index import PackedSources, StoredTensor, TensorSource, as_bytes
+from trainer.store.codes import Code, Kept, KeptSources
+from trainer.store.safetensors_index import PackedSources, StoredTensor, TensorSource, as_bytes
 
 BLOCK = 32
 _LOWER, _UPPER = E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]

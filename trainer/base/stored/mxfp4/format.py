@@ -19,8 +19,8 @@ from trainer.base.stored.shared.listed import is_listed
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.files.codes import Code, Kept
-from trainer.files.safetensors_index import StoredTensor, numel
+from trainer.store.codes import Code, Kept
+from trainer.store.safetensors_index import StoredTensor, numel
 
 if TYPE_CHECKING:
     from trainer.base.stored.mxfp4.experts import Mxfp4Experts

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, write_as
 from trainer.base.stored.shared.reads import LastReads
-from trainer.files.codes import Code, Kept, KeptSources, Numbers
-from trainer.files.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
+from trainer.store.codes import Code, Kept, KeptSources, Numbers
+from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
 # The value of each code, fp32.
 TABLES: dict[Numbers, Floats] = {

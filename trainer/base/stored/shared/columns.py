@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.floats import SCALES, Floats, write_as
 from trainer.base.stored.shared.reads import LastReads
-from trainer.files.safetensors_index import DTYPE_BYTES, TensorSource, numel
+from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
 # Weights that are decoded at once, by each thread that reads.
 _AT_ONCE = 2**18

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from threading import Lock
 from typing import Generic, TypeVar
 
-from trainer.files.safetensors_index import TensorSource
+from trainer.store.safetensors_index import TensorSource
 
 Value = TypeVar("Value")
 

@@ -1,8 +1,15 @@
-"""Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), and of a question and its
-answer."""
+"""Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), of a question and its answer,
+and of a prompt and several answers to it."""
 
 from trainer.data.format.messages import untrained
-from trainer.data.format.row_format import Row, RowFormat, Values, fit_talks, fit_texts, says, talk
+from trainer.data.format.row_format import Row, RowFormat, Values, fit_talks, fit_texts, is_talk, is_text, says, talk
+
+
+def _answers_fit(values: Values) -> bool:
+    answers = values.get("answers")
+    return (
+        isinstance(answers, list) and bool(answers) and (is_text(values.get("prompt")) or is_talk(values.get("prompt")))
+    )
 
 
 def _read_question(values: Values) -> Row:
@@ -15,6 +22,7 @@ def _read_prompt_messages(values: Values) -> Row:
 
 
 ROW_FORMATS = {
+    "answers": RowFormat(("prompt", "answers", "tools"), "answers", _answers_fit, place=35),
     "prompt_completion": RowFormat(
         ("prompt", "completion"),
         "prompt_completion",

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
 from trainer.config import Config
-from trainer.files.codes import Kept
-from trainer.files.safetensors_index import StoredTensor
+from trainer.store.codes import Kept
+from trainer.store.safetensors_index import StoredTensor
 
 
 @dataclass(frozen=True)

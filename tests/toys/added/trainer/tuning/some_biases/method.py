@@ -11,7 +11,7 @@ from trainer.tuning.some_biases.settings import SomeBiasesSettings  # pyright: i
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.section import part
+from trainer.config.section import part
 from trainer.tuning.method import ExportedFiles, LearntWeights, Method, VirtualTokens, WeightUpdate
 
 if TYPE_CHECKING:

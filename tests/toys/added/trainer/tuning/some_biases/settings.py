@@ -1,6 +1,6 @@
 """The settings of the section `tuning` that the toy alone reads."""
 
-from trainer.section import Section, setting
+from trainer.config.section import Section, setting
 
 
 class SomeBiasesSettings(Section):

@@ -1,0 +1,52 @@
+"""Verbs about training data: compile it, check it, show it."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
+
+
+def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Compile the sources into token shards, as train does by itself when they are missing."""
+    from launcher.data.build import build
+
+    emit(build(config, overrides or (), dry_run=dry_run, log=log), as_json, lambda result: result.table())
+
+
+def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 when train would refuse them."""
+    from launcher.data.check import check, report_table
+    from trainer.errors import DataError
+
+    report = check(config, overrides or (), say)
+    emit(report, as_json, report_table)
+    if report.refusals:
+        raise DataError("\n".join(report.refusals))
+
+
+def data_show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    row: Annotated[
+        int | None, typer.Option("--row", min=1, help="The row of this number, from 1. Default: the first rows.")
+    ] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Packed rows, with their documents' borders.")] = False,
+    split: Annotated[str, typer.Option("--split", help="train or eval.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model sees them: what is trained, special tokens, and what of a row is not in its text."""
+    from launcher.data.show import render, show
+
+    shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
+    # Its colours are control characters of its own, and it shows those of the rows.
+    print(json.dumps(shown.to_json()) if as_json else render(shown))
+
+
+VERBS = {
+    "data build": Command(data_build, "data build run.yaml", 300),
+    "data check": Command(data_check, "data check run.yaml", 301),
+    "data show": Command(data_show, "data show run.yaml --row 7", 302),
+}

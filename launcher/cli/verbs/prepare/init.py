@@ -1,0 +1,99 @@
+"""The verb that makes a first configuration of a few answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import DryRun, Force, Json, countable, log
+from launcher.cli.shell import complete_goal, complete_gpu, complete_machine
+from trainer.errors import ConfigError
+
+
+def init(
+    config: Annotated[Path, typer.Argument(metavar="[CONFIG]", help="The file to write.")] = Path("run.yaml"),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base: a directory, an s3://, gs:// or az:// URI, or a Hub id.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The training data: a file, a glob, a URI, or a data set of the Hub.")
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--goal",
+            autocompletion=complete_goal,
+            help="sft (the default), full, dpo, orpo, simpo or kto; see docs/methods.md.",
+        ),
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--machine", autocompletion=complete_machine, help="one (this machine, the default), slurm or ray."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            autocompletion=complete_gpu,
+            help="The GPU: its name (H100, RTX 4090) or its memory (24GB, 80GiB). Default: this machine's.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="How many. Default: all of this machine; of a cluster as few as suffice."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal it asks for what
+    no option gives."""
+    from launcher.init.commented import check_new, write_new
+    from launcher.init.goals import GOALS
+    from launcher.init.initial import KINDS, InitAnswers, initial_config
+
+    check_new(config, force or dry_run)
+    asks = sys.stdin.isatty() and not as_json
+    goals = ", ".join(f"{name} ({known.about})" for name, known in GOALS.items())
+    answers = InitAnswers(
+        base=_answer(base, asks, "--base", "The base (a directory or a Hub id)"),
+        data=_answer(data, asks, "--data", "The training data (a file or a data set of the Hub)"),
+        goal=_answer(goal, asks and base is None, "--goal", f"The goal: {goals}", "sft"),
+        machine=_answer(machine, asks and base is None, "--machine", f"Where it runs: {', '.join(KINDS)}", "one"),
+        gpu=gpu,
+        gpus=countable(gpus),
+    )
+    made = initial_config(answers, config)
+    if not dry_run:
+        write_new(config, made.text)
+    if as_json:
+        print(json.dumps({**made.to_json(), "written": not dry_run}))
+        return
+    if dry_run:
+        print(made.text, end="")
+    log(f"{'would write' if dry_run else 'wrote'} {config}")
+    for line in made.lines():
+        log(line)
+
+
+def _answer(given: str | None, asks: bool, option: str, question: str, otherwise: str | None = None) -> str:
+    """The option's value, or the answer to a question where somebody is there to ask."""
+    if given is not None:
+        if not given.strip():
+            raise ConfigError(f"{option}: empty. Give it a value, or leave the option out.")
+        return given
+    if asks:
+        return str(typer.prompt(question, default=otherwise, err=True)).strip()
+    if otherwise is None:
+        raise ConfigError(f"{option}: missing. Give it, or call this in a terminal, where it is asked for.")
+    return otherwise
+
+
+VERBS = {
+    "init": Command(init, "init run.yaml --base /models/Llama-3.1-8B --data data/train.jsonl --gpu 24GB", 20),
+}

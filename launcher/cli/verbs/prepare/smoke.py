@@ -1,0 +1,40 @@
+"""The verb that tries it all in small."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import DryRun, Json, Overrides, emit, say
+
+
+def smoke(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="Your own run, scaled down. Default: a small one, made on the spot."),
+    ] = None,
+    overrides: Overrides = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only the first layers of your base.")] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
+    ] = Path("smoke"),
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
+    from launcher.smoke.life import plan_smoke, run_smoke
+    from launcher.smoke.verdict import table
+
+    if dry_run:
+        planned = plan_smoke(config, overrides or (), say, layers=layers, directory=directory)
+        emit(planned, as_json, lambda plan: plan.text())
+        return
+    result = run_smoke(config, overrides or (), say, layers=layers, directory=directory, show=not as_json)
+    emit(result, as_json, table)
+    raise typer.Exit(0 if result.ok else result.exit_code or 1)
+
+
+VERBS = {
+    "smoke": Command(smoke, "smoke run.yaml --layers 2", 170),
+}

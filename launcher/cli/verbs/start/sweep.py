@@ -1,0 +1,47 @@
+"""The verb that searches over settings, and the way it goes on."""
+
+import json
+import sys
+from typing import Any
+
+from launcher.cli.command import Command
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
+from launcher.view.terminal import put
+from trainer.errors import CapstanError, ConfigError
+
+
+def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Try the settings of the section `sweep`, each trial a run of its own, and end those early that do badly."""
+    from trainer.config import load_config
+
+    start_sweep(
+        load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run
+    )
+
+
+def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
+    """Start `config`'s sweep, or go on with it."""
+    from launcher.drive.sweep.driver import laid_out, run_sweep
+    from launcher.view.sweep import is_sweep, read_sweep, render_sweep
+    from trainer.run.folder import run_folder
+
+    if dry_run:
+        _, plan = laid_out(config, resume=resume)
+        lines = (f"{trial.run}: {trial.words()}" for trial in plan.trials)
+        put(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
+        return
+    live = not as_json and sys.stderr.isatty()
+    try:
+        emit(run_sweep(config, resume=resume, take_over=take_over, live=live, log=log), as_json, render_sweep)
+    except ConfigError:
+        raise  # the sweep that is there may be another one's
+    except CapstanError:
+        folder = run_folder(config)
+        if is_sweep(folder):
+            emit(read_sweep(folder), as_json, render_sweep)
+        raise
+
+
+VERBS = {
+    "sweep": Command(sweep, "sweep sweep.yaml", 140),
+}

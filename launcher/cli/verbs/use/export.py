@@ -1,0 +1,62 @@
+"""The verb that takes a run's result out of its folder, for other programs."""
+
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import (
+    BestOption,
+    DryRun,
+    FormatOption,
+    FormatOptions,
+    Json,
+    RunName,
+    StepOption,
+    StoreOption,
+    chosen_format,
+    emit,
+    open_run,
+)
+
+
+def export(
+    run: RunName,
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
+    options: FormatOptions = None,
+    store: StoreOption = "runs",
+    form: FormatOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --format merged.")] = False,
+    step: StepOption = None,
+    best: BestOption = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST already is proven as it is.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT adapter, merged
+    with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
+    from launcher.export.export import export_run
+    from trainer.state.checkpoint.choice import chosen_step
+
+    folder = open_run(run, store)
+    result = export_run(
+        folder,
+        destination,
+        chosen_format(form, "--merge" if merge else None),
+        options or (),
+        step=chosen_step(folder, step, best=best),
+        verify=verify,
+        dry_run=dry_run,
+    )
+    emit(result, as_json, lambda exported: exported.sentence())
+
+
+VERBS = {
+    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+}

@@ -1,0 +1,91 @@
+"""The verb that asks a run's model."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import (
+    BestOption,
+    Json,
+    Overrides,
+    RunName,
+    StepOption,
+    StoreOption,
+    finite,
+    log,
+    open_run,
+    say,
+)
+from trainer.errors import ConfigError
+
+
+def generate(
+    run: RunName,
+    overrides: Overrides = None,
+    store: StoreOption = "runs",
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="JSONL with prompt or messages, or a text file with a prompt a line; - is standard input. Default: a chat on a "
+            "terminal, else standard input, or eval.prompts if that is empty.",
+        ),
+    ] = None,
+    step: StepOption = None,
+    best: BestOption = False,
+    base: Annotated[bool, typer.Option("--base", help="The base's answer too, before the checkpoint's.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 takes the most likely token; 1 draws as the model says.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, callback=finite, help="Draw from the likeliest tokens of this probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other draws.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with a checkpoint, under the chat template that was trained: a file of them, a pipe, or a chat."""
+    from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
+    from launcher.start.group import is_rank, is_silent_rank
+    from trainer.run.folder import run_config
+    from trainer.state.checkpoint.choice import chosen_step
+
+    folder = open_run(run, store)
+    config = run_config(folder, overrides or (), say=say)
+    chosen = chosen_step(folder, step, best=best)
+    if top_p < 1 and not temperature:
+        raise ConfigError(
+            "--top-p: has no effect without --temperature, as the most likely token is taken. Set that too."
+        )
+    chats = prompts is None and not (as_json or is_rank()) and sys.stdin.isatty()
+    given = [] if chats or is_silent_rank() else given_prompts(config, prompts)
+    if not (chats or given or is_silent_rank()):
+        raise ConfigError(
+            "there is no prompt: give --prompts FILE, set eval.prompts, or write lines to standard input."
+        )
+    turns = in_turns(given, config)
+    screen = Screen(sys.stdout, both=base, streams=chats or all(len(turn) == 1 for turn in turns))
+    asked = screen.conversation() if chats else turns if as_json else screen.shown(turns)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    result = generate_answers(
+        folder,
+        overrides or (),
+        asked,
+        step=chosen,
+        base=base,
+        sampling=sampling,
+        log=log,
+        screen=None if as_json else screen,
+    )
+    if as_json and not is_silent_rank():
+        print(json.dumps({"run": folder.uri, **result}))
+
+
+VERBS = {
+    "generate": Command(generate, "generate first --prompts prompts.jsonl", 120),
+}

@@ -1,0 +1,60 @@
+"""The verb that uploads a run's result to the Hugging Face Hub."""
+
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import (
+    BestOption,
+    DryRun,
+    FormatOption,
+    FormatOptions,
+    Json,
+    RunName,
+    StepOption,
+    StoreOption,
+    chosen_format,
+    emit,
+    log,
+    open_run,
+)
+
+
+def push(
+    run: RunName,
+    target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="A repository of the Hub, made if need be.")],
+    options: FormatOptions = None,
+    store: StoreOption = "runs",
+    form: FormatOption = None,
+    merged: Annotated[bool, typer.Option("--merge", "--merged", help="The same as --format merged.")] = False,
+    step: StepOption = None,
+    best: BestOption = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the environment
+    variable HF_TOKEN. A push that was killed goes on when it is called again."""
+    from launcher.export.push import push_run
+    from trainer.state.checkpoint.choice import chosen_step
+
+    folder = open_run(run, store)
+    result = push_run(
+        folder,
+        target,
+        chosen_format(form, "--merged" if merged else None),
+        options or (),
+        step=chosen_step(folder, step, best=best),
+        revision=revision,
+        public=public,
+        dry_run=dry_run,
+        log=log,
+    )
+    emit(result, as_json, lambda pushed: pushed.sentence())
+
+
+VERBS = {
+    "push": Command(push, "push first hf://me/first --merge", 160),
+}

@@ -1,0 +1,48 @@
+"""The verb that shows logs."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from launcher.cli.command import Command
+from launcher.cli.options import Json, RunName, StoreOption, open_run
+from trainer.errors import ConfigError
+
+
+def logs(
+    run: RunName,
+    store: StoreOption = "runs",
+    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
+    generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
+    driver: Annotated[bool, typer.Option("--driver", help="What the driver said, instead of a rank.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="The Slurm job's own output instead: Ray and the driver.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A rank's log, or the driver's."""
+    from launcher.view.logs import follow_log, read_driver_log, read_log
+    from launcher.view.terminal import in_lines, put
+
+    folder = open_run(run, store)
+    if follow and (as_json or driver or job):
+        raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
+    if driver or job or as_json:
+        from launcher.cluster.slurm.queue import job_output
+
+        text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
+        owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
+        if as_json:
+            print(json.dumps({"run": folder.uri, **owner, "text": text}))
+        else:
+            put(in_lines(text), end="")
+    elif follow:
+        for text in follow_log(folder, rank, generation):
+            put(in_lines(text), end="")
+    else:
+        put(in_lines(read_log(folder, rank, generation)), end="")
+
+
+VERBS = {
+    "logs": Command(logs, "logs first --follow", 90),
+}

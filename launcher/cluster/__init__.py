@@ -1,0 +1,1 @@
+"""The clusters that a run can be handed to: Ray's and Slurm's."""

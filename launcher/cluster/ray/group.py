@@ -1,0 +1,50 @@
+"""The process group of a run's ranks under Ray Train: it tells them where they meet, and they join as ranks of torchrun do.
+
+Ray's own group would be served at every address of its machine, and says no more of a CPU build of torch than that it lacks NCCL.
+Imports torch, as Ray Train's own does.
+"""
+
+import os
+import socket
+from typing import Any
+
+import ray.util
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend  # no public name has either
+
+from trainer.processes.devices import check_device
+
+
+class RankGroup(TorchConfig):
+    """A group that the ranks make themselves; those with a GPU each are asked for it first."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _RankBackend
+
+
+class _RankBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        if backend_config.backend == "nccl":
+            worker_group.execute(_check_gpu)
+        address, port = worker_group.execute_single(0, _meeting)
+        worker_group.execute(_tell, address, port)
+
+
+def _check_gpu() -> None:
+    from trainer.plan.assemble import torch_gpus
+
+    check_device(1, *torch_gpus())
+
+
+def _meeting() -> tuple[str, int]:
+    """An address of this machine that the others reach, and a port that is free there now."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
+
+
+def _tell(address: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    _set_torch_distributed_env_vars()

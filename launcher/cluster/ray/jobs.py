@@ -1,0 +1,139 @@
+"""`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this machine."""
+
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.cluster.ray.cluster import address_of, first_line, refused_token
+from launcher.start import snapshot
+from launcher.start.check import anchored, check, checked, pinned
+from launcher.start.claim import claimed
+from launcher.start.place import check_shared
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.store.scratch import scratch_folder
+
+
+@dataclass(frozen=True)
+class RaySubmission:
+    """A run as it was handed over, or with `dry_run` would be. `job` is Ray's submission id, or `process N`."""
+
+    run: str
+    uri: str
+    address: str | None
+    job: str | None
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    snapshot: str
+    config: dict[str, Any]
+    next: str
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people: the run and the next command; of a dry run everything."""
+        where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
+        if not self.dry_run:
+            return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
+        return (
+            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
+            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
+        )
+
+
+def submit(
+    config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
+) -> RaySubmission:
+    """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
+
+    Raises:
+        ConfigError: a setting is wrong, the name is taken, the run is alive, or the cluster cannot be reached or refuses.
+        NothingToResume: `resume`, and nothing is committed.
+    """
+    config = anchored(config)
+    address = address_of(config)
+    if address:
+        check_shared(config, address)
+        config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
+    else:
+        config = pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+    code = snapshot.take(Path.cwd())
+    run = run_folder(config)
+    submission = secrets.token_hex(4)
+    command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
+    command += ["--submission", submission]
+    command += ["--resume"] if resume else []
+    command += ["--address", "auto"] if address else []
+    planned = RaySubmission(
+        run=config.run.name,
+        uri=run.uri,
+        address=address,
+        job=None,
+        entrypoint=shlex.join(command),
+        runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
+        snapshot=code.sentence(),
+        config=config.model_dump(mode="json", exclude_defaults=True),
+        next=f"capstan status {shlex.quote(run.uri)} --watch",
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return planned
+    client = _client(address) if address else None
+    how = {"take_over": take_over, "group": submission, "waits": True}
+    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how):
+        job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
+    return RaySubmission(**{**asdict(planned), "job": job})
+
+
+def _client(address: str) -> Any:
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ["RAY_ADDRESS"] = address  # which Ray lets override the argument
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise refused_token(address) from error
+    except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
+        raise ConfigError(
+            f"cluster.ray.address: no Ray job server answers at {address!r} ({first_line(error)}). Give the dashboard's "
+            "address, such as http://head:8265, and start the head with `ray start --head --dashboard-host 0.0.0.0`."
+        ) from error
+
+
+def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
+    with scratch_folder("submit") as folder:
+        code = snapshot.unpack(archive, Path(folder))
+        runtime_env = {**planned.runtime_env, **({"working_dir": str(code)} if code.is_dir() else {})}
+        try:
+            return client.submit_job(
+                entrypoint=planned.entrypoint, runtime_env=runtime_env, metadata={"capstan_run": planned.uri}
+            )
+        except (RuntimeError, ValueError, ConnectionError) as error:
+            raise ConfigError(f"the Ray cluster at {planned.address} refused the job: {first_line(error)}") from error
+
+
+def _start_process(command: list[str]) -> str:
+    """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
+    # Not by trainer.processes.children: this process is meant to outlive the command.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return f"process {process.pid}"

@@ -1,0 +1,297 @@
+"""A run's ranks under Ray Train: worker group, rendezvous and liveness are Ray's, what happens after an end is ours.
+
+Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for;
+`retry.decide` then says whether there is another. The train function restores by itself, so an attempt needs to know
+nothing of the one before. An elastic run grows by being asked to commit and start again: Ray Train's own resizing would
+kill the ranks in the middle of a step.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
+from launcher.policy import retry
+from launcher.start.attempts import Attempts, Watch, keep_trying
+from launcher.start.stopping import stop_if_asked
+from trainer.config import Config, dump_config, parse_config
+from trainer.data.compile.prepare import Datasets
+from trainer.errors import CapstanError, ConfigError, DoesNotFit
+from trainer.processes.devices import stay_on_cpu
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import Ownership
+from trainer.run.requests import request_restart
+from trainer.store.scratch import scratch_folder
+
+_LOOK_SECONDS = 2.0
+_LOSS_SECONDS = 30.0
+"""Ray's health checks find a dead node within this time."""
+# The ranks may still be at their commit for so long past a node's announced end: the announcement is a guess.
+_PREEMPTION_GRACE_SECONDS = 30.0
+
+
+def run_on_ray(
+    config: Config,
+    datasets: Datasets,
+    owner: Ownership,
+    *,
+    resume: bool,
+    dashboard: str | None,
+    log: Callable[[str], None],
+) -> None:
+    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
+
+    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run.
+
+    Raises:
+        CapstanError: the run's own, or a crash's with its reason.
+    """
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
+    joined = dashboard is not None
+    # Nobody announces the end of the machine that this process has started its Ray on.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
+    # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
+    threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
+    attempts = Attempts(config, datasets, owner, resume)
+    with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
+        keep_trying(attempts, lambda: _start(attempts, dashboard, log), log)
+
+
+def _start(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> retry.Failure | None:
+    """One attempt, with as many ranks as find room."""
+    config = attempts.config
+    wanted, workers = wait_for_room(
+        lambda: need(config),
+        config.cluster.ray.start_timeout,
+        can_grow=dashboard is not None,
+        log=log,
+        stop=lambda: stop_if_asked(attempts.run, "while the run was starting"),
+    )
+    log(f"launch: Ray starts the processes of {workers} rank{'' if workers == 1 else 's'}")
+    return _attempt(attempts, dashboard, wanted, workers)
+
+
+def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int) -> retry.Failure | None:
+    """One start of the worker group; returns why it ended, or None when the run is done.
+
+    Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
+    """
+    from ray.exceptions import RayTaskError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    nodes = alive_nodes()
+    with scratch_folder("ray") as storage:
+        fit = _Background(_trainer(attempts, dashboard, wanted, workers, storage).fit)
+        group = _Group(attempts, wanted, workers)
+        watch = Watch(attempts, group.look)
+        while not fit.ended(within=0.5):
+            watch.look()
+        try:
+            fit.result()
+        except WorkerGroupError as error:
+            errors = {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+            end = retry.classify(errors, resizing=group.resizing)
+            if end.error is not None:
+                return end
+            # Ray reports a rank's death together with its node's; a broken connection is seen long before either.
+            told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
+            lost = lost_nodes(nodes, within=0 if told else _LOSS_SECONDS)
+            return retry.lost_machine(", ".join(lost)) if lost else end
+        except PreemptionError as error:
+            return retry.lost_machine(first_line(error))
+        except ControllerError as error:
+            cause = error.controller_failure
+            ours = (
+                cause.cause if isinstance(cause, RayTaskError) else None
+            )  # what a rank raised before its train function
+            if isinstance(ours, CapstanError):
+                return retry.Failure(str(ours), ours)
+            return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)
+    return None
+
+
+def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, storage: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from launcher.cluster.ray.group import RankGroup
+
+    arguments = {
+        "config": dump_config(attempts.config),
+        "datasets": asdict(attempts.datasets),
+        "resume": attempts.resume,
+        "facts": {"dashboard": dashboard} if dashboard else {},
+        "began": attempts.began,
+        "joined": dashboard is not None,
+    }
+    return TorchTrainer(
+        _rank,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=wanted.gpus > 0,
+            resources_per_worker=wanted.each,
+            placement_strategy=attempts.config.cluster.ray.placement,
+        ),
+        torch_config=RankGroup("nccl" if wanted.gpus else "gloo"),
+        # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
+        run_config=RunConfig(
+            name=attempts.config.run.name,
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=_PREEMPTION_GRACE_SECONDS,
+            ),
+        ),
+    )
+
+
+class _Background:
+    """A call in a thread that nobody has to wait for: it ends with Ray at the latest."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._error = call, None
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def ended(self, within: float) -> bool:
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Group:
+    """A group of ranks that Ray starts: whether it begins in time, and whether there is room for more of them."""
+
+    def __init__(self, attempts: Attempts, wanted: Need, workers: int) -> None:
+        self._attempts, self._wanted, self._workers = attempts, wanted, workers
+        self.resizing = False
+        self._begun = self._asked = False
+        self._began = self._looked = self._counted = time.monotonic()
+
+    def look(self, training: bool) -> None:
+        """Raises `ConfigError` when the ranks do not begin in time."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS and not training:
+            self._looked = now
+            self._check_begun(now)
+        interval = self._attempts.config.cluster.ray.resize_interval
+        if training and self._workers < self._wanted.most and now - self._counted >= interval:
+            self._counted = now
+            more = min(room(self._wanted.each), self._wanted.most - self._workers)
+            if more > 0 and not self._asked:
+                self.resizing = True  # a request that fails may have reached the ranks all the same
+                request_restart(
+                    self._attempts.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                )
+                self._asked = True
+
+    def _check_begun(self, now: float) -> None:
+        """Ray bounds the wait for resources, but not that for the processes of the ranks."""
+        patience = self._attempts.config.cluster.ray.start_timeout
+        if not self._begun and self._attempts.run.exists(layout.RANKS_BEGUN):
+            self._begun = True
+            self._attempts.run.delete(layout.RANKS_BEGUN)
+        if not self._begun and now - self._began >= patience:
+            raise ConfigError(
+                f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not begun. "
+                "Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its machines)."
+            )
+
+
+def _original(error: BaseException) -> BaseException:
+    """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
+    from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    if isinstance(error, OutOfMemoryError):
+        return DoesNotFit(
+            f"Ray ended a rank because its machine ran low on host memory ({first_line(error)}). `capstan plan` shows what a "
+            "host needs; use fewer ranks on a machine, or larger machines."
+        )
+    if isinstance(error, RayActorError):
+        words = str(error).strip().splitlines()[-1]
+        return retry.RankDied(words, error.preempted, confirmed=not isinstance(error, ActorUnavailableError))
+    return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
+
+
+def _rank(arguments: dict[str, Any]) -> None:
+    """The train function: one rank, in a Ray worker."""
+    import ray.train
+
+    config = parse_config(arguments["config"])
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
+    if ray.train.get_context().get_world_rank() == 0:
+        run_folder(config).put(layout.RANKS_BEGUN, b"")
+    from trainer.rank import run_rank
+    from trainer.train.start import Starter
+
+    node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    preempted = _drain_notice() if arguments["joined"] else lambda: False
+    starter = Starter(arguments["facts"], node, preempted, _gauges(config.run.name), arguments["began"])
+    run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
+
+
+def _drain_notice() -> Callable[[], bool]:
+    """Whether Ray has announced that a node of this group will be taken away."""
+    import ray.train
+
+    announced = threading.Event()
+
+    def ask() -> None:
+        while not announced.wait(1.0):  # each question is a barrier of all ranks, so it is asked beside the training
+            if ray.train.get_preemption_info() is not None:
+                announced.set()
+
+    threading.Thread(target=ask, name="drain-notice", daemon=True).start()
+    return announced.is_set
+
+
+def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
+    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss and so on."""
+    from ray.util.metrics import Gauge
+
+    gauges = {
+        name: Gauge(f"capstan_{name}", description, tag_keys=("run",))
+        for name, description in (
+            ("step", "Optimizer steps done"),
+            ("loss", "Loss of the last step, nats a target token"),
+            ("tokens_per_second", "Tokens a second of the last step, all ranks"),
+            ("restarts", "Starts of the run after its first"),
+        )
+    }
+    for gauge in gauges.values():
+        gauge.set_default_tags({"run": run})
+
+    def show(record: Mapping[str, float]) -> None:
+        for name, gauge in gauges.items():
+            gauge.set(record[name])
+
+    return show

@@ -1,0 +1,215 @@
+"""Answers to the batch file on the nodes, beside the driver: each is one line on stdout, for bash's `read`.
+
+    python -m launcher.cluster.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when there is nothing left to do
+    python -m launcher.cluster.slurm.job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
+    python -m launcher.cluster.slurm.job ports                          two free TCP ports
+
+Both of the first two leave a record in the run's folder, slurm/attempts/000001.json, one for each start of a job.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+from launcher.cluster.slurm.queue import attempts
+from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
+from launcher.start.check import check_turn
+from launcher.view.status import read_generation, read_status
+from trainer.config import Config
+from trainer.errors import CapstanError, NothingCommitted, Stopped
+from trainer.run import layout
+from trainer.run.folder import run_folder, submitted_config
+from trainer.run.owner import end_group, ended_waiting, newest_number, take
+from trainer.run.records import record_end
+from trainer.run.requests import stop_requester
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store, open_store
+
+_ANSWER_SECONDS = 5.0
+_RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have lost its connection to a dead one
+
+
+def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
+    """Record the start; the batch file's next line."""
+    run = run_folder(config)
+    check_turn(run, submission)
+    ended_waiting(run)  # its turn has come, whatever becomes of it
+    every = attempts(run)
+    if read_status(run).state == "finished":
+        return "end 0"
+    before = [attempt for attempt in every if attempt.submission == submission]
+    if over := is_over(before):
+        return f"end {over.exit_code}"
+    if _stopped_by(run):
+        return f"end {(Stopped if committed_steps(run) else NothingCommitted).exit_code}"
+    if before and before[-1].ended is None:
+        lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
+        _record(run, lost)
+        record_end(run, _LOST, crash=True)
+    # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
+    take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
+    number = 1 + max((attempt.number for attempt in every), default=0)
+    _record(run, Attempt(number, submission, job, restart, nodes, time.time(), step=_step(run)))
+    return "run"
+
+
+_LOST = "a node failed or the job was preempted: Slurm started it again"
+
+
+def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
+    """Judge and record the end of the newest attempt; the batch file's next line. `nodes` is scontrol's JSON."""
+    run = run_folder(config)
+    every = attempts(run)
+    if not every:  # its record is damaged or gone, and nobody can say what it was
+        return f"end {exit_code}"
+    *earlier, current = every
+    end_group(run, current.submission)  # where its driver could not, or never began
+    before = [attempt for attempt in earlier if attempt.submission == current.submission]
+    status = read_status(run)
+    if exit_code and _ranks_stopped(run, status.generation, current.started):
+        # srun's own code may be that of a rank which it killed because another had ended a moment before.
+        exit_code = Stopped.exit_code
+    lost = silent_nodes(nodes) if exit_code else []
+    ending = Ending(
+        exit_code,
+        signal=signal,
+        stopped_by=_stopped_by(run),
+        lost_nodes=lost,
+        failed_nodes=[] if lost else _nodes_of_dead_ranks(run, status.generation, current.started, nodes),
+        step=status.last_commit_step or 0,
+        reason=status.reason,
+    )
+    slurm = config.cluster.slurm
+    decision = judge(ending, before, budget=config.retry.failures, supervised=slurm.launch == "ray")
+    done = replace(
+        current,
+        ended=time.time(),
+        exit_code=exit_code,
+        kind=decision.kind,
+        reason=decision.reason,
+        failed_nodes=[*ending.failed_nodes, *ending.lost_nodes],
+        step=ending.step,
+        goes_on=decision.goes_on,
+    )
+    _record(run, done)
+    if exit_code not in (0, Stopped.exit_code) and status.state not in ("failed", "stopped"):
+        record_end(run, decision.reason, crash=True)  # no rank was left that could say it
+    _say(done, decision)
+    if not decision.goes_on or slurm.chain:
+        return f"end {decision.exit_code}"
+    excluded = decision.exclude and ([slurm.exclude] if slurm.exclude else []) + decision.exclude
+    return f"requeue {','.join(excluded)}".strip()
+
+
+def _say(attempt: Attempt, decision: JobDecision) -> None:
+    then = "starting again from the last commit" if decision.goes_on else f"exit code {decision.exit_code}"
+    because = f" ({attempt.reason})" if attempt.reason else ""
+    print(f"capstan: {attempt.kind}{because}; step {attempt.step} is committed; {then}", file=sys.stderr, flush=True)
+
+
+def silent_nodes(nodes: list[dict]) -> list[str]:
+    """Which nodes' slurmd takes no connection: Slurm itself takes minutes to call them down."""
+
+    def answers(node: dict) -> bool:
+        try:
+            with socket.create_connection((node["address"], node["port"]), _ANSWER_SECONDS):
+                return True
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+        return [node["name"] for node, up in zip(nodes, pool.map(answers, nodes), strict=True) if not up]
+
+
+def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
+    """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of nodes."""
+    names = {_short(node["hostname"]): node["name"] for node in nodes}
+    found = []
+    for generation in range(newest, 0, -1):
+        records = read_generation(folder, generation)
+        started = records["start"][-1] if records.get("start") else None
+        if started and started["time"] < since:
+            break
+        died = _RANK_DIED.match(records["end"][-1]["reason"] or "") if records.get("end") else None
+        if started and died and int(died[1]) < len(started["hosts"]):
+            hostname = _short(started["hosts"][int(died[1])])
+            found.append(names.get(hostname, hostname))
+    return found
+
+
+def _short(hostname: str) -> str:
+    return hostname.partition(".")[0]
+
+
+def _ranks_stopped(folder: Store, generation: int, since: float) -> bool:
+    """Whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
+    ends = read_generation(folder, generation).get("end")
+    return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
+
+
+def _stopped_by(folder: Store) -> str | None:
+    """The person who asked for a stop; the driver notes Slurm's signals in the same place, by their names."""
+    who = stop_requester(folder)
+    return None if who is None or who.startswith("SIG") else who
+
+
+def _step(folder: Store) -> int:
+    return read_status(folder).last_commit_step or 0
+
+
+def _record(folder: Store, attempt: Attempt) -> None:
+    folder.put(layout.slurm_attempt(attempt.number), json.dumps(asdict(attempt)).encode())
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now, all different."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _read_nodes(text: str) -> list[dict]:
+    try:
+        return json.loads(text)["nodes"]
+    except (ValueError, KeyError):
+        return []  # a controller that does not answer; the end is judged without it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launcher.cluster.slurm.job", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name in ("begin", "end"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("run", metavar="RUN_URI")
+    verbs.choices["begin"].add_argument("--submission", required=True)
+    verbs.choices["begin"].add_argument("nodes", nargs="+")
+    verbs.choices["end"].add_argument("--exit-code", type=int, required=True)
+    verbs.choices["end"].add_argument("--signal", default="", help="the last one that Slurm sent")
+    verbs.add_parser("ports")
+    given = parser.parse_args()
+    try:
+        if given.verb == "ports":
+            print(*free_ports(2))
+            return
+        config = submitted_config(open_store(given.run))
+        if given.verb == "begin":
+            job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+            print(begin(config, given.submission, job, restart, given.nodes))
+        else:
+            print(end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
+    except CapstanError as error:
+        print(f"capstan: {error}", file=sys.stderr, flush=True)
+        print(f"end {error.exit_code}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Slurm's own word on a run's jobs, beside what the run's folder says; and the end of jobs that wait."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Group, RenderableType
+
+from launcher.policy.jobs import Attempt
+from launcher.view.folded import facts
+from launcher.view.status import ENDED, RunStatus, read_status
+from launcher.view.tables import render
+from trainer.errors import ConfigError, NotFound
+from trainer.processes import children
+from trainer.run import layout
+from trainer.run.folder import command
+from trainer.run.records import record_end
+from trainer.run.requests import request_stop
+from trainer.store.store import Store
+
+_SECONDS = 60
+_POLL_SECONDS = 10.0
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class SubmittedJobs:
+    """A run's newest submission as its folder keeps it, in slurm/job.json.
+
+    `submission` tells its jobs from those of another one; `output` is a path with %j for the job's number; `run` is the
+    folder whose jobs they are, which a copy of the folder is not.
+    """
+
+    jobs: list[int]
+    submission: str
+    submitted: float
+    output: str
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job as Slurm sees it. `reason` is Slurm's word for why it waits or ended; times are seconds since 1970.
+
+    `start` is when it began, or for a pending job when Slurm expects it to. Accounting does not say `restarts`.
+    """
+
+    job: int
+    state: str
+    reason: str = ""
+    start: float | None = None
+    nodes: str = ""
+    restarts: int | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
+
+    @property
+    def is_active(self) -> bool:
+        return self.is_pending or self.state in ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+
+    def sentence(self) -> str:
+        """Such as: RUNNING on n[1-2], restarted 2 times."""
+        text = self.state
+        if self.is_pending:
+            text += f": {_WHY.get(self.reason, self.reason)}" if self.reason else ""
+            text += f", expected to start {_when(self.start)}" if self.start else ", no start is foreseen yet"
+        elif self.nodes:
+            text += f" on {self.nodes}" + (f" since {_when(self.start)}" if self.start and self.is_active else "")
+        return text + (f", restarted {self.restarts} times" if self.restarts else "")
+
+
+# Slurm's words that a user meets most, in more words. https://slurm.schedmd.com/job_reason_codes.html
+_WHY = {
+    "Resources": "waits until enough nodes are free (Resources)",
+    "Priority": "jobs of higher priority are before it (Priority)",
+    "Dependency": "waits for another job (Dependency)",
+    "DependencyNeverSatisfied": "the run that it waits for did not finish (DependencyNeverSatisfied)",
+    "BeginTime": "starts again in a moment (BeginTime)",
+    "JobHeldUser": "held; `scontrol release` lets it go (JobHeldUser)",
+    "ReqNodeNotAvail": "nodes that it needs are down or reserved (ReqNodeNotAvail)",
+    "PartitionTimeLimit": "cluster.slurm.time is more than the partition allows (PartitionTimeLimit)",
+}
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+@dataclass(frozen=True)
+class SlurmStatus:
+    """A run's folder and Slurm's word side by side. `jobs` is empty where Slurm cannot be asked or has forgotten them."""
+
+    run: RunStatus
+    jobs: list[SlurmJob]
+    attempts: list[Attempt]
+
+    def to_json(self) -> dict[str, Any]:
+        slurm = {"jobs": [asdict(job) for job in self.jobs], "attempts": [asdict(one) for one in self.attempts]}
+        return {**self.run.to_json(), "slurm": slurm}
+
+    def table(self) -> RenderableType:
+        rows = facts()
+        for job in self.jobs:
+            rows.add_row(f"job {job.job}", job.sentence())
+        if not self.jobs:
+            rows.add_row("job", "Slurm cannot be asked from here, or does not know the job any more")
+        for one in self.attempts:
+            if one.kind:
+                because = f": {one.reason}" if one.reason else ""
+                text = f"{one.kind}{because}; step {one.step:,} was committed"
+                rows.add_row(f"job {one.job}.{one.restart}", text)
+        return Group(render(self.run), rows)
+
+
+def slurm_status(folder: Store, found: SubmittedJobs) -> SlurmStatus:
+    return SlurmStatus(read_status(folder), jobs_of(found), attempts(folder))
+
+
+def is_over(folder: Store, found: SubmittedJobs) -> Callable[[], bool]:
+    """Whether the run has ended and no job of it will go on; asks Slurm only every few seconds."""
+    asked, active = 0.0, True
+
+    def over() -> bool:
+        nonlocal asked, active
+        if time.monotonic() - asked > _POLL_SECONDS or not asked:
+            asked = time.monotonic()
+            jobs = jobs_of(found)
+            active = any(job.is_active for job in jobs) if jobs else read_status(folder).state not in ENDED
+        return not active
+
+    return over
+
+
+def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
+    """Cancel the jobs that have not started, and ask the one that runs to commit and end. Says what was done."""
+    jobs = [job for job in jobs_of(found) if job.is_active]
+    waiting = [job.job for job in jobs if job.is_pending]
+    running = [job.job for job in jobs if not job.is_pending]
+    parts = []
+    if running or not jobs:
+        parts.append("the run is to commit and end")
+    if waiting:
+        parts.append(f"job {', '.join(map(str, waiting))}, which waits, is to be cancelled")
+    sentence = f"{folder.uri}: {' and '.join(parts)}"
+    if dry_run:
+        return sentence
+    cancel(waiting)
+    if running or not jobs:
+        request_stop(folder, by="capstan stop")
+    elif read_status(folder).state not in ENDED:
+        record_end(folder, "cancelled by capstan stop while its job waited", stopped=True)
+    return sentence
+
+
+def job_output(folder: Store) -> str:
+    """The output of the newest job that has begun. Raises `ConfigError` when the run has no such job."""
+    found = submitted_jobs(folder)
+    if found is None:
+        raise ConfigError(f"{folder.uri} was not submitted to Slurm, so there is no job's output.")
+    for job in reversed(found.jobs):
+        with suppress(FileNotFoundError):
+            return Path(found.output.replace("%j", str(job))).read_text(errors="replace")
+    raise ConfigError(
+        f"there is no {found.output} here: the job has not begun, or it wrote the file on another machine."
+    )
+
+
+def submitted_jobs(folder: Store) -> SubmittedJobs | None:
+    """The run's newest submission to Slurm; None where it has none, or the record of it is damaged."""
+    found = _record(folder, layout.SLURM_JOB, SubmittedJobs)
+    ours = found is not None and found.jobs and (not found.run or _place(found.run) == _place(folder.uri))
+    return found if ours else None
+
+
+def _place(uri: str) -> str:
+    """Where a folder really is: the same one may have been reached through a link."""
+    return str(Path(urlsplit(uri).path).resolve()) if uri.startswith("file://") else uri
+
+
+def check_no_job(folder: Store) -> None:
+    """Raise `ConfigError` when a job of the run waits or runs: two starts of one run would fence each other off."""
+    found = submitted_jobs(folder)
+    active = [job for job in jobs_of(found) if job.is_active] if found else []
+    if active:
+        raise ConfigError(
+            f"run.name: job {active[0].job} of {folder.uri} is {active[0].state}. {command('stop', folder)} ends it first."
+        )
+
+
+def attempts(folder: Store) -> list[Attempt]:
+    """The starts of the run's jobs, oldest first; without those whose record is damaged."""
+    found = (_record(folder, entry.key, Attempt) for entry in folder.list(layout.SLURM_ATTEMPTS))
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _record(folder: Store, key: str, kind: type[_Record]) -> _Record | None:
+    """The record under `key`; None where there is none, or one that nobody can use."""
+    with suppress(NotFound, ValidationError):
+        return TypeAdapter(kind).validate_json(folder.get(key))
+    return None
+
+
+def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:
+    """Slurm's word on the jobs, from the controller as long as it remembers them, else from the accounting.
+
+    A job that neither knows is missing; without Slurm's commands on this machine all are.
+    """
+    try:
+        live = call("squeue", "--states=all", "--json", f"--jobs={','.join(map(str, found.jobs))}")
+        jobs = parse_squeue(live.stdout) if live.returncode == 0 else []
+        forgotten = set(found.jobs) - {job.job for job in jobs}
+        if forgotten:
+            fields = "--format=JobIDRaw,State,Reason,Start,NodeList"
+            which = f"--jobs={','.join(map(str, forgotten))}"
+            past = call("sacct", "--allocations", "--noheader", "--parsable2", fields, which)
+            jobs += parse_sacct(past.stdout) if past.returncode == 0 else []
+    except ConfigError:
+        return []
+    return sorted(jobs, key=lambda job: job.job)
+
+
+def parse_squeue(text: str) -> list[SlurmJob]:
+    """The jobs in squeue's JSON. A state is a list of a base state and flags, of which a flag such as COMPLETING says more."""
+    return [
+        SlurmJob(
+            job=job["job_id"],
+            state=_state(job["job_state"]),
+            reason="" if job["state_reason"] == "None" else job["state_reason"],
+            start=_number(job["start_time"]) or None,
+            nodes=job["nodes"] or "",
+            restarts=_number(job["restart_cnt"]),
+        )
+        for job in json.loads(text)["jobs"]
+    ]
+
+
+def parse_sacct(text: str) -> list[SlurmJob]:
+    """The lines of `sacct --parsable2`: JobIDRaw|State|Reason|Start|NodeList."""
+    found = []
+    for line in text.splitlines():
+        number, state, reason, start, nodes = line.split("|")
+        began = None
+        with suppress(ValueError):
+            began = time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S"))
+        # "CANCELLED by 1000" names who did it.
+        found.append(SlurmJob(int(number), state.partition(" ")[0], "" if reason == "None" else reason, began, nodes))
+    return found
+
+
+def _state(given: Any) -> str:
+    states = [given] if isinstance(given, str) else given
+    return states[-1] if states else "UNKNOWN"
+
+
+def _number(given: Any) -> int:
+    """Slurm writes a number as it is, or with whether it is set."""
+    return given if isinstance(given, int) else int(given["number"]) if given.get("set") else 0
+
+
+def cancel(jobs: Sequence[int]) -> None:
+    """Raises `ConfigError` with scancel's own words."""
+    if jobs:
+        answer = call("scancel", *map(str, jobs))
+        if answer.returncode:
+            raise ConfigError(f"scancel refuses: {words(answer)}")
+
+
+def call(
+    *command: str, given: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command of Slurm's; raises `ConfigError` when it is not installed or does not answer."""
+    try:
+        return children.run(
+            command, input=given, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{command[0]}: not found. Use a machine that Slurm is installed on, such as the cluster's login node."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{command[0]}: no answer from Slurm within {_SECONDS} seconds. Try again later.") from error
+
+
+def words(answer: subprocess.CompletedProcess[str]) -> str:
+    """The words of a command of Slurm's, in one line and without its own prefix."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line) for line in answer.stderr.strip().splitlines()]
+    return "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"

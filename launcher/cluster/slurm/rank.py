@@ -1,0 +1,49 @@
+"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m launcher.cluster.slurm.rank RUN_URI SUBMISSION"""
+
+import os
+import sys
+
+from launcher.start.claim import turn
+from launcher.start.group import slurm_rank
+from launcher.start.waiting import wait_for_first_rank
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.data.compile.prepare import prepare
+from trainer.errors import CapstanError, Stopped
+from trainer.processes.devices import stay_on_cpu
+from trainer.run.folder import submitted_config
+from trainer.store.store import open_run_store, open_store
+
+
+def main() -> None:
+    os.environ.update(slurm_rank(os.environ))
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run, submission = open_store(sys.argv[1]), (sys.argv[2] if len(sys.argv) > 2 else None)
+        _run(submitted_config(run), submission, rank)
+    except CapstanError as error:
+        _log(f"capstan: {error}")
+        # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.
+        sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
+
+
+def _run(config: Config, submission: str | None, rank: int) -> None:
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
+    from trainer.rank import run_rank
+
+    if rank:
+        wait_for_first_rank(config, submission)
+        run_rank(config, None, resume=False)
+        return
+    with turn(config, submission, by="capstan submit slurm", log=_log):
+        datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
+        run_rank(config, datasets, resume=False)
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their own."""
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any
+
+from ray.tune import Trainable
+
+from launcher.drive.compiling import forget_stop_by_compilation
+from launcher.drive.driver import compile_and_train
+from launcher.drive.journal import Journal
+from launcher.drive.sweep.bases import check_same
+from launcher.drive.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
+from launcher.policy.trials import trial_config
+from launcher.report.report import keep_report
+from launcher.start.claim import claimed
+from launcher.view.scores import Scores
+from launcher.view.status import read_status
+from launcher.view.sweep import BY, DONE, EARLY, read_plan, trial_state
+from trainer.config import Config, dump_config
+from trainer.errors import CapstanError, Stopped, StorageError, Superseded
+from trainer.run import layout
+from trainer.run.background import say
+from trainer.run.folder import run_config, run_folder
+from trainer.run.owner import read_owner
+from trainer.run.records import generations, record_end
+from trainer.run.requests import read_stop, request_stop
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.store import Store, open_store
+
+_LOOK_SECONDS = 0.5
+_WORST = 1e30
+"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they overflow by."""
+
+
+class TuneTrial(Trainable):
+    """Trains the run of a trial, or goes on with it; each result is the metric where ASHA looks. A run that is done already only
+    tells its figures again."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """`config` has the folder of the sweep as `sweep`, and the trial's number as `trial`.
+
+        The run begins at the first `step`: Tune may set a process up for a trial, and then give the trial to one that has become free.
+        """
+        folder = open_store(config["sweep"])
+        plan, whole = read_plan(folder), run_config(folder)
+        trial = plan.trials[config["trial"] - 1]
+        self._mine, self._base = plan.config_of(whole, trial), plan.base_of(trial_config(whole, trial))
+        self._sweep, self._looked = whole.sweep, 0
+        self._scores = Scores(run_folder(self._mine), plan.metric)
+        self._worst = _WORST if plan.metric.mode == "min" else -_WORST
+        self._work: Future[None] | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take over from a trial that has ended, without a process and its imports of its own."""
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        work = self._work = self._work or ThreadPoolExecutor(1, "driver").submit(train_trial, self._mine, self._base)
+        while True:
+            over = bool(wait([work], timeout=_LOOK_SECONDS).done)
+            if (look := next_look(self._sweep, self._looked)) is not None:
+                with suppress(StorageError):
+                    for step, value in self._scores.read().items():
+                        if step >= look:
+                            self._looked = step
+                            return {STEP: step, VALUE: value if math.isfinite(value) else self._worst}
+            if over:
+                return {"done": True, **_end(work)}
+
+
+def _end(work: "Future[None]") -> dict[str, Any]:
+    """How the run ended; a mistake of ours is raised."""
+    try:
+        work.result()
+    except CapstanError as error:
+        return {EXIT_CODE: error.exit_code, REASON: str(error)}
+    return {}
+
+
+def train_trial(config: Config, base: dict[str, str]) -> None:
+    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has one. `base` has
+    the facts about the base that the sweep began with.
+
+    Raises:
+        CapstanError: the run's own, which is in its folder too.
+    """
+    run = run_folder(config)
+    if trial_state(run, read_status(run)) in DONE:
+        return
+    resume, before, known = bool(committed_steps(run)), read_owner(run), max(generations(run), default=0)
+    # The process that had it for this sweep is gone, with the driver of then or with its machine.
+    ours = before is not None and before.by == BY
+    taken, asked = False, None
+    try:
+        with claimed(config, by=BY, resume=resume, code=None, log=say, take_over=ours) as owner:
+            taken = True
+            journal = Journal(run, say)
+            try:
+                with journal.to_the_end():
+                    check_same(config, base)
+                    compile_and_train(config, owner, journal, resume=resume, dashboard="", log=say)
+            except CapstanError:
+                asked = read_stop(run)
+                raise
+            finally:
+                if not owner.lost:
+                    forget_stop_by_compilation(run)
+                    keep_report(run, say)
+    except CapstanError as error:
+        if taken and not isinstance(error, Superseded):  # else its records are another start's
+            # A start without ranks puts back the request before it. Ranks that are about to end may still read this one, so it has its reason.
+            if asked and asked.by == EARLY and asked != read_stop(run):
+                request_stop(run, *asked)
+            _record(run, config, error, known)
+        raise
+
+
+def _record(folder: Store, config: Config, error: CapstanError, known: int) -> None:
+    """Nobody sees what this process says, so also a run that came to nothing keeps a folder that tells why."""
+    if not folder.exists(layout.CONFIG):
+        folder.put(layout.CONFIG, dump_config(config).encode())
+    record_end(folder, str(error), stopped=isinstance(error, Stopped), after=known)

@@ -1,0 +1,321 @@
+"""axolotl's keys that make settings together: the method, the objective, the data sets with their types."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing import joined
+from launcher.init.importing.mapping import Keys, no_training
+from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
+from trainer.config.peers import conversions as to
+
+_TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
+_USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
+_USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
+_USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    joined.workers(keys, "ray_num_workers")
+    _method(keys)
+    _objective(keys)
+    joined.batch(keys, "micro_batch_size")
+    _divided(keys)
+    if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
+        keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
+    joined.training_arguments(keys, folder, "lr_scheduler")
+    joined.early_end(keys, "early_stopping_patience")
+    joined.pairs(keys, "sequence_len")
+    joined.without_dropout(keys, "lora_dropout")
+    joined.head(keys)
+    services = {
+        "wandb": ("use_wandb", "wandb_project"),
+        "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+        "trackio": ("use_trackio", "trackio_project_name"),
+    }
+    names = ("wandb_name", "wandb_run_name", "mlflow_run_name", "trackio_run_name", "run_name")
+    joined.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
+    if keys.settings["tuning.method"] == "full":
+        keys.lose(
+            "dp_replicate_size", "Where the base itself learns it is divided over all ranks: sharding.scope: world."
+        )
+    elif keys.whole("dp_replicate_size", 1) > 1:
+        keys.put("sharding.scope", "node", "dp_replicate_size")
+    constant = str(keys.get("lr_scheduler")) == "constant"
+    if not constant and keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
+        keys.assume("optim.warmup_ratio", 0.03, "axolotl's default, which ends at 100 steps")
+    if keys.asked("lora_target_linear"):
+        keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
+    if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
+        micro = max(1, keys.whole("micro_batch_size", 1))
+        rows = max(1, keys.whole("batch_size") // micro) * micro
+        keys.put("train.global_batch", rows * joined.world(keys), "batch_size", "micro_batch_size")
+    _tokens(keys)
+    _data(keys)
+    joined.without_evaluation(keys)
+
+
+def _divided(keys: Keys) -> None:
+    """Ranks that share one row, as tensor and context parallelism have it there, are one of the batch."""
+    together = max(1, keys.whole("tensor_parallel_size", 1)) * max(
+        1, keys.whole("context_parallel_size", 1), keys.whole("sequence_parallel_degree", 1)
+    )
+    devices = joined.world(keys)
+    if together > 1 and devices % together == 0:
+        rows = int(keys.settings["train.global_batch"]) // devices * (devices // together)
+        keys.put("train.global_batch", rows, "micro_batch_size", "gradient_accumulation_steps")
+        keys.origins["train.global_batch"].append(f"on {devices} GPUs, of which {together} share a row")
+
+
+def _method(keys: Keys) -> None:
+    adapter = str(keys.get("adapter") or "full").lower()
+    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit") or adapter == "qlora")
+    low_rank = adapter in ("lora", "qlora")
+    if not low_rank and adapter != "full":
+        keys.lose(
+            "adapter", f"{adapter} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora."
+        )
+    switches = {"peft_use_rslora": "rslora", "peft_use_dora": "dora"} if low_rank else {}
+    if joined.method(keys, "adapter", adapter == "full", switches) == "full":
+        keys.put("quant.type", "none", "adapter")
+        keys.origins["quant.type"].append("without an adapter the base itself learns")
+        _trained_part(keys)
+    elif in_4_bits:
+        keys.put("quant.type", "nf4", "load_in_4bit", "adapter")
+        keys.put("quant.double", True, "load_in_4bit", "adapter")
+    else:
+        keys.put("quant.type", "none", "adapter", "load_in_4bit")
+
+
+def _trained_part(keys: Keys) -> None:
+    """`unfrozen_parameters`: regular expressions, of which those made of names, `.*` and anchors are patterns here too."""
+    patterns = keys.names("unfrozen_parameters")
+    plain = [re.sub(r"\\\.", ".", given.lstrip("^").rstrip("$")).replace(".*", "*") for given in patterns]
+    if wrong := [given for given, simple in zip(patterns, plain, strict=True) if re.search(r"[\\\[\](|?+{]", simple)]:
+        keys.lose(
+            "unfrozen_parameters", f"{wrong[0]}: tuning.train takes patterns of whole names, where * is any text."
+        )
+    elif plain:
+        ends = [
+            name if given.endswith("$") or name.endswith("*") else f"{name}*"
+            for given, name in zip(patterns, plain, strict=True)
+        ]
+        keys.put("tuning.train", ends, "unfrozen_parameters")
+
+
+def _objective(keys: Keys) -> None:
+    asked = str(keys.given.get("rl") or "").lower()
+    known = keys.peer.tables["objectives"]
+    if asked and asked not in known:
+        raise no_training(f"rl: {asked}")
+    if keys.asked("process_reward_model"):
+        raise no_training("process_reward_model: true")
+    if keys.asked("reward_model"):
+        asked = "reward"
+        keys.put("objective.name", "reward", "reward_model")
+    elif asked:
+        keys.put("objective.name", known[asked], "rl")
+    if asked == "simpo":
+        joined.simpo(keys)
+    losses = keys.names("dpo_loss_type")
+    if asked == "ipo":
+        keys.put("objective.loss_type", "ipo", "rl")
+    elif losses and (len(losses) > 1 or losses[0] not in ("sigmoid", "hinge", "ipo")):
+        keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
+    elif losses and losses[0] != "sigmoid":
+        keys.put("objective.loss_type", losses[0], "dpo_loss_type")
+    if not asked and keys.asked("train_on_inputs"):
+        keys.put("data.loss_on", "all", "train_on_inputs")
+    if asked:
+        keys.put("data.packing", False, "sample_packing")
+
+
+def _tokens(keys: Keys) -> None:
+    listed = "special_tokens.additional_special_tokens"
+    added = [token for name in ("tokens", listed) for token in keys.names(name)]
+    if added:
+        keys.put("model.add_tokens", list(dict.fromkeys(added)), "tokens", listed)
+    for use in ("eos", "bos"):
+        if keys.given.get(name := f"special_tokens.{use}_token"):
+            keys.put(f"model.special_tokens.{use}", str(keys.given[name]), name)
+
+
+def _data(keys: Keys) -> None:
+    for name, setting in (
+        ("datasets", "data.train"),
+        ("pretraining_dataset", "data.train"),
+        ("test_datasets", "data.eval"),
+    ):
+        listed = keys.tree.get(name)
+        if isinstance(listed, str) and listed:
+            keys.put(setting, [{"path": path, "format": "text"} for path in source_paths(listed)], name)
+            continue
+        listed = sections(listed)
+        found = [source for index, given in enumerate(listed) for source in _sources(keys, f"{name}[{index}]", given)]
+        if found:
+            used = (f"{name}[{index}].{key}" for index, given in enumerate(listed) for key in _flat(given))
+            keys.put(setting, found, *used)
+            keys.origins[setting] = [name]
+    templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
+    if templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
+        keys.put("data.template", keys.given[templates[0]], *templates)
+    elif templates:
+        keys.lose(templates[0], "data.template is the path of a file. Write the template into one, and name it there.")
+    else:
+        _template(keys)
+    sources = keys.settings.get("data.train") or []
+    if sources and all(source.get("format") == "text" for source in sources):
+        keys.settings["data.on_too_long"] = "split"
+        keys.origins["data.on_too_long"] = ["axolotl cuts texts into pieces, and drops none"]
+
+
+def _template(keys: Keys) -> None:
+    """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences brings."""
+    named = [name for name in keys.given if name.rpartition(".")[2] == "chat_template" and keys.given[name]]
+    if named:
+        joined.template(keys, named[0], keys.given[named[0]])
+        return
+    for name, kind in keys.given.items():
+        family, _, rest = str(kind).partition(".")
+        if name.endswith("].type") and rest and family in ("llama3", "chatml", "zephyr"):
+            joined.template(keys, name, family)
+
+
+def _flat(given: dict[str, Any]) -> list[str]:
+    inner = given.get("type")
+    return [*given, *(f"type.{name}" for name in inner)] if isinstance(inner, dict) else [*given]
+
+
+def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources of one data set: one for each of its files."""
+    form, fields = _format(keys, place, given)
+    split, take, sliced = split_of(given.get("split"))
+    if sliced:
+        keys.lose(f"{place}.split", sliced)
+    taken: dict[str, Any] = {"take": take}
+    if (shards := keys.whole(f"{place}.shards")) > 1:
+        taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
+    paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
+    _turns(keys, place, given)
+    return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("name"), split)
+
+
+def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """The format of a data set's rows, None for one that is found out, and the names of its fields."""
+    kind = given.get("type")
+    if keys.settings.get("objective.name", "sft") != "sft":
+        return _answers(keys, place, given, kind)
+    if isinstance(kind, dict):
+        for name in ("format", "no_input_format", "system_prompt", "system_format"):
+            if kind.get(name):
+                keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
+        return "alpaca", {
+            ours: str(kind[theirs]) for theirs, ours in _USER.items() if kind.get(theirs) not in (None, ours)
+        }
+    name = str(kind or "chat_template")
+    first = name.split(":")[0]
+    known = keys.peer.tables["formats"]
+    found = known.get(first, known.get(first.split(".")[0]))
+    if found is None:
+        keys.lose(
+            f"{place}.type",
+            f"{name} is not a format of ours: data.format is left at auto. docs/data-format.md lists formats.",
+        )
+        return None, {}
+    form, fields = found.get("format"), found.get("fields", {})
+    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
+        keys.note(f"{place}.type", _TEMPLATE_TEXT)
+    if form == "text":
+        column = given.get("field") or given.get("text_column")
+        return form, {"text": str(column)} if column not in (None, "text") else {}
+    return _conversation(keys, place, given) if form in (None, "sharegpt") else (form, dict(fields))
+
+
+def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """Messages with role and content, or with from and value."""
+    mapped = given.get("message_property_mappings")
+    properties = mapped if isinstance(mapped, dict) else {}
+    role = given.get("message_field_role") or properties.get("role") or "role"
+    content = given.get("message_field_content") or properties.get("content") or "content"
+    renamed = {"messages": given.get("field_messages"), "tools": given.get("field_tools")}
+    if (role, content) not in (("role", "content"), ("from", "value")):
+        keys.lose(f"{place}.message_property_mappings", "A message has role and content, or from and value.")
+    if given.get("message_field_training") not in (None, "train", "training"):
+        keys.lose(f"{place}.message_field_training", "A message's key is train, or weight with 0 or 1.")
+    said_by_name = given.get("type") == "sharegpt" and not properties
+    form = "sharegpt" if (role, content) == ("from", "value") or said_by_name else None
+    defaults = {"messages": "conversations" if form else "messages", "tools": "tools"}
+    fields = {key: str(value) for key, value in renamed.items() if value and value != defaults[key]}
+    return form or ("chat" if fields else None), fields
+
+
+def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[str | None, dict[str, str]]:
+    """Pairs, or answers with a label."""
+    labelled = keys.settings.get("objective.name") == "kto"
+    if str(kind).startswith("bradley_terry."):  # a question in `input`, and nothing beside it
+        return "preference_alpaca", {"instruction": "input", "input": "nothing"}
+    if isinstance(kind, dict):
+        table = _USER_LABEL if labelled else _USER_PAIR
+        for name in ("field_system", "prompt_format", "chosen_format", "rejected_format", "completion_format"):
+            if kind.get(name):
+                keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
+        fields = {ours: str(kind[theirs]) for theirs, ours in table.items() if kind.get(theirs) not in (None, ours)}
+        return "labelled" if labelled else "preference", fields
+    if str(kind) == "chat_template.default" and not labelled:
+        renamed = {"messages": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
+        return "preference_sharegpt", {"messages": "messages"} | {
+            ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs)
+        }
+    fields = dict(keys.peer.tables["answers"].get(str(kind).rpartition(".")[2], {}))
+    if str(kind).startswith("chat_template."):  # ORPO's read prompt, chosen and rejected as messages
+        fields = {}
+    if labelled:
+        fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
+    renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
+    fields |= {ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs) not in (None, ours)}
+    form = "labelled" if labelled else "preference"
+    if fields and str(kind).rpartition(".")[2] in (
+        "intel",
+        "argilla",
+    ):  # rows that may have a system message beside the prompt
+        alpaca = {"prompt": "instruction", "completion": "output"}
+        completion = {"completion": "completion"} if labelled else {}
+        return f"{form}_alpaca", {alpaca.get(ours, ours): theirs for ours, theirs in {**completion, **fields}.items()}
+    return form if fields else None, fields
+
+
+def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
+    """Which turns of the conversations are trained; one answer for all data sets here."""
+    known = keys.peer.tables["roles"]
+    allowed = ("system", "developer", "user", "assistant", "tool")
+    named = (known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or []))
+    roles = list(dict.fromkeys(named))
+    if roles and set(roles) - set(allowed):
+        keys.lose(f"{place}.roles_to_train", f"Roles are {', '.join(allowed)}.")
+    elif keys.settings.get("data.train_on.roles", roles) != roles:
+        keys.lose(f"{place}.roles_to_train", "One answer for all data sets here: data.train_on.roles.")
+    elif roles and roles != ["assistant"]:
+        keys.put("data.train_on.roles", roles, f"{place}.roles_to_train")
+    ends = given.get("train_on_eot") or given.get("train_on_eos")
+    for name in ("train_on_eos", "train_on_eot"):
+        if given.get(name) in ("all", "last"):
+            keys.lose(
+                f"{place}.{name}", "The ends of those turns are trained that are trained, or none: data.train_on.end."
+            )
+    if ends == "none":
+        keys.put("data.train_on.end", False, f"{place}.train_on_eos", f"{place}.train_on_eot")
+    mapped = given.get("roles") or {}
+    usual = {
+        "user": {"human", "user"},
+        "assistant": {"gpt", "assistant", "model"},
+        "system": {"system"},
+        "tool": {"tool", "observation"},
+    }
+    if isinstance(mapped, dict) and any(
+        set(to.names(names)) - usual.get(role, set()) for role, names in mapped.items()
+    ):
+        keys.lose(
+            f"{place}.roles",
+            "Roles are named system, user (human), assistant (gpt) and tool (observation) in the rows.",
+        )

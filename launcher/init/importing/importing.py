@@ -1,0 +1,219 @@
+"""One import: files of a peer in, a configuration of ours out, and a table of what became of every key."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launcher.init.commented import yaml_text
+from launcher.init.importing.mapping import Keys, Outcome, counts_of
+from launcher.init.importing.reading import COMPUTED, detect, read_peer_file
+from trainer.config import parse_config
+from trainer.config.peers.names import PEERS
+from trainer.config.peers.table import Peer
+from trainer.errors import ConfigError, shown
+from trainer.state.optimizer.optimizer import find_optimizer
+from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
+
+JOINS: Mapping[str, tuple[Peer, Callable[[Keys, Path], None]]] = {
+    peer.name: (peer, import_module(f"launcher.init.importing.{peer.name.replace('-', '_')}").join) for peer in PEERS
+}
+"""The peers whose files are read, by the names that `--from` takes."""
+_LAUNCHER = JOINS["accelerate"][0]  # says where something runs, beside the file of another peer
+_SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)")
+# A configuration that lacks one of these is none. The file is written with these in their places, and the table says so.
+_FILL_IN: Mapping[str, tuple[Any, str]] = {
+    "run.name": ("imported", "a name for the run"),
+    "model.base": ("FILL-IN", "the base: a directory, a bucket's URI or a Hub id"),
+    "data.train": ([{"path": "FILL-IN"}], "the training data"),
+    "train.epochs": (1, "how long to train"),
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A configuration of ours, as text and as settings by their dotted names; what became of each key; and what is left to do by hand."""
+
+    peers: tuple[str, ...]
+    text: str
+    settings: dict[str, Any]
+    keys: tuple[Outcome, ...]
+    to_do: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "from": list(self.peers),
+            "config": self.text,
+            "settings": self.settings,
+            "keys": [{"from": outcome.peer, **outcome.to_json()} for outcome in self.keys],
+            "to_do": list(self.to_do),
+        }
+
+    def table(self) -> Table:
+        """A line a key; those that are lost come first."""
+        order = ("not supported", "unknown", "mapped", "not needed")
+        table = Table()
+        for heading in (" and ".join(self.peers), "here"):
+            table.add_column(heading, overflow="fold")
+        alike = groupby(sorted(self.keys, key=lambda found: (order.index(found.status), _place(found))), key=_likeness)
+        for _, group in alike:
+            outcomes = list(group)
+            first = outcomes[0]
+            made = "\n".join(f"{name}: {_short(value)}" for name, value in first.settings.items())
+            keys = ", ".join(outcome.key for outcome in outcomes)
+            theirs = f"{keys}: {_short(first.value)}" if len(outcomes) == 1 else keys
+            table.add_row(
+                Text(theirs),
+                Text("\n".join(filter(None, (made or f"{first.status}: {first.why}", made and first.why)))),
+            )
+        return table
+
+    def sentence(self) -> str:
+        counts = counts_of(self.keys)
+        return f"{len(self.keys)} keys of {' and '.join(self.peers)}: " + ", ".join(
+            f"{count} {name}" for name, count in counts.items()
+        )
+
+
+def import_files(
+    paths: Sequence[str | Path], peer: str | None = None, gpus: int | None = None, data_info: Path | None = None
+) -> Imported:
+    """Carry the configurations in `paths` over; several make one, such as TRL's and accelerate's.
+
+    Args:
+        peer: the tool that the first is of; found out by the keys where it is None.
+        gpus: how many GPUs the peer's run was on, of which its batch depends.
+        data_info: LLaMA-Factory's dataset_info.json, where it does not lie where the file says.
+
+    Raises:
+        ConfigError: a file cannot be read, or no peer knows its keys.
+    """
+    if peer is not None and peer not in JOINS:
+        raise ConfigError(f"--from: {shown(peer)} is not known. Allowed are {', '.join(JOINS)}.")
+    settings: dict[str, Any] = {}
+    origins: dict[str, list[str]] = {}
+    if gpus:
+        settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
+    files = [_keys(path, peer if not index else None, settings, origins) for index, path in enumerate(paths)]
+    for keys, _ in files:
+        keys.data_info = data_info
+    if data_info is not None and not any(keys.peer.tables.get("public_sets") for keys, _ in files):
+        raise ConfigError(
+            f"--data-info: {files[0][0].peer.title} has no dataset_info.json, which is LLaMA-Factory's. Leave it out."
+        )
+    if sum(keys.peer is not _LAUNCHER for keys, _ in files) > 1:
+        raise ConfigError(
+            "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
+        )
+    # Where something runs is known first, as the batch depends on it.
+    for keys, folder in sorted(files, key=lambda file: file[0].peer is not _LAUNCHER):
+        keys.convert()
+        JOINS[keys.peer.name][1](keys, folder)
+    every = [keys for keys, _ in files]
+    if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":
+        settings["sharding.deepspeed"] = "zero3_offload_optimizer"  # what learns has its masters and moments there too
+    to_do = [line for keys in every for line in keys.to_do]
+    to_do += _completed(settings, origins)
+    to_do += _valid(settings, every)
+    if "cluster.workers" not in settings:
+        to_do.append("train.global_batch: counted for one GPU, as the file names no number. --gpus N counts for N.")
+    outcomes = tuple(outcome for keys in every for outcome in keys.outcomes())
+    names = tuple(dict.fromkeys(keys.peer.title for keys in every))
+    text = _text(settings, origins, names, paths, outcomes, to_do)
+    return Imported(names, text, settings, outcomes, tuple(to_do))
+
+
+def _keys(
+    path: str | Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]
+) -> tuple[Keys, Path]:
+    tree = read_peer_file(path)
+    computed = tree.pop(COMPUTED, [])
+    known = [one for one, _ in JOINS.values()]
+    found = JOINS[peer][0] if peer else detect(tree, known, str(path))
+    keys = Keys(found, tree, settings, origins)
+    keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
+    return keys, Path(path).parent
+
+
+def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:
+    """Give the settings values that have none and need one. Returns a sentence for each that is for the user to fill in."""
+    found: list[str] = []
+    for name, (value, what) in _FILL_IN.items():
+        if name in settings or (name == "train.epochs" and "train.steps" in settings):
+            continue
+        settings[name], origins[name] = value, ["to be filled in"]
+        found.append(f"{name}: not in the file. Fill in {what}.")
+    return found
+
+
+def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
+    """Take out what our own checks refuse, with their sentence as the reason. Returns what is for the user to do."""
+    to_do: list[str] = []
+    while True:
+        try:
+            config = parse_config(yaml_text(settings, {}, ()))
+            for check in (method_of, find_objective):
+                check(config)
+            find_optimizer(config.optim)
+            return to_do
+        except ConfigError as error:
+            refused = {_named(line, settings): line for line in str(error).splitlines()}
+            wrong = [name for name in refused if name in settings and settings[name] != _FILL_IN.get(name, (None,))[0]]
+            if not wrong:
+                return [*to_do, *str(error).splitlines()]
+            for setting in wrong:
+                settings.pop(setting)
+                said = [keys.drop(setting, refused[setting]) for keys in files]
+                if setting in _FILL_IN:
+                    settings[setting] = _FILL_IN[setting][0]
+                    to_do.append(f"{refused[setting]} Now it is {settings[setting]}.")
+                elif not any(said):  # no key asked for it, as for the base itself to learn where there is no adapter
+                    to_do.append(f"{refused[setting]} It is left out.")
+
+
+def _named(line: str, settings: Mapping[str, Any]) -> str:
+    """The setting that a sentence of ours begins with, or the one that holds what it names."""
+    found = _SETTING.match(line)
+    parts = found[1].split(".") if found else []
+    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in settings), "")
+
+
+def _text(
+    settings: dict[str, Any],
+    origins: Mapping[str, Sequence[str]],
+    peers: Sequence[str],
+    paths: Sequence[str | Path],
+    outcomes: Sequence[Outcome],
+    to_do: Sequence[str],
+) -> str:
+    head = [
+        f"Imported from {' and '.join(str(path) for path in paths)} ({' and '.join(peers)}). Behind each setting is what it comes from."
+    ]
+    head += [f"To do: {line}" for line in to_do]
+    lost = [outcome for outcome in outcomes if outcome.status in ("not supported", "unknown")]
+    foot = ["", "Not carried over:"] if lost else []
+    foot += [f"  {outcome.key}: {_short(outcome.value)}   {outcome.why}" for outcome in lost]
+    return yaml_text(settings, origins, head, foot)
+
+
+def _place(outcome: Outcome) -> str:
+    """Keys that are not needed are put together by their reasons; the others keep the file's order."""
+    return outcome.why if outcome.status == "not needed" else ""
+
+
+def _likeness(outcome: Outcome) -> Any:
+    """Keys that are not needed for one reason are one row of the table; each of the others has its own."""
+    return outcome.why if outcome.status == "not needed" else outcome.key
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

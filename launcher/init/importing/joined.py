@@ -1,0 +1,277 @@
+"""Settings that follow from several keys at once, by the names that most peers give them."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing.mapping import Keys
+from trainer.config.objective import HEADS
+from trainer.config.peers import conversions as to
+from trainer.config.peers.conversions import Inconvertible
+from trainer.config.reading.yaml_reader import read_yaml
+from trainer.errors import ConfigError
+
+# The peers' names of templates that are ours as well.
+_TEMPLATES = {
+    **{name: name for name in ("chatml", "llama3", "gemma", "mistral", "phi3")},
+    **dict.fromkeys(("mistral_v2v3", "mistral_v1"), "mistral"),
+    **dict.fromkeys(("phi_3", "phi_35"), "phi3"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
+}
+
+
+def workers(keys: Keys, name: str) -> None:
+    """`cluster.workers`, unless it is known already."""
+    if keys.whole(name) > 0 and "cluster.workers" not in keys.settings:
+        keys.put("cluster.workers", keys.whole(name), name)
+
+
+def world(keys: Keys) -> int:
+    """The devices that a batch is of, as far as they are known."""
+    return max(1, int(keys.settings.get("cluster.workers") or 1))
+
+
+def batch(keys: Keys, micro: str, accumulation: str = "gradient_accumulation_steps") -> None:
+    """`train.global_batch`: rows a device, times accumulation, times devices."""
+    devices = world(keys)
+    keys.put("train.global_batch", keys.whole(micro, 1) * keys.whole(accumulation, 1) * devices, micro, accumulation)
+    if devices > 1:
+        keys.origins["train.global_batch"].append(f"on {devices} GPUs")
+
+
+def in_4_bits(keys: Keys, asked: bool) -> bool:
+    """Whether the base is stored in 4 bits: where that is `asked` for, and where 8 are."""
+    if asked or not keys.asked("load_in_8bit"):
+        return asked
+    keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
+    return True
+
+
+def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
+    """`tuning.method`: full, or the variant of LoRA that one of the `switches` asks for, or LoRA itself."""
+    asked = [switch for switch in switches if not full and keys.asked(switch)]
+    if len(asked) > 1:
+        keys.lose(asked[0], "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
+    name = "full" if full else switches[asked[-1]] if asked else "lora"
+    keys.put("tuning.method", name, key, *asked[-1:])
+    return name
+
+
+def simpo(keys: Keys) -> None:
+    """SimPO's strengths where the file names none: those of the peers, which are not ours."""
+    keys.settings.setdefault("objective.beta", 0.1)
+    keys.settings.setdefault("objective.gamma", 0.5)
+
+
+def duration(keys: Keys) -> None:
+    """`train.steps` where the number of steps is limited, which then goes before epochs."""
+    limit = keys.whole("max_steps")
+    if limit > 0:
+        keys.spare("train.epochs", "max_steps limits the run: train.steps.")
+        keys.put("train.steps", limit, "max_steps")
+
+
+def betas(keys: Keys) -> None:
+    """`optim.betas`."""
+    names = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    given = [name for name in names if keys.given.get(name) is not None]
+    if given:
+        keys.attempt(
+            given[-1], lambda: {"optim.betas": [to.number(keys.given.get(name) or names[name]) for name in names]}
+        )
+        if "optim.betas" in keys.settings:
+            keys.put("optim.betas", keys.settings["optim.betas"], *given)
+
+
+def schedule(keys: Keys, key: str) -> None:
+    """The settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
+    if keys.given.get("cosine_min_lr_ratio"):
+        keys.attempt(
+            "cosine_min_lr_ratio", lambda: {"optim.min_lr_ratio": to.number(keys.given["cosine_min_lr_ratio"])}
+        )
+    arguments = keys.given.get("lr_scheduler_kwargs")
+    if isinstance(arguments, dict) and arguments:
+        keys.attempt("lr_scheduler_kwargs", lambda: _arguments(arguments, keys.settings))
+    if str(keys.get(key)) == "constant":
+        why = f"The rate of {key}: constant does not rise first; that of constant_with_warmup does."
+        for name in ("optim.warmup_steps", "optim.warmup_ratio"):
+            keys.spare(name, why)
+
+
+def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    lr, steps, made = float(settings.get("optim.lr") or 1.0), settings.get("train.steps"), dict[str, Any]()
+    for name, value in arguments.items():
+        match name:
+            case "min_lr_rate" | "min_lr_ratio":
+                made["optim.min_lr_ratio"] = to.number(value)
+            case "min_lr" | "eta_min" | "lr_end":
+                made["optim.min_lr_ratio"] = to.number(value) / lr
+            case "num_cycles" if settings.get("optim.schedule") == "cosine_with_restarts":
+                made["optim.cycles"] = to.whole(value)
+            case "power":
+                made["optim.power"] = to.number(value)
+            case "num_decay_steps" if steps:
+                made["optim.decay_ratio"] = to.number(value) / steps
+            case "num_warmup_steps" | "warmup_type" | "decay_type":
+                pass
+            case _:
+                raise Inconvertible(f"{name}: docs/configuration.md lists what optim.schedule has beside it.")
+    return made
+
+
+def evaluation(keys: Keys) -> None:
+    """`eval.every` or `eval.per_epoch`: peers count steps, shares of all steps, or times an epoch."""
+    strategies = [name for name in ("eval_strategy", "evaluation_strategy") if keys.given.get(name)]
+    if any(keys.given[name] == "epoch" for name in strategies):
+        keys.put("eval.per_epoch", 1, *strategies)
+    elif keys.given.get("evals_per_epoch"):
+        keys.attempt("evals_per_epoch", lambda: {"eval.per_epoch": to.passes(keys.given["evals_per_epoch"])})
+    elif keys.given.get("eval_steps") and not any(keys.given[name] == "no" for name in strategies):
+        keys.attempt("eval_steps", lambda: _rhythm(keys, "eval_steps", "eval.every", "eval.per_epoch"))
+
+
+def saving(keys: Keys) -> None:
+    """`checkpoint.every_steps` or `per_epoch`, and `keep_best`."""
+    strategy = keys.given.get("save_strategy")
+    if strategy == "no":
+        keys.put("checkpoint.every_steps", 0, "save_strategy")
+    elif strategy == "epoch":
+        keys.put("checkpoint.per_epoch", 1, "save_strategy")
+    elif keys.given.get("saves_per_epoch"):
+        keys.attempt("saves_per_epoch", lambda: {"checkpoint.per_epoch": to.passes(keys.given["saves_per_epoch"])})
+    elif keys.given.get("save_steps"):
+        keys.attempt(
+            "save_steps", lambda: _rhythm(keys, "save_steps", "checkpoint.every_steps", "checkpoint.per_epoch")
+        )
+    if keys.asked("load_best_model_at_end"):
+        keys.put("checkpoint.keep_best", 1, "load_best_model_at_end")
+
+
+def _rhythm(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
+    """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is given."""
+    value = to.number(keys.given[key])
+    if not 0 < value < 1:
+        return {by_steps: to.steps(keys.given[key])}
+    if steps := keys.settings.get("train.steps"):
+        return {by_steps: math.ceil(value * steps)}
+    return {by_epoch: round(1 / (value * float(keys.settings.get("train.epochs") or 1)), 6)}
+
+
+def early_end(keys: Keys, patience: str) -> None:
+    """`train.stop_when`: `patience` is the key for evaluations that are no better."""
+    if keys.whole(patience) > 0:
+        keys.put("train.stop_when.no_better", keys.whole(patience), patience)
+        keys.settings.setdefault("checkpoint.keep_best", 1)
+    if keys.given.get("loss_watchdog_threshold"):
+        name = "loss_watchdog_threshold"
+        keys.attempt(name, lambda: {"train.stop_when.loss_above": to.number(keys.given[name])})
+        keys.put(
+            "train.stop_when.loss_steps", max(1, keys.whole("loss_watchdog_patience", 3)), "loss_watchdog_patience"
+        )
+
+
+def without_evaluation(keys: Keys) -> None:
+    """Nothing is evaluated where there is nothing to evaluate on, as with the peers."""
+    if not {"data.eval", "data.held_out"} & {name for name, value in keys.settings.items() if value}:
+        for name in ("eval.every", "eval.per_epoch", "checkpoint.keep_best", "train.stop_when.no_better"):
+            keys.spare(name, "The file has no evaluation data, so nothing is evaluated.")
+
+
+def pairs(keys: Keys, *names: str) -> None:
+    """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of one."""
+    if keys.settings.get("objective.name", "sft") != "sft" and keys.settings.get("data.sequence_length"):
+        keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
+        keys.origins["data.sequence_length"].append("twice that, as both answers with their prompts lie in one row")
+
+
+def without_dropout(keys: Keys, name: str) -> None:
+    """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
+    if keys.settings.get("objective.name", "sft") != "sft" and str(keys.given.get("disable_dropout", True)) != "False":
+        keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
+
+
+def head(keys: Keys) -> None:
+    """A head learns whole in any case, and PEFT is told so by its name."""
+    if keys.settings.get("objective.name") in HEADS and keys.settings.get("tuning.modules_to_save") == ["score"]:
+        keys.spare("tuning.modules_to_save", "The head of such a model learns in any case.")
+
+
+def _bare(name: str) -> str:
+    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def template(keys: Keys, key: str, name: Any) -> None:
+    """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to carry over."""
+    asked = str(name or "").lower()
+    if ours := _TEMPLATES.get(asked):
+        keys.put("data.template", ours, key)
+    elif asked and _bare(asked) in _bare(str(keys.settings.get("model.base", ""))):
+        keys.need_not(key, "The base's own tokenizer brings the template of its family.")
+    elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
+        keys.lose(
+            key,
+            f"{name} is none of ours ({', '.join(dict.fromkeys(_TEMPLATES.values()))}). The tokenizer's own is taken; `capstan data show` "
+            "shows its text.",
+        )
+
+
+def offloading(keys: Keys, folder: Path) -> None:
+    """`sharding.deepspeed`, from a DeepSpeed configuration (a path or its content) and FSDP's."""
+    given = keys.given.get("deepspeed")
+    content = {
+        name.removeprefix("deepspeed."): value for name, value in keys.given.items() if name.startswith("deepspeed.")
+    }
+    if given or content:
+        keys.attempt("deepspeed", lambda: to.offload(_deepspeed(given or content, folder)))
+    for name in (
+        "fsdp_config",
+        "fsdp_config.offload_params",
+        "fsdp_config.fsdp_offload_params",
+        "fsdp",
+        "fsdp_cpu_offload",
+    ):
+        value = keys.given.get(name)
+        inside = value.get("offload_params", value.get("fsdp_offload_params")) if isinstance(value, dict) else value
+        if str(inside).lower() == "true" or (name == "fsdp" and "offload" in str(value)):
+            keys.put("sharding.deepspeed", "zero3_offload_cpu", name)
+
+
+def _deepspeed(given: Any, folder: Path) -> Any:
+    """The content of a DeepSpeed configuration where its file is at hand, else what was given."""
+    found = [place for place in (folder / str(given), Path(str(given))) if isinstance(given, str) and place.is_file()]
+    try:
+        return read_yaml(found[0].read_text(), given) if found else given
+    except (OSError, ValueError, ConfigError):
+        return given
+
+
+def tracking(keys: Keys, services: Mapping[str, Sequence[str]], names: Sequence[str], projects: Sequence[str]) -> None:
+    """`track.trackers`, and what the run and its project are called there. `services`: the keys that ask for each service."""
+    asked = list(keys.settings.get("track.trackers", []))
+    for service, switches in services.items():
+        used = [switch for switch in switches if keys.asked(switch)]
+        if used and keys.given.get(f"use_{service}") is not False:
+            asked += [service] if service not in asked else []
+            keys.put("track.trackers", asked, *used)
+    for setting, candidates in (("track.name", names), ("track.project", projects)):
+        key = next((name for name in candidates if keys.given.get(name)), None)
+        if key:
+            keys.put(setting, str(keys.given[key])[:100], key)
+
+
+def training_arguments(keys: Keys, folder: Path, course: str = "lr_scheduler_type") -> None:
+    """The most of the above, for peers that take transformers' `TrainingArguments`; `course` is the key of the schedule."""
+    duration(keys)
+    betas(keys)
+    evaluation(keys)
+    saving(keys)
+    offloading(keys, folder)
+    if "optim.warmup_steps" in keys.settings and "optim.warmup_ratio" in keys.settings:
+        if keys.settings["optim.warmup_steps"]:
+            keys.spare("optim.warmup_ratio", "Steps of warm-up are given, which go before a ratio.")
+        else:
+            keys.spare("optim.warmup_steps", "0 steps of warm-up leave it to the ratio.")
+    schedule(keys, course)

@@ -1,0 +1,212 @@
+"""LLaMA-Factory's keys that make settings together: stage and fine-tuning type, quantization, and data sets of dataset_info.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing import joined
+from launcher.init.importing.mapping import Keys, no_training
+from launcher.init.importing.sources import source_paths, sources_at
+from trainer.config.data import ROW_FORMATS
+from trainer.config.peers import conversions as to
+from trainer.errors import NOT_JSON, ConfigError
+
+_ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
+        joined.workers(keys, name)
+    if keys.asked("export_dir") or not (keys.given.get("stage") or keys.given.get("dataset")):
+        raise no_training("a file for chats or merges")
+    _method(keys)
+    _objective(keys)
+    joined.batch(keys, "per_device_train_batch_size")
+    joined.training_arguments(keys, folder)
+    joined.early_end(keys, "early_stopping_steps")
+    joined.pairs(keys, "cutoff_len")
+    joined.head(keys)
+    joined.template(keys, "template", keys.given.get("template"))
+    if keys.asked("use_muon"):
+        keys.put("optim.name", "muon", "use_muon")
+    if keys.asked("create_new_adapter"):
+        keys.drop(
+            "tuning.start",
+            "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
+        )
+    joined.tracking(keys, {}, ("run_name",), ("project",))
+    tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
+    if tokens:
+        keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
+    _data(keys, folder)
+    joined.without_evaluation(keys)
+
+
+def _method(keys: Keys) -> None:
+    kind = str(keys.get("finetuning_type"))
+    low_rank = kind not in ("full", "freeze")
+    if kind not in ("lora", "full", "freeze"):
+        keys.lose(
+            "finetuning_type",
+            f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
+        )
+    joined.method(keys, "finetuning_type", not low_rank, {"use_rslora": "rslora", "use_dora": "dora"})
+    if kind == "freeze":
+        why = "tuning.train names what learns, such as model.layers.31.*; as it is, everything does."
+        for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
+            keys.lose(name, why)
+    bits = keys.given.get("quantization_bit")
+    if low_rank:
+        alpha = keys.given.get("lora_alpha")
+        keys.put("tuning.alpha", 2.0 * keys.whole("lora_rank", 8), "lora_rank")
+        if alpha:
+            keys.attempt("lora_alpha", lambda: {"tuning.alpha": to.number(alpha)})
+    if not low_rank or not bits:
+        keys.put("quant.type", "none", "quantization_bit", "finetuning_type")
+        return
+    if keys.whole("quantization_bit") != 4 or str(keys.given.get("quantization_method") or "bnb").lower() not in (
+        "bnb",
+        "bitsandbytes",
+    ):
+        keys.lose("quantization_bit", "The base is stored in 4 bits, as bitsandbytes does it, or in 16. Here in 4.")
+    keys.put("quant.type", str(keys.given.get("quantization_type") or "nf4"), "quantization_bit", "quantization_type")
+    keys.put("quant.double", True, "quantization_bit")
+    if keys.given.get("double_quantization") is not None:
+        keys.attempt("double_quantization", lambda: {"quant.double": to.flag(keys.given["double_quantization"])})
+
+
+def _objective(keys: Keys) -> None:
+    stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
+    if stage not in stages:
+        raise no_training(f"stage: {stage}")
+    keys.put("objective.name", stages[stage], "stage")
+    loss = str(keys.given.get("pref_loss") or "sigmoid")
+    if stage == "dpo" and loss in losses:
+        for setting, value in losses[loss].items():
+            keys.put(setting, value, "pref_loss")
+    elif stage == "dpo":
+        keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
+    if keys.settings["objective.name"] == "simpo":
+        joined.simpo(keys)
+    packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
+    asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
+    keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))
+    if stage == "pt" and keys.settings["data.packing"]:
+        keys.assume("data.on_too_long", "split", "stage: pt puts texts behind each other, and cuts them into rows")
+    if stage == "sft" and keys.asked("train_on_prompt"):
+        keys.put("data.loss_on", "all", "train_on_prompt")
+        if keys.asked("mask_history"):
+            keys.lose(
+                "mask_history", "LLaMA-Factory refuses it beside train_on_prompt, which trains all of a conversation."
+            )
+    elif stage == "sft" and keys.asked("mask_history"):
+        keys.put("data.loss_on", "last_assistant", "mask_history")
+
+
+def _data(keys: Keys, folder: Path) -> None:
+    for name, setting in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        asked = keys.names(name)
+        if not asked:
+            continue
+        info, place = _dataset_info(keys, folder)
+        sources = [source for one in asked for source in _sources(keys, name, one, info, place)]
+        keys.put(setting, sources, name, "dataset_dir", *(("max_samples",) if keys.whole("max_samples") else ()))
+
+
+def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
+    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is said to be."""
+    if keys.data_info is not None:
+        try:
+            return json.loads(keys.data_info.read_text(encoding="utf-8")), keys.data_info.parent
+        except (OSError, *NOT_JSON) as error:
+            raise ConfigError(f"--data-info: {keys.data_info} cannot be read as JSON: {error}.") from error
+    given = keys.given.get("dataset_dir") or "data"
+    if isinstance(given, dict):
+        return given, folder
+    for place in (Path(str(given)), *(above / str(given) for above in (folder, *folder.absolute().parents))):
+        try:
+            return json.loads((place / "dataset_info.json").read_text()), place
+        except (OSError, *NOT_JSON):
+            continue
+    remote = str(given).removeprefix("REMOTE:")
+    return {}, Path(remote if remote == str(given) else f"hf:/{remote}")
+
+
+def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path) -> list[dict[str, Any]]:
+    given = info.get(name) or _public_set(keys, name, place)
+    if not isinstance(given, dict):
+        if keys.given.get("dataset_dir") == "ONLINE":
+            return [{"path": path} for path in source_paths(name)]
+        keys.lose(
+            key,
+            f"dataset_info.json, which says what {name} is, is not in {place}. Name it by --data-info, or write the path of its rows into the "
+            "configuration.",
+        )
+        return sources_at([f"{place}/{name}.json"], {"take": keys.whole("max_samples") or None})
+    where = (
+        given.get("hf_hub_url") or given.get("ms_hub_url") or given.get("om_hub_url") or given.get("cloud_file_name")
+    )
+    if given.get("script_url") or not (where or given.get("file_name")):
+        keys.lose(
+            key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
+        )
+    if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
+        keys.lose(key, f"{name}: images, video and audio are not read, only its texts.")
+    most = keys.whole("max_samples")
+    taken: dict[str, Any] = {"take": most or None}
+    if given.get("num_samples"):  # a random choice there too
+        taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
+    form, fields = _format(keys, key, name, given)
+    local = str(place / str(given.get("file_name") or name)).replace("hf:/", "hf://")
+    paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
+    return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("subset"), given.get("split"))
+
+
+def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
+    """A data set that comes with LLaMA-Factory, or that it knows by this name, as dataset_info.json has it."""
+    known, folder = keys.peer.tables["public_sets"].get(name), str(keys.given.get("dataset_dir") or "")
+    if known is None or (folder and not folder.startswith(_ITS_DEMOS)):
+        return None
+    if "file_name" in known and not folder:
+        keys.to_do.append(
+            f"data: {place / known['file_name']} comes with LLaMA-Factory. Give the path that it has here."
+        )
+    columns = {"messages": "messages"} if known.get("formatting") == "openai" else {}
+    return {**known, "columns": {**columns, **known.get("columns", {})}}
+
+
+def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The format of the rows, and the names of its fields: LLaMA-Factory's columns and tags."""
+    columns, tags = given.get("columns") or {}, given.get("tags") or {}
+    conversation = given.get("formatting", "alpaca") != "alpaca"
+    plain = (tags.get("role_tag", "from"), tags.get("content_tag", "value")) == ("role", "content")
+    openai = given.get("formatting") == "openai" or plain
+    for tag, usual in keys.peer.tables["tags"].items():
+        if tags.get(tag) and tags[tag] not in usual:
+            keys.lose(
+                key,
+                f"{name}: the role {tags[tag]} is unknown; roles are system, user (human), assistant (gpt) and tool.",
+            )
+    if keys.settings.get("objective.name") == "sft" and str(keys.get("stage")) == "pt":
+        return _with_fields("text", {"prompt": "text"}, {"prompt": columns.get("prompt", "instruction")})
+    kind = "sharegpt" if conversation else "alpaca"
+    table = keys.peer.tables["columns"][kind]
+    asked = {"messages": "conversations", **columns} if conversation else columns
+    if given.get("ranking"):
+        return _with_fields(f"preference_{kind}", {**table, "chosen": "chosen", "rejected": "rejected"}, asked)
+    if columns.get("kto_tag"):
+        return _with_fields(
+            "labelled_messages" if conversation else "labelled_alpaca", {**table, "kto_tag": "label"}, asked
+        )
+    return _with_fields("chat" if openai and conversation and not columns.get("system") else kind, table, asked)
+
+
+def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """A format, and the names that its fields have in the rows, where they are not those that the format looks for."""
+    named = {ours: str(columns[theirs]) for theirs, ours in table.items() if columns.get(theirs)}
+    return form, {
+        ours: name
+        for ours, name in named.items()
+        if ours in ROW_FORMATS[form].fields and ROW_FORMATS[form].called(ours)[0] != name
+    }

@@ -1,0 +1,86 @@
+"""The keys of LLaMA-Factory's second trainer that make settings together."""
+
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing import joined
+from launcher.init.importing.mapping import Keys
+from launcher.init.importing.sources import source_paths, sources_at
+from trainer.config.peers import conversions as to
+from trainer.config.reading.yaml_reader import read_yaml
+from trainer.errors import ConfigError
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    _method(keys)
+    if "train.global_batch" not in keys.settings:
+        rows = keys.whole("micro_batch_size", 1) * joined.world(keys)
+        keys.put("train.global_batch", rows, "micro_batch_size")
+    joined.duration(keys)
+    if "lr_scheduler_config.name" not in keys.given:
+        keys.assume("optim.schedule", "constant", "the rate without lr_scheduler_config")
+    strategy = str(keys.given.get("batching_strategy") or "normal")
+    # padding_free puts as many documents into one row as a batch has; rows of ours are filled.
+    keys.put("data.packing", strategy not in ("normal", "padding_free"), "batching_strategy")
+    if "optim_config" not in keys.tree:
+        keys.assume("optim.weight_decay", 0.01, "torch's AdamW without optim_config")
+    for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
+        if keys.given.get(name):
+            keys.put(setting, _sources(keys, name, str(keys.given[name]), folder), name)
+
+
+def _method(keys: Keys) -> None:
+    kind = str(keys.given.get("peft_config.name") or "full")
+    if kind not in ("lora", "full"):
+        keys.lose("peft_config.name", f"{kind}: tuning.method is full, and tuning.train names what learns.")
+    switches = {"peft_config.use_rslora": "rslora", "peft_config.use_dora": "dora"}
+    method = joined.method(keys, "peft_config.name", kind != "lora", switches)
+    bits = keys.whole("quant_config.quantization_bit")
+    if method == "full" or not bits:
+        keys.put("quant.type", "none", "quant_config.quantization_bit")
+        return
+    if bits != 4:
+        keys.lose("quant_config.quantization_bit", "The base is stored in 4 bits or in 16. Here in 4.")
+    kind = str(keys.given.get("quant_config.quantization_type") or "nf4")
+    keys.put("quant.type", kind, "quant_config.quantization_bit", "quant_config.quantization_type", "quant_config.name")
+    keys.put("quant.double", True, "quant_config.quantization_bit")
+    if keys.given.get("quant_config.double_quantization") is not None:
+        name = "quant_config.double_quantization"
+        keys.attempt(name, lambda: {"quant.double": to.flag(keys.given[name])})
+
+
+def _sources(keys: Keys, key: str, given: str, folder: Path) -> list[dict[str, Any]]:
+    """The data sets of a YAML file that names them, or the one that the key names."""
+    if not given.endswith(".yaml"):
+        return [{"path": path} for path in source_paths(given)]
+    found = [
+        place
+        for place in (Path(given), *(above / given for above in (folder, *folder.absolute().parents)))
+        if place.is_file()
+    ]
+    if not found:
+        keys.lose(
+            key,
+            f"{given}, which names the data sets, is not here. Write the paths of their rows into the configuration.",
+        )
+        return [{"path": "FILL-IN"}]
+    try:
+        tree = read_yaml(found[0].read_text(), given)
+    except (OSError, ValueError, ConfigError) as error:
+        keys.lose(key, f"{error} Write the paths of its data sets into the configuration.")
+        tree = {}
+    infos = (
+        [info for info in tree.values() if isinstance(info, dict) and info.get("path")]
+        if isinstance(tree, dict)
+        else []
+    )
+    return [source for info in infos for source in _of_info(keys, key, info)] or [{"path": "FILL-IN"}]
+
+
+def _of_info(keys: Keys, key: str, info: dict[str, Any]) -> list[dict[str, Any]]:
+    for name in ("weight", "size"):
+        if info.get(name) not in (None, 1, 1.0):
+            keys.lose(key, f"{name}: data.train[].weight says how often an epoch visits a source.")
+    form = keys.peer.tables["formats"].get(str(info.get("converter")))
+    return sources_at(source_paths(str(info["path"])), {"format": form}, split=info.get("split"))

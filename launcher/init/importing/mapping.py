@@ -1,0 +1,211 @@
+"""The keys of a peer's file, the settings that they make together, and each key's outcome."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.init.importing.reading import flat_keys
+from trainer.config.peers import conversions as to
+from trainer.config.peers.conversions import Inconvertible
+from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupported
+from trainer.errors import ConfigError
+
+_SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
+Status = Literal["mapped", "not needed", "not supported", "unknown"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A key, its value, and what became of it: the settings it made, or why it made none. `peer` is the tool's name."""
+
+    peer: str
+    key: str
+    value: Any
+    status: Status
+    settings: dict[str, Any]
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "value": self.value,
+            "status": self.status,
+            "settings": self.settings,
+            "why": self.why,
+        }
+
+
+class Keys:
+    """The keys of one file and the settings that they have made so far.
+
+    `settings`, and `origins`, the keys that each comes from, are shared by the files of one import. `to_do` are sentences about
+    what only the user can fill in.
+    """
+
+    def __init__(
+        self, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
+    ) -> None:
+        self.peer = peer
+        self.tree = tree
+        self.given = dict(flat_keys(tree, peer))
+        self.settings = settings
+        self.origins = origins
+        self.to_do: list[str] = []
+        self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, where it is named apart
+        self._made: dict[str, list[str]] = {}
+        self._lost: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
+        self._spared: dict[str, str] = {}
+
+    def row(self, key: str) -> Row | None:
+        return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
+
+    def get(self, *keys: str) -> Any:
+        """The first value that is given, or the peer's default of one of these keys."""
+        given = next((self.given[key] for key in keys if self.given.get(key) is not None), None)
+        return (
+            given
+            if given is not None
+            else next((self.peer.defaults[key] for key in keys if key in self.peer.defaults), None)
+        )
+
+    def asked(self, key: str) -> bool:
+        """Whether a switch is given and on."""
+        return str(self.given.get(key) or "").lower() not in ("", "false", "0", "no", "none")
+
+    def whole(self, key: str, otherwise: int = 0) -> int:
+        """A whole number that is given or the peer's default; `otherwise` where there is none, or none that can be read."""
+        try:
+            given = self.get(key)
+            return otherwise if given is None else to.whole(given)
+        except Inconvertible as error:
+            self.lose(key, str(error))
+            return otherwise
+
+    def names(self, key: str) -> list[str]:
+        """A list of names that is given."""
+        return [] if self.given.get(key) in (None, "") else to.names(self.given[key])
+
+    def put(self, setting: str, value: Any, *keys: str) -> None:
+        """Set `setting`, which came from these keys."""
+        self.settings[setting] = value
+        shown = [f"{key}: {self.given[key]}" for key in keys if key in self.given]
+        defaulted = [
+            f"{self.peer.title}'s default of {key}"
+            for key in keys
+            if key not in self.given and key in self.peer.defaults
+        ]
+        self.origins[setting] = shown or defaulted
+        for key in keys:
+            self._made.setdefault(key, []).append(setting)
+
+    def assume(self, setting: str, value: Any, why: str, *keys: str) -> None:
+        """Set `setting` to what the peer does by itself; `keys` are those that would say otherwise."""
+        self.put(setting, value, *keys)
+        self.origins[setting] = [why]
+
+    def lose(self, key: str, why: str) -> None:
+        """The key is given and cannot be carried over as it is."""
+        if key in self.given:
+            self._lost.setdefault(key, why)
+
+    def note(self, key: str, what: str) -> None:
+        """Say of a key that is carried over what is different all the same."""
+        self._notes.setdefault(key, what)
+
+    def convert(self) -> None:
+        """Make the settings of all keys that need no other, those of defaults among them."""
+        given = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
+        for key, value in {**self.peer.defaults, **given}.items():
+            row = self.row(key)
+            if isinstance(row, To) and value is not None:
+                self.attempt(key, lambda row=row, value=value: _settings(row, value))
+
+    def attempt(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Put the settings that `make` returns, or note why there are none."""
+        try:
+            made = make()
+        except Inconvertible as error:
+            self.lose(key, str(error))
+            return
+        for setting, value in made.items():
+            self.put(setting, value, key)
+
+    def drop(self, setting: str, why: str) -> bool:
+        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`; returns whether one
+        is."""
+        self.settings.pop(setting, None)
+        before = len(self._lost)
+        for key, made in self._made.items():
+            if setting in made:
+                made.remove(setting)
+                if not made:
+                    self.lose(key, why)
+        return len(self._lost) > before
+
+    def spare(self, setting: str, why: str) -> None:
+        """Remove a setting that another one makes needless."""
+        self.settings.pop(setting, None)
+        for key, made in self._made.items():
+            if setting in made:
+                self._spared[key] = why
+
+    def need_not(self, key: str, why: str) -> None:
+        """The key is given, and what it asks for holds without it."""
+        self._spared[key] = why
+
+    def outcomes(self) -> list[Outcome]:
+        """The outcome of each key that has a value, in the file's order."""
+        asked = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
+        return [self._outcome(key, value) for key, value in asked.items()]
+
+    def _outcome(self, key: str, value: Any) -> Outcome:
+        row, made = self.row(key), self._made.get(key, [])
+        settings = {setting: self.settings[setting] for setting in made if setting in self.settings}
+
+        def became(status: Status, why: str) -> Outcome:
+            shown = "(not shown)" if value and _SECRET.search(key) else value
+            return Outcome(self.peer.name, key, shown, status, settings, why)
+
+        if row is None:
+            return became("unknown", f"Capstan does not know it as a key of {self.peer.title}.")
+        if key in self._lost:
+            return became("not supported", self._lost[key])
+        if isinstance(row, Unsupported) and value not in row.idle:
+            return became("not supported", row.why)
+        if key in self._spared and not settings:
+            return became("not needed", self._spared[key])
+        if settings:
+            return became("mapped", self._notes.get(key, ""))
+        if isinstance(row, Needless):
+            return became("not needed", row.why)
+        if isinstance(row, Unsupported) or value is None:
+            return became("not needed", "It asks for nothing.")
+        about = row.setting if isinstance(row, To | Together) else ""
+        return became("not needed", f"With this value it asks for nothing beyond what {about} is already.")
+
+
+def _settings(row: To, value: Any) -> dict[str, Any]:
+    try:
+        made = row.convert(value)
+    except Inconvertible:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Inconvertible(f"{value!r} is not a value that {row.setting} can be made of.") from error
+    return made if isinstance(made, dict) else {row.setting: made}
+
+
+def no_training(what: str) -> ConfigError:
+    """The refusal of a file that would become another training than it is."""
+    return ConfigError(
+        f"{what}: this is no training of ours. Objectives are sft, dpo, orpo, simpo, kto, reward and classification: no generation while training, "
+        "and `capstan export` and `generate` merge and answer. Nothing was written."
+    )
+
+
+def counts_of(keys: Sequence[Outcome]) -> dict[str, int]:
+    """How many keys became what."""
+    statuses: tuple[Status, ...] = ("mapped", "not needed", "not supported", "unknown")
+    return {status: sum(outcome.status == status for outcome in keys) for status in statuses}

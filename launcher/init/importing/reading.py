@@ -1,0 +1,137 @@
+"""A peer's file as a tree of plain values, and which peer it is of."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing.script import read_script
+from trainer.config.peers.table import Peer
+from trainer.config.reading.yaml_reader import read_yaml
+from trainer.errors import ConfigError, shown
+
+COMPUTED = "(computed)"
+_REFERENCE = re.compile(r"\$\{([^{}]+)\}")
+_MOST_REFERENCES = 20
+_SHELL = re.compile(r"(\d*|&)(>>?|<).*|\|\|?$|&&?$|;$")
+_NUMBER = re.compile(r"-\d|-\.\d")
+
+
+def read_peer_file(path: str | Path) -> dict[str, Any]:
+    """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a Python script of
+    TRL's, whose values that are computed are listed in `COMPUTED`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is none of these.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
+    if Path(path).suffix == ".py":
+        keys, computed = read_script(text, str(path))
+        return {**keys, COMPUTED: computed} if computed else keys
+    if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
+        return _arguments(text, str(path))
+    tree = read_yaml(text, str(path), repeated=True)
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path} holds no keys of a configuration, and no command line with --key value.")
+    named = {str(key): value for key, value in tree.items()}
+    return {key: _followed(value, named, ()) for key, value in named.items()}
+
+
+def _arguments(text: str, path: str) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--flag` and `--list a b` of a command line, with the launcher's own in front of the script."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    try:
+        words = shlex.split(" ".join(line.rstrip().removesuffix("\\") for line in lines))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no command line: {error}.") from error
+    found: dict[str, list[str]] = {}
+    key = ""
+    end = next((at for at, word in enumerate(words) if _SHELL.match(word)), len(words))
+    for word in words[:end]:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            found[key] = [value] if equals else []
+        elif word.startswith("-") and not _NUMBER.match(word):
+            key = ""
+        elif key and not word.endswith(".py"):
+            found[key].append(word)
+    tree: dict[str, Any] = {}
+    for name, values in found.items():
+        if name.startswith("no_") and name != "no_cuda" and not values:
+            tree[name[3:]] = False
+            continue
+        given: list[Any] = [read_yaml(value, path) if value.strip() else value for value in values]
+        tree[name] = True if not given else given[0] if len(given) == 1 else given
+    if isinstance(nodes := tree.pop("nnodes", None), int) and isinstance(tree.get("nproc_per_node"), int):
+        tree["nproc_per_node"] *= nodes
+    script = next((Path(word).stem for word in words if word.endswith(".py")), None)
+    trl = words.index("trl") if "trl" in words else None
+    command = words[trl + 1] if trl is not None and trl + 1 < len(words) else script
+    return {**tree, "script": command} if command else tree
+
+
+def _followed(value: Any, root: dict[str, Any], seen: Sequence[str]) -> Any:
+    """`value` with references such as `${output_dir}/logs` replaced, as OmegaConf does."""
+    if isinstance(value, dict):
+        return {str(key): _followed(item, root, seen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_followed(item, root, seen) for item in value]
+    if not isinstance(value, str) or len(seen) > _MOST_REFERENCES:
+        return value
+    if whole := _REFERENCE.fullmatch(value.strip()):
+        return _target(whole[1], root, seen, value)
+    return _REFERENCE.sub(lambda found: str(_target(found[1], root, seen, found[0])), value)
+
+
+def _target(name: str, root: dict[str, Any], seen: Sequence[str], otherwise: str) -> Any:
+    if name.startswith(("env:", "oc.env:")):
+        variable, _, default = name.partition(":")[2].partition(",")
+        return os.environ.get(variable, default or otherwise)
+    node: Any = root
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return otherwise if node is None or name in seen else _followed(node, root, [*seen, name])
+
+
+def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of `tree` with its value, dotted as far as the peer's table lists keys inside."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        general = re.sub(r"\[\d+\]", "[]", key)
+        if isinstance(value, dict) and value and peer.opens(general):
+            yield from flat_keys({str(inner): item for inner, item in value.items()}, peer, f"{key}.")
+        elif isinstance(value, list) and any(row.startswith(f"{general}[].") for row in peer.rows):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    yield from flat_keys({str(inner): part for inner, part in item.items()}, peer, f"{key}[{index}].")
+                else:
+                    yield f"{key}[{index}]", item
+        else:
+            yield key, value
+
+
+def known_keys(tree: dict[str, Any], peer: Peer) -> int:
+    """How many of the tree's own keys the peer's table has."""
+    return sum(peer.row(str(key)) is not None or peer.opens(str(key)) for key in tree)
+
+
+def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
+    """The peer that knows most of the keys. Raises `ConfigError` where none does, or two know as many."""
+    if {"run", "model", "data", "train"} <= set(tree):
+        raise ConfigError(f"{path} is a configuration of Capstan already: capstan plan {path} says what it needs.")
+    counts = [(known_keys(tree, peer), peer) for peer in peers]
+    best = max(count for count, _ in counts)
+    found = [peer for count, peer in counts if count == best]
+    names = ", ".join(peer.name for peer in peers)
+    if not best:
+        raise ConfigError(f"{path}: none of its keys is one of {names}. Say which tool it is of: --from NAME.")
+    if len(found) > 1:
+        same = " and ".join(peer.name for peer in found)
+        raise ConfigError(f"{path}: its keys are those of {same} alike. Say which tool it is of: --from NAME.")
+    return found[0]

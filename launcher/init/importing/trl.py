@@ -1,0 +1,141 @@
+"""TRL's keys that make settings together: the trainer, PEFT, quantization and data sets."""
+
+from pathlib import Path
+from typing import Any
+
+from launcher.init.importing import joined
+from launcher.init.importing.mapping import Keys
+from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
+from trainer.config.peers import conversions as to
+from trainer.config.peers.conversions import Inconvertible
+
+_DPO_LOSSES = ("sigmoid", "hinge", "ipo")
+_SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
+
+
+def join(keys: Keys, folder: Path) -> None:
+    """All settings that several keys make."""
+    for name in ("num_processes", "nproc_per_node"):
+        joined.workers(keys, name)
+    _objective(keys)
+    _method(keys)
+    joined.batch(keys, "per_device_train_batch_size")
+    joined.training_arguments(keys, folder)
+    joined.pairs(keys, "max_length")
+    joined.without_dropout(keys, "lora_dropout")
+    joined.head(keys)
+    joined.tracking(keys, {}, ("run_name",), ("project",))
+    if keys.given.get("max_length", 0) is None:
+        keys.to_do.append(
+            "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
+        )
+    _data(keys)
+    joined.without_evaluation(keys)
+
+
+def _objective(keys: Keys) -> None:
+    script = str(keys.tree.get("script", ""))
+    tables = keys.peer.tables
+    named = next((ours for theirs, ours in tables["scripts"].items() if script.startswith(theirs)), None)
+    loss = keys.given.get("loss_type")
+    losses = [str(name) for name in loss] if isinstance(loss, list) else [str(loss)] if loss else []
+    by_loss = tables["losses"].get(losses[0]) if losses else None
+    given = {key for key, value in keys.given.items() if value is not None}
+    by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), "sft")
+    name = named or by_loss or by_keys
+    keys.put("objective.name", name, "script" if named else "loss_type")
+    keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
+    if name == "dpo" and losses:
+        if len(losses) > 1 or losses[0] not in _DPO_LOSSES:
+            keys.lose("loss_type", f"objective.loss_type is one of {', '.join(_DPO_LOSSES)}. Left at sigmoid.")
+        else:
+            keys.put("objective.loss_type", losses[0], "loss_type")
+    elif losses and losses[0] not in ("nll", "chunked_nll", "kto", "simpo", "sigmoid"):
+        keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
+    if "learning_rate" not in keys.given:
+        keys.settings["optim.lr"] = tables["rates"][name]
+    if name == "simpo":
+        joined.simpo(keys)
+        if losses != ["simpo"]:
+            keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
+    if name == "sft" and "assistant_only_loss" not in keys.given:
+        keys.to_do.append(
+            "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns are trained. "
+            "Set data.loss_on: all for TRL's."
+        )
+    # TRL masks by the assistant's turns wherever it is asked to, whatever completion_only_loss says.
+    asked = keys.given.get("assistant_only_loss")
+    if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
+        keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
+
+
+def _method(keys: Keys) -> None:
+    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit"))
+    full = not keys.asked("use_peft")
+    joined.method(keys, "use_peft", full, {"use_rslora": "rslora", "use_dora": "dora"})
+    keys.origins["tuning.method"] = keys.origins["tuning.method"] or ["without use_peft the base itself learns"]
+    if full:
+        keys.put("quant.type", "none", "use_peft")
+        why = "Without use_peft the base itself learns, in 16 bits: tuning.method is full."
+        for name in ("load_in_4bit", "load_in_8bit"):
+            keys.lose(name, why)
+        for name in ("rank", "alpha", "dropout", "targets", "experts", "modules_to_save"):
+            keys.drop(f"tuning.{name}", why)
+        return
+    keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4") if in_4_bits else "none", "load_in_4bit")
+    if in_4_bits and keys.asked("use_bnb_nested_quant"):
+        keys.put("quant.double", True, "use_bnb_nested_quant")
+    if not keys.settings.get("tuning.targets"):
+        keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
+
+
+def _data(keys: Keys) -> None:
+    listed = sections(keys.tree.get("datasets"))
+    single = keys.given.get("dataset_name")
+    if not listed and single:
+        listed = [
+            {"path": single, "name": keys.given.get("dataset_config"), "split": keys.given.get("dataset_train_split")}
+        ]
+    mixed = keys.given.get("dataset_mixer")
+    splits = keys.names("dataset_splits")
+    if not listed and isinstance(mixed, dict):
+        chosen = next((name for name in splits if name.startswith("train")), None)
+        listed = [{"path": str(path), "split": chosen} for path in mixed]
+    shares = [given.get("fraction") for given in listed]
+    sources: list[dict[str, Any]] = []
+    for index, given in enumerate(listed):
+        place = f"datasets[{index}]" if not single or keys.tree.get("datasets") else "dataset_train_split"
+        sources += _sources(keys, given, f"{place}.split" if place.startswith("datasets") else place)
+        last = index == len(listed) - 1
+        if sources and shares[index] is not None and not last:
+            try:
+                sources[-1]["fraction"] = to.number(shares[index])
+            except Inconvertible as error:
+                keys.lose(f"{place}.fraction", str(error))
+        elif shares[index] is not None:
+            keys.note(f"{place}.fraction", "The rest of the tokens.")
+    used = [name for name in keys.given if name.startswith("datasets[") or name in _SOURCES]
+    if sources:
+        keys.put("data.train", sources, *used)
+        keys.origins["data.train"] = [
+            f"dataset_name: {single}" if single and not keys.tree.get("datasets") else "datasets"
+        ]
+    evaluated = keys.given.get("eval_strategy") not in (None, "no")
+    if evaluated and single and "data.held_out" not in keys.settings:
+        split = keys.given.get("dataset_test_split") or "test"
+        if sources[0]["path"].startswith("hf://"):
+            keys.put("data.eval", [{**sources[0], "split": split}], "dataset_test_split", "eval_strategy")
+    tests = [name for name in splits if name.startswith("test")]
+    if isinstance(mixed, dict) and tests:
+        keys.put("data.eval", [{**source, "split": tests[0]} for source in sources], "dataset_splits")
+    field = keys.given.get("dataset_text_field")
+    if isinstance(field, str) and field not in ("", "text"):
+        keys.put("data.fields", {"text": field}, "dataset_text_field")
+
+
+def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    split, take, sliced = split_of(given.get("split"))
+    if sliced:
+        keys.lose(key, sliced)
+    paths = source_paths(str(given.get("path", "")), given.get("data_files"))
+    return sources_at(paths, {"take": take}, given.get("name"), split)

@@ -1,0 +1,33 @@
+"""The one console for tables and bars: it sends no control characters but rich's own, and reads no text as markup."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.table import Column
+
+from launcher.view.terminal import visible
+
+
+def time_left() -> TimeRemainingColumn:
+    """How long a bar still takes, which no narrow terminal cuts off beside `description`."""
+    return TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00")))
+
+
+def description() -> TextColumn:
+    """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
+    return TextColumn("{task.description}", table_column=Column(no_wrap=False))
+
+
+class Terminal(Console):
+    """A console that sends no control characters but its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "highlight": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(visible(text), style)

@@ -1,0 +1,58 @@
+"""Each family of docs/models.md either computes on ranks that share a row what one rank computes, gradients too, or is refused by name."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import FAMILIES
+from tests.unit.test_documents import IN_BATCHES, build, row, settings
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.self_test import ThreadPeers
+from trainer.model.documents import lengths_known
+from trainer.model.exchange import Peers
+
+QUICK = ("gemma2", "mixtral")
+LENGTHS = (23, 30, 11)
+
+
+def gradients(model: Any, ids: Tensor, peers: Peers | None = None) -> None:
+    """Adds those of a sum over the row's hidden states, or over the slice of one of `peers`."""
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    weights = torch.linspace(-1, 1, ids.shape[1])[None, :, None]
+    if peers is not None:
+        ids, positions, weights = (values.chunk(peers.size, dim=1)[peers.part] for values in (ids, positions, weights))
+    with lengths_known(LENGTHS, peers):
+        hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    (weights * hidden.square()).sum().backward()
+
+
+def collected(model: Any) -> dict[str, Tensor]:
+    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.long) for kind in sorted(FAMILIES)]
+)
+def test_a_family_has_the_gradients_of_one_rank_or_is_refused(kind: str) -> None:
+    refused = read_architecture(settings(kind)).fails_shared
+    if kind in IN_BATCHES:
+        assert refused is not None
+        assert "by something else than plain attention" in refused
+        return
+    assert refused is None
+    model, ids = build(kind), row()[0][:, : sum(LENGTHS)]
+    meeting, given = Barrier(2, timeout=60), [ids] * 2
+    gradients(model, ids)
+    alone = collected(model)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda part: gradients(model, ids, ThreadPeers(part, given, meeting)), range(2)))
+    shared = collected(model)
+    assert shared.keys() == alone.keys()
+    for name, expected in alone.items():
+        assert float((shared[name] - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-9, name

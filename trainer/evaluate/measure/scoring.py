@@ -1,0 +1,86 @@
+"""The likelihood of given continuations of given texts: many of them packed into each row, the rows divided over the ranks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.data.order.micro_batch import MicroBatch
+from trainer.model.head import IGNORE
+from trainer.model.packed import PackedModel
+from trainer.state.zero.engine import Engine
+from trainer.tuning.objective.answers import segments_of_targets
+
+
+class Continued(NamedTuple):
+    """A text of two or more `tokens`, of which those from `first` on are scored; the very first never is, as nothing predicts it."""
+
+    tokens: Sequence[int]
+    first: int = 1
+
+
+class Likelihood(NamedTuple):
+    """Nats of log p of a continuation, and whether each of its tokens is the most likely one."""
+
+    log_p: float
+    greedy: bool
+
+
+def likelihoods(
+    engine: Engine, texts: Sequence[Continued], capacity: int, *, reserved: int, told: Callable[[int], None]
+) -> list[Likelihood]:
+    """The likelihoods of all texts, on every rank. Collective.
+
+    A row takes texts up to `capacity` tokens, or a longer one alone; `reserved` positions before each text belong to virtual
+    tokens. `told` gets the number of texts that are done.
+    """
+    rows = list(packed([len(text.tokens) - 1 + reserved for text in texts], capacity))
+    world, mine = engine.ranks.world_size, list[tuple[int, Likelihood]]()
+    engine.evaluating(True)
+    for first in range(0, len(rows), world):
+        # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the first again.
+        numbers = rows[first + engine.ranks.rank] if first + engine.ranks.rank < len(rows) else rows[0]
+        log_p, wrong = engine.look(_scores, _row([texts[number] for number in numbers], reserved)).tolist()
+        found = (Likelihood(*values) for values in zip(log_p, (not count for count in wrong), strict=True))
+        mine += zip(numbers, found, strict=True)
+        told(sum(map(len, rows[: first + world])))
+    engine.evaluating(False)
+    every = dict(pair for pairs in engine.ranks.gather_objects(mine) for pair in pairs)
+    return [every[number] for number in range(len(texts))]
+
+
+def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """The numbers of texts of these lengths, a row each: the longest first, as many as fit."""
+    row, length = list[int](), 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if row and length + lengths[number] > capacity:
+            yield row
+            row, length = [], 0
+        row.append(number)
+        length += lengths[number]
+    if row:
+        yield row
+
+
+def _row(texts: Sequence[Continued], reserved: int) -> MicroBatch:
+    """The texts without their last tokens, which predict nothing."""
+    tokens, labels, positions, borders = list[int](), list[int](), list[int](), [0]
+    for text in texts:
+        ids, first = list(text.tokens), max(1, text.first)
+        tokens += [0] * reserved + ids[:-1]
+        labels += [IGNORE] * (reserved + first - 1) + ids[first:]
+        positions += range(reserved + len(ids) - 1)
+        borders.append(len(tokens))
+    longest = max(len(text.tokens) for text in texts) - 1 + reserved
+    ids, targets, places = (torch.tensor(row)[None] for row in (tokens, labels, positions))
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    scored = sum(label != IGNORE for label in labels)
+    return MicroBatch(ids, targets, places, cu_seqlens, longest, len(tokens) - reserved * len(texts), scored, (), ())
+
+
+def _scores(model: PackedModel, row: MicroBatch) -> Tensor:
+    """(2, segments) fp64: log p of each segment's targets, and how many of these are not the most likely token."""
+    ranked = model.head(model.hidden(row), row.labels, row.places, ranked=True).double()
+    changes = ranked * -1 + ranked.new_tensor([0, 1])
+    return ranked.new_zeros(len(row.cu_seqlens) - 1, 2).index_add_(0, segments_of_targets(row), changes).T

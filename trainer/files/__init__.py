@@ -1,1 +1,0 @@
-"""Files on this machine: temporary folders, and the headers of safetensors files."""

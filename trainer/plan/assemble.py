@@ -1,0 +1,172 @@
+"""A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can learn.
+
+Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve`, `settle`, `attention_of`,
+`choose_sharding`, `assemble`.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.base.base import Base
+from trainer.base.find.locate import in_bucket
+from trainer.base.load.load import DTYPES, LoadReport, load_model
+from trainer.config import Config
+from trainer.data.order.shared_prefix import kernels_without_masks
+from trainer.errors import ConfigError
+from trainer.model.attention import Attention, choose_attention
+from trainer.model.exchange import Peers, RankPeers
+from trainer.model.packed import PackedModel
+from trainer.plan.plan import choose_scope, idle_settings, settled
+from trainer.plan.resolve import Resolved
+from trainer.plan.shared_rows import uneven_ranks
+from trainer.plan.sizes import most_whole
+from trainer.processes.accelerator import is_accelerator, kind
+from trainer.processes.devices import check_device
+from trainer.processes.ranks import Ranks, add_in_one_order, join
+from trainer.state.zero.engine import Engine
+from trainer.state.zero.policy import Scope, build_deepspeed_config
+
+
+def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Ranks:
+    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has ended meanwhile.
+
+    Raises:
+        ConfigError: this process does not see the GPUs that it should, or the ranks cannot share rows as the settings say.
+        CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
+    """
+    check_device(config.cluster.gpus_per_worker, *torch_gpus())
+    os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
+    if config.train.deterministic and kind():
+        add_in_one_order()
+    # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
+    limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
+    ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
+    cores = len(os.sched_getaffinity(0))
+    if wrong := uneven_ranks(config, ranks.world_size, ranks.ranks_per_node):
+        raise ConfigError(wrong)
+    torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
+    return ranks
+
+
+def torch_gpus() -> tuple[int, str | None]:
+    """How many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
+    return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
+
+
+def check_same_base(base: Base, ranks: Ranks) -> None:
+    """Raises `ConfigError` where the nodes have copies of the base with different weights. Collective."""
+    if in_bucket(base.name):
+        return
+    copies = ranks.together(lambda: (socket.gethostname(), base.samples if ranks.local_rank == 0 else None))
+    host, weights = copies[0]
+    for other, found in copies:
+        if found is not None and found != weights:
+            raise ConfigError(
+                f"model.base: {base.name} has other weights on {other} than on {host}. Copy one of them to every machine."
+            )
+
+
+def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Resolved:
+    """The run with what depends on the memory of these ranks decided; `log` gets a line on it. Collective."""
+    config, architecture = resolved.config, resolved.base.architecture
+    memory = ranks.least_device_memory() or ranks.least_host_memory()
+    # Where nodes have different numbers of ranks, each would decide by its own.
+    decided: Config = ranks.broadcast(settled(config, architecture, ranks.world_size, ranks.ranks_per_node, memory))
+    layers, asked = architecture.layers, config.train.activation_checkpointing
+    why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
+    log(f"activation checkpointing: {layers - decided.train.kept_layers(layers)} of {layers} layers ({why})")
+    for sentence in idle_settings(config, decided, architecture):
+        log(sentence)
+    return replace(resolved, config=decided)
+
+
+def attention_of(resolved: Resolved, device: torch.device) -> Attention:
+    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set cannot be used."""
+    model, masked = resolved.config.model, kernels_without_masks(resolved.config)
+    refused = {**resolved.method.virtual.refused_kernels, **masked}
+    return choose_attention(
+        model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)
+    )
+
+
+class Sharding(NamedTuple):
+    """How the model is divided: DeepSpeed's settings, and which ranks hold one copy of the frozen base together."""
+
+    deepspeed: dict[str, Any]
+    scope: Scope
+
+
+def choose_sharding(resolved: Resolved, ranks: Ranks, accumulation: int) -> Sharding:
+    """The sharding that the settings say, or that suits these ranks, for so many micro-batches a step. Collective."""
+    config, architecture = resolved.config, resolved.base.architecture
+    settings = build_deepspeed_config(
+        config,
+        world_size=ranks.world_size,
+        accumulation=accumulation,
+        on_gpu=is_accelerator(ranks.device),
+        whole=most_whole(config, architecture),
+    )
+    memory = ranks.least_device_memory() if ranks.have_even_nodes() else None
+    return Sharding(settings, choose_scope(config, architecture, ranks.world_size, ranks.ranks_per_node, memory))
+
+
+def assemble(
+    resolved: Resolved,
+    ranks: Ranks,
+    attention: Attention,
+    sharding: Sharding,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[Engine, LoadReport]:
+    """Load the base, attach what learns, and put DeepSpeed around it; `log` gets rank 0's progress. Collective.
+
+    Raises:
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
+    """
+    config, base, method = resolved.config, resolved.base, resolved.method
+    model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
+    method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
+    before = checksums(model)
+    groups = method.groups(model, config.optim)
+    packed = PackedModel(model, attention, method.virtual.reserved, peers_of(config, ranks))
+    engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
+    assert checksums(model) == before, "deepspeed.initialize changed packed weights"
+    return engine, report
+
+
+def peers_of(config: Config, ranks: Ranks) -> Peers | None:
+    """The ranks that share rows with this one, which follow each other; None where each has rows of its own. Collective."""
+    size, mine = config.sharding.sequence_parallel, None
+    if size == 1:
+        return None
+    for first in range(0, ranks.world_size, size):
+        # Every rank takes part in the making of every group.
+        group = dist.new_group(list(range(first, first + size)), timeout=ranks.timeout)
+        if first <= ranks.rank < first + size:
+            assert isinstance(group, dist.ProcessGroup)  # torch has a mark for the groups of others
+            mine = RankPeers(group)
+    return mine
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """A sum over this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
+    parts: dict[str, Tensor] = {
+        name: parameter.ds_tensor  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.uint8
+    }
+    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on the host.
+    return {name: int(_sum(part)) for name, part in parts.items()}
+
+
+def _sum(part: Tensor) -> Tensor:
+    """The sum of words of eight bytes: torch makes a copy of what it is to add up in a wider type than it has."""
+    words = len(part) // 8 * 8
+    return part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64)

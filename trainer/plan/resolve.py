@@ -1,0 +1,120 @@
+"""A run's settings, resolved once: the things that they name are found, and whether these fit together is checked.
+
+Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing behind it
+looks a method or an objective up again. Without torch.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from trainer.base.base import Base, Description
+from trainer.base.find.check import check_base_files
+from trainer.base.find.content import content_of
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.data.compile.inputs import with_labels
+from trainer.data.order.settings import train_order
+from trainer.data.order.shared_prefix import shared_prefix_mismatches
+from trainer.data.render.text_files import text_of
+from trainer.errors import ConfigError
+from trainer.plan.shared_rows import shared_row_mismatches
+from trainer.state.checkpoint.identity import Identity
+from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.tuning.beginning import Beginning, find_beginning, starting_at
+from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
+from trainer.tuning.objective.objective import Objective, find_objective, objective_mismatches, reference_of
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run, and what they name."""
+
+    config: Config
+    base: Base
+    method: Method
+    objective: Objective
+    optimizer: Optimizer
+    beginning: Beginning | None = None  # where `tuning.start` names one; not before `resolve` has found it
+
+    @classmethod
+    def of(cls, config: Config, base: Base) -> "Resolved":
+        """The things that `config` names, over `base`. Whether they fit together is not checked.
+
+        Raises:
+            ConfigError: a name is unknown, or a setting has a value that the named thing does not read.
+        """
+        method = method_of(config)
+        return cls(config, base, method, find_objective(config, method), find_optimizer(config.optim))
+
+    @property
+    def reference(self) -> Literal["adapter_off", "stored"] | None:
+        """`objective.reference`, with auto decided; None where the objective reads none."""
+        return reference_of(self.config, self.objective, self.method)
+
+    def identity(self, dataset: str) -> Identity:
+        """The facts that a checkpoint must share to be continued; `dataset` is the fingerprint of the compiled training data.
+
+        Every key is named here, by the method or by the objective, and never taken over from a dump of settings: a setting that
+        is added later stays out, or comes with a default for the checkpoints that were written before it. Reads samples of the
+        base's weights; raises as `content_of`.
+        """
+        model, quant, base = self.config.model, self.config.quant, self.base
+        return Identity(
+            dataset=dataset,
+            base={
+                "path": base.name,
+                "name": model.base,
+                "revision": model.revision,
+                "dtype": model.dtype,
+                "fingerprint": base.fingerprint,
+                "layers": model.layers,
+                "quant.type": quant.type,
+                "quant.block_size": quant.block_size,
+                "quant.double": quant.double,
+                **({"add_tokens": model.add_tokens} if model.add_tokens else {}),
+                **({"special_tokens": dict(model.tokens.special)} if model.tokens.special else {}),
+                **(self.beginning.facts if self.beginning else {}),
+                **content_of(base),
+            },
+            adapter=self.method.identity,
+            order=train_order(self.config).to_json(),
+            objective=self.objective.identity,
+            optimizer=self.config.optim.name,
+            text=text_of(self.config.data, base.directory).hashes,
+            defaults={**self.objective.defaults, **self.method.defaults},
+        )
+
+
+def resolve(config: Config, base: Base | None = None) -> Resolved:
+    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is given. In the settings
+    of the result `tuning.start` names a checkpoint where it was a run.
+
+    Raises:
+        ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each other; the
+            last with a sentence for each.
+        StorageError: the bucket of the base does not answer or refuses.
+    """
+    base = base or resolve_base(config.model)
+    config = with_labels(base.description.decided(config))
+    found = Resolved.of(config, base)
+    if wrong := mismatches(config, found.base.description, found.method, found.objective):
+        raise ConfigError("\n".join(wrong))
+    check_base_files(found.base, config)
+    beginning = find_beginning(config, found.method)
+    if beginning is None:
+        return found
+    if wrong := beginning.mismatches(config, found.method, found.base):
+        raise ConfigError("\n".join(wrong))
+    return replace(found, beginning=beginning, config=starting_at(config, beginning.place))
+
+
+def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
+    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
+    return [
+        *base.mismatches(config),
+        *tuning_mismatches(config, method, base.architecture),
+        *stored_mismatches(config, method, base.stored),
+        *objective_mismatches(config, objective, method),
+        *shared_row_mismatches(config, base.architecture, method, objective),
+        *shared_prefix_mismatches(config, base.architecture, method),
+    ]

@@ -1,0 +1,361 @@
+"""This process among the others: its rank, and the few small agreements that the loop needs.
+
+Small values go through one all-gather and are reduced the same way on every rank, so that all ranks compute
+bit-identical results and decide alike.
+"""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
+
+from trainer.errors import CapstanError, ConfigError
+from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
+from trainer.processes.devices import host_memory_left
+
+T = TypeVar("T")
+
+_LOOPBACK = "lo"
+_ATTEMPT = timedelta(seconds=5)
+"""A rank looks so often whether rank 0, which it waits for, is still there."""
+# torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `world_size`; `local_rank` counts those of its node; `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    ranks_per_node: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def device_name(self) -> str:
+        """For people: `cpu`, or a GPU's number and model."""
+        if self.device.type != "cuda":
+            return str(self.device)
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+
+    @property
+    def timeout(self) -> timedelta:
+        """The time that a collective of all ranks may take."""
+        return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
+
+    def limit_groups(self) -> None:
+        """Give every process group of this process `timeout`: one that a library made has torch's own, 10 minutes for NCCL."""
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self.timeout, group)
+
+    def begin_groups(self) -> None:
+        """Have every process group make its communicator now: NCCL's would begin inside of the first pass, where `timeouts.step` is its
+        limit instead of that of the load. Collective."""
+        for group in list(distributed_c10d._world.pg_map):
+            here = torch.zeros(1, device=self.device)
+            dist.all_reduce(here, group=group)
+            here.item()  # it waits until the others have come
+
+    def have_even_nodes(self) -> bool:
+        """Whether every node has as many ranks, and those of a node follow each other. Collective."""
+        return all(
+            (per_node, local_rank) == (self.ranks_per_node, rank % self.ranks_per_node)
+            for rank, (per_node, local_rank) in enumerate(self.gather(self.ranks_per_node, self.local_rank))
+        )
+
+    def least_device_memory(self) -> int | None:
+        """Bytes of the smallest GPU of all ranks; None on CPUs. Collective."""
+        mine = self.device_memory
+        return None if mine is None else int(min(row[0] for row in self.gather(mine)))
+
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU; None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+    def least_host_memory(self) -> int:
+        """Bytes of the smallest part of a rank in half of what is left of its host's memory. Collective."""
+        return int(min(row[0] for row in self.gather(host_memory_left() / 2 / self.ranks_per_node)))
+
+    def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
+        """`values` of every rank, in rank order, and behind them `sums` (n,) fp64 of its device. Collective."""
+        return self.begin_gather(*values, sums=sums)()
+
+    def begin_gather(self, *values: float, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
+        """The same, on its way to the host: a call of the result waits for that, no longer than until the device has come here. Collective."""
+        mine = onto(torch.tensor(values, dtype=torch.float64), self.device)
+        every = self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).to("cpu", non_blocking=True)
+        there = mark(self.device) if is_accelerator(self.device) else None
+
+        def arrived() -> list[list[float]]:
+            if there is not None:
+                there.synchronize()
+            return every.tolist()
+
+        return arrived
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        """`mine` (n,) of every rank, in rank order, on this rank's device: (ranks, n). Collective."""
+        every = mine.new_empty(self.world_size * len(mine))
+        dist.all_gather_into_tensor(every, mine)
+        return every.view(self.world_size, len(mine))
+
+    def sum(self, value: float) -> float:
+        """The sum over ranks, added in rank order. Collective."""
+        return sum(row[0] for row in self.gather(value))
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing. Collective."""
+        every = onto(counts, self.device) if counts.device != self.device else counts.clone()
+        dist.all_reduce(every)
+        return every
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable objects of every rank, in rank order. Collective."""
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value)
+        return every
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """`action`'s result on every rank, in rank order; what it raises on one is raised on all. Collective."""
+        with self.agreeing():
+            result = action()
+        return self.gather_objects(result)
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone; every rank gets its result, or its error (see `agree`). Collective."""
+        result: Any = None
+        with self.agreeing():
+            if self.rank == 0:
+                result = action()
+        # Not `together`: a gather makes room on each rank for as many objects as there are ranks, each of the largest size.
+        return self.broadcast(result)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
+        """`values` of every rank, unless one of them failed: then the same error on all, so that none waits for it. Collective.
+
+        Raises:
+            CapstanError: the first failing rank's, of its own kind and exit code. A failure of another kind (a bug) is
+                raised as it is where it happened.
+        """
+        rows = self.gather(float(failure is not None), *values)
+        if not any(row[0] for row in rows):
+            return [row[1:] for row in rows]
+        told = (
+            failure if isinstance(failure, CapstanError) or failure is None else f"{type(failure).__name__}: {failure}"
+        )
+        reports = self.gather_objects(told)
+        if failure is not None and not isinstance(failure, CapstanError):
+            raise failure
+        rank, report = next((rank, report) for rank, report in enumerate(reports) if report is not None)
+        if isinstance(report, CapstanError):
+            raise report from failure
+        raise CapstanError(f"rank {rank} failed: {report}") from failure
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """An error in the block on one rank ends it on all (see `agree`). Collective; the block itself must not be."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+
+
+def join(
+    timeout: timedelta = timedelta(minutes=30),
+    meeting: timedelta = timedelta(minutes=15),
+    is_gone: Callable[[int], bool] = lambda rank: False,
+) -> Ranks:
+    """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
+    collectives; `is_gone` tells whether a rank has ended before it came to the meeting.
+
+    Raises:
+        CapstanError: not all ranks have come within `meeting`, or one of those will not come any more; it names those that are missing.
+        ConfigError: two ranks would compute on one GPU.
+    """
+    let_segments_grow()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = own_device(local_rank)
+    if is_accelerator(device):
+        torch.accelerator.set_device_index(device)
+    if not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device)
+        if "RANK" in os.environ:
+            stay_on_loopback()
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _meet(rank, world_size, meeting, is_gone)
+            if device.type == "cuda":
+                take_gpu(store, device, rank)
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                # NCCL then makes other groups' communicators of this one's, and need not guess which device is whose.
+                device_id=device if is_accelerator(device) else None,
+            )
+        else:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+                rank=0,
+                world_size=1,
+            )
+    world_size = dist.get_world_size()
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def let_segments_grow() -> None:
+    """Have torch's allocator take memory of a GPU in segments that grow, unless the environment has settings for it: layers are
+    gathered into memory of ever other sizes, of which fixed segments would leave gaps.
+
+    The environment would be too late for that, as torch reads it once, when CUDA begins, and bitsandbytes begins it in its import.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def add_in_one_order() -> None:
+    """Have kernels add in the same order every time, where they have such a way and another one that is faster. Before CUDA begins."""
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it for FlashAttention's packages
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+
+
+def take_gpu(store: Store, device: torch.device, rank: int) -> None:
+    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` where another has it, which NCCL allows to none."""
+    gpu = torch.cuda.get_device_properties(device)
+    others = store.add(f"gpu-{gpu.uuid}", 1) - 1
+    if others:
+        raise ConfigError(
+            f"rank {rank} would compute on the GPU of another rank: {gpu.name} is shown to both ({torch.cuda.device_count()} to "
+            "each). Start as many ranks on a machine as it has GPUs, or show each its own (srun --gpus-per-task=1)."
+        )
+
+
+def collectives_begun() -> int:
+    """How many collectives this process has begun so far, in all its groups. Any thread may ask."""
+    groups: list[Any] = list(distributed_c10d._world.pg_map)  # torch's stubs leave the sequence number out
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int], bool]) -> Store:
+    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent serves the store itself, and the same one for each of its attempts.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keys = {f"here-{other}": other for other in range(world_size)}
+    missing, began = None, time.monotonic()
+    try:
+        server = _served(host, port, within) if serves else _reached(host, port, within, lambda: is_gone(0))
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        store.set(f"here-{rank}", "")
+        missing = _waited_for(store, keys, within, is_gone)
+        if not missing:
+            return store
+    except dist.DistError as error:
+        if serves:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise CapstanError(f"rank 0 cannot serve the meeting of the ranks at {host}:{port}: {reason}.") from error
+    took = time.monotonic() - began
+    limit = f"{took:.0f} s" if took < within.total_seconds() else f"{within.total_seconds():.0f} s (timeouts.meet)"
+    if missing is None:
+        raise CapstanError(
+            f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT): it did not come within {limit}, or "
+            "has given up. Its log or the job's output says why."
+        )
+    named = f"{', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}"
+    raise CapstanError(
+        f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were killed, "
+        "or did not start: the job's output says why."
+    )
+
+
+def _waited_for(store: Store, keys: Mapping[str, int], within: timedelta, is_gone: Callable[[int], bool]) -> list[int]:
+    """The ranks of `keys` that have not come: none, or where time is up or one of them is gone those that are missing."""
+    deadline = time.monotonic() + within.total_seconds()
+    while True:
+        left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
+        try:
+            store.wait(list(keys), min(_ATTEMPT, left))
+        except dist.DistStoreError:  # time is up
+            missing = [other for key, other in keys.items() if not store.check([key])]
+            if missing and (left <= _ATTEMPT or any(map(is_gone, missing))):
+                return missing
+        else:
+            return []
+
+
+def _served(host: str, port: int, within: timedelta) -> TCPStore:
+    """The store, served at the one address by which the others reach it, as whoever reaches it may write to it."""
+    return TCPStore(
+        host, port, is_master=True, timeout=within, wait_for_workers=False, master_listen_fd=_listening(host, port)
+    )
+
+
+def _listening(host: str, port: int) -> int:
+    """A socket at `host` and `port`, as its file descriptor. It is at every address where `host` is not an address that this machine
+    knows itself by, or only one that others cannot reach it by."""
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not ip_address(place[0]).is_loopback or _on_one_machine():
+            return socket.create_server(place[:2], family=family, backlog=4096).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise dist.DistNetworkError(f"{error.strerror}") from error
+    return socket.create_server(("", port), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True).detach()
+
+
+def _on_one_machine() -> bool:
+    """Whether all ranks are on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def stay_on_loopback() -> None:
+    """Have gloo and NCCL open their sockets where no other machine reaches them, as long as all ranks are on this one and nobody has named an
+    interface."""
+    if _on_one_machine():
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK)
+
+
+def _reached(host: str, port: int, within: timedelta, is_gone: Callable[[], bool]) -> TCPStore:
+    """The store that rank 0 serves, as soon as it does. In short attempts, as torch would go on asking for one that has ended."""
+    deadline = time.monotonic() + within.total_seconds()
+    while True:
+        left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
+        try:
+            store = TCPStore(host, port, is_master=False, timeout=min(_ATTEMPT, left), wait_for_workers=False)
+        except dist.DistError:
+            if left <= _ATTEMPT or is_gone():
+                raise
+        else:
+            store.set_timeout(within)
+            return store

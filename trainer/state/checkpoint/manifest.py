@@ -1,0 +1,252 @@
+"""The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
+
+Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
+manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which lists
+each shard's intervals, is read for ever.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
+from trainer.run import layout
+from trainer.state.checkpoint.contents import Contents
+from trainer.state.checkpoint.division import Division, EvenDivision, ListedDivision
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.shard import Shard, verify_shard
+from trainer.state.optimizer.optimizer import optimizers, states_by_name
+from trainer.store.store import Store
+
+FORMAT = 3
+_LISTING_FORMAT = 2  # it lists the intervals of each shard
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(ge=1, lt=2**63)]
+_Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Shape = Annotated[list[_Positive], Field(max_length=8)]
+
+
+def _as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ValueError` for a number that JSON lacks, such as NaN, which Python's reader takes."""
+    json.dumps(facts, allow_nan=False)
+    return facts
+
+
+_Facts = Annotated[dict[str, Any], AfterValidator(_as_json)]
+
+
+@dataclass(frozen=True)
+class TextHashes:
+    """SHA-256 of each file of the tokenizer, and of the chat template where `data.template` took the place of the tokenizer's own."""
+
+    tokenizer: dict[str, _Sha256]
+    template: _Sha256 | None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """A committed checkpoint: the state after `step` updates."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0, lt=10**9)]
+    generation: _Count
+    world_size: _Positive
+    created: Annotated[float, Field(ge=0, lt=253_402_300_800)]  # seconds since 1970, before the year 10,000
+    updates: _Count  # the optimizer's own step count
+    position: dict[_Place, _Count]  # of the data
+    dataset: str  # fingerprint of the compiled training data
+    order: _Facts  # what else the data's order depends on: version, seed, packing, weights, sequence length
+    base: _Facts  # path and fingerprint of the base, and how it is quantized
+    adapter: _Facts  # method, rank, alpha and targets
+    groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
+    versions: dict[str, str]  # of the software that wrote it
+    # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
+    eval_loss: Annotated[float | None, BeforeValidator(_finite)]
+    shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
+    shards: list[Shard]  # in the order of the ranks that wrote them
+    objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
+    optimizer: str = "adamw"  # it decides which states the shards hold
+    text: TextHashes | None = None  # whose content is in the run's folder
+    # The fingerprint of the data that `eval_loss` is of, which may change in the course of a run.
+    eval_data: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @cached_property
+    def numels(self) -> dict[str, int]:
+        """Elements of every trainable parameter."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def division(self) -> Division:
+        """Which elements each of `shards` holds."""
+        listed = [shard.intervals for shard in self.shards if shard.intervals is not None]
+        return ListedDivision(self.numels, listed) if listed else EvenDivision(self.numels, len(self.shards))
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Which values of each state the `shards` hold."""
+        return Contents(self.division, states_by_name(self.optimizer, self.shapes), len(self.shards))
+
+    def problem(self) -> str | None:
+        """Why this cannot be a whole checkpoint, whatever lies in its shards; None when it can."""
+        if any(layout.shard_step(shard.key) != self.step for shard in self.shards):
+            return f"it names files that are no shards of step {self.step}"
+        if len(self.shards) != self.world_size:
+            return f"it names {len(self.shards)} shards, but {self.world_size} ranks wrote it"
+        if len({shard.key for shard in self.shards}) < len(self.shards):
+            return "it names a shard twice"
+        states = ((state, self.numels[name]) for name, found in self.contents.states.items() for state in found)
+        if self.size < sum(state.item * state.size(numel) for state, numel in states):
+            return "its shards are too small for the parameters that it names"
+        return self.division.problem()
+
+    def to_json(self) -> bytes:
+        body = asdict(self) | {"eval_loss": _finite(self.eval_loss)}
+        for shard in body["shards"]:
+            assert shard.pop("intervals") is None, "only format 2 lists intervals"
+        if not self.objective:
+            del body["objective"]  # manifests of the next-token loss are those of before there were others
+        for name in ("text", "eval_data"):
+            if body[name] is None:
+                del body[name]
+        if self.optimizer == "adamw":
+            del body["optimizer"]  # and so are those of AdamW
+        digest = hashlib.sha256(_canonical(body)).hexdigest()
+        return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
+
+
+def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, float]:
+    """Step -> evaluation loss of those of `manifests`, newest first, that were evaluated, over the data that the newest of these has. One
+    that does not say which data it was is taken for the same."""
+    evaluated = [(found.step, found.eval_loss, found.eval_data) for found in manifests if found.eval_loss is not None]
+    newest = next((data for _, _, data in evaluated if data is not None), None)
+    return {step: loss for step, loss, data in evaluated if data in (None, newest)}
+
+
+_READER = TypeAdapter(CheckpointManifest)
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _first_problem(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+
+
+def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
+    """The manifest in `data`, whose shards hold every trainable element exactly once, if they are what it says.
+
+    Raises `Damaged` when it is none, and `StorageError` when it is of another format.
+    """
+    try:
+        tree = json.loads(data)
+        number, body, digest = tree["format"], tree["body"], tree["sha256"]
+        canonical = _canonical(body)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{where} is damaged: it is not a manifest.") from error
+    if type(number) is not int or number < _LISTING_FORMAT:
+        raise Damaged(f"{where} is damaged: it is not a manifest.")
+    if number > FORMAT:
+        raise StorageError(
+            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version "
+            "that wrote it."
+        )
+    if digest != hashlib.sha256(canonical).hexdigest():
+        raise Damaged(f"{where} is damaged: its content does not match its sha256.")
+    try:
+        manifest = _READER.validate_json(canonical)
+    except ValidationError as error:
+        raise Damaged(f"{where} is damaged: {_first_problem(error)}.") from error
+    if manifest.optimizer not in optimizers():
+        raise StorageError(
+            f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version that wrote it."
+        )
+    lists = number == _LISTING_FORMAT
+    if any((shard.intervals is not None) != lists for shard in manifest.shards):
+        raise Damaged(f"{where} is damaged: a manifest of format {number} {'lists' if lists else 'has no'} intervals.")
+    if problem := manifest.problem():
+        raise Damaged(f"{where} is damaged: {problem}.")
+    return manifest
+
+
+def read_manifest(folder: Store, step: int) -> CheckpointManifest:
+    """Raises `NotFound`, and what `parse_manifest` raises."""
+    key = layout.manifest(step)
+    manifest = parse_manifest(folder.get(key), f"{folder.uri}/{key}")
+    if manifest.step != step:
+        raise Damaged(f"{folder.uri}/{key} is damaged: it is the manifest of step {manifest.step}.")
+    return manifest
+
+
+def readable_manifests(
+    folder: Store, skipped: list[str], steps: list[int] | None = None
+) -> Iterator[CheckpointManifest]:
+    """Committed checkpoints (of `steps`), newest first; the reason for every damaged one is added to `skipped`.
+
+    Raises `StorageError` when the store cannot be read or a manifest is of an unknown format: neither is damage.
+    """
+    for step in committed_steps(folder) if steps is None else steps:
+        try:
+            yield read_manifest(folder, step)
+        except (Damaged, NotFound) as error:
+            skipped.append(str(error))
+
+
+def problems_of(folder: Store, manifest: CheckpointManifest) -> list[str]:
+    """The problems of its shards; a store that fails raises `StorageError`."""
+    found = (shard_problem(folder, manifest, number) for number in range(len(manifest.shards)))
+    return [problem for problem in found if problem]
+
+
+def shard_problem(folder: Store, manifest: CheckpointManifest, number: int) -> str | None:
+    """The problem of one of its shards, or None."""
+    return verify_shard(folder, manifest.shards[number], manifest.contents.of(number))
+
+
+def check_step(folder: Store, steps: Sequence[int], step: int | None) -> None:
+    """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as `whole_checkpoint`."""
+    if not steps:
+        raise NothingToResume(f"{folder.uri} has no committed checkpoint.")
+    if step is not None and step not in steps:
+        raise ConfigError(
+            f"--step: {folder.uri} has no committed checkpoint of step {step}. Its steps are: {', '.join(map(str, sorted(steps)))}."
+        )
+
+
+def whole_checkpoint(folder: Store, step: int | None = None) -> CheckpointManifest:
+    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
+
+    Raises:
+        NothingToResume: there is none.
+        ConfigError: there are, but none of that step.
+        StorageError: there are, but not a whole one.
+    """
+    steps = committed_steps(folder)
+    check_step(folder, steps, step)
+    skipped: list[str] = []
+    for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
+        problems = problems_of(folder, manifest)
+        if not problems:
+            return manifest
+        skipped += problems
+    which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
+    raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

@@ -1,0 +1,54 @@
+"""AdamW with fp32 moments (arXiv:1711.05101), as torch computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.state.optimizer.optimizer import Flat, Optimizer, Reduce, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class AdamW:
+    """Both moments of each element, 8 bytes."""
+
+    settings: ClassVar[Collection[str]] = ("betas", "eps")
+
+    def states(self, shape: tuple[int, ...]) -> tuple[State, ...]:
+        return State("exp_avg"), State("exp_avg_sq")
+
+    def step_bytes(self, portion: int, largest: int, on_gpu: bool) -> int:
+        """The gradient and the root of the second moment, which torch's AdamW holds twice on a CPU."""
+        return (8 if on_gpu else 12) * portion
+
+    def start(self, flat: Flat) -> None:
+        import torch
+
+        flat.whole |= {state: torch.zeros_like(flat.values) for state in ("exp_avg", "exp_avg_sq")}
+        for part in flat.parts:
+            part.states |= {state: part.of(values) for state, values in flat.whole.items()}
+
+    def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
+        import torch
+        from torch.optim.adamw import adamw
+
+        adamw(
+            [flat.values],
+            [gradient],
+            [flat.whole["exp_avg"]],
+            [flat.whole["exp_avg_sq"]],
+            [],
+            [torch.tensor(float(step - 1))],  # torch counts the step itself
+            amsgrad=False,
+            beta1=settings["betas"][0],
+            beta2=settings["betas"][1],
+            lr=settings["lr"],
+            weight_decay=settings["weight_decay"],
+            eps=settings["eps"],
+            maximize=False,
+        )
+
+
+OPTIMIZERS: dict[str, Optimizer] = {"adamw": AdamW()}

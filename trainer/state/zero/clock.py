@@ -1,0 +1,102 @@
+"""The time that a rank's device spends in each phase of its steps, measured without a wait for it.
+
+    enter("data")   enter("forward")   enter("backward")   enter("optimizer")   enter("save")
+         |   data          |  forward  [gather]  |  backward [gather]  |  optimizer   |   ...
+
+A mark between two phases is an event in the device's own queue, or on a CPU the host's clock. The phases lie one behind the other, so
+their seconds add up to the time that passes, and a wait inside of one is taken out of it. An event is read once the device has come
+to it, which is after some exchange or at the latest in the next step: nobody waits for one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol, Self
+
+import torch
+
+from trainer.processes.accelerator import is_accelerator, mark
+
+# Marks that wait to be read: an evaluation of many rows, which are no steps, would leave ever more of them.
+_MOST_MARKS = 1024
+
+
+class Mark(Protocol):
+    """A moment in the work of a device."""
+
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+        ...
+
+    def elapsed_time(self, end_event: Self, /) -> float:
+        """Milliseconds from here to `end_event`, to which the device has come too."""
+        ...
+
+
+class HostMark:
+    """A moment of the host's clock, for a device that computes while the host calls."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: "HostMark", /) -> float:
+        return 1000 * (end_event._at - self._at)
+
+
+def _mark_of(device: torch.device) -> Mark:
+    if not is_accelerator(device):
+        return HostMark()
+    return mark(device)
+
+
+class _Entered(NamedTuple):
+    phase: str
+    mark: Mark
+
+
+class Clock:
+    """Adds up the seconds of each phase on this rank. It begins with the first `enter`; until then nothing is measured.
+
+    Only one thread may be at it at a time: autograd's, while the main thread waits for a backward pass, or the main thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._entered: deque[_Entered] = deque()  # the marks that are still to be read, and the last one
+        self._seconds: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """The phase before ends, and this one begins."""
+        if not self._entered or self._entered[-1].phase != phase:
+            self._entered.append(_Entered(phase, _mark_of(self._device)))
+            if len(self._entered) > _MOST_MARKS:
+                self._read()
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Inside it is `phase`, and afterwards again the one before."""
+        if not self._entered:
+            yield
+            return
+        outer = self._entered[-1].phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
+    def passed(self) -> dict[str, float]:
+        """The seconds of each phase since the last call, as far as the device has come."""
+        self._read()
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _read(self) -> None:
+        """Add up what lies between the marks that the device has come to."""
+        while len(self._entered) > 1 and self._entered[1].mark.query():
+            phase, begin = self._entered.popleft()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(self._entered[0].mark) / 1000

@@ -1,0 +1,51 @@
+"""An optimizer of the folder `trainer/state/optimizer` as torch's class, which DeepSpeed calls with one flat tensor at a time."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.config import Optim
+from trainer.processes.ranks import Ranks
+from trainer.state.optimizer.optimizer import Flat, FlatPart, find_optimizer
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class DividedOptimizer(torch.optim.Optimizer):
+    """Updates flat tensors, each of them with the parts of parameters that `divide` has named. Its step is collective."""
+
+    def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Ranks) -> None:
+        self.kind, self.ranks = find_optimizer(settings), ranks
+        read = {name: getattr(settings, name) for name in ("lr", "weight_decay", *self.kind.settings)}
+        self._flats: dict[Tensor, Flat] = {}
+        super().__init__(groups, read)
+
+    def divide(self, values: Tensor, parts: Sequence[FlatPart]) -> None:
+        """Start with the flat tensor `values` that consists of `parts`: nothing was updated yet."""
+        flat = self._flats[values] = Flat(values.data, parts)
+        self.kind.start(flat)
+        self.state[values] = {"step": torch.zeros(()), **flat.whole}
+
+    def parts(self, values: Tensor) -> Sequence[FlatPart]:
+        """The parts of a flat tensor, with their states as live views."""
+        return self._flats[values].parts
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the tensors of all groups that have a gradient."""
+        for group in self.param_groups:
+            for values in group["params"]:
+                if values.grad is not None:
+                    self.state[values]["step"] += 1
+                    flat, step = self._flats[values], int(self.state[values]["step"])
+                    flat.values = values.data  # DeepSpeed may have moved it
+                    self.kind.update(flat, values.grad, group, step, self._reduce)
+
+    def _reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
+        # Offloaded states lie on the host, where NCCL reduces nothing.
+        there = values.to(self.ranks.device)
+        dist.all_reduce(there, _OPERATIONS[how])
+        values.copy_(there)

@@ -1,0 +1,246 @@
+"""The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
+
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_part`, `partitions` and `refresh`; tests/dist/test_engine.py and
+tests/dist/test_gather.py fail when upstream changes them.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trainer.processes.accelerator import kind
+
+if kind() is None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: DeepSpeed picks its accelerator then
+
+import deepspeed
+from deepspeed.runtime.zero.partition_parameters import Init
+
+from trainer.config import Optim
+from trainer.model.packed import PackedModel
+from trainer.processes.ranks import Ranks
+from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.optimizer.optimizer import MASTER, FlatPart
+from trainer.state.zero.clock import Clock
+from trainer.state.zero.divided import DividedOptimizer
+from trainer.state.zero.gather import Gathers, without_hooks
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+
+@contextmanager
+def _own_device(device: torch.device) -> Iterator[None]:
+    """LOCAL_RANK is the number of `device` inside: DeepSpeed takes its device by it, also where each rank sees one GPU alone."""
+    local_rank = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
+
+
+def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Init:
+    """DeepSpeed's `Init`, which makes plain parameters ZeRO-3 ones, over the process group that `ranks.join` made."""
+    # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
+    # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
+    with _own_device(device):
+        return Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+
+
+def divide_now(module: nn.Module, beside: nn.Module) -> None:
+    """Divide the parameters of `module`, which every rank has whole and alike, over the ranks, as those of `beside` are divided
+    already. The engine does the same when it is made, but until then a rank would hold all of them. Collective."""
+    divided: Any = next(beside.parameters())
+    divided.convert_to_zero_parameters(list(module.parameters()))
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The sharded parameters of `module` are whole inside, to be read only. Collective, before the engine is made."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
+
+
+@contextmanager
+def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The sharded parameters of each of `modules` are whole while it computes, to be read only. Collective, before the engine is made."""
+    held = ExitStack()
+
+    def gather(module: nn.Module, _arguments: Any) -> None:
+        held.enter_context(gathered(module))
+
+    def release(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        held.close()
+
+    hooks = [hook for module in modules for hook in _around(module, gather, release)]
+    try:
+        yield
+    finally:
+        held.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def _around(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[RemovableHandle]:
+    yield module.register_forward_pre_hook(before)
+    yield module.register_forward_hook(after)
+
+
+class DeviceRow(Protocol):
+    """One packed row, as the loss takes it."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+class _Wrapped(nn.Module):
+    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what another
+    function than the loss makes of the row."""
+
+    def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.packed, self._loss = packed.model, packed, loss
+
+    def forward(self, row: Any, look: Callable[[PackedModel, Any], Tensor] | None = None) -> Tensor:
+        # DeepSpeed would gather what is read outside of its own module's call (an embedding's dtype, its device), and count on its hooks.
+        for module in self.modules():
+            module._parameters._in_forward = False  # type: ignore[attr-defined]
+        return (look or self._loss)(self.packed, row)
+
+
+class Engine:
+    """A model under ZeRO-3 with an optimizer on what learns. Every method but `partitions` is collective.
+
+    `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's, each with its name, its
+    parameters and `lr_ratio`, its factor on the learning rate.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        loss: Callable[[PackedModel, Any], Tensor],
+        groups: list[dict[str, Any]],
+        optim: Optim,
+        deepspeed_config: dict[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        self.ranks = ranks
+        self.model = packed.model
+        self.clock = Clock(ranks.device)
+        trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
+        assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
+        self._optimizer = DividedOptimizer(groups, optim, ranks)
+        # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
+        with without_hooks(), _own_device(ranks.device):
+            self._engine: Any = deepspeed.initialize(
+                model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
+            )[0]
+        ranks.limit_groups()
+        ranks.begin_groups()
+        zero = self._engine.optimizer
+        _read_norms_once(zero)
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
+        self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
+
+    def loss(self, row: DeviceRow) -> Tensor:
+        """The sums that the loss function makes of the row, fp32, with their graph."""
+        self._gathers.begin("loss")
+        return self._engine(row.to(self.ranks.device))
+
+    def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
+        """The values that `look` makes of the model and the row, without a graph."""
+        self._gathers.begin(look)
+        with torch.no_grad():
+            return self._engine(row.to(self.ranks.device), look)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.
+
+        DeepSpeed averages over ranks; multiplying by the world size makes that the sum which token-normalised loss means.
+        """
+        self.clock.enter("backward")
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        self._gathers.finish()
+
+    def step(self, lr: float) -> float:
+        """Clip, update, and return the gradient's global norm before clipping, which the host waits for, and not for the update."""
+        self.clock.enter("optimizer")
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        self._engine.step()
+        self._gathers.gather_whole()
+        return float(self._engine.get_global_grad_norm())
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Plain logits of one unpacked row, without dropout: (1, T) int64 -> (1, T, V)."""
+        self.evaluating(True)
+        self._gathers.begin("logits")
+        with torch.no_grad():
+            result = self._engine.module.packed.logits(tokens)
+        self.evaluating(False)
+        return result
+
+    def evaluating(self, on: bool) -> None:
+        """Switch dropout off (or on again)."""
+        self._engine.train(not on)
+
+    def partitions(self) -> list[TrainablePartition]:
+        """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""
+        zero, found = self._engine.optimizer, []
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            for parameter, part in zip(parameters, self._optimizer.parts(flat), strict=True):
+                name = self._engine.param_names[parameter].removeprefix("model.")
+                states = {MASTER.name: part.of(flat.data), **part.states}
+                found.append(TrainablePartition(name, part.shape, part.begin, part.end, states))
+        return found
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
+        names = ("lr_ratio", "weight_decay", *self._optimizer.kind.settings)
+        return {group["name"]: {name: group[name] for name in names} for group in self._engine.optimizer.param_groups}
+
+    @property
+    def updates(self) -> int:
+        """The optimizer's step count, which AdamW's bias correction and Adafactor's decay depend on."""
+        zero = self._engine.optimizer
+        return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
+
+    def refresh(self, updates: int) -> None:
+        """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the masters."""
+        self._gathers.finish()  # DeepSpeed parts every parameter again, and none may be on its way then
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.optimizer.state[flat]["step"] = torch.tensor(float(updates))
+            half = zero.fp16_partitioned_groups_flat[group]
+            half.data.copy_(flat.data)
+            views = zero.unflatten(half, zero.fp16_partitioned_groups[group])
+            for partition, view in zip(zero.fp16_partitioned_groups[group], views, strict=True):
+                partition.data = view.data
+        zero.checkpoint_event_epilogue()
+        self._gathers.gather_whole()
+
+
+def _read_norms_once(zero: Any) -> None:
+    """DeepSpeed asks the device twice in an update, whether the gradient's norm is a number and which: the host reads it once, before the update."""
+    norms = zero._get_norm_groups
+    zero._get_norm_groups = lambda: list(torch.stack(norms()).cpu())
+
+
+def _part(zero: Any, parameter: Any) -> FlatPart:
+    """This rank's part of a parameter in its flat tensor."""
+    _, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+    begin = min(parameter.ds_numel, zero._get_param_partition_rank(parameter) * share)
+    end = min(parameter.ds_numel, begin + share)
+    return FlatPart(tuple(parameter.ds_shape), share, begin, end, offset)

@@ -1,0 +1,228 @@
+"""A DeepSpeed policy file and the run's configuration become one complete DeepSpeed dictionary.
+
+A policy is plain DeepSpeed JSON that says how the model is divided and moved: ZeRO's buckets, offload, communication
+types. A key that the run's configuration decides (batch, optimizer, precision, clipping) is refused in a policy, with
+the name of the setting that owns it: a value that stood in two places could differ. "auto", as Hugging Face writes it,
+means "not decided here", so such a key counts as absent and none reaches DeepSpeed.
+
+Sources: deepspeed/runtime/config.py (top level), deepspeed/runtime/zero/config.py (zero_optimization).
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from trainer.config import Config
+from trainer.config.paths import local_path
+from trainer.errors import ConfigError, shown
+
+Scope = Literal["world", "node"]
+"""Over which ranks one copy of the base is divided: all of them, or those of each node."""
+
+# Beside the trainer package, in a checkout and in site-packages alike.
+_POLICY_FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
+
+# The keys that a policy may set. DeepSpeed ignores an unknown key at the top level without a word, so we name them all;
+# inside zero_optimization it refuses unknown keys itself.
+_POLICY_KEYS = (
+    "zero_optimization",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "timers",
+)
+
+# DeepSpeed key -> the setting that owns it.
+_OWNERS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch, from which it is derived",
+    "optimizer": "the section optim",
+    "scheduler": "optim.schedule",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "gradient_clipping": "optim.grad_clip",
+    "steps_per_print": "the section track",
+    "tensorboard": "track.tensorboard",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "checkpoint": "the section checkpoint",
+    "zero_allow_untested_optimizer": "the section optim",
+    "zero_force_ds_cpu_optimizer": "the section optim",
+}
+_ZERO_OWNERS = {
+    "zero_hpz_partition_size": "sharding.scope",
+    "zero_quantized_weights": "quant.type",
+    "zero_quantized_nontrainable_weights": "quant.type",
+}
+
+# DeepSpeed prints a line of its own every so many steps; ours come from trainer/run/metrics.py.
+_NEVER = 2**31 - 1
+
+WHOLE = 100_000
+"""Elements of a parameter that is too small to be worth a gather."""
+_THRESHOLD = "stage3_param_persistence_threshold"
+_EVERYTHING = 2**62
+
+
+def policy_names() -> list[str]:
+    """Names of the policies in ds_configs, sorted."""
+    return sorted(path.stem for path in _POLICY_FOLDER.glob("*.json"))
+
+
+def choose_policy(config: Config, world_size: int, on_gpu: bool) -> str:
+    """`sharding.deepspeed`, with auto decided: cpu without GPUs, single_gpu for one rank, else zero3."""
+    if config.sharding.deepspeed != "auto":
+        return config.sharding.deepspeed
+    if not on_gpu:
+        return "cpu"
+    return "single_gpu" if world_size == 1 else "zero3"
+
+
+def build_deepspeed_config(
+    config: Config, world_size: int, accumulation: int, on_gpu: bool, whole: int = WHOLE
+) -> dict[str, Any]:
+    """Everything `deepspeed.initialize(config=...)` needs, complete: no "auto" is left in it.
+
+    Args:
+        world_size: ranks in the run.
+        accumulation: micro-batches each rank takes through the model in one optimizer step.
+        on_gpu: whether the ranks compute on GPUs; it decides only what `sharding.deepspeed: auto` means.
+        whole: parameters of so many elements stay whole on every rank, where the policy does not say.
+
+    The optimizer is handed to DeepSpeed as an object, so the dictionary names none.
+
+    Raises:
+        ConfigError: there is no such policy, it is not JSON, or it sets what it must not.
+    """
+    policy = _load_policy(choose_policy(config, world_size, on_gpu))
+    zero = {_THRESHOLD: whole, **policy.pop("zero_optimization", {}), "stage": 3}
+    if world_size == 1 and not is_offloaded(zero):
+        zero[_THRESHOLD] = _EVERYTHING  # a partition is the parameter, so nothing is ever gathered or waited for
+    return {
+        # DeepSpeed's own clock waits for the device before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+        **policy,
+        "zero_optimization": zero,
+        # To DeepSpeed a micro-batch counts as one, however many packed rows train.micro_batch puts into it.
+        "train_batch_size": world_size * accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        # Without this an offload_optimizer in the policy would demand DeepSpeed's own CPU Adam.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _NEVER,
+    }
+
+
+def is_offloaded(zero: dict[str, Any]) -> bool:
+    """Whether the policy's section `zero_optimization` keeps the partitions of parameters in host memory."""
+    return zero.get("offload_param", {}).get("device", "none") != "none"
+
+
+def _load_policy(name: str) -> dict[str, Any]:
+    path = _find_policy(name)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sharding.deepspeed: {name} cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"sharding.deepspeed: {name}, line {error.lineno}, column {error.colno} is not JSON: {error.msg}."
+        ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f'sharding.deepspeed: {name} is not a JSON object. Example: {{"zero_optimization": {{...}}}}.'
+        )
+    policy = _without_auto(cast(dict[str, Any], tree))
+    refusals = _refusals(policy, path.name)
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+    return policy
+
+
+def _find_policy(name: str) -> Path:
+    if name in policy_names():
+        return _POLICY_FOLDER / f"{name}.json"
+    own = local_path(name, "sharding.deepspeed")
+    if own.is_file():
+        return own
+    raise ConfigError(
+        f"sharding.deepspeed: {shown(name)} is neither a file nor a policy's name. "
+        f"Allowed are auto, {', '.join(policy_names())}, or the path of your own DeepSpeed JSON."
+    )
+
+
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` less every key whose value is "auto", and less the sections that held nothing else."""
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        if value == "auto":
+            continue
+        if isinstance(value, dict) and value:
+            value = _without_auto(cast(dict[str, Any], value))
+            if not value:
+                continue
+        kept[key] = value
+    return kept
+
+
+def _refusals(policy: dict[str, Any], file: str) -> list[str]:
+    """One sentence for each key that a policy must not set."""
+    where = f"sharding.deepspeed: {file} sets"
+    found: list[str] = []
+    for key in policy:
+        if key in _OWNERS:
+            found.append(f"{where} {key}, which belongs to {_OWNERS[key]}. Remove it there.")
+        elif key not in _POLICY_KEYS:
+            close = difflib.get_close_matches(key, _POLICY_KEYS, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Allowed are {', '.join(_POLICY_KEYS)}."
+            found.append(f"{where} {key}, which would have no effect. {hint}")
+    zero = policy.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*found, f"{where} zero_optimization to {zero!r}. It must be an object with DeepSpeed's ZeRO settings."]
+    for key in cast(dict[str, Any], zero):
+        if key in _ZERO_OWNERS:
+            found.append(f"{where} zero_optimization.{key}, which belongs to {_ZERO_OWNERS[key]}. Remove it there.")
+    offload = cast(dict[str, Any], zero).get("offload_param")
+    if isinstance(offload, dict) and cast(dict[str, Any], offload).get("device") == "nvme":
+        found.append(
+            f"{where} zero_optimization.offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of "
+            "model.dtype, which cannot hold the bytes of a 4-bit base. Set it to cpu."
+        )
+    found += _optimizer_refusals(cast(dict[str, Any], zero).get("offload_optimizer"), where)
+    stage = cast(dict[str, Any], zero).get("stage", 3)
+    if stage != 3:
+        found.append(f"{where} zero_optimization.stage to {stage!r}. Capstan trains with stage 3. Remove it there.")
+    return found
+
+
+def _optimizer_refusals(offload: Any, where: str) -> list[str]:
+    """One sentence for each way of keeping the optimizer off the GPU that needs another optimizer than `optim.name`'s."""
+    if not isinstance(offload, dict):
+        return []
+    given = cast(dict[str, Any], offload)
+    found: list[str] = []
+    if given.get("device") == "nvme":
+        found.append(
+            f"{where} zero_optimization.offload_optimizer.device to nvme, where checkpoints do not find the moments. Set it to cpu."
+        )
+    for key, whole in (("ratio", 1), ("super_offload", False)):
+        if given.get(key, whole) != whole:
+            found.append(
+                f"{where} zero_optimization.offload_optimizer.{key} to {given[key]!r}, which DeepSpeed's own CPU Adam alone can "
+                "do. Remove it there."
+            )
+    return found

@@ -1,0 +1,62 @@
+"""How a weight in 4 or 8 bits is coded in files: which numbers its codes are, and which weights share a scale. Facts only, without numpy
+and torch: trainer/base/stored/shared/coded.py decodes as files are read, trainer/model/stored.py when a layer computes."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal, Protocol, runtime_checkable
+
+from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor
+
+Numbers = Literal["e2m1", "e4m3", "int4", "int8", "offset8"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Codes that are these `numbers`, in tiles of (rows, columns), those at the borders cut off. int4 and offset8 count from the least
+    number up, int8 is the two's complement. Of two codes of 4 bits in a byte, the lower half is the first."""
+
+    numbers: Numbers
+    tile: tuple[int, int]
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.numbers in ("e2m1", "int4") else 8
+
+    def tiles(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many tiles a matrix has, along its rows and its columns."""
+        return ceil(rows / self.tile[0]), ceil(columns / self.tile[1])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that can stay as its files have it: its `code`, the type of its scales, as safetensors names it, and the type that the
+    values have. `transposed` says that the files hold each matrix's transpose."""
+
+    code: Code
+    scales: str
+    dtype: str
+    transposed: bool = False
+
+    def sizes(self, rows: int, columns: int) -> dict[str, int]:
+        """Bytes of the codes and of the scales of one matrix of the model."""
+        stored = (columns, rows) if self.transposed else (rows, columns)
+        down, across = self.code.tiles(*stored)
+        return {"weight": rows * columns * self.code.bits // 8, "scales": down * across * DTYPE_BYTES[self.scales]}
+
+
+@dataclass(frozen=True)
+class KeptSources:
+    """Such a weight where it is stored: `weight`, its codes, and `scales`, matrix by matrix."""
+
+    kept: Kept
+    sources: PackedSources
+
+
+@runtime_checkable
+class CodedTensor(StoredTensor, Protocol):
+    """A tensor whose values are made of codes as they are read."""
+
+    @property
+    def kept(self) -> KeptSources | None:
+        """How it can stay as it is, instead; None where it cannot."""
+        ...

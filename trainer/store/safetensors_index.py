@@ -1,0 +1,259 @@
+"""Tensor name -> file, dtype, shape and byte range, read from the headers of safetensors files.
+
+Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian header length, a JSON header, the data.
+Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is read.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from bisect import bisect_right
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+from trainer.errors import NOT_JSON, ConfigError, NotFound, shown
+from trainer.store.store import Store
+
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+DTYPE_BYTES = {**_FLOAT_BYTES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+_HEADERS_AT_ONCE = 16
+
+
+class StoredTensor(Protocol):
+    """A tensor that can be read in parts: `dtype` as safetensors names it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, begin: int, end: int) -> bytearray:
+        """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
+        ...
+
+
+def item_bytes(source: StoredTensor) -> int:
+    """Bytes of one element."""
+    return DTYPE_BYTES[source.dtype]
+
+
+def numel(source: StoredTensor) -> int:
+    """Elements of the whole tensor."""
+    return math.prod(source.shape)
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor in one file; `offset` is the position of its first byte in the file."""
+
+    store: Store
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def byte_range(self, begin: int, end: int) -> tuple[int, int]:
+        """Where elements [begin, end) of the flattened tensor lie in the file."""
+        size = DTYPE_BYTES[self.dtype]
+        return self.offset + size * begin, self.offset + size * end
+
+    def read(self, begin: int, end: int) -> bytearray:
+        return self.store.get_range(self.key, *self.byte_range(begin, end))
+
+
+def as_bytes(source: TensorSource) -> TensorSource:
+    """The same tensor as bytes, whatever its type."""
+    return TensorSource(source.store, source.key, "U8", (numel(source) * item_bytes(source),), source.offset)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`numel` elements of the part number `part`, from its element `begin` on."""
+
+    part: int
+    begin: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Stretches of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold
+    singly, or one of the projections that they hold as one."""
+
+    parts: tuple[StoredTensor, ...]
+    stretches: tuple[Stretch, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The element of this tensor that each stretch begins with."""
+        return [0, *accumulate(stretch.numel for stretch in self.stretches)][:-1]
+
+    def read(self, begin: int, end: int) -> bytearray:
+        data, first = bytearray(), max(0, bisect_right(self.starts, begin) - 1)
+        for stretch, start in zip(self.stretches[first:], self.starts[first:], strict=True):
+            if start >= end:
+                break
+            here, there = max(begin - start, 0), min(end - start, stretch.numel)
+            if here < there:
+                data += self.parts[stretch.part].read(stretch.begin + here, stretch.begin + there)
+        return data
+
+
+@dataclass(frozen=True)
+class PackedSources:
+    """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in a `Packed`;
+    `mean` is that of absmax, one for each slice, under double quantization."""
+
+    parts: dict[str, StoredTensor]
+    mean: list[float] | None
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight of `shape` that files hold in 4 bits: values of the type `made_of`, as torch names it, in blocks of `block_size`."""
+
+    shape: tuple[int, ...]
+    sources: PackedSources
+    quant_type: str
+    block_size: int
+    made_of: str
+    dtype: str = "4-bit"
+
+    @property
+    def double(self) -> bool:
+        """Whether the scales are in 8 bits."""
+        return self.sources.mean is not None
+
+
+class FileHeader(NamedTuple):
+    """The header of a file of `size` bytes: the SHA-256 of its bytes, and the tensors by name."""
+
+    size: int
+    sha256: str
+    tensors: dict[str, TensorSource]
+
+
+def read_headers(store: Store) -> dict[str, FileHeader]:
+    """The header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
+
+    Raises:
+        ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is missing or
+            truncated, or a damaged header.
+    """
+    sizes = {
+        entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
+    }
+    if not sizes:
+        raise ConfigError(
+            f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
+        )
+    # Without an index there is one file; some repositories keep the same weights beside it in another layout.
+    indexed = _indexed_files(store)
+    if not indexed and SINGLE_FILE not in sizes:
+        raise ConfigError(
+            f"model.base: {store.uri} holds {min(sizes)}, but neither {SINGLE_FILE} nor {INDEX_FILE}, where transformers looks. "
+            f"Rename a single file to {SINGLE_FILE}, or convert the model with save_pretrained()."
+        )
+    files = indexed or {SINGLE_FILE}
+    missing = sorted(files - set(sizes))
+    if missing:
+        raise ConfigError(
+            f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again."
+        )
+    names = sorted(files)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
+        headers = pool.map(lambda key: read_file_header(store, key, sizes[key]), names)
+        return dict(zip(names, headers, strict=True))
+
+
+def _indexed_files(store: Store) -> set[str] | None:
+    try:
+        files = set(json.loads(store.get(INDEX_FILE))["weight_map"].values())
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError
+        return files
+    except NotFound:
+        return None
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model.base: {store.uri}/{INDEX_FILE} is not a safetensors index. Copy the model again."
+        ) from error
+
+
+def read_index(store: Store) -> dict[str, TensorSource]:
+    """All tensors of a model directory; raises as `read_headers`."""
+    return {name: tensor for header in read_headers(store).values() for name, tensor in header.tensors.items()}
+
+
+def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
+    """The tensors of one safetensors file; raises as `read_file_header`."""
+    return read_file_header(store, key, file_size).tensors
+
+
+def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
+    """The header of one safetensors file of `file_size` bytes; raises `ConfigError` where its tensors do not add up."""
+    where = f"{store.uri}/{key}"
+    if file_size < 8:
+        raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
+    (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
+    if length > min(_MAX_HEADER_BYTES, file_size - 8):
+        raise ConfigError(
+            f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again."
+        )
+    try:
+        text = bytes(store.get_range(key, 8, 8 + length))
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
+        _check_no_byte_is_shared(tensors, 8 + length, file_size)
+        return FileHeader(file_size, hashlib.sha256(text).hexdigest(), tensors)
+    except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """The bytes before the data of a file with this `header`, filled up as the format's own writer does: the data begins at a
+    multiple of 8."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_size: int) -> TensorSource:
+    begin, end = info["data_offsets"]
+    shape, dtype = tuple(info["shape"]), info["dtype"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {shown(dtype)} is not supported")
+    if not all(type(number) is int for number in (begin, end, *shape)) or min(shape, default=0) < 0:
+        raise ValueError(f"shape {shown(shape)} and bytes {shown(begin)} to {shown(end)} are no sizes")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype] or begin < 0:
+        raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+    if data_start + end > file_size:
+        raise ValueError(f"it ends at byte {data_start + end}, the file at {file_size}")
+    return TensorSource(store, key, dtype, shape, data_start + begin)
+
+
+def _check_no_byte_is_shared(tensors: dict[str, TensorSource], data_start: int, file_size: int) -> None:
+    """Raises `ValueError` unless the tensors follow each other and fill the file, as the format demands."""
+    sizes = {name: numel(source) * item_bytes(source) for name, source in tensors.items()}
+    expected = data_start
+    for name in sorted(tensors, key=lambda name: (tensors[name].offset, sizes[name])):
+        if tensors[name].offset != expected:
+            raise ValueError(f"{shown(name)} begins at byte {tensors[name].offset}, and not at byte {expected}")
+        expected += sizes[name]
+    if expected != file_size:
+        raise ValueError(f"its tensors end at byte {expected}, the file at {file_size}")

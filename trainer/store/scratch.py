@@ -1,0 +1,95 @@
+"""Folders for a process's own use in the machine's temporary directory, and what is left of those that were killed.
+
+A folder is locked as long as its process lives, however that ends: unlike a process number, the kernel's lock is never
+mistaken for another's, not even by a container that shares the directory.
+
+    python -m trainer.store.scratch DIRECTORY
+
+removes what is left in a directory, as slurm/run.sh does on each node.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# The names that `tempfile` makes from our prefixes. TensorBoard's are of versions before this one.
+# slurm/run.sh makes its own, from the job and its restart.
+_OURS = re.compile(
+    r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|gguf|push|start|profile)-[a-z0-9_]{8}|\d+-\d+)"
+)
+_YOUNG_SECONDS = 60.0
+"""A folder this new may not be locked yet."""
+
+
+@contextmanager
+def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
+    """A folder, in `directory` or in the temporary one, that is removed at the end, or by `collect_leftovers` after a kill."""
+    with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", dir=directory, ignore_cleanup_errors=True) as folder:
+        assert _OURS.fullmatch(Path(folder).name), f"{purpose} is not among the purposes that are collected"
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(held)
+
+
+def collect_leftovers(directory: str | None = None) -> list[str]:
+    """Remove what processes of this user that are gone left in `directory`, or in the temporary one; returns the paths."""
+    with suppress(OSError):  # nothing here may keep a run from starting
+        found = [
+            Path(entry.path) for entry in os.scandir(directory or tempfile.gettempdir()) if _OURS.fullmatch(entry.name)
+        ]
+        old = [path for path in found if _is_old_and_ours(path)]
+        in_use = _open_paths() if old else set()
+        gone = [path for path in old if not any(f"{used}/".startswith(f"{path}/") for used in in_use) and _remove(path)]
+        return [str(path) for path in gone]
+    return []
+
+
+def _is_old_and_ours(path: Path) -> bool:
+    with suppress(OSError):
+        facts = path.lstat()
+        plain = stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)
+        return plain and facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _YOUNG_SECONDS
+    return False
+
+
+def _open_paths() -> set[str]:
+    """The paths that living processes of this user have open: versions before this one do not lock their folders."""
+    paths = set()
+    for link in (*Path("/proc").glob("[0-9]*/fd/*"), *Path("/proc").glob("[0-9]*/cwd")):
+        with suppress(OSError):  # another user's, or gone by now
+            paths.add(os.readlink(link))
+    return paths
+
+
+def _remove(path: Path) -> bool:
+    """Remove `path` unless a process holds its lock."""
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(held)
+    return True
+
+
+if __name__ == "__main__":
+    collect_leftovers(sys.argv[1])

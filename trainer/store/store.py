@@ -1,0 +1,356 @@
+"""One small seam over obstore: the same few operations on a local folder, S3, GCS, Azure and memory.
+
+Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a `StorageError` that names the object.
+"""
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeAlias
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, MemoryStore, from_url
+
+from trainer.config import Config
+from trainer.config.paths import absolute_path
+from trainer.config.secrets import without_credentials
+from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
+from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+SCHEMES = ("file", "s3", "gs", "az", "memory")
+# Large objects go in parts of this size: S3 takes 10,000 of them, so an object may have 320 GB. Four are in flight at a
+# time, which bounds the memory of an upload.
+PART_BYTES = 32 * 2**20
+_PARTS_IN_FLIGHT = 4
+# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) is never retried.
+RETRY_SECONDS = 30.0
+# How long one request may take with its body: a part has to fit in on a slow line.
+REQUEST_SECONDS = 60.0
+_MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
+_BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
+# The variables by which obstore takes the address of a server other than the cloud's own.
+_ENDPOINT = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+# A server without TLS is one of the user's own, which has no name of its own for each bucket.
+_WITHOUT_TLS = {"s3": {"virtual_hosted_style_request": False}, "gs": {}, "az": {}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object in a listing: `size` in bytes; `version` changes when the content does (ETag, or size and mtime)."""
+
+    key: str
+    size: int
+    modified: datetime
+    version: str
+
+
+class Store:
+    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`. `range_bytes`
+    counts the bytes that `get_range` has read, on any thread."""
+
+    def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
+        self.uri = uri.rstrip("/")
+        self._backend = backend
+        self._prefix = prefix
+        self._request_seconds = request_seconds
+        self.range_bytes = 0
+        self._counting = Lock()
+
+    def sub(self, name: str) -> "Store":
+        """The folder `name` inside this one."""
+        name = name.strip("/")
+        return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/", self._request_seconds)
+
+    def failing_fast(self) -> "Store":
+        """The same folder without retries: for a caller that repeats, and counts, failed requests itself."""
+        if isinstance(self._backend, LocalStore | MemoryStore):
+            return self
+        return open_store(self.uri, retry_seconds=0, request_seconds=self._request_seconds)
+
+    def get(self, key: str) -> bytes:
+        with self._errors("read", key):
+            self._check_file(key)
+            return bytes(obstore.get(self._backend, self._prefix + key).bytes())
+
+    def get_range(self, key: str, start: int, end: int) -> bytearray:
+        """Bytes [start, end) of an object, in a writable buffer."""
+        if start == end:
+            return bytearray()
+        with self._errors("read", key):
+            self._check_file(key)
+            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
+        self._check_length(key, start, end, len(data))
+        with self._counting:
+            self.range_bytes += len(data)
+        return data
+
+    def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
+        """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight together."""
+        if not starts:
+            return []
+        spans, owners = _merged(starts, ends)
+        with self._errors("read", key):
+            self._check_file(key)
+            data = obstore.get_ranges(
+                self._backend,
+                self._prefix + key,
+                starts=[start for start, _ in spans],
+                ends=[end for _, end in spans],
+                coalesce=0,
+            )
+        for (start, end), part in zip(spans, data, strict=True):
+            self._check_length(key, start, end, len(part))
+        parts = ((memoryview(data[owner]), spans[owner][0]) for owner in owners)
+        return [
+            part[start - first : end - first] for (part, first), start, end in zip(parts, starts, ends, strict=True)
+        ]
+
+    def chunks(self, key: str, size: int) -> Iterator[bytearray]:
+        """An object of `size` bytes, part by part: one is in memory at a time, and each is retried by itself."""
+        for start in range(0, size, PART_BYTES):
+            yield self.get_range(key, start, min(start + PART_BYTES, size))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object; it becomes visible whole or not at all."""
+        self.put_chunks(key, [data], len(data))
+
+    def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:
+        """`put` of `size` bytes that come in pieces: never more than a few parts of them are copied at a time."""
+        with self._errors("write", key):
+            obstore.put(
+                self._backend,
+                self._prefix + key,
+                chunks,
+                use_multipart=size > PART_BYTES,
+                chunk_size=PART_BYTES,
+                max_concurrency=_PARTS_IN_FLIGHT,
+            )
+            self._sync(key)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write an object that must not exist yet: of several racing writers exactly one succeeds.
+
+        Raises `AlreadyExists` for the others. `data` must fit one request, as multipart uploads have no such condition.
+        """
+        with self._errors("write", key):
+            obstore.put(self._backend, self._prefix + key, data, mode="create", use_multipart=False)
+            self._sync(key)
+
+    def head(self, key: str) -> Entry:
+        with self._errors("read", key):
+            return self._entry(obstore.head(self._backend, self._prefix + key))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.head(key)
+        except NotFound:
+            return False
+        return True
+
+    def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:
+        """(names of folders, objects) directly in the folder `prefix` (ending in `/` or empty), sorted.
+
+        However much lies in the folders, it takes one request for each thousand children.
+        """
+        with self._errors("list", prefix):
+            found = obstore.list_with_delimiter(self._backend, prefix=self._prefix + prefix or None)
+        names = sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
+        return names, sorted((self._entry(meta) for meta in found["objects"]), key=lambda entry: entry.key)
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Every object under the folder `prefix` (ending in `/` or empty), sorted by key."""
+        with self._errors("list", prefix):
+            pages = obstore.list(self._backend, prefix=self._prefix + prefix)
+            return sorted((self._entry(meta) for page in pages for meta in page), key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is no error."""
+        try:
+            with self._errors("delete", key):
+                obstore.delete(self._backend, self._prefix + key)
+        except NotFound:
+            pass
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove every object under the folder `prefix` (ending in `/`); none is no error."""
+        for entry in self.list(prefix):
+            self.delete(entry.key)
+        if isinstance(self._backend, LocalStore):
+            # The empty folders too, and what a killed process had half written: a listing does not show it.
+            shutil.rmtree(self._path(prefix), ignore_errors=True)
+
+    def _check_file(self, key: str) -> None:
+        """Raises `OSError` for a pipe, a device or a socket in a local folder, on which a read might wait for ever."""
+        if isinstance(self._backend, LocalStore):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                mode = os.stat(self._path(key)).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise OSError("it is no file, but a pipe, a device or a socket")
+
+    def _check_length(self, key: str, start: int, end: int, length: int) -> None:
+        if length != end - start:
+            raise Damaged(
+                f"{self.uri}/{key}: bytes {start} to {end} were asked for, but the object ends at {start + length}. "
+                "It is truncated."
+            )
+
+    def _entry(self, meta: Any) -> Entry:
+        version = meta.get("e_tag") or f"{meta['size']}-{meta['last_modified'].isoformat()}"
+        return Entry(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"], version)
+
+    def _path(self, key: str) -> Path:
+        """Where a local store keeps `key`."""
+        return Path(self.uri.removeprefix("file://")) / key
+
+    def _sync(self, key: str) -> None:
+        """Make a local write survive a power cut: obstore renames into place, but does not fsync.
+
+        Every folder above is synced too, as the write may have made them.
+        """
+        if not isinstance(self._backend, LocalStore):
+            return
+        path = self._path(key)
+        depth = len(Path(self._prefix + key).parts)
+        for target in (path, *list(path.parents)[:depth]):
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _errors(self, verb: str, key: str) -> Iterator[None]:
+        where = f"{self.uri}/{key}"
+        try:
+            yield
+        except FileNotFoundError as error:
+            if NO_BUCKET.search(str(error)):
+                raise StorageError(f"cannot {verb} {where}: {self._reason(error)}.") from error
+            raise NotFound(f"{where} does not exist.") from error
+        except FileExistsError as error:
+            raise AlreadyExists(f"{where} exists already.") from error
+        except (BaseError, OSError, ValueError) as error:  # a ValueError of a name that no store takes
+            if type(error).__name__ == "AlreadyExistsError":
+                raise AlreadyExists(f"{where} exists already.") from error
+            kind = Damaged if beyond_the_end(error) else Unreachable if passes(error) else StorageError
+            raise kind(f"cannot {verb} {where}: {self._reason(error)}.") from error
+
+    def _reason(self, error: BaseException) -> str:
+        return reason(error, self.uri.partition("://")[0])
+
+
+def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Spans that cover the ranges, as few as gaps of `_MERGED_BYTES` allow; and for each range which of them has it.
+
+    obstore would merge them too, but its Rust code panics where a merged object ends before one of its ranges begins.
+    """
+    spans: list[tuple[int, int]] = []
+    owners = [0] * len(starts)
+    for index in sorted(range(len(starts)), key=starts.__getitem__):
+        start, end = starts[index], ends[index]
+        if spans and start - spans[-1][1] <= _MERGED_BYTES:
+            spans[-1] = spans[-1][0], max(spans[-1][1], end)
+        else:
+            spans.append((start, end))
+        owners[index] = len(spans) - 1
+    return spans, owners
+
+
+def open_run_store(config: Config) -> Store:
+    """`run.store` of a configuration, with its time limits; see `open_store`."""
+    run = config.run
+    return open_store(run.store, retry_seconds=run.store_retry, request_seconds=run.store_timeout)
+
+
+def open_store(
+    uri: str,
+    *,
+    setting: str = "run.store",
+    retry_seconds: float = RETRY_SECONDS,
+    request_seconds: float = REQUEST_SECONDS,
+) -> Store:
+    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its first object.
+
+    Credentials, region and endpoint come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An endpoint may be http://; a
+    bucket of S3 is then addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take
+    `request_seconds`. `setting` is what messages call `uri`.
+
+    Raises `ConfigError` for what is no URI of a folder or an endpoint, `StorageError` for a folder that cannot be one.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else "file"
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"{setting}: {without_credentials(uri)!r} has the scheme {scheme!r}. Allowed are a folder's path, or "
+            f"{', '.join(s + '://' for s in SCHEMES)}."
+        )
+    if scheme == "memory":
+        return Store(uri, MemoryStore())
+    if scheme == "file":
+        return _open_folder(uri, setting)
+    if re.search(r"[?#]|^[^/]*//[^/]*@", uri):
+        raise ConfigError(
+            f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or what follows "
+            f"'?' or '#'. Remove that; credentials come from the environment ({CREDENTIALS[scheme]})."
+        )
+    options: dict[str, Any] = {
+        "retry_config": {
+            "max_retries": 10_000,  # the time decides
+            "retry_timeout": timedelta(seconds=retry_seconds),
+            "backoff": _BACKOFF,
+        },
+        "client_options": {"timeout": timedelta(seconds=request_seconds)},
+    }
+    if _endpoint(scheme).startswith("http://"):
+        options["client_options"]["allow_http"] = True
+        options |= _WITHOUT_TLS[scheme]
+    try:
+        return Store(uri, from_url(uri, **options), request_seconds=request_seconds)
+    except (BaseError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"{setting}: {uri!r} cannot be opened: {reason(error, scheme)}. Credentials come from the environment "
+            f"({CREDENTIALS[scheme]}) or the machine's role."
+        ) from error
+
+
+def _endpoint(scheme: str) -> str:
+    """The address of the server that the environment names, or empty. Raises `ConfigError` for what is none."""
+    given = {name: os.environ[name] for name in _ENDPOINT[scheme] if os.environ.get(name)}
+    for name, address in given.items():
+        if not re.match(r"https?://[^/\s]", address):  # obstore would panic, or speak of a "builder error"
+            raise ConfigError(
+                f"{name}: {address.rpartition('@')[2]!r} is no address of a server. Example: http://127.0.0.1:9000."
+            )
+    return next(iter(given.values()), "")
+
+
+def _open_folder(uri: str, setting: str) -> Store:
+    """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the keys."""
+    name = uri.removeprefix("file://")
+    if name != uri and not name.startswith("/"):
+        raise ConfigError(
+            f"{setting}: {uri!r} names no folder of this machine. Give its path, or file:///PATH with three slashes."
+        )
+    path = absolute_path(name, setting)
+    try:
+        root = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not root.is_dir():
+            raise NotADirectoryError(f"{root} is a file")
+        missing = path.relative_to(root).as_posix()
+        return Store(f"file://{path}", LocalStore(root), "" if missing == "." else f"{missing}/")
+    except (OSError, BaseError) as error:
+        raise StorageError(f"{setting}: the folder {path} cannot be used: {reason(error, 'file')}.") from error

@@ -1,0 +1,20 @@
+"""The heads of classification, of texts and of words."""
+
+from trainer.config.section import Section
+from trainer.tuning.objective.head import Head
+
+SETTINGS: tuple[type[Section], ...] = ()
+HEADS = {
+    "classification": Head(
+        "SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True
+    ),
+    "token_classification": Head(
+        "TOKEN_CLS",
+        "token-classification",
+        "AutoModelForTokenClassification",
+        "A tagger",
+        labelled=True,
+        biased=True,
+        per_token=True,
+    ),
+}

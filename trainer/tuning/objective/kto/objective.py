@@ -1,0 +1,142 @@
+"""KTO: labelled answers; desired ones shall become likelier than by the reference, and undesired ones less likely.
+
+With x a prompt, y its answer, p the model, q the reference (the base without what learns) and s the logistic function, the loss of
+an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the constant that makes the best loss 0)
+
+    r(x, y) = log p(y|x) / q(y|x)
+    desired     desirable_weight   * (1 - s(beta (r(x, y) - z0)))
+    undesired   undesirable_weight * (1 - s(beta (z0 - r(x, y))))
+    z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
+
+and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings its prompt
+with another row's answer (trainer/data/render/labelled.py). It is a mean over the whole global batch that every loss depends on, so it is found in a
+survey before the first loss: it is the same whatever the ranks, the accumulation and the packing. An evaluation takes it over all of its data.
+
+The survey passes through the reference, for both kinds of answers, and through the model without dropout for the mismatched ones; it hands log q(y|x)
+on to the loss, whose pass is over the labelled answers alone. In tokens that is as much work as next-token training on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.config.registry import without_defaults
+from trainer.config.section import part
+from trainer.tuning.method import Method
+from trainer.tuning.objective.answers import read_segments
+from trainer.tuning.objective.kto.settings import KtoSettings
+from trainer.tuning.objective.objective import Objective, Survey
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+
+
+class Kto:
+    """The formulas of the module's docstring. A reward is beta r(x, y)."""
+
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    formats: Collection[str] = ("labelled",)
+    reads_reference: bool = True
+    unit: str = "answers"
+    measures: Sequence[str] = (
+        "reward_desired",  # the mean over the desired answers, as the next over the others
+        "reward_undesired",
+        "reward_margin",
+        "kl",  # z0, in nats an answer
+        "log_ratio",  # the mean of r over all answers, in nats an answer
+        "length_desired",  # trained tokens
+        "length_undesired",
+    )
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        self._beta = _DEFAULTS["beta"] if given.beta is None else given.beta
+        own = part(given, KtoSettings)
+        self._weights = own.desirable_weight, own.undesirable_weight
+        self._method = method
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        weights = dict(zip(("desirable_weight", "undesirable_weight"), self._weights, strict=True))
+        return without_defaults({"name": "kto", "beta": self._beta, **weights}, self.defaults)
+
+    def mismatches(self) -> list[str]:
+        return []
+
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.documents)
+
+    @property
+    def survey(self) -> Survey:
+        return Survey(4, 0.5, self._survey)
+
+    def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""
+        import torch
+
+        base = batch.reference
+        if base is None:
+            with self._method.switched_off(model.model):
+                base = self.reference(model, batch)
+        mismatched = read_segments(model, batch.part("mismatched")).log_p[: len(batch.mismatched)]
+        desired = batch.desired.sum()
+        counts = (
+            torch.full((), len(mismatched), dtype=base.dtype, device=base.device),
+            desired.float(),
+            (len(batch.desired) - desired).float(),
+        )
+        ratio = (mismatched - base[_owners(batch), 1]).sum()
+        return torch.cat([torch.stack([ratio, *counts]), base[:, 0]])
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """The labelled answer of each document, and the mismatched one behind it, 0 where there is none."""
+        import torch
+
+        log_p = read_segments(model, batch).log_p
+        mismatched = torch.zeros(len(batch.beginnings), device=log_p.device)
+        mismatched[_owners(batch)] = log_p[batch.mismatched]
+        return torch.stack([log_p[batch.beginnings], mismatched], dim=1)
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        assert batch.survey is not None
+        ratios, mismatched, desired, undesired = batch.survey[:4]
+        answers = read_segments(model, batch.part("beginnings"))
+        ratio = answers.log_p[: len(batch.beginnings)] - batch.survey[4:]
+        z0 = (ratios / mismatched.clamp(min=1)).clamp(min=0)
+        gain = self._beta * (ratio - z0)
+        for_desired, for_undesired = self._weights
+        losses = torch.where(batch.desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
+
+        # A mean over one kind of answers, as a mean over all of them: the step's sums are divided by the number of all.
+        total = desired + undesired
+        of_desired = batch.desired * total / desired.clamp(min=1)
+        of_undesired = ~batch.desired * total / undesired.clamp(min=1)
+        rewards, lengths = self._beta * ratio.detach(), answers.tokens[: len(batch.beginnings)]
+        reward_desired, reward_undesired = (rewards * of_desired).sum(), (rewards * of_undesired).sum()
+        measures = (
+            reward_desired,
+            reward_undesired,
+            reward_desired - reward_undesired,
+            z0 * len(ratio),
+            ratio.detach().sum(),
+        )
+        return torch.stack([losses.sum(), *measures, (lengths * of_desired).sum(), (lengths * of_undesired).sum()])
+
+
+def _owners(batch: MicroBatch) -> Tensor:
+    """The number in the row of the document that each mismatched answer is in, (mismatched,) int64."""
+    import torch
+
+    return torch.searchsorted(batch.beginnings, batch.mismatched, right=True) - 1
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}

@@ -1,0 +1,185 @@
+"""The interface of an objective, and how one is found by its name in `objective.name`.
+
+An objective is one file in this folder, or the `objective.py` of a folder here, whose `settings.py` may declare settings of its
+own (trainer/config/section.py). A loss over pairs of answers is one file in pairs/losses. `OBJECTIVES` maps each name that `objective.name` may have to a function that
+makes the objective from the section's settings and the run's method. Importing the file loads no torch, as `plan` counts on
+a login node; code that handles tensors imports torch when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from trainer.config import Config, ObjectiveSettings
+from trainer.config.data import most_segments
+from trainer.config.objective import HEADS
+from trainer.config.registry import chosen, kinds, refuse_unread
+from trainer.tuning import objective as folder
+from trainer.tuning.method import Method, base_trained_by, method_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Something to find over the whole global batch before the first loss of a step, which the losses depend on.
+
+    `look` maps the model and a row to (sums + k,) fp32, without a graph and without dropout: `sums` sums of the row, and behind them any k figures
+    that the loss of the same row wants to have again. It passes `share` of a row's tokens through the model, and leaves the others to the loss. All micro-batches of the step are looked at first; `MicroBatch.survey` is
+    then what was found in its row, with the sums over the global batch in place of the row's. As with a loss, one call may call
+    the model several times.
+    """
+
+    sums: int
+    share: float
+    look: Callable[[PackedModel, MicroBatch], Tensor]
+
+
+class Objective(Protocol):
+    """Something to minimise, with the settings of one run: the sum of the loss over the sum of `weight`, both over all rows
+    of the global batch."""
+
+    @property
+    def settings(self) -> Collection[str]:
+        """The settings of the section `objective` that it reads. A value for any other is refused, as it would be ignored."""
+        ...
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The meaning of a key that an identity lacks; see `trainer.tuning.method.Method.defaults`."""
+        ...
+
+    @property
+    def formats(self) -> Collection[str]:
+        """The kinds of rows that it can learn from; see `RowFormat.kind` in trainer/data/format/row_format.py."""
+        ...
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss compares with the base without what learns, by the values of `reference`; see `reference_of`."""
+        ...
+
+    @property
+    def survey(self) -> Survey | None:
+        """The survey before the losses of a step, for an objective that needs one."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """The thing that `weight` counts, as records name it: targets, pairs or answers."""
+        ...
+
+    @property
+    def measures(self) -> Sequence[str]:
+        """Names of further figures, which records show as means over the global batch beside the loss."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint must share to be continued, as JSON; values as in `defaults` are left out."""
+        ...
+
+    def mismatches(self) -> list[str]:
+        """A sentence for each setting that contradicts another one of the section."""
+        ...
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """The sums of one packed row, fp32 on the model's device: () the loss with its graph; with `measures`, (1 + measures,)
+        the loss and then each of them, without a graph. It calls the model once or more, but always in one call of this
+        function: ZeRO-3's trace of what is gathered begins and ends with it."""
+        ...
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the order of
+        `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in `batch.reference`."""
+        ...
+
+    def weight(self, batch: MicroBatch) -> int:
+        """How much the row counts in the means; 0 for a row of padding. Known without the model."""
+        ...
+
+
+@runtime_checkable
+class Summarised(Objective, Protocol):
+    """An objective whose measures are no means, but figures of so many `sums`, which `loss` returns in the place of the measures."""
+
+    @property
+    def sums(self) -> int: ...
+
+    def summary(self, means: Sequence[float]) -> Sequence[float]:
+        """The measures, by the sums over the global batch, each divided by its weight."""
+        ...
+
+
+def sums_of(objective: Objective) -> int:
+    """The sums that the loss of a row is returned with."""
+    return objective.sums if isinstance(objective, Summarised) else len(objective.measures)
+
+
+def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
+    """The measures by name, of the means of these sums."""
+    figures = objective.summary(means) if isinstance(objective, Summarised) else means
+    return dict(zip(objective.measures, figures, strict=True))
+
+
+def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
+    """Every objective of this folder, by the names that `objective.name` may have."""
+    return kinds(folder, "OBJECTIVES", speaks="objective")
+
+
+def find_objective(config: Config, method: Method | None = None) -> Objective:
+    """The objective that `objective.name` names, for the run's `method`, which is looked up unless it is known.
+
+    Raises:
+        ConfigError: there is none of that name, or a setting has a value that it does not read.
+    """
+    given = config.objective
+    objective = chosen(objectives(), "objective.name", given.name)(given, method or method_of(config))
+    of_reference = ("reference",) if objective.reads_reference else ()
+    refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
+    return objective
+
+
+def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
+    """`objective.reference`, with auto decided; None where the objective reads none."""
+    if not objective.reads_reference:
+        return None
+    if config.objective.reference != "auto":
+        return config.objective.reference
+    return "stored" if method.trains_base or config.tuning.start else "adapter_off"
+
+
+def segments_of(config: Config) -> int:
+    """Segments of a row that one document of the run is, at most; see `Data.segments`. Where the format is yet to be found, the rows
+    may have any that the objective learns from."""
+    if config.data.format != "auto":
+        return config.data.segments
+    return max(map(most_segments, find_objective(config).formats))
+
+
+def objective_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
+    """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
+    name, wrong = config.objective.name, objective.mismatches()
+    if config.data.format != "auto" and config.data.kind not in objective.formats:
+        wrong.append(
+            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
+            f"{' or '.join(objective.formats)}, or choose another objective."
+        )
+    if config.train.sample_every and name in HEADS:
+        wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
+    if reference_of(config, objective, method) == "adapter_off" and method.trains_base:
+        wrong.append(
+            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
+            "switched off. Set it to stored."
+        )
+    elif reference_of(config, objective, method) == "adapter_off" and config.tuning.start:
+        wrong.append(
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
+        )
+    return wrong

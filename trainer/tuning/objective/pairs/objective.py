@@ -1,0 +1,116 @@
+"""Preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one; losses/ has the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.config.registry import kinds, without_defaults
+from trainer.tuning.method import Method
+from trainer.tuning.objective.answers import Answers, counted_once, read_segments
+from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.pairs import losses
+from trainer.tuning.objective.pairs.pair_loss import PairLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_MEASURES = (
+    "reward_chosen",
+    "reward_rejected",
+    "reward_margin",
+    "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
+    "length_chosen",  # trained tokens
+    "length_rejected",
+)
+
+
+def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answers]:
+    """The chosen and the rejected answers of a row, by one pass through the model."""
+    answers, chosen, rejected = read_segments(model, batch), batch.rejected - 1, batch.rejected
+    return (
+        Answers(answers.log_p[chosen], answers.tokens[chosen]),
+        Answers(answers.log_p[rejected], answers.tokens[rejected]),
+    )
+
+
+@dataclass(frozen=True)
+class Preference:
+    """An objective over pairs. The reference is the model with what learns switched off, or stored beforehand."""
+
+    given: ObjectiveSettings  # with the loss's own default where beta is not set
+    pair_loss: PairLoss
+    method: Method
+
+    @property
+    def formats(self) -> Collection[str]:
+        return ("preference",)
+
+    @property
+    def unit(self) -> str:
+        return "pairs"
+
+    @property
+    def settings(self) -> Collection[str]:
+        return tuple(self.pair_loss.defaults)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return {"name": "sft", **self.pair_loss.defaults}
+
+    @property
+    def survey(self) -> Survey | None:
+        return None
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.pair_loss.reads_reference
+
+    @property
+    def measures(self) -> Sequence[str]:
+        return (*_MEASURES, *self.pair_loss.more)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return without_defaults({name: getattr(self.given, name) for name in self.defaults}, self.defaults)
+
+    def mismatches(self) -> list[str]:
+        return self.pair_loss.mismatches(self.given)
+
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.rejected) if batch.first == 0 else 0
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        return torch.stack([side.log_p for side in read_answers(model, batch)], dim=1)
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        reference = batch.reference
+        if self.reads_reference and reference is None:
+            with torch.no_grad(), self.method.switched_off(model.model):
+                reference = self.reference(model, batch)
+        answers = read_answers(model, batch)
+        sides = None if reference is None else reference.T
+        losses, (chosen, rejected), more = self.pair_loss.formula(self.given, answers, sides)
+        lengths = (side.tokens for side in answers)
+        measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *lengths, *more)
+        return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
+
+
+def _make(loss: PairLoss, given: ObjectiveSettings, method: Method) -> Preference:
+    beta = loss.defaults.get("beta") if given.beta is None else given.beta
+    return Preference(given.model_copy(update={"beta": beta}), loss, method)
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
+    name: partial(_make, loss) for name, loss in kinds(losses, "PAIR_LOSSES").items()
+}

@@ -1,0 +1,99 @@
+"""A reward model (Bradley-Terry): of two answers to a prompt the chosen one shall have the higher reward.
+
+The reward of an answer is W h, with h the hidden state of the last token of prompt and answer, and W the head, which has one output.
+With s the logistic function, the loss of a pair is
+
+    -log s(r(c) - r(r) - margin) + center_rewards (r(c) + r(r))^2
+
+and averaged over the pairs of the global batch (arXiv:2204.05862; the second term arXiv:2312.09244, section 2), as in TRL's RewardTrainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.config.registry import without_defaults
+from trainer.config.section import part
+from trainer.tuning.head import WithHead, head_of, outputs
+from trainer.tuning.method import Method
+from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.reward.settings import RewardSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_DEFAULTS = {"margin": 0.0, "center_rewards": 0.0}
+
+
+class Reward:
+    """The formula of the module's docstring."""
+
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    formats: Collection[str] = ("preference",)
+    reads_reference: bool = False
+    survey: Survey | None = None
+    unit: str = "pairs"
+    measures: Sequence[str] = (
+        "reward_chosen",
+        "reward_rejected",
+        "reward_margin",
+        "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
+    )
+
+    def __init__(self, given: ObjectiveSettings, head: WithHead) -> None:
+        own = part(given, RewardSettings)
+        self._margin, self._center, self._head = own.margin, own.center_rewards, head
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        given = {"name": "reward", "margin": self._margin, "center_rewards": self._center}
+        return without_defaults(given, self.defaults)
+
+    def mismatches(self) -> list[str]:
+        return []
+
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.rejected)
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+        from torch.nn.functional import logsigmoid
+
+        places = last_places(batch, self._head.padding)
+        both = torch.cat([places[batch.rejected - 1], places[batch.rejected]])
+        rewards, pairs = outputs(model, batch, both)[:, 0], len(batch.rejected)
+        chosen, rejected = rewards[:pairs], rewards[pairs:]
+        losses = -logsigmoid(chosen - rejected - self._margin) + self._center * (chosen + rejected).square()
+        measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float())
+        return torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)])
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        raise AssertionError("rewards have no reference")
+
+
+def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
+    """(segments,) int64, the last place in each segment of a row whose token is no padding, as transformers' classifiers look for it."""
+    import torch
+
+    sizes = batch.cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(
+        torch.arange(len(sizes), device=sizes.device), sizes, output_size=batch.labels.numel()
+    )
+    numbers = torch.arange(len(owner), device=owner.device)
+    counted = numbers if padding is None else torch.where(batch.input_ids[0] == padding, 0, numbers)
+    return batch.cu_seqlens[:-1].long().scatter_reduce(0, owner, counted, "amax")
+
+
+def _make(given: ObjectiveSettings, method: Method) -> Reward:
+    head = head_of(method)
+    assert head is not None
+    return Reward(given, head)
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": _make}
