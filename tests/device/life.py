@@ -5,6 +5,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,11 +50,11 @@ def _counts(library: str) -> tuple[int, int]:
     return (torch.ops.pretended.operations(), torch.ops.pretended.waits()) if library else (0, 0)
 
 
-def train_without(library: str, config_text: str, fingerprint: str, changes: list[list[str]]) -> dict[str, Any]:
-    """A run of the code in which in each module of `changes` another line is in the place of one, and what it raised."""
+def train_without(library: str, config_text: str, fingerprint: str, change: list[str]) -> dict[str, Any]:
+    """A run of the code where in a module another line is in the place of one, and what it raised."""
     install(Path(library))
-    for module, line, put in changes:
-        _change(import_module(module), line, put)
+    module, line, put = change
+    _change(import_module(module), line, put)
     return _one(library, config_text, fingerprint)
 
 
@@ -64,8 +65,9 @@ def train_untold(library: str, config_text: str, fingerprint: str) -> dict[str, 
     return _one(library, config_text, fingerprint)
 
 
-def joined(library: str) -> str:
-    """The device that the process group was told of as this rank's."""
+def joined(library: str) -> list[Any]:
+    """The device that the process group was told of as this rank's; and a number of every rank, as the host reads it when it has waited for
+    the exchange, and when it has not."""
     install(Path(library))
     told, plain = list[Any](), dist.init_process_group
 
@@ -74,8 +76,10 @@ def joined(library: str) -> str:
         plain(*arguments, **given)
 
     dist.init_process_group = watched
-    ranks.join()
-    return str(*told)
+    here = ranks.join()
+    waited = here.gather(7.0)
+    ranks.mark = lambda device: SimpleNamespace(synchronize=lambda: None)
+    return [str(*told), waited, here.gather(7.0)]
 
 
 def logits(library: str, run: str, step: int, scratches: list[str | None]) -> list[list[float]]:
