@@ -178,6 +178,9 @@ def test_a_content_is_given_in_parts_where_the_template_reads_no_other(template:
     assert not example.left_out
 
 
+LONG = [says("user", "hi"), says("assistant", "yo\nhow are you?")]
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "what"),
     [
@@ -189,6 +192,12 @@ def test_a_content_is_given_in_parts_where_the_template_reads_no_other(template:
         (NO_TEXTS, CALLING, "turn 2: .* calls"),
         (NO_TEXTS.replace("is not string", "is not string and m.role == 'user'"), PLAIN, "turn 2: .* content"),
         ("{% for m in messages %}{{ m.role }}{{ m.text }}<|end|>{% endfor %}", PLAIN, "turn 2: .* content"),
+        ("{% for m in messages %}{{ m.role }}{{ m.content[:5] }}<|end|>{% endfor %}", LONG, "turn 2: .* content"),
+        (
+            "{% for m in messages %}{{ m.role }}{{ m.content.split('\n')[0] }}<|end|>{% endfor %}",
+            LONG,
+            "turn 2: .* content",
+        ),
     ],
 )
 def test_what_the_assistant_says_must_come_out(template: str, messages: list[dict[str, Any]], what: str) -> None:

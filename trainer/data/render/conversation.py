@@ -79,8 +79,9 @@ class Conversation:
             if names:
                 message = _renamed(message, list(names))
             if message["content"].strip():
-                message = {**message, "content": f"{_MARK}{turn}{_MARK}"}
-                marks[message["content"]] = turn, None
+                mark = f"{_MARK}{turn}{_MARK}"  # at the end, as thinking is dropped from the beginning
+                message = {**message, "content": message["content"] + mark}
+                marks[mark] = turn, None
             marks |= {name: (turn, number) for name, number in names.items()}
             others[turn] = message
         try:

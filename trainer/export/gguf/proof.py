@@ -23,7 +23,8 @@ from trainer.export.proof.distributions import distance
 from trainer.export.proof.recoded import half
 from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.verify import Trained, base_directory, directory_of, make_proof, plain_model
+from trainer.export.proof.sides import Trained, base_directory, directory_of, plain_model
+from trainer.export.proof.verify import make_proof
 from trainer.export.write.merged import write_model
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
