@@ -30,9 +30,15 @@ def test_lora_and_rslora_are_taken(settings: dict[str, Any], names: list[str]) -
         ({"peft_type": "IA3"}, [], ["this is IA3"], ["this is IA3"]),
         ({}, ["norm.weight"], ["there is norm.weight"], ["there is norm.weight"]),
         ({"r": 640}, MATRICES, ["largest rank is 512, and this has 640"], []),
-        ({"rank_pattern": {"o_proj": 8}}, MATRICES, ["one rank"], ["one r for all modules"]),
-        ({"rank_pattern": {"o_proj": 16}}, MATRICES, ["one rank"], []),
-        ({}, STACK, ["layout=vllm"], ["layout=vllm"]),
+        ({"rank_pattern": {"o_proj": 8}}, MATRICES, [], ["one r for all modules"]),
+        (
+            {"rank_pattern": {"o_proj": 640}},
+            MATRICES,
+            ["largest rank is 512, and this has 640"],
+            ["one r for all modules"],
+        ),
+        ({"alpha_pattern": {"o_proj": 8}}, MATRICES, [], ["one lora_alpha for all modules"]),
+        ({}, STACK, ["layout=vllm, or start it with --enable-mixed-moe-lora-format"], ["layout=vllm"]),
     ],
     ids=str,
 )
@@ -50,5 +56,5 @@ def test_all_else_is_refused_with_the_reason(
 
 @pytest.mark.parametrize(("rank", "told"), [(16, []), (17, ["vLLM takes it with --max-lora-rank 32."])])
 def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) -> None:
-    settings = LORA | {"r": rank}
+    settings = LORA | {"rank_pattern": {"o_proj": rank}}
     assert remarks(settings, refusals(settings, MATRICES)) == told
