@@ -27,7 +27,6 @@ LINES = {
         "quant.type=nf4",
         "quant.type=fp4",
         "quant.type=int8",
-        "quant.type=int8",
         "quant.type=none",
         "quant.type=stored",
     ],
