@@ -15,6 +15,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)[^)#\s]+")
+_CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_NAME = re.compile(r"[-\w.*]+")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -42,6 +45,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return link[0] if target is None else posixpath.relpath(_place(target), posixpath.dirname(here) or ".")
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Keep the names in tables whole, which a browser would break at their hyphens."""
+    return _CELL.sub(lambda cell: _CODE.sub(_of_whole_names, cell[0]), html)
+
+
+def _of_whole_names(code: re.Match[str]) -> str:
+    return _NAME.sub(r'<span class="whole">\g<0></span>', code[0])
 
 
 def _targets(page: str) -> Iterator[str]:

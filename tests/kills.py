@@ -109,7 +109,8 @@ class Killed:
                 time.sleep(0.02)
             was_at_work = process.poll() is None
             process.kill()
-        deadline = time.monotonic() + SECONDS
+        # Where other work has the processors, what ends takes longer to end.
+        deadline = time.monotonic() + SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         while (left := _alive(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for number in left:

@@ -1,4 +1,4 @@
-"""4-bit weights decoded by table in plain torch: an independent reference, as on a CPU bitsandbytes 0.50 misreads matrices whose
+"""Weights in 4 and 8 bits decoded by table in plain torch: an independent reference, as on a CPU bitsandbytes 0.50 misreads matrices whose
 rows are not whole blocks."""
 
 from typing import Any
@@ -20,14 +20,26 @@ def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
         assert state.offset is not None
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
     pairs = packed.view(-1).view(torch.uint8)
-    numbers = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[: state.shape.numel()].int()
+    halves = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)
+    numbers = (halves if len(state.code) == 16 else pairs)[: state.shape.numel()].int()
     scales = absmax.repeat_interleave(state.blocksize)[: len(numbers)]
     return (state.code[numbers] * scales).to(state.dtype).view(state.shape)
 
 
 def dequantized(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double: bool = False) -> Tensor:
     """`weight` as it is after bitsandbytes has quantized it, in its own type."""
-    return decoded(*bnb.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double))
+    return decoded(*quantized(weight, quant_type, block_size, double))
+
+
+def quantized(
+    weight: Tensor, quant_type: str, block_size: int = 64, double: bool = False
+) -> tuple[Tensor, bnb.QuantState]:
+    """What bitsandbytes makes of `weight`: its codes, and what decodes them."""
+    if quant_type == "int8":
+        packed, state = bnb.quantize_blockwise(weight.flatten(), code=bnb.create_linear_map(), blocksize=block_size)
+        state.shape, state.dtype = weight.shape, weight.dtype
+        return packed, state
+    return bnb.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double)
 
 
 def decode_layers(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -63,8 +64,8 @@ def run_smoke(
             with _store(life), life.ray(given):
                 config = life.material(given, making, overrides, layers)
                 life.plan(config)
-                life.train(config)
-                life.export()
+                # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so may one run a GPU's.
+                life.prove(config, together=given is None and not local_gpus())
         except CapstanError as error:
             life.result.error, life.result.exit_code = str(error), error.exit_code
     life.result.seconds = round(time.monotonic() - started, 1)
@@ -125,6 +126,10 @@ class _Life:
         )
         directory.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def runs(self) -> Store:
+        return open_store(self.store_uri)
+
     @contextmanager
     def phase(self, what: str, total: int = 1) -> Iterator[TaskID]:
         task, started = self.progress.add_task(what, total=total, steps=""), time.monotonic()
@@ -182,28 +187,45 @@ class _Life:
         if shortfalls:
             raise DoesNotFit("\n".join(shortfalls))
 
-    def train(self, config: Config) -> None:
-        """The undisturbed run, the killed one, and its resumption."""
-        store, result = open_store(self.store_uri), self.result
-        reference, run = store.sub("undisturbed"), store.sub("smoke")
-        with self.phase("an undisturbed run, to compare with", STEPS) as task:
-            self.follow(self.begin("launcher.cli", "train", self.file(config, "undisturbed")), reference, 1, task)
-        with self.phase("the run, killed (-9) in the middle", STEPS) as task:
-            result.killed_at_step = self.kill(
-                self.begin("launcher.cli", "train", self.file(config, "smoke")), run, task
-            )
-        before = read_generation(run, 1)
-        result.world_before, result.device = before["start"][0]["world_size"], before["start"][0]["device"]
-        # Single steps are of different rows, so their losses say little: the mean of several does.
-        result.loss_first = mean(record["loss"] for record in before["step"][:COMMIT_EVERY])
-        ranks = max(1, before["start"][0]["world_size"] // 2)
-        with self.phase(f"resumed on {ranks} rank{'s' if ranks > 1 else ''}", STEPS) as task:
-            changes = [f"cluster.workers={ranks}", f"sharding.sequence_parallel={_shared(config, ranks)}"]
-            self.follow(self.begin("launcher.cli", "resume", run.uri, *changes), run, 2, task)
+    def prove(self, config: Config, *, together: bool) -> None:
+        """The undisturbed run, the killed one, its resumption and its export; `together`: the first beside the others."""
+        what = f"an undisturbed run{' beside the others' if together else ''}, to compare with"
+        with (
+            ThreadPoolExecutor(1) as pool,
+            self.begin("launcher.cli", "train", self.file(config, "undisturbed")) as command,
+        ):
+            undisturbed = pool.submit(self.follow, command, self.runs.sub("undisturbed"), 1, what)
+            if not together:
+                undisturbed.result()
+            self.interrupt(config)
+            self.export()
+            undisturbed.result()
+        self.compare()
+
+    def interrupt(self, config: Config) -> None:
+        """The run that is killed, and its resumption on another world size."""
+        run, result = self.runs.sub("smoke"), self.result
+        with (
+            self.phase("the run, killed (-9) in the middle", STEPS) as task,
+            self.begin("launcher.cli", "train", self.file(config, "smoke")) as command,
+        ):
+            result.killed_at_step = self.kill(command, run, task)
+        start = read_generation(run, 1)["start"][0]
+        result.world_before, result.device = start["world_size"], start["device"]
+        ranks = max(1, start["world_size"] // 2)
+        changes = [f"cluster.workers={ranks}", f"sharding.sequence_parallel={_shared(config, ranks)}"]
+        with self.begin("launcher.cli", "resume", run.uri, *changes) as command:
+            self.follow(command, run, 2, f"resumed on {ranks} rank{'s' if ranks > 1 else ''}")
+
+    def compare(self) -> None:
+        """The resumed run with the undisturbed one."""
+        run, result = self.runs.sub("smoke"), self.result
         after = read_generation(run, 2)
         result.world_after, result.resumed_at_step = after["start"][0]["world_size"], after["start"][0]["step"]
-        undisturbed = {record["step"]: record["loss"] for record in read_generation(reference, 1)["step"]}
-        resumed = {record["step"]: record["loss"] for record in after["step"]}
+        undisturbed = {step["step"]: step["loss"] for step in read_generation(self.runs.sub("undisturbed"), 1)["step"]}
+        resumed = {step["step"]: step["loss"] for step in after["step"]}
+        # Single steps are of different rows, so their losses say little: the mean of several does.
+        result.loss_first = mean(step["loss"] for step in read_generation(run, 1)["step"][:COMMIT_EVERY])
         result.steps, result.loss_last = max(resumed), mean(list(resumed.values())[-COMMIT_EVERY:])
         result.resume_loss_gap = max(abs(loss - undisturbed[step]) for step, loss in resumed.items())
         result.checkpoints = len(committed_steps(run))
@@ -225,9 +247,9 @@ class _Life:
     def begin(self, module: str, *arguments: str) -> Command:
         return Command(self.directory / "smoke.log", module, *arguments)
 
-    def follow(self, command: Command, folder: Store, generation: int, task: TaskID) -> None:
+    def follow(self, command: Command, folder: Store, generation: int, what: str) -> None:
         """Show the steps of `folder` until its process ends, which must be well."""
-        with command:
+        with self.phase(what, STEPS) as task:
             while command.runs():
                 self.show(task, read_generation(folder, generation))
         command.check()
@@ -240,16 +262,15 @@ class _Life:
 
     def kill(self, command: Command, folder: Store, task: TaskID) -> int:
         """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
-        with command:
-            while command.runs():
-                metrics = read_generation(folder, 1)
-                self.show(task, metrics)
-                if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
-                    for pid in metrics["start"][0]["pids"]:
-                        os.kill(pid, signal.SIGKILL)
-                    break
-            else:
-                raise CapstanError(f"the run to be killed ended by itself: {command.last_words()}")
+        while command.runs():
+            metrics = read_generation(folder, 1)
+            self.show(task, metrics)
+            if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
+                for pid in metrics["start"][0]["pids"]:
+                    os.kill(pid, signal.SIGKILL)
+                break
+        else:
+            raise CapstanError(f"the run to be killed ended by itself: {command.last_words()}")
         return _newest_step(read_generation(folder, 1))
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, split
+from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, source_files, split
 from launcher.view.console import Terminal
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
@@ -52,7 +52,7 @@ class Sizes:
     intermediate: int = 704
     layers: int = 4
     steps: int = 24
-    batch: int = 8
+    batch: int = 4
     sequence_length: int = 128
 
 
@@ -265,7 +265,7 @@ def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    losses = _pretrain(model, _tokens(tokenizer, source_code(), sizes), sizes)
+    losses = _pretrain(model, _tokens(tokenizer, source_files(), sizes), sizes)
 
     model.bfloat16()
     model.generation_config = GenerationConfig(
@@ -278,15 +278,15 @@ def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
     return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def _tokens(tokenizer: Any, texts: list[str], sizes: Sizes) -> Any:
-    """(steps, batch, sequence_length + 1) int64: the texts in a seeded order, as much of them as the steps read."""
+def _tokens(tokenizer: Any, files: list[Path], sizes: Sizes) -> Any:
+    """(steps, batch, sequence_length + 1) int64: the modules in a seeded order, as much of them as the steps read."""
     import torch
 
     needed = sizes.steps * sizes.batch * (sizes.sequence_length + 1)
     stream: list[int] = []
     while len(stream) < needed:
-        for index in torch.randperm(len(texts)).tolist():
-            stream += tokenizer.encode(texts[index][:_LONGEST_CODE], add_special_tokens=False)
+        for index in torch.randperm(len(files)).tolist():
+            stream += tokenizer.encode(source_code(files[index])[:_LONGEST_CODE], add_special_tokens=False)
             if len(stream) >= needed:
                 break
     return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)

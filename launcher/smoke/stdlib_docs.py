@@ -95,14 +95,15 @@ def _docstring(thing: Any) -> str:
     return text if len(text) >= SHORTEST and " at 0x" not in text else ""
 
 
-def source_code() -> list[str]:
-    """The library's modules without their docstrings: a base that has read the code is yet to learn to explain it."""
-    modules = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        modules.append(ast.unparse(tree))
-    return modules
+def source_files() -> list[Path]:
+    return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+
+
+def source_code(path: Path) -> str:
+    """A module without its docstrings: a base that has read the code is yet to learn to explain it."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

@@ -1,5 +1,6 @@
 """Two ranks of this machine, which their driver starts and watches itself."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
 from trainer.config import dump_config
+from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -34,3 +36,27 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(tmp_path: Path):
     undisturbed = workshop.config("undisturbed", *settings, "checkpoint.every_steps=5")
     launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     assert losses(run, 1, 2) == losses(workshop.store.sub("undisturbed"), 1)
+
+
+def test_a_run_stops_while_its_data_is_compiled_and_while_it_saves(tmp_path: Path):
+    workshop = Workshop(tmp_path)
+    run = open_store(str(tmp_path / "store")).sub("stopped")
+
+    # Its data takes some seconds: nothing is there to be committed, and the name is free again.
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps({"prompt": "p " * 40, "completion": "c " * 40}) + "\n") * 50_000)
+    with Driver(tmp_path, "train", write(tmp_path, workshop, "stopped", f"data.train=[{{path: {many}}}]")) as driver:
+        driver.wait_for_words("compiling train data")
+        driver.signal(signal.SIGTERM)
+        assert driver.end() == 7, driver.log.read_text()
+        assert "nothing is committed" in driver.last_line("capstan: ")
+    assert not run.exists("config.yaml")
+
+    with Driver(tmp_path, "train", write(tmp_path, workshop, "stopped", "checkpoint.every_steps=1")) as driver:
+        pids = driver.wait_for(run, 1, step=12)["start"][0]["pids"]
+        driver.signal(signal.SIGUSR1)
+        assert driver.end() == 75, driver.log.read_text()
+    assert "on request" in read_status(run).reason
+    assert committed_steps(run)[0] == read_status(run).step >= 12
+    assert not run.exists("STOP")  # a signal's request ends with the process that got it
+    assert not any(map(alive, pids))

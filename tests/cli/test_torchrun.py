@@ -1,16 +1,21 @@
 """`capstan train` as the ranks of torchrun: one of them compiles the data, one speaks."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.conftest import ENVIRONMENT
 from tests.cli.test_resume import alone
 from tests.forked import run_command
+from trainer.processes.guard import family
 
 TIMEOUT = 300.0
 
@@ -30,12 +35,33 @@ def test_two_ranks_wait_for_the_data_and_print_one_status(config: Path, tmp_path
 
 
 @pytest.mark.long
-def test_so_do_the_ranks_that_torchrun_starts(config: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+def test_so_do_the_ranks_that_torchrun_starts_and_nothing_listens_where_others_reach_it(
+    config: Path, tmp_path: Path
+) -> None:
+    """By the options of docs/networking.md, without which the agent listens at every address."""
+    alone = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *alone, "--nproc-per-node", "2", "--no-python"]
     command = [*torchrun, sys.executable, "-m", "launcher.cli", "train", str(config), "train.steps=3", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert_one_status(done.stdout)
+    mark = f"CAPSTAN_TEST_{os.getpid()}"
+    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", mark: "1"}
+    at = set[str]()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as running:
+        reader = ThreadPoolExecutor(1).submit(running.communicate, timeout=TIMEOUT)
+        while not reader.done():
+            at |= {address for process in family(f"{mark}=1".encode()) for address in listening(process)}
+            time.sleep(0.2)
+        said, _ = reader.result()
+    assert running.returncode == 0
+    assert_one_status(said)
+    assert at == {"127.0.0.1"}
+
+
+def listening(process: int) -> set[str]:
+    """The addresses at which a process listens."""
+    with suppress(psutil.Error):
+        connections = psutil.Process(process).net_connections("inet")
+        return {one.laddr.ip.removeprefix("::ffff:") for one in connections if one.status == psutil.CONN_LISTEN}
+    return set()
 
 
 def assert_one_status(said: str) -> None:

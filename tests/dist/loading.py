@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import deepspeed
 import torch
 from safetensors.torch import save_file
@@ -15,7 +14,7 @@ from tests import material
 from tests.dist.assembled import assemble_run
 from tests.dist.runs import outcome_of
 from tests.experts import multiply_expert_by_expert
-from tests.nf4 import decode_layers, decoded, dequantized
+from tests.nf4 import decode_layers, decoded, dequantized, quantized
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
@@ -73,9 +72,7 @@ def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
     """How the packed bytes differ from bitsandbytes' of each of the `matrices` (slices, outputs, inputs)."""
     quant, theirs = config.quant, dict[str, list[Tensor]]()
     for matrix in matrices:
-        packed, state = bnb.quantize_4bit(
-            matrix, blocksize=quant.block_size, quant_type=quant.type, compress_statistics=quant.double
-        )
+        packed, state = quantized(matrix, quant.type, quant.block_size, quant.double)
         found = {"weight": packed.view(-1), "dequantized": decoded(packed, state)[None], "absmax": state.absmax}
         if quant.double:
             assert state.state2 is not None
@@ -184,7 +181,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
     facts = []
     for base in bases:
         quantization: dict[str, Any] = {}  # with None given, transformers forgets that a base came quantized
-        if quant_type != "none":
+        if quant_type not in ("none", "int8"):
             quantization["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=quant_type,
@@ -200,6 +197,8 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         )
         if quantization:
             _quantize_experts(model, quant_type, double)
+        if quant_type == "int8":
+            _quantize_layers(model)
         decode_layers(model)
         with torch.no_grad():
             logits = model(input_ids=probe(), use_cache=False).logits
@@ -207,6 +206,15 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
         buffers = {n: [str(b.dtype), b.double().sum().item()] for n, b in model.named_buffers() if "rotary" in n}
         facts.append({"buffers": buffers})
     return facts
+
+
+def _quantize_layers(model: Any) -> None:
+    """bitsandbytes' whole numbers in the decoder layers' matrices, experts among them: transformers has none with a scale a block."""
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim == 3 or (isinstance(module, torch.nn.Linear) and ".layers." in name and parameter.ndim == 2):
+            for matrix in parameter.data.view(-1, *parameter.shape[-2:]):
+                matrix.copy_(dequantized(matrix, "int8"))
 
 
 def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:

@@ -27,9 +27,15 @@ QUANTS = [
         ("nf4", 128, "true"),
         ("fp4", 64, "true"),
         ("fp4", 128, "false"),
+        ("int8", 64, "false"),
     ]
 ]
-STORED: dict[str, tuple[str, bool]] = {"nf4": ("nf4", False), "fp4-double": ("fp4", True), "none": ("none", False)}
+STORED: dict[str, tuple[str, bool]] = {
+    "nf4": ("nf4", False),
+    "fp4-double": ("fp4", True),
+    "int8": ("int8", False),
+    "none": ("none", False),
+}
 # One base of each architecture: the other kinds are a Llama of special sizes.
 ONE_OF_EACH = tuple(kind for kind in KINDS if kind not in ("llama-tied", "ragged", "speck"))
 
@@ -53,6 +59,7 @@ CASES = {
     "2-ranks-nf4": Case(2, None, "nf4"),
     "3-ranks-fp4-double": Case(3, None, "fp4-double"),
     "2-ranks-none": Case(2, None, "none"),
+    "3-ranks-int8": Case(3, None, "int8", ("llama", "mixtral", "ragged")),
     "4-ranks-nf4": Case(4, None, "nf4", ONE_OF_EACH),
     "1-node-of-1-nf4": Case(1, 1, "nf4", ONE_OF_EACH),
     "2-nodes-of-1-nf4": Case(2, 1, "nf4", ONE_OF_EACH),

@@ -2,7 +2,9 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -26,87 +28,84 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 STEPS = 16
 
 
-@pytest.fixture(autouse=True)
-def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting in SMALL:
-        monkeypatch.setattr(*setting)
+class Ahead(NamedTuple):
+    """A run on data that was compiled before it, and the steps that the first of its chapters is enough for."""
+
+    data: Path
+    run: Store
+    enough: int
 
 
-def ahead(workshop: Workshop, folder: Path, data: Path) -> tuple[Store, int]:
-    """The run on data that was compiled before; and the steps that its first chapter is enough for."""
-    config = workshop.config(
-        "ahead", f"run.store={folder / 'ahead'}", f"data.train=[{{path: {data}}}]", f"train.steps={STEPS}"
-    )
+@pytest.fixture(scope="module")
+def ahead(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
+    folder = tmp_path_factory.mktemp("ahead")
+    data = make_data(folder / "rows.jsonl", documents=200)
+    config = workshop.config("ahead", f"run.store={folder}", f"data.train=[{{path: {data}}}]", f"train.steps={STEPS}")
     store = open_store(config.run.store)
-    datasets = prepare(config, resolve_base(config.model), store)
-    launch(2, runs.run, dump_config(config), datasets.train)
-    first = open_chapter(store, datasets.train, 0)
-    assert first.manifest.chapters > 2
-    plan = EpochPlan(first.offsets, first.blocks, first.block_sources, train_order(config), epoch=0)
-    return store.sub("ahead"), sum(plan.count_bins()) // config.train.global_batch
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for setting in SMALL:
+            monkeypatch.setattr(*setting)
+        datasets = prepare(config, resolve_base(config.model), store)
+        launch(2, runs.run, dump_config(config), datasets.train)
+        first = open_chapter(store, datasets.train, 0)
+        assert first.manifest.chapters > 2
+        plan = EpochPlan(first.offsets, first.blocks, first.block_sources, train_order(config), epoch=0)
+        enough = sum(plan.count_bins()) // config.train.global_batch
+        assert 2 < enough < STEPS
+        yield Ahead(data, store.sub("ahead"), enough)
 
 
-def held(workshop: Workshop, address: str, folder: Path, data: Path, step: int, command: str = "train") -> Driver:
+def held(workshop: Workshop, folder: Path, data: Path, step: int, *settings: str, command: str = "train") -> Driver:
     """A run on data not yet compiled; after the first chapter the compilation waits until `step`."""
-    settings = (
-        f"cluster.ray.address={address}",
-        f"run.store={folder / 'store'}",
-        f"data.train=[{{path: {data}}}]",
-        f"train.steps={STEPS}",
-    )
-    config = write(folder, workshop, "held", *settings)
-    what = [config] if command == "train" else ["held", "--store", str(folder / "store")]
-    arguments = (str(folder / "store" / "held"), str(step), command, *what)
+    store = folder / "store"
+    settings = (*settings, f"run.store={store}", f"data.train=[{{path: {data}}}]", f"train.steps={STEPS}")
+    what = [write(folder, workshop, "held", *settings)] if command == "train" else ["held", "--store", str(store)]
+    arguments = (str(store / "held"), str(step), command, *what)
     here = {"PYTHONPATH": str(Path(__file__).parents[2])}
     return Driver(folder, *arguments, environment=here, module="tests.ray.held_compilation")
 
 
 def test_training_begins_with_the_first_chapter_and_goes_on_as_on_data_compiled_ahead(
-    workshop: Workshop, address: str, tmp_path: Path
+    workshop: Workshop, address: str, tmp_path: Path, ahead: Ahead
 ):
-    data = make_data(tmp_path / "rows.jsonl", documents=200)
-    expected, enough = ahead(workshop, tmp_path, data)
-    assert 2 < enough < STEPS
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, address, tmp_path, data, step=enough) as driver:
+    with held(workshop, tmp_path, ahead.data, ahead.enough, f"cluster.ray.address={address}") as driver:
         assert driver.end() == 0, driver.log.read_text()
     assert "chapter 2 of the training data is compiled" in driver.log.read_text()
-    assert losses(run, 1) == losses(expected, 1)
+    assert losses(run, 1) == losses(ahead.run, 1)
     assert [step["samples"] for step in steps(run, 1).values()] == [
-        step["samples"] for step in steps(expected, 1).values()
+        step["samples"] for step in steps(ahead.run, 1).values()
     ]
 
 
+# The driver does the same with a cluster and without one, which starts in a third of the time.
 def test_a_run_that_waits_for_a_chapter_stops_with_a_commit_and_goes_on(
-    workshop: Workshop, address: str, tmp_path: Path
+    workshop: Workshop, tmp_path: Path, ahead: Ahead
 ):
-    data = make_data(tmp_path / "rows.jsonl", documents=200)
-    expected, enough = ahead(workshop, tmp_path, data)
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, address, tmp_path, data, step=STEPS) as driver:
-        driver.wait_until(run, 1, lambda _: enough in steps(run, 1), f"step {enough}")
+    with held(workshop, tmp_path, ahead.data, step=STEPS) as driver:
+        driver.wait_until(run, 1, lambda _: ahead.enough in steps(run, 1), f"step {ahead.enough}")
         driver.signal(signal.SIGTERM)
         assert driver.end() == 75, driver.log.read_text()
-    assert committed_steps(run)[0] == max(steps(run, 1)) == enough
+    assert committed_steps(run)[0] == max(steps(run, 1)) == ahead.enough
     assert read_status(run).state == "stopped"
-    with held(workshop, address, tmp_path, data, step=enough, command="resume") as driver:
+    with held(workshop, tmp_path, ahead.data, step=ahead.enough, command="resume") as driver:
         assert driver.end() == 0, driver.log.read_text()
-    assert losses(run, 1, 2) == losses(expected, 1)
+    assert losses(run, 1, 2) == losses(ahead.run, 1)
 
 
 def test_a_bad_row_in_a_later_chapter_ends_the_run_with_its_sentence_and_a_commit(
-    workshop: Workshop, address: str, tmp_path: Path
+    workshop: Workshop, tmp_path: Path, ahead: Ahead
 ):
-    data = make_data(tmp_path / "rows.jsonl", documents=200)
-    _, enough = ahead(workshop, tmp_path, data)
-    lines = data.read_text().splitlines()
+    lines = ahead.data.read_text().splitlines()
     lines[150] = json.dumps({"prompt": "the ant"})
+    data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines))
     run = open_store(str(tmp_path / "store" / "held"))
-    with held(workshop, address, tmp_path, data, step=enough) as driver:
+    with held(workshop, tmp_path, data, step=ahead.enough) as driver:
         assert driver.end() == 3, driver.log.read_text()
     assert "rows.jsonl:151: no field 'completion'" in driver.last_line("capstan: ")
-    assert committed_steps(run)[0] == max(steps(run, 1)) >= enough
+    assert committed_steps(run)[0] == max(steps(run, 1)) >= ahead.enough
     status = read_status(run)
     assert status.state == "failed"
     assert "rows.jsonl:151: no field 'completion'" in status.reason

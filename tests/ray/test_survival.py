@@ -52,11 +52,9 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
             # A rank is frozen.
             second = driver.wait_for(run, 2, step=16)["start"][0]
             os.kill(second["pids"][1], signal.SIGSTOP)
-            frozen = time.monotonic()
 
             # A machine is lost for good: its raylet is killed, which ends its ranks.
             third = driver.wait_for(run, 3, step=26)["start"][0]
-            assert time.monotonic() - frozen < 120
             assert not alive(second["pids"][1])
             lost = cluster.list_all_nodes()[-1]
             cluster.remove_node(lost, allow_graceful=False)

@@ -1,6 +1,7 @@
 """A base that cannot be trained is refused before any rank starts, with the setting, the numbers and the way out."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,11 @@ from trainer.base.find.check import check_base, check_weights
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
-from trainer.config import Tuning, override
+from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
+from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError
-from trainer.export.proof import plain
+from trainer.export.proof.in_transformers import plain
 from trainer.model.attention import Attention
 from trainer.tuning.method import find_method
 
@@ -50,6 +52,24 @@ def edit(path: Path, **values: object) -> None:
 def test_a_sound_base_passes(workshop: Workshop, base: Path) -> None:
     check(workshop, base)
     assert tokenizer_size(base, str(base)) == 259
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.json", "additional_chat_templates/tool_use.jinja"])
+def test_a_pipe_or_a_device_among_its_files_is_refused_and_not_waited_for(base: Path, name: str) -> None:
+    file = base / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(file)
+        with pytest.raises(ConfigError, match=f"model.base: .*{name} cannot be read: it is no file, but a pipe"):
+            resolve_base(Model(base=str(base)))
+        file.unlink()
+
+
+def test_so_is_a_template_that_is_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "own.jinja")
+    with pytest.raises(ConfigError, match="data.template: .* cannot be read: it is no file, but a pipe"):
+        template_text(Data.model_validate({"train": [{"path": "x"}], "template": str(tmp_path / "own.jinja")}))
 
 
 def test_packing_is_refused_where_documents_would_see_each_other(workshop: Workshop, base: Path) -> None:

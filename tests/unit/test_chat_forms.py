@@ -178,6 +178,9 @@ def test_a_content_is_given_in_parts_where_the_template_reads_no_other(template:
     assert not example.left_out
 
 
+LONG = [says("user", "hi"), says("assistant", "yo\nhow are you?")]
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "what"),
     [
@@ -189,6 +192,12 @@ def test_a_content_is_given_in_parts_where_the_template_reads_no_other(template:
         (NO_TEXTS, CALLING, "turn 2: .* calls"),
         (NO_TEXTS.replace("is not string", "is not string and m.role == 'user'"), PLAIN, "turn 2: .* content"),
         ("{% for m in messages %}{{ m.role }}{{ m.text }}<|end|>{% endfor %}", PLAIN, "turn 2: .* content"),
+        ("{% for m in messages %}{{ m.role }}{{ m.content[:5] }}<|end|>{% endfor %}", LONG, "turn 2: .* content"),
+        (
+            "{% for m in messages %}{{ m.role }}{{ m.content.split('\n')[0] }}<|end|>{% endfor %}",
+            LONG,
+            "turn 2: .* content",
+        ),
     ],
 )
 def test_what_the_assistant_says_must_come_out(template: str, messages: list[dict[str, Any]], what: str) -> None:
@@ -207,6 +216,21 @@ def test_a_row_of_which_no_end_is_trained_says_so(template: str, end: str) -> No
     assert end in encoded(template, PLAIN)[1].left_out
     assert "end of turn" not in encoded(template, PLAIN, train_on={"end": False})[1].left_out
     assert not encoded("qwen2_5", PLAIN)[1].left_out
+
+
+# As those of Phi-3 and Phi-4: a token of its own ends a conversation, behind that of the last turn.
+CLOSED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<|start|>{{ c.function.name }}{% endfor %}<|end|>"
+    "{{ gap }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_turn_ends_with_its_own_token_where_another_ends_the_conversation(gap: str) -> None:
+    template = f"{{% set gap = {gap!r} %}}{CLOSED}"
+    assert trained(template, PLAIN) == ["yo<|end|>", f"ciao<|end|>{gap}</s>"]
+    asked = {**RESULT, "role": "user"}  # <|user|> is a token too
+    assert trained(template, [PLAIN[0], calls(None, "f"), asked, PLAIN[3]])[0] == "<|start|>f<|end|>"
 
 
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:

@@ -67,15 +67,27 @@ def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("parent", "first", "ends"),
-    [(1, b"/sbin/init\0", True), (1, b"/usr/bin/python3\0/bin/torchrun\0", False), (7, b"/sbin/init\0", False)],
+    ("parent", "ends"),
+    [
+        (
+            {"environ": b"HOME=/root\0", "maps": b"/usr/lib/systemd/libsystemd.so\n"},
+            True,
+        ),  # one that takes orphans over
+        ({"environ": b"HOME=/root\0", "maps": b"/lib/torch/lib/libtorch_cpu.so\n"}, False),  # the agent
+        (
+            {"environ": b"TORCHELASTIC_RUN_ID=0\0", "maps": b"/usr/bin/bash\n"},
+            False,
+        ),  # a script between it and the rank
+        ({}, False),  # outside of the container
+    ],
 )
 def test_a_rank_whose_agent_was_killed_while_it_started_ends(
-    monkeypatch: pytest.MonkeyPatch, parent: int, first: bytes, ends: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: dict[str, bytes], ends: bool
 ) -> None:
+    for name, content in parent.items():
+        (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(children.leash, "tie", lambda: None)
-    monkeypatch.setattr(children.os, "getppid", lambda: parent)
-    monkeypatch.setattr(children.Path, "read_bytes", lambda path: first)
+    monkeypatch.setattr(children, "Path", lambda _: tmp_path)
     children.end_with_agent()  # without one nothing happens
     for name in ("TORCHELASTIC_RUN_ID", "RANK"):
         monkeypatch.setenv(name, "0")

@@ -3,17 +3,26 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from tests.material import Workshop, commit, make_data
 from trainer.config import Train, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.micro_batch import Position
 from trainer.data.order.stream import train_stream
+from trainer.processes.ranks import Ranks
 from trainer.run import layout
+from trainer.run.metrics import Metrics
 from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.zero.clock import Clock
 from trainer.train.horizon import Horizon, horizon_of
+from trainer.train.loop import Training, train
+from trainer.tuning.objective.objective import find_objective
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +158,71 @@ def test_epochs_to_which_a_larger_batch_has_led_are_counted_on(shop: Workshop) -
     epochs = shop.prepare(smaller).epochs
     horizon = horizon_of(smaller.train, epochs, 20, Position(2))
     assert [horizon.is_due(2, Position(3, bin=rows - 10), Position(3, bin=rows)) for rows in (90, 100)] == [False, True]
+
+
+class Alone(Ranks):
+    """One rank without a process group."""
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        return mine[None]
+
+
+class NoModel:
+    """An engine whose losses are all the same, for what the loop does around them."""
+
+    model = nn.Module()
+
+    def __init__(self) -> None:
+        self.clock = Clock(torch.device("cpu"))
+
+    def evaluating(self, on: bool) -> None: ...
+
+    def loss(self, batch: Any) -> Tensor:
+        return torch.ones(1)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    def step(self, lr: float) -> float:
+        return 1.0
+
+
+class Kept(Metrics):
+    def __init__(self) -> None:
+        self.records = list[tuple[str, int]]()
+
+    def write(self, kind: str, **values: Any) -> None:
+        self.records.append((kind, values["step"]))
+
+
+def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_update(shop: Workshop) -> None:
+    epoch = ("train.global_batch=20", "train.steps=null", "train.epochs=1")
+    config = shop.config("lost", "data.packing=false", *epoch)
+    datasets = shop.prepare(config)
+    config = override(config, f"data.eval=[{{path: {shop.data}}}]", "eval.per_epoch=2")
+    stream = train_stream(config, open_chapters(shop.store, datasets.train, shop.store.sub("lost")), 0, 1)
+    skipped, metrics = (Position(bin=80),), Kept()
+    checkpoints = SimpleNamespace(
+        ready=True, advance=lambda **_: None, save=lambda *_, **__: None, prove=lambda: None, finish=lambda: None
+    )
+    start: Any = SimpleNamespace(
+        config=config,
+        objective=find_objective(config),
+        ranks=Alone(0, 1, 1, 0, torch.device("cpu")),
+        metrics=metrics,
+        stop=SimpleNamespace(requested=0),
+        pulse=lambda *_: None,
+    )
+    engine: Any = NoModel()
+    training = Training(
+        start=start,
+        engine=engine,
+        stream=stream,
+        eval_stream=stream,
+        checkpoints=checkpoints,  # pyright: ignore[reportArgumentType]
+        horizon=horizon_of(config.train, datasets.epochs, 0, Position(), skipped),
+        skipped=skipped,
+    )
+    assert [record["step"] for record in train(training, 0, Position())] == list(range(1, 10))
+    assert metrics.records == [("eval", 0), ("skip", 4), ("eval", 5), ("eval", 9)], (
+        "half of the rows lie in the fifth batch"
+    )

@@ -38,7 +38,14 @@ CLASSES = {
     "accelerate": [("accelerate", "commands/config/config_args.py")],
 }
 # The values of keys with which a file would be no training of ours.
-ORDINARY = {"stage": "sft", "rl": "dpo", "reward_model": False, "process_reward_model": False, "export_dir": ""}
+ORDINARY = {
+    "stage": "sft",
+    "rl": "dpo",
+    "reward_model": False,
+    "process_reward_model": False,
+    "skip_prepare_dataset": False,
+    "export_dir": "",
+}
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
 
@@ -57,6 +64,15 @@ def documented(peer: str) -> Iterator[str]:
             for line in kind.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                     yield f"{place}{line.target.id}"
+
+
+def test_control_characters_and_line_breaks_of_a_file_stay_in_its_comments(tmp_path: Path) -> None:
+    """A file of ours with any of them could not be read, and a terminal would obey them."""
+    theirs = 'base_model: "x\\e]0;title\\a"\n"odd\\e[31m\\nrun: {seed: 5}\\u2028#": 3\nadapter: lora\n'
+    text = imported_text(theirs + "datasets: [{path: a.jsonl, type: alpaca}]\n", tmp_path, "axolotl").text
+    assert "\x1b" not in text
+    assert yaml.safe_load(text)["model"]["base"] == "x\x1b]0;title\x07"
+    assert yaml.safe_load(text)["run"]["seed"] == 42
 
 
 @pytest.mark.parametrize("peer", JOINS)
@@ -188,11 +204,10 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
         for outcome in import_files(["axolotl/full.yaml"]).keys
         if outcome.status == "not supported"
     }
-    assert set(lost) == {"lr_scheduler", "neftune_noise_alpha", "dp_replicate_size"}
+    assert set(lost) == {"lr_scheduler", "neftune_noise_alpha"}
     assert "Left at cosine" in lost["lr_scheduler"]
     torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
     assert torchtune["optimizer._component_"].status == "not supported"
-    assert torchtune["tensor_parallel_dim"].status == "not supported"
     text = import_files(["trl/sft.yaml"]).text
     assert "hf_abcdefghijklmnop" not in text
 
@@ -210,6 +225,81 @@ ODD = {
         {"rope_scaling": "yarn"},
         {"model.rope_scaling.rope_type": None},
         {"rope_scaling": "names no factor"},
+    ),
+    "in-8-bits": (
+        "axolotl",
+        {"adapter": "lora", "load_in_8bit": True},
+        {"quant.type": "int8", "quant.double": None},
+        {"load_in_8bit": "activations stay in 16 bits"},
+    ),
+    "8-bits": ("llamafactory", {"quantization_bit": 8}, {"quant.type": "int8", "quant.double": None}, {}),
+    "8-bits-of-trl": ("trl", {"use_peft": True, "load_in_8bit": True}, {"quant.type": "int8"}, {}),
+    "8-bits-of-v1": (
+        "llamafactory-v1",
+        {"peft_config": {"name": "lora"}, "quant_config": {"quantization_bit": 8}},
+        {"quant.type": "int8"},
+        {},
+    ),
+    "an-adapters-keys-without-one": (
+        "axolotl",
+        {"lora_r": 8, "lora_target_linear": True},
+        {"tuning.method": "full", "tuning.rank": None, "tuning.targets": None},
+        {"lora_r": "no effect there either"},
+    ),
+    "parts-that-learn": (
+        "axolotl",
+        {"unfrozen_parameters": ["^lm_head.weight$", "model.layers.4[4-9]+.mlp"]},
+        {"tuning.train": [r"re:lm_head\.weight", r"re:model\.layers\.4[4-9]+\.mlp.*"]},
+        {},
+    ),
+    "rows-that-learn": (
+        "axolotl",
+        {"unfrozen_parameters": ["^lm_head.weight$[:100]"]},
+        {"tuning.train": None},
+        {"unfrozen_parameters": "a parameter learns whole"},
+    ),
+    "unlikely-targets": ("axolotl", {"use_dft": True}, {"objective.dft": True}, {}),
+    "unlikely-targets-there": ("llamafactory", {"use_dft_loss": True}, {"objective.dft": True}, {}),
+    "thoughts": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "field_thinking": "thinking", "template_thinking_key": "thinking"}]},
+        {},
+        {"datasets[0].field_thinking": "the template reads it"},
+    ),
+    "thoughts-by-another-name": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "field_thinking": "why", "template_thinking_key": "thinking"}]},
+        {},
+        {"datasets[0].field_thinking": "rename it to thinking"},
+    ),
+    "experts-on-the-host": ("llamafactory", {"use_kt": True}, {"sharding.deepspeed": "zero3_offload_cpu"}, {}),
+    "published-in-fp4": (
+        "axolotl",
+        {"adapter": "lora", "model_quantization_config": "Mxfp4Config"},
+        {"quant.type": "stored"},
+        {},
+    ),
+    "published-in-fp4-and-read-in-16": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "model_quantization_config": "Mxfp4Config",
+            "model_quantization_config_kwargs": {"dequantize": True},
+        },
+        {"quant.type": "none"},
+        {"model_quantization_config": "16-bit values"},
+    ),
+    "scales-in-16-bits": (
+        "axolotl",
+        {"adapter": "qlora", "load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
+        {"quant.double": False},
+        {},
+    ),
+    "text-over-a-base-that-sees": (
+        "axolotl",
+        {"processor_type": "AutoProcessor", "freeze_mm_modules": True},
+        {},
+        {"processor_type": "on texts"},
     ),
     "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
     "no-steps": (
@@ -367,6 +457,24 @@ ODD = {
         {"data.template": None},
         {"chat_template": "of its family", "eval_max_new_tokens": "tables of answers"},
     ),
+    "a-template-of-those-that-do-not-think": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "template": "qwen3_nothink"},
+        {"data.template": None},
+        {"template": "of its family"},
+    ),
+    "no-thinking-over-a-base-that-does": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-8B", "template": "qwen3_nothink"},
+        {"data.template": None},
+        {"template": "none of ours"},
+    ),
+    "a-template-of-a-version": (
+        "llamafactory",
+        {"model_name_or_path": "deepseek-ai/DeepSeek-V3-0324-BF16", "template": "deepseek3"},
+        {"data.template": None},
+        {"template": "of its family"},
+    ),
     "a-template-of-others": (
         "axolotl",
         {"base_model": "Qwen/Qwen2.5-0.5B", "chat_template": "qwen3"},
@@ -418,6 +526,20 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
         assert words in found[key]
 
 
+def test_rows_with_images_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"seen": {"file_name": "a.json", "columns": {"images": "images"}}}')
+    (tmp_path / "theirs.yaml").write_text(f"stage: sft\ndataset: seen\ndataset_dir: {tmp_path}\n")
+    with pytest.raises(ConfigError, match="dataset: seen, whose rows have images, video or sound"):
+        import_files([tmp_path / "theirs.yaml"], "llamafactory")
+
+
+def test_a_size_of_llamafactorys_second_trainer_is_a_random_choice(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("a: {path: a.jsonl, size: 500, weight: 2.0, converter: alpaca}\n")
+    found = imported_text(f"model: x\ntrain_dataset: {tmp_path}/d.yaml\n", tmp_path, "llamafactory-v1").settings
+    source = {"path": "a.jsonl", "format": "alpaca", "weight": 2.0, "take": 500, "take_seed": 42}
+    assert found["data.train"] == [source]
+
+
 def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text("micro_batch_size: 2\ntensor_parallel_size: 2\ncontext_parallel_size: 2\n")
     settings = import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=8).settings
@@ -430,6 +552,9 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
     [
         ("axolotl", "base_model: x\nprocess_reward_model: true\n"),
         ("axolotl", "base_model: x\nrl: gdpo\n"),
+        ("axolotl", "base_model: x\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\n"),
+        ("axolotl", "base_model: x\nplugins: [axolotl.integrations.diffusion.DiffusionPlugin]\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndo_predict: true\neval_dataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),

@@ -1,13 +1,16 @@
 """The chunked, token-summed loss is cross entropy, in value and gradients, and never holds a whole row of logits."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from trainer.model import head as loss_module
-from trainer.model.head import IGNORE, LossHead, LossTerms
+from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
+from trainer.tuning.objective.sft.objective import NextTokens
 
 T, H, V = 50, 12, 31
 TERMS = {
@@ -67,6 +70,22 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, logits: L
     torch.testing.assert_close(gradient, expected)
     assert 10 < int((labels != IGNORE).sum()) < T
     assert not gradient[labels == IGNORE].any()
+
+
+def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHead) -> None:
+    """-sg(p) log p, as the paper and LLaMA-Factory's `use_dft_loss` have it; an evaluation is without the weights."""
+    hidden, labels = row()
+    batch = SimpleNamespace(labels=labels, places=None)
+    model = SimpleNamespace(head=head.train(), hidden=lambda _: hidden)
+    logits = head(hidden)[labels != IGNORE]
+    chosen = logits.log_softmax(-1).gather(1, labels[labels != IGNORE][:, None])
+    expected = -(chosen.detach().exp() * chosen).sum()
+    objective: Any = NextTokens(dft=True)
+    found = objective.loss(model, batch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))
+    model.head.eval()
+    torch.testing.assert_close(objective.loss(model, batch), stock(head(hidden), labels, LossTerms()).sum())
 
 
 @with_terms
@@ -231,7 +250,7 @@ def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(
     torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels, terms=terms)), expected)
     half = gradient(
         lambda hidden: loss_module._FrozenCrossEntropy.apply(  # type: ignore[arg-type,return-value]
-            hidden[labels != IGNORE], head.weight, None, labels[labels != IGNORE], head, terms
+            hidden[labels != IGNORE], head.weight, None, Goal(labels[labels != IGNORE], terms), head
         ).sum()
     )
     assert float((half - expected).norm() / expected.norm()) > 0.1, "the control: without the head's part"

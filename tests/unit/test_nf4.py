@@ -15,7 +15,7 @@ from tests.nf4 import dequantized, packed_stack
 from trainer.model import nf4
 from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
 
-Kind = Literal["nf4", "fp4"]
+Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
 
 
@@ -38,8 +38,9 @@ def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple
     return module, whole
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("kind", "double"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+)
 def test_output_and_input_gradient_are_those_of_the_dequantized_weight(kind: Kind, double: bool) -> None:
     module, weight = layer(kind, double)
     x = torch.randn(2, 5, IN, requires_grad=True)
@@ -88,7 +89,7 @@ def test_autograd_keeps_no_weight_between_forward_and_backward() -> None:
     blocks=st.integers(1, 9),
     short=st.integers(0, 63),
     first=st.integers(0, 8),
-    kind=st.sampled_from(["nf4", "fp4"]),
+    kind=st.sampled_from(["nf4", "fp4", "int8"]),
 )
 def test_a_run_of_whole_blocks_quantizes_like_the_whole_tensor(
     block_size: int, blocks: int, short: int, first: int, kind: str
@@ -97,10 +98,17 @@ def test_a_run_of_whole_blocks_quantizes_like_the_whole_tensor(
     first = min(first, blocks - 1)
     packed, absmax = quantize_blocks(weights, kind, block_size)
     part, part_absmax = quantize_blocks(weights[first * block_size :], kind, block_size)
-    assert torch.equal(part, packed[first * block_size // 2 :])
+    a_byte = 1 if kind == "int8" else 2
+    assert torch.equal(part, packed[first * block_size // a_byte :])
     assert torch.equal(part_absmax, absmax[first:])
-    layout = Layout(len(weights), block_size)
+    layout = Layout(len(weights), block_size, weights_a_byte=a_byte)
     assert (len(packed), len(absmax)) == (layout.packed_bytes, layout.blocks)
+
+
+def test_int8_is_off_by_half_a_step_of_its_block() -> None:
+    source = torch.randn(96, 64)
+    found = dequantized(source, "int8")
+    assert ((found - source).abs() <= source.abs().amax(1, keepdim=True) / 127 * 0.51).all()
 
 
 def test_double_quantization_is_that_of_bitsandbytes() -> None:

@@ -68,6 +68,11 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             ("objective.name=orpo", "objective.reference=stored"),
             "objective.reference: has no effect with objective.name",
         ),
+        (("objective.name=dpo", "objective.dft=true"), "objective.dft: has no effect with objective.name: dpo."),
+        (
+            ("objective.name=sft", "objective.dft=true", "objective.z_loss=0.1"),
+            "objective.z_loss: has no effect with objective.dft",
+        ),
         (("objective.name=dpo", "objective.z_loss=0.1"), "objective.z_loss: has no effect with objective.name: dpo."),
         (
             ("objective.name=dpo", "objective.label_smoothing=0.5"),

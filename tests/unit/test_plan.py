@@ -126,6 +126,9 @@ def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_si
         stored += state.state2.absmax.nbytes + state.offset.nbytes
     quant = Quant.model_validate({"block_size": block_size, "double": double})
     assert quantized_bytes(numel, quant) == stored
+    if not double:
+        eight = quant.model_copy(update={"type": "int8"})
+        assert quantized_bytes(numel, eight) == numel + state.absmax.nbytes
 
 
 def test_the_chunk_of_logits_is_that_of_the_loss():

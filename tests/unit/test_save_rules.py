@@ -1,7 +1,7 @@
 """When a checkpoint is due, by a clock that is not waited for."""
 
 from trainer.config import parse_config
-from trainer.config.training import Checkpoint
+from trainer.config.run import Checkpoint
 from trainer.train.save_rules import SaveRules
 
 MINUTE = 60.0

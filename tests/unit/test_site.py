@@ -41,6 +41,9 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
     for link in ("quickstart.html", "repository/examples/index.html", "repository/CONTRIBUTING.html"):
         assert f'href="{link}"' in home
         assert (tmp_path / link).is_file()
+    settings = (tmp_path / "configuration.html").read_text(encoding="utf-8")
+    for name in ("all-linear", "support-sft", "our-questions.yaml"):  # a browser would break them at their hyphens
+        assert f'<span class="whole">{name}</span>' in settings
 
 
 def test_a_link_or_a_page_that_is_lost_fails_the_build(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tenso
 from tests.material import SIZES, Workshop, make_base
 from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, store_in_fp8, store_in_mxfp4, to_fp8
 from trainer.base.describe.description import describe
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
@@ -28,7 +28,7 @@ from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
-from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve
 from trainer.store.codes import Code

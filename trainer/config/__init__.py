@@ -19,7 +19,8 @@ from trainer.config.objective import ObjectiveSettings
 from trainer.config.reading.mistakes import explained, listed, unknown_keys
 from trainer.config.reading.overrides import apply_overrides
 from trainer.config.reading.yaml_reader import read_yaml
-from trainer.config.training import Checkpoint, Optim, Retry, Timeouts, Train
+from trainer.config.run import Checkpoint, Retry, Timeouts
+from trainer.config.training import Optim, Train
 from trainer.config.tree import Config, fields
 from trainer.errors import ConfigError, shown
 

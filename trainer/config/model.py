@@ -1,14 +1,11 @@
 """The settings of the model: the base, its quantization, what learns."""
 
-import re
 from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
+from trainer.config.reading.patterns import check_patterns
 from trainer.config.section import Section, setting, with_parts
-
-EXPRESSION = "re:"
-"""The mark before a regular expression in `tuning.targets`."""
 
 
 class Tokens(NamedTuple):
@@ -138,7 +135,7 @@ class Model(Section):
     )
     kernels: Literal["auto", "liger", "none"] = setting(
         "auto",
-        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra liger). "
+        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra gpu). "
         "none: the base's own operations. auto is liger where it is installed and knows the base, and otherwise none. The log says "
         "which and why.",
         example="none",
@@ -181,9 +178,9 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "stored", "none"] = setting(
+    type: Literal["nf4", "fp4", "int8", "stored", "none"] = setting(
         "nf4",
-        about="4-bit type that the base is quantized to; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
+        about="Type that the base is quantized to: nf4 or fp4 in 4 bits, or int8; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
         "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. Where a configuration says nothing of quant and the base is published in "
         "4 bits, it is stored. docs/bases.md says which bases can.",
         example="nf4",
@@ -195,7 +192,7 @@ class Quant(Section):
 
     cache: bool = setting(
         False,
-        about="Keep the quantized base in the store (under bases/, half a byte a weight, shared by all runs) and read it "
+        about="Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs) and read it "
         "from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked against its hash.",
         example=True,
     )
@@ -203,7 +200,7 @@ class Quant(Section):
     @property
     def quantizes(self) -> bool:
         """Whether weights are quantized that files have in 16 bits, or in other codes."""
-        return self.type in ("nf4", "fp4")
+        return self.type in ("nf4", "fp4", "int8")
 
     @property
     def in_words(self) -> str:
@@ -218,6 +215,10 @@ class Quant(Section):
                     raise ValueError(
                         f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type: nf4."
                     )
+        if self.type == "int8" and self.double:
+            raise ValueError(
+                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for fewer scales."
+            )
         return self
 
 
@@ -293,13 +294,7 @@ class Tuning(Section):
     @field_validator("targets")
     @classmethod
     def _expressions(cls, targets: str | list[str]) -> str | list[str]:
-        for target in [] if isinstance(targets, str) else targets:
-            try:
-                re.compile(target.removeprefix(EXPRESSION) if target.startswith(EXPRESSION) else "")
-            except re.error as error:
-                raise ValueError(
-                    f"tuning.targets: {target!r} is no regular expression ({error}). Example: 're:.*\\.(q|v)_proj'."
-                ) from error
+        check_patterns("tuning.targets", targets)
         return targets
 
     @field_validator("layers")

@@ -1,5 +1,6 @@
 """Paths that a person gave, on a command line or in a setting."""
 
+import stat
 from pathlib import Path
 
 from trainer.errors import ConfigError, shown
@@ -30,6 +31,20 @@ def local_path(text: str, setting: str) -> Path:
         reason = error.strerror
         raise ConfigError(f"{setting}: {shown(text)} cannot be a path on this machine: {reason}.") from error
     return path
+
+
+class NoFile(OSError):
+    """A pipe, a device or a socket, on which a read might wait for ever or never come to an end."""
+
+
+def check_file(path: Path) -> None:
+    """Raises `NoFile` for what is none."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # the read will say why
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise NoFile("it is no file, but a pipe, a device or a socket")
 
 
 def text_lines(text: str, setting: str) -> list[tuple[int, str]]:

@@ -7,7 +7,20 @@ from typing import Any
 from trainer.config.tree import Config
 from trainer.errors import ConfigError
 
-_SECRET = ("KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
+_SECRET = (
+    "KEY",
+    "KEYS",
+    "TOKEN",
+    "SECRET",
+    "SECRETS",
+    "PASSWORD",
+    "PASSWD",
+    "PASSPHRASE",
+    "CREDENTIAL",
+    "CREDENTIALS",
+    "BEARER",
+    "SSHPASS",
+)
 _LAST = ("PWD", "PASS")  # MYSQL_PWD and DB_PASS are secrets; PWD and --pass, which have no other word, are not
 _NOT_ITSELF = ("FILE", "PATH", "DIR", "URL", "MODE", "STDIN")  # HF_TOKEN_PATH says where the token is
 # Numbers of repetitions are bounded, or a long text without an end could take minutes.
@@ -29,35 +42,55 @@ _COMMAND = re.compile(
     rf"\bwandb\s+login\s{_SAME_COMMAND}(?<!\S)[\"']?(?=[\w-]{{0,80}}\d)[A-Za-z0-9][\w-]{{19,}}(?![\w./:-])"
     rf"|\bcurl\s{_SAME_COMMAND}(?<!\S)(?:-[A-Za-z]{{0,8}}[uU]\s{{0,9}}|--(?:proxy-)?user[\s=]{{1,9}})[\"']?"
     r"[^\s:\"'$]{1,200}:(?![\s\"'$`])"
-    rf"|\b(?:sshpass|(?:docker|podman|registry|az)\s+login)\s{_SAME_COMMAND}(?<!\S)-p\s{{0,9}}[\"']?(?![\s\"'$`-])\S"
+    rf"|\b(?:sshpass|twine|(?:docker|podman|registry|az)\s+login)\s{_SAME_COMMAND}(?<!\S)-p\s{{0,9}}[\"']?(?![\s\"'$`-])\S"
 )
 _WORD = r"[\"']?(?P<value>[^\s\"',;|&)<>]{1,200})"
 _SAID = r"\b(?:echo|printf)\s+(?:-\w+\s+|[\"']?%s(?:\\n)?[\"']?\s+){0,3}" + _WORD + r"[\"']?\s{0,9}"
+_SUBSTITUTED = r"(?P<name>[A-Za-z_][\w-]{0,80})(?:=|\s)\s{0,9}[\"']?(?:\$\(|`)"
+_TOKEN_FILE = r"[\"']?\S{0,200}?(?:(?<![a-z])token|_token_(?:path|file))\b"
+# Programs that read a secret, and files that keep one.
+_READER = rf"(?:\slogin\b|--with-token|--password-stdin|\bkinit\b|\bsudo\s+-S|--passphrase-fd|\btee\s[^\n|;]{{0,80}}?{_TOKEN_FILE})"
+# Programs by the letter of their option for a password, whose word may follow at once.
+_LETTERS = {
+    "mysql|mysqldump|mariadb|7za?": "p",
+    "redis-cli": "a",
+    "unzip|zip": "P",
+    r"ldap\w+": "w",
+    r"openssl\s+enc": "k",
+}
 # Places in a shell's text where a `value` stands for a secret: always, or by the `name` beside it.
 _PLACES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"\$\{(?P<name>\w{1,100}):?[-=]" + _WORD,  # ${NAME:-value}
-        r"\b(?:configure|config)\s+set\s+[\"']?(?P<name>[\w.-]{1,100})[\"']?\s+" + _WORD,
-        r"\brclone\s+config\s+(?:create|update)\s"
+        _SUBSTITUTED + r"\s{0,9}" + _SAID,  # NAME=$(echo value)
+        _SUBSTITUTED + r"[^)`\n]{0,200}?<<<\s{0,9}" + _WORD,
+        r"\b(?:configure|config|set|modify|create|update)\s"
         + _SAME_COMMAND
-        + r"\b(?P<name>\w{0,60}(?:secret|key|pass|token)\w{0,60})\s+"
+        + r"(?P<name>[\w.-]{0,60}(?:secret|key|pass|token)[\w.-]{0,60})[\"']?\s+(?!-)"
         + _WORD,
         r"\b(?:setenv|set(?:\s+-\w+){1,4})\s+(?P<name>\w{1,100})\s+" + _WORD,
-        r"\bread\s+(?:-\w+\s+){0,4}(?P<name>\w{1,100})\s{0,9}<<<\s{0,9}" + _WORD,
+        r"\bread\s+(?:-\w+\s+){0,4}(?P<name>\w{1,100})\s{0,9}<<(?:<|-?\s{0,9}[\"']?\w+[\"']?\n)\s{0,9}" + _WORD,
         r"\bmachine(?:\s|\\n)+\S+(?:(?:\s|\\n)+(?:login|account)(?:\s|\\n)+\S+){0,2}(?:\s|\\n)+password(?:\s|\\n)+"
         + _WORD,
+        r"\bpassword\s+" + _WORD + r"[\"']?\s{0,9}>{1,2}\s{0,9}\S{0,200}\.netrc\b",
         # A line of a file, as a heredoc writes it, or a field of JSON or of Python's environ.
         r"(?:^|[\s,\"'\[]|(?<!\$)\{)(?P<name>\w{1,80}(?:token|secret|password|key|passwd)|token|secret|password|passwd)[\"'\]]{0,2}"
         r"\s{0,9}[:=]\s{0,9}" + _WORD,
-        _SAID + r"\|[^\n|]{0,100}\s(?:login|--with-token|--password-stdin)\b",
-        r"(?:\slogin|--with-token|--password-stdin)\b[^\n|;]{0,80}<<<\s{0,9}" + _WORD,
-        _SAID + r">{1,2}\s{0,9}[\"']?\S{0,200}?(?:(?<![a-z])token|_token_(?:path|file)|\.netrc|\.pgpass)\b",
+        _SAID + r"\|[^\n|]{0,100}?" + _READER,
+        _SAID + r">{1,2}\s{0,9}" + rf"(?:{_TOKEN_FILE}|\S{{0,200}}?\.(?:netrc|pgpass)\b)",
+        _READER + r"[^\n|;]{0,80}<<<\s{0,9}" + _WORD,
+        rf"(?:{_READER}|>\s{{0,9}}{_TOKEN_FILE})[^\n|;]{{0,80}}<<-?\s{{0,9}}[\"']?\w+[\"']?[^\n]{{0,80}}\n\s{{0,80}}"
+        + _WORD,
         r"\bvault\s+login\s+(?!-)" + _WORD,
         r"\bmc\s+(?:alias\s+set|config\s+host\s+add)(?:\s+\S+){3}\s+" + _WORD,
-        r"\b(?:mysql|mysqldump|mariadb)\s" + _SAME_COMMAND + r"(?<!\S)-p" + _WORD,
         r"\s-pass(?:in|out)?\s+pass:" + _WORD,
+        r"\b(?:smbclient|mount\.cifs)\s" + _SAME_COMMAND + r"(?<!\S)-U\s{0,9}[^\s%]{1,100}%" + _WORD,
+        r"\blftp\s" + _SAME_COMMAND + r"(?<!\S)-u\s{0,9}[^\s,]{1,100}," + _WORD,
     )
+) + tuple(
+    re.compile(rf"\b(?:{programs})\s{_SAME_COMMAND}(?<!\S)-{letter}\s{{0,9}}(?!-){_WORD}")
+    for programs, letter in _LETTERS.items()
 )
 _DEFAULT = re.compile(r"\$\{\w+:?[-=][\"']?([^}\"']*)")
 _TOKEN = re.compile(
@@ -65,6 +98,8 @@ _TOKEN = re.compile(
     r"|sk-(?:proj|ant)-[\w-]{20,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY|\bBearer\s+[\w.~+/-]{16,}|\bAccountKey=\w"
     r"|(?i:\bAuthorization:)\s{0,9}(?:[A-Za-z-]{1,20}\s{1,9})?[\w.~+/=-]{8,}|\bwandb_v1_\w{20,}"
+    r"|\b(?:AIza[\w-]{30,}|dapi[0-9a-f]{32}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}|(?:npm|r8)_[A-Za-z0-9]{30,}|(?:pypi|nvapi)-[\w-]{20,}"
+    r"|AGE-SECRET-KEY-\w)"
 )
 # Scheme, user and password, the rest, the query. A password may hold a slash; what follows a port is none.
 _URL = re.compile(

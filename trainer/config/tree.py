@@ -11,9 +11,10 @@ from trainer.config.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
+from trainer.config.run import Checkpoint, Retry, Run, Timeouts, Track
 from trainer.config.section import Section
 from trainer.config.sweep import Sweep
-from trainer.config.training import Checkpoint, Optim, Retry, Run, Sharding, Timeouts, Track, Train
+from trainer.config.training import Optim, Sharding, Train
 
 
 class Config(Section):

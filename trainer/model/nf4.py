@@ -1,15 +1,18 @@
-"""A frozen linear layer in 4 bits whose packed weight and scales are ordinary ZeRO-3 parameters.
+"""A frozen linear layer in 4 or 8 bits whose packed weight and scales are ordinary ZeRO-3 parameters.
 
 All storage is uint8: DeepSpeed value-casts floating parameters to the engine's dtype, which would destroy packed
 nibbles, and it gathers parameters of one dtype in one collective, so a layer costs one all-gather. The arithmetic is
 bitsandbytes' (QLoRA, arXiv:2305.14314): blocks of `block_size` weights share one fp32 absmax; with double quantization
-the absmax, less its mean over the tensor, is itself stored in 8 bits in blocks of 256.
+the absmax, less its mean over the tensor, is itself stored in 8 bits in blocks of 256. int8 has the same blocks, whose
+weights are whole numbers from -127 to 127 of the absmax over 127: bitsandbytes' blockwise quantization by its linear map.
 """
 
 import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -34,10 +37,11 @@ class Layout:
     numel: int
     block_size: int
     slices: int = 1
+    weights_a_byte: int = 2
 
     @property
     def slice_bytes(self) -> int:
-        return -(-self.numel // 2)
+        return -(-self.numel // self.weights_a_byte)
 
     @property
     def slice_blocks(self) -> int:
@@ -79,26 +83,30 @@ class Form(Protocol):
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored in 4 bits, and the type that they are multiplied in."""
+    """How weights are stored in 4 or 8 bits, and the type that they are multiplied in."""
 
-    quant_type: Literal["nf4", "fp4"]
+    quant_type: Literal["nf4", "fp4", "int8"]
     block_size: int
     double: bool
     dtype: torch.dtype
 
+    @property
+    def weights_a_byte(self) -> int:
+        return 1 if self.quant_type == "int8" else 2
+
     def linear(self, in_features: int, out_features: int) -> "FrozenLinear4bit":
-        """A linear layer over a weight in 4 bits."""
+        """A linear layer over such a weight."""
         return FrozenLinear4bit(in_features, out_features, self)
 
     def stack(self, shape: tuple[int, int, int]) -> "FrozenStack4bit":
-        """A mixture's experts in 4 bits."""
+        """A mixture's experts over such weights."""
         return FrozenStack4bit(shape, self)
 
 
 class Packed(nn.Module):
-    """Weights in 4 bits. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, sizes as in `layout`:
+    """Weights in 4 or 8 bits. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, sizes as in `layout`:
 
-    weight: (packed_bytes,), two weights a byte
+    weight: (packed_bytes,), two weights a byte, or one
     absmax: (4 * blocks,), fp32 scales as bytes; or (blocks,), 8-bit codes, under double quantization
     nested_absmax: (4 * nested_blocks,), only under double quantization
     """
@@ -113,7 +121,7 @@ class Packed(nn.Module):
 
     def _pack(self, shape: tuple[int, int], slices: int, form: Format) -> None:
         self.format, self.slice_shape = form, shape
-        self.layout = Layout(math.prod(shape), form.block_size, slices)
+        self.layout = Layout(math.prod(shape), form.block_size, slices, form.weights_a_byte)
         if form.double:
             # The mean of each slice's absmax, the same on every rank.
             self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
@@ -144,7 +152,7 @@ class Packed(nn.Module):
 
     def _in_one_pass(self, packed: Tensor, first: int, last: int) -> Tensor:
         """The same without an array of scales, of a double quantized NF4."""
-        from trainer.model.double import dequantize_double
+        from trainer.model.kernels.double import dequantize_double
 
         blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
         return dequantize_double(
@@ -178,6 +186,20 @@ class Packed(nn.Module):
         return (scales.view(-1, blocks) + self.absmax_mean[first:last, None]).view(-1)
 
 
+_made: "dict[FrozenLinear4bit, Tensor] | None" = None
+
+
+@contextmanager
+def dequantized_once() -> Iterator[None]:
+    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay gathered."""
+    global _made
+    outer, _made = _made, {}
+    try:
+        yield
+    finally:
+        _made = outer
+
+
 class FrozenLinear4bit(Packed, nn.Linear):
     """`y = x W^T + b` with W in 4 bits; x is (..., in_features)."""
 
@@ -187,7 +209,11 @@ class FrozenLinear4bit(Packed, nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""
-        return self.matrices(0, 1)[0]
+        if _made is None:
+            return self.matrices(0, 1)[0]
+        if self not in _made:
+            _made[self] = self.matrices(0, 1)[0]
+        return _made[self]
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self, self.bias)
@@ -233,12 +259,19 @@ def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[
 
     Blocks are independent, so a run that starts at a block's border gives the very bytes of quantizing the whole tensor.
     """
-    packed, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
+    if quant_type == "int8":
+        packed, state = bnb.quantize_blockwise(weights, code=int8_code(weights.device), blocksize=block_size)
+    else:
+        packed, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
     return packed.view(-1), state.absmax
 
 
 def dequantize_blocks(packed: Tensor, absmax: Tensor, numel: int, form: Format) -> Tensor:
     """(numel,) in `form.dtype`, of a flat run of blocks."""
+    if form.quant_type == "int8":
+        code = int8_code(packed.device)
+        state = bnb.QuantState(absmax, code=code, blocksize=form.block_size, dtype=form.dtype)
+        return bnb.dequantize_blockwise(packed, state)
     state = bnb.QuantState(
         absmax, shape=torch.Size([numel]), dtype=form.dtype, blocksize=form.block_size, quant_type=form.quant_type
     )
@@ -275,8 +308,14 @@ def nf4_code(device: torch.device) -> Tensor:
 
 
 @cache
+def int8_code(device: torch.device) -> Tensor:
+    """The values of 8-bit codes, fp32: steps of 1/127."""
+    return bnb.create_linear_map(signed=True, total_bits=8).to(device)
+
+
+@cache
 def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings
+    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the Triton that PyTorch brings
     for it, which compiles what launches a kernel on the machine itself (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()

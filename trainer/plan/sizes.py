@@ -16,14 +16,18 @@ _WHOLE_BYTES = 2**29
 
 
 def quantized_bytes(numel: int, quant: Quant) -> int:
-    """Bytes of one quantized matrix: two weights a byte, and the scales.
+    """Bytes of one quantized matrix: its codes, two weights a byte or one in int8, and the scales.
 
     One fp32 scale for each `block_size` weights; under double quantization one byte instead, an fp32 scale for each 256
     of those, and one fp32 mean (QLoRA, arXiv:2305.14314, section 3).
     """
     blocks = ceil(numel / quant.block_size)
     scales = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if quant.double else 4 * blocks
-    return ceil(numel / 2) + scales
+    return _code_bytes(numel, quant) + scales
+
+
+def _code_bytes(numel: int, quant: Quant) -> int:
+    return numel if quant.type == "int8" else ceil(numel / 2)
 
 
 def value_bytes(config: Config) -> int:
@@ -67,7 +71,7 @@ def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[Sto
     count, weights = len(parameter.matrices), parameter.matrices[0]
     blocks = ceil(weights / quant.block_size)
     scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
-    return [StoredParameter(count * size, 1) for size in (ceil(weights / 2), *scales)]
+    return [StoredParameter(count * size, 1) for size in (_code_bytes(weights, quant), *scales)]
 
 
 def pinned(size: int) -> int:

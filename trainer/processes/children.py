@@ -85,6 +85,13 @@ def end_with_agent() -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether the first process of the machine has taken this one over. In a container that may be the agent itself, which is a Python."""
-    first = Path("/proc/1/cmdline").read_bytes().partition(b"\0")[0]
-    return os.getppid() == 1 and b"python" not in first
+    """Whether another process has taken this one over: the first of the machine, or one that has asked for it, as systemd and the first
+    processes of containers do. Torchrun's agent has torch loaded, and a program between it and the rank has the rank's variables."""
+    parent, mine = Path(f"/proc/{os.getppid()}"), f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}"
+    try:
+        between = os.fsencode(mine) in (parent / "environ").read_bytes().split(b"\0")
+        return not between and b"libtorch" not in (parent / "maps").read_bytes()
+    except PermissionError:  # it is another user's, as which no agent runs
+        return True
+    except OSError:  # it is outside of this container
+        return False

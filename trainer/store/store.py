@@ -6,9 +6,8 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a 
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
-from trainer.config.paths import absolute_path
+from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
@@ -152,13 +151,18 @@ class Store:
 
     def head(self, key: str) -> Entry:
         with self._errors("read", key):
+            self._check_file(key)  # obstore opens it even for this
             return self._entry(obstore.head(self._backend, self._prefix + key))
 
     def exists(self, key: str) -> bool:
+        """Whether something is there, even if it is no file and cannot be read."""
         try:
             self.head(key)
         except NotFound:
             return False
+        except StorageError as error:
+            if not isinstance(error.__cause__, NoFile):
+                raise
         return True
 
     def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:
@@ -194,12 +198,9 @@ class Store:
             shutil.rmtree(self._path(prefix), ignore_errors=True)
 
     def _check_file(self, key: str) -> None:
-        """Raises `OSError` for a pipe, a device or a socket in a local folder, on which a read might wait for ever."""
+        """`check_file` of an object in a local folder."""
         if isinstance(self._backend, LocalStore):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                mode = os.stat(self._path(key)).st_mode
-                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                    raise OSError("it is no file, but a pipe, a device or a socket")
+            check_file(self._path(key))
 
     def _check_length(self, key: str, start: int, end: int, length: int) -> None:
         if length != end - start:

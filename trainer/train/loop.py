@@ -55,6 +55,7 @@ class _RankStep(NamedTuple):
     """One rank's part of a step, as all ranks tell each other after the backward passes: plain numbers."""
 
     tokens: float
+    weight: float  # of its part in the loss
     stop: float  # a `Stop`
     saved: float  # whether its background work on the last save is done
     since_save: float  # seconds
@@ -73,9 +74,8 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         DataError: on every rank, with a checkpoint committed, because the rest of the data cannot be compiled.
         Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
-    ranks, engine, checkpoints = run.start.ranks, run.engine, run.checkpoints
     first_step, saves = step + 1, SaveRules(run.start.config.checkpoint, run.clock)
-    routing = Routing(engine.model, ranks, run.start.metrics)
+    routing = Routing(run.engine.model, run.start.ranks, run.start.metrics)
     if step == 0:
         _evaluate_if_due(run, step, run.start.config.eval.between, Stop.NO, routing)
         _sample_if_due(run, step, Stop.NO)
@@ -95,64 +95,97 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             run.start.metrics.write("skip", step=step, window=position.to_json())
             position = run.stream.advance(position)
             continue
-
-        _begin(run, "step", step + 1)
-        # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
-        # accumulation, the packing and the number of ranks: count them all before the first backward pass.
-        weight = ranks.sum(sum(map(run.start.objective.weight, batches)))
-        sums = _gradients(run, batches, step, weight)
-
-        # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
-        every, totals = _exchange(run, batches, sums, since_save=saves.since_save, waited=waited)
-        loss, *measures = (total / weight for total in totals)
-        stopping = Stop(int(max(rank.stop for rank in every)))
-        if not math.isfinite(loss):
-            raise _not_finite("loss", step + 1, loss, position)
-
+        update = _update(run, batches, step, position, since_save=saves.since_save, waited=waited)
         step += 1
-        lr = run.horizon.rate(run.start.config.optim, step)
-        grad_norm = engine.step(lr)
-        if not math.isfinite(grad_norm):
-            raise _not_finite("gradient", step, grad_norm, position)
         place, before, position = position, updated, run.stream.advance(position)
         updated = position
         seconds = time.monotonic() - started
-        record = {"step": step, "epoch": place.epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record = {"step": step, "epoch": place.epoch, **update.figures}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        record |= {
-            run.start.objective.unit: int(weight),
-            **measured(run.start.objective, measures),
-        }
-        yield record | _totals(run, every, seconds) | routing.measured()
-
-        _begin(run, "save", step)
-        checkpoints.advance(all_ready=all(rank.saved for rank in every))
-        last = bool(stopping) or step == run.horizon.steps
-        evaluating, saving = run.start.config.eval, run.start.config.checkpoint
-        due = _is_every(evaluating.every, step) or run.horizon.is_due(evaluating.per_epoch, before, position)
-        evaluated = _evaluate_if_due(run, step, due, stopping, routing)
-        _sample_if_due(run, step, stopping)
-        last = run.rules.end(step, loss, evaluated) or last
-        best = saving.keep_best and evaluated is not None
-        due = saves.is_due(step, every[0].since_save) or run.horizon.is_due(saving.per_epoch, before, position)
-        if step == first_step or last or best or due:
-            checkpoints.save(engine, step, position.to_json(), eval_loss=evaluated, may_skip=not last)
-            routing.report(step)
-            saves.saved()
-        if step == first_step:
-            checkpoints.prove()
-        if last:
-            checkpoints.finish()
-        if stopping and step < run.horizon.steps:
-            raise _stopped(run, stopping, step)
-        if run.rules.ended:
-            run.start.log(f"ends at step {step}: {run.rules.ended}")
+        yield record | update.measured | _totals(run, update.every, seconds) | routing.measured()
+        if _follow(run, update, step, _Window(before, position), saves, routing, first=step == first_step):
             return
 
 
-def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:
-    """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
+class _Update(NamedTuple):
+    """An update that was made: each rank's part, the loss with the learning rate and the norm of the gradient, and the objective's figures."""
+
+    every: list[_RankStep]
+    figures: dict[str, float]
+    measured: dict[str, float]
+
+
+class _Window(NamedTuple):
+    """The data between two updates."""
+
+    begin: Position
+    end: Position
+
+
+def _update(
+    run: Training, batches: Sequence[MicroBatch], step: int, position: Position, *, since_save: float, waited: float
+) -> _Update:
+    """Make the update after `step`, from the data at `position`. Collective; raises `NonFiniteLoss` on every rank."""
+    ranks, objective = run.start.ranks, run.start.objective
+    _begin(run, "step", step + 1)
+    # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
+    # accumulation, the packing and the number of ranks: count them all before the first backward pass.
+    mine = sum(map(objective.weight, batches))
+    sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
+    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read in the
+    # update's wait for the gradient's norm, the one wait for the device in a step. An update by a loss that is not finite is never kept.
+    exchange = _exchange(run, batches, sums, mine, since_save=since_save, waited=waited)
+    lr = run.horizon.rate(run.start.config.optim, step + 1)
+    grad_norm = run.engine.step(lr)
+    every, totals = exchange()
+    weight = sum(rank.weight for rank in every)
+    loss, *measures = (total / weight for total in totals)
+    if not math.isfinite(loss):
+        raise _not_finite("loss", step + 1, loss, position)
+    if not math.isfinite(grad_norm):
+        raise _not_finite("gradient", step + 1, grad_norm, position)
+    figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+    return _Update(every, figures, {objective.unit: int(weight), **measured(objective, measures)})
+
+
+def _follow(
+    run: Training, update: _Update, step: int, window: _Window, saves: SaveRules, routing: Routing, *, first: bool
+) -> bool:
+    """Evaluate, sample and save the state at `step` where that is due; returns whether the training ends there. Collective.
+
+    Raises `Stopped` after a stop request, with the state committed.
+    """
+    checkpoints, horizon, ranks = run.checkpoints, run.horizon, update.every
+    evaluating, saving = run.start.config.eval, run.start.config.checkpoint
+    stopping = Stop(int(max(rank.stop for rank in ranks)))
+    _begin(run, "save", step)
+    checkpoints.advance(all_ready=all(rank.saved for rank in ranks))
+    due = _is_every(evaluating.every, step) or horizon.is_due(evaluating.per_epoch, *window)
+    evaluated = _evaluate_if_due(run, step, due, stopping, routing)
+    _sample_if_due(run, step, stopping)
+    ended = run.rules.end(step, update.figures["loss"], evaluated)
+    last = ended or bool(stopping) or step == horizon.steps
+    best = saving.keep_best and evaluated is not None
+    due = saves.is_due(step, ranks[0].since_save) or horizon.is_due(saving.per_epoch, *window)
+    if first or last or best or due:
+        checkpoints.save(run.engine, step, window.end.to_json(), eval_loss=evaluated, may_skip=not last)
+        routing.report(step)
+        saves.saved()
+    if first:
+        checkpoints.prove()
+    if last:
+        checkpoints.finish()
+    if stopping and step < horizon.steps:
+        raise _stopped(run, stopping, step)
+    if run.rules.ended:
+        run.start.log(f"ends at step {step}: {run.rules.ended}")
+    return bool(run.rules.ended)
+
+
+def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:
+    """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the device; returns its summed loss
+    and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
     sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
@@ -180,11 +213,12 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
 
 
 def _exchange(
-    run: Training, batches: Sequence[MicroBatch], sums: Tensor, *, since_save: float, waited: float
-) -> tuple[list[_RankStep], list[float]]:
-    """Every rank's part of the step, in rank order, and the `sums` over all ranks. Collective."""
+    run: Training, batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, since_save: float, waited: float
+) -> Callable[[], tuple[list[_RankStep], list[float]]]:
+    """Ask for every rank's part of the step, in rank order, and the `sums` over all ranks, which a call of the result reads. Collective."""
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
+        weight=weight,
         stop=run.start.stop.requested,
         saved=run.checkpoints.ready,
         since_save=since_save,
@@ -193,9 +227,14 @@ def _exchange(
         samples=samples_key(batches),
         operations=run.work.of(batches),
     )
-    every = run.start.ranks.gather(*mine, sums=sums)
-    totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
-    return [_RankStep(*rank[: len(mine)]) for rank in every], totals
+    gathered = run.start.ranks.begin_gather(*mine, sums=sums)
+
+    def read() -> tuple[list[_RankStep], list[float]]:
+        every = gathered()
+        totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
+        return [_RankStep(*rank[: len(mine)]) for rank in every], totals
+
+    return read
 
 
 def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from trainer.config.training import Checkpoint
+from trainer.config.run import Checkpoint
 
 
 class SaveRules:

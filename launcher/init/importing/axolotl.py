@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joined
-from launcher.init.importing.mapping import Keys, no_training
+from launcher.init.importing.mapping import MEDIA, Keys, no_training
 from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
+from trainer.data.format.messages import THOUGHTS
 
+_SHARING = ("tensor_parallel_size", "context_parallel_size", "context_parallel.size", "sequence_parallel_degree")
+_THINKING = ("field_thinking", "template_thinking_key")
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
 _USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
 _USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
@@ -21,7 +24,7 @@ def join(keys: Keys, folder: Path) -> None:
     _method(keys)
     _objective(keys)
     joined.batch(keys, "micro_batch_size")
-    _divided(keys)
+    joined.divided(keys, *_SHARING)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
     joined.training_arguments(keys, folder, "lr_scheduler")
@@ -37,9 +40,7 @@ def join(keys: Keys, folder: Path) -> None:
     names = ("wandb_name", "wandb_run_name", "mlflow_run_name", "trackio_run_name", "run_name")
     joined.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
     if keys.settings["tuning.method"] == "full":
-        keys.lose(
-            "dp_replicate_size", "Where the base itself learns it is divided over all ranks: sharding.scope: world."
-        )
+        keys.need_not("dp_replicate_size", "A base that learns itself is divided over all ranks; no result changes.")
     elif keys.whole("dp_replicate_size", 1) > 1:
         keys.put("sharding.scope", "node", "dp_replicate_size")
     constant = str(keys.get("lr_scheduler")) == "constant"
@@ -56,21 +57,9 @@ def join(keys: Keys, folder: Path) -> None:
     joined.without_evaluation(keys)
 
 
-def _divided(keys: Keys) -> None:
-    """Ranks that share one row, as tensor and context parallelism have it there, are one of the batch."""
-    together = max(1, keys.whole("tensor_parallel_size", 1)) * max(
-        1, keys.whole("context_parallel_size", 1), keys.whole("sequence_parallel_degree", 1)
-    )
-    devices = joined.world(keys)
-    if together > 1 and devices % together == 0:
-        rows = int(keys.settings["train.global_batch"]) // devices * (devices // together)
-        keys.put("train.global_batch", rows, "micro_batch_size", "gradient_accumulation_steps")
-        keys.origins["train.global_batch"].append(f"on {devices} GPUs, of which {together} share a row")
-
-
 def _method(keys: Keys) -> None:
     adapter = str(keys.get("adapter") or "full").lower()
-    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit") or adapter == "qlora")
+    in_4_bits = keys.asked("load_in_4bit") or adapter == "qlora"
     low_rank = adapter in ("lora", "qlora")
     if not low_rank and adapter != "full":
         keys.lose(
@@ -83,25 +72,38 @@ def _method(keys: Keys) -> None:
         _trained_part(keys)
     elif in_4_bits:
         keys.put("quant.type", "nf4", "load_in_4bit", "adapter")
-        keys.put("quant.double", True, "load_in_4bit", "adapter")
+        given = keys.given.get("bnb_config_kwargs")
+        double = given.get("bnb_4bit_use_double_quant", True) if isinstance(given, dict) else True
+        keys.put("quant.double", bool(double), "load_in_4bit", "adapter", "bnb_config_kwargs")
+    elif keys.asked("load_in_8bit"):
+        joined.in_8_bits(keys, "load_in_8bit")
     else:
         keys.put("quant.type", "none", "adapter", "load_in_4bit")
+    _published(keys)
+
+
+def _published(keys: Keys) -> None:
+    """A base whose files are in FP8 or MXFP4, which `model_quantization_config` names. They are read as 16-bit values."""
+    names = ("model_quantization_config", "model_quantization_config_kwargs")
+    arguments = keys.given.get(names[1])
+    for name in (name for name in names if keys.given.get(name)):
+        if keys.settings["tuning.method"] == "full":
+            keys.lose(name, "tuning.method: full learns in 16 bits. Give a copy of the base in 16 bits as model.base.")
+        elif isinstance(arguments, dict) and arguments.get("dequantize"):
+            keys.need_not(name, "The base's own files say how they are stored, and are read as 16-bit values.")
+        else:
+            keys.put("quant.type", "stored", name)
 
 
 def _trained_part(keys: Keys) -> None:
-    """`unfrozen_parameters`: regular expressions, of which those made of names, `.*` and anchors are patterns here too."""
+    """`unfrozen_parameters`: regular expressions for the beginnings of names, where every dot is one."""
     patterns = keys.names("unfrozen_parameters")
-    plain = [re.sub(r"\\\.", ".", given.lstrip("^").rstrip("$")).replace(".*", "*") for given in patterns]
-    if wrong := [given for given, simple in zip(patterns, plain, strict=True) if re.search(r"[\\\[\](|?+{]", simple)]:
-        keys.lose(
-            "unfrozen_parameters", f"{wrong[0]}: tuning.train takes patterns of whole names, where * is any text."
-        )
-    elif plain:
-        ends = [
-            name if given.endswith("$") or name.endswith("*") else f"{name}*"
-            for given, name in zip(patterns, plain, strict=True)
-        ]
-        keys.put("tuning.train", ends, "unfrozen_parameters")
+    if ranges := [given for given in patterns if re.search(r"\[[0-9]*(:[0-9]*)?\]$", given)]:
+        keys.lose("unfrozen_parameters", f"{ranges[0]}: a parameter learns whole: tuning.train names parameters.")
+    elif patterns:
+        whole = [re.sub(r"(?<!\\)\.(?![+*])", r"\.", given.lstrip("^")) for given in patterns]
+        expressions = [f"re:{given.removesuffix('$')}{'' if given.endswith(('$', '.*')) else '.*'}" for given in whole]
+        keys.put("tuning.train", expressions, "unfrozen_parameters")
 
 
 def _objective(keys: Keys) -> None:
@@ -109,8 +111,13 @@ def _objective(keys: Keys) -> None:
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
         raise no_training(f"rl: {asked}")
-    if keys.asked("process_reward_model"):
-        raise no_training("process_reward_model: true")
+    others = [name for name in keys.names("plugins") if name.startswith(tuple(keys.peer.tables["trainings"]))]
+    if keys.asked("process_reward_model") or others:
+        raise no_training(f"plugins: {others[0]}" if others else "process_reward_model: true")
+    if keys.asked("processor_type") and keys.asked("skip_prepare_dataset"):
+        raise no_training(
+            f"processor_type: {keys.given['processor_type']} and skip_prepare_dataset, so rows of {MEDIA}"
+        )
     if keys.asked("reward_model"):
         asked = "reward"
         keys.put("objective.name", "reward", "reward_model")
@@ -241,6 +248,15 @@ def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | 
     renamed = {"messages": given.get("field_messages"), "tools": given.get("field_tools")}
     if (role, content) not in (("role", "content"), ("from", "value")):
         keys.lose(f"{place}.message_property_mappings", "A message has role and content, or from and value.")
+    thought, written = (given.get(name) or "reasoning_content" for name in _THINKING)
+    for name in _THINKING:
+        if thought == written and thought in THOUGHTS:
+            keys.note(f"{place}.{name}", "What was thought is under this name in the rows, and the template reads it.")
+        else:
+            keys.lose(
+                f"{place}.{name}",
+                f"A message's thinking is under the name that the template reads: rename it to {written}.",
+            )
     if given.get("message_field_training") not in (None, "train", "training"):
         keys.lose(f"{place}.message_field_training", "A message's key is train, or weight with 0 or 1.")
     said_by_name = given.get("type") == "sharegpt" and not properties

@@ -13,6 +13,7 @@ from trainer.config.peers.conversions import Inconvertible
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
+_OF_FULL = ("tuning.method", "tuning.train")
 # The peers' names of templates that are ours as well.
 _TEMPLATES = {
     **{name: name for name in ("chatml", "llama3", "gemma", "mistral", "phi3")},
@@ -41,12 +42,10 @@ def batch(keys: Keys, micro: str, accumulation: str = "gradient_accumulation_ste
         keys.origins["train.global_batch"].append(f"on {devices} GPUs")
 
 
-def in_4_bits(keys: Keys, asked: bool) -> bool:
-    """Whether the base is stored in 4 bits: where that is `asked` for, and where 8 are."""
-    if asked or not keys.asked("load_in_8bit"):
-        return asked
-    keys.lose("load_in_8bit", "The base is stored in 4 bits or in 16. Here in 4: quant.type: none is 16.")
-    return True
+def in_8_bits(keys: Keys, key: str) -> None:
+    """`quant.type: int8`, which `key` asks for."""
+    keys.put("quant.type", "int8", key)
+    keys.note(key, "A scale for 64 weights, where bitsandbytes has one for a row; and activations stay in 16 bits.")
 
 
 def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
@@ -56,7 +55,18 @@ def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str
         keys.lose(asked[0], "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
     name = "full" if full else switches[asked[-1]] if asked else "lora"
     keys.put("tuning.method", name, key, *asked[-1:])
+    for setting in [name for name in keys.settings if full and name.startswith("tuning.") and name not in _OF_FULL]:
+        keys.spare(setting, "The base itself learns, and the key of an adapter has no effect there either.")
     return name
+
+
+def divided(keys: Keys, *sizes: str) -> None:
+    """Ranks that share one row, by the product of these keys, are one of the batch."""
+    together, devices = math.prod(max(1, keys.whole(name, 1)) for name in sizes), world(keys)
+    if together > 1 and devices % together == 0:
+        rows = int(keys.settings["train.global_batch"]) // devices * (devices // together)
+        keys.put("train.global_batch", rows, "gradient_accumulation_steps")
+        keys.origins["train.global_batch"].append(f"on {devices} GPUs, of which {together} share a row")
 
 
 def simpo(keys: Keys) -> None:
@@ -199,8 +209,15 @@ def head(keys: Keys) -> None:
 
 
 def _bare(name: str) -> str:
-    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25, and DeepSeek-V3 of deepseek3."""
+    return re.sub(r"[^a-z0-9]|(?<![a-z])v(?=[0-9])", "", name.lower())
+
+
+def _is_of(base: str, asked: str) -> bool:
+    """Whether a template is that of the base's family. A last word says which of its models: those that see, or that do not think."""
+    family, _, kind = asked.rpartition("_")
+    of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
+    return _bare(family if of_kind else asked) in _bare(base)
 
 
 def template(keys: Keys, key: str, name: Any) -> None:
@@ -208,7 +225,7 @@ def template(keys: Keys, key: str, name: Any) -> None:
     asked = str(name or "").lower()
     if ours := _TEMPLATES.get(asked):
         keys.put("data.template", ours, key)
-    elif asked and _bare(asked) in _bare(str(keys.settings.get("model.base", ""))):
+    elif asked and _is_of(str(keys.settings.get("model.base", "")), asked):
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joined
-from launcher.init.importing.mapping import Keys, no_training
+from launcher.init.importing.mapping import MEDIA, Keys, no_training
 from launcher.init.importing.sources import source_paths, sources_at
 from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
@@ -18,12 +18,18 @@ def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
         joined.workers(keys, name)
-    if keys.asked("export_dir") or not (keys.given.get("stage") or keys.given.get("dataset")):
-        raise no_training("a file for chats or merges")
+    predicts = keys.asked("do_predict") and not keys.asked("do_train")
+    if keys.asked("export_dir") or predicts or not (keys.given.get("stage") or keys.given.get("dataset")):
+        raise no_training("a file for chats, predictions or merges")
     _method(keys)
     _objective(keys)
     joined.batch(keys, "per_device_train_batch_size")
+    joined.divided(keys, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     joined.training_arguments(keys, folder)
+    if keys.asked("use_kt"):
+        keys.note(
+            "use_kt", "The base stays in the host's memory; there its experts are computed there too, here on the GPU."
+        )
     joined.early_end(keys, "early_stopping_steps")
     joined.pairs(keys, "cutoff_len")
     joined.head(keys)
@@ -65,11 +71,12 @@ def _method(keys: Keys) -> None:
     if not low_rank or not bits:
         keys.put("quant.type", "none", "quantization_bit", "finetuning_type")
         return
-    if keys.whole("quantization_bit") != 4 or str(keys.given.get("quantization_method") or "bnb").lower() not in (
-        "bnb",
-        "bitsandbytes",
-    ):
-        keys.lose("quantization_bit", "The base is stored in 4 bits, as bitsandbytes does it, or in 16. Here in 4.")
+    of_bnb = str(keys.given.get("quantization_method") or "bnb").lower() in ("bnb", "bitsandbytes")
+    if keys.whole("quantization_bit") == 8 and of_bnb:
+        joined.in_8_bits(keys, "quantization_bit")
+        return
+    if keys.whole("quantization_bit") != 4 or not of_bnb:
+        keys.lose("quantization_bit", "The base is stored as bitsandbytes does it in 4 or 8 bits, or in 16. Here in 4.")
     keys.put("quant.type", str(keys.given.get("quantization_type") or "nf4"), "quantization_bit", "quantization_type")
     keys.put("quant.double", True, "quantization_bit")
     if keys.given.get("double_quantization") is not None:
@@ -152,7 +159,7 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
             key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
         )
     if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
-        keys.lose(key, f"{name}: images, video and audio are not read, only its texts.")
+        raise no_training(f"{key}: {name}, whose rows have {MEDIA}")
     most = keys.whole("max_samples")
     taken: dict[str, Any] = {"take": most or None}
     if given.get("num_samples"):  # a random choice there too

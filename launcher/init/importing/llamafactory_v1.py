@@ -40,8 +40,11 @@ def _method(keys: Keys) -> None:
     if method == "full" or not bits:
         keys.put("quant.type", "none", "quant_config.quantization_bit")
         return
+    if bits == 8:
+        joined.in_8_bits(keys, "quant_config.quantization_bit")
+        return
     if bits != 4:
-        keys.lose("quant_config.quantization_bit", "The base is stored in 4 bits or in 16. Here in 4.")
+        keys.lose("quant_config.quantization_bit", "The base is stored in 4, 8 or 16 bits. Here in 4.")
     kind = str(keys.given.get("quant_config.quantization_type") or "nf4")
     keys.put("quant.type", kind, "quant_config.quantization_bit", "quant_config.quantization_type", "quant_config.name")
     keys.put("quant.double", True, "quant_config.quantization_bit")
@@ -79,8 +82,7 @@ def _sources(keys: Keys, key: str, given: str, folder: Path) -> list[dict[str, A
 
 
 def _of_info(keys: Keys, key: str, info: dict[str, Any]) -> list[dict[str, Any]]:
-    for name in ("weight", "size"):
-        if info.get(name) not in (None, 1, 1.0):
-            keys.lose(key, f"{name}: data.train[].weight says how often an epoch visits a source.")
-    form = keys.peer.tables["formats"].get(str(info.get("converter")))
-    return sources_at(source_paths(str(info["path"])), {"format": form}, split=info.get("split"))
+    rows = {"format": keys.peer.tables["formats"].get(str(info.get("converter"))), "weight": info.get("weight")}
+    if info.get("size"):  # drawn at random there too, but one row may be drawn several times
+        rows |= {"take": int(info["size"]), "take_seed": keys.whole("seed", 42)}
+    return sources_at(source_paths(str(info["path"])), rows, split=info.get("split"))

@@ -13,6 +13,7 @@ from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupp
 from trainer.errors import ConfigError
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
+MEDIA = "images, video or sound"
 Status = Literal["mapped", "not needed", "not supported", "unknown"]
 
 
@@ -182,7 +183,7 @@ class Keys:
         if isinstance(row, Needless):
             return became("not needed", row.why)
         if isinstance(row, Unsupported) or value is None:
-            return became("not needed", "It asks for nothing.")
+            return became("not needed", "With this value it asks for nothing.")
         about = row.setting if isinstance(row, To | Together) else ""
         return became("not needed", f"With this value it asks for nothing beyond what {about} is already.")
 
@@ -200,8 +201,8 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
 def no_training(what: str) -> ConfigError:
     """The refusal of a file that would become another training than it is."""
     return ConfigError(
-        f"{what}: this is no training of ours. Objectives are sft, dpo, orpo, simpo, kto, reward and classification: no generation while training, "
-        "and `capstan export` and `generate` merge and answer. Nothing was written."
+        f"{what}: this is no training of ours. docs/preference.md and docs/heads.md list those: nothing is generated while training, of a base that "
+        "sees or hears the language model learns on texts, and `capstan export` and `generate` merge and answer. Nothing was written."
     )
 
 

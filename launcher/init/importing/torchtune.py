@@ -17,6 +17,7 @@ def join(keys: Keys, folder: Path) -> None:
     _model(keys)
     _course(keys)
     joined.batch(keys, "batch_size")
+    joined.divided(keys, "tensor_parallel_dim", "context_parallel_dim")
     _loss(keys)
     for name in ("fsdp_cpu_offload", "fsdp.cpu_offload"):
         if keys.asked(name):

@@ -70,7 +70,6 @@ def _objective(keys: Keys) -> None:
 
 
 def _method(keys: Keys) -> None:
-    in_4_bits = joined.in_4_bits(keys, keys.asked("load_in_4bit"))
     full = not keys.asked("use_peft")
     joined.method(keys, "use_peft", full, {"use_rslora": "rslora", "use_dora": "dora"})
     keys.origins["tuning.method"] = keys.origins["tuning.method"] or ["without use_peft the base itself learns"]
@@ -79,12 +78,15 @@ def _method(keys: Keys) -> None:
         why = "Without use_peft the base itself learns, in 16 bits: tuning.method is full."
         for name in ("load_in_4bit", "load_in_8bit"):
             keys.lose(name, why)
-        for name in ("rank", "alpha", "dropout", "targets", "experts", "modules_to_save"):
-            keys.drop(f"tuning.{name}", why)
         return
-    keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4") if in_4_bits else "none", "load_in_4bit")
-    if in_4_bits and keys.asked("use_bnb_nested_quant"):
-        keys.put("quant.double", True, "use_bnb_nested_quant")
+    if keys.asked("load_in_4bit"):
+        keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4"), "load_in_4bit")
+        if keys.asked("use_bnb_nested_quant"):
+            keys.put("quant.double", True, "use_bnb_nested_quant")
+    elif keys.asked("load_in_8bit"):
+        joined.in_8_bits(keys, "load_in_8bit")
+    else:
+        keys.put("quant.type", "none", "load_in_4bit")
     if not keys.settings.get("tuning.targets"):
         keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -23,8 +22,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
@@ -36,18 +33,18 @@ from trainer.base.architecture import (
     READ_BY_ITS_FAMILY,
     UNKNOWN_EXPERTS,
     Architecture,
-    AttentionLayer,
     Kind,
     Parameter,
 )
+from trainer.base.describe.attention_layers import attention_layers, declared
 from trainer.base.describe.config_json import EXPERT_COUNTS, read_by_transformers
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.language_part import is_part
+from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
 from trainer.base.describe.logits import probe_logits
-from trainer.base.describe.self_test import Found, takes_positions, test_family
-from trainer.base.describe.small import BY_LAYER, small_model
-from trainer.base.describe.touched import Place, place_of, places_read
-from trainer.errors import ConfigError, shown
+from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
+from trainer.base.describe.trial.small import small_model
+from trainer.base.describe.trial.touched import Place, place_of, places_read
+from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
 # The families' settings for how many experts a token is routed to.
@@ -70,7 +67,6 @@ _OTHER_HEADS = (
 )
 _WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
 _NOT_TRIED = "no small model of its kind could be tried"
-_SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
 def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: str) -> dict[str, Any]:
@@ -81,85 +77,26 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
     """
     kind = base_config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ConfigError(_unknown(base_config, name))
+        raise ConfigError(unknown(base_config, name))
     with read_by_transformers(name, "config.json"):
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
-        config = _causal(whole, name)
+        config = causal(whole, name)
         text = config.get_text_config()
         count: Any = getattr(text, "num_hidden_layers", None)
         if not isinstance(count, int):
             raise ConfigError(
                 f"model.base: {name} is a {kind} model, which has layers in several parts, none of which is the decoder. Give another base."
             )
-        if (getattr(text, _SHARED, 0) or 0) >= count:
+        if (getattr(text, SHARED, 0) or 0) >= count:
             raise ConfigError(
                 f"model.base: {name} is a {kind} model, which takes the keys of all its layers from the model that it drafts for. Give that one."
             )
-        config, stored_layers = _first_layers(config, layers)
+        config, stored_layers = first_layers(config, layers)
         model = meta_model(config)
-        reader = _Reader(model, config.get_text_config(), name, alone=whole.get_text_config() is whole)
+        reader = _Reader(model, config.get_text_config(), name, whole)
         return reader.architecture(stored_layers).to_json()
-
-
-def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model where
-    its language model has no class of its own."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    return _first_layers(_causal(config, str(directory)), layers)[0]
-
-
-def _unknown(base_config: Mapping[str, Any], name: str) -> str:
-    kind, classes = base_config.get("model_type"), base_config.get("architectures")
-    code = " Its own code (auto_map) is never run." if base_config.get("auto_map") else ""
-    said = f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not know.{code}"
-    for known, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if isinstance(classes, list) and made in classes and made.lower().startswith(known.replace("_", "")):
-            return (
-                f'{said} Its "architectures" are those of another: write "model_type": "{known}" into its config.json.'
-            )
-    return f"{said} Give a causal language model that it knows."
-
-
-def _causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
-    """The settings of the language model in those of a base, which may see or hear as well."""
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
-        )
-    text = config.get_text_config()
-    if is_part(config):
-        return config
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
-        raise ConfigError(
-            f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
-            f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
-        )
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise ConfigError(
-            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
-        )
-    text.name_or_path = config.name_or_path
-    return text
-
-
-def _first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
-    """`config` cut to its first `layers`, and how many it had."""
-    whole, config = config, config.get_text_config()
-    count: int = config.num_hidden_layers
-    if not layers or layers >= count:
-        return whole, count
-    for key, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in BY_LAYER):
-            setattr(config, key, value[:layers])
-    if shared := getattr(config, _SHARED, None):
-        setattr(config, _SHARED, max(0, shared + layers - count))
-    config.num_hidden_layers = layers
-    return whole, count
 
 
 @cache
@@ -175,12 +112,12 @@ def _is_handed_on(around: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A model on `meta`, and its settings; `alone` where it is no part of one that sees or hears as well."""
+    """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as well."""
 
     model: PreTrainedModel
     config: PretrainedConfig
     name: str
-    alone: bool
+    whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
@@ -195,6 +132,8 @@ class _Reader:
             raise ConfigError(self._refusal(f"{why}, so that nothing of it is quantized or adapted"))
         if trial and trial.looks_ahead:
             raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
+        if trial and not trial.learns:
+            raise ConfigError(self._refusal("gives its layers no gradient while its embeddings stay as they are"))
         if any(isinstance(self._modules[name.rpartition(".")[0]], nn.Linear) for name in tied if name != head):
             raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
@@ -206,10 +145,10 @@ class _Reader:
             head=head,
             positions=positions if positions and positions > 0 else None,
             parameters=parameters,
-            attention=tuple(self._attention()),
+            attention=tuple(attention_layers(self._layers, self._modules, self.config)),
             tied=tied,
             buffers=dict(self._buffers()),
-            caps_attention=self._declared("attn_logit_softcapping") is not None,
+            caps_attention=declared(self.config, "attn_logit_softcapping") is not None,
             has_sinks=any("sink" in part.name.rpartition(".")[2] for part in parameters),
             isolates_documents=takes_positions(body(self.model)) and (trial is None or trial.keeps_documents_apart),
             fails_packed=trial.fails_packed if trial else None,
@@ -229,7 +168,8 @@ class _Reader:
 
     def _heads(self) -> Iterator[str]:
         """The classes by which transformers loads this model with a head for another task, of those built alike for most families."""
-        for mapping, generic, name in _OTHER_HEADS if self.alone else ():
+        alone = self.whole.get_text_config() is self.whole
+        for mapping, generic, name in _OTHER_HEADS if alone else ():
             made = mapping.get(type(self.config), None)
             if isinstance(made, type) and issubclass(made, generic):
                 yield name
@@ -260,10 +200,6 @@ class _Reader:
     def _name(self, module: nn.Module) -> str:
         """The name of a module's weight in the model."""
         return next(f"{path}.weight" for path, found in self._modules.items() if found is module)
-
-    def _declared(self, key: str) -> Any:
-        """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
-        return getattr(self.config, key, None) if key in type(self.config).__dataclass_fields__ else None
 
     def _buffers(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -415,7 +351,7 @@ class _Reader:
     def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
         """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name
         for an expert and adapts the stacks instead (huggingface/peft#3711)."""
-        if not any(part.kind == "experts" for part in parameters):
+        if self._expert_count is None and not any(part.kind == "experts" for part in parameters):
             return
         from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -423,7 +359,7 @@ class _Reader:
         for name in sorted({part.name.split(".")[-2] for part in parameters if part.kind == "linear"}):
             asked = LoraConfig(target_modules=[name])
             with suppress(ValueError):  # one of two matrices that are fused in a stack
-                convert_peft_config_for_transformers(asked, self.model, None)
+                convert_peft_config_for_transformers(asked, cast(nn.Module, SimpleNamespace(config=self.whole)), None)
                 if name in (asked.target_modules or ()):
                     continue
             yield name
@@ -442,40 +378,6 @@ class _Reader:
                 if type(routed) is int and routed > 0:
                     return min(1.0, routed / (experts + (getattr(owner, _WITHOUT_WEIGHTS, 0) or 0)))
         return 1.0
-
-    def _attention(self) -> Iterator[AttentionLayer]:
-        for number, layer in enumerate(self._layers):
-            prefix = next(path for path, module in self._modules.items() if module is layer)
-            for path, module in layer.named_modules(prefix=prefix):
-                if isinstance(getattr(module, "is_causal", None), bool):
-                    keys, window = self._keys(module), self._window(module, number)
-                    yield AttentionLayer(path, number, *keys, window, self._query_heads(module))
-
-    def _keys(self, module: nn.Module) -> tuple[int | None, int | None]:
-        """Heads of keys and the width of each, where values are alike."""
-        size, made_by = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
-        if not isinstance(size, int):
-            return None, None
-        if isinstance(made_by, nn.Linear):
-            return made_by.out_features // size, size
-        heads = self._declared("num_key_value_heads")
-        return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
-
-    def _query_heads(self, module: nn.Module) -> int | None:
-        """Heads of queries, by the layer itself or by its family's setting; None where neither says."""
-        own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
-        found = next((count for count in own if type(count) is int), getattr(self.config, "num_attention_heads", None))
-        return found if type(found) is int else None
-
-    def _window(self, module: nn.Module, layer: int) -> int | None:
-        kinds = self._declared("layer_types")
-        if kinds and kinds[layer] == "full_attention":
-            return None
-        if kinds and kinds[layer] == "chunked_attention":
-            return self._declared("attention_chunk_size")
-        if hasattr(module, "sliding_window"):
-            return module.sliding_window or None  # type: ignore[return-value]
-        return self._declared("sliding_window") or None
 
 
 def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:

@@ -19,7 +19,7 @@ from trainer.base.describe.torch_answers import user_cache
 from trainer.base.find.known import known_config
 from trainer.base.find.rescaled import rescaled
 from trainer.config import Model
-from trainer.config.paths import local_path
+from trainer.config.paths import check_file, local_path
 from trainer.errors import BaseOutOfReach, ConfigError
 from trainer.store.hub import hub_answers, hub_host
 from trainer.store.safetensors_index import INDEX_FILE
@@ -112,6 +112,7 @@ def _directory(model: Model, patterns: list[str]) -> Path:
     """The local directory, or the snapshot of a Hub id with the files that match."""
     directory = local_path(model.base, "model.base")
     if directory.is_dir():
+        _check_files(directory)
         return directory
     if not is_hub_id(model.base):
         raise ConfigError(
@@ -148,6 +149,15 @@ def _directory(model: Model, patterns: list[str]) -> Path:
         if HF_HUB_OFFLINE or not hub_answers() or isinstance(error, GatedRepoError):
             raise BaseOutOfReach(said, reason) from error
         raise ConfigError(said) from error
+
+
+def _check_files(directory: Path) -> None:
+    """Raises `ConfigError` where something in the folder of a base is no file, as transformers and we read them by their names."""
+    for path in (*directory.glob("*"), *directory.glob(f"{NAMED_TEMPLATES}/*")):
+        try:
+            check_file(path)
+        except OSError as error:
+            raise ConfigError(f"model.base: {path} cannot be read: {error}. Remove it.") from error
 
 
 def describe_base(model: Model) -> Description:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from trainer.base.base import Base
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.partitions.placement import Placement, place_partitions

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.base.partitions.reading import Piece, cut
 from trainer.errors import Damaged
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
 
@@ -103,13 +103,18 @@ class Quantize:
     def _blocks(self, index: int) -> tuple[int, int]:
         """The blocks of a slice whose packed bytes or scales this rank holds: nearly the same range for both."""
         layout = self._layout
+        in_byte = layout.weights_a_byte
         byte_begin, byte_end = _overlap(
             self._weight.begin, self._weight.end, index * layout.slice_bytes, layout.slice_bytes
         )
         scale_begin, scale_end = self._scale_span()
         scale_begin, scale_end = _overlap(scale_begin, scale_end, index * layout.slice_blocks, layout.slice_blocks)
         spans = [
-            (2 * byte_begin // layout.block_size, -(-2 * byte_end // layout.block_size), byte_end > byte_begin),
+            (
+                in_byte * byte_begin // layout.block_size,
+                -(-in_byte * byte_end // layout.block_size),
+                byte_end > byte_begin,
+            ),
             (scale_begin, scale_end, scale_end > scale_begin),
         ]
         used = [(begin, min(end, layout.slice_blocks)) for begin, end, holds in spans if holds]
@@ -126,7 +131,7 @@ class Quantize:
         for part in onto(as_tensor(data, self._source), self._ranks.device).split(_QUANTIZED_AT_ONCE):
             weights = part.to(self._format.dtype)
             packed, absmax = quantize_blocks(weights, self._format.quant_type, layout.block_size)
-            self._weight.write(index * layout.slice_bytes + block * layout.block_size // 2, packed)
+            self._weight.write(index * layout.slice_bytes + block * layout.block_size // layout.weights_a_byte, packed)
             first = index * layout.slice_blocks + block
             if self._format.double:
                 begin, end = self._scale_span()

@@ -14,7 +14,7 @@ from trainer.base.base import Base
 from trainer.base.describe.composite import composite_model, language_names
 from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import LeftOutPart
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import SOURCE_DTYPES

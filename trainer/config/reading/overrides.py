@@ -30,6 +30,7 @@ _EXCLUSIONS = (
     _Exclusion("optim.warmup_steps", ("optim.warmup_ratio",)),
     _Exclusion("optim.warmup_ratio", ("optim.warmup_steps",)),
     _Exclusion("quant.type", ("quant.double", "quant.cache"), lambda kind: kind in ("none", "stored")),
+    _Exclusion("quant.type", ("quant.double",), lambda kind: kind == "int8"),
 )
 
 

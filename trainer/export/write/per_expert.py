@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.locate import base_files, describe_base, in_bucket
 from trainer.config import Model
 from trainer.errors import NotFound

@@ -16,7 +16,7 @@ from safetensors.torch import load
 
 from trainer.base.describe.composite import composite_model
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.locate import base_files
 from trainer.config import Model
 from trainer.errors import ConfigError

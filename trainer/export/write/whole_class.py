@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainer.base.describe.composite import composite_model, whole_names
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.meta import model_config
+from trainer.base.describe.language_settings import model_config
 from trainer.base.find.locate import base_files
 from trainer.config import Model
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from trainer.config.registry import chosen, kinds
-from trainer.config.training import Track
+from trainer.config.run import Track
 from trainer.errors import ConfigError
 from trainer.run import trackers
 from trainer.run.trackers.tracker import Page, Service

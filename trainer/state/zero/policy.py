@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from trainer.config import Config
-from trainer.config.paths import local_path
+from trainer.config.paths import check_file, local_path
 from trainer.errors import ConfigError, shown
 
 Scope = Literal["world", "node"]
@@ -135,6 +135,7 @@ def is_offloaded(zero: dict[str, Any]) -> bool:
 def _load_policy(name: str) -> dict[str, Any]:
     path = _find_policy(name)
     try:
+        check_file(path)
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"sharding.deepspeed: {name} cannot be read: {error}.") from error

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
+from trainer.config.reading.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
 from trainer.tuning.full.settings import FullSettings
@@ -62,14 +62,14 @@ class Full:
             f"tuning.train: {pattern!r} matches no parameter of the base. Patterns are of whole names, and * is any text. "
             f"The base has {shown}."
             for pattern in self._patterns
-            if not any(fnmatchcase(name, pattern) for name in names)
+            if not any(expression(pattern).fullmatch(name) for name in names)
         ]
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return {
             parameter.name: parameter.shape
             for parameter in architecture.parameters
-            if any(fnmatchcase(parameter.name, pattern) for pattern in self._patterns)
+            if any(expression(pattern).fullmatch(parameter.name) for pattern in self._patterns)
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:

@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+
+from trainer.config.reading.patterns import check_patterns
 from trainer.config.section import Section, setting
 
 
@@ -11,9 +14,15 @@ class FullSettings(Section):
     train: Literal["all"] | list[str] = setting(
         "all",
         about="Which parameters of the base learn with method full: all, or patterns of their whole names, where * is any "
-        "text (last layers, norms, biases).",
+        "text (last layers, norms, biases), or regular expressions for them behind re:.",
         example=["model.layers.31.*", "*norm.weight"],
     )
+
+    @field_validator("train")
+    @classmethod
+    def _expressions(cls, train: str | list[str]) -> str | list[str]:
+        check_patterns("tuning.train", train)
+        return train
 
 
 SETTINGS = (FullSettings,)

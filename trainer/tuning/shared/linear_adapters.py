@@ -10,13 +10,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
 from trainer.config import Model, Tuning
-from trainer.config.model import EXPRESSION
+from trainer.config.reading.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
 from trainer.tuning.method import ExportedFiles, VirtualTokens
@@ -113,8 +112,8 @@ def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
     linears = architecture.linear_layers()
     if targets == ALL_LINEAR:
         return linears
-    patterns = [_pattern(target) for target in targets if _is_pattern(target)]
-    ends = tuple(f".{target}" for target in targets if not _is_pattern(target))
+    patterns = [expression(target) for target in targets if is_pattern(target)]
+    ends = tuple(f".{target}" for target in targets if not is_pattern(target))
     return {
         path: linear
         for path, linear in linears.items()
@@ -122,20 +121,12 @@ def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
     }
 
 
-def _is_pattern(target: str) -> bool:
-    return target.startswith(EXPRESSION) or any(wildcard in target for wildcard in "*?[")
-
-
-def _pattern(target: str) -> re.Pattern[str]:
-    return re.compile(target.removeprefix(EXPRESSION) if target.startswith(EXPRESSION) else translate(target))
-
-
 def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
     """A sentence for each target that is no layer of the base."""
     paths = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in architecture.linear_layers())
     return [
         f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has {', '.join(paths)}."
-        if _is_pattern(target)
+        if is_pattern(target)
         else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
         for target in ([] if targets == ALL_LINEAR else targets)
         if not matching(architecture, [target])

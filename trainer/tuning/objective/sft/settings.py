@@ -4,7 +4,7 @@ from trainer.config.section import Section, setting
 
 
 class SftSettings(Section):
-    """A term beside the next-token loss."""
+    """What is beside the next-token loss, or in its place."""
 
     z_loss: float = setting(
         0.0,
@@ -12,6 +12,11 @@ class SftSettings(Section):
         example=1e-4,
         ge=0,
         le=1,
+    )
+    dft: bool = setting(
+        False,
+        about="sft: weigh the loss of each target by its probability, through which no gradient goes (dynamic fine-tuning, arXiv:2508.05629).",
+        example=True,
     )
 
 

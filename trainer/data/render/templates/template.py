@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import Data
-from trainer.data.render.chat_template import ChatTemplate
-from trainer.data.render.named_templates import NAMED
+from trainer.config.paths import check_file
+from trainer.data.render.templates.chat_template import ChatTemplate
+from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def template_text(data: Data) -> str | None:
     if data.template in NAMED:
         return NAMED[data.template].text
     try:
+        check_file(Path(data.template))
         return Path(data.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(

@@ -115,7 +115,7 @@ def bnb_form(quant: Quant) -> dict[str, Any]:
 
 
 class PackedWeight:
-    """A matrix, or a stack of them, in bitsandbytes' 4 bits on the host.
+    """A matrix, or a stack of them, in bitsandbytes' 4 or 8 bits on the host.
 
     Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
     """
@@ -124,9 +124,15 @@ class PackedWeight:
         self._like = _nothing(weight.shape, dtype, weight.device)
         self._matrices: list[tuple[Tensor, bnb.QuantState]] = []
         for matrix in weight.view(-1, *weight.shape[-2:]):
-            packed, state = bnb.quantize_4bit(matrix.to(dtype).flatten(), **bnb_form(quant))
+            packed, state = self._quantized(matrix.to(dtype).flatten(), quant)
             state.to("cpu")
             self._matrices.append((packed.cpu(), state))
+
+    def _quantized(self, values: Tensor, quant: Quant) -> tuple[Tensor, bnb.QuantState]:
+        if quant.type != "int8":
+            return bnb.quantize_4bit(values, **bnb_form(quant))
+        code = bnb.create_linear_map(signed=True, total_bits=8).to(values.device)
+        return bnb.quantize_blockwise(values, code=code, blocksize=quant.block_size)
 
     def values(self) -> Tensor:
         """The weight as its bits say, where and in the type that it was."""
@@ -134,5 +140,6 @@ class PackedWeight:
         for matrix, (packed, kept) in zip(values.view(-1, *values.shape[-2:]), self._matrices, strict=True):
             state = deepcopy(kept)
             state.to(values.device)
-            matrix.copy_(bnb.dequantize_4bit(packed.to(values.device), state).view_as(matrix))
+            dequantize = bnb.dequantize_4bit if state.quant_type else bnb.dequantize_blockwise
+            matrix.copy_(dequantize(packed.to(values.device), state).view_as(matrix))
         return values

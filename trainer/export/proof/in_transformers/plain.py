@@ -25,8 +25,8 @@ from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.distributions import as_shares
+from trainer.export.proof.in_transformers.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
@@ -238,7 +238,7 @@ def quantize(
     streamed: StreamedLayers | None = None,
 ) -> None:
     """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`; those whose names end in one of `unpacked` get
-    the values that it leaves of them, and so do all that are `streamed`.
+    the values that it leaves of them, and so do those in 8 bits and all that are `streamed`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
@@ -249,7 +249,7 @@ def quantize(
         if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
             continue
         misread = device().type == "cpu" and module.in_features % quant.block_size
-        if misread or f"{path}.weight".endswith(unpacked):
+        if misread or quant.type == "int8" or f"{path}.weight".endswith(unpacked):
             module.weight.data = _dequantized(module.weight.data, quant, dtype)
         else:
             layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")

@@ -1,0 +1,55 @@
+"""The layers of attention of a model on `meta`: their heads, and how far each looks back."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from trainer.base.architecture import AttentionLayer
+
+
+def attention_layers(
+    layers: Iterable[nn.Module], modules: Mapping[str, nn.Module], config: PretrainedConfig
+) -> Iterator[AttentionLayer]:
+    """The layers of attention in a model's decoder layers; `modules` are all of the model's, by their paths."""
+    for number, layer in enumerate(layers):
+        prefix = next(path for path, module in modules.items() if module is layer)
+        for path, module in layer.named_modules(prefix=prefix):
+            if isinstance(getattr(module, "is_causal", None), bool):
+                keys, window = _keys(module, config), _window(module, number, config)
+                yield AttentionLayer(path, number, *keys, window, _query_heads(module, config))
+
+
+def _keys(module: nn.Module, config: PretrainedConfig) -> tuple[int | None, int | None]:
+    """Heads of keys and the width of each, where values are alike."""
+    size, made_by = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
+    if not isinstance(size, int):
+        return None, None
+    if isinstance(made_by, nn.Linear):
+        return made_by.out_features // size, size
+    heads = declared(config, "num_key_value_heads")
+    return (heads, size) if isinstance(heads, int) and hasattr(module, "qkv_proj") else (None, None)
+
+
+def _query_heads(module: nn.Module, config: PretrainedConfig) -> int | None:
+    """Heads of queries, by the layer itself or by its family's setting; None where neither says."""
+    own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
+    found = next((count for count in own if type(count) is int), getattr(config, "num_attention_heads", None))
+    return found if type(found) is int else None
+
+
+def _window(module: nn.Module, layer: int, config: PretrainedConfig) -> int | None:
+    kinds = declared(config, "layer_types")
+    if kinds and kinds[layer] == "full_attention":
+        return None
+    if kinds and kinds[layer] == "chunked_attention":
+        return declared(config, "attention_chunk_size")
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window or None  # type: ignore[return-value]
+    return declared(config, "sliding_window") or None
+
+
+def declared(config: PretrainedConfig, key: str) -> Any:
+    """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
+    return getattr(config, key, None) if key in type(config).__dataclass_fields__ else None

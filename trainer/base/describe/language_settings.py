@@ -1,0 +1,77 @@
+"""transformers' settings of the language model of a base: taken out of those of a model that sees or hears as well, and cut to its first layers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from trainer.base.describe.language_part import is_part
+from trainer.base.describe.trial.small import BY_LAYER
+from trainer.errors import ConfigError, shown
+
+SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
+
+
+def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
+    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model where
+    its language model has no class of its own."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return first_layers(causal(config, str(directory)), layers)[0]
+
+
+def unknown(base_config: Mapping[str, Any], name: str) -> str:
+    kind, classes = base_config.get("model_type"), base_config.get("architectures")
+    code = " Its own code (auto_map) is never run." if base_config.get("auto_map") else ""
+    said = f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not know.{code}"
+    for known, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if isinstance(classes, list) and made in classes and made.lower().startswith(known.replace("_", "")):
+            return (
+                f'{said} Its "architectures" are those of another: write "model_type": "{known}" into its config.json.'
+            )
+    return f"{said} Give a causal language model that it knows."
+
+
+def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """The settings of the language model in those of a base, which may see or hear as well."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
+        )
+    text = config.get_text_config()
+    if is_part(config):
+        return config
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
+            f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
+        )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ConfigError(
+            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
+        )
+    text.name_or_path = config.name_or_path
+    return text
+
+
+def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
+    """`config` cut to its first `layers`, and how many it had."""
+    whole, config = config, config.get_text_config()
+    count: int = config.num_hidden_layers
+    if not layers or layers >= count:
+        return whole, count
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count and any(word in key for word in BY_LAYER):
+            setattr(config, key, value[:layers])
+    if shared := getattr(config, SHARED, None):
+        setattr(config, SHARED, max(0, shared + layers - count))
+    config.num_hidden_layers = layers
+    return whole, count

@@ -1,0 +1,217 @@
+"""The life of a run: its name and place, when it is saved, how often it starts again, how long a rank may take, and where its curves are shown."""
+
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from trainer.config.section import Section, setting
+
+_SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
+
+
+class Run(Section):
+    """Which run this is and where it lives."""
+
+    name: str = setting(
+        about="Name of the run: a folder of this name is made in the store. Letters, digits, '.', '_' and '-'.",
+        example="llama-8b-support",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+    )
+    store: str = setting(
+        "runs",
+        about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
+        example="s3://bucket/runs",
+    )
+    store_retry: float = setting(
+        120,
+        about="How long a request to a failing bucket is tried again, with growing pauses, before it counts as failed.",
+        example=600,
+        gt=0,
+        unit="seconds",
+    )
+    store_timeout: float = setting(
+        60,
+        about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
+    seed: int = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_stores_own(cls, name: str) -> str:
+        if name in _SHARED_FOLDERS:
+            raise ValueError(
+                f"run.name: {name!r} is not allowed. The store keeps what runs share in a folder of this name. Choose another."
+            )
+        return name
+
+
+class Checkpoint(Section):
+    """When training state is committed to the store."""
+
+    every_steps: int = setting(
+        100,
+        about="Commit every so many steps; 0 turns this rule off, as per_epoch does where this is not given.",
+        example=100,
+        ge=0,
+        unit="steps",
+    )
+    per_epoch: float = setting(
+        0,
+        about="Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this rule off.",
+        example=1,
+        ge=0,
+        le=10_000,
+        unit="commits an epoch",
+    )
+    every_minutes: float = setting(
+        30,
+        about="Commit when so long has passed since the last; 0 turns this rule off.",
+        example=15,
+        ge=0,
+        unit="minutes",
+    )
+    keep_last: int = setting(3, about="Newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
+    keep_every: int = setting(
+        0,
+        about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.",
+        example=1000,
+        ge=0,
+        unit="steps",
+    )
+    keep_best: int = setting(
+        0,
+        about="Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
+        "none.",
+        example=2,
+        ge=0,
+        unit="checkpoints",
+    )
+    adapters: bool = setting(
+        False,
+        about="Beside each commit write what it has learnt as a PEFT adapter, `checkpoints/step-.../adapter/`, in a process of "
+        "its own beside the training. It goes with its checkpoint. Not for tuning.method: full, which has no adapter.",
+        example=True,
+    )
+    when_busy: Literal["wait", "skip"] = setting(
+        "wait",
+        about="What a save does that is due while the one before is still being uploaded: wait for it, or be skipped. "
+        "The metrics say how long and how often.",
+        example="skip",
+    )
+    failed_saves: int = setting(
+        3,
+        about="Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
+        "of a start may not fail at all.",
+        example=0,
+        ge=0,
+        unit="saves",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("per_epoch") and "every_steps" not in given:
+            return {**given, "every_steps": 0}
+        return given
+
+
+class Retry(Section):
+    """How often a run starts again by itself."""
+
+    failures: int = setting(
+        3,
+        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a second "
+        "crash at the same step ends the run.",
+        example=3,
+        ge=0,
+        unit="restarts",
+    )
+    preemptions: int | None = setting(
+        None,
+        about="Restarts after a machine was taken away or lost, counted apart from crashes. Default: any number.",
+        example=20,
+        ge=0,
+        unit="restarts",
+    )
+    skip_bad_window: bool = setting(
+        True,
+        about="After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without it, "
+        "or the second time, the run ends with exit code 5.",
+        example=False,
+    )
+
+
+class Timeouts(Section):
+    """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
+
+    meet: float = setting(
+        900,
+        about="For all ranks to come together after they are started by torchrun or srun.",
+        example=300,
+        gt=0,
+        unit="seconds",
+    )
+    load: float = setting(
+        3600, about="For loading the model and restoring its checkpoint.", example=1800, gt=0, unit="seconds"
+    )
+    step: float = setting(
+        900, about="For one step, or one step's data, or one evaluation.", example=300, gt=0, unit="seconds"
+    )
+    save: float = setting(3600, about="For waiting until a checkpoint is committed.", example=900, gt=0, unit="seconds")
+
+
+class Track(Section):
+    """Where metrics go, besides the run's folder."""
+
+    tensorboard: bool = setting(
+        True, about="Write TensorBoard events into the run's folder, once a minute.", example=True
+    )
+    trackers: list[str] = setting(
+        [],
+        about="Services that show the curves, each an extra: wandb, mlflow, trackio. Addresses and keys come from the environment. "
+        "One that fails never ends the run. See docs/tracking.md.",
+        example=["wandb", "mlflow"],
+    )
+    project: str = setting(
+        "capstan",
+        about="The project (W&B, trackio) or experiment (MLflow) that the run is shown in.",
+        example="support-bot",
+        min_length=1,
+        max_length=100,
+    )
+    name: str | None = setting(
+        None, about="The run's name there. Default: run.name.", example="8b, rank 16", min_length=1, max_length=100
+    )
+    group: str | None = setting(None, about="Groups runs there.", example="rank-ablation", min_length=1, max_length=100)
+    tags: list[str] = setting([], about="The run's tags there.", example=["lora", "8b"])
+    print_steps: int = setting(
+        10,
+        about="Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0 prints none.",
+        example=1,
+        ge=0,
+        unit="steps",
+    )
+    price_per_gpu_hour: float | None = setting(
+        None,
+        about="The price of one GPU for an hour, in your money: `capstan status` and `report` then show what the run has cost.",
+        example=2.5,
+        ge=0,
+        unit="money",
+    )
+    flush_seconds: float = setting(
+        5.0,
+        about="How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends less often.",
+        example=10,
+        gt=0,
+        unit="seconds",
+    )
+
+    @model_validator(mode="after")
+    def _shown_somewhere(self) -> "Track":
+        for name in ("project", "name", "group", "tags"):
+            if not self.trackers and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"track.{name}: has no effect without track.trackers. Name some there, or remove it.")
+        return self
