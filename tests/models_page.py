@@ -87,10 +87,11 @@ the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
 
 - which linear layers the family's own code reads past their forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer): these stay in 16 bits and get no
   adapter, as do those that transformers keeps in fp32 and experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
-- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones. Otherwise `plan` and `train` refuse the base with one sentence,
+- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones, experts included. Otherwise `plan` and `train` refuse the base with one sentence,
   and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried;
 - whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`, [long-rows.md](long-rows.md));
-- whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused.
+- whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused; so is one whose layers get no gradient while its embeddings stay as they
+  are (Reformer).
 
 Refused by name are also models whose layers share weights with other layers (Zamba), store them transposed (`Conv1D`: GPT-2), lie in several parts (BLT), or take their keys from
 another model (drafting models), and heads that are no plain matrix (Dory) or have more than it between them and the hidden states (BERT, ModernBERT's decoder).
@@ -100,6 +101,8 @@ have the whole class's logits on text to the last bit.
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in a process of its own, against plain transformers
 and PEFT over weights that it decodes itself, each document alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
+What a family leaves to chance as it trains (dropout, the jitter of Phi-3.5-MoE's routers) is off there. Where plain transformers' own gradient in fp32 is farther than 1e-5 from that
+in fp64 (Gemma 3n, 7e-5), ours may be as far from it.
 """
 
 _PLANNED = """

@@ -48,6 +48,7 @@ from trainer.train.reference import ReferencePass
 from trainer.train.start import Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
+from trainer.train.taught import stored_teacher
 
 _print = partial(print, flush=True)
 
@@ -181,8 +182,11 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     def evaluated(config: Config, fingerprint: str) -> Stream:
         return eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
 
+    train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
+    with start.ranks.agreeing():
+        train.teacher = stored_teacher(start, datasets.train, train.chapters.reads)
     return _Rows(
-        train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size),
+        train,
         evaluated(config, datasets.eval) if datasets.eval else None,
         {name: evaluated(config_of_set(config, name), key) for name, key in datasets.sets.items()},
     )

@@ -13,7 +13,7 @@ from launcher.view.compiling import compile_progress
 from launcher.view.folded import FoldedTable
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
-from trainer.config import load_config
+from trainer.config import Config, load_config
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate, prepare
 from trainer.data.dataset.manifest import DatasetManifest, read_manifest
@@ -64,7 +64,11 @@ def _figures(manifest: DatasetManifest) -> dict[str, int]:
 
 def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
     """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
-    config = load_config(path, overrides, log)
+    return build_config(load_config(path, overrides, log), dry_run=dry_run, log=log)
+
+
+def build_config(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built:
+    """`build`, by settings that are read already."""
     refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)

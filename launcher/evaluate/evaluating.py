@@ -73,7 +73,7 @@ def evaluate_run(
         what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
         return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
     ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat)
-    with _bars(log) as hear:
+    with bars(log) as hear:
         found = run_ranks(ask, config, (), hear)
     return Evaluated(found, folder.uri, None if base else f"{folder.uri}/{layout.evaluation(found['step'])}")
 
@@ -83,7 +83,7 @@ def _ranks(count: int) -> str:
 
 
 @contextmanager
-def _bars(log: Log) -> Iterator[Hear]:
+def bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
     console = Terminal(stderr=True)
     columns = (

@@ -22,7 +22,7 @@ from launcher.view.terminal import put
 from trainer.base.find.locate import describe_base
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
-from trainer.export.figures import Proof
+from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten
 from trainer.export.format import find_format
 from trainer.export.trained import trained_config
@@ -47,7 +47,7 @@ class Exported:
     step: int
     merged: bool
     bytes: int | None = None
-    proof: Proof | None = None
+    proof: Proof | ServedProof | None = None
     tuned_base: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -80,10 +80,11 @@ def export_run(
     *,
     step: int | None = None,
     verify: bool = False,
+    server: str | None = None,
     dry_run: bool = False,
 ) -> Exported:
     """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`; `step` None
-    is the newest whole checkpoint.
+    is the newest whole checkpoint; `server` is the URL of one that has the export, which is then compared instead of the files.
 
     Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written does
     not verify.
@@ -98,11 +99,12 @@ def export_run(
         tuned_base = method_of(config).exports_model
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
+    chosen += ["--server", server] if server else []
     with _bar("merging" if form.whole_model else "exporting") as progress:
         made = _module(
             "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
         )
-    proof = Proof(**made.pop("proof")) if verify else None
+    proof = (ServedProof if server else Proof)(**made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
     if proof is not None and not proof.holds:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from launcher.view.terminal import visible
 from trainer.config import fields
 from trainer.errors import ConfigError, shown
 
@@ -33,7 +34,7 @@ def yaml_text(
 
 
 def _comment(line: str) -> str:
-    return f"# {' '.join(line.splitlines())}".rstrip()
+    return f"# {visible(' '.join(line.splitlines()))}".rstrip()
 
 
 def check_new(path: Path, force: bool) -> None:
@@ -73,6 +74,6 @@ def _flow(value: Any) -> str:
 def _commented(line: str, comment: str) -> str:
     if not comment:
         return line
-    words = " ".join(comment.split())
+    words = visible(" ".join(comment.split()))
     room = max(20, _WIDTH - max(_COLUMN, len(line) + 2) - 2)
     return f"{line:<{_COLUMN}}  # {words if len(words) <= room else words[: room - 3] + '...'}"

@@ -4,6 +4,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from rich.filesize import decimal
+
 from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
@@ -20,6 +22,8 @@ from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.processes.patience import patiently
 from trainer.run import layout
 from trainer.store.store import Store, open_store
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 # A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
 _STORE_SECONDS = 3.0
@@ -121,12 +125,24 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         store = _answering_store(config)
     with patiently("measuring the data"):
         length = length_of(config, None if missing else epoch_length(config, files, store))
+    if teacher := teacher_of(find_objective(config)):
+        plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
+
+
+def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
+    """A sentence on what the teacher stores. Not all tokens are targets, so that of an epoch is a bound."""
+    size = teacher.bytes_a_target(vocabulary)
+    most = f", at most {decimal(size * length.tokens_of_epoch)} for an epoch's tokens" if length.tokens_of_epoch else ""
+    return (
+        f"{teacher.setting}: {teacher.name} stores {size} bytes a target beside the data{most}, by capstan teach before the run. The run has no "
+        "teacher in memory."
+    )
 
 
 def _answering_store(config: Config) -> Store | None:

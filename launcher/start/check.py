@@ -18,7 +18,7 @@ from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
-from trainer.data.render.named_templates import NAMED
+from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
@@ -33,6 +33,7 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.beginning import starting_at
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import teacher_of
 
 
 def anchored(config: Config) -> Config:
@@ -47,6 +48,13 @@ def anchored(config: Config) -> Config:
             changes[key] = absolute(path, key)
     if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
         changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
+    teacher = teacher_of(find_objective(config))
+    if (
+        teacher
+        and teacher.name
+        and (local_path(teacher.name, teacher.setting).exists() or (teacher.is_run and "/" in teacher.name))
+    ):
+        changes[teacher.setting] = absolute(teacher.name, teacher.setting)
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):

@@ -66,6 +66,15 @@ def documented(peer: str) -> Iterator[str]:
                     yield f"{place}{line.target.id}"
 
 
+def test_control_characters_and_line_breaks_of_a_file_stay_in_its_comments(tmp_path: Path) -> None:
+    """A file of ours with any of them could not be read, and a terminal would obey them."""
+    theirs = 'base_model: "x\\e]0;title\\a"\n"odd\\e[31m\\nrun: {seed: 5}\\u2028#": 3\nadapter: lora\n'
+    text = imported_text(theirs + "datasets: [{path: a.jsonl, type: alpaca}]\n", tmp_path, "axolotl").text
+    assert "\x1b" not in text
+    assert yaml.safe_load(text)["model"]["base"] == "x\x1b]0;title\x07"
+    assert yaml.safe_load(text)["run"]["seed"] == 42
+
+
 @pytest.mark.parametrize("peer", JOINS)
 def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, tmp_path: Path) -> None:
     keys = sorted(set(documented(peer)))

@@ -51,6 +51,9 @@ def test_the_sizes_of_a_known_base_are_those_that_its_makers_state(entry: dict[s
     assert stored_format(quantization_of(config), name)
     found = Architecture.from_json(architecture_of(config, None, name))
     assert sum(part.numel for part in found.parameters) / 1e9 == pytest.approx(entry["billions"], rel=0.025)
+    computing = (part for part in found.parameters if part.kind != "embedding" or found.head in found.tied)
+    active = sum(part.visits * part.numel for part in computing) / 1e9
+    assert active == pytest.approx(entry.get("active", active), rel=0.11)
 
 
 def test_known_bases_are_many_and_small_and_each_is_named_once() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from itertools import pairwise
@@ -218,6 +219,14 @@ def test_a_run_that_cannot_be_read_hides_no_other(store: Store, monkeypatch: pyt
     monkeypatch.setattr(Store, "get_range", fails)
     found = {line.run: (line.state, line.reason) for line in list_runs(store, clock=lambda: NOW).runs}
     assert found == {"good": ("running", ""), "bad": ("unreadable", "403")}
+
+
+def test_nor_does_one_whose_settings_are_a_pipe(store: Store, tmp_path: Path) -> None:
+    write(new(store, "good"), 1, start(1), step(1, 2.0))
+    (tmp_path / "runs/piped").mkdir()
+    os.mkfifo(tmp_path / "runs/piped/config.yaml")
+    found = {line.run: line.state for line in list_runs(store, clock=lambda: NOW).runs}
+    assert found == {"good": "running", "piped": "unreadable"}
 
 
 @pytest.mark.parametrize("most", [150, 1000, 10**6])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.model import head as loss_module
-from trainer.model.head import IGNORE, LossHead, LossTerms
+from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
 from trainer.tuning.objective.sft.objective import NextTokens
 
 T, H, V = 50, 12, 31
@@ -250,7 +250,7 @@ def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(
     torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels, terms=terms)), expected)
     half = gradient(
         lambda hidden: loss_module._FrozenCrossEntropy.apply(  # type: ignore[arg-type,return-value]
-            hidden[labels != IGNORE], head.weight, None, labels[labels != IGNORE], head, terms
+            hidden[labels != IGNORE], head.weight, None, Goal(labels[labels != IGNORE], terms), head
         ).sum()
     )
     assert float((half - expected).norm() / expected.norm()) > 0.1, "the control: without the head's part"

@@ -176,6 +176,14 @@ def test_an_unreadable_owner_is_somebody_until_it_is_old(run: Store, text: str, 
     assert in_use(run) is None
 
 
+@pytest.mark.parametrize("process", [2**40, -1, "x"])
+def test_an_owner_whose_process_can_be_none_is_unreadable(run: Store, process: Any) -> None:
+    taken(run)
+    run.put(layout.owner(1), json.dumps({**asdict(newest(run)), "process": process, "born": "1"}).encode())
+    assert newest(run).by == "an unreadable owner"
+    assert in_use(run) is not None
+
+
 def test_an_owner_of_a_later_version_is_read(run: Store) -> None:
     taken(run)
     run.put(layout.owner(1), json.dumps({**asdict(newest(run)), "colour": "blue"}).encode())

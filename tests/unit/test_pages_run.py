@@ -44,6 +44,7 @@ VERBS = {
         "data show",
     ),
     *("evaluate", "export", "import", "logs", "ls", "plan", "push", "report", "resume", "smoke", "status", "stop"),
+    "teach",
     *("submit ray", "submit slurm", "sweep", "train"),
 }
 
@@ -124,6 +125,8 @@ def lay_out(folder: Path) -> None:
             tree["model"]["base"] = str(make_base(folder / "mixture", "qwen3-moe", **SIZES) if mixture else base)
             tree["run"]["store"] = tree["run"]["store"].replace("s3://bucket/", "bucket/")
             tree["data"]["held_out"] = 0.2
+            if "teacher" in tree.get("objective", {}):
+                tree["objective"]["teacher"] = str(base)
             # This base has a template, and these rows need none.
             tree["data"].pop("template", None)
             tree["model"].pop("add_tokens", None)

@@ -30,9 +30,15 @@ def test_lora_and_rslora_are_taken(settings: dict[str, Any], names: list[str]) -
         ({"peft_type": "IA3"}, [], ["this is IA3"], ["this is IA3"]),
         ({}, ["norm.weight"], ["there is norm.weight"], ["there is norm.weight"]),
         ({"r": 640}, MATRICES, ["largest rank is 512, and this has 640"], []),
-        ({"rank_pattern": {"o_proj": 8}}, MATRICES, ["one rank"], ["one r for all modules"]),
-        ({"rank_pattern": {"o_proj": 16}}, MATRICES, ["one rank"], []),
-        ({}, STACK, ["layout=vllm"], ["layout=vllm"]),
+        ({"rank_pattern": {"o_proj": 8}}, MATRICES, [], ["one r for all modules"]),
+        (
+            {"rank_pattern": {"o_proj": 640}},
+            MATRICES,
+            ["largest rank is 512, and this has 640"],
+            ["one r for all modules"],
+        ),
+        ({"alpha_pattern": {"o_proj": 8}}, MATRICES, [], ["one lora_alpha for all modules"]),
+        ({}, STACK, ["layout=vllm, or start it with --enable-mixed-moe-lora-format"], ["layout=vllm"]),
     ],
     ids=str,
 )
@@ -52,3 +58,8 @@ def test_all_else_is_refused_with_the_reason(
 def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) -> None:
     settings = LORA | {"r": rank}
     assert remarks(settings, refusals(settings, MATRICES)) == told
+
+
+def test_the_option_is_for_the_largest_rank_of_any_module() -> None:
+    settings = LORA | {"rank_pattern": {"o_proj": 17}}
+    assert "vLLM takes it with --max-lora-rank 32." in remarks(settings, refusals(settings, MATRICES))

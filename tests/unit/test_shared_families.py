@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer.base.describe.self_test import ThreadPeers
 
 from tests.families import FAMILIES
 from tests.unit.test_documents import IN_BATCHES, build, row, settings
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.trial.self_test import ThreadPeers
 from trainer.model.documents import lengths_known
 from trainer.model.exchange import Peers
 

@@ -16,6 +16,7 @@ from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.known import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
+from trainer.model import experts
 from trainer.model.documents import _CACHES
 
 # A kind of layer whose code reads the weight of a linear layer -> the layer's name.
@@ -101,6 +102,29 @@ def test_a_base_whose_documents_would_see_each_other_or_that_fails_over_4_bits_i
     assert len(said) == 2
     assert "data.packing: documents of one row would see each other" in said[0]
     assert "quant.type: this base cannot be computed with weights in 4 bits" in said[1]
+
+
+def test_experts_are_tried_in_4_bits_by_the_forward_pass_that_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings("mixtral")
+    assert Architecture.from_json(architecture_of(given, None, "the base")).fails_packed is None
+    linear = experts._linear
+    monkeypatch.setattr(experts, "_linear", lambda *given: 2 * linear(*given))
+    assert architecture_of(given, None, "the base")["fails_packed"] == "its predictions are others then"
+
+
+def test_a_family_whose_layers_get_no_gradient_over_frozen_embeddings_is_refused() -> None:
+    given = settings("reformer") | {"is_decoder": True, "axial_pos_embds": False}
+    with pytest.raises(
+        ConfigError, match="is a reformer model, which gives its layers no gradient while its embeddings"
+    ):
+        architecture_of(given, None, "the base")
+
+
+def test_linear_layers_that_peft_takes_for_experts_are_those_of_the_class_that_people_load() -> None:
+    """PEFT converts targets by the type of the whole class: it knows that of GLM-4V's mixture, and not that of its language model."""
+    config: Any = CONFIG_MAPPING["glm4v_moe"]()
+    given = {"model_type": "glm4v_moe", "text_config": small_settings(config.text_config)}
+    assert set(architecture_of(given, None, "the base")["taken_for_experts"]) >= {"down_proj", "up_proj"}
 
 
 def test_the_names_of_arguments_by_which_layers_mix_tokens_are_those_of_transformers() -> None:

@@ -13,14 +13,14 @@ HEADS: "dict[str, Head]" = declared("trainer.tuning.objective", "HEADS")
 
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md and docs/methods.md say when to use which, and give the formulas."""
+    """The loss that training minimises. docs/preference.md, docs/methods.md and docs/distillation.md say when to use which, and give the formulas."""
 
     name: str = setting(
         "sft",
         about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
         "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). token_classification: "
         "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs.",
+        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(

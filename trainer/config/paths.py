@@ -33,14 +33,18 @@ def local_path(text: str, setting: str) -> Path:
     return path
 
 
+class NoFile(OSError):
+    """A pipe, a device or a socket, on which a read might wait for ever or never come to an end."""
+
+
 def check_file(path: Path) -> None:
-    """Raises `OSError` for a pipe, a device or a socket, on which a read might wait for ever or never come to an end."""
+    """Raises `NoFile` for what is none."""
     try:
         mode = path.stat().st_mode
     except OSError:  # the read will say why
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError("it is no file, but a pipe, a device or a socket")
+        raise NoFile("it is no file, but a pipe, a device or a socket")
 
 
 def text_lines(text: str, setting: str) -> list[tuple[int, str]]:

@@ -32,10 +32,14 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     # These import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
+    from trainer.evaluate.teach import teach
 
     say = tell if os.environ.get("RANK", "0") == "0" else _nothing
     try:
-        result = evaluate(ask, say) if ask.what == "evaluate" else generate(ask, prompts, say)
+        if ask.what == "generate":
+            result = generate(ask, prompts, say)
+        else:
+            result = evaluate(ask, say) if ask.what == "evaluate" else teach(ask, say)
     except CapstanError:
         _leave()
         raise

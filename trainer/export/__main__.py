@@ -17,14 +17,15 @@ from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
 from trainer.errors import CapstanError
+from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten, DestinationTaken
-from trainer.export.format import find_format
+from trainer.export.format import ExportFormat, find_format
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.written import ExportProgress, Written
 from trainer.run.background import Every
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.state.checkpoint.manifest import whole_checkpoint
-from trainer.store.store import open_store
+from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 
 _SAY_SECONDS = 30.0
@@ -68,8 +69,18 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         progress.say(f"--verify: reads every byte of the base's files, {size}")
         progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
         with _patience(progress.say):
-            result["proof"] = asdict(form.prove(run, step, destination))
+            result["proof"] = asdict(_prove(arguments, form, run, step, destination))
     return result
+
+
+def _prove(
+    arguments: argparse.Namespace, form: ExportFormat, run: Store, step: int, destination: Store
+) -> Proof | ServedProof:
+    if arguments.server is None:
+        return form.prove(run, step, destination)
+    from trainer.export.proof.served import prove_served
+
+    return prove_served(run, step, destination, arguments.server, whole_model=form.whole_model)
 
 
 @contextmanager
@@ -92,6 +103,7 @@ def main() -> None:
     parser.add_argument("--format", required=True)
     parser.add_argument("--step", type=int)
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--server")
     try:
         result = _export(parser.parse_args())
     except CapstanError as error:

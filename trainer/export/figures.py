@@ -64,3 +64,58 @@ class Proof:
             f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base and "
             f"adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was trained"
         )
+
+
+@dataclass(frozen=True)
+class ServedProof:
+    """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32: mean absolute differences in
+    nats a token.
+
+    Attributes:
+        server, model: its URL, and the name of the model that was asked.
+        prompt: of the `tokens` of the run's rows.
+        drawn: of the `draws` tokens that the server drew behind them.
+        largest: the largest difference of any token.
+        allowed: the largest mean that rounding products to bf16 explains.
+        effect: the difference that the training has made.
+        from_base: the server's difference from the base alone.
+        rows: the rows in words.
+    """
+
+    server: str
+    model: str
+    prompt: float
+    drawn: float
+    largest: float
+    allowed: float
+    effect: float
+    from_base: float
+    tokens: int
+    draws: int
+    rows: str
+
+    @property
+    def is_alike(self) -> bool:
+        return max(self.prompt, self.drawn) <= self.allowed
+
+    @property
+    def holds(self) -> bool:
+        """As of `Proof`."""
+        return self.is_alike and self.allowed < self.effect
+
+    @property
+    def verdict(self) -> str:
+        if self.holds:
+            return "It serves what was exported."
+        if self.is_alike:
+            return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or leave --server out."
+        if self.from_base <= self.allowed:
+            return "It answers as the base alone. Load the export into it, and name it behind a # of the URL."
+        return "It serves another model, or this one over another base. Start it with the run's base, and with this export."
+
+    def sentence(self) -> str:
+        return (
+            f"log-probabilities of {self.model} at {self.server} against transformers (and PEFT): {self.prompt:.2g} nats a token over {self.tokens:,} "
+            f"tokens, {self.drawn:.2g} over {self.draws:,} that it drew, {self.largest:.2g} at most (allowed {self.allowed:.2g} in the mean; the "
+            f"training's own effect is {self.effect:.2g}), on {self.rows}"
+        )

@@ -1,7 +1,8 @@
 """The servers that take an exported adapter beside its base, by their documented rules, before anybody starts one.
 
-vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA and modules_to_save, docs.vllm.ai,
-features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the files of the base hold stacks.
+vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA, modules_to_save, and ranks and alphas by module,
+which it reads as PEFT does; docs.vllm.ai, features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the
+server takes both layouts or the files of the base hold stacks.
 SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`): one rank and one alpha, no DoRA, no tokens
 that the base has not; docs.sglang.ai, advanced_features/lora, for the modules.
 Both read LoRA alone, rsLoRA's scaling among it, and nothing beside its two matrices.
@@ -45,12 +46,17 @@ def _of_both(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
 
 
 def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
-    if settings.get("r", 0) > _VLLM_RANKS[-1]:
-        yield f"its largest rank is {_VLLM_RANKS[-1]}, and this has {settings['r']}"
-    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        yield "it knows one rank and one alpha for all modules (rank_pattern, alpha_pattern)"
+    if (rank := _largest_rank(settings)) > _VLLM_RANKS[-1]:
+        yield f"its largest rank is {_VLLM_RANKS[-1]}, and this has {rank}"
     if any(_STACK.search(name) for name in names):
-        yield "it wants each expert's matrices by their own names where the base's files have them so: export with layout=vllm"
+        yield (
+            "it wants each expert's matrices by their own names where the base's files have them so: export with layout=vllm, or start it "
+            "with --enable-mixed-moe-lora-format and load the adapter with is_3d_lora_weight"
+        )
+
+
+def _largest_rank(settings: Mapping[str, Any]) -> int:
+    return max(settings.get("r", 0), *(settings.get("rank_pattern") or {}).values(), 0)
 
 
 def _of_sglang(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
@@ -64,7 +70,7 @@ def _of_sglang(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
 def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list[str]:
     """A line for each server that would refuse, and the option without which vLLM would."""
     lines = [f"{server} would refuse it beside its base: {'; '.join(why)}." for server, why in found.items() if why]
-    rank = settings.get("r", 0)
+    rank = _largest_rank(settings)
     if not found[VLLM] and rank > _VLLM_USUAL_RANK:
         lines.append(f"vLLM takes it with --max-lora-rank {next(size for size in _VLLM_RANKS if size >= rank)}.")
     if any(found.values()) and settings.get("task_type", "CAUSAL_LM") == "CAUSAL_LM":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.model.divergence import Distillation, Divergence, Taught, TopK, likeliest
 from trainer.processes.accelerator import is_accelerator
 
 IGNORE = -100
@@ -35,6 +36,18 @@ class LossTerms(NamedTuple):
 
 
 _PLAIN = LossTerms()
+
+
+class Goal(NamedTuple):
+    """All that the loss of some targets is made of: their `labels` (targets,) int64, the `terms` beside -log p, or a teacher."""
+
+    labels: Tensor
+    terms: LossTerms = _PLAIN
+    distillation: Distillation | None = None
+
+    def part(self, place: slice) -> "Goal":
+        distillation = None if self.distillation is None else self.distillation.part(place)
+        return Goal(self.labels[place], self.terms, distillation)
 
 
 class Rows(NamedTuple):
@@ -81,13 +94,16 @@ class LossHead(nn.Linear):
         per_target: bool = False,
         terms: LossTerms = _PLAIN,
         ranked: bool = False,
+        distillation: Distillation | None = None,
+        top: TopK | None = None,
     ) -> Tensor:
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
-        -log p(label) with the further `terms`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
+        -log p(label) with the further `terms`, or of the loss by `distillation`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
         targets; or, `per_target`, the summands, (targets,), in the order of the labels; or, `ranked`, without a gradient
-        (targets, 2): -log p, and 1 where no token is likelier, else 0. `places` (targets,) int64 are those of the labels of
+        (targets, 2): -log p, and 1 where no token is likelier, else 0; or, with `top`, what a teacher says of each,
+        (targets, 2 k + 1): its likeliest tokens, whose numbers are whole in fp32, and `Taught.log_p`. `places` (targets,) int64 are those of the labels of
         targets, from the first of all on: a caller that knows them on the host spares it to wait for the device.
         """
         rows = self._rows
@@ -96,19 +112,28 @@ class LossHead(nn.Linear):
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         if places is None:
             places = (labels.flatten() != IGNORE).nonzero()[:, 0]
-        wanted, targets = hidden.flatten(0, -2).index_select(0, places), labels.flatten().index_select(0, places)
+        wanted = hidden.flatten(0, -2).index_select(0, places)
+        goal = Goal(labels.flatten().index_select(0, places), terms, distillation)
         if ranked:
-            found = [wanted.new_empty(0, 2, dtype=torch.float32)]
-            for part in _parts(wanted, self.weight):
-                logits = _logits(wanted[part], self.weight, rows, self.bias)
-                found += [block.ranked() for _, block in _blocks(logits, targets[part], self, terms)]
-            return torch.cat(found)
-        given: tuple[Any, ...] = wanted, self.weight, self.bias, targets, self, terms
+            found = [block.ranked() for block in self._each_block(wanted, goal)]
+            return torch.cat([wanted.new_empty(0, 2, dtype=torch.float32), *found])
+        if top is not None:
+            found = [
+                torch.cat([ids, log_p], 1)
+                for ids, log_p in (block.likeliest(top) for block in self._each_block(wanted, goal))
+            ]
+            return torch.cat([wanted.new_empty(0, 2 * top.k + 1, dtype=torch.float32), *found])
+        given: tuple[Any, ...] = wanted, self.weight, self.bias, goal, self
         function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
         if rows is not None:
             function, given = _RowsCrossEntropy, (*given, rows, rows.matrix, torch.is_grad_enabled())
         nats: Tensor = function.apply(*given)  # type: ignore[assignment]
         return nats if per_target else nats.sum()
+
+    def _each_block(self, wanted: Tensor, goal: Goal) -> Iterator["_Block"]:
+        for part in _parts(wanted, self.weight):
+            logits = _logits(wanted[part], self.weight, self._rows, self.bias)
+            yield from (block for _, block in _blocks(logits, goal.part(part), self))
 
     def scaled(self, logits: Tensor) -> Tensor:
         """Logits of products, as the base scales them; or gradients of products of those of logits."""
@@ -123,25 +148,24 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
+        goal: Goal,
         head: LossHead,
-        terms: LossTerms,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), bias (V,), targets (N,) -> (N,) fp32, the nats of each target."""
+        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
             logits = _logits(hidden[part], weight, None, bias)
-            nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=grad is not None)
+            nats[part] = _nats(logits, goal.part(part), head, turn_into_gradient=grad is not None)
             if grad is not None:
                 grad[part] = logits @ weight
         ctx.grad = grad
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None, None
+        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None
 
 
 class _LearningCrossEntropy(torch.autograd.Function):
@@ -153,29 +177,28 @@ class _LearningCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
+        goal: Goal,
         head: LossHead,
-        terms: LossTerms,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), bias (V,), targets (N,) -> (N,) fp32, the nats of each target."""
-        ctx.save_for_backward(hidden, targets)
-        ctx.head, ctx.terms = head, terms
+        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target."""
+        ctx.save_for_backward(hidden)
+        ctx.head, ctx.goal = head, goal
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for part in _parts(hidden, weight):
-            nats[part] = _nats(_logits(hidden[part], weight, None, bias), targets[part], head, terms)
+            nats[part] = _nats(_logits(hidden[part], weight, None, bias), goal.part(part), head)
         return nats
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-        (hidden, targets), weight = ctx.saved_tensors, ctx.head.weight.detach()
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        (hidden,), weight = ctx.saved_tensors, ctx.head.weight.detach()
         bias, grad = ctx.head.bias, torch.empty_like(hidden)
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _parts(hidden, weight):
             logits, scale = _logits(hidden[part], weight, None, bias), grad_output[part, None]
-            for place, block in _blocks(logits, targets[part], ctx.head, ctx.terms):
+            for place, block in _blocks(logits, ctx.goal.part(part), ctx.head):
                 logits[place] = block.gradient().mul_(scale[place])
             grad[part] = logits @ weight
             weight_grad += logits.T @ hidden[part]
@@ -185,7 +208,6 @@ class _LearningCrossEntropy(torch.autograd.Function):
             grad,
             weight_grad.to(weight.dtype),
             None if bias_grad is None else bias_grad.to(bias.dtype),
-            None,
             None,
             None,
         )
@@ -200,19 +222,18 @@ class _RowsCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
+        goal: Goal,
         head: LossHead,
-        terms: LossTerms,
         rows: Rows,
         matrix: Tensor,
         learns: bool,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,), matrix that of `rows` -> (N,) fp32, the nats of each target."""
+        """hidden (N, H), weight (V, H), a goal of N targets, matrix that of `rows` -> (N,) fp32, the nats of each target."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
         for part in _parts(hidden, weight):
             logits = _logits(hidden[part], weight, rows, bias)
-            nats[part] = _nats(logits, targets[part], head, terms, turn_into_gradient=learns)
+            nats[part] = _nats(logits, goal.part(part), head, turn_into_gradient=learns)
             if learns:
                 of_rows[part] = logits[:, rows.ids]
                 own = logits.index_fill_(1, rows.ids, 0)[:, : len(weight)]
@@ -224,7 +245,7 @@ class _RowsCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         hidden, grad, of_rows = ctx.saved_tensors
         grad, of_rows = ((part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows))
-        return grad, None, None, None, None, None, None, of_rows.T @ hidden, None
+        return grad, None, None, None, None, None, of_rows.T @ hidden, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None, bias: Tensor | None) -> Tensor:
@@ -245,41 +266,40 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + size)
 
 
-def _nats(
-    logits: Tensor, targets: Tensor, head: LossHead, terms: LossTerms, *, turn_into_gradient: bool = False
-) -> Tensor:
+def _nats(logits: Tensor, goal: Goal, head: LossHead, *, turn_into_gradient: bool = False) -> Tensor:
     """The nats of each target, (n,) fp32, by logits (n, V). Its gradient may take the place of the logits, which nobody else needs."""
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for place, block in _blocks(logits, targets, head, terms):
+    for place, block in _blocks(logits, goal, head):
         nats[place] = block.nats()
         if turn_into_gradient:
             logits[place] = block.gradient()
     return nats
 
 
-def _blocks(logits: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> Iterator[tuple[slice, "_Block"]]:
+def _blocks(logits: Tensor, goal: Goal, head: LossHead) -> Iterator[tuple[slice, "_Block"]]:
     """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on others."""
     size = max(1, (_BLOCK_BYTES_ON_GPU if is_accelerator(logits.device) else _BLOCK_BYTES) // (4 * logits.shape[1]))
     for begin in range(0, len(logits), size):
         place = slice(begin, begin + size)
-        yield place, _Block(logits[place], targets[place], head, terms)
+        yield place, _Block(logits[place], goal.part(place), head)
 
 
 class _Block:
     """The logits of n targets as products gave them, (n, V), in fp32."""
 
-    def __init__(self, products: Tensor, targets: Tensor, head: LossHead, terms: LossTerms) -> None:
+    def __init__(self, products: Tensor, goal: Goal, head: LossHead) -> None:
         logits = head.scaled(products.float())
         self._head, self._slope = head, None
         softcap = head.softcap
         if softcap is not None:
             bent = torch.tanh(logits.div_(softcap))
             logits, self._slope = bent * softcap, bent.square_().neg_().add_(1)
-        self._logits, self._target, self._terms = logits, targets.unsqueeze(-1), terms
+        self._logits, self._target, self._terms = logits, goal.labels.unsqueeze(-1), goal.terms
+        self._distillation = goal.distillation
         self._log_normalizer = logits.logsumexp(-1, keepdim=True)
 
     def nats(self) -> Tensor:
-        """-log p of each target, with the further terms, (n,) fp32."""
+        """-log p of each target, with the further terms, or the loss by the teacher, (n,) fp32."""
         smoothing, z_loss = self._terms
         nats = self._log_normalizer - self._logits.gather(-1, self._target)
         if smoothing:
@@ -287,21 +307,31 @@ class _Block:
             nats = nats.lerp(uniform, smoothing)
         if z_loss:
             nats = nats + z_loss * self._log_normalizer.square()
-        return nats.squeeze(-1)
+        nats = nats.squeeze(-1)
+        if (given := self._distillation) is not None:
+            return Divergence(self._logits, given).nats().lerp(nats, given.next_tokens)
+        return nats
 
     def ranked(self) -> Tensor:
         """(n, 2) fp32: -log p of each target, and whether it is the most likely token."""
         most = self._logits.argmax(-1, keepdim=True) == self._target
         return torch.stack([self.nats(), most.squeeze(-1).float()], dim=1)
 
+    def likeliest(self, top: TopK) -> Taught:
+        return likeliest(self._logits, top)
+
     def gradient(self) -> Tensor:
         """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
         softmax - one_hot(target)."""
         smoothing, z_loss = self._terms
+        given = self._distillation
+        taught = None if given is None else Divergence(self._logits, given).gradient()
         slopes = self._logits.sub_(self._log_normalizer).exp_()
         if z_loss:
             slopes.mul_(1 + 2 * z_loss * self._log_normalizer)
         if smoothing:
             slopes.sub_(smoothing / slopes.shape[-1])
         slopes.scatter_add_(-1, self._target, torch.full_like(self._target, smoothing - 1, dtype=torch.float32))
+        if given is not None and taught is not None:
+            slopes = taught.lerp_(slopes, given.next_tokens)
         return self._head.scaled(slopes if self._slope is None else slopes.mul_(self._slope))

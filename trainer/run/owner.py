@@ -229,7 +229,8 @@ def _parsed(data: bytes, written: float, name: str) -> Owner:
     except (ValueError, TypeError, AttributeError, RecursionError):
         return unknown
     numbers = isinstance(found.time, int | float) and isinstance(found.since, int | float)
-    return found if numbers and isinstance(found.process, int | None) else unknown
+    is_process = isinstance(found.process, int | None) and 0 <= (found.process or 0) < 2**31
+    return found if numbers and is_process else unknown
 
 
 def _as_json(owner: Owner) -> bytes:

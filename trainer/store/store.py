@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
-from trainer.config.paths import absolute_path, check_file
+from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
@@ -155,10 +155,14 @@ class Store:
             return self._entry(obstore.head(self._backend, self._prefix + key))
 
     def exists(self, key: str) -> bool:
+        """Whether something is there, even if it is no file and cannot be read."""
         try:
             self.head(key)
         except NotFound:
             return False
+        except StorageError as error:
+            if not isinstance(error.__cause__, NoFile):
+                raise
         return True
 
     def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:

@@ -133,7 +133,7 @@ def _begun(config: Config, place: str, method: Method) -> Begun | None:
 
 
 def _found(config: Config, place: str, method: Method) -> Beginning:
-    folder, step = _folder(config, place)
+    folder, step = place_of(config, place, SETTING)
     if folder.exists(SETTINGS):
         return PeftFolder(place, folder, method)
     steps = committed_steps(folder)
@@ -151,17 +151,17 @@ def _found(config: Config, place: str, method: Method) -> Beginning:
     return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
-def _folder(config: Config, place: str) -> tuple[Store, int | None]:
-    """The folder of an adapter or of a run, and the step that is asked for."""
+def place_of(config: Config, place: str, setting: str) -> tuple[Store, int | None]:
+    """The folder of an adapter or of a run that `setting` names, and the step that is asked for."""
     if "/" not in place:
         if (named := _OF_STORE.fullmatch(place)) is None:
-            raise ConfigError(f"{SETTING}: {shown(place)} is no name of a run. Give NAME, NAME@STEP, a path or a URI.")
+            raise ConfigError(f"{setting}: {shown(place)} is no name of a run. Give NAME, NAME@STEP, a path or a URI.")
         return open_run_store(config).sub(named[1]), int(named[2]) if named[2] else None
     path = place.rstrip("/")
-    where = path if "://" in path else str(local_path(path, SETTING))
+    where = path if "://" in path else str(local_path(path, setting))
     if (found := _CHECKPOINT.fullmatch(where)) is not None:
-        return open_store(found[1], setting=SETTING), int(found[2])
-    return open_store(where, setting=SETTING), None
+        return open_store(found[1], setting=setting), int(found[2])
+    return open_store(where, setting=setting), None
 
 
 def _at_step(place: str, step: int) -> str:

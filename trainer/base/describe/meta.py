@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
@@ -94,7 +95,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
             )
         config, stored_layers = first_layers(config, layers)
         model = meta_model(config)
-        reader = _Reader(model, config.get_text_config(), name, alone=whole.get_text_config() is whole)
+        reader = _Reader(model, config.get_text_config(), name, whole)
         return reader.architecture(stored_layers).to_json()
 
 
@@ -111,12 +112,12 @@ def _is_handed_on(around: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A model on `meta`, and its settings; `alone` where it is no part of one that sees or hears as well."""
+    """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as well."""
 
     model: PreTrainedModel
     config: PretrainedConfig
     name: str
-    alone: bool
+    whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
@@ -131,6 +132,8 @@ class _Reader:
             raise ConfigError(self._refusal(f"{why}, so that nothing of it is quantized or adapted"))
         if trial and trial.looks_ahead:
             raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
+        if trial and not trial.learns:
+            raise ConfigError(self._refusal("gives its layers no gradient while its embeddings stay as they are"))
         if any(isinstance(self._modules[name.rpartition(".")[0]], nn.Linear) for name in tied if name != head):
             raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
@@ -165,7 +168,8 @@ class _Reader:
 
     def _heads(self) -> Iterator[str]:
         """The classes by which transformers loads this model with a head for another task, of those built alike for most families."""
-        for mapping, generic, name in _OTHER_HEADS if self.alone else ():
+        alone = self.whole.get_text_config() is self.whole
+        for mapping, generic, name in _OTHER_HEADS if alone else ():
             made = mapping.get(type(self.config), None)
             if isinstance(made, type) and issubclass(made, generic):
                 yield name
@@ -347,7 +351,7 @@ class _Reader:
     def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
         """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name
         for an expert and adapts the stacks instead (huggingface/peft#3711)."""
-        if not any(part.kind == "experts" for part in parameters):
+        if self._expert_count is None and not any(part.kind == "experts" for part in parameters):
             return
         from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -355,7 +359,7 @@ class _Reader:
         for name in sorted({part.name.split(".")[-2] for part in parameters if part.kind == "linear"}):
             asked = LoraConfig(target_modules=[name])
             with suppress(ValueError):  # one of two matrices that are fused in a stack
-                convert_peft_config_for_transformers(asked, self.model, None)
+                convert_peft_config_for_transformers(asked, cast(nn.Module, SimpleNamespace(config=self.whole)), None)
                 if name in (asked.target_modules or ()):
                     continue
             yield name

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -90,6 +90,7 @@ class Dataset:
         offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_shards: (blocks,) int32, the shard that each block lies in.
+        shard_starts: (shards,) int64, where each shard begins in the data set, in tokens.
         digests: the SHA-256 of each block's tokens.
         first_document: the number that its first document has in the whole data set.
         reads: what reading had to repeat.
@@ -100,6 +101,7 @@ class Dataset:
     offsets: NDArray[np.int64]
     blocks: NDArray[np.int64]
     block_shards: NDArray[np.int32]
+    shard_starts: NDArray[np.int64]
     digests: list[bytes]
     first_document: int = 0
     reads: Reads = field(default_factory=Reads)
@@ -113,6 +115,19 @@ class Dataset:
     def lengths(self) -> NDArray[np.int64]:
         """(documents,) int64, tokens of each document."""
         return np.diff(self.offsets)
+
+    def block(self, number: int) -> "Dataset":
+        """The data set of one of its blocks alone."""
+        first, last = self.blocks[number : number + 2].tolist()
+        part = slice(number, number + 1)
+        return replace(
+            self,
+            offsets=self.offsets[first : last + 1],
+            blocks=np.array([0, last - first], np.int64),
+            block_shards=self.block_shards[part],
+            digests=self.digests[part],
+            first_document=self.first_document + first,
+        )
 
     def read(self, numbers: NDArray[np.int64]) -> Blocks:
         """The blocks of these `numbers`, which rise.
@@ -130,7 +145,7 @@ class Dataset:
 
     def _read_shard(self, shard: int, blocks: list[int]) -> list[Buffer]:
         key = self.manifest.shards[shard].tokens_file.key
-        shard_start = self.offsets[self.blocks[np.searchsorted(self.block_shards, shard)]]
+        shard_start = self.shard_starts[shard]
         starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
         ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
         data = self.reads.patiently(lambda: self.store.get_ranges(key, starts, ends))
@@ -186,14 +201,16 @@ def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardReco
     documents = np.array([shard.documents for shard in shards], np.int64)
     firsts = np.cumsum(documents) - documents
     starts = [first + part["document"].astype(np.int64) for first, part in zip(firsts, blocks, strict=True)]
+    ends_of_documents = np.concatenate([[0], np.cumsum(lengths)])
     return Dataset(
         manifest=manifest.model_copy(update={"shards": shards}),
         store=folder.failing_fast(),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=ends_of_documents,
         blocks=np.concatenate([*starts, [documents.sum()]]),
         block_shards=np.repeat(
             np.arange(len(blocks), dtype=np.int32), np.array([len(part) for part in blocks], np.int64)
         ),
+        shard_starts=ends_of_documents[firsts],
         digests=[digest.tobytes() for part in blocks for digest in part["sha256"]],
         first_document=before,
     )

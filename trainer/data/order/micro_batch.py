@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from trainer.data.order.position import Position
+from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 
 
 def _none(dtype: torch.dtype) -> torch.Tensor:
@@ -38,6 +39,7 @@ class MicroBatch:
         survey: the figures that the losses of the step were found to need beforehand; see trainer/tuning/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
+        taught: a stored teacher's word on each target, in the order of the labels; None without one.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
         prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its first token in the row,
@@ -60,6 +62,7 @@ class MicroBatch:
     mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
     survey: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    taught: Taught | None = None
     parts: int = 1
     first: int = 0
     prefixes: tuple[tuple[int, int], ...] = ()
@@ -83,9 +86,12 @@ class MicroBatch:
         ids, labels, positions = (
             values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.labels, self.position_ids)
         )
-        counted = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
+        counted: dict[str, Any] = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
         sliced = replace(self, input_ids=ids, labels=labels, position_ids=positions, parts=parts, first=part * size)
-        return replace(sliced, targets=int((labels != IGNORE).sum()), **counted)
+        before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : part * size], labels))
+        if self.taught is not None:
+            counted["taught"] = self.taught.part(slice(before, before + targets))
+        return replace(sliced, targets=targets, **counted)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
@@ -101,6 +107,7 @@ class MicroBatch:
             mismatched=onto(self.mismatched, device).long(),
             survey=None if self.survey is None else self.survey.to(device),  # the device made it
             reference=None if self.reference is None else onto(self.reference, device),
+            taught=None if self.taught is None else Taught(*(onto(values, device) for values in self.taught)),
             host=self,
         )
 

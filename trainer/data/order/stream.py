@@ -6,7 +6,7 @@ arithmetic alone, so the documents of a step never depend on the number of ranks
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -26,10 +26,12 @@ from trainer.data.dataset.binary import (
 )
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
+from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, eval_order, train_order
+from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
 
 WINDOWS_AHEAD = 2
@@ -65,10 +67,11 @@ class Stream:
     With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of a `parts`-th of the ranks.
 
     `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
-    row gets its own.
+    row gets its own. So may `teacher`, of which each row gets what it says of its targets.
     """
 
     reference: NDArray[np.float32] | None = None
+    teacher: StoredTeacher | None = None
 
     def __init__(
         self,
@@ -152,6 +155,10 @@ class Stream:
         while position.epoch == epoch:
             yield self.step(position)
             position = self.advance(position)
+
+    def padding(self) -> MicroBatch:
+        """A row without documents, for a rank that others are ahead of."""
+        return self._pack([])
 
     def _take(self, position: Position) -> tuple[list[Position], Position]:
         """The bins of the step that begins at `position`, and where the next step begins."""
@@ -255,6 +262,7 @@ class Stream:
             mismatched=segments(mismatched),
             prefixes=prefixes,
             reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
+            taught=None if self.teacher is None else Taught(*map(torch.from_numpy, self.teacher.read(documents))),
         )
         return row if self._parts == 1 else row.cut(self._part, self._parts)
 
@@ -345,3 +353,10 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
     order = eval_order(config, dataset.manifest)
     batch = world_size // parts * micro_batch
     return Stream(whole(dataset), order, batch, micro_batch, rank, world_size, epochs=1, parts=parts)
+
+
+def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
+    """One rank's rows of one block of the data set, each of whose documents `epoch(0)` visits once; `order` has the weights of an
+    evaluation."""
+    order = replace(order, weights=order.weights[:1])
+    return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)

@@ -18,6 +18,7 @@ from launcher.cli.options import (
     emit,
     open_run,
 )
+from trainer.errors import ConfigError
 
 
 def export(
@@ -36,6 +37,14 @@ def export(
             help="Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST already is proven as it is.",
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL[#MODEL]",
+            help="With --verify: compare what this vLLM serves with the export in transformers + PEFT, instead of the files.",
+        ),
+    ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -44,6 +53,8 @@ def export(
     from launcher.export.export import export_run
     from trainer.state.checkpoint.choice import chosen_step
 
+    if server and not verify:
+        raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
     folder = open_run(run, store)
     result = export_run(
         folder,
@@ -52,6 +63,7 @@ def export(
         options or (),
         step=chosen_step(folder, step, best=best),
         verify=verify,
+        server=server,
         dry_run=dry_run,
     )
     emit(result, as_json, lambda exported: exported.sentence())

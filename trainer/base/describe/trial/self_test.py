@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from trainer.base.describe.trial.touched import Place, place_of
 from trainer.model.documents import CannotDivide, keep_documents_apart, lengths_known
-from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
-from trainer.model.parts import body, decoder_layers
+from trainer.model.experts import IMPLEMENTATION, prepare_experts
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed, quantize_blocks
+from trainer.model.parts import body, decoder_layers, is_experts
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
@@ -29,10 +30,12 @@ _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-    """Whether tokens see those behind them, whether documents of a row are computed as each alone, and the reasons why ranks cannot share a row,
-    documents cannot share a prefix, and weights in 4 bits cannot be computed with, if there are any."""
+    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether documents of a row are
+    computed as each alone, and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be computed
+    with, if there are any."""
 
     looks_ahead: bool
+    learns: bool
     keeps_documents_apart: bool
     fails_shared: str | None
     fails_prefix: str | None
@@ -65,8 +68,8 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         except Exception:  # a family's code for rows that it was not made for
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
-        prefix = _fails_prefix(inner, documents)
-        return Found(ahead, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
+        prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
+        return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
@@ -158,8 +161,17 @@ def _share_of_different(one: Tensor, other: Tensor, first: int = 0) -> float:
     return float(far.float().mean())
 
 
+def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
+    layers = decoder_layers(model)
+    learning = set(layers.parameters()) if layers is not None else set[nn.Parameter]()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in learning)
+    with torch.enable_grad():
+        return _hidden(inner, document).requires_grad
+
+
 def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]) -> str | None:
-    pairs = list(_packed_layers(model, read))
+    pairs, stacks = list(_packed_layers(model, read)), list(_packed_experts(model))
     for path, layer, values in pairs:
         model.get_submodule(path).weight.data = values  # type: ignore[union-attr]
         layer.bias = model.get_submodule(path).bias  # type: ignore[union-attr]
@@ -167,6 +179,11 @@ def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, re
     for path, layer, _ in pairs:
         model.set_submodule(path, layer)
     try:
+        prepare_experts(model)
+        for experts, name, stack in stacks:
+            getattr(experts, "config", model.config)._experts_implementation = IMPLEMENTATION
+            delattr(experts, name)
+            experts.add_module(name, stack)
         found = _hidden(inner, document)
     except Exception as error:  # a family's code that looks into a weight
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
@@ -185,8 +202,27 @@ def _packed_layers(model: PreTrainedModel, read: Collection[Place]) -> Iterator[
             or place_of(model.get_submodule(around), name) in read
         ):
             continue
-        layer = FrozenLinear4bit(module.in_features, module.out_features, _FORMAT)
-        codes, absmax = quantize_blocks(module.weight.data.flatten(), _FORMAT.quant_type, _FORMAT.block_size)
-        layer.weight = nn.Parameter(codes, requires_grad=False)
-        layer.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
+        layer = _FORMAT.linear(module.in_features, module.out_features)
+        _pack(layer, module.weight.data[None])
         yield path, layer, layer.dequantize()
+
+
+def _packed_experts(model: PreTrainedModel) -> Iterator[tuple[Any, str, FrozenStack4bit]]:
+    """Each stack of experts' matrices by its module and name, packed; what is left of its values is in its place."""
+    for experts in filter(is_experts, list(model.modules())):
+        for name, matrices in list(experts.named_parameters(recurse=False)):
+            if matrices.ndim != 3:
+                continue
+            count, rows, columns = matrices.shape
+            stack = _FORMAT.stack((count, rows, columns))
+            _pack(stack, matrices.data)
+            matrices.data = stack.matrices(0, count)
+            yield experts, name, stack
+
+
+def _pack(packed: Packed, matrices: Tensor) -> None:
+    """Fill `packed` with the values of `matrices` (slices, rows, columns)."""
+    pairs = [quantize_blocks(matrix.flatten(), _FORMAT.quant_type, _FORMAT.block_size) for matrix in matrices]
+    codes, absmax = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    packed.weight = nn.Parameter(codes, requires_grad=False)
+    packed.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)

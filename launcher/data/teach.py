@@ -1,0 +1,98 @@
+"""`capstan teach`: a teacher's log-probabilities beside a run's data, by ranks on this machine, or by this process as one of a group's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from launcher.data.build import build_config
+from launcher.evaluate.evaluating import bars
+from launcher.evaluate.ranks import run_ranks
+from launcher.start.check import anchored
+from launcher.start.group import is_rank
+from launcher.start.local_group import count_ranks
+from trainer.base.find.locate import resolve_base
+from trainer.config import dump_config, load_config, override
+from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
+from trainer.errors import ConfigError
+from trainer.evaluate.ask import Ask
+from trainer.plan.resolve import resolve
+from trainer.run import layout
+from trainer.store.store import open_run_store
+from trainer.tuning.objective.teacher import teacher_of
+
+
+@dataclass(frozen=True)
+class TaughtData:
+    """What is stored of a teacher, or with `dry_run` would be."""
+
+    found: dict[str, Any]
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.found, "dry_run": self.dry_run}
+
+    def sentence(self) -> str:
+        found = self.found
+        size = "" if found["bytes"] is None else f", {decimal(found['bytes'])}"
+        targets = (
+            "the targets of data that is not compiled yet"
+            if found["targets"] is None
+            else f"{found['targets']:,} targets{size}"
+        )
+        what = f"the {found['top_k']} likeliest tokens of {targets}, in {found['folder']}"
+        if not self.dry_run:
+            return f"{found['teacher']} has written {what}"
+        there = (
+            ""
+            if found["whole"] is None
+            else " (all of it is there)"
+            if found["whole"]
+            else f" ({found['written']} blocks are there)"
+        )
+        return f"would have {found['teacher']} write {what}, {found['bytes_a_target']} bytes a target, by {found['ranks']} ranks{there}"
+
+
+def teach(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> TaughtData:
+    """Compile the data of the run and have its teacher write what the store lacks.
+
+    Raises:
+        ConfigError: the run has no teacher, or settings do not fit together.
+        CapstanError: as the data is compiled, or the ranks'.
+    """
+    config = anchored(load_config(path, overrides, log))
+    resolved = resolve(config, resolve_base(config.model))
+    teacher = teacher_of(resolved.objective)
+    if teacher is None:
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no teacher. Set it to distil.")
+    if teacher.is_server:
+        if is_rank():
+            raise ConfigError(
+                f"{teacher.setting}: a server is asked by one process. Call capstan teach without torchrun or srun."
+            )
+        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+    if dry_run:
+        key, manifest = build_config(config, dry_run=True, log=log).splits["train"]
+        folder = teacher_folder(open_run_store(config).sub(layout.dataset(key)), teacher.to_json())
+        vocabulary, targets = resolved.base.architecture.vocabulary, manifest and manifest.targets
+        size = teacher.bytes_a_target(vocabulary)
+        found = {
+            "teacher": teacher.name,
+            "folder": folder.uri,
+            "data": key,
+            "targets": targets,
+            "top_k": min(teacher.top_k, vocabulary),
+            "bytes": None if targets is None else targets * size,
+            "bytes_a_target": size,
+            "whole": None if manifest is None else read_whole(folder) is not None,
+            "written": len(written_blocks(folder)),
+            "ranks": count_ranks(config),
+        }
+        return TaughtData(found, dry_run=True)
+    if not is_rank():  # else rank 0 does so, while the others wait
+        build_config(config, dry_run=False, log=log)
+    with bars(log) as hear:
+        found = run_ranks(Ask("teach", config.run.store, config=dump_config(config)), config, (), hear)
+    return TaughtData(found, dry_run=False)

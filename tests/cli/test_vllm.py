@@ -1,0 +1,86 @@
+"""A real vLLM serves an export beside its base, and `export --verify --server` finds it right, and the base alone beside it."""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import ROOT, Capstan
+from tests.material import Workshop, commit
+from tests.needs import need
+from trainer.processes import children
+
+VLLM = ROOT / ".servers/vllm"
+# Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without turning, the compilation of
+# the sampler by g++.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+    "KMP_BLOCKTIME": "0",
+    "OMP_WAIT_POLICY": "passive",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+# Not the head: with an adapter's wrapper around it, a request for the prompt's log-probabilities ends this vLLM on a CPU.
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+
+
+@contextmanager
+def vllm(base: Path, adapter: Path, log: Path) -> Iterator[str]:
+    """The address of a server of `base` and of the adapter called done."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = ["serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
+    given += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora"]
+    given += ["--lora-target-modules", *TARGETS, "--lora-modules", f"done={adapter}"]
+    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
+    with log.open("w") as out:
+        process = children.start(
+            [str(VLLM / "bin/vllm"), *given], stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+        try:
+            while not _is_ready(f"http://127.0.0.1:{port}"):
+                assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan) -> None:
+    need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
+    workshop = Workshop(tmp_path, hidden_size=128)  # vLLM wants heads of 32
+    config = workshop.config("done", f"tuning.targets=[{', '.join(TARGETS)}]")
+    commit(workshop.store.sub("done"), config, dataset=workshop.prepare(config).train)
+    export = ("export", "done", str(tmp_path / "adapter"), f"--store={workshop.folder}/store")
+    assert capstan(*export, timeout=600).returncode == 0
+    with vllm(workshop.base, tmp_path / "adapter", tmp_path / "vllm.log") as url:
+        served = capstan(*export, "--verify", "--server", url, timeout=600)
+        assert served.returncode == 0, served.stderr
+        assert "log-probabilities of done" in served.stdout
+        alone = capstan(*export, "--verify", "--server", f"{url}#base", timeout=600)
+        assert alone.returncode == 1
+        assert "It answers as the base alone" in alone.stderr

@@ -1,0 +1,196 @@
+"""A teacher's log-probabilities of a data set's targets: a folder beside the data, which any run with such a teacher reads.
+
+    data/<fingerprint>/teacher-<hash of its settings>/
+        teacher.json             its settings, what it was made of, and the form of the records
+        block-000000007.bin      a record for each target of the documents in block 7 of the data set, in their order
+        block-000000007.json     which of them are each document's, with their SHA-256; written second, so it commits the block
+        whole.json               the first document of each block and the totals; written last
+
+A record is little-endian: the ids of the teacher's k likeliest tokens, the likeliest first, in 2 bytes each for a vocabulary of at
+most 65,536 tokens, else in 4; then their log-probabilities in nats and that of all other tokens together, F16. It has no padding.
+Each object is whole and checks itself, so what a pass has written before it was killed is kept.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset.dataset import Reads
+from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
+from trainer.errors import AlreadyExists, Damaged, NotFound
+from trainer.store.store import Buffer, Store
+from trainer.tuning.objective.teacher import id_bytes
+
+_TEACHER, _WHOLE = "teacher.json", "whole.json"
+_BLOCK = re.compile(r"block-(\d{9})\.json")
+# Of a token that the teacher excludes: what F16 still has, and small enough for no probability.
+_LEAST = -1000.0
+
+
+class TeacherRecord(Record):
+    """The `settings` that name a teacher, and the `facts` that decide its values; k tokens of `vocabulary` are stored."""
+
+    format: Literal[1] = 1
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    k: Count
+    vocabulary: Count
+
+    @property
+    def dtype(self) -> np.dtype:
+        ids = f"<u{id_bytes(self.vocabulary)}"
+        return np.dtype([("ids", ids, (self.k,)), ("log_p", "<f2", (self.k + 1,))])
+
+
+class BlockRecord(Record):
+    """Document i of a block has its records [offsets[i], offsets[i + 1]), whose SHA-256 is digests[i]."""
+
+    offsets: list[Count]
+    digests: list[Sha256]
+
+
+class WholeRecord(Record):
+    """`firsts` has the first document of each block, and behind them the number of all."""
+
+    firsts: list[Count]
+    targets: Count
+    bytes: Count
+
+
+class Likeliest(NamedTuple):
+    """`ids` (targets, k) int64, and `log_p` (targets, k + 1) fp32 in nats, the last of the tail."""
+
+    ids: NDArray[np.int64]
+    log_p: NDArray[np.float32]
+
+
+def teacher_folder(data: Store, settings: Mapping[str, Any]) -> Store:
+    """The folder of the teacher with these settings, in that of the data set."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return data.sub(f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:20]}")
+
+
+def read_teacher(folder: Store) -> TeacherRecord | None:
+    """What is stored there, or None; raises `Damaged`."""
+    try:
+        return _record(TeacherRecord, folder, _TEACHER)
+    except NotFound:
+        return None
+
+
+def begin_teacher(folder: Store, record: TeacherRecord) -> TeacherRecord:
+    """Write down whose folder it is, unless somebody else has: theirs is returned then."""
+    try:
+        folder.create(_TEACHER, record.sealed())
+    except AlreadyExists:
+        return _record(TeacherRecord, folder, _TEACHER)
+    return record
+
+
+def written_blocks(folder: Store) -> set[int]:
+    return {int(found[1]) for entry in folder.list() if (found := _BLOCK.fullmatch(entry.key))}
+
+
+def write_block(folder: Store, record: TeacherRecord, block: int, documents: Sequence[Likeliest]) -> int:
+    """Write what the teacher says of each document of the block; returns its targets."""
+    parts = list[bytes]()
+    for ids, log_p in documents:
+        values = np.zeros(len(ids), record.dtype)
+        values["ids"], values["log_p"] = ids, np.concatenate([np.maximum(log_p[:, :-1], _LEAST), log_p[:, -1:]], 1)
+        parts.append(values.tobytes())
+    offsets = np.cumsum([0, *(len(ids) for ids, _ in documents)]).tolist()
+    folder.put(_key(block, "bin"), b"".join(parts))
+    digests = [hashlib.sha256(part).hexdigest() for part in parts]
+    folder.put(_key(block, "json"), BlockRecord(offsets=offsets, digests=digests).sealed())
+    return offsets[-1]
+
+
+def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], targets: int) -> WholeRecord:
+    """Say that all blocks are there."""
+    whole = WholeRecord(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize)
+    folder.put(_WHOLE, whole.sealed())
+    return whole
+
+
+def read_whole(folder: Store) -> WholeRecord | None:
+    """The totals of a teacher that is stored whole, else None."""
+    try:
+        return _record(WholeRecord, folder, _WHOLE)
+    except NotFound:
+        return None
+
+
+class StoredTeacher:
+    """Reads what a teacher says of documents, by their numbers in the whole data set. Each is read when it is needed, and checked."""
+
+    def __init__(self, folder: Store, record: TeacherRecord, whole: WholeRecord, reads: Reads) -> None:
+        self._folder, self._dtype, self._reads = folder.failing_fast(), record.dtype, reads
+        self._firsts = np.array(whole.firsts, np.int64)
+        self._block = lru_cache(maxsize=4096)(self._read_block)
+
+    def read(self, documents: Sequence[int]) -> Likeliest:
+        """Of the targets of the `documents`, in this order.
+
+        Raises:
+            StorageError: they are not what was written, also after a second attempt, or the store is out of reach.
+        """
+        numbers = np.array(documents, np.int64)
+        blocks, found = np.searchsorted(self._firsts, numbers, side="right") - 1, dict[int, Buffer]()
+        for block in np.unique(blocks).tolist():
+            mine = numbers[blocks == block].tolist()
+            found.update(
+                zip(mine, self._read(block, [number - int(self._firsts[block]) for number in mine]), strict=True)
+            )
+        records = np.frombuffer(b"".join(found[number] for number in numbers.tolist()), self._dtype)
+        log_p = records["log_p"].astype(np.float32)
+        # Rounding to 16 bits may leave a sum that is not 1.
+        log_p -= np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+        return Likeliest(records["ids"].astype(np.int64), log_p)
+
+    def _read_block(self, block: int) -> BlockRecord:
+        return self._reads.patiently(lambda: _record(BlockRecord, self._folder, _key(block, "json")))
+
+    def _read(self, block: int, places: list[int]) -> list[Buffer]:
+        index, key, size = self._block(block), _key(block, "bin"), self._dtype.itemsize
+        ranges = [(index.offsets[place] * size, index.offsets[place + 1] * size) for place in places]
+        starts, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+        parts = self._reads.patiently(lambda: self._folder.get_ranges(key, starts, ends))
+        for number, place in enumerate(places):
+            if not _intact(index, place, parts[number]):
+                self._reads.refetched += 1
+                again: Callable[[], Buffer] = lambda at=ranges[number]: self._folder.get_range(key, *at)  # noqa: E731
+                parts[number] = self._reads.patiently(again)
+                if not _intact(index, place, parts[number]):
+                    raise _damaged(self._folder, key, "its SHA-256 differs")
+        return parts
+
+
+def _intact(index: BlockRecord, place: int, data: Buffer) -> bool:
+    return hashlib.sha256(data).hexdigest() == index.digests[place]
+
+
+def _key(block: int, kind: str) -> str:
+    return f"block-{block:09d}.{kind}"
+
+
+def _record(kind: Any, folder: Store, key: str) -> Any:
+    try:
+        record = unsealed(kind, folder.get(key), f"{folder.uri}/{key}")
+    except Damaged as error:
+        raise _damaged(folder, key, "it is not what was written") from error
+    if isinstance(record, BlockRecord) and (
+        len(record.offsets) != len(record.digests) + 1 or any(a > b for a, b in pairwise([0, *record.offsets]))
+    ):
+        raise _damaged(folder, key, "its documents do not follow each other")
+    return record
+
+
+def _damaged(folder: Store, key: str, reason: str) -> Damaged:
+    return Damaged(f"{folder.uri}/{key} is damaged ({reason}). Delete {folder.uri}, and run capstan teach again.")

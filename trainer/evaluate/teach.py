@@ -1,0 +1,227 @@
+"""`capstan teach` on one rank: a teacher's log-probabilities of a run's data, written beside it before the run, by this rank's blocks of documents.
+
+The teacher is sharded over the ranks as a run's base is. Each rank computes blocks of the data by itself and writes each as soon as it
+is whole, so nothing is gathered, and what is there already is not computed again, at whatever number of ranks it was.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from trainer.base.find.content import content_of
+from trainer.base.find.locate import Base, resolve_base
+from trainer.config import Config, assignment, override, parse_config
+from trainer.data.compile.prepare import load_tokenizer, prepare
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
+from trainer.data.order.micro_batch import MicroBatch
+from trainer.data.order.settings import Order, eval_order
+from trainer.data.order.stream import block_stream
+from trainer.errors import ConfigError, NonFiniteLoss, shown
+from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.sharded_model import open_run
+from trainer.evaluate.taught_data import begun, finished
+from trainer.evaluate.teach_server import teach_by_server
+from trainer.model.divergence import TopK
+from trainer.model.head import IGNORE
+from trainer.model.packed import PackedModel
+from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
+from trainer.plan.resolve import Resolved, resolve
+from trainer.processes.ranks import Ranks
+from trainer.run import layout
+from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store, open_run_store
+from trainer.tuning.beginning import place_of
+from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.teacher import Teacher, teacher_of
+
+
+def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
+    """Have the teacher of `ask.config` write what the store lacks. Collective.
+
+    Raises:
+        ConfigError: the teacher has another tokenizer than the run's base, or another one has written under its name.
+        NonFiniteLoss: the teacher gives a token no finite log-probability.
+        CapstanError: as data, bases and runs are opened.
+    """
+    config = parse_config(ask.config, name="the run's settings")
+    teacher = teacher_of(find_objective(config))
+    assert teacher is not None, "the launcher refuses other objectives"
+    if teacher.is_server:
+        return teach_by_server(config, teacher, tell)
+    store = open_run_store(config)
+    log = partial(_log, tell)
+    model = _open_run(config, teacher, store, log) if teacher.is_run else _open_base(config, teacher, log)
+    ranks = model.ranks
+    base = resolve_base(config.model)
+    key = ranks.on_first(lambda: prepare(config, base, store).train)
+    ranks.on_first(lambda: _check_tokenizer(teacher, model.base, base))
+    vocabulary = min(base.architecture.vocabulary, model.base.architecture.vocabulary)
+    dataset = open_dataset(store, key)
+    folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
+    facts = ranks.on_first(lambda: {**model.facts(), "vocabulary": vocabulary})
+    wanted = TeacherRecord(
+        settings=teacher.to_json(), facts=facts, k=min(teacher.top_k, vocabulary), vocabulary=vocabulary
+    )
+    record = ranks.on_first(lambda: begun(folder, wanted, teacher))
+    order = replace(eval_order(config, dataset.manifest), reserved=method_of(model.config).virtual.reserved)
+    with model.computing():
+        written = TeacherPass(model, dataset, folder, record, order, config.train.micro_batch, teacher, tell).run()
+    return ranks.on_first(lambda: finished(folder, record, teacher, dataset, written))
+
+
+def _log(tell: Tell, text: str) -> None:
+    tell({"log": text})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The teacher on this rank, with the settings that it computes under; of a run the checkpoint that was loaded."""
+
+    config: Config
+    base: Base
+    ranks: Ranks
+    engine: Engine
+    resolved: Resolved
+    manifest: CheckpointManifest | None = None
+
+    def computing(self) -> AbstractContextManager[None]:
+        """As the base alone, or with what the run has learnt."""
+        return nullcontext() if self.manifest else self.resolved.method.switched_off(self.engine.model)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the values, beside the settings. Reads samples of the base's weights."""
+        quant = self.config.quant
+        return {
+            "base": self.base.fingerprint,
+            "weights": content_of(self.base),
+            "dtype": self.config.model.dtype,
+            "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
+            **({"step": self.manifest.step, "dataset": self.manifest.dataset} if self.manifest else {}),
+        }
+
+
+def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> _Model:
+    """The teacher's base, under the run's other settings, with an adapter that stays off."""
+    quant = {} if teacher.quant is None else {"type": teacher.quant}
+    config = override(
+        config,
+        assignment("objective", {}),
+        assignment("tuning", {"rank": 1}),
+        assignment("model", {"base": teacher.name, "dtype": config.model.dtype, "attention": config.model.attention}),
+        assignment("sharding.sequence_parallel", 1),
+        *(assignment(f"quant.{name}", value) for name, value in quant.items()),
+    )
+    ranks = join_run(config)
+    with ranks.agreeing():
+        resolved = resolve(config, resolve_base(config.model))
+    check_same_base(resolved.base, ranks)
+    attention = attention_of(resolved, ranks.device)
+    engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
+    return _Model(resolved.config, resolved.base, ranks, engine, resolved)
+
+
+def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> _Model:
+    """The run at the checkpoint that is asked for, or the newest."""
+    run, step = place_of(config, teacher.name, teacher.setting)
+    opened = open_run(
+        run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
+    )
+    opened.load()
+    resolved = opened.resolved
+    return _Model(resolved.config, resolved.base, opened.ranks, opened.engine, resolved, opened.manifest)
+
+
+def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
+    there, here = (load_tokenizer(base).get_vocab() for base in (theirs, ours))
+    if there == here:
+        return
+    token = next(token for token in sorted(there.keys() | here.keys()) if there.get(token) != here.get(token))
+    raise ConfigError(
+        f"{teacher.setting}: {shown(teacher.name)} has another tokenizer than model.base: {ours.name}: {token!r} is "
+        f"{_number(there.get(token))} there and {_number(here.get(token))} here. Give a teacher with the same tokenizer."
+    )
+
+
+def _number(token: int | None) -> str:
+    return "no token" if token is None else f"token {token}"
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """The pass of the teacher over the blocks of `dataset` that `folder` lacks, in rows of `order`, on this rank."""
+
+    model: _Model
+    dataset: Dataset
+    folder: Store
+    record: TeacherRecord
+    order: Order
+    micro_batch: int
+    teacher: Teacher
+    tell: Tell
+
+    def run(self) -> int:
+        """Write them all; returns how many blocks that were. Collective."""
+        ranks, blocks = self.model.ranks, len(self.dataset.blocks) - 1
+        there = ranks.on_first(lambda: written_blocks(self.folder))
+        missing = [block for block in range(blocks) if block not in there]
+        self.model.engine.evaluating(True)
+        for first in range(0, len(missing), ranks.world_size):
+            turn = missing[first : first + ranks.world_size]
+            mine = turn[ranks.rank] if ranks.rank < len(turn) else None
+            documents = self._compute(mine)
+            ranks.together(partial(self._write, mine, documents))
+            done = blocks - len(missing) + first + len(turn)
+            self.tell({"progress": "blocks of the data", "done": done, "total": blocks})
+        self.model.engine.evaluating(False)
+        return len(missing)
+
+    def _compute(self, block: int | None) -> list[Likeliest]:
+        """What the teacher says of each document of a block; other ranks pass as many rows. Collective."""
+        rows, padding = list[MicroBatch](), None
+        stream = block_stream(self.dataset, 0 if block is None else block, self.order, self.micro_batch)
+        if block is not None:
+            rows = [batch for step in stream.epoch(0) for batch in step]
+        most = int(max(count for (count,) in self.model.ranks.gather(float(len(rows)))))
+        found = dict[int, Likeliest]()
+        for number in range(most):
+            if number < len(rows):
+                batch = rows[number]
+            else:
+                batch = padding = padding or stream.padding()
+            values = self.model.engine.look(self._look, batch).cpu().numpy()
+            found.update(zip(batch.documents, self._by_document(batch, values), strict=True))
+        return [found[number] for number in sorted(found)]
+
+    def _look(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        """(targets, 2k + 1), see `LossHead`."""
+        asked = TopK(self.record.k, self.record.vocabulary, self.teacher.temperature)
+        return model.head(model.hidden(batch), batch.labels, batch.places, top=asked)
+
+    def _by_document(self, batch: MicroBatch, values: Any) -> Sequence[Likeliest]:
+        trained = (batch.labels[0] != IGNORE).numpy()
+        ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
+        k = self.record.k
+        return [
+            Likeliest(part[:, :k].astype(np.int64), part[:, k:])
+            for segment in batch.beginnings.tolist()
+            for part in (values[ends[segment] : ends[segment + 1]],)
+        ]
+
+    def _write(self, block: int | None, documents: Sequence[Likeliest]) -> None:
+        if block is None:
+            return
+        # The tail alone may be nothing: where the whole vocabulary is stored.
+        if any(not np.isfinite(log_p[:, :-1]).all() for _, log_p in documents):
+            raise NonFiniteLoss(
+                f"{self.teacher.setting}: {shown(self.teacher.name)} gives a token of block {block} of the data no finite log-probability, so "
+                "it cannot teach. Try model.dtype: bf16, or another teacher."
+            )
+        write_block(self.folder, self.record, block, documents)

@@ -1,0 +1,91 @@
+"""A vLLM server as the teacher: one process asks it for its likeliest tokens of each document, several documents at a time."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.base.find.locate import Base, resolve_base
+from trainer.config import Config
+from trainer.data.compile.prepare import load_tokenizer, prepare
+from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
+from trainer.errors import ConfigError
+from trainer.evaluate.ask import Tell
+from trainer.evaluate.taught_data import begun, finished
+from trainer.export.proof.completions import CompletionsServer
+from trainer.run import layout
+from trainer.store.store import open_run_store
+from trainer.tuning.objective.teacher import Teacher
+
+_AT_ONCE = 16
+_LEAST_TAIL = 1e-9
+_PROBE_TOKENS = 64
+
+
+def teach_by_server(config: Config, teacher: Teacher, tell: Tell) -> dict[str, Any]:
+    """Have the server write what the store lacks.
+
+    Raises:
+        ConfigError: it does not answer, has another tokenizer, or another teacher has written under its name.
+        CapstanError: it answers with an error, or without log-probabilities.
+    """
+    store, base = open_run_store(config), resolve_base(config.model)
+    server = CompletionsServer.find(teacher.setting, teacher.name)
+    key = prepare(config, base, store).train
+    dataset = open_dataset(store, key)
+    _check_tokenizer(server, base, dataset)
+    folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
+    vocabulary = base.architecture.vocabulary
+    wanted = TeacherRecord(
+        settings=teacher.to_json(),
+        facts={"model": server.model},
+        k=min(teacher.top_k, vocabulary),
+        vocabulary=vocabulary,
+    )
+    record, blocks = begun(folder, wanted, teacher), len(dataset.blocks) - 1
+    missing = sorted(set(range(blocks)) - written_blocks(folder))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for number, block in enumerate(missing, 1):
+            documents = list(pool.map(partial(_said, server, record.k), _documents(dataset, block)))
+            write_block(folder, record, block, documents)
+            tell({"progress": "blocks of the data", "done": blocks - len(missing) + number, "total": blocks})
+    return finished(folder, record, teacher, dataset, len(missing))
+
+
+def _documents(dataset: Dataset, block: int) -> list[NDArray[np.uint32]]:
+    numbers = np.arange(*dataset.blocks[block : block + 2])
+    read = dataset.read(np.array([block]))
+    return [read.gather(numbers[place : place + 1]) for place in range(len(numbers))]
+
+
+def _said(server: CompletionsServer, k: int, stored: NDArray[np.uint32]) -> Likeliest:
+    """What the server says of a document's targets."""
+    places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()
+    found = server.likeliest((stored & ID_BITS).tolist(), k) if places else []
+    if any(len(found[place]) < k for place in places):
+        raise ConfigError(
+            f"{server.setting}: {server.url} gives fewer than the {k} likeliest tokens that objective.top_k asks for. Start it with --max-logprobs "
+            f"{k}, or lower objective.top_k."
+        )
+    ids, log_p = np.zeros((len(places), k), np.int64), np.zeros((len(places), k + 1), np.float32)
+    for row, place in enumerate(places):
+        values = list(found[place].values())
+        ids[row], log_p[row, :-1] = list(found[place]), values
+        log_p[row, -1] = math.log(max(_LEAST_TAIL, 1 - sum(map(math.exp, values))))
+    return Likeliest(ids, log_p)
+
+
+def _check_tokenizer(server: CompletionsServer, base: Base, dataset: Dataset) -> None:
+    """By the text of the first document, as the server does not give its vocabulary."""
+    tokenizer = load_tokenizer(base)
+    text: Any = tokenizer.decode((_documents(dataset, 0)[0] & ID_BITS)[:_PROBE_TOKENS].tolist())
+    if tokenizer.encode(text, add_special_tokens=False) != server.tokens_of(text):
+        raise ConfigError(
+            f"{server.setting}: {server.url} has another tokenizer than model.base: {base.name}: a text of the data becomes other tokens there. Give a "
+            "teacher with the same tokenizer."
+        )

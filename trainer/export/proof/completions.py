@@ -1,0 +1,109 @@
+"""A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it draws. By the standard library alone."""
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trainer.errors import CapstanError, ConfigError, shown
+
+_SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
+_LONGEST_REASON = 300
+
+
+class Answer(NamedTuple):
+    """The log p of each of the prompt's tokens but the first, in nats; and tokens drawn behind it, with theirs."""
+
+    log_p: list[float]
+    drawn: list[int]
+    drawn_log_p: list[float]
+
+
+@dataclass(frozen=True)
+class CompletionsServer:
+    """The `model` at `url`, such as http://127.0.0.1:8000, which `setting` has named."""
+
+    setting: str
+    url: str
+    model: str
+
+    @classmethod
+    def find(cls, setting: str, given: str, name: str = "") -> "CompletionsServer":
+        """The server at the URL that `setting` gives, and of its models that behind a # there, else the one called `name`, else the only one.
+
+        Raises:
+            ConfigError: nothing answers there, or it serves none of these.
+            CapstanError: it answers with an error.
+        """
+        url, _, wanted = given.partition("#")
+        url = url.rstrip("/").removesuffix("/v1")
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{setting}: {shown(given)} is no URL of a server. Example: http://127.0.0.1:8000.")
+        models = [model["id"] for model in _read(setting, url, "/v1/models", None, lambda found: found["data"])]
+        chosen = wanted or (name if name in models else models[0] if len(models) == 1 else None)
+        if chosen is None or chosen not in models:
+            what = f"no model called {shown(wanted or name)}"
+            raise ConfigError(
+                f"{setting}: {url} serves {what}; it has {', '.join(models) or 'none'}. Name one behind a #: {url}#{models[0] if models else 'NAME'}."
+            )
+        return cls(setting, url, chosen)
+
+    def ask(self, tokens: list[int], draws: int) -> Answer:
+        """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without log-probabilities."""
+        asked = {"model": self.model, "prompt": tokens, "max_tokens": draws, "temperature": 1.0, "seed": 0}
+        asked |= {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
+        return self._read("/v1/completions", asked, lambda found: _answer(found["choices"][0], tokens))
+
+    def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
+        """Of each of the tokens but the first: the `top` likeliest in its place, by their numbers, the likeliest first. Raises as `ask`."""
+        asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top}
+        return self._read("/v1/completions", asked, lambda found: _places(found["choices"][0], tokens, top))
+
+    def tokens_of(self, text: str) -> list[int]:
+        """`text` as its tokenizer has it. Raises as `ask`."""
+        asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return self._read("/tokenize", asked, lambda found: list(found["tokens"]))
+
+    def _read(self, path: str, body: Any, read: Any) -> Any:
+        return _read(self.setting, self.url, path, body, read)
+
+
+def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
+    places = choice["prompt_logprobs"][1:]
+    found = list[dict[int, float]]()
+    for place, _ in zip(places, tokens[1:], strict=True):
+        # The token that stands there is among them, also where it is not one of the likeliest.
+        ranked = sorted(place.items(), key=lambda item: -item[1]["logprob"])[:top]
+        found.append({int(token): float(given["logprob"]) for token, given in ranked})
+    return found
+
+
+def _answer(choice: Any, tokens: list[int]) -> Answer:
+    places = choice["prompt_logprobs"][1:]
+    log_p = [place[str(token)]["logprob"] for place, token in zip(places, tokens[1:], strict=True)]
+    return Answer(log_p, list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]))
+
+
+def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
+    """What `read` finds in the JSON of an answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
+        raise CapstanError(
+            f"{setting}: {url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
+        ) from error
+    except (OSError, urllib.error.URLError) as error:
+        raise ConfigError(
+            f"{setting}: {url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
+        ) from error
+    try:
+        return read(json.loads(text))
+    except (ValueError, LookupError, TypeError) as error:
+        raise CapstanError(
+            f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
+        ) from error

@@ -1,0 +1,98 @@
+"""Distillation: each target's distribution shall become that of a teacher, whose log-probabilities are stored beside the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.config.registry import without_defaults
+from trainer.config.section import part
+from trainer.tuning.method import Method
+from trainer.tuning.objective.distil.settings import DistilSettings
+from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.teacher import Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_DEFAULTS = {
+    "teacher": None,
+    "teacher_run": None,
+    "teacher_quant": None,
+    "top_k": 64,
+    "divergence": "forward",
+    "temperature": 1.0,
+    "next_tokens": 0.0,
+}
+
+
+class Distil:
+    """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with sft, so
+    held-out data need no teacher."""
+
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    formats: Collection[str] = ("chat", "prompt_completion", "text")
+    reads_reference: bool = False
+    survey: Survey | None = None
+    unit: str = "targets"
+    measures: Sequence[str] = ()
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        self._given = part(given, DistilSettings)
+
+    @property
+    def teacher(self) -> Teacher:
+        given = self._given
+        name = given.teacher or given.teacher_run or ""  # mismatches() refuses that
+        return Teacher(name, given.teacher is None, given.teacher_quant, given.top_k, given.temperature)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return without_defaults(
+            {"name": "distil", **{name: getattr(self._given, name) for name in _DEFAULTS}}, self.defaults
+        )
+
+    def mismatches(self) -> list[str]:
+        given, wrong = self._given, list[str]()
+        if (given.teacher is None) == (given.teacher_run is None):
+            both = given.teacher is not None
+            wrong.append(
+                f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and distil has one teacher. "
+                f"{'Remove' if both else 'Set'} one of them."
+            )
+        if given.teacher_run is not None and given.teacher_quant is not None:
+            wrong.append(
+                "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
+            )
+        if self.teacher.is_server and (given.temperature != 1 or given.teacher_quant is not None):
+            name = "temperature" if given.temperature != 1 else "teacher_quant"
+            wrong.append(
+                f"objective.{name}: a server as teacher has its own, and says its probabilities at 1. Remove it."
+            )
+        return wrong
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        from trainer.model.divergence import Distillation
+
+        distillation = None
+        if model.head.training:
+            assert batch.taught is not None
+            given = self._given
+            distillation = Distillation(
+                batch.taught, given.divergence == "reverse", given.temperature, given.next_tokens
+            )
+        return model.head(model.hidden(batch), batch.labels, batch.places, distillation=distillation)
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        raise AssertionError("a teacher is no reference")
+
+    def weight(self, batch: MicroBatch) -> int:
+        return batch.targets
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"distil": Distil}

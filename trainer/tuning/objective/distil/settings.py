@@ -1,0 +1,58 @@
+"""The settings of the section `objective` that distil alone reads."""
+
+from typing import Literal
+
+from trainer.config.section import Section, setting
+
+
+class DistilSettings(Section):
+    """The teacher, and the divergence from it."""
+
+    teacher: str | None = setting(
+        None,
+        about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
+        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run.",
+        example="Qwen/Qwen3-235B-A22B",
+    )
+    teacher_run: str | None = setting(
+        None,
+        about="distil: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI.",
+        example="big@1200",
+    )
+    teacher_quant: str | None = setting(
+        None,
+        about="distil: quant.type of the teacher's base. Default: that of this run. A run has its own.",
+        example="nf4",
+    )
+    top_k: int = setting(
+        64,
+        about="distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the tail.",
+        example=16,
+        ge=1,
+        le=2**20,
+        unit="tokens",
+    )
+    divergence: Literal["forward", "reverse"] = setting(
+        "forward",
+        about="distil: forward is KL(teacher || student), which covers all that the teacher says. reverse is KL(student || teacher), which "
+        "keeps to what it holds likely.",
+        example="reverse",
+    )
+    temperature: float = setting(
+        1.0,
+        about="distil: divisor of the logits of both before they are compared. The divergence is multiplied by its square.",
+        example=2.0,
+        gt=0,
+        le=100,
+    )
+    next_tokens: float = setting(
+        0.0,
+        about="distil: share of the loss that is the next token's, as in sft; the rest is the divergence.",
+        example=0.5,
+        ge=0,
+        lt=1,
+        unit="share",
+    )
+
+
+SETTINGS = (DistilSettings,)
