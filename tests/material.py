@@ -26,8 +26,8 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store, open_store
-from trainer.tuning.beginning import find_beginning
 from trainer.tuning.method import method_of, tuning_mismatches
+from trainer.tuning.shared.beginning import find_beginning
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")

@@ -30,10 +30,10 @@ from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.beginning import starting_at
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
+from trainer.tuning.shared.beginning import starting_at
 
 
 def anchored(config: Config) -> Config:

@@ -31,7 +31,7 @@ def run(copy: Path, *arguments: str) -> str:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages, and the additions among their files."""
     copy = tmp_path_factory.mktemp("stranger")
-    for package in ("trainer", "launcher"):
+    for package in ("trainer", "launcher", "ds_configs"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     there = {path for path in (TOYS / "added").rglob("*.py") if (copy / path.relative_to(TOYS / "added")).exists()}
     assert there == set(), "an addition is a new file"

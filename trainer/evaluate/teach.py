@@ -37,10 +37,10 @@ from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.beginning import place_of
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
+from trainer.tuning.shared.beginning import place_of
 
 
 def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
