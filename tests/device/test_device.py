@@ -3,7 +3,7 @@ orders its streams that they are caught without.
 
     line taken out                                              caught by
     compute waits for the gathers' stream                       race: a layer reads what is on its way
-    the gathers' stream waits for compute, as a pass begins     race: a gather reads what the update writes, where nothing stays whole
+    the gathers' stream waits for compute, as a pass begins     race: a gather reads what the update writes, where no collective came between
     record_stream of what was gathered                          race: a reuse of freed memory
     the event of the clock and of exchanges                     ranks agree on what has not come
     a row goes to the device                                    a tensor of the host in an operation of the device
@@ -148,15 +148,16 @@ def test_runs_have_the_losses_that_they_have_on_cpus(trained: dict[str, Any]) ->
             assert run_of(there).exists(layout.samples(2))
 
 
-def test_a_step_waits_once_for_its_device(device: Workshop, library: str) -> None:
-    """Where nothing is gathered, no layer waits for its place: what a step more costs is what a step costs."""
+def test_a_step_waits_for_its_device_once_beside_what_deepspeed_waits_for(device: Workshop, library: str) -> None:
+    """Where nothing is gathered, no layer waits for its place. A step is one wait for the gradient's norm, and seven of DeepSpeed's, one of
+    them for the gradients of each of four micro-batches."""
+    whole = Case("single_gpu", more=(("stage3_param_persistence_threshold", 10**9), ("reduce_bucket_size", 10**7)))
     given = []
     for steps in (2, 5):
-        whole = Case("single_gpu", more=(("stage3_param_persistence_threshold", 10**9),))
         config = made(device, f"waits-{steps}", whole, f"train.steps={steps}", "checkpoint.every_steps=0")
         given.append([dump_config(config), device.prepare(config).train])
     few, more = (ended["waits"] for ended in launch(1, life.train, library, given)[0])
-    assert more - few == 3
+    assert more - few == 3 * (1 + 7)
 
 
 def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
@@ -188,8 +189,8 @@ GATHER, CHECKPOINTS, ACCELERATOR = (
     "trainer.state.checkpoint.checkpoints",
     "trainer.processes.accelerator",
 )
-ENGINE, OFFLOAD = "trainer.state.zero.engine", "trainer.model.offload"
-# What stays whole is gathered behind an update by the same communicator as layers, which orders them behind it: here nothing is.
+ENGINE, OFFLOAD, LOOP = "trainer.state.zero.engine", "trainer.model.offload", "trainer.train.loop"
+# What the same communicator does behind an update orders the gathers behind it: what stays whole is gathered, and targets are counted. Here neither is.
 DIVIDED = Case(more=(("stage3_param_persistence_threshold", 0),))
 SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._device))"
 
@@ -211,8 +212,10 @@ def test_what_orders_streams_is_missed(
     device: Workshop, library: str, ranks: int, case: Case, module: str, line: str, put: str, caught: str
 ) -> None:
     given = made(device, f"without-{abs(hash((module, line)))}", case)
-    change = [module, line, put]
-    found = launch(ranks, life.train_without, library, dump_config(given), device.prepare(given).train, change)
+    changes = [[module, line, put]]
+    if case == DIVIDED:
+        changes.append([LOOP, "ranks.total(torch.tensor(mine))", "torch.tensor(mine, device=ranks.device)"])
+    found = launch(ranks, life.train_without, library, dump_config(given), device.prepare(given).train, *changes)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
 
 
