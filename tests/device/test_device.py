@@ -191,7 +191,9 @@ GATHER, CHECKPOINTS, ACCELERATOR = (
 )
 ENGINE, OFFLOAD, LOOP = "trainer.state.zero.engine", "trainer.model.offload", "trainer.train.loop"
 # What the same communicator does behind an update orders the gathers behind it: what stays whole is gathered, and targets are counted. Here neither is.
-DIVIDED = Case(more=(("stage3_param_persistence_threshold", 0),))
+DIVIDED = Case(
+    overrides=("train.steps=5", "checkpoint.every_steps=0"), more=(("stage3_param_persistence_threshold", 0),)
+)
 SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._device))"
 
 
