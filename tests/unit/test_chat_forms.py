@@ -218,6 +218,21 @@ def test_a_row_of_which_no_end_is_trained_says_so(template: str, end: str) -> No
     assert not encoded("qwen2_5", PLAIN)[1].left_out
 
 
+# As those of Phi-3 and Phi-4: a token of its own ends a conversation, behind that of the last turn.
+CLOSED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<|start|>{{ c.function.name }}{% endfor %}<|end|>"
+    "{{ gap }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_turn_ends_with_its_own_token_where_another_ends_the_conversation(gap: str) -> None:
+    template = f"{{% set gap = {gap!r} %}}{CLOSED}"
+    assert trained(template, PLAIN) == ["yo<|end|>", f"ciao<|end|>{gap}</s>"]
+    asked = {**RESULT, "role": "user"}  # <|user|> is a token too
+    assert trained(template, [PLAIN[0], calls(None, "f"), asked, PLAIN[3]])[0] == "<|start|>f<|end|>"
+
+
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:
     line = in_words("end of turn <|user|>")
     assert "but the next turn's <|user|>, so" in line

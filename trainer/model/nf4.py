@@ -152,7 +152,7 @@ class Packed(nn.Module):
 
     def _in_one_pass(self, packed: Tensor, first: int, last: int) -> Tensor:
         """The same without an array of scales, of a double quantized NF4."""
-        from trainer.model.double import dequantize_double
+        from trainer.model.kernels.double import dequantize_double
 
         blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
         return dequantize_double(
@@ -315,7 +315,7 @@ def int8_code(device: torch.device) -> Tensor:
 
 @cache
 def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings
+    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the Triton that PyTorch brings
     for it, which compiles what launches a kernel on the machine itself (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
