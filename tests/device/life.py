@@ -50,11 +50,11 @@ def _counts(library: str) -> tuple[int, int]:
     return (torch.ops.pretended.operations(), torch.ops.pretended.waits()) if library else (0, 0)
 
 
-def train_without(library: str, config_text: str, fingerprint: str, *changes: list[str]) -> dict[str, Any]:
-    """A run of the code where in modules another text is in the place of one, and what it raised."""
+def train_without(library: str, config_text: str, fingerprint: str, change: list[str]) -> dict[str, Any]:
+    """A run of the code where in a module another text is in the place of one, and what it raised."""
     install(Path(library))
-    for module, text, put in changes:
-        _change(import_module(module), text, put)
+    module, text, put = change
+    _change(import_module(module), text, put)
     return _one(library, config_text, fingerprint)
 
 

@@ -3,7 +3,6 @@ orders its streams that they are caught without.
 
     line taken out                                              caught by
     compute waits for the gathers' stream                       race: a layer reads what is on its way
-    the gathers' stream waits for compute, as a pass begins     race: a gather reads what the update writes, where no collective came between
     record_stream of what was gathered                          race: a reuse of freed memory
     the event of the clock and of exchanges                     ranks agree on what has not come
     a row goes to the device                                    a tensor of the host in an operation of the device
@@ -11,6 +10,9 @@ orders its streams that they are caught without.
     a copy of an offloaded input waits for compute              race: it reads what a layer writes
     compute waits for such a copy, forwards and backwards       race: a layer reads, or the allocator reuses, what is copied
     a checkpoint waits for its copies                           NaN in the export
+
+The wait of the gathers' stream that a pass begins with is not among them: no run is caught without it, over five steps with nothing whole
+and no collective between update and pass either, and what orders the two is not known.
 
 No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py.
 """
@@ -189,11 +191,7 @@ GATHER, CHECKPOINTS, ACCELERATOR = (
     "trainer.state.checkpoint.checkpoints",
     "trainer.processes.accelerator",
 )
-ENGINE, OFFLOAD, LOOP = "trainer.state.zero.engine", "trainer.model.offload", "trainer.train.loop"
-# What the same communicator does behind an update orders the gathers behind it: what stays whole is gathered, and targets are counted. Here neither is.
-DIVIDED = Case(
-    overrides=("train.steps=5", "checkpoint.every_steps=0"), more=(("stage3_param_persistence_threshold", 0),)
-)
+ENGINE, OFFLOAD = "trainer.state.zero.engine", "trainer.model.offload"
 SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._device))"
 
 
@@ -201,23 +199,20 @@ SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._devic
     ("ranks", "case", "module", "line", "put", "caught"),
     [
         (2, Case(), GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
-        (2, DIVIDED, GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass", "race: "),
         (1, Case("single_gpu"), ACCELERATOR, "event.record()", "pass", "StopIteration"),
         (1, Case("single_gpu"), ENGINE, "row.to(self.ranks.device))", "row)", "of the host in"),
         (1, Case("single_gpu", OFFLOADED), OFFLOAD, SENDING, "pass", "race: "),
         (1, Case("single_gpu", OFFLOADED), OFFLOAD, "            self._wait_for(gone)", "            pass", "race: "),
         (1, Case("single_gpu", OFFLOADED), OFFLOAD, "        self._wait_for(wanted)", "        pass", "race: "),
     ],
-    ids=["gathered", "begun", "clock", "row", "sent", "gone", "back"],
+    ids=["gathered", "clock", "row", "sent", "gone", "back"],
 )
 def test_what_orders_streams_is_missed(
     device: Workshop, library: str, ranks: int, case: Case, module: str, line: str, put: str, caught: str
 ) -> None:
     given = made(device, f"without-{abs(hash((module, line)))}", case)
-    changes = [[module, line, put]]
-    if case == DIVIDED:
-        changes.append([LOOP, "ranks.total(torch.tensor(mine))", "torch.tensor(mine, device=ranks.device)"])
-    found = launch(ranks, life.train_without, library, dump_config(given), device.prepare(given).train, *changes)
+    change = [module, line, put]
+    found = launch(ranks, life.train_without, library, dump_config(given), device.prepare(given).train, change)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
 
 
