@@ -150,18 +150,6 @@ def test_runs_have_the_losses_that_they_have_on_cpus(trained: dict[str, Any]) ->
             assert run_of(there).exists(layout.samples(2))
 
 
-def test_a_step_waits_for_its_device_once_beside_what_deepspeed_waits_for(device: Workshop, library: str) -> None:
-    """Where nothing is gathered, no layer waits for its place. A step is one wait for the gradient's norm, and seven of DeepSpeed's, one of
-    them for the gradients of each of four micro-batches."""
-    whole = Case("single_gpu", more=(("stage3_param_persistence_threshold", 10**9), ("reduce_bucket_size", 10**7)))
-    given = []
-    for steps in (2, 5):
-        config = made(device, f"waits-{steps}", whole, f"train.steps={steps}", "checkpoint.every_steps=0")
-        given.append([dump_config(config), device.prepare(config).train])
-    few, more = (ended["waits"] for ended in launch(1, life.train, library, given)[0])
-    assert more - few == 3 * (1 + 7)
-
-
 def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
     device: Workshop, library: str, tmp_path: Path
 ) -> None:
