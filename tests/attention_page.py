@@ -73,13 +73,14 @@ With flash-attn's package for the GPU installed; in brackets with PyTorch alone,
 _LIGER = """\
 ## Norms, rotary embeddings and gated MLPs
 
-`pip install 'capstan-llm[liger]'` brings [Liger's](https://github.com/linkedin/Liger-Kernel) kernels (BSD-2), each of which makes one pass over
+`pip install 'capstan-llm[gpu]'` brings [Liger's](https://github.com/linkedin/Liger-Kernel) kernels (BSD-2), each of which makes one pass over
 memory where the base's own operations make several. `model.kernels: auto` takes them on GPUs for the families that Liger knows, `none` leaves a base as
 it is, and `liger` is refused where it cannot run. The log of rank 0 names the parts that it computes:
 
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
 Results differ from those without by rounding alone. On a CPU nothing changes. The checks of an export are always made without them.
+Layers keep 24 % less for their backward passes in an 8B Llama: `plan`, and `train.activation_checkpointing: auto`, count that where `model.kernels: liger` is set.
 
 | `model_type` | by Liger |
 |---|---|

@@ -35,7 +35,7 @@ def packed(shape: tuple[int, ...], dtype: torch.dtype) -> FrozenLinear4bit | Fro
 
 def interpret() -> None:
     """The kernel's weights are bitsandbytes' to the last bit: of matrices whose last block is short, and of several of a stack at once."""
-    from trainer.model import double
+    from trainer.model.kernels import double
 
     for dtype in (torch.float32, torch.float16):
         for shape in ((64, 96), (7, 33), (48, 512), (3, 64, 256), (2, 5, 13)):
@@ -57,7 +57,7 @@ def compiled() -> None:
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from trainer.model.double import dequantize
+    from trainer.model.kernels.double import dequantize
 
     signature = {
         **dict.fromkeys(("packed", "codes"), "*u8"),

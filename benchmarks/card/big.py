@@ -12,11 +12,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from card.figures import Figure, device, seconds_of, shape
 
+if TYPE_CHECKING:
+    from trainer.plan.needs import Plan
+
 ACCUMULATION, STEPS = 4, 3  # steps after the first one, which finds out in which order units are used
+SMALL = 24 * 2**30
+"""Bytes of the card that the longest row is planned for."""
 SEARCHED = 2**20
 """Events that the allocator's snapshot keeps."""
 
@@ -45,7 +50,7 @@ def big(given: argparse.Namespace) -> Iterator[Figure]:
     lacking = missing(torch.device(device()), "llama")
     if lacking:
         yield Figure("Liger", lacking)
-    for kernels in ("none",) if lacking else ("auto", "none"):
+    for kernels in ("none",) if lacking else ("liger", "none"):
         for recompute in ("auto", "all"):
             name = f"recompute {recompute}, kernels {kernels}"
             settings = [
@@ -64,7 +69,8 @@ def _figures(given: argparse.Namespace, folder: Path, name: str, settings: list[
     from trainer.config import load_config, override
     from trainer.plan.plan import make_plan
 
-    found = _in_a_process(_steps, folder, settings, given.to / f"{name.replace(', ', '-').replace(' ', '-')}.pickle")
+    snapshot = given.to / f"{name.replace(', ', '-').replace(' ', '-')}.pickle"
+    found = _in_a_process(_steps, folder, [*settings, f"train.steps={STEPS + 1}"], snapshot)
     steps: list[dict[str, float]] = found["steps"][1:]
     seconds = median(step["seconds"] for step in steps)
     yield Figure(f"{name}: tokens/s", f"{median(step['tokens'] for step in steps) / seconds:.0f}")
@@ -72,14 +78,20 @@ def _figures(given: argparse.Namespace, folder: Path, name: str, settings: list[
     yield Figure(f"{name}: MFU", f"{mfu:.1%}" if mfu else "the peak of this device is not known")
     phases = {key.removesuffix("_seconds"): value for key, value in steps[-1].items() if key.endswith("_seconds")}
     yield Figure(f"{name}: phases", ", ".join(f"{key} {1e3 * value:.0f} ms" for key, value in phases.items() if value))
-    if not found["peak"]:
-        return
-    config = override(load_config(folder / "fixed.yaml"), *settings)
-    plan = make_plan(config, resolve_base(config.model).description, 1, 1, found["memory"]).memory_per_gpu
-    planned = plan.total - plan.context - plan.communicators
+    if found["peak"]:
+        config = override(load_config(folder / "fixed.yaml"), *settings)
+        yield _peak(
+            name, found["peak"], make_plan(config, resolve_base(config.model).description, 1, 1, found["memory"])
+        )
+
+
+def _peak(name: str, peak: int, plan: "Plan") -> Figure:
+    """A measured peak beside the plan's."""
+    memory = plan.memory_per_gpu
+    planned = memory.total - memory.context - memory.communicators
     near = f"{planned / 2**30:.1f} GiB by the plan, -25 to +5 %"
-    share = found["peak"] / planned
-    yield Figure(f"{name}: peak memory", f"{found['peak'] / 2**30:.1f} GiB, {share:.2f} x", near, 0.75 <= share <= 1.05)
+    share = peak / planned
+    return Figure(f"{name}: peak memory", f"{peak / 2**30:.1f} GiB, {share:.2f} x", near, 0.75 <= share <= 1.05)
 
 
 def _in_a_process(work: Any, *arguments: Any) -> Any:
@@ -88,27 +100,61 @@ def _in_a_process(work: Any, *arguments: Any) -> Any:
         return pool.apply(work, arguments)
 
 
-def _steps(folder: Path, settings: list[str], snapshot: Path) -> dict[str, Any]:
-    """The records of our steps, by the program of a rank, alone; on a GPU the allocator's history goes to `snapshot`."""
+def _steps(folder: Path, settings: list[str], snapshot: Path | None, memory: int | None = None) -> dict[str, Any]:
+    """The records of our steps, by the program of a rank, alone; on a GPU the allocator's history goes to `snapshot`, and no more than `memory`
+    bytes are there."""
     import torch
 
+    from trainer.base.find.locate import resolve_base
     from trainer.config import load_config, override
-    from trainer.data.compile.prepare import Datasets
+    from trainer.data.compile.prepare import prepare
     from trainer.rank import run_rank
+    from trainer.store.store import open_run_store
     from trainer.train.start import Starter
 
-    config = override(load_config(folder / "fixed.yaml"), *settings, f"train.steps={STEPS + 1}")
-    fingerprint = json.loads((folder / "fixed.json").read_text())["fingerprint"]
+    config = override(load_config(folder / "fixed.yaml"), *settings)
+    datasets = prepare(config, resolve_base(config.model), open_run_store(config))
     steps = list[Mapping[str, float]]()
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if on_gpu and memory:
+        torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.get_device_properties(0).total_memory)
+    if on_gpu and snapshot:
         torch.cuda.memory._record_memory_history(max_entries=SEARCHED, stacks="python")
-    run_rank(config, Datasets(fingerprint, None), resume=False, starter=Starter(observe=steps.append))
+    run_rank(config, datasets, resume=False, starter=Starter(observe=steps.append))
     if not on_gpu:
         return {"steps": [dict(step) for step in steps], "peak": 0, "memory": None}
-    torch.cuda.memory._dump_snapshot(str(snapshot))
+    if snapshot:
+        torch.cuda.memory._dump_snapshot(str(snapshot))
     peak, memory = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
     return {"steps": [dict(step) for step in steps], "peak": peak, "memory": memory}
+
+
+def longest(given: argparse.Namespace) -> Iterator[Figure]:
+    """A step of the longest row that `plan --longest` has for a card of `SMALL` bytes, on no more than those; its documents are no longer
+    than other rows, so that it takes seconds."""
+    from trainer.base.find.locate import resolve_base
+    from trainer.config import assignment, load_config, override
+    from trainer.plan.longest import Ranks, longest_rows
+    from trainer.plan.plan import make_plan
+
+    folder = _material(given, given.layers)
+    config = load_config(folder / "fixed.yaml")
+    base = resolve_base(config.model).description
+    tiled = [row for row in longest_rows(config, base, Ranks(1, 1, SMALL, on_gpu=True)) if row.settings][-2]
+    tokens = min(tiled.tokens, given.length * ACCUMULATION * (STEPS + 1))  # there are no more
+    changed = {
+        **tiled.settings,
+        "data.sequence_length": tokens,
+        "run.name": "longest",
+        "train.steps": 1,
+        "train.global_batch": 1,
+    }
+    settings = [assignment(key, value) for key, value in changed.items()]
+    found = _in_a_process(_steps, folder, settings, None, SMALL)
+    name = f"longest row of {SMALL / 2**30:.0f} GiB"
+    yield Figure(name, f"{tokens} tokens in {found['steps'][0]['seconds']:.1f} s", "fits", True)
+    if found["peak"]:
+        yield _peak(name, found["peak"], make_plan(override(config, *settings), base, 1, 1, SMALL))
 
 
 def rooflines(given: argparse.Namespace) -> Iterator[Figure]:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 MOST_BYTES = 60 * 2**20
 _ROOT = Path(__file__).parents[2]
-# What a run of one rank imports beside what torch brings: neither Ray nor pyarrow nor trackers, and numpy is beside torch.
+# What a run of one rank imports beside what torch brings: neither Ray nor pyarrow nor trackers.
 BESIDE_TORCH = (
-    "accelerate annotated-types bitsandbytes certifi charset-normalizer click deepspeed einops h11 hf-xet hjson httpcore httpx "
+    "accelerate annotated-doc annotated-types anyio bitsandbytes certifi charset-normalizer click deepspeed einops h11 hf-xet hjson httpcore2 httpx2 "
     "huggingface_hub idna jinja2 markdown-it-py markupsafe mdurl msgpack ninja obstore packaging peft propcache protobuf psutil py-cpuinfo pydantic "
-    "pydantic-core pygments pyyaml regex requests rich safetensors sentencepiece shellingham tokenizers tqdm transformers typer "
+    "pydantic-core pygments pyyaml regex requests rich safetensors sentencepiece shellingham tokenizers tqdm transformers truststore typer "
     "typing-extensions typing-inspection urllib3 zstandard"
 ).split()  # fmt: skip
+WITH_TORCH = {"filelock", "fsspec", "numpy", "torch"}
 _BUILT = "deepspeed"
 # Of bitsandbytes' libraries a card of today takes that of CUDA 13.
 _LEFT_OUT = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda13)|/tests?/")

@@ -38,7 +38,7 @@ State = Literal["ok", "optional", "missing"]
 _KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
-    "liger": "pip install",
+    "gpu": "pip install",
     **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
 }
 

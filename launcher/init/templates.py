@@ -5,8 +5,8 @@ from pathlib import Path
 from launcher.init.choice import Setting
 from trainer.config import Config
 from trainer.data.compile.inputs import find_train, has_conversations
-from trainer.data.render.named_templates import NAMED
-from trainer.data.render.template import fitting_template, has_template, tokens_of
+from trainer.data.render.templates.named_templates import NAMED
+from trainer.data.render.templates.template import fitting_template, has_template, tokens_of
 from trainer.data.source.files import is_of_hub
 from trainer.errors import CapstanError
 

@@ -18,7 +18,7 @@ from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
-from trainer.data.render.named_templates import NAMED
+from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.run import layout

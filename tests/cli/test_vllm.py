@@ -14,6 +14,7 @@ import pytest
 from tests.cli.conftest import ROOT, Capstan
 from tests.material import Workshop, commit
 from tests.needs import need
+from trainer.processes import children
 
 VLLM = ROOT / ".servers/vllm"
 # Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without turning, the compilation of
@@ -43,7 +44,7 @@ def vllm(base: Path, adapter: Path, log: Path) -> Iterator[str]:
     given += ["--lora-target-modules", *TARGETS, "--lora-modules", f"done={adapter}"]
     environment = {**os.environ, **ENVIRONMENT, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
     with log.open("w") as out:
-        process = subprocess.Popen(
+        process = children.start(
             [str(VLLM / "bin/vllm"), *given], stdout=out, stderr=out, env=environment, start_new_session=True
         )
         try:

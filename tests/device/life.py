@@ -5,58 +5,96 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.device.pretended import install
 from tests.dist import runs
+from trainer.model.offload import Offload
+from trainer.processes import ranks
 
 
-def train(library: str, config_text: str, fingerprint: str, how: str = "start", *more: Any) -> dict[str, Any]:
-    """A run, or the rest of one, as `runs.run` says, and what the device was asked for."""
+def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
+    """Runs one after the other, each as `runs.run` takes it, and what the device was asked for in each; without a `library` on the CPU."""
+    if library:
+        install(Path(library))
+    return [_one(library, *arguments) for arguments in given]
+
+
+def _one(library: str, *arguments: Any) -> dict[str, Any]:
+    counted, sent, plain = _counts(library), 0, Offload._send
+
+    def send(offload: Offload, here: Tensor) -> Any:
+        nonlocal sent
+        sent += 1
+        return plain(offload, here)
+
+    Offload._send = send  # type: ignore[method-assign]
+    try:
+        ended = runs.run(*arguments)
+        if library:
+            torch.ops.pretended.finish()
+    except (RuntimeError, ValueError) as error:
+        ended = {"outcome": "raised", "message": str(error).splitlines()[0]}
+    finally:
+        Offload._send = plain  # type: ignore[method-assign]
+    operations, waits = (after - before for after, before in zip(_counts(library), counted, strict=True))
+    return {**ended, "operations": operations, "waits": waits, "sent": sent}
+
+
+def _counts(library: str) -> tuple[int, int]:
+    return (torch.ops.pretended.operations(), torch.ops.pretended.waits()) if library else (0, 0)
+
+
+def train_without(library: str, config_text: str, fingerprint: str, change: list[str]) -> dict[str, Any]:
+    """A run of the code where in a module another line is in the place of one, and what it raised."""
     install(Path(library))
-    ended = runs.run(config_text, fingerprint, how, *more)
-    torch.ops.pretended.finish()
-    return {**ended, "operations": torch.ops.pretended.operations()}
-
-
-def train_without(
-    library: str, config_text: str, fingerprint: str, how: str, module: str, line: str, put: str
-) -> dict[str, Any]:
-    """A run of the code with `put` in the place of `line` in `module`, and what it raised."""
-    install(Path(library))
+    module, line, put = change
     _change(import_module(module), line, put)
-    return _watched(config_text, fingerprint, how)
+    return _one(library, config_text, fingerprint)
 
 
 def train_untold(library: str, config_text: str, fingerprint: str) -> dict[str, Any]:
     """A run whose memory's uses on other streams the allocator is not told of, and what it raised."""
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     install(Path(library))
-    return _watched(config_text, fingerprint, "start")
+    return _one(library, config_text, fingerprint)
 
 
-def _watched(config_text: str, fingerprint: str, how: str) -> dict[str, Any]:
-    try:
-        ended = runs.run(config_text, fingerprint, how)
-        torch.ops.pretended.finish()
-    except (RuntimeError, ValueError) as error:
-        return {"outcome": "raised", "message": str(error).splitlines()[0]}
-    return ended
+def joined(library: str) -> list[Any]:
+    """The device that the process group was told of as this rank's; and a number of every rank, as the host reads it when it has waited for
+    the exchange, and when it has not."""
+    install(Path(library))
+    told, plain = list[Any](), dist.init_process_group
+
+    def watched(*arguments: Any, **given: Any) -> None:
+        told.append(given.pop("device_id"))  # gloo, which is behind the device here, knows no device
+        plain(*arguments, **given)
+
+    dist.init_process_group = watched
+    here = ranks.join()
+    waited = here.gather(7.0)
+    ranks.mark = lambda device: SimpleNamespace(synchronize=lambda: None)
+    return [str(*told), waited, here.gather(7.0)]
 
 
-def logits(library: str, run: str, step: int, scratch: str | None) -> list[float]:
-    """Logits of the trained model as a proof computes them, a layer at a time where it has a folder for that: their mean a row."""
+def logits(library: str, run: str, step: int, scratches: list[str | None]) -> list[list[float]]:
+    """Logits of the trained model as a proof computes them, a layer at a time where there is a folder for that: their mean a row, for each."""
     if library:
         install(Path(library))
     from trainer.export.proof.sides import Trained
     from trainer.store.store import open_store
 
-    trained = Trained.at(open_store(run), step, Path(scratch) if scratch else None)
-    found: list[Tensor] = trained.logits("bf16")
-    return [float(row.double().logsumexp(-1).mean()) for row in found]
+    found = list[list[float]]()
+    for scratch in scratches:
+        trained = Trained.at(open_store(run), step, Path(scratch) if scratch else None)
+        rows: list[Tensor] = trained.logits("bf16")
+        found.append([float(row.double().logsumexp(-1).mean()) for row in rows])
+    return found
 
 
 def make_policy(path: Path, name: str, **more: Any) -> Path:

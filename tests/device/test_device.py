@@ -1,23 +1,31 @@
 """The product's own code on a device beside the host, which a CPU stands in for (pretended.cpp): whole runs, and for each place where it
 orders its streams that they are caught without.
 
-No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py. An optimizer whose states are
-on the host is not run here: this device takes DeepSpeed's freeing of its norms on another stream for a fault, and whether it is one is not settled. The wait that
-a pass begins with is not among what is taken out: no run here is caught without it, and why is not settled either.
+    line taken out                                              caught by
+    compute waits for the gathers' stream                       race: a layer reads what is on its way
+    the gathers' stream waits for compute, as a pass begins     race: a gather reads what the update writes, where nothing stays whole
+    record_stream of what was gathered                          race: a reuse of freed memory
+    the event of the clock and of exchanges                     ranks agree on what has not come
+    a row goes to the device                                    a tensor of the host in an operation of the device
+    the exchange waits for its copy to the host                 the host reads what has not come
+    a copy of an offloaded input waits for compute              race: it reads what a layer writes
+    compute waits for such a copy, forwards and backwards       race: a layer reads, or the allocator reuses, what is copied
+    a checkpoint waits for its copies                           NaN in the export
+
+No operation of it computes as a GPU does: kernels, NCCL and times are proven on a card, by benchmarks/gpu.py.
 """
 
+import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.device import life
 from tests.device.pretended import build
-from tests.dist import runs
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_pairs
@@ -28,7 +36,7 @@ from trainer.run import layout
 from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
-STEPS = 6
+STEPS, LAYERS = 3, 4
 
 
 @pytest.fixture(scope="session")
@@ -39,90 +47,129 @@ def library() -> str:
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("runs"), num_hidden_layers=4)
+def workshops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
+    sizes = {"llama": {"num_hidden_layers": LAYERS}, "mixtral": {}}
+    return {kind: Workshop(tmp_path_factory.mktemp(kind), kind, **some) for kind, some in sizes.items()}
 
 
-@pytest.fixture
-def config(device: Workshop) -> Callable[..., Config]:
-    """The configuration of a run under a policy for GPUs, `zero3` unless it is another one."""
+@pytest.fixture(scope="module")
+def device(workshops: dict[str, Workshop]) -> Workshop:
+    return workshops["llama"]
 
-    def of(name: str, *overrides: str, policy: str = "zero3", **more: Any) -> Config:
-        file = life.make_policy(device.folder / f"{name}.json", policy, **more)
-        settings = (f"train.steps={STEPS}", "checkpoint.every_steps=3", f"sharding.deepspeed={file}")
-        made = device.config(name, *settings, *overrides)
-        run_of(made).put(layout.CONFIG, dump_config(made).encode())  # as the launcher does, for exports
-        return made
 
-    return of
+class Case(NamedTuple):
+    """A run under a policy for GPUs, on so many ranks of so many nodes."""
+
+    policy: str = "zero3"
+    overrides: tuple[str, ...] = ()
+    more: tuple[tuple[str, Any], ...] = ()
+    base: str = "llama"
+
+
+OFFLOADED = ("train.activation_offload=true", "train.activation_checkpointing=all", "quant.double=true")
+CASES = {
+    2: {
+        "streams": Case(),
+        "no streams": Case(more=(("overlap_comm", False),)),
+        "offloaded": Case("zero3_offload_cpu", OFFLOADED),
+        "optimizer": Case("zero3_offload_optimizer"),
+        "tiled": Case(overrides=("train.tiled_mlp=true", "tuning.dropout=0.1")),
+        "experts": Case(overrides=("tuning.experts=true", "tuning.experts_rank=3"), base="mixtral"),
+        "pairs": Case(
+            overrides=("objective.name=dpo", "data.format=preference", "eval.every=2", "optim.name=adamw_8bit")
+        ),
+    },
+    1: {
+        "alone": Case("single_gpu", ("train.sample_every=2", "eval.max_tokens=4")),
+        "offloaded alone": Case("zero3_offload_cpu", OFFLOADED),
+    },
+    4: {"of two nodes": Case(overrides=("sharding.scope=node",))},
+}
+
+
+def made(device: Workshop, name: str, case: Case = Case(), *overrides: str) -> Config:  # noqa: B008  # it cannot change
+    """The configuration of a run of a case."""
+    file = life.make_policy(device.folder / f"{name}.json", case.policy, **dict(case.more))
+    settings = (f"train.steps={STEPS}", "checkpoint.every_steps=3", f"sharding.deepspeed={file}")
+    given = device.config(name.replace(" ", "-"), *settings, *case.overrides, *overrides)
+    run_of(given).put(layout.CONFIG, dump_config(given).encode())  # as the launcher does, for exports
+    return given
 
 
 def run_of(config: Config) -> Store:
     return open_store(config.run.store).sub(config.run.name)
 
 
-def on_host(device: Workshop, config: Config, ranks: int) -> dict[int, float]:
-    """The losses of the same run on CPUs."""
-    plain = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{config.run.name}-host"})})
-    launch(ranks, runs.run, dump_config(plain), device.prepare(plain).train)
-    return losses(run_of(plain))
+def rows_of(folder: Path, name: str) -> tuple[str, ...]:
+    """Settings that name rows which a case needs."""
+    if name == "pairs":
+        learnt, others = (make_pairs(folder / f"{seed}.jsonl", 16, seed) for seed in (6, 7))
+        return f'data.train=[{{"path": "{learnt}"}}]', f'data.eval=[{{"path": "{others}"}}]'
+    if name == "alone":
+        (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "the ant? "}) + "\n")
+        return (f"eval.prompts={folder / 'prompts.jsonl'}",)
+    return ()
 
 
-OFFLOADED = ("train.activation_offload=true", "train.activation_checkpointing=all", "quant.double=true")
+@pytest.fixture(scope="module", params=CASES)
+def trained(
+    request: pytest.FixtureRequest, workshops: dict[str, Workshop], library: str
+) -> dict[str, tuple[list[dict[str, Any]], Config, Config]]:
+    """All cases of a number of ranks, one after the other in the same processes: how each ended on each rank, and the runs on the device and
+    on CPUs."""
+    ranks: int = request.param
+    nodes = {"ranks_per_node": ranks // 2} if ranks == 4 else {}
+    configs, given = dict[str, list[Config]](), dict[str, list[Any]]()
+    for where in ("", "-host"):
+        for name, case in CASES[ranks].items():
+            workshop = workshops[case.base]
+            config = made(workshop, f"{name}{where}", case, *rows_of(workshop.folder, name))
+            prepared = workshop.prepare(config)
+            configs.setdefault(name, []).append(config)
+            given.setdefault(where, []).append([dump_config(config), prepared.train, "start", prepared.eval])
+    launch(ranks, life.train, "", given["-host"], **nodes)
+    every = launch(ranks, life.train, library, given[""], **nodes)
+    ended = dict(zip(CASES[ranks], map(list, zip(*every, strict=True)), strict=True))
+    return {name: (ended[name], there, on_host) for name, (there, on_host) in configs.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "policy", "ranks", "overrides", "more"),
-    [
-        ("streams", "zero3", 2, (), {}),
-        ("no-streams", "zero3", 2, (), {"overlap_comm": False}),
-        ("alone", "single_gpu", 1, (), {}),
-        ("offloaded", "zero3_offload_cpu", 2, OFFLOADED, {}),
-        ("offloaded-alone", "zero3_offload_cpu", 1, OFFLOADED, {}),
-        ("tiled", "zero3", 2, ("train.tiled_mlp=true", "tuning.dropout=0.1"), {}),
-    ],
-)
-def test_a_run_has_the_losses_that_it_has_on_cpus(
-    device: Workshop,
-    config: Callable[..., Config],
-    library: str,
-    name: str,
-    policy: str,
-    ranks: int,
-    overrides: tuple[str, ...],
-    more: dict[str, Any],
-) -> None:
-    given = config(name, *overrides, policy=policy, **more)
-    for ended in launch(ranks, life.train, library, dump_config(given), device.prepare(given).train):
-        assert ended["outcome"] == "finished", ended["message"]
-        assert ended["operations"] > 1000  # the device was there
-    expected = on_host(device, given, ranks)
-    assert losses(run_of(given)) == pytest.approx(expected, abs=5e-3)
-    assert len(expected) == STEPS
+def test_runs_have_the_losses_that_they_have_on_cpus(trained: dict[str, Any]) -> None:
+    for name, (ends, there, on_host) in trained.items():
+        for ended in ends:
+            assert ended["outcome"] == "finished", (name, ended["message"])
+            assert ended["operations"] > 1000, "the device was there"
+        expected = losses(run_of(on_host))
+        assert losses(run_of(there)) == pytest.approx(expected, abs=5e-3), name
+        assert len(expected) == STEPS
+        if name.startswith("offloaded"):
+            rows = there.train.global_batch // len(ends)
+            assert {ended["sent"] for ended in ends} == {STEPS * LAYERS * rows}, "the input of each layer"
+        if name == "alone":
+            assert run_of(there).exists(layout.samples(2))
 
 
-def test_pairs_are_preferred_and_evaluated(device: Workshop, config: Callable[..., Config], library: str) -> None:
-    pairs, others = (make_pairs(device.folder / f"{seed}.jsonl", 24, seed) for seed in (6, 7))
-    overrides = ("objective.name=dpo", "data.format=preference", f'data.train=[{{"path": "{pairs}"}}]')
-    overrides = (*overrides, f'data.eval=[{{"path": "{others}"}}]', "eval.every=3", "optim.name=adamw_8bit")
-    given = config("pairs", *overrides)
-    datasets = device.prepare(given)
-    for ended in launch(2, life.train, library, dump_config(given), datasets.train, "start", datasets.eval):
-        assert ended["outcome"] == "finished", ended["message"]
-    assert len(losses(run_of(given))) == STEPS
+def test_a_step_waits_once_for_its_device(device: Workshop, library: str) -> None:
+    """Where nothing is gathered, no layer waits for its place: what a step more costs is what a step costs."""
+    given = []
+    for steps in (2, 5):
+        whole = Case("single_gpu", more=(("stage3_param_persistence_threshold", 10**9),))
+        config = made(device, f"waits-{steps}", whole, f"train.steps={steps}", "checkpoint.every_steps=0")
+        given.append([dump_config(config), device.prepare(config).train])
+    few, more = (ended["waits"] for ended in launch(1, life.train, library, given)[0])
+    assert more - few == 3
 
 
 def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
-    device: Workshop, config: Callable[..., Config], library: str, tmp_path: Path
+    device: Workshop, library: str, tmp_path: Path
 ) -> None:
-    whole, killed = config("whole", "train.steps=10", "checkpoint.every_steps=5"), config("killed", "train.steps=10")
-    killed = killed.model_copy(update={"checkpoint": whole.checkpoint})
+    settings = ("train.steps=8", "checkpoint.every_steps=5")
+    whole, killed = (made(device, name, Case(), *settings) for name in ("whole", "killed"))
     fingerprint = device.prepare(whole).train
-    launch(2, life.train, library, dump_config(whole), fingerprint)
-    with running(2, life.train, library, dump_config(killed), fingerprint, "hold") as ranks:
+    launch(2, life.train, "", [[dump_config(whole), fingerprint]])
+    with running(2, life.train, library, [[dump_config(killed), fingerprint, "hold"]]) as ranks:
         ranks.wait_until(lambda: run_of(killed).exists(layout.manifest(5)))
         ranks.kill()
-    (ended,) = launch(1, life.train, library, dump_config(killed), fingerprint, "resume")
+    ((ended,),) = launch(1, life.train, library, [[dump_config(killed), fingerprint, "resume"]])
     assert ended["outcome"] == "finished", ended["message"]
     assert losses(run_of(killed)) == pytest.approx(losses(run_of(whole)), abs=5e-3)
     export_adapter(run_of(killed), open_store(str(tmp_path / "adapter")))
@@ -131,9 +178,9 @@ def test_a_run_is_killed_resumes_on_another_number_of_ranks_and_is_exported(
     assert all(bool(weight.isfinite().all()) for weight in exported.values())
     # The trained side of a proof: whole, and a layer at a time out of memory of the host.
     uri = run_of(killed).uri
-    expected = launch(1, life.logits, "", uri, 10, None)[0]
-    for scratch in (None, str(tmp_path)):
-        assert launch(1, life.logits, library, uri, 10, scratch)[0] == pytest.approx(expected, abs=2e-2)
+    ((expected,),) = launch(1, life.logits, "", uri, 8, [None])
+    for found in launch(1, life.logits, library, uri, 8, [None, str(tmp_path)])[0]:
+        assert found == pytest.approx(expected, abs=2e-2)
 
 
 GATHER, CHECKPOINTS, ACCELERATOR = (
@@ -141,44 +188,54 @@ GATHER, CHECKPOINTS, ACCELERATOR = (
     "trainer.state.checkpoint.checkpoints",
     "trainer.processes.accelerator",
 )
+ENGINE, OFFLOAD = "trainer.state.zero.engine", "trainer.model.offload"
+# What stays whole is gathered behind an update by the same communicator as layers, which orders them behind it: here nothing is.
+DIVIDED = Case(more=(("stage3_param_persistence_threshold", 0),))
+SENDING = "self._stream.wait_stream(torch.accelerator.current_stream(self._device))"
 
 
 @pytest.mark.parametrize(
-    ("module", "line", "put", "caught"),
+    ("ranks", "case", "module", "line", "put", "caught"),
     [
-        # A layer would compute with weights that are still on their way.
-        (GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
-        # The clock would read a moment that never was.
-        (ACCELERATOR, "event.record()", "pass", "must be recorded"),
-        # A tensor of the host would meet the weights.
-        ("trainer.state.zero.engine", "row.to(self.ranks.device))", "row)", "device"),
+        (2, Case(), GATHER, "self._device.current_stream().wait_stream(self._stream)", "pass", "race: "),
+        (2, DIVIDED, GATHER, "self._stream.wait_stream(self._device.current_stream())", "pass", "race: "),
+        (1, Case("single_gpu"), ACCELERATOR, "event.record()", "pass", "StopIteration"),
+        (1, Case("single_gpu"), ENGINE, "row.to(self.ranks.device))", "row)", "of the host in"),
+        (1, Case("single_gpu", OFFLOADED), OFFLOAD, SENDING, "pass", "race: "),
+        (1, Case("single_gpu", OFFLOADED), OFFLOAD, "            self._wait_for(gone)", "            pass", "race: "),
+        (1, Case("single_gpu", OFFLOADED), OFFLOAD, "        self._wait_for(wanted)", "        pass", "race: "),
     ],
-    ids=["gathered", "clock", "row"],
+    ids=["gathered", "begun", "clock", "row", "sent", "gone", "back"],
 )
 def test_what_orders_streams_is_missed(
-    device: Workshop, config: Callable[..., Config], library: str, module: str, line: str, put: str, caught: str
+    device: Workshop, library: str, ranks: int, case: Case, module: str, line: str, put: str, caught: str
 ) -> None:
-    given = config(f"without-{abs(hash((module, line)))}", "train.steps=3")
-    fingerprint = device.prepare(given).train
-    found = launch(2, life.train_without, library, dump_config(given), fingerprint, "start", module, line, put)
+    given = made(device, f"without-{abs(hash((module, line)))}", case)
+    change = [module, line, put]
+    found = launch(ranks, life.train_without, library, dump_config(given), device.prepare(given).train, change)
     assert all(rank["outcome"] != "finished" and caught in rank["message"] for rank in found), found
 
 
-def test_memory_whose_uses_nobody_tells_of_is_missed(
-    device: Workshop, config: Callable[..., Config], library: str
-) -> None:
-    given = config("untold", "train.steps=3")
+def test_memory_whose_uses_nobody_tells_of_is_missed(device: Workshop, library: str) -> None:
+    given = made(device, "untold")
     for ended in launch(2, life.train_untold, library, dump_config(given), device.prepare(given).train):
         assert ended["outcome"] != "finished"
         assert "race: a reuse of freed memory" in ended["message"]
 
 
 def test_a_checkpoint_that_does_not_wait_for_its_copies_is_no_number(
-    device: Workshop, config: Callable[..., Config], library: str, tmp_path: Path
+    device: Workshop, library: str, tmp_path: Path
 ) -> None:
-    given = config("unwaited", "train.steps=3")
-    put = (CHECKPOINTS, "torch.accelerator.synchronize()", "pass")
-    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, "start", *put)
+    given = made(device, "unwaited")
+    change = [CHECKPOINTS, "torch.accelerator.synchronize()", "pass"]
+    launch(1, life.train_without, library, dump_config(given), device.prepare(given).train, change)
     export_adapter(run_of(given), open_store(str(tmp_path / "adapter")))
     weights = load_file(tmp_path / "adapter/adapter_model.safetensors").values()
     assert any(math.isnan(float(weight.sum())) for weight in weights)
+
+
+def test_a_group_is_told_which_device_is_whose_and_an_exchange_is_waited_for(library: str) -> None:
+    for told, waited, unwaited in launch(2, life.joined, library):
+        assert told == "pretended:0"
+        assert waited == [[7.0], [7.0]]
+        assert unwaited != waited

@@ -3,11 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from torch.autograd.graph import save_on_cpu
-
 from tests.dist import gradients
 from trainer.config import parse_config, training
-from trainer.model import activations as model_activations
 from trainer.model import nf4, tiled
 from trainer.plan.assemble import settle
 from trainer.plan.resolve import resolve
@@ -19,20 +16,14 @@ LAYERS = 3
 
 def first_steps(loads: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
     """`gradients.first_step` of each configuration, data and destination in turn, with the 4-bit matrices that it dequantized and the
-    tensors that it saved on the host. Tiles are of 16 tokens."""
+    passes through MLPs in tiles, which are of 16 tokens."""
     training.MLP_TILE = tiled.MLP_TILE = 16
     counts, found = Counter[str](), []
     _count(nf4, "dequantize_blocks", "dequantized", counts)
-
-    class Saving(save_on_cpu):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            _count(self, "pack_hook", "offloaded", counts)
-
-    model_activations.save_on_cpu = Saving  # type: ignore[misc]
+    _count(tiled, "dequantized_once", "tiled", counts)
     for load in loads:
         counts.clear()
-        found.append({**gradients.first_step(*load), "dequantized": 0, "offloaded": 0, **counts})
+        found.append({**gradients.first_step(*load), "dequantized": 0, "tiled": 0, **counts})
     return found
 
 

@@ -89,7 +89,7 @@ def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
 def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None:
     ways: dict[str, tuple[str, ...]] = {
         "full": ("tuning={method: full}", "quant.type=none"),
-        "some": ("tuning={method: full, train: [layers.1]}", "quant.type=none"),
+        "some": ("tuning={method: full, train: ['model.layers.1.*']}", "quant.type=none"),
         "dora": ("tuning.method=dora",),
         "ia3": ("tuning={method: ia3}",),
         "bottleneck": ("tuning={method: bottleneck}",),

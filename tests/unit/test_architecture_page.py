@@ -41,6 +41,16 @@ def test_every_package_is_named() -> None:
     assert packages - set(re.findall(r"`(\w+\.\w+)`", PAGE)) == set()
 
 
+def test_a_folder_has_at_most_fifteen_entries() -> None:
+    folders = {file.parent for top in ("trainer", "launcher") for file in (ROOT / top).rglob("*.py")}
+    entries = {
+        folder: [entry.name for entry in folder.iterdir() if entry.suffix or any(entry.rglob("*.py"))]
+        for folder in folders
+    }
+    crowded = {folder: names for folder, names in entries.items() if len({*names} - {"__init__.py"}) > 15}
+    assert crowded == {}
+
+
 def test_it_is_one_screen_and_readme_and_contributing_lead_to_it() -> None:
     assert len(PAGE.splitlines()) < 80
     for page in ("README.md", "CONTRIBUTING.md"):

@@ -115,6 +115,18 @@ def test_a_template_without_a_form_for_thinking_is_refused_where_it_is_to_be_kep
     assert trained("llama3", INLINE, thinking="keep")[0] == "<think>\nhm one\n</think>\n\nyo<|eot_id|>"
 
 
+def test_thinking_is_not_kept_behind_a_prompt_that_has_closed_it() -> None:
+    """As DeepSeek-V3.1's, whose answers without thinking begin with the closing tag."""
+    closed = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}</think>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|></think>{% endif %}"
+    )
+    for messages in (THOUGHT, INLINE):
+        with pytest.raises(DataError, match="turn 2: .* leaves out its thinking and shows no form for it"):
+            encoded(closed, messages, thinking="keep")
+        assert trained(closed, messages, thinking="strip") == ["yo</s>", "ciao</s>"]
+
+
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think"])
 def test_stripped_thinking_leaves_no_empty_block(template: str) -> None:
     for messages in (THOUGHT, INLINE, PLAIN):
@@ -216,6 +228,21 @@ def test_a_row_of_which_no_end_is_trained_says_so(template: str, end: str) -> No
     assert end in encoded(template, PLAIN)[1].left_out
     assert "end of turn" not in encoded(template, PLAIN, train_on={"end": False})[1].left_out
     assert not encoded("qwen2_5", PLAIN)[1].left_out
+
+
+# As those of Phi-3 and Phi-4: a token of its own ends a conversation, behind that of the last turn.
+CLOSED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}<|start|>{{ c.function.name }}{% endfor %}<|end|>"
+    "{{ gap }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_turn_ends_with_its_own_token_where_another_ends_the_conversation(gap: str) -> None:
+    template = f"{{% set gap = {gap!r} %}}{CLOSED}"
+    assert trained(template, PLAIN) == ["yo<|end|>", f"ciao<|end|>{gap}</s>"]
+    asked = {**RESULT, "role": "user"}  # <|user|> is a token too
+    assert trained(template, [PLAIN[0], calls(None, "f"), asked, PLAIN[3]])[0] == "<|start|>f<|end|>"
 
 
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:

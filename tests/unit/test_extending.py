@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.material import make_base, make_pairs
+from tests.stored import edit_config
 
 ROOT = Path(__file__).parents[2]
 TOYS = ROOT / "tests/toys"
@@ -78,3 +83,49 @@ def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> No
     assert run(copy, "-m", "launcher.cli", "greet", "--loud") == "HELLO\n"
     assert found["verbs"][0] == "doctor"
     assert "greet" in found["verbs"]
+
+
+def train(copy: Path, folder: Path, base: Path, data: Path, *more: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The identity of a run of three steps in the copy, and its records."""
+    config = folder / "run.yaml"
+    config.write_text(
+        f"run: {{name: first, store: {folder / 'runs'}}}\nmodel: {{base: {base}, dtype: fp32}}\nquant: {{type: none}}\n"
+        f"data: {{train: [{{path: {data}}}], sequence_length: 128}}\ntrain: {{steps: 3, global_batch: 2}}\ncluster: {{workers: 1}}\n"
+    )
+    assert "fits" in run(copy, "-m", "launcher.cli", "plan", str(config), *more, "--gpu", "24GB")
+    run(copy, "-m", "launcher.cli", "train", str(config), *more)
+    written = folder / "runs/first"
+    records = [
+        json.loads(line) for file in (written / "metrics").rglob("*.jsonl") for line in file.read_text().splitlines()
+    ]
+    (manifest,) = (written / "checkpoints/step-000000003").glob("manifest.json")
+    return json.loads(manifest.read_text()), [record for record in records if record["kind"] == "step"]
+
+
+@pytest.mark.long
+def test_a_method_trains_over_the_format_of_a_base_on_the_format_of_rows(copy: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "riddles.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"riddle": f"What is {n}?", "solution": f"It is {n}."}) + "\n" for n in range(40))
+    )
+    losses = []
+    for name in ("plain", "halves"):
+        base = make_base(tmp_path / name / "base", "qwen2", torch.float32)
+        if name == "halves":
+            for file in base.glob("*.safetensors"):
+                save_file({key: weight / 2 for key, weight in load_file(file).items()}, file, {"format": "pt"})
+            edit_config(base, quantization_config={"quant_method": "halves"})
+        ours = ("tuning.method=some_biases", "tuning.biases_of=[k_proj]", "data.template=chatml")
+        manifest, steps = train(copy, tmp_path / name, base, rows, *ours)
+        assert '"some_biases"' in json.dumps(manifest)
+        losses.append([step["loss"] for step in steps])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.long
+def test_an_objective_over_pairs_trains(copy: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(tmp_path / "pairs.jsonl")
+    ours = ("objective.name=gap", "objective.gap=3")
+    manifest, steps = train(copy, tmp_path, make_base(tmp_path / "base"), pairs, *ours)
+    assert '"gap"' in json.dumps(manifest)
+    assert len({step["loss"] for step in steps}) == 3

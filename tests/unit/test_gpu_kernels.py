@@ -5,10 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from benchmarks.card.carry import BESIDE_TORCH, WITH_TORCH
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -31,16 +36,23 @@ def test_the_benchmark_of_gpus_says_without_one_what_it_would_do() -> None:
     first, *parts = run("benchmarks/gpu.py").splitlines()
     assert first.startswith("There is no GPU on this machine.")
     assert [part.split(",")[0] for part in parts] == [
-        f"- {name}" for name in ("kernels", "tiny", "big", "rooflines", "trace", "life", "trl")
+        f"- {name}" for name in ("kernels", "tiny", "big", "rooflines", "trace", "life", "longest", "trl")
     ]
     seconds = [int(part.split("at most ")[1].split(" s:")[0]) for part in parts]
     assert sum(seconds) <= 480
 
 
 def test_a_part_may_take_what_those_before_it_have_left() -> None:
-    took = {"kernels": 20.0, "tiny": 110.0}
+    took = {"kernels": 20.0, "tiny": 80.0}
     asked = f"from benchmarks import gpu; print(gpu.limit('kernels', {{}}), gpu.limit('big', {took}))"
-    assert [float(seconds) for seconds in run("-c", asked).split()] == [60, 150]
+    assert [float(seconds) for seconds in run("-c", asked).split()] == [40, 130]
+
+
+def test_what_is_carried_to_a_machine_lacks_nothing_that_it_needs() -> None:
+    names = {canonicalize_name(name) for name in BESIDE_TORCH} | WITH_TORCH
+    needed = (Requirement(line) for name in BESIDE_TORCH for line in metadata.requires(name) or ())
+    asked = {canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert asked <= names
 
 
 _WITHOUT = """
@@ -65,7 +77,7 @@ def test_the_benchmark_of_gpus_runs_from_start_to_end_on_a_cpu_and_keeps_what_it
     found = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert done.returncode == 0, [figure for figure in found if figure.get("right") is False]
     parts = list(dict.fromkeys(figure["part"] for figure in found))
-    assert parts == ["machine", "kernels", "tiny", "big", "rooflines", "trace", "life", "trl"]
+    assert parts == ["machine", "kernels", "tiny", "big", "rooflines", "trace", "life", "longest", "trl"]
     assert {figure["found"] for figure in found if figure.get("what") == "TRL"} == {"is not installed"}
     assert (tmp_path / "trace.json.gz").exists()
 
@@ -93,9 +105,7 @@ def test_a_double_quantized_weight_in_one_pass_is_bitsandbytes_own(
     assert said in run("-m", "tests.triton_kernels", check, environment=environment)
 
 
-@pytest.mark.skipif(
-    find_spec("liger_kernel") is None, reason="liger-kernel is not installed: the extra liger brings it"
-)
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed: the extra gpu brings it")
 @pytest.mark.parametrize(
     ("check", "environment", "said"),
     [("interpret", INTERPRETER, "interpreted"), ("ranks", INTERPRETER, "sharded"), ("compile", {}, "sm_100")],

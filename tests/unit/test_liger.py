@@ -82,7 +82,7 @@ def _bind(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 def test_without_a_gpu_or_the_package_a_base_keeps_its_own_operations_and_liger_is_refused() -> None:
     for device, kind, reason in [
         (CPU, "llama", "it needs a CUDA device"),
-        (CUDA, "llama", r"the liger-kernel package is not installed \(pip install 'capstan-llm\[liger\]'\)"),
+        (CUDA, "llama", r"the liger-kernel package is not installed \(pip install 'capstan-llm\[gpu\]'\)"),
     ]:
         with pytest.raises(ConfigError, match=f"^model.kernels: 'liger' cannot run here: {reason}. Use auto or none.$"):
             Kernels("liger", device).apply(model_of(kind))

@@ -14,7 +14,7 @@ from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics, claim_generation
 from trainer.run.requests import StopSignal
 from trainer.run.trackers.jsonl import JsonLines
-from trainer.train.end_record import early_end
+from trainer.train.end_record import early_end, planned_memory
 from trainer.train.start import Start
 
 
@@ -32,5 +32,6 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     assert raised.value.exit_code == 4
     assert "The plan for 2 ranks is " in str(raised.value)
     assert "GiB a GPU: " in str(raised.value)
+    assert "The plan for 1 rank is " in planned_memory(start.resolved, Ranks(0, 1, 1, 0, torch.device("cpu")))
     end = json.loads(run.get(metrics(1)).splitlines()[-1])
     assert (end["outcome"], end["reason"]) == ("failed", str(raised.value))

@@ -12,6 +12,14 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.errors import ConfigError
 from trainer.plan.plan import Plan
 
+EIGHT_B = {
+    **LLAMA_70B,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
 
 def test_activation_checkpointing_saves_memory():
     on = plan_of(config(), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
@@ -53,16 +61,9 @@ def test_more_layers_than_there_are_cannot_keep_their_activations():
 
 def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
     """Tiles take the MLP's part of a layer, offloading the layers' inputs, which go to the host."""
-    llama = {
-        **LLAMA_70B,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }
 
     def planned(length: int, *overrides: str) -> Plan:
-        return plan_of(config(f"data.sequence_length={length}", *overrides), llama, 1, 1, 80 * 10**9)
+        return plan_of(config(f"data.sequence_length={length}", *overrides), EIGHT_B, 1, 1, 80 * 10**9)
 
     whole, tiled = (
         planned(65536, f"train.tiled_mlp={tiles}", "train.activation_checkpointing=all") for tiles in ("false", "true")
@@ -84,6 +85,27 @@ def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
         planned(131072, *again, *more).memory_per_gpu.total for more in ((), ("train.tiled_mlp=false",))
     )
     assert by_default < 60e9 < 70e9 < whole, "tiles are the default in so long a row"
+
+
+def test_the_matrices_of_an_mlp_are_dequantized_together_where_it_is_tiled():
+    def planned(length: int) -> int:
+        given = config(f"data.sequence_length={length}", "train.activation_checkpointing=all")
+        return plan_of(given, EIGHT_B, 1, 1, None).memory_per_gpu.dequantized_weight
+
+    assert (planned(8192), planned(65536)) == (2 * 4096 * 14336, 2 * 3 * 4096 * 14336)
+
+
+def test_layers_by_ligers_kernels_keep_a_quarter_less():
+    """A norm keeps its input in 16 bits instead of 32, and an MLP not the gate's function, in a layer that keeps 92,160 values a token."""
+
+    def planned(kernels: str, *more: str) -> int:
+        given = config("train.activation_checkpointing=none", f"model.kernels={kernels}", *more)
+        return plan_of(given, EIGHT_B, 1, 1, None).memory_per_gpu.activations
+
+    spared = planned("none") - planned("liger")
+    assert spared == 2 * config().data.sequence_length * 32 * (2 * 4096 + 14336)
+    assert 0.24 < (2 * 4096 + 14336) / 92160 < 0.25
+    assert planned("auto") == planned("none"), "the run finds out whether they fit the base"
 
 
 def test_pinned_memory_is_counted_as_torch_takes_it():

@@ -37,6 +37,16 @@ def test_an_index_names_the_files_that_count(folder: Path) -> None:
     assert set(read_index(open_store(str(folder)))) == {"a", "b"}
 
 
+def test_a_single_file_beside_an_index_of_others_is_refused(folder: Path) -> None:
+    save_file(TENSORS, folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(TENSORS, "model-00001-of-00001.safetensors")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConfigError, match="transformers would read the first"):
+        read_index(open_store(str(folder)))
+    (folder / "model.safetensors").unlink()
+    assert read_index(open_store(str(folder))).keys() == TENSORS.keys()
+
+
 def test_a_file_that_the_index_names_and_is_not_there_is_named(folder: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     with pytest.raises(ConfigError, match=r"names model-2\.safetensors, which is not there"):

@@ -56,5 +56,10 @@ def test_all_else_is_refused_with_the_reason(
 
 @pytest.mark.parametrize(("rank", "told"), [(16, []), (17, ["vLLM takes it with --max-lora-rank 32."])])
 def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) -> None:
-    settings = LORA | {"rank_pattern": {"o_proj": rank}}
+    settings = LORA | {"r": rank}
     assert remarks(settings, refusals(settings, MATRICES)) == told
+
+
+def test_the_option_is_for_the_largest_rank_of_any_module() -> None:
+    settings = LORA | {"rank_pattern": {"o_proj": 17}}
+    assert "vLLM takes it with --max-lora-rank 32." in remarks(settings, refusals(settings, MATRICES))

@@ -28,7 +28,7 @@ from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
 from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
-from trainer.export.proof.dequantized import dequantized_by_transformers
+from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve
 from trainer.store.codes import Code

@@ -19,7 +19,7 @@ from trainer.evaluate.measure.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 

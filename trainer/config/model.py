@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.patterns import check_patterns
+from trainer.config.reading.patterns import check_patterns
 from trainer.config.section import Section, setting, with_parts
 
 
@@ -135,7 +135,7 @@ class Model(Section):
     )
     kernels: Literal["auto", "liger", "none"] = setting(
         "auto",
-        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra liger). "
+        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra gpu). "
         "none: the base's own operations. auto is liger where it is installed and knows the base, and otherwise none. The log says "
         "which and why.",
         example="none",

@@ -1,14 +1,13 @@
 """The activations that decoder layers need in their backward pass: kept from the forward pass, or computed again."""
 
-from collections.abc import Callable
 from typing import Any
 
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+import torch
 from transformers import PreTrainedModel
 
 from trainer.config.training import Train
 from trainer.model.documents import recomputed
+from trainer.model.offload import Offload
 from trainer.model.parts import is_layer
 from trainer.model.tiled import mlps, tile
 from trainer.processes.accelerator import kind
@@ -24,18 +23,12 @@ def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
     if again:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
         model.disable_input_require_grads()  # only reentrant checkpointing needs a gradient of the embedding's output
+    here = kind()
+    offload = Offload(torch.device(here)) if here and settings.activation_offload else None  # a CPU's are on the host
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < again  # transformers' flag
-        if settings.activation_offload:
-            layer._gradient_checkpointing_func = _offloaded
+        if offload is not None:
+            layer._gradient_checkpointing_func = offload.checkpoint
         if longest := settings.longest_mlp(recomputed=place < again):
             for mlp in mlps(layer):
                 tile(mlp, longest)
-
-
-def _offloaded(layer: Callable[..., Any], *inputs: Any) -> Any:
-    """Activation checkpointing whose saved inputs lie in pinned host memory. Copies are asynchronous, in the order of the device's work;
-    on a CPU the inputs are there already."""
-    device = kind()
-    with save_on_cpu(pin_memory=device is not None, device_type=device or "cpu"):
-        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputed)

@@ -45,7 +45,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.exchange import Peers, attend_across
 from trainer.model.parts import body
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 
 # The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}

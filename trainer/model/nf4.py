@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -150,7 +152,7 @@ class Packed(nn.Module):
 
     def _in_one_pass(self, packed: Tensor, first: int, last: int) -> Tensor:
         """The same without an array of scales, of a double quantized NF4."""
-        from trainer.model.double import dequantize_double
+        from trainer.model.kernels.double import dequantize_double
 
         blocks, nested = self.layout.slice_blocks, self.layout.slice_nested_blocks
         return dequantize_double(
@@ -184,6 +186,20 @@ class Packed(nn.Module):
         return (scales.view(-1, blocks) + self.absmax_mean[first:last, None]).view(-1)
 
 
+_made: "dict[FrozenLinear4bit, Tensor] | None" = None
+
+
+@contextmanager
+def dequantized_once() -> Iterator[None]:
+    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay gathered."""
+    global _made
+    outer, _made = _made, {}
+    try:
+        yield
+    finally:
+        _made = outer
+
+
 class FrozenLinear4bit(Packed, nn.Linear):
     """`y = x W^T + b` with W in 4 bits; x is (..., in_features)."""
 
@@ -193,7 +209,11 @@ class FrozenLinear4bit(Packed, nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""
-        return self.matrices(0, 1)[0]
+        if _made is None:
+            return self.matrices(0, 1)[0]
+        if self not in _made:
+            _made[self] = self.matrices(0, 1)[0]
+        return _made[self]
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self, self.bias)
@@ -295,7 +315,7 @@ def int8_code(device: torch.device) -> Tensor:
 
 @cache
 def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/double.py: on a GPU, with the Triton that PyTorch brings
+    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the Triton that PyTorch brings
     for it, which compiles what launches a kernel on the machine itself (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.training import MLP_TILE
+from trainer.model.nf4 import dequantized_once
 from trainer.model.parts import is_experts
 from trainer.processes.accelerator import is_accelerator
 
@@ -84,7 +85,8 @@ class _Tiled(torch.autograd.Function):
         """x (..., T, H) -> (..., T, H)."""
         ctx.kept, ctx.whole, ctx.learning = kept, whole, learning
         ctx.random = _random_states(x.device)
-        return torch.cat([whole(part) for part in x.flatten(0, -2).split(MLP_TILE)]).view_as(x)
+        with dequantized_once():
+            return torch.cat([whole(part) for part in x.flatten(0, -2).split(MLP_TILE)]).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -92,7 +94,7 @@ class _Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in ctx.learning]
         x_grad = torch.empty_like(grad)
         parts = zip(*(tensor.flatten(0, -2).split(MLP_TILE) for tensor in (x, grad, x_grad)), strict=True)
-        with _randomly_as(ctx.random, x.device), torch.enable_grad():
+        with _randomly_as(ctx.random, x.device), torch.enable_grad(), dequantized_once():
             for part, part_grad, destination in parts:
                 part = part.detach().requires_grad_()
                 # A bottleneck adapter is a module of the MLP, and is computed behind it.

@@ -162,6 +162,11 @@ class Inputs:
         return self.config.train.kept_layers(self.model.layers)
 
     @property
+    def recomputed_layers(self) -> int:
+        """The others, which compute theirs again."""
+        return self.model.layers - self.kept_layers
+
+    @property
     def offloads_inputs(self) -> bool:
         """Whether the inputs of layers that are computed again go to the host; those of a CPU are there."""
         return self.config.train.activation_offload and self.on_gpu
@@ -282,13 +287,17 @@ def offloaded_states(given: Inputs) -> int:
 
 
 def _dequantized(given: Inputs) -> int:
-    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, or as many of a mixture's experts as are
-    multiplied at once; those that stay as they are stored are decoded in fp32, some at a time."""
+    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as many of a mixture's
+    experts as are multiplied at once; those that stay as they are stored are decoded in fp32, some at a time."""
     sizes = [
         max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
         for parameter in given.model.parameters
         if is_packed(parameter, given.config.quant)
     ]
+    if sizes:
+        layers = range(given.model.layers)
+        tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
+        sizes.append(given.item * max(tiled, default=0))
     return max(sizes, default=0) + (_DECODING_BYTES if sizes and given.config.quant.type == "stored" else 0)
 
 
@@ -332,11 +341,12 @@ def _activations(given: Inputs) -> tuple[int, int]:
     Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/describe/activations.py.
     The last layers may keep theirs. Any other keeps its hidden state, and is computed again in its backward pass, when those behind
     it are gone. On top come the widest gradients: a hidden state, and two of what enters the last linear layer of a block. Where MLPs are
-    tiled, theirs are there for one tile only. Of inputs that are offloaded two are on the GPU.
+    tiled, theirs are there for one tile only. Of inputs that are offloaded two are on the GPU. Liger's kernels count where they are set, as
+    with auto a run finds out itself whether they fit the base.
     """
     model = given.model
-    again = model.layers - given.kept_layers
-    kept, widest = zip(*(_layer(given, place, recomputed=place < again) for place in range(model.layers)), strict=True)
+    again = given.recomputed_layers
+    kept, widest = zip(*(_layer(given, place) for place in range(model.layers)), strict=True)
     inputs = min(2, again) if given.offloads_inputs else again
     from_forward = inputs * model.hidden + sum(kept[again:])
     computed_again = max(0, max(kept[:again], default=0) - sum(kept[again:]))
@@ -347,16 +357,24 @@ def _activations(given: Inputs) -> tuple[int, int]:
 
 def offloaded_activations(given: Inputs) -> int:
     """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
-    again = given.model.layers - given.kept_layers
-    return again * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
+    return (
+        given.recomputed_layers * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
+    )
 
 
-def _layer(given: Inputs, place: int, *, recomputed: bool) -> tuple[float, float]:
+def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
-    values = layer_values(given.model, place, given.item)
-    longest = given.config.train.longest_mlp(recomputed=recomputed)
-    tile = 1.0 if longest is None or given.tokens <= longest else MLP_TILE / given.tokens
-    return values.kept + tile * values.kept_in_mlps, max(values.widest, tile * values.widest_mlp)
+    values, tile = layer_values(given.model, place, given.item), _tile(given, place)
+    kept = values.kept + tile * values.kept_in_mlps
+    if given.on_gpu and given.config.model.kernels == "liger":
+        kept -= values.fused + tile * values.fused_in_mlps
+    return kept, max(values.widest, tile * values.widest_mlp)
+
+
+def _tile(given: Inputs, place: int) -> float:
+    """The share of a row that the MLPs of a layer take at a time."""
+    longest = given.config.train.longest_mlp(recomputed=place < given.recomputed_layers)
+    return 1.0 if longest is None or given.tokens <= longest else MLP_TILE / given.tokens
 
 
 def _logits(given: Inputs) -> int:

@@ -60,7 +60,7 @@ def make_plan(
         checkpoint_bytes=given.checkpoint_bytes,
         scope=scope,
         layers=given.model.layers,
-        recomputed_layers=given.model.layers - given.kept_layers,
+        recomputed_layers=given.recomputed_layers,
         device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
         deepspeed=deepspeed,
         mismatches=wrong,

@@ -5,6 +5,7 @@ extension point makes.
 """
 
 import torch
+from torch import Tensor
 
 
 def kind() -> str | None:
@@ -32,3 +33,8 @@ def mark(device: torch.device) -> torch.Event:
     event = torch.Event(device, enable_timing=True)
     event.record()
     return event
+
+
+def onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`. The host does not wait for a copy to a GPU, which needs pinned memory for that."""
+    return tensor.pin_memory().to(device, non_blocking=True) if is_accelerator(device) else tensor.to(device)

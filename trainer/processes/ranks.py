@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.errors import CapstanError, ConfigError
-from trainer.processes.accelerator import is_accelerator, own_device
+from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
 from trainer.processes.devices import host_memory_left
 
 T = TypeVar("T")
@@ -91,8 +91,20 @@ class Ranks:
 
     def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
         """`values` of every rank, in rank order, and behind them `sums` (n,) fp64 of its device. Collective."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).tolist()
+        return self.begin_gather(*values, sums=sums)()
+
+    def begin_gather(self, *values: float, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
+        """The same, on its way to the host: a call of the result waits for that, no longer than until the device has come here. Collective."""
+        mine = onto(torch.tensor(values, dtype=torch.float64), self.device)
+        every = self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).to("cpu", non_blocking=True)
+        there = mark(self.device) if is_accelerator(self.device) else None
+
+        def arrived() -> list[list[float]]:
+            if there is not None:
+                there.synchronize()
+            return every.tolist()
+
+        return arrived
 
     def gather_tensor(self, mine: Tensor) -> Tensor:
         """`mine` (n,) of every rank, in rank order, on this rank's device: (ranks, n). Collective."""
@@ -105,8 +117,8 @@ class Ranks:
         return sum(row[0] for row in self.gather(value))
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over ranks of a tensor of whole numbers on this rank's device. Collective."""
-        every = counts.clone()
+        """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing. Collective."""
+        every = onto(counts, self.device) if counts.device != self.device else counts.clone()
         dist.all_reduce(every)
         return every
 

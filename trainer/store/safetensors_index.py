@@ -174,6 +174,11 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
         raise ConfigError(
             f"model.base: {store.uri}/{INDEX_FILE} names {missing[0]}, which is not there. Copy the model again."
         )
+    if indexed and SINGLE_FILE in sizes and SINGLE_FILE not in indexed:
+        raise ConfigError(
+            f"model.base: {store.uri} holds {SINGLE_FILE} beside {INDEX_FILE}, which names other files: transformers would read the "
+            "first, and others what the index names. Remove the one that is not meant."
+        )
     names = sorted(files)
     with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
         headers = pool.map(lambda key: read_file_header(store, key, sizes[key]), names)

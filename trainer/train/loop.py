@@ -55,6 +55,7 @@ class _RankStep(NamedTuple):
     """One rank's part of a step, as all ranks tell each other after the backward passes: plain numbers."""
 
     tokens: float
+    weight: float  # of its part in the loss
     stop: float  # a `Stop`
     saved: float  # whether its background work on the last save is done
     since_save: float  # seconds
@@ -130,15 +131,18 @@ def _update(
     _begin(run, "step", step + 1)
     # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
     # accumulation, the packing and the number of ranks: count them all before the first backward pass.
-    weight = ranks.sum(sum(map(objective.weight, batches)))
-    sums = _gradients(run, batches, step, weight)
-    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save.
-    every, totals = _exchange(run, batches, sums, since_save=since_save, waited=waited)
+    mine = sum(map(objective.weight, batches))
+    sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
+    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read in the
+    # update's wait for the gradient's norm, the one wait for the device in a step. An update by a loss that is not finite is never kept.
+    exchange = _exchange(run, batches, sums, mine, since_save=since_save, waited=waited)
+    lr = run.horizon.rate(run.start.config.optim, step + 1)
+    grad_norm = run.engine.step(lr)
+    every, totals = exchange()
+    weight = sum(rank.weight for rank in every)
     loss, *measures = (total / weight for total in totals)
     if not math.isfinite(loss):
         raise _not_finite("loss", step + 1, loss, position)
-    lr = run.horizon.rate(run.start.config.optim, step + 1)
-    grad_norm = run.engine.step(lr)
     if not math.isfinite(grad_norm):
         raise _not_finite("gradient", step + 1, grad_norm, position)
     figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -179,8 +183,9 @@ def _follow(
     return bool(run.rules.ended)
 
 
-def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: float) -> Tensor:
-    """Add up the gradients of this rank's part of the step after `step`; returns its summed loss and measures, fp64."""
+def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:
+    """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the device; returns its summed loss
+    and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
     sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
@@ -208,11 +213,12 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
 
 
 def _exchange(
-    run: Training, batches: Sequence[MicroBatch], sums: Tensor, *, since_save: float, waited: float
-) -> tuple[list[_RankStep], list[float]]:
-    """Every rank's part of the step, in rank order, and the `sums` over all ranks. Collective."""
+    run: Training, batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, since_save: float, waited: float
+) -> Callable[[], tuple[list[_RankStep], list[float]]]:
+    """Ask for every rank's part of the step, in rank order, and the `sums` over all ranks, which a call of the result reads. Collective."""
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
+        weight=weight,
         stop=run.start.stop.requested,
         saved=run.checkpoints.ready,
         since_save=since_save,
@@ -221,9 +227,14 @@ def _exchange(
         samples=samples_key(batches),
         operations=run.work.of(batches),
     )
-    every = run.start.ranks.gather(*mine, sums=sums)
-    totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
-    return [_RankStep(*rank[: len(mine)]) for rank in every], totals
+    gathered = run.start.ranks.begin_gather(*mine, sums=sums)
+
+    def read() -> tuple[list[_RankStep], list[float]]:
+        every = gathered()
+        totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
+        return [_RankStep(*rank[: len(mine)]) for rank in every], totals
+
+    return read
 
 
 def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from trainer.base.architecture import Architecture, Parameter
 
 class LayerValues(NamedTuple):
     """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of the last linear layers of
-    its blocks: those of MLPs, which can be tiled, apart from all others."""
+    its blocks: those of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
+    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again."""
 
     kept: float
     widest: float
     kept_in_mlps: float
     widest_mlp: float
+    mlp_weights: int
+    fused: float
+    fused_in_mlps: float
 
 
 def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
@@ -24,14 +28,16 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     much again, the gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
     6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
     """
-    kept, blocks = 0.0, dict[str, list[Parameter]]()
+    kept = fused = 0.0
+    blocks = dict[str, list[Parameter]]()
     for part in model.in_layer(layer):
         if part.kind in ("linear", "experts"):
             blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
-            kept += (4 // item + 1) * part.numel
+            kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
-    widest = kept_in_mlps = widest_mlp = 0.0
+    widest = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
+    mlp_weights = 0
     for path, parts in blocks.items():
         last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
         entering = _values(last, model.hidden, entering=True)
@@ -43,9 +49,11 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
         own += _new_keys([part for part in parts if part is not last], model.hidden) if path in attention else 0
         if path not in attention and len(parts) > 1 and all(part.kind == "linear" for part in parts):
             kept_in_mlps, widest_mlp = kept_in_mlps + own, max(widest_mlp, entering)
+            mlp_weights = max(mlp_weights, sum(part.numel for part in parts))
+            fused_in_mlps += entering
         else:
             kept, widest = kept + own, max(widest, entering)
-    return LayerValues(kept, widest, kept_in_mlps, widest_mlp)
+    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps)
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:

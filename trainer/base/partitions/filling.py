@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.base.partitions.reading import Piece, cut
 from trainer.errors import Damaged
 from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
 

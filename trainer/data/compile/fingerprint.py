@@ -11,7 +11,7 @@ from trainer.config import Data
 from trainer.config.model import Tokens
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
-from trainer.data.render.template import asks_for_the_date, template_text
+from trainer.data.render.templates.template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
 from trainer.data.source.part import EVERYTHING, Part
 

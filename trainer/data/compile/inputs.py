@@ -10,7 +10,7 @@ from trainer.config.data import LIKELY, ROW_FORMATS
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
-from trainer.data.render.template import has_template, no_template, tokens_of
+from trainer.data.render.templates.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand, with_take
 from trainer.data.source.part import EVERYTHING, Part
 from trainer.data.source.reading import rows

@@ -9,7 +9,7 @@ import torch
 from trainer.data.order.position import Position
 from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
-from trainer.model.pinned import onto
+from trainer.processes.accelerator import onto
 
 
 def _none(dtype: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,7 @@ from trainer.data.format.left_out import END_OF_TURN, left_out
 from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.render.conversation import Conversation
-from trainer.data.render.template import conversation_template, template_for_tools
+from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
     ThinkingForm,

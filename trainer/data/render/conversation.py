@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from trainer.data.format.messages import UNTRAINED, Message
 from trainer.data.format.spans import Span, shared_beginning
-from trainer.data.render.chat_template import ChatTemplate, Tools
+from trainer.data.render.templates.chat_template import ChatTemplate, Tools
 from trainer.data.render.thinking import OPEN
 from trainer.errors import DataError
 
@@ -245,10 +245,16 @@ class Conversation:
             marked, begin = _renamed(message, [_MARK]), self.anchor(turn, whole) or 0
             begin += len(message["tool_calls"][0]["function"].get("name") or "")
         behind = self._text([*self._messages[:turn], marked]).partition(_MARK)[2]
+        if (written := behind.rstrip()) and whole.startswith(written, begin):
+            return begin + len(written)
         calls = re.sub(rf"\s*(?:{self._ends.pattern})?\s*\Z", "", behind)
         end = begin + len(calls) if whole.startswith(calls, begin) else begin
+        closing = behind[len(calls) :].strip()
+        own = self._template.end.removesuffix(closing).rstrip()
+        if own and calls.endswith(own) and self._template.behind_an_answer.lstrip().startswith(own):
+            return end  # `closing` ends a conversation, and no turn
         # Where the last turn of a conversation has no token at its end, the one that follows here begins the next turn.
-        match = re.compile(rf"\s*(?:{self._ends.pattern})").match(whole, end) if behind[len(calls) :].strip() else None
+        match = re.compile(rf"\s*(?:{self._ends.pattern})").match(whole, end) if closing else None
         return match.end() if match else end
 
     def _is_alone(self, turn: int, whole: str, span: Span) -> bool:

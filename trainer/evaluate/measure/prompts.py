@@ -10,7 +10,7 @@ from trainer.config import Data
 from trainer.config.paths import text_lines
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
-from trainer.data.render.template import conversation_template
+from trainer.data.render.templates.template import conversation_template
 from trainer.errors import NOT_JSON, ConfigError, DataError
 
 if TYPE_CHECKING:

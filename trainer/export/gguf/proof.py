@@ -18,8 +18,8 @@ from trainer.errors import CapstanError
 from trainer.export.figures import NOT_TRAINED, Proof
 from trainer.export.gguf.converter import convert
 from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
-from trainer.export.proof import plain
 from trainer.export.proof.distributions import distance
+from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.recoded import half
 from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow

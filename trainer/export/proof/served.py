@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.export.figures import ServedProof
-from trainer.export.proof import plain
 from trainer.export.proof.completions import Answer, CompletionsServer
+from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import Trained, base_directory, directory_of, held_in, plain_model
 from trainer.export.write.adapter import export_adapter

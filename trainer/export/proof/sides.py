@@ -19,15 +19,15 @@ from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config, override
 from trainer.export.folder import local_folder
-from trainer.export.proof import plain
-from trainer.export.proof.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.heads import judged, outputs_of_row
+from trainer.export.proof.in_transformers import plain
+from trainer.export.proof.in_transformers.dequantized import decoded_here, dequantized_by_transformers
+from trainer.export.proof.in_transformers.streamed import StreamedLayers
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside
 from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, find_probe
 from trainer.export.proof.source_rows import source_rows
-from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.resolve import Resolved

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.export.figures import Proof
-from trainer.export.proof import plain
 from trainer.export.proof.distributions import Distance, distance
+from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.rows import Probe, ProbeRow
 from trainer.export.proof.sides import (
     Trained,

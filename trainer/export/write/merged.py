@@ -27,7 +27,7 @@ from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, 
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Config
-from trainer.data.render.template import template_text
+from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination

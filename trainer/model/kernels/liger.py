@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.model.nf4 import has_one_pass
 from trainer.model.parts import is_experts
 
-_DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[liger]'"
+_DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[gpu]'"
 # The parts of it that have no place here: layer norms and Nemotron's activation would be those of all models, whatever their family.
 _LEFT_OUT = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "layer_norm", "relu_squared"), False)
 

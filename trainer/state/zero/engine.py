@@ -1,6 +1,6 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_part`, `partitions` and `refresh`; tests/dist/test_engine.py and
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_part`, `partitions` and `refresh`; tests/dist/test_engine.py and
 tests/dist/test_gather.py fail when upstream changes them.
 """
 
@@ -146,6 +146,7 @@ class Engine:
         ranks.limit_groups()
         ranks.begin_groups()
         zero = self._engine.optimizer
+        _read_norms_once(zero)
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
         self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
@@ -172,7 +173,7 @@ class Engine:
         self._gathers.finish()
 
     def step(self, lr: float) -> float:
-        """Clip, update, and return the gradient's global norm before clipping."""
+        """Clip, update, and return the gradient's global norm before clipping, which the host waits for, and not for the update."""
         self.clock.enter("optimizer")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -229,6 +230,12 @@ class Engine:
                 partition.data = view.data
         zero.checkpoint_event_epilogue()
         self._gathers.gather_whole()
+
+
+def _read_norms_once(zero: Any) -> None:
+    """DeepSpeed asks the device twice in an update, whether the gradient's norm is a number and which: the host reads it once, before the update."""
+    norms = zero._get_norm_groups
+    zero._get_norm_groups = lambda: list(torch.stack(norms()).cpu())
 
 
 def _part(zero: Any, parameter: Any) -> FlatPart:

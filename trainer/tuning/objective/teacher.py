@@ -47,7 +47,7 @@ def id_bytes(vocabulary: int) -> int:
 
 
 @runtime_checkable
-class Taught(Objective, Protocol):
+class LearnsFromTeacher(Objective, Protocol):
     """An objective that finds the teacher's word on each target in `MicroBatch.taught`."""
 
     @property
@@ -55,4 +55,4 @@ class Taught(Objective, Protocol):
 
 
 def teacher_of(objective: Objective) -> Teacher | None:
-    return objective.teacher if isinstance(objective, Taught) else None
+    return objective.teacher if isinstance(objective, LearnsFromTeacher) else None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import Data
 from trainer.config.paths import check_file
-from trainer.data.render.chat_template import ChatTemplate
-from trainer.data.render.named_templates import NAMED
+from trainer.data.render.templates.chat_template import ChatTemplate
+from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:

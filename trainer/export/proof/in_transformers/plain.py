@@ -25,8 +25,8 @@ from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.distributions import as_shares
+from trainer.export.proof.in_transformers.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
