@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "loss: a rank divides by its own targets, not by those of all",
         "trainer/train/loop.py",
-        "weight = ranks.sum(",
-        "weight = float(",
+        "ranks.total(torch.tensor(mine))",
+        "torch.tensor(mine)",
         ("tests/dist/test_gradients.py", "-k", "plain_pytorch and fp32"),
     ),
     Mutation(

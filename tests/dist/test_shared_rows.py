@@ -89,7 +89,7 @@ def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
 def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None:
     ways: dict[str, tuple[str, ...]] = {
         "full": ("tuning={method: full}", "quant.type=none"),
-        "some": ("tuning={method: full, train: [layers.1]}", "quant.type=none"),
+        "some": ("tuning={method: full, train: ['model.layers.1.*']}", "quant.type=none"),
         "dora": ("tuning.method=dora",),
         "ia3": ("tuning={method: ia3}",),
         "bottleneck": ("tuning={method: bottleneck}",),
@@ -134,9 +134,8 @@ def test_a_run_whose_rows_two_ranks_shared_goes_on_with_four_and_with_one_and_ev
             group.wait_until(lambda: folder.exists(layout.manifest(step)))  # noqa: B023
             group.kill()
     assert train("passed-on", "resume") == pytest.approx(train("whole", "start"), rel=TOLERANCE)
-    for step in (5, 10):
-        expected = read_manifest(workshop.store.sub("whole"), step).eval_loss
-        assert read_manifest(folder, step).eval_loss == pytest.approx(expected, rel=TOLERANCE)
+    expected = read_manifest(workshop.store.sub("whole"), 10).eval_loss
+    assert read_manifest(folder, 10).eval_loss == pytest.approx(expected, rel=TOLERANCE)
 
 
 @pytest.mark.long

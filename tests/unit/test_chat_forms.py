@@ -115,6 +115,18 @@ def test_a_template_without_a_form_for_thinking_is_refused_where_it_is_to_be_kep
     assert trained("llama3", INLINE, thinking="keep")[0] == "<think>\nhm one\n</think>\n\nyo<|eot_id|>"
 
 
+def test_thinking_is_not_kept_behind_a_prompt_that_has_closed_it() -> None:
+    """As DeepSeek-V3.1's, whose answers without thinking begin with the closing tag."""
+    closed = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}</think>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|></think>{% endif %}"
+    )
+    for messages in (THOUGHT, INLINE):
+        with pytest.raises(DataError, match="turn 2: .* leaves out its thinking and shows no form for it"):
+            encoded(closed, messages, thinking="keep")
+        assert trained(closed, messages, thinking="strip") == ["yo</s>", "ciao</s>"]
+
+
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think"])
 def test_stripped_thinking_leaves_no_empty_block(template: str) -> None:
     for messages in (THOUGHT, INLINE, PLAIN):

@@ -191,6 +191,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ),
         ("data.train=[{path: a, take_seed: 2}]", "take_seed: has no effect without take."),
         ("tuning.targets=['re:(']", "tuning.targets: 're:(' is no regular expression"),
+        ("tuning={method: full, train: ['re:(']}", "tuning.train: 're:(' is no regular expression"),
         ("tuning.layers=[4, 4]", "tuning.layers: [4, 4] is not allowed."),
         ("train.stop_when={no_better: 2}", "train.stop_when.no_better: the best checkpoint would not be kept."),
         ("train.stop_when={loss_steps: 2}", "train.stop_when.loss_steps: has no effect without loss_above."),

@@ -258,6 +258,12 @@ ODD = {
         {"tuning.train": None},
         {"unfrozen_parameters": "a parameter learns whole"},
     ),
+    "rotations": (
+        "llamafactory",
+        {"finetuning_type": "oft", "oft_block_size": 16, "oft_target": "q_proj,v_proj"},
+        {"tuning.method": "oft", "tuning.block": 16, "tuning.targets": ["q_proj", "v_proj"], "tuning.rank": None},
+        {},
+    ),
     "unlikely-targets": ("axolotl", {"use_dft": True}, {"objective.dft": True}, {}),
     "unlikely-targets-there": ("llamafactory", {"use_dft_loss": True}, {"objective.dft": True}, {}),
     "thoughts": (

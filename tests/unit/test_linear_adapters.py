@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +22,8 @@ from trainer.tuning.ia3.layer import ScaledLinear
 from trainer.tuning.ia3.method import Scaling
 from trainer.tuning.lora.method import Lora
 from trainer.tuning.method import find_method
+from trainer.tuning.oft.layer import RotatedLinear, rotations
+from trainer.tuning.oft.method import Rotation
 from trainer.tuning.shared.linear_adapters import as_peft_reads
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
@@ -111,6 +113,37 @@ def test_ia3_scales_inputs_or_outputs_with_the_bias(feedforward: bool) -> None:
     assert torch.equal(layer(x), expected)
 
 
+def test_oft_is_pefts_rotation_of_the_inputs_in_value_gradients_and_merge() -> None:
+    base, x = frozen_linear(True), torch.randn(2, 7, 40, requires_grad=True)
+    ours = RotatedLinear(base, 8, torch.float32)
+    assert torch.equal(ours(x), base(x))
+    settings = OFTConfig(oft_block_size=8, target_modules=["0"])
+    theirs: Any = get_peft_model(nn.Sequential(base), settings)  # type: ignore[arg-type]  # any module does
+    skew = 0.1 * torch.randn(5, 28)
+    weights = ours.oft_R.weight, theirs.base_model.model[0].oft_R.default.weight
+    for weight in weights:
+        weight.data = skew.clone()
+    outputs = ours(x), theirs(x)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], base(x))
+    found, expected = (
+        torch.autograd.grad(y.square().sum(), (weight, x)) for y, weight in zip(outputs, weights, strict=True)
+    )
+    torch.testing.assert_close(found, expected)
+    merged = base.weight.clone()
+    rotation = Rotation((24, 40), rotations(skew, 8))
+    for first in (0, 10):
+        rotation.apply_to(merged[first : first + (10 if first == 0 else 14)], first)
+    torch.testing.assert_close(nn.functional.linear(x, merged, base.bias), outputs[0])
+    ours.active = False
+    assert torch.equal(ours(x), base(x))
+
+
+def test_a_block_that_does_not_divide_the_inputs_is_refused() -> None:
+    (sentence,) = find_method(Tuning.model_validate({"method": "oft", "block": 48})).mismatches(LLAMA)
+    assert sentence.startswith("tuning.block: 48 does not divide the")
+
+
 def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(24, 40).bfloat16(), torch.randn(24).bfloat16()
@@ -149,8 +182,9 @@ def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:
             {"method": "ia3", "targets": ["layers.1.mlp.down_proj"]},
             IA3Config(target_modules=["layers.1.mlp.down_proj"], feedforward_modules=["layers.1.mlp.down_proj"]),
         ),
+        ({"method": "oft", "block": 4}, OFTConfig(oft_block_size=4, target_modules="all-linear")),
     ],
-    ids=["dora", "ia3", "ia3-feedforward", "ia3-path"],
+    ids=["dora", "ia3", "ia3-feedforward", "ia3-path", "oft"],
 )
 def test_shapes_are_those_that_peft_adds(kind: str, settings: dict[str, Any], theirs: Any) -> None:
 
@@ -162,7 +196,8 @@ def test_shapes_are_those_that_peft_adds(kind: str, settings: dict[str, Any], th
         for name, value in model.named_parameters()
         if value.requires_grad
     }
-    assert find_method(Tuning.model_validate(settings)).shapes(read_architecture(sizes)) == added
+    shapes = find_method(Tuning.model_validate(settings)).shapes(read_architecture(sizes))
+    assert {name.removesuffix(".weight"): shape for name, shape in shapes.items()} == added
 
 
 def test_an_identity_names_what_was_chosen_alone() -> None:

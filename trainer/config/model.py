@@ -229,7 +229,7 @@ class Tuning(Section):
     method: str = setting(
         "lora",
         about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. bottleneck: "
+        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. oft: rotations of a layer's inputs. bottleneck: "
         "narrow layers after attention and MLP. prompt: virtual tokens before each document. prefix: keys and values of such "
         "tokens in every layer. full: the base itself, which needs quant.type: none.",
         example="rslora",

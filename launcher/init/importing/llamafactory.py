@@ -52,7 +52,7 @@ def join(keys: Keys, folder: Path) -> None:
 def _method(keys: Keys) -> None:
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
-    if kind not in ("lora", "full", "freeze"):
+    if kind not in ("lora", "full", "freeze", "oft"):
         keys.lose(
             "finetuning_type",
             f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
@@ -63,7 +63,9 @@ def _method(keys: Keys) -> None:
         for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
             keys.lose(name, why)
     bits = keys.given.get("quantization_bit")
-    if low_rank:
+    if kind == "oft":
+        _oft(keys)
+    elif low_rank:
         alpha = keys.given.get("lora_alpha")
         keys.put("tuning.alpha", 2.0 * keys.whole("lora_rank", 8), "lora_rank")
         if alpha:
@@ -81,6 +83,18 @@ def _method(keys: Keys) -> None:
     keys.put("quant.double", True, "quantization_bit")
     if keys.given.get("double_quantization") is not None:
         keys.attempt("double_quantization", lambda: {"quant.double": to.flag(keys.given["double_quantization"])})
+
+
+def _oft(keys: Keys) -> None:
+    keys.put("tuning.method", "oft", "finetuning_type")
+    for name in ("rank", "alpha", "dropout"):
+        keys.spare(f"tuning.{name}", "tuning.method: oft has rotations, and no matrices of a rank.")
+    for key, setting, convert in (
+        ("oft_target", "tuning.targets", to.targets),
+        ("oft_block_size", "tuning.block", to.whole),
+    ):
+        if keys.given.get(key):
+            keys.attempt(key, lambda key=key, setting=setting, convert=convert: {setting: convert(keys.given[key])})
 
 
 def _objective(keys: Keys) -> None:

@@ -117,7 +117,7 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
     except DataError:
         return None
     bare, empty = lead(turn, *middle), lead(turn)
-    if bare is None or empty is None:
+    if bare is None or empty is None or CLOSE in prompt:  # behind such a prompt nothing is thought any more
         return None
     for way in (_by_key, _in_tags):
         found = (lead(way(turn, _THOUGHT)) or "").split(_THOUGHT)

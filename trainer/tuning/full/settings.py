@@ -20,7 +20,7 @@ class FullSettings(Section):
 
     @field_validator("train")
     @classmethod
-    def _expressions(cls, train: str | list[str]) -> str | list[str]:
+    def _expressions_of_train(cls, train: str | list[str]) -> str | list[str]:
         check_patterns("tuning.train", train)
         return train
 

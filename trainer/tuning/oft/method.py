@@ -1,0 +1,111 @@
+"""OFT (arXiv:2306.07280): the inputs of linear layers are rotated by what is learnt, in blocks along the diagonal.
+
+Rotations keep lengths and angles of a weight's rows, and start as the identity. They are computed as PEFT's OFTv2 does (arXiv:2506.19847):
+on the inputs, so that a frozen weight in few bits stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.base.architecture import Architecture
+from trainer.base.find.locate import describe_base
+from trainer.config import Model, Optim, Tuning
+from trainer.config.section import part
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.oft.settings import OftSettings
+from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters, flagged, peft_files
+
+if TYPE_CHECKING:
+    import torch
+    from peft import OFTConfig
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_SKEW = "oft_R.weight"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A weight (outputs, inputs) whose rows are turned by the transposes of `blocks`, (rotations, block, block) fp32."""
+
+    shape: tuple[int, int]
+    blocks: Tensor
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        from torch import einsum
+
+        rows = rows.view(-1, len(self.blocks), self.blocks.shape[-1])
+        rows.copy_(einsum("nrk,rck->nrc", rows.float(), self.blocks))
+
+
+@dataclass(frozen=True)
+class Oft(LinearAdapters):
+    """Rotations of the inputs of linear layers."""
+
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save")
+    defaults: ClassVar[Mapping[str, Any]] = {"targets": ALL_LINEAR, "layers": None, "block": 32, "modules_to_save": []}
+
+    @property
+    def _block(self) -> int:
+        return part(self.tuning, OftSettings).block
+
+    def mismatches(self, architecture: Architecture) -> list[str]:
+        odd = {path: linear for path, linear in self.adapted(architecture).items() if linear.inputs % self._block}
+        return super().mismatches(architecture) + [
+            f"tuning.block: {self._block} does not divide the {linear.inputs} inputs of {path}. Set a block that does, or name other tuning.targets."
+            for path, linear in list(odd.items())[:1]
+        ]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        block = self._block
+        return {
+            f"{path}.{_SKEW}": (linear.inputs // block, block * (block - 1) // 2)
+            for path, linear in self.adapted(architecture).items()
+        }
+
+    def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
+        from torch import nn
+
+        from trainer.tuning.oft.layer import RotatedLinear
+
+        for path in self.adapted(architecture):
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear)
+            model.set_submodule(path, RotatedLinear(base, self._block, dtype))
+
+    def peft_config(self, targets: list[str]) -> OFTConfig:
+        """PEFT's description of the rotations."""
+        from peft import OFTConfig
+
+        return OFTConfig(task_type="CAUSAL_LM", oft_block_size=self._block, target_modules=targets)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        learning = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_SKEW}")]
+        return [{"name": "oft_R", "lr_ratio": 1.0, "params": learning}]
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        from trainer.tuning.oft.layer import RotatedLinear
+
+        return flagged([module for module in model.modules() if isinstance(module, RotatedLinear)], "active", False)
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        config = self.peft_config(self.ends(describe_base(model).architecture))
+        return ExportedFiles("peft", "An OFT adapter", peft_files(config, weights, model))
+
+    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Rotation]:
+        from trainer.tuning.oft.layer import rotations
+
+        shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+        paths = {name: f"{name.removesuffix(_SKEW)}weight" for name in weights}
+        return {
+            path: Rotation((shapes[path][0], shapes[path][1]), rotations(weights[name].float(), self._block))
+            for name, path in paths.items()
+        }
+
+
+METHODS: dict[str, Callable[[Tuning], Oft]] = {"oft": Oft}
