@@ -51,10 +51,10 @@ def _counts(library: str) -> tuple[int, int]:
 
 
 def train_without(library: str, config_text: str, fingerprint: str, change: list[str]) -> dict[str, Any]:
-    """A run of the code where in a module another line is in the place of one, and what it raised."""
+    """A run of the code where in a module another text is in the place of one, and what it raised."""
     install(Path(library))
-    module, line, put = change
-    _change(import_module(module), line, put)
+    module, text, put = change
+    _change(import_module(module), text, put)
     return _one(library, config_text, fingerprint)
 
 

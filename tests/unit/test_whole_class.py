@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tests.composites import make_composite
+from tests.composites import COMPOSITES, make_composite
 from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Tuning
@@ -54,7 +54,14 @@ def effect(model: PeftModel) -> float:
 
 # Of the first, PEFT's class for language models loads the whole one; of the second it loads nothing. The third has experts, which
 # PEFT names by parameters.
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "kimi_k25"])
+# Of llama4 the whole class of transformers 5.24 computes nothing of text alone: its output asks for that of pictures.
+QUICK = ("gemma3", "mistral3", "kimi_k25")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.long) for kind in COMPOSITES if kind != "llama4"],
+)
 def test_the_lines_of_the_card_load_an_adapter_that_does_what_was_trained(kind: str, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "adapter"
     folder.mkdir()

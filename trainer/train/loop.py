@@ -134,7 +134,7 @@ def _update(
     mine = sum(map(objective.weight, batches))
     sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
     # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read in the
-    # update's wait for the gradient's norm, the one wait for the device in a step. An update by a loss that is not finite is never kept.
+    # update's wait for the gradient's norm, our one wait for the device in a step. An update by a loss that is not finite is never kept.
     exchange = _exchange(run, batches, sums, mine, since_save=since_save, waited=waited)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
