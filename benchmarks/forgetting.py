@@ -22,7 +22,7 @@ import yaml
 from methods import CHARACTERS, PROMPT, SIZES, questions, write_rows
 
 from launcher.smoke.sample import Sizes, make_sample
-from launcher.smoke.stdlib_docs import source_code
+from launcher.smoke.stdlib_docs import source_code, source_files
 
 NARROW, GENERAL, REPLAYED = 16, 40, 200  # questions, and modules
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
@@ -31,7 +31,7 @@ ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def make_material(folder: Path, pretrain: int) -> str:
     """Write the rows, and return the base, which has read the source code for `pretrain` steps."""
     sample = make_sample(folder / "sample", sizes=Sizes(**SIZES, steps=pretrain))
-    known = [code[:CHARACTERS] for code in source_code() if len(code) > CHARACTERS]
+    known = [code[:CHARACTERS] for code in map(source_code, source_files()) if len(code) > CHARACTERS]
     write_rows(folder / "task.jsonl", questions(sample.train)[:NARROW])
     for name, part in (("general", known[:GENERAL]), ("code", known[GENERAL : GENERAL + REPLAYED])):
         write_rows(folder / f"{name}.jsonl", [(code[:PROMPT], code[PROMPT:]) for code in part])

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
 
@@ -32,7 +33,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--ranks", type=int, default=2)
     asked = parser.parse_args()
-    heads = {"hidden_size": 16, "num_attention_heads": asked.ranks, "num_key_value_heads": asked.ranks, "head_dim": 8}
+    heads: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": asked.ranks,
+        "num_key_value_heads": asked.ranks,
+        "head_dim": 8,
+    }
     sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 2**20}
     with tempfile.TemporaryDirectory() as folder:
         workshop, texts = Workshop(Path(folder), **heads, **sizes), Path(folder) / "texts.jsonl"

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.smoke.sample import Sizes, make_sample
-from launcher.smoke.stdlib_docs import source_code
+from launcher.smoke.stdlib_docs import source_code, source_files
 from trainer.config import Config, Tuning, load_config, override
 from trainer.tuning.method import methods
 
@@ -39,7 +39,7 @@ VARIANTS = {
 }
 RATES = [10 ** (exponent / 2) for exponent in range(-10, 1)]  # 1e-5 to 1
 FIRST_RATE = 5  # 3e-3
-SIZES = {"vocabulary": 1024, "hidden": 128, "intermediate": 352}
+SIZES = {"vocabulary": 1024, "hidden": 128, "intermediate": 352, "batch": 8}
 CHARACTERS, PROMPT = 300, 60  # of a module's source code, and of these the part that is given
 HELD_OUT = 32  # questions, and modules
 AT_ONCE = 2
@@ -48,7 +48,7 @@ AT_ONCE = 2
 def make_material(folder: Path, pretrain: int, steps: int) -> None:
     """The base, the questions, the source code, and config.yaml of a run over them."""
     sample = make_sample(folder, sizes=Sizes(**SIZES, steps=pretrain))
-    known = [code[:CHARACTERS] for code in source_code() if len(code) > CHARACTERS]
+    known = [code[:CHARACTERS] for code in map(source_code, source_files()) if len(code) > CHARACTERS]
     write_rows(folder / "train.jsonl", questions(sample.train))
     write_rows(folder / "task.jsonl", questions(sample.eval)[:HELD_OUT])
     write_rows(folder / "general.jsonl", [(code[:PROMPT], code[PROMPT:]) for code in known[:HELD_OUT]])
