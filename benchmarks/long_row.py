@@ -39,7 +39,7 @@ def main() -> None:
         "num_key_value_heads": asked.ranks,
         "head_dim": 8,
     }
-    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 2**20}
+    sizes: dict[str, Any] = {"intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 2**20}
     with tempfile.TemporaryDirectory() as folder:
         workshop, texts = Workshop(Path(folder), **heads, **sizes), Path(folder) / "texts.jsonl"
         words = ["the ant and the bee ", "a cat, a dog, an emu ", "fox gnu hen ibis "]
