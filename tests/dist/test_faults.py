@@ -74,7 +74,10 @@ def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_load
 
 
 @each(*STORES)
-@pytest.mark.parametrize(("kind", "last"), [("adapter", "adapter_config.json"), ("merged", "config.json")])
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [("adapter", "adapter_config.json"), pytest.param("merged", "config.json", marks=pytest.mark.long)],
+)
 def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path, kind: str, last: str) -> None:
     (result,) = launch(1, export_faults.exports, uri, str(tmp_path), kind)
     assert result["wrong"] == []

@@ -166,7 +166,7 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
     [
         pytest.param("adamw", (), marks=pytest.mark.long),
         ("adamw_8bit", ()),
-        ("adafactor", ()),
+        pytest.param("adafactor", (), marks=pytest.mark.long),
         pytest.param("adamw_8bit", LORA, marks=pytest.mark.long),
         pytest.param("adafactor", LORA, marks=pytest.mark.long),
     ],

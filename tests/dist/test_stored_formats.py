@@ -184,7 +184,9 @@ def test_an_export_is_proven_by_transformers_own_decoding(
     export_and_prove(committed(workshop, f"export-{name}", bases[name]), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", ["awkward", "gpt-oss", "int4"])
+@pytest.mark.parametrize(
+    "name", ["int4", *(pytest.param(name, marks=pytest.mark.long) for name in ("awkward", "gpt-oss"))]
+)
 def test_a_merged_model_is_that_of_the_same_base_in_16_bits(
     workshop: Workshop, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

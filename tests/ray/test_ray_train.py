@@ -111,6 +111,7 @@ def test_an_impossible_request_is_one_sentence(
     assert not open_store(str(workshop.folder / "store")).exists("impossible/config.yaml")
 
 
+@pytest.mark.long
 def test_a_mistake_found_by_a_rank_ends_the_run_at_once_with_its_sentence(
     workshop: Workshop, tmp_path: Path, address: str
 ):

@@ -27,7 +27,7 @@ ONE_RANK = {
 }
 
 
-@pytest.mark.parametrize("server", ["azurite", "moto"])
+@pytest.mark.parametrize("server", ["azurite", pytest.param("moto", marks=pytest.mark.long)])
 def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     environment = {**os.environ, **request.getfixturevalue(server), **ONE_RANK, "MASTER_PORT": str(free_ports(1)[0])}
     store = f"{SCHEME[server]}://{BUCKET}/runs"

@@ -372,7 +372,7 @@ def test_an_export_that_is_there_already_is_verified_as_it_is(
     copy = Path(shutil.copytree(exports["peft"], tmp_path / "copy"))
     proof = Proof(*[0.0] * 6, computed_in="fp32", rows="8 rows")
     monkeypatch.setattr(verify, "prove_adapter", lambda *_: proof)
-    asked = Namespace(run=run.uri, destination=str(copy), options=[], format="peft", step=4, verify=True)
+    asked = Namespace(run=run.uri, destination=str(copy), options=[], format="peft", step=4, verify=True, server=None)
     assert _export(asked)["proof"]["rows"] == "8 rows"
     assert (
         "is there already: nothing is written, and it is compared with the checkpoint of step 4"

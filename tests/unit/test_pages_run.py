@@ -49,6 +49,7 @@ VERBS = {
 }
 
 
+@pytest.mark.long
 def test_every_command_of_the_pages_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_ADDRESS", "CAPSTAN_STORE"):

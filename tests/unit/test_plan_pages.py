@@ -32,8 +32,8 @@ def test_figures_that_are_out_of_date_are_written_anew(monkeypatch: pytest.Monke
 
 
 def test_what_the_pages_say_of_other_gpus_and_batches() -> None:
-    assert [plan("walkthrough-70b", gib).shortfalls != [] for gib in (80, 40, 24)] == [False, False, True]
-    assert plan("walkthrough-70b", 24, "data.sequence_length=4096").shortfalls == []
+    assert [plan("walkthrough-70b", gib).shortfalls != [] for gib in (80, 40, 23)] == [False, False, True]
+    assert plan("walkthrough-70b", 23, "data.sequence_length=4096").shortfalls == []
     rows, single = (plan("walkthrough-moe", 80, *more).traffic_per_step for more in ((), ("train.micro_batch=1",)))
     assert rows.base_gathers * 4 == single.base_gathers
     linear = plan("walkthrough-moe", 80).parameters

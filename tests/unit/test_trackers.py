@@ -202,6 +202,7 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     assert [step for step, _ in sorted(curve((tmp_path, run), service, "train/loss"))] == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.long
 def test_a_server_of_wandb_is_asked_how_far_the_curve_is(
     environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
