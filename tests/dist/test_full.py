@@ -113,7 +113,7 @@ def test_what_learns_is_everything_or_what_is_named(steps: Any) -> None:
     [
         ("llama", "adamw"),
         pytest.param("llama-tied", "adamw", marks=pytest.mark.long),
-        ("llama", "adamw_8bit"),
+        pytest.param("llama", "adamw_8bit", marks=pytest.mark.long),
         pytest.param("mixtral", "adafactor", marks=pytest.mark.long),
     ],
 )

@@ -90,6 +90,7 @@ def test_a_checkpoint_of_one_method_is_not_continued_with_another(workshop: Work
         train(workshop, workshop.config("changed", *CONSTANT, "train.steps=6"), ranks=1, how="resume")
 
 
+@pytest.mark.long
 def test_an_objective_of_one_file_trains_resumes_at_another_world_size_and_exports(
     workshop: Workshop, tmp_path: Path
 ) -> None:

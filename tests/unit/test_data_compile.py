@@ -209,7 +209,7 @@ def test_a_bad_row_fails_with_file_and_line_or_is_skipped_and_counted(
     assert manifest.bad_rows[0].startswith(f"{path}:2: ")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", [pytest.param("a.jsonl", marks=pytest.mark.long), "a.parquet"])
 def test_a_row_of_100_mb_is_a_bad_row(tmp_path: Path, store: Store, name: str) -> None:
     path = tmp_path / name
     text = "1 2 " * 25_000_000

@@ -1,10 +1,14 @@
 """docs/models.md is what the tables of the tests say."""
 
+import pytest
+
 from tests.families import FAMILIES
 from tests.models_page import PAGE, render
 from tests.unit.test_published_models import MODELS
 
 
+# `make check` asks the same of the page.
+@pytest.mark.long
 def test_the_page_is_current_and_has_every_family_and_every_size() -> None:
     page = render()
     assert PAGE.read_text(encoding="utf-8") == page, "run: .venv/bin/python -m tests.models_page"
