@@ -46,7 +46,8 @@ def test_a_family_has_the_gradients_of_one_rank_or_is_refused(kind: str) -> None
         assert "by something else than plain attention" in refused
         return
     assert refused is None
-    model, ids = build(kind), row()[0][:, : sum(LENGTHS)]
+    # In fp64: gradients that nearly cancel out differ by more than 1e-5 in fp32, where two ranks add in another order.
+    model, ids = build(kind).double(), row()[0][:, : sum(LENGTHS)]
     meeting, given = Barrier(2, timeout=60), [ids] * 2
     gradients(model, ids)
     alone = collected(model)
