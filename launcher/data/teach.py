@@ -26,7 +26,7 @@ from trainer.tuning.objective.teacher import teacher_of
 
 @dataclass(frozen=True)
 class TaughtData:
-    """What is stored of a teacher, or with `dry_run` would be."""
+    """A teacher's word on a data set as it is stored, or with `dry_run` as it would be."""
 
     found: dict[str, Any]
     dry_run: bool

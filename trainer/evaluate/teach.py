@@ -57,8 +57,8 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     if teacher.is_server:
         return teach_by_server(config, teacher, tell)
     store = open_run_store(config)
-    log = partial(_log, tell)
-    model = _open_run(config, teacher, store, log) if teacher.is_run else _open_base(config, teacher, log)
+    opened = partial(_open_run, store=store) if teacher.is_run else _open_base
+    model = opened(config, teacher, log=lambda text: tell({"log": text}))
     ranks = model.ranks
     base = resolve_base(config.model)
     key = ranks.on_first(lambda: prepare(config, base, store).train)
@@ -75,10 +75,6 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     with model.computing():
         written = TeacherPass(model, dataset, folder, record, order, config.train.micro_batch, teacher, tell).run()
     return ranks.on_first(lambda: finished(folder, record, teacher, dataset, written))
-
-
-def _log(tell: Tell, text: str) -> None:
-    tell({"log": text})
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class TeacherPass:
         return len(missing)
 
     def _compute(self, block: int | None) -> list[Likeliest]:
-        """What the teacher says of each document of a block; other ranks pass as many rows. Collective."""
+        """Compute what the teacher says of each document of a block, while the other ranks pass as many rows. Collective."""
         rows, padding = list[MicroBatch](), None
         stream = block_stream(self.dataset, 0 if block is None else block, self.order, self.micro_batch)
         if block is not None:

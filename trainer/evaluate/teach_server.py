@@ -64,7 +64,7 @@ def _documents(dataset: Dataset, block: int) -> list[NDArray[np.uint32]]:
 
 
 def _said(server: CompletionsServer, k: int, stored: NDArray[np.uint32]) -> Likeliest:
-    """What the server says of a document's targets."""
+    """Ask the server for its likeliest tokens at a document's targets."""
     places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()
     found = server.likeliest((stored & ID_BITS).tolist(), k) if places else []
     if any(len(found[place]) < k for place in places):

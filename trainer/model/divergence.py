@@ -70,7 +70,7 @@ class Divergence:
     """The divergence of targets with `logits` (n, V) fp32, which stay as they are."""
 
     def __init__(self, logits: Tensor, given: Distillation) -> None:
-        self._given = given
+        self.given = given
         ids, self._log_t = given.taught
         logits = logits / given.temperature
         self._log_s = logits - logits.logsumexp(-1, keepdim=True)
@@ -79,21 +79,21 @@ class Divergence:
 
     def nats(self) -> Tensor:
         """(n,) fp32, times the square of the temperature."""
-        return self._plain() * self._given.temperature**2
+        return self._plain() * self.given.temperature**2
 
     def gradient(self) -> Tensor:
         """d nats / d logits, (n, V) fp32."""
-        ids, s = self._given.taught.ids, self._log_s.exp()
-        factors = self._reverse_factors() if self._given.reverse else 1 - (self._log_t - self._outcomes).exp()
+        ids, s = self.given.taught.ids, self._log_s.exp()
+        factors = self._reverse_factors() if self.given.reverse else 1 - (self._log_t - self._outcomes).exp()
         # An outcome of no probability has no gradient, whatever its factor is.
         factors = torch.where(self._outcomes == float("-inf"), 0, factors)
         own = s.gather(-1, ids) * factors[:, :-1]
-        if not self._given.reverse:  # the same without a ratio, which a student that is far off would make infinite
+        if not self.given.reverse:  # the same without a ratio, which a student that is far off would make infinite
             own = s.gather(-1, ids) - self._log_t[:, :-1].exp()
-        return s.mul_(factors[:, -1:]).scatter_(-1, ids, own).mul_(self._given.temperature)
+        return s.mul_(factors[:, -1:]).scatter_(-1, ids, own).mul_(self.given.temperature)
 
     def _plain(self) -> Tensor:
-        if self._given.reverse:
+        if self.given.reverse:
             return self._mean(self._outcomes, self._differences())
         return self._mean(self._log_t, self._log_t - self._outcomes)
 

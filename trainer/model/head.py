@@ -295,8 +295,8 @@ class _Block:
             bent = torch.tanh(logits.div_(softcap))
             logits, self._slope = bent * softcap, bent.square_().neg_().add_(1)
         self._logits, self._target, self._terms = logits, goal.labels.unsqueeze(-1), goal.terms
-        self._distillation = goal.distillation
         self._log_normalizer = logits.logsumexp(-1, keepdim=True)
+        self._taught = None if goal.distillation is None else Divergence(logits, goal.distillation)
 
     def nats(self) -> Tensor:
         """-log p of each target, with the further terms, or the loss by the teacher, (n,) fp32."""
@@ -308,9 +308,7 @@ class _Block:
         if z_loss:
             nats = nats + z_loss * self._log_normalizer.square()
         nats = nats.squeeze(-1)
-        if (given := self._distillation) is not None:
-            return Divergence(self._logits, given).nats().lerp(nats, given.next_tokens)
-        return nats
+        return nats if self._taught is None else self._taught.nats().lerp(nats, self._taught.given.next_tokens)
 
     def ranked(self) -> Tensor:
         """(n, 2) fp32: -log p of each target, and whether it is the most likely token."""
@@ -324,14 +322,13 @@ class _Block:
         """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
         softmax - one_hot(target)."""
         smoothing, z_loss = self._terms
-        given = self._distillation
-        taught = None if given is None else Divergence(self._logits, given).gradient()
+        taught = None if self._taught is None else self._taught.gradient()
         slopes = self._logits.sub_(self._log_normalizer).exp_()
         if z_loss:
             slopes.mul_(1 + 2 * z_loss * self._log_normalizer)
         if smoothing:
             slopes.sub_(smoothing / slopes.shape[-1])
         slopes.scatter_add_(-1, self._target, torch.full_like(self._target, smoothing - 1, dtype=torch.float32))
-        if given is not None and taught is not None:
-            slopes = taught.lerp_(slopes, given.next_tokens)
+        if self._taught is not None and taught is not None:
+            slopes = taught.lerp_(slopes, self._taught.given.next_tokens)
         return self._head.scaled(slopes if self._slope is None else slopes.mul_(self._slope))

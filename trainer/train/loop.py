@@ -178,9 +178,9 @@ def _follow(
         checkpoints.finish()
     if stopping and step < horizon.steps:
         raise _stopped(run, stopping, step)
-    if run.rules.ended:
+    if ended:
         run.start.log(f"ends at step {step}: {run.rules.ended}")
-    return bool(run.rules.ended)
+    return ended
 
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:

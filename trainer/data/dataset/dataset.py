@@ -8,7 +8,7 @@ block. A block is the unit of reading and of checking: up to 256 documents and, 
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -59,6 +59,26 @@ class Reads:
                 self.retried += 1
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def proven(
+        self,
+        store: Store,
+        key: str,
+        starts: list[int],
+        ends: list[int],
+        digests: Sequence[bytes],
+        damaged: Callable[[int, int], Damaged],
+    ) -> list[Buffer]:
+        """Ranges of an object, whose SHA-256 are `digests`: one that differs is read once more, and raises what is `damaged` there if it
+        differs again."""
+        found = self.patiently(lambda: store.get_ranges(key, starts, ends))
+        for number, (start, end, digest) in enumerate(zip(starts, ends, digests, strict=True)):
+            if hashlib.sha256(found[number]).digest() != digest:
+                self.refetched += 1
+                found[number] = self.patiently(lambda start=start, end=end: store.get_range(key, start, end))
+                if hashlib.sha256(found[number]).digest() != digest:
+                    raise damaged(start, end)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,20 +168,15 @@ class Dataset:
         shard_start = self.shard_starts[shard]
         starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
         ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
-        data = self.reads.patiently(lambda: self.store.get_ranges(key, starts, ends))
-        for index, (block, start, end) in enumerate(zip(blocks, starts, ends, strict=True)):
-            if not self._intact(block, data[index]):
-                self.reads.refetched += 1
-                data[index] = self.reads.patiently(lambda s=start, e=end: self.store.get_range(key, s, e))
-                if not self._intact(block, data[index]):
-                    raise Damaged(
-                        f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
-                        f"differs). Delete {self.store.uri}, and the data is compiled again."
-                    )
-        return data
+        digests = [self.digests[block] for block in blocks]
 
-    def _intact(self, block: int, raw: Buffer) -> bool:
-        return hashlib.sha256(raw).digest() == self.digests[block]
+        def damaged(start: int, end: int) -> Damaged:
+            return Damaged(
+                f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
+                f"differs). Delete {self.store.uri}, and the data is compiled again."
+            )
+
+        return self.reads.proven(self.store, key, starts, ends, digests, damaged)
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:

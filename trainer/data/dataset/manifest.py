@@ -37,10 +37,11 @@ class Record(BaseModel):
     def sealed(self) -> bytes:
         """Its JSON, without what is empty in most data sets: `None` has no key."""
         tree = self.model_dump(mode="json", exclude_none=True)
-        return json.dumps({**tree, _SEAL: _digest(tree)}, indent=1, ensure_ascii=False).encode()
+        return json.dumps({**tree, _SEAL: digest_of(tree)}, indent=1, ensure_ascii=False).encode()
 
 
-def _digest(tree: dict[str, Any]) -> str:
+def digest_of(tree: Any) -> str:
+    """The SHA-256 of a tree of JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -55,7 +56,7 @@ def _tree(data: bytes, where: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
             raise ValueError("it is no object")
         seal = tree.pop(_SEAL, None)
-        if seal is not None and seal != _digest(tree):
+        if seal is not None and seal != digest_of(tree):
             raise ValueError("its content does not match its sha256")
     except (ValueError, RecursionError) as error:
         raise damaged(where, str(error)) from error

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from trainer.data.dataset.manifest import digest_of
 from trainer.errors import NOT_JSON, Damaged
 from trainer.store.store import Store
 
@@ -33,7 +34,7 @@ class References:
 
 def references_key(facts: Mapping[str, Any]) -> str:
     """The key in the folder of the data set: other facts, another object."""
-    return f"reference-{hashlib.sha256(_canonical(facts).encode()).hexdigest()[:20]}.safetensors"
+    return f"reference-{digest_of(facts)[:20]}.safetensors"
 
 
 def write_references(folder: Store, facts: Mapping[str, Any], references: References) -> None:

@@ -12,9 +12,8 @@ Each object is whole and checks itself, so what a pass has written before it was
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -23,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import Reads
-from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
+from trainer.data.dataset.manifest import Count, Record, Sha256, digest_of, unsealed
 from trainer.errors import AlreadyExists, Damaged, NotFound
 from trainer.store.store import Buffer, Store
 from trainer.tuning.objective.teacher import id_bytes
 
 _TEACHER, _WHOLE = "teacher.json", "whole.json"
 _BLOCK = re.compile(r"block-(\d{9})\.json")
-# Of a token that the teacher excludes: what F16 still has, and small enough for no probability.
+# The log p that a token gets which the teacher excludes: F16 still has it, and it is small enough for no probability.
 _LEAST = -1000.0
 
 
@@ -73,12 +72,11 @@ class Likeliest(NamedTuple):
 
 def teacher_folder(data: Store, settings: Mapping[str, Any]) -> Store:
     """The folder of the teacher with these settings, in that of the data set."""
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return data.sub(f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:20]}")
+    return data.sub(f"teacher-{digest_of(settings)[:20]}")
 
 
 def read_teacher(folder: Store) -> TeacherRecord | None:
-    """What is stored there, or None; raises `Damaged`."""
+    """The record that is stored there, or None; raises `Damaged`."""
     try:
         return _record(TeacherRecord, folder, _TEACHER)
     except NotFound:
@@ -136,7 +134,7 @@ class StoredTeacher:
         self._block = lru_cache(maxsize=4096)(self._read_block)
 
     def read(self, documents: Sequence[int]) -> Likeliest:
-        """Of the targets of the `documents`, in this order.
+        """Read what it says of the targets of the `documents`, in this order.
 
         Raises:
             StorageError: they are not what was written, also after a second attempt, or the store is out of reach.
@@ -159,21 +157,10 @@ class StoredTeacher:
 
     def _read(self, block: int, places: list[int]) -> list[Buffer]:
         index, key, size = self._block(block), _key(block, "bin"), self._dtype.itemsize
-        ranges = [(index.offsets[place] * size, index.offsets[place + 1] * size) for place in places]
-        starts, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
-        parts = self._reads.patiently(lambda: self._folder.get_ranges(key, starts, ends))
-        for number, place in enumerate(places):
-            if not _intact(index, place, parts[number]):
-                self._reads.refetched += 1
-                again: Callable[[], Buffer] = lambda at=ranges[number]: self._folder.get_range(key, *at)  # noqa: E731
-                parts[number] = self._reads.patiently(again)
-                if not _intact(index, place, parts[number]):
-                    raise _damaged(self._folder, key, "its SHA-256 differs")
-        return parts
-
-
-def _intact(index: BlockRecord, place: int, data: Buffer) -> bool:
-    return hashlib.sha256(data).hexdigest() == index.digests[place]
+        starts, ends = ([index.offsets[place + more] * size for place in places] for more in (0, 1))
+        digests = [bytes.fromhex(index.digests[place]) for place in places]
+        why = _damaged(self._folder, key, "its SHA-256 differs")
+        return self._reads.proven(self._folder, key, starts, ends, digests, lambda *_: why)
 
 
 def _key(block: int, kind: str) -> str:

@@ -56,7 +56,7 @@ class CompletionsServer:
         return self._read("/v1/completions", asked, lambda found: _answer(found["choices"][0], tokens))
 
     def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
-        """Of each of the tokens but the first: the `top` likeliest in its place, by their numbers, the likeliest first. Raises as `ask`."""
+        """Its `top` likeliest tokens in the place of each of these but the first, by their numbers, the likeliest first. Raises as `ask`."""
         asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top}
         return self._read("/v1/completions", asked, lambda found: _places(found["choices"][0], tokens, top))
 

@@ -15,18 +15,17 @@ from trainer.export.figures import ServedProof
 from trainer.export.proof.completions import Answer, CompletionsServer
 from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.verify import Trained, base_directory, directory_of, held_in, plain_model
+from trainer.export.proof.sides import Trained, base_directory, directory_of, grown_base, plain_model
+from trainer.export.proof.verify import SHAKEN_BY, TOLERATED_NOISE
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
 _DRAWS = 24
-_SHAKEN_BY = 2**-8
-_TOLERATED_NOISE = 3.0
 
 
 def prove_served(folder: Store, step: int, destination: Store, given: str, *, whole_model: bool) -> ServedProof:
-    """What the server at the URL `given` serves against the export of `step`: the whole model in `destination`, or the adapter over the
+    """Compare what the server at the URL `given` serves with the export of `step`: the whole model in `destination`, or the adapter over the
     base as its files hold it.
 
     Raises:
@@ -52,7 +51,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
         prompt=_mean(found, expected, prompt),
         drawn=_mean(found, expected, drawn),
         largest=max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)),
-        allowed=_TOLERATED_NOISE * _mean(shaken, expected),
+        allowed=TOLERATED_NOISE * _mean(shaken, expected),
         effect=_mean(alone, expected),
         from_base=_mean(found, alone),
         tokens=sum(len(answer.log_p) for answer in answers),
@@ -72,8 +71,7 @@ def _side(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The log p of the rows' targets by the export, by it with the last bits moved, and by the base alone."""
     with base_directory(trained.base) as base:
-        model = plain.load_plain(base, held_in(trained.base), trained.dtype, streamed=trained.streamed_layers())
-        model = plain.grow(model, trained.vocabulary).to(plain.device())
+        model = grown_base(trained, base, trained.streamed_layers())
         with plain.computing_in_fp32(model):
             alone = _log_p(model, rows)
         if merged is None:
@@ -91,7 +89,7 @@ def _side(
 
 def _twice(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> tuple[list[Tensor], list[Tensor]]:
     found = _log_p(model, rows)
-    with plain.shaken(model, _SHAKEN_BY):
+    with plain.shaken(model, SHAKEN_BY["bf16"]):
         return found, _log_p(model, rows)
 
 

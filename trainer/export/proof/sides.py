@@ -207,6 +207,12 @@ def stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: Str
         return plain.load_plain(folder, held, trained.dtype, architecture, streamed, values, made)
 
 
+def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None) -> Any:
+    """The base in transformers with every weight as the files have it, and rows for the added tokens, ready for an adapter."""
+    model = stored_base(trained, folder, held_in(trained.base), streamed)
+    return plain.grow(model, trained.vocabulary).to(plain.device())
+
+
 def held_in(base: Base) -> torch.dtype:
     """The type that holds every weight of the files as it is."""
     types = {source.dtype for source in base.weights.values() if source.dtype in WEIGHT_DTYPES}

@@ -31,10 +31,9 @@ from trainer.export.proof.sides import (
     Trained,
     base_directory,
     directory_of,
-    held_in,
+    grown_base,
     plain_base,
     plain_model,
-    stored_base,
 )
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
@@ -42,9 +41,9 @@ from trainer.store.store import Store, open_store
 
 # How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
 # five bits, as the order of thousands of additions reaches so far.
-_SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
+SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 # A divergence grows with the square of a difference.
-_TOLERATED_NOISE = 3.0
+TOLERATED_NOISE = 3.0
 
 
 def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
@@ -101,8 +100,7 @@ def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Te
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(trained.run, open_store(folder), trained.manifest.step)
         streamed = trained.streamed_layers()
-        model = stored_base(trained, base, held_in(trained.base), streamed)
-        model = plain.grow(model, trained.vocabulary).to(plain.device())
+        model = grown_base(trained, base, streamed)
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
@@ -154,9 +152,9 @@ def _predictions(
     """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of every product
     move them."""
     found = look(model, rows)
-    with plain.shaken(model, _SHAKEN_BY[computed_in]):
+    with plain.shaken(model, SHAKEN_BY[computed_in]):
         noise = distance(found, look(model, rows), rows)
-    return found, Distance(_TOLERATED_NOISE**2 * noise.kl, _TOLERATED_NOISE * noise.log_prob)
+    return found, Distance(TOLERATED_NOISE**2 * noise.kl, TOLERATED_NOISE * noise.log_prob)
 
 
 def make_proof(

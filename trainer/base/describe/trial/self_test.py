@@ -107,7 +107,7 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
             return None
         except Exception as error:  # a family's code for a part of a row
             meeting.abort()
-            return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
+            return _reason(error)
 
     with ThreadPoolExecutor(ThreadPeers.size) as pool:
         found = list(pool.map(compute, range(ThreadPeers.size)))
@@ -128,8 +128,12 @@ def _fails_prefix(inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
         with lengths_known(lengths, prefixes=((0, 0), (0, prefix))):
             found = _hidden(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
     except Exception as error:  # a family's code for rows that it was not made for
-        return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
+        return _reason(error)
     return _OTHERWISE if _share_of_different(found, expected) >= _MOST_SHARED else None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
 
 
 def _spread(model: PreTrainedModel) -> None:
