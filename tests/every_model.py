@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from tests.dist.launch import RankFailed, launch
 from tests.experts import multiply_expert_by_expert
@@ -274,9 +276,10 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     within = {"loss": WITHIN, "logits": WITHIN, "grad_norm": WITHIN}
     if off["grad_norm"] > WITHIN:
         # Where fp32 itself is not so near to fp64 in plain transformers, it cannot be asked of us.
-        exact = _reference(base, folder / "adapter", packed, torch.float64)["grad_norm"]
-        within["grad_norm"] = off["rounding"] = abs(found["grad_norm"] - exact) / exact
-        off["from_fp64"] = abs(norm - exact) / exact
+        with suppress(RuntimeError):  # a family whose code computes parts in fp32 has no gradient in fp64
+            exact = _reference(base, folder / "adapter", packed, torch.float64)["grad_norm"]
+            within["grad_norm"] = off["rounding"] = abs(found["grad_norm"] - exact) / exact
+            off["from_fp64"] = abs(norm - exact) / exact
     good = all(off[key] <= most for key, most in within.items()) and off["effect"] > 1e-3 and not merged
     status = ("proven" if packing else "proven, unpacked") if good else "wrong"
     layers = sum(part.numel for part in architecture.parameters if part.layer is not None)
@@ -334,7 +337,10 @@ def _reference(base: Path, adapter: Path, packed: set[str], computed: torch.dtyp
     plain = _plain(base)
     with torch.no_grad():
         for name in packed:
-            value = _in_whole(plain, name)
+            value, path = _in_whole(plain, name), name.removesuffix(".weight")
+            if value.ndim == 2 and isinstance(dict(plain.named_modules()).get(path), Conv1D):
+                value.data = dequantized(value.data.t().contiguous()).t().contiguous()
+                continue
             matrices = value.data if value.ndim == 3 else value.data[None]
             value.data = torch.stack([dequantized(matrix.contiguous()) for matrix in matrices]).view_as(value)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)

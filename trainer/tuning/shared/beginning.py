@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.config import Config
+from trainer.base.find.locate import base_files
+from trainer.config import Config, Model
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError, StorageError, shown
 from trainer.run import layout
@@ -135,7 +136,7 @@ def _begun(config: Config, place: str, method: Method) -> Begun | None:
 def _found(config: Config, place: str, method: Method) -> Beginning:
     folder, step = place_of(config, place, SETTING)
     if folder.exists(SETTINGS):
-        return PeftFolder(place, folder, method)
+        return PeftFolder(place, folder, method, config.model)
     steps = committed_steps(folder)
     if step is not None and step not in steps:
         raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
@@ -234,6 +235,7 @@ class PeftFolder:
     place: str
     folder: Store
     method: Method
+    model: Model
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -279,7 +281,8 @@ class PeftFolder:
 
     def _unlike_layers(self, method: SavedByPeft, base: Base) -> list[str]:
         """A sentence where the file has other weights than the run's adapter."""
-        ours = {f"{PREFIX}{method.saved_name(name)}": shape for name, shape in method.shapes(base.architecture).items()}
+        shapes = method.shapes(base.architecture)
+        ours = {saved: shapes[name] for name, saved in self._saved_names(shapes).items()}
         theirs = {name: source.shape for name, source in self._tensors.items()}
         if ours.keys() == theirs.keys():
             other = next((name for name, shape in ours.items() if theirs[name] != tuple(shape)), None)
@@ -301,13 +304,25 @@ class PeftFolder:
         """Everything was read when it was found."""
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+        saved = self._saved_names(wanted)
         for name, (begin, end) in wanted.items():
-            source = self._tensors[self._saved(self.method, name)]
+            source = self._tensors[saved[name]]
             if begin < end:
                 yield Values(name, begin, end, source.dtype, source.read(begin, end))
 
-    def _saved(self, method: Method, name: str) -> str:
-        return f"{PREFIX}{cast(SavedByPeft, method).saved_name(name)}"
+    def _saved_names(self, names: Collection[str]) -> dict[str, str]:
+        """The name in the file of each parameter: that in the language model or, where people load another class, in that."""
+        own = {name: cast(SavedByPeft, self.method).saved_name(name) for name in names}
+        if all(f"{PREFIX}{saved}" in self._tensors for saved in own.values()):
+            return {name: f"{PREFIX}{saved}" for name, saved in own.items()}
+        from trainer.base.describe.trial.peft_names import saved_in_adapter
+
+        paths = {saved.partition(".lora_")[0] for saved in own.values()}
+        there = saved_in_adapter(base_files(self.model), self.model.layers, paths)
+        return {
+            name: f"{PREFIX}{there[path]}{lora}{matrix}"
+            for name, (path, lora, matrix) in ((name, saved.partition(".lora_")) for name, saved in own.items())
+        }
 
 
 @dataclass(frozen=True)
