@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from trainer.base.describe.composite import composite_model, whole_names
@@ -39,6 +39,10 @@ def saved_in_adapter(directory: Path, layers: int | None, paths: Collection[str]
 
 def _misplaced(model: PreTrainedModel, saved: Mapping[str, str]) -> set[str]:
     """The layers whose weights PEFT does not put in their places where they are `saved` under these paths."""
+    if (
+        get_checkpoint_conversion_mapping(model.config.model_type) is None
+    ):  # PEFT renames nothing, and takes seconds to import
+        return set()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
