@@ -1,6 +1,6 @@
 """Tries every type of causal language model that transformers builds, each in a process of its own: a release script.
 
-    python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE, which goes on where it ended
+    python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the same is
 done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document alone. The reference
@@ -10,6 +10,7 @@ shares no code with the product but the list of weights that are packed.
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -387,9 +388,11 @@ def _merge_differs(base: Path, folder: Path) -> list[str]:
 
 
 def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> None:
-    done = {json.loads(line)["kind"] for line in table.read_text().splitlines()} if table.exists() else set[str]()
+    commit = _commit()
+    rows = map(json.loads, table.read_text().splitlines() if table.exists() else [])
+    done = {found["kind"] for found in rows if found.get("commit") == commit}
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if kind in done and not kinds:
+        if kind in done:
             continue
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="capstan-model-") as folder:
@@ -397,10 +400,16 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
                 (found,) = launch(1, look, kind, folder, timeout=SECONDS)
             except RankFailed as failed:
                 found = {"status": "crashed", "reason": "the process ended", "trace": str(failed)[-2500:]}
-        found = {"kind": kind, **found, "seconds": round(time.monotonic() - started, 1)}
+        found = {"kind": kind, **found, "seconds": round(time.monotonic() - started, 1), "commit": commit}
         with table.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print({key: value for key, value in found.items() if key != "trace"}, flush=True)
+
+
+def _commit() -> str:
+    """The commit of the working tree, marked where it was changed."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
