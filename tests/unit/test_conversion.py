@@ -80,6 +80,13 @@ class Reversed(ConversionOps):
         return {target_patterns[0]: next(iter(input_dict.values()))[0].flip(-1)}
 
 
+class Widened(ConversionOps):
+    """Gives values another type than that of the files, and moves them, so that they are read by this operation."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **_: Any) -> Any:  # type: ignore[override]
+        return {target_patterns[0]: next(iter(input_dict.values()))[0].flip(-1).float()}
+
+
 class Increased(ConversionOps):
     """Adds to values, which no test of whole rows may take for the next row."""
 
@@ -253,6 +260,12 @@ def test_a_layer_that_files_hold_transposed_is_a_linear_one(tmp_path: Path) -> N
         expected = stored[name].t() if name in layers else stored[name]
         assert torch.equal(values(source), expected.to(values(source).dtype)), name
         assert torch.equal(values(source, 1001), values(source)), name
+
+
+def test_values_that_an_operation_widens_are_read_in_the_type_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = InMemory(torch.randn(6, 9).half(), "F16")
+    source = converted(monkeypatch, WeightConverter("s", "w", [Widened()]), {"s": stored}, w=(6, 9)).sources["w"]
+    assert torch.equal(values(source), stored.values.flip(-1))
 
 
 def test_layers_that_predict_several_tokens_are_left_out_and_named(tmp_path: Path) -> None:
