@@ -105,9 +105,10 @@ def proofs_by_old_names(run_uris: list[str]) -> list[float | str]:
 
 def _proof_by_old_names(uri: str) -> float | str:
     try:
-        proof = Proof(**_adapter_and_proof(uri, 4, f"{uri}/old-names"))
+        found: dict[str, Any] = _adapter_and_proof(uri, 4, f"{uri}/old-names")
     except ConfigError as refused:
         return str(refused)
+    proof = Proof(**found)
     assert not proof.holds
     return proof.kl_effect
 

@@ -30,7 +30,7 @@ MATRICES = {
     "whole": 2 * 7,
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
-GPTQ = {
+GPTQ: dict[str, Any] = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "head_dim": 16,
