@@ -30,13 +30,7 @@ MATRICES = {
     "whole": 2 * 7,
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
-GPTQ: dict[str, Any] = {
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 80,
-    "num_hidden_layers": 1,
-}
+GPTQ: dict[str, Any] = {"num_key_value_heads": 1, "intermediate_size": 80, "num_hidden_layers": 1}
 WRONG = "wrong"
 
 
