@@ -286,9 +286,13 @@ def test_a_turn_ends_with_its_own_token_where_another_ends_the_conversation(gap:
 def test_a_template_that_always_writes_the_generation_prompt_is_refused(turn: str, prompt: str) -> None:
     """It would be trained behind the last answer."""
     turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
-    with pytest.raises(ConfigError, match=r"data\.template: the chat template writes the generation prompt .* behind the last answer"):
+    with pytest.raises(
+        ConfigError, match=r"data\.template: the chat template writes the generation prompt .* behind the last answer"
+    ):
         encoded(f"{turns}{prompt}", PLAIN)
-    asked = f"{turns}{{% if messages[-1].role != 'assistant' %}}{prompt}{{% endif %}}"  # as many do that ignore the flag
+    asked = (
+        f"{turns}{{% if messages[-1].role != 'assistant' %}}{prompt}{{% endif %}}"  # as many do that ignore the flag
+    )
     for good in (asked, f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"):
         assert [text.startswith("yo") for text in trained(good, PLAIN)] == [True, False]
 
