@@ -104,6 +104,7 @@ def test_a_password_in_a_url_is_not_printed() -> None:
     [
         (500, "answered 500 to /v1/completions: out of slots. Its log says more"),
         (b"", "without what vLLM gives"),
+        (b"[" * 100_000, "without what vLLM gives"),
         ({"choices": [{"text": "a", "prompt_logprobs": None}]}, "without what vLLM gives"),
         (
             {"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1.0}}], "token_ids": []}]},
@@ -117,6 +118,7 @@ def test_a_password_in_a_url_is_not_printed() -> None:
     ids=[
         "500",
         "nothing",
+        "deep",
         "no-log-probabilities",
         "other-tokens",
         "logits",

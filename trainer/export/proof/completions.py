@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
-from trainer.errors import CapstanError, ConfigError, shown
+from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
 _SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
 _LONGEST_REASON = 300
@@ -121,7 +121,7 @@ def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
         ) from error
     try:
         return read(json.loads(text))
-    except (ValueError, LookupError, TypeError) as error:
+    except (*NOT_JSON, LookupError, TypeError) as error:
         raise CapstanError(
             f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
         ) from error
