@@ -19,7 +19,6 @@ from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
@@ -29,6 +28,7 @@ from trainer.evaluate.taught_data import begun, finished
 from trainer.evaluate.teach_server import teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve

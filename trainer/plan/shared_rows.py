@@ -1,6 +1,6 @@
 """Rows that several ranks share (`sharding.sequence_parallel`): whether a run can have them, in a sentence for each reason why not. No torch.
 
-The exchange itself is trainer/model/exchange.py's.
+The exchange itself is trainer/model/sequence_parallel/exchange.py's.
 """
 
 from collections.abc import Iterator

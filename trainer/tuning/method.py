@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.base.base import StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
@@ -183,7 +182,7 @@ class OwnFormat(Protocol):
 
 def methods() -> dict[str, Callable[[Tuning], Method]]:
     """Every method of this folder, by the names that `tuning.method` may have."""
-    return kinds(tuning, "METHODS")
+    return kinds("trainer.tuning", "METHODS")
 
 
 def find_method(settings: Tuning) -> Method:
@@ -212,7 +211,7 @@ def method_of(config: Config) -> Method:
         ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.
     """
     method = find_method(config.tuning)
-    for around in kinds(tuning, "AROUND").values():
+    for around in kinds("trainer.tuning", "AROUND").values():
         method = around(method, config)
     return method
 

@@ -7,8 +7,8 @@ from typing import Any
 from launcher.init.importing import joined
 from launcher.init.importing.mapping import MEDIA, Keys, no_training
 from launcher.init.importing.sources import source_paths, sources_at
-from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
+from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError
 
 _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
@@ -229,5 +229,5 @@ def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> t
     return form, {
         ours: name
         for ours, name in named.items()
-        if ours in ROW_FORMATS[form].fields and ROW_FORMATS[form].called(ours)[0] != name
+        if ours in FORMATS[form].fields and FORMATS[form].called(ours)[0] != name
     }

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer.config import Config, ObjectiveSettings
-from trainer.config.data import most_segments
+from trainer.config.data.row_kinds import most_segments
 from trainer.config.objective import HEADS
 from trainer.config.registry import chosen, kinds, refuse_unread
-from trainer.tuning import objective as folder
 from trainer.tuning.method import Method, base_trained_by, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 
@@ -130,7 +129,7 @@ def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
-    return kinds(folder, "OBJECTIVES", speaks="objective")
+    return kinds("trainer.tuning.objective", "OBJECTIVES", speaks="objective")
 
 
 def find_objective(config: Config, method: Method | None = None) -> Objective:
