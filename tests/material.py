@@ -27,7 +27,7 @@ from trainer.state.checkpoint.shard import ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of, tuning_mismatches
-from trainer.tuning.shared.beginning import find_beginning
+from trainer.tuning.shared.initial_adapter import find_beginning
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from launcher.start.place import warn_of_place
+from launcher.start.shared_folder import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
@@ -33,7 +33,7 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.beginning import starting_at
+from trainer.tuning.shared.initial_adapter import starting_at
 
 
 def anchored(config: Config) -> Config:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from launcher.plan import planning
 from launcher.plan.measured import measured_rate
-from launcher.plan.opening import show_plan
 from launcher.plan.planning import Planned, plan_run
+from launcher.plan.summary import show_plan
 from tests.material import Workshop
 from tests.unit.made_records import NOW, start, step, write
 from tests.unit.test_examples import LLAMA_8B

@@ -12,7 +12,7 @@ from trainer.base.base import Description
 from trainer.config import Config, parse_options
 from trainer.config.registry import chosen, kinds
 from trainer.export.figures import Proof
-from trainer.export.written import ExportProgress, Written
+from trainer.export.outcome import ExportProgress, Written
 from trainer.store.store import Store
 
 WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are the same)"

@@ -22,7 +22,7 @@ from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
 from trainer.tuning.objective.objective import Objective, find_objective, objective_mismatches, reference_of
-from trainer.tuning.shared.beginning import Beginning, find_beginning, starting_at
+from trainer.tuning.shared.initial_adapter import Beginning, find_beginning, starting_at
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-from trainer.train.begin import begin_from
+from trainer.train.initial_adapter import begin_from
 from trainer.train.start import Start
 
 _KEPT_SECONDS = 300.0  # between two writes of what is computed so far

@@ -13,7 +13,7 @@ from trainer.data.compile.labels import labels_of
 from trainer.data.format.formats import FORMATS
 from trainer.data.render.templates.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand, with_take
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError
 from trainer.tuning.objective.objective import find_objective

@@ -7,8 +7,8 @@ from typing import Any, TypeVar, cast
 
 from trainer.config import Data
 from trainer.config.data.row_kinds import ROW_FORMATS
-from trainer.data.format.left_out import strings_of
 from trainer.data.format.row_format import Row, RowFormat
+from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
 Result = TypeVar("Result")
