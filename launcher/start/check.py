@@ -20,7 +20,8 @@ from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
-from trainer.plan.resolve import Resolved, mismatches, resolve
+from trainer.plan.mismatches import mismatches
+from trainer.plan.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner

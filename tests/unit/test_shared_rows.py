@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.sequence_parallel.heads import copies_of_keys
-from trainer.plan.shared_rows import uneven_ranks
+from trainer.plan.mismatches import uneven_ranks
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
