@@ -13,7 +13,7 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
-from trainer.data.format.left_out import in_words
+from trainer.data.format.unrendered import in_words
 from trainer.data.render.chat import Example, Renderer
 from trainer.errors import ConfigError, DataError
 

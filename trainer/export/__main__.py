@@ -20,9 +20,9 @@ from trainer.errors import CapstanError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten, DestinationTaken
 from trainer.export.format import ExportFormat, find_format
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.proof.process import get_ready
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.export.written import ExportProgress, Written
 from trainer.run.background import Every
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.state.checkpoint.manifest import whole_checkpoint

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.find.locate import NAMED_TEMPLATES
 from trainer.config import Data
-from trainer.data.format.left_out import END_OF_TURN, left_out
 from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
 from trainer.data.format.spans import Span, joined, without
+from trainer.data.format.unrendered import END_OF_TURN, left_out
 from trainer.data.render.conversation import Conversation
 from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
