@@ -50,9 +50,22 @@ def test_an_evaluation_has_each_row_on_one_rank_and_refuses_another_number(tmp_p
         open_run(open_store(str(tmp_path)), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print)
 
 
-def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:
-    (mamba,) = wrong({**SIZES, **FAMILIES["nemotron-h"]}, 2)
-    assert "its NemotronHMamba2Mixer mixes tokens by something else than plain attention" in mamba
+def test_heads_of_layers_that_pass_states_on_are_shared_as_those_of_attention() -> None:
+    hybrid = {**SIZES, **FAMILIES["nemotron-h"], "num_attention_heads": 8}
+    assert wrong(hybrid, 2) == wrong(hybrid, 4) == []
+    (heads,) = wrong(hybrid, 8)
+    assert "8 ranks cannot share the 4 heads or channels of a layer of this base that passes states on evenly" in heads
+    # Attention: queries and results of 80 values, keys and values of 2 heads of 10, which four ranks need twice. Mamba: 64 channels of the
+    # convolution, in and out; states and results of 40, a time step for each of 4 heads, B and C of 6 for 2 groups, which four ranks need twice.
+    for size, copies in ((2, 1), (4, 2)):
+        values = 2 * 80 + copies * 2 * 20 + 2 * 64 + 2 * 40 + 4 + copies * 2 * 2 * 6
+        given = config(f"sharding.sequence_parallel={size}", "data.sequence_length=64", "model.dtype=fp32")
+        traffic = plan_of(given, hybrid, size, size, None).traffic_per_step.row_exchanges
+        # Three passes, as layers are computed again; eight micro-batches.
+        assert traffic == 3 * 8 * values * 64 // size * (size - 1) // size * 4
+
+
+def test_a_base_whose_positions_follow_from_a_slice_is_refused() -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (dynamic,) = wrong({**LLAMA, "rope_parameters": rotary}, 2)
     assert "follow from the longest position of a slice (rope_type: dynamic)" in dynamic

@@ -22,8 +22,8 @@ from trainer.config import Config
 from trainer.data.order.shared_prefix import kernels_without_masks
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.exchange import Peers, RankPeers
 from trainer.model.packed import PackedModel
+from trainer.model.rows.peers import Peers, RankPeers
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
 from trainer.plan.shared_rows import uneven_ranks

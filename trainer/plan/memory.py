@@ -365,7 +365,7 @@ def offloaded_activations(given: Inputs) -> int:
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
-    kept = values.kept + tile * values.kept_in_mlps
+    kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
     return kept, max(values.widest, tile * values.widest_mlp)

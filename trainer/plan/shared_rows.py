@@ -1,6 +1,6 @@
 """Rows that several ranks share (`sharding.sequence_parallel`): whether a run can have them, in a sentence for each reason why not. No torch.
 
-The exchange itself is trainer/model/exchange.py's.
+The exchange itself is trainer/model/rows/attention.py's.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,15 @@ def _mismatches(config: Config, model: Architecture, method: Method, objective: 
     size, tokens = config.sharding.sequence_parallel, config.train.micro_batch * config.data.sequence_length
     if model.fails_shared:
         yield f"{_NAME}: {size} ranks cannot share a row of this base, as {model.fails_shared}. {_ALONE}"
-    heads = sorted({layer.query_heads for layer in model.attention if layer.query_heads})
-    if uneven := [count for count in heads if count % size]:
+    heads = {layer.query_heads: "heads of this base's attention" for layer in model.attention if layer.query_heads}
+    heads |= {
+        one.heads: "heads or channels of a layer of this base that passes states on"
+        for mixing in model.mixing
+        for one in mixing.exchanges
+    }
+    if uneven := sorted(count for count in heads if count % size):
         yield (
-            f"{_NAME}: {size} ranks cannot share the {uneven[0]} heads of this base's attention evenly. Set a divisor of {uneven[0]}."
+            f"{_NAME}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of {uneven[0]}."
         )
     if tokens % size:
         yield (
