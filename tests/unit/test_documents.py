@@ -208,6 +208,23 @@ def test_sdpa_with_sinks_has_eager_attentions_gradients() -> None:
         assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
 
 
+@torch.no_grad()
+def test_sdpa_computes_each_document_without_a_mask_unless_a_window_is_narrower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, masks = functional.scaled_dot_product_attention, list[Tensor | None]()
+
+    def spied(*arguments: Any, attn_mask: Tensor | None = None, **given: Any) -> Tensor:
+        masks.append(attn_mask)
+        return plain(*arguments, attn_mask=attn_mask, **given)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
+    for kind, masked in (("llama", False), ("qwen3-next", False), ("mistral", True)):
+        hidden(build(kind, "sdpa"), row()[0])
+        assert {mask is not None for mask in masks} == {masked}, kind
+        masks.clear()
+
+
 @pytest.mark.parametrize("kind", LEAKING)
 @torch.no_grad()
 def test_the_control_without_us_it_is_not(kind: str) -> None:

@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.parts import body
-from trainer.model.rows.attention import attend_across
+from trainer.model.rows.attention import attend_across, attend_by_documents
 from trainer.model.rows.mixing import divides, on_whole_row
 from trainer.model.rows.row import AtWork, CannotDivide, by_documents, described, row_at_work
 
@@ -55,9 +55,9 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
     AttentionInterface.get_interface = _interface_of_row  # type: ignore[method-assign]
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
     AttentionMaskInterface.register("eager", of_row(eager_mask))
-    decoder = body(model)
-    decoder.forward = _for_row(decoder.forward)
-    for mixer in mixers(model):
+    decoder, every = body(model), list(mixers(model))
+    decoder.forward = _for_row(decoder.forward, all(_is_told_documents(mixer) for mixer in every))
+    for mixer in every:
         if not knows_borders(mixer):
             mixer.forward = _in_batches(mixer, mixer.forward)
 
@@ -82,6 +82,17 @@ def knows_borders(mixer: nn.Module) -> bool:
         return knows_borders(attention)
     inside = (module for module in mixer.modules() if module is not mixer and _mixes(module))
     return hasattr(mixer, "is_causal") and all("attention_mask" in _arguments(module) for module in inside)
+
+
+def _is_told_documents(mixer: nn.Module) -> bool:
+    """Whether a layer needs no mask for the documents of a row: it takes them apart, or calls an attention function of transformers' interface, which
+    can, and nothing else that would read the mask."""
+    if not knows_borders(mixer):
+        return True
+    inside = [module for module in mixer.modules() if module is not mixer and _mixes(module)]
+    attention = inside[0] if len(inside) == 1 and _normed_attention(mixer) is not None else mixer
+    called = inspect.unwrap(type(attention).forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in called and (attention is not mixer or not inside)
 
 
 def _normed_attention(mixer: nn.Module) -> nn.Module | None:
@@ -109,33 +120,36 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 
 def _find_documents(position_ids: Tensor) -> Tensor | None:
-    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known. The
-    positions of a slice would be too few for its mask, and would hide a prefix: `of_row` does without."""
-    row = row_at_work()
-    if row is None:
-        return _find_packed(position_ids)
-    return None if row.masked_here else row.numbers
+    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known, and `of_row` has
+    them in the mask: the positions of a slice would be too few for it, and would hide a prefix."""
+    return _find_packed(position_ids) if row_at_work() is None else None
 
 
 _interface = AttentionInterface.get_interface
 
 
 def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function that a layer is about to call, by which kernel soever: across the ranks that share the row, if some do."""
+    """The attention function that a layer is about to call, by which kernel soever: document by document where a row has several without a mask, and
+    across the ranks that share the row, if some do."""
     attend, row = _interface(known, name, default), row_at_work()
+    if row is not None and row.unmasked:
+        attend = functools.partial(attend_by_documents, attend, row)
     return attend if row is None or row.peers is None else functools.partial(attend_across, attend, row.peers)
 
 
 def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `make` of a mask, with the borders of the row's documents in it."""
+    """transformers' `make` of a mask, with the borders of the row's documents in it. SDPA needs none for documents that it computes one by one, each
+    of them causal."""
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = row_at_work()
         if row is not None and row.masked_here:
             given["q_length"] = given["kv_length"] = sum(row.lengths)
-            if row.numbers is not None:
-                mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
         if row is not None and row.numbers is not None:
+            is_plain = mask_function is causal_mask_function and given.get("attention_mask") is None
+            if row.unmasked and is_plain and make is sdpa_mask:
+                return None
+            mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
             mask_function = and_masks(mask_function, row.sees)
             given["allow_is_causal_skip"] = False
         return make(mask_function=mask_function, **given)
@@ -146,9 +160,9 @@ def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
 sdpa_mask_of_row = of_row(sdpa_mask)
 
 
-def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model's body, for the row that its position_ids describe. A body that takes none computes one document,
-    with nothing but padding behind it."""
+def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
+    """The forward of a model's body, for the row that its position_ids describe, whose layers `are_told` the documents without a mask. A body that
+    takes no positions computes one document, with nothing but padding behind it."""
     taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
@@ -156,7 +170,7 @@ def _for_row(forward: Callable[..., Any]) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with AtWork(described(positions)):
+        with AtWork(described(positions, are_told)):
             return forward(*arguments, position_ids=positions, **given)
 
     return over_row

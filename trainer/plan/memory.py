@@ -235,7 +235,7 @@ def memory_of(given: Inputs) -> GpuMemory:
         "gathered_layers": _gathered(given),
         "dequantized_weight": _dequantized(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
-        "activations": kept + backward,
+        "activations": kept + backward + _masks(given),
         "logits": max(0, _logits(given) - backward),
     }
     parts = {
@@ -353,6 +353,16 @@ def _activations(given: Inputs) -> tuple[int, int]:
     in_backward = computed_again + 2 * max(widest) + model.hidden
     value = given.item * given.tokens
     return ceil(value * from_forward), ceil(value * in_backward)
+
+
+def _masks(given: Inputs) -> int:
+    """Bytes of the masks of a row of T tokens, T x T, which SDPA takes for windows and prefixes (trainer/model/documents.py): one as it is made, and one
+    in values for each layer that keeps its activations."""
+    kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
+    prefix, sdpa = given.config.data.share_prefix, kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
+    masked = [one.layer for one in given.model.attention if sdpa and (prefix or (one.window and one.window < tokens))]
+    kept = sum(layer >= given.recomputed_layers for layer in masked)
+    return tokens**2 * (1 + given.item * max(1, kept)) if masked else 0
 
 
 def offloaded_activations(given: Inputs) -> int:

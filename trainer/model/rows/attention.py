@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.model.rows.peers import Peers, to_heads, to_tokens
+from trainer.model.rows.row import Documents, by_documents
 from trainer.model.shared_heads import copies_of_keys
 
 
@@ -46,6 +47,26 @@ def attend_across(
     layer = _OfRank(module, heads, query.shape[1] // key.shape[1], peers)
     out, _ = attend(layer, query, key, value, attention_mask, **given)
     return to_tokens(out, peers), None
+
+
+def attend_by_documents(
+    attend: Callable[..., tuple[Tensor, Any]],
+    row: Documents,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **given: Any,
+) -> tuple[Tensor, Any]:
+    """`attend`, for each document of a row by itself where no mask holds them apart: each is causal, and its scores are those with its own tokens alone."""
+    if attention_mask is not None or "cu_seq_lens_q" in given:
+        return attend(module, query, key, value, attention_mask, **given)
+
+    def compute(*states: Tensor) -> Tensor:
+        return attend(module, *(part.transpose(1, 2) for part in states), None, **given)[0]
+
+    return by_documents(row, compute, [part.transpose(1, 2) for part in (query, key, value)], {}), None
 
 
 class _OfRank:

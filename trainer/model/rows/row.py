@@ -39,7 +39,7 @@ def batches(lengths: list[int]) -> list[list[int]]:
 class Documents:
     """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
     beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this rank's slice, and the lengths, which
-    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`."""
+    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no mask."""
 
     def __init__(
         self,
@@ -47,14 +47,21 @@ class Documents:
         lengths: Sequence[int] | None = None,
         peers: Peers | None = None,
         prefixes: "Prefixes" = (),
+        are_told: bool = False,
     ) -> None:
         assert (peers is None and not prefixes) or lengths is not None
         self._position_ids, self._lengths, self.peers, self.prefixes = position_ids, lengths, peers, prefixes
+        self._are_told = are_told
 
     @property
     def masked_here(self) -> bool:
         """Whether transformers, which looks at the positions of a row, would make another mask than the row needs."""
         return self.peers is not None or bool(self.prefixes)
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether a causal attention can do without a mask, as it is told the several documents of the row."""
+        return self._are_told and not self.prefixes and self.numbers is not None
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -192,10 +199,10 @@ def row_at_work() -> Documents | None:
     return _ROW.get()
 
 
-def described(position_ids: Tensor) -> Documents:
+def described(position_ids: Tensor, are_told: bool) -> Documents:
     """The row with such positions, and with what is known of it."""
     known = _KNOWN.get()
-    return Documents(position_ids, known.lengths, known.peers, known.prefixes)
+    return Documents(position_ids, known.lengths, known.peers, known.prefixes, are_told)
 
 
 def by_documents(
@@ -209,10 +216,11 @@ def by_documents(
     if row is None or row.numbers is None:
         results = [compute(*arguments, **given)]
     else:
-        results = [
-            compute(*_taken(tuple(arguments), places, row), **_taken(given, places, row))
-            for places in row.batches.places
-        ]
+        with AtWork(None):
+            results = [
+                compute(*_taken(tuple(arguments), places, row), **_taken(given, places, row))
+                for places in row.batches.places
+            ]
     states = [result if isinstance(result, Tensor) else result[0] for result in results]
     joined = states[0] if row is None or row.numbers is None else _joined(states, row)
     return joined if isinstance(results[0], Tensor) else (joined, *(None for _ in results[0][1:]))
