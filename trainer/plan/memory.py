@@ -356,11 +356,11 @@ def _activations(given: Inputs) -> tuple[int, int]:
 
 
 def _masks(given: Inputs) -> int:
-    """Bytes of the masks of a row of T tokens, T x T, which SDPA takes for windows and prefixes (trainer/model/documents.py): one as it is made, and one
-    in values for each layer that keeps its activations."""
+    """Bytes of the mask of a row of T tokens, T x T, which SDPA takes for windows (trainer/model/documents.py): as it is made, and in values for each
+    layer that keeps its activations."""
     kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
-    prefix, sdpa = given.config.data.share_prefix, kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
-    masked = [one.layer for one in given.model.attention if sdpa and (prefix or (one.window and one.window < tokens))]
+    sdpa = kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
+    masked = [one.layer for one in given.model.attention if sdpa and one.window and one.window < tokens]
     kept = sum(layer >= given.recomputed_layers for layer in masked)
     return tokens**2 * (1 + given.item * max(1, kept)) if masked else 0
 

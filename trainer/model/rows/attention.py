@@ -7,6 +7,7 @@ A kernel sees a whole row with fewer heads, so that borders of documents, window
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
@@ -59,14 +60,30 @@ def attend_by_documents(
     attention_mask: Any,
     **given: Any,
 ) -> tuple[Tensor, Any]:
-    """`attend`, for each document of a row by itself where no mask holds them apart: each is causal, and its scores are those with its own tokens alone."""
+    """`attend`, for each document of a row by itself where no mask holds them apart: each is causal, and its scores are those with its own tokens
+    and its prefix alone."""
     if attention_mask is not None or "cu_seq_lens_q" in given:
         return attend(module, query, key, value, attention_mask, **given)
 
     def compute(*states: Tensor) -> Tensor:
         return attend(module, *(part.transpose(1, 2) for part in states), None, **given)[0]
 
-    return by_documents(row, compute, [part.transpose(1, 2) for part in (query, key, value)], {}), None
+    if not row.prefixes:
+        return by_documents(row, compute, [part.transpose(1, 2) for part in (query, key, value)], {}), None
+    results, begin = list[Tensor](), 0
+    for length, (first, tokens) in zip(row.lengths, row.prefixes, strict=True):
+        own, prefix = slice(begin, begin + length), slice(first, first + tokens)
+        keys, values = (torch.cat([part[:, :, prefix], part[:, :, own]], dim=2) for part in (key, value))
+        seen = causal(query[:, :, own], keys) if tokens else None
+        results.append(attend(module, query[:, :, own], keys, values, seen, **given)[0])
+        begin += length
+    return torch.cat(results, dim=1), None
+
+
+def causal(query: Tensor, key: Tensor) -> Tensor:
+    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K, head)."""
+    tokens, keys = query.shape[-2], key.shape[-2]
+    return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
 
 
 class _OfRank:

@@ -61,7 +61,7 @@ class Documents:
     @property
     def unmasked(self) -> bool:
         """Whether a causal attention can do without a mask, as it is told the several documents of the row."""
-        return self._are_told and not self.prefixes and self.numbers is not None
+        return self._are_told and self.numbers is not None
 
     @cached_property
     def lengths(self) -> list[int]:

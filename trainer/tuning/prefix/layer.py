@@ -12,9 +12,10 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trainer.model.attention import VARLEN, causal, no_mask, varlen_attention
+from trainer.model.attention import VARLEN, no_mask, varlen_attention
 from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.parts import body
+from trainer.model.rows.attention import causal
 
 
 def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable[Tensor]) -> None:
