@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
-from trainer.model.shared_heads import Exchange
+from trainer.model.rows.heads import Exchange
 from trainer.store.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]

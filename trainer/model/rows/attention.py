@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
+from trainer.model.rows.heads import copies_of_keys
 from trainer.model.rows.peers import Peers, to_heads, to_tokens
 from trainer.model.rows.row import Documents, by_documents
-from trainer.model.shared_heads import copies_of_keys
 
 
 def attend_across(
