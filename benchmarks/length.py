@@ -37,7 +37,12 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2**20,
 }
-RECOMPUTED = ("none", "all")
+# What is done for memory -> its settings.
+WAYS = {
+    "nothing": ("none", "false"),
+    "layers computed again": ("all", "false"),
+    "and MLPs in tiles": ("all", "true"),
+}
 
 
 def planned(config: Config, ranks: int) -> int:
@@ -46,20 +51,20 @@ def planned(config: Config, ranks: int) -> int:
     return parts.activations + parts.logits
 
 
-def settings_of(ranks: int, recomputed: str) -> tuple[str, ...]:
-    shared = f"sharding.sequence_parallel={ranks}"
-    here = "model.dtype=fp32", "train.tiled_mlp=false", "cluster.gpus_per_worker=0"
-    return *here, shared, f"train.activation_checkpointing={recomputed}"
+def settings_of(ranks: int, way: str) -> tuple[str, ...]:
+    recomputed, tiled = WAYS[way]
+    again = f"train={{activation_checkpointing: {recomputed}, tiled_mlp: {tiled}, steps: 4, global_batch: {ranks}}}"
+    return "model.dtype=fp32", "cluster.gpus_per_worker=0", f"sharding.sequence_parallel={ranks}", again
 
 
 def longest(workshop: Workshop, memory: int) -> Table:
     """The longest rows that fit into `memory` bytes, by the plan and by real steps."""
-    table = Table("layers computed again", "longest row", "planned", "ratio")
-    for recomputed in RECOMPUTED:
-        config = workshop.config("longest", *settings_of(1, recomputed))
+    table = Table("for memory", "longest row", "planned", "ratio")
+    for way in WAYS:
+        config = workshop.config("longest", *settings_of(1, way))
         said = longest_rows(config, describe_base(config.model), Ranks(1, 1, memory, on_gpu=False))[0].tokens
         (found,) = launch(1, memory_of.longest_row, dump_config(config), memory, 2 * said, timeout=1800.0)
-        table.add_row(recomputed, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
+        table.add_row(way, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
     return table
 
 
@@ -75,10 +80,10 @@ def prompts(workshop: Workshop, tokens: int) -> Table:
     for shared in (False, True):
         config = workshop.config(
             f"shared-{shared}",
-            *settings_of(1, "none"),
+            *settings_of(1, "nothing"),
             "objective.name=dpo",
             f"data={{train: [{{path: {pairs}}}], format: preference, share_prefix: {shared}, sequence_length: {2 * tokens + 256}}}",
-            "train={steps: 4, global_batch: 2}",
+            "train.global_batch=2",
         )
         (cost,) = launch(1, shared_rows.step_costs, dump_config(config), workshop.prepare(config).train, timeout=1800.0)
         costs.append(cost)
@@ -94,7 +99,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="MiB")
     parser.add_argument("--prompts", type=int, help="tokens of prompts that pairs of answers share")
     asked = parser.parse_args()
-    table = Table("ranks that share a row", "layers computed again", "bytes a token", "planned", "ratio")
+    table = Table("ranks that share a row", "for memory", "bytes a token", "planned", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder), **SIZES)
         if asked.memory:
@@ -103,9 +108,9 @@ def main() -> None:
         if asked.prompts:
             Console().print(prompts(workshop, asked.prompts))
             return
-        for recomputed in RECOMPUTED:
+        for way in WAYS:
             for ranks in asked.ranks:
-                settings = settings_of(ranks, recomputed)
+                settings = settings_of(ranks, way)
                 configs = [
                     workshop.config("length", *settings, f"data.sequence_length={length}") for length in asked.lengths
                 ]
@@ -114,7 +119,7 @@ def main() -> None:
                 measured = max((longer - shorter) / tokens for shorter, longer in grown)
                 shorter, longer = (planned(config, ranks) for config in configs)
                 slope = (longer - shorter) / tokens
-                table.add_row(str(ranks), recomputed, f"{measured:,.0f}", f"{slope:,.0f}", f"{measured / slope:.2f}")
+                table.add_row(str(ranks), way, f"{measured:,.0f}", f"{slope:,.0f}", f"{measured / slope:.2f}")
     Console().print(table)
 
 

@@ -1,6 +1,7 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.unit.test_plan import config, plan_of
 from trainer.data.order.position import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
+from trainer.model.divergence import Taught
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.rows.heads import copies_of_keys
 from trainer.plan.mismatches import uneven_ranks
@@ -123,7 +125,9 @@ def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
         *(torch.arange(8, dtype=torch.int32)[None], labels, positions),
         *(torch.tensor([0, 3, 6, 8], dtype=torch.int32), 3, 6, 3, (Position(),), (1, 2)),
     )
-    parts = [row.cut(part, 2) for part in range(2)]
+    taught = Taught(torch.arange(6).view(3, 2), torch.randn(3, 3))
+    parts = [replace(row, taught=taught).cut(part, 2) for part in range(2)]
+    assert [part.taught.ids.tolist() for part in parts if part.taught] == [[[0, 1], [2, 3]], [[4, 5]]]
     assert torch.cat([part.input_ids for part in parts], dim=1).equal(row.input_ids)
     assert torch.cat([part.places + part.first for part in parts]).equal(row.places)
     assert [part.targets for part in parts] == [2, 1]
