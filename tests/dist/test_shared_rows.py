@@ -31,7 +31,7 @@ BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "delta rule": ("qwen3-next", {}, ()),
     "state space": ("nemotron-h", {}, ()),
     "state space and attention": ("granitemoe-hybrid", {"num_attention_heads": 4}, ()),
-    "computed whole": ("minimax", {}, ()),
+    "computed whole": ("llama4", {}, ()),
 }
 OF_FOUR = ("delta rule", "state space")
 
