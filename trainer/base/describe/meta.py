@@ -35,7 +35,7 @@ from trainer.base.architecture import (
     Kind,
     Parameter,
 )
-from trainer.base.describe.attention_layers import attention_layers, declared
+from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
 from trainer.base.describe.config_json import EXPERT_COUNTS, read_by_transformers
 from trainer.base.describe.empty_model import TransposedLinear, meta_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
@@ -43,7 +43,7 @@ from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
 from trainer.base.describe.trial.small import small_model
-from trainer.base.describe.trial.touched import Place, place_of, places_read
+from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
@@ -148,6 +148,7 @@ class _Reader:
             positions=positions if positions and positions > 0 else None,
             parameters=parameters,
             attention=tuple(attention_layers(self._layers, self._modules, self.config)),
+            mixing=tuple(mixing_layers(self._layers, self._modules, self._head.in_features)),
             tied=tied,
             buffers=dict(self._buffers()),
             caps_attention=declared(self.config, "attn_logit_softcapping") is not None,

@@ -11,7 +11,7 @@ from tests.composites import make_composite
 from tests.material import Workshop, commit
 from tests.unit.test_same_base import one_weight
 from trainer.config import dump_config, override
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.export.write.adapter import export_adapter
 from trainer.plan.resolve import resolve
 from trainer.run import layout
@@ -104,3 +104,11 @@ def test_an_adapter_of_a_whole_class_begins_by_its_names_there(tmp_path: Path) -
     wanted = {name: (0, count) for name, count in manifest.numels.items()}
     ours, theirs = ({part.name: part for part in beginning.read(wanted)} for beginning in (committed, found))
     assert ours.keys() == theirs.keys() == wanted.keys()
+
+
+def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(workshop: Workshop) -> None:
+    folder = workshop.folder / "deep"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(StorageError, match="adapter_config.json is no JSON"):
+        resolve(workshop.config("next", f"tuning.start={folder}"))
