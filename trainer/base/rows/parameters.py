@@ -21,7 +21,7 @@ from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.conversion import Conversion, convert
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.transposed import Transposed
-from trainer.base.stored.shared.reads import LastMade
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.partitions.filling import as_tensor
-from trainer.base.stored.shared.reads import LastMade
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.store.safetensors_index import TensorSource, item_bytes, numel
 
 _KEPT = 2  # matrices, as pieces of two may be in flight
