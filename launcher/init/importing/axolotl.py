@@ -28,6 +28,10 @@ def join(keys: Keys, folder: Path) -> None:
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
     joined.training_arguments(keys, folder, "lr_scheduler")
+    if keys.asked("lr_quadratic_warmup") and keys.settings.get("optim.schedule") == "cosine":
+        keys.put("optim.warmup_power", 2, "lr_quadratic_warmup")
+    else:
+        keys.need_not("lr_quadratic_warmup", "axolotl reads it beside lr_scheduler: cosine alone.")
     joined.early_end(keys, "early_stopping_patience")
     joined.pairs(keys, "sequence_len")
     joined.without_dropout(keys, "lora_dropout")
@@ -87,10 +91,10 @@ def _published(keys: Keys) -> None:
     names = ("model_quantization_config", "model_quantization_config_kwargs")
     arguments = keys.given.get(names[1])
     for name in (name for name in names if keys.given.get(name)):
-        if keys.settings["tuning.method"] == "full":
-            keys.lose(name, "tuning.method: full learns in 16 bits. Give a copy of the base in 16 bits as model.base.")
-        elif isinstance(arguments, dict) and arguments.get("dequantize"):
+        if isinstance(arguments, dict) and arguments.get("dequantize"):
             keys.need_not(name, "The base's own files say how they are stored, and are read as 16-bit values.")
+        elif keys.settings["tuning.method"] == "full":
+            keys.lose(name, "tuning.method: full learns in 16 bits, which the base's values become as they are read.")
         else:
             keys.put("quant.type", "stored", name)
 
@@ -132,6 +136,7 @@ def _objective(keys: Keys) -> None:
         keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
     elif losses and losses[0] != "sigmoid":
         keys.put("objective.loss_type", losses[0], "dpo_loss_type")
+    joined.uncertainty(keys, "use_eaft", "eaft_k", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
         keys.put("data.loss_on", "all", "train_on_inputs")
     if asked:

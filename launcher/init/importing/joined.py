@@ -21,6 +21,8 @@ _TEMPLATES = {
     **dict.fromkeys(("phi_3", "phi_35"), "phi3"),
     **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
 }
+# LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own template has thoughts.
+_WITHOUT_THOUGHTS = ("qwen3_nothink", "qwen3_5_nothink")
 
 
 def workers(keys: Keys, name: str) -> None:
@@ -46,6 +48,20 @@ def in_8_bits(keys: Keys, key: str) -> None:
     """`quant.type: int8`, which `key` asks for."""
     keys.put("quant.type", "int8", key)
     keys.note(key, "A scale for 64 weights, where bitsandbytes has one for a row; and activations stay in 16 bits.")
+
+
+def uncertainty(keys: Keys, switch: str, tokens: str, scale: float) -> None:
+    """`objective.eaft`, whose entropies the peer divides by `scale`."""
+    if keys.asked(switch):
+        power, most = keys.given.get("eaft_alpha"), keys.given.get(tokens)
+        keys.attempt(switch, lambda: {"objective.eaft": to.number(1.0 if power is None else power)})
+        keys.put("objective.eaft", keys.settings.get("objective.eaft"), switch, "eaft_alpha")
+        keys.put("objective.eaft_scale", scale, switch)
+        if most is not None:
+            keys.attempt(tokens, lambda: {"objective.eaft_tokens": to.whole(most)})
+    else:
+        for name in ("eaft_alpha", tokens):
+            keys.need_not(name, f"It has no effect without {switch}.")
 
 
 def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
@@ -227,6 +243,9 @@ def template(keys: Keys, key: str, name: Any) -> None:
         keys.put("data.template", ours, key)
     elif asked and _is_of(str(keys.settings.get("model.base", "")), asked):
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
+    elif asked in _WITHOUT_THOUGHTS:
+        keys.put("data.template", "chatml", key)
+        keys.note(key, "It writes no thoughts, as theirs, and no tools.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,
