@@ -54,7 +54,9 @@ def test_the_rise_of_a_power_is_axolotls_quadratic_one() -> None:
     optim = Optim(lr=LR, warmup_steps=10, warmup_power=2)
     assert [learning_rate(optim, step, STEPS) for step in (1, 5, 10)] == pytest.approx([LR / 100, LR / 4, LR])
     with pytest.raises(ConfigError, match="optim.warmup_power: has no effect without warm-up"):
-        parse_config("optim: {warmup_power: 2}\nrun: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}")
+        parse_config(
+            "optim: {warmup_power: 2}\nrun: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}"
+        )
 
 
 def test_one_cycle_is_that_of_torch() -> None:

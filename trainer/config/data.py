@@ -25,16 +25,20 @@ if TYPE_CHECKING:
     Format = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text", "answers")
+LIKELY = ("chat", "prompt_completion", "text", "segments", "answers")
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
+PLAIN = ("prompt_completion", "text", "segments")
+"""Those that no chat template writes."""
 _LOSS_ON = {
     "chat": ("assistant", "last_assistant", "all"),
     "prompt_completion": ("completion", "all"),
     "text": ("all",),
+    "segments": (),
     "preference": ("completion",),
     "labelled": ("completion",),
     "answers": ("completion",),
     "classified": (),
+    "multilabel": (),
     "tagged": (),
 }
 _TODAY = "2025-01-01"
@@ -44,10 +48,11 @@ _WHOLE = {
     "labelled": "part an answer",
     "answers": "part an answer",
     "classified": "part a text from its class",
+    "multilabel": "part a text from its classes",
     "tagged": "part words from their tags",
 }
 _TWO_SEGMENTS = ("preference", "labelled", "tagged")
-_OF_CLASSES = ("classified", "tagged")
+_OF_CLASSES = ("classified", "multilabel", "tagged")
 _SHARING = ("preference", "labelled", "answers")
 """Kinds of rows with several answers to a prompt."""
 
@@ -174,8 +179,8 @@ class Data(Section):
     format: Format = setting(
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
-        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
-        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
+        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text, segments. Answers to compare: "
+        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages; with several: multilabel, multilabel_messages. Words with tags: tagged. "
         "docs/data-format.md has an example of each.",
         example="chat",
     )
@@ -187,7 +192,7 @@ class Data(Section):
     )
     labels: list[str] | None = setting(
         None,
-        about="The names of the classes, in the order of their numbers, for objective.name: classification and token_classification. Default: those of the rows of "
+        about="The names of the classes, in the order of their numbers, for objective.name: classification, multilabel_classification and token_classification. Default: those of the rows of "
         "data.train, sorted; the run keeps them.",
         example=["negative", "positive"],
         min_length=2,
@@ -218,6 +223,9 @@ class Data(Section):
         "mostly in the last turn alone; keep: in all turns, in the template's own form; strip: in none.",
         example="strip",
     )
+    drop_system: bool = setting(
+        False, about="Leave out the system message that a conversation begins with.", example=True
+    )
     sequence_length: int = setting(
         2048,
         about="Length of a packed row, without what virtual tokens take.",
@@ -239,6 +247,14 @@ class Data(Section):
         about="What happens to a document longer than sequence_length; it is counted either way. split makes documents of "
         "its pieces.",
         example="drop",
+    )
+    min_length: int = setting(
+        0,
+        about="Documents that are shorter are dropped, and counted.",
+        example=16,
+        ge=0,
+        le=2**20,
+        unit="tokens",
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
@@ -266,7 +282,8 @@ class Data(Section):
         if self.labels and kind not in _OF_CLASSES:
             return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
         if self.loss_on and not _LOSS_ON[kind]:
-            return f"data.loss_on: has no effect with data.format: {format}, of whose rows the class is trained. Remove it."
+            what = "say themselves what is trained" if kind == "segments" else "have a class, which is trained"
+            return f"data.loss_on: has no effect with data.format: {format}, whose rows {what}. Remove it."
         if self.loss_on and self.loss_on not in _LOSS_ON[kind]:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
@@ -274,9 +291,11 @@ class Data(Section):
             )
         if self.share_prefix and kind not in _SHARING:
             return f"data.share_prefix: has no effect with data.format: {format}, whose rows have one answer to a prompt. Remove it."
+        if self.drop_system and kind != "chat":
+            return f"data.drop_system: has no effect with data.format: {format}, whose rows are no conversations to be learnt. Remove it."
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
-        if kind in ("prompt_completion", "text"):
+        if kind in PLAIN:
             for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
                 if changed:
                     return f"data.{name}: has no effect with data.format: {format}. Remove it."
@@ -287,7 +306,7 @@ class Data(Section):
     def for_rows(self, format: str) -> "Data":
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
         kind, on = ROW_FORMATS[format].kind, self.train_on
-        talks = kind not in ("prompt_completion", "text")
+        talks = kind not in PLAIN
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
             "loss_on": self.loss_on if self.loss_on in _LOSS_ON[kind] else None,
@@ -297,6 +316,7 @@ class Data(Section):
             "today": self.today if talks else _TODAY,
             "labels": self.labels if kind in _OF_CLASSES else None,
             "share_prefix": self.share_prefix and kind in _SHARING,
+            "drop_system": self.drop_system and kind == "chat",
         }
         return self.model_copy(update=kept)
 
@@ -305,15 +325,15 @@ class Data(Section):
         on = self.train_on
         if kind != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if kind in _WHOLE and on.roles is not None:
+        if kind in (*_WHOLE, "segments") and on.roles is not None:
             return "data.train_on.roles"
         if kind in _OF_CLASSES and not (on.end and on.thinking):
             return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
-        if kind in ("prompt_completion", "text") and not on.thinking:
+        if kind in PLAIN and not on.thinking:
             return "data.train_on.thinking"
-        return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+        return "data.thinking" if kind in PLAIN and self.thinking != "as_template" else None
 
     @field_validator("today")
     @classmethod
@@ -329,6 +349,14 @@ class Data(Section):
         if labels and len(set(labels)) < len(labels):
             raise ValueError("data.labels: names a class twice. Name each once.")
         return labels
+
+    @model_validator(mode="after")
+    def _room(self) -> "Data":
+        if self.min_length > self.sequence_length:
+            raise ValueError(
+                f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that nothing is left. Lower it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _said_once(self) -> "Data":
@@ -396,7 +424,7 @@ class Data(Section):
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
-        return {"chat": "assistant", "text": "all", "classified": "label", "tagged": "label"}.get(
+        return {"chat": "assistant", "text": "all", "segments": "segments", **dict.fromkeys(_OF_CLASSES, "label")}.get(
             self.kind, "completion"
         )
 
@@ -412,6 +440,8 @@ class Data(Section):
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
+            "drop_system": True if self.drop_system else None,
+            "min_length": self.min_length or None,
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -18,7 +18,8 @@ class ObjectiveSettings(Section):
     name: str = setting(
         "sft",
         about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
-        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). token_classification: "
+        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
+        "multilabel_classification: any of several (data.format: multilabel). token_classification: "
         "those of words (data.format: tagged). "
         "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target.",
         example="dpo",

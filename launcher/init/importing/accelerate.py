@@ -6,7 +6,6 @@ from launcher.init.importing import joined
 from launcher.init.importing.mapping import Keys
 from trainer.config.peers import conversions as to
 
-
 _IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
 
 
@@ -33,6 +32,8 @@ def _experts(keys: Keys) -> None:
     kind = str(keys.given.get(name) or "").lower()
     if kind in _IN_WHOLE_NUMBERS:
         keys.put("quant.type", _IN_WHOLE_NUMBERS[kind], name)
-        keys.note(name, "There experts alone have so many bits, in whole numbers; here every linear layer of the base has.")
+        keys.note(
+            name, "There experts alone have so many bits, in whole numbers; here every linear layer of the base has."
+        )
     elif kind and kind != "amxbf16":
         keys.lose(name, "The base is in 16 bits, or in 8 or 4 by quant.type.")

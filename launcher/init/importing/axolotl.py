@@ -122,6 +122,8 @@ def _objective(keys: Keys) -> None:
         raise no_training(
             f"processor_type: {keys.given['processor_type']} and skip_prepare_dataset, so rows of {MEDIA}"
         )
+    if keys.asked("kd_trainer"):
+        _distillation(keys)
     if keys.asked("reward_model"):
         asked = "reward"
         keys.put("objective.name", "reward", "reward_model")
@@ -129,6 +131,7 @@ def _objective(keys: Keys) -> None:
         keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
         joined.simpo(keys)
+        joined.without_next_tokens(keys)
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
@@ -141,6 +144,43 @@ def _objective(keys: Keys) -> None:
         keys.put("data.loss_on", "all", "train_on_inputs")
     if asked:
         keys.put("data.packing", False, "sample_packing")
+
+
+def _distillation(keys: Keys) -> None:
+    """Its rows bring what a teacher says of their tokens, or a server says it while training; here `capstan teach` has it written once."""
+    keys.put("objective.name", "distil", "kd_trainer")
+    server = keys.given.get("kd_online_server_base_url")
+    if server:
+        keys.put("objective.teacher", str(server), "kd_online_server_base_url")
+    else:
+        keys.put("objective.teacher", "FILL-IN", "kd_trainer")
+        keys.to_do.append(
+            "objective.teacher: the rows there bring its log-probabilities. Name the teacher, and have it write them by `capstan teach`."
+        )
+    if keys.given.get("kd_temperature") and not server:
+        keys.attempt("kd_temperature", lambda: {"objective.temperature": to.number(keys.given["kd_temperature"])})
+    if keys.given.get("kd_online_topk"):
+        keys.attempt("kd_online_topk", lambda: {"objective.top_k": to.whole(keys.given["kd_online_topk"])})
+    if keys.given.get("kd_beta") == 1:
+        keys.put("objective.divergence", "reverse", "kd_beta")
+    elif keys.given.get("kd_beta"):
+        keys.lose("kd_beta", "objective.divergence is forward or reverse, and nothing between. Left at forward.")
+    for name in ("kd_normalize_topk", "kd_online_server", "kd_online_timeout"):
+        keys.need_not(name, "All but the teacher's likeliest tokens are one outcome here, whoever is asked.")
+    keys.attempt("kd_ce_alpha", lambda: _shares(keys))
+
+
+def _shares(keys: Keys) -> dict[str, Any]:
+    plain, taught = (
+        to.number(keys.given.get(name) or otherwise) for name, otherwise in (("kd_ce_alpha", 0), ("kd_alpha", 1))
+    )
+    if plain + taught != 1:
+        keys.note(
+            "kd_ce_alpha",
+            f"The two losses add up to shares of 1 here; there the loss is {plain + taught:g} times as large.",
+        )
+    keys.put("objective.next_tokens", plain / (plain + taught), "kd_ce_alpha", "kd_alpha")
+    return {}
 
 
 def _tokens(keys: Keys) -> None:
@@ -169,6 +209,15 @@ def _data(keys: Keys) -> None:
             used = (f"{name}[{index}].{key}" for index, given in enumerate(listed) for key in _flat(given))
             keys.put(setting, found, *used)
             keys.origins[setting] = [name]
+    dropping = [bool(given.get("drop_system_message")) for given in sections(keys.tree.get("datasets"))]
+    if any(dropping) and all(dropping):
+        listed = (f"datasets[{index}].drop_system_message" for index in range(len(dropping)))
+        keys.put("data.drop_system", True, *listed)
+    elif any(dropping):
+        keys.lose(
+            f"datasets[{dropping.index(True)}].drop_system_message",
+            "One answer for all data sets here: data.drop_system.",
+        )
     templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
     if templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
         keys.put("data.template", keys.given[templates[0]], *templates)
@@ -216,7 +265,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The format of a data set's rows, None for one that is found out, and the names of its fields."""
     kind = given.get("type")
-    if keys.settings.get("objective.name", "sft") != "sft":
+    if keys.settings.get("objective.name") in joined.OF_ANSWERS:
         return _answers(keys, place, given, kind)
     if isinstance(kind, dict):
         for name in ("format", "no_input_format", "system_prompt", "system_format"):
@@ -238,6 +287,10 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
     form, fields = found.get("format"), found.get("fields", {})
     if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
         keys.note(f"{place}.type", _TEMPLATE_TEXT)
+    if form == "segments":
+        keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
+        if keys.asked("train_on_inputs"):
+            keys.lose("train_on_inputs", "Segments say themselves what is trained of them: data.format: segments.")
     if form == "text":
         column = given.get("field") or given.get("text_column")
         return form, {"text": str(column)} if column not in (None, "text") else {}

@@ -13,6 +13,8 @@ from trainer.config.peers.conversions import Inconvertible
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
+OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
+"""Objectives that compare answers, or judge whole ones."""
 _OF_FULL = ("tuning.method", "tuning.train")
 # The peers' names of templates that are ours as well.
 _TEMPLATES = {
@@ -89,6 +91,14 @@ def simpo(keys: Keys) -> None:
     """SimPO's strengths where the file names none: those of the peers, which are not ours."""
     keys.settings.setdefault("objective.beta", 0.1)
     keys.settings.setdefault("objective.gamma", 0.5)
+
+
+def without_next_tokens(keys: Keys) -> None:
+    """TRL's SimPO has CPO's term unless it is told not to."""
+    if keys.given.get("cpo_alpha") is None:
+        keys.to_do.append(
+            "objective.name: TRL adds the chosen answer's next-token loss to SimPO's, as cpo_alpha is 1 there where none is given; here it is SimPO alone."
+        )
 
 
 def duration(keys: Keys) -> None:
@@ -207,14 +217,15 @@ def without_evaluation(keys: Keys) -> None:
 
 def pairs(keys: Keys, *names: str) -> None:
     """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of one."""
-    if keys.settings.get("objective.name", "sft") != "sft" and keys.settings.get("data.sequence_length"):
+    if keys.settings.get("objective.name") in OF_ANSWERS and keys.settings.get("data.sequence_length"):
         keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
         keys.origins["data.sequence_length"].append("twice that, as both answers with their prompts lie in one row")
 
 
 def without_dropout(keys: Keys, name: str) -> None:
     """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
-    if keys.settings.get("objective.name", "sft") != "sft" and str(keys.given.get("disable_dropout", True)) != "False":
+    compares = keys.settings.get("objective.name") in OF_ANSWERS
+    if compares and str(keys.given.get("disable_dropout", True)) != "False":
         keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
 
 

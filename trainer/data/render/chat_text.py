@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.base.find.locate import NAMED_TEMPLATES
 from trainer.config import Data
 from trainer.data.format.left_out import END_OF_TURN, left_out
-from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
+from trainer.data.format.messages import Message, is_trained, read_messages, read_tools, without_system
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.render.conversation import Conversation
 from trainer.data.render.templates.template import conversation_template, template_for_tools
@@ -76,6 +76,9 @@ class ChatText:
     def render(self, given: Any, given_tools: Any) -> Rendered:
         """The text of a row's messages and tools, and what of it is trained. Raises `DataError` for a row that cannot be trained so."""
         messages, tools = read_messages(given), read_tools(given_tools)
+        if self._data.drop_system:
+            messages = without_system(messages)
+            given = given[-len(messages) :]
         if tools and self._for_tools:
             raise DataError(
                 f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used, and conversations are "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Head:
     """A matrix (outputs, hidden), `biased` with a bias: an output for each of `data.labels` where it is `labelled`, else one; of the last token of a text, or of
-    each token (`per_token`).
+    each token (`per_token`). With `several` each output says for itself whether its label holds.
 
     `task` is PEFT's name for what it does, `pipeline` the Hub's, and `transformers_class` loads base and head together. `what` it is
     begins a sentence.
@@ -23,3 +23,4 @@ class Head:
     labelled: bool
     biased: bool = False
     per_token: bool = False
+    several: bool = False

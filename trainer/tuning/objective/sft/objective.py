@@ -40,7 +40,7 @@ class NextTokens:
         "eaft_scale": 3.0,
         "neftune_alpha": 0.0,
     }
-    formats: Collection[str] = ("chat", "prompt_completion", "text", "answers")
+    formats: Collection[str] = ("chat", "prompt_completion", "text", "segments", "answers")
     reads_reference: bool = False
     survey: Survey | None = None
     unit: str = "targets"
@@ -51,7 +51,10 @@ class NextTokens:
 
     @property
     def identity(self) -> dict[str, Any]:
-        given = {"label_smoothing": self._label_smoothing, **self._own.model_dump(include=set(SftSettings.model_fields))}
+        given = {
+            "label_smoothing": self._label_smoothing,
+            **self._own.model_dump(include=set(SftSettings.model_fields)),
+        }
         return without_defaults(given, self.defaults)
 
     @property
