@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.order.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from trainer.tuning.objective.sft.settings import SftSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.head import LossHead
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 
