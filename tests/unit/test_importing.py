@@ -863,7 +863,7 @@ def test_stdout_is_the_configuration_and_the_table_is_on_stderr(site: Path, monk
         ("train.gradient_accumulation_steps=8", "It is part of train.global_batch here."),
         ("train.per_device_train_batch_size=8", "It is train.micro_batch here."),
         ("train.num_train_epochs=8", "It is train.epochs here."),
-        ("train.neftune_noise_alpha=5", "has no counterpart here: Noise on embeddings"),
+        ("train.auto_find_batch_size=true", "has no counterpart here: The micro-batch is fixed"),
         ("train.micro_batch_size=2", "train.micro_batch_size: unknown setting. It is train.micro_batch here."),
         ("train.stpes=5", "Did you mean 'steps'?"),
         ("train.lr=1e-4", "Did you mean 'optim.lr'?"),

@@ -32,7 +32,7 @@ def test_calls_with_plain_values_become_settings(tmp_path: Path) -> None:
     wanted = {
         "model.base": "Qwen/Qwen2.5-0.5B",
         "model.dtype": "bf16",
-        "quant.type": "nf4",
+        "quant.type": "fp4",
         "quant.double": True,
         "objective.name": "dpo",
         "objective.beta": 0.2,

@@ -167,19 +167,21 @@ def _distillation(keys: Keys) -> None:
         keys.lose("kd_beta", "objective.divergence is forward or reverse, and nothing between. Left at forward.")
     for name in ("kd_normalize_topk", "kd_online_server", "kd_online_timeout"):
         keys.need_not(name, "All but the teacher's likeliest tokens are one outcome here, whoever is asked.")
+    for name in keys.given:
+        if name.endswith("].logprobs_field"):
+            keys.note(name, "What a teacher says of each token is written by `capstan teach`, beside the data.")
     keys.attempt("kd_ce_alpha", lambda: _shares(keys))
 
 
 def _shares(keys: Keys) -> dict[str, Any]:
+    names = {"kd_ce_alpha": 0.0, "kd_alpha": 1.0}
     plain, taught = (
-        to.number(keys.given.get(name) or otherwise) for name, otherwise in (("kd_ce_alpha", 0), ("kd_alpha", 1))
+        otherwise if keys.given.get(name) is None else to.number(keys.given[name]) for name, otherwise in names.items()
     )
-    if plain + taught != 1:
-        keys.note(
-            "kd_ce_alpha",
-            f"The two losses add up to shares of 1 here; there the loss is {plain + taught:g} times as large.",
-        )
-    keys.put("objective.next_tokens", plain / (plain + taught), "kd_ce_alpha", "kd_alpha")
+    if (whole := plain + taught) != 1:
+        for name in names:
+            keys.note(name, f"The two losses add up to shares of 1 here; there the loss is {whole:g} times as large.")
+    keys.put("objective.next_tokens", plain / (whole or 1.0), *names)
     return {}
 
 

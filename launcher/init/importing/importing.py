@@ -148,6 +148,7 @@ def _keys(
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     known = [one for one, _ in JOINS.values()]
+    peer = peer or ("trl" if Path(path).suffix == ".py" else None)
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(found, tree, settings, origins)
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
