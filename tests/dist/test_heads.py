@@ -18,6 +18,7 @@ from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 
 CLASSES = ["bad", "good", "so-so"]
+NAMES = ["bee", "cat", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_several_classes_of_a_text_have_the_losses_of_transformers_and_are_expor
     workshop: Workshop, texts: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in texts.read_text().splitlines()]
-    said = [[name for name in ("bee", "cat", "no") if name in row["text"].split()] for row in rows]
+    said = [[name for name in NAMES if name in row["text"].split()] for row in rows]
     several = workshop.folder / "several.jsonl"
     several.write_text(
         "".join(json.dumps({"text": row["text"], "labels": of}) + "\n" for row, of in zip(rows, said, strict=True))
@@ -70,13 +71,13 @@ def test_several_classes_of_a_text_have_the_losses_of_transformers_and_are_expor
     given = (
         "objective.name=multilabel_classification",
         "data.format=auto",
-        "data.labels=[bee, cat, no]",
+        f"data.labels={json.dumps(NAMES)}",
         f"data.train=[{{path: {several}}}]",
     )
     config = classifying(workshop, texts, "several-first", *given)
     text = dump_config(config)
     ours = launch(3, heads.our_steps, text, workshop.prepare(config).train)[0]
-    flags = [[int(name in of) for name in ("bee", "cat", "no")] for of in said]
+    flags = [[int(name in of) for name in NAMES] for of in said]
     steps = [[[rows[n]["text"], flags[n]] for n in step] for step in ours["documents"]]
     (theirs,) = launch(1, heads.plain_steps, text, steps)
     assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
