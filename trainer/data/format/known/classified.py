@@ -48,7 +48,7 @@ ROW_FORMATS = {
         ("text", "label"),
         "multilabel",
         lambda values: is_text(values.get("text")) and _are_classes(values.get("label")),
-        names={"text": ("text", "sentence"), "label": ("labels", "label")},
+        names={"text": ("text", "sentence"), "label": ("label", "labels")},
         place=152,
     ),
     "multilabel_messages": RowFormat(
@@ -57,7 +57,7 @@ ROW_FORMATS = {
         lambda values: is_talk(values.get("messages")) and _are_classes(values.get("label")),
         _read_messages,
         ("messages", "label"),
-        {"messages": ("messages", "conversations", "conversation"), "label": ("labels", "label")},
+        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
         place=154,
     ),
 }
