@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset

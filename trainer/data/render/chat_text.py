@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.find.locate import NAMED_TEMPLATES
+from trainer.base.find.small_files import NAMED_TEMPLATES
 from trainer.config import Data
 from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
 from trainer.data.format.spans import Span, joined, without
