@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,7 +263,9 @@ def test_the_samples_of_a_base_of_405b_cost_little_and_show_a_weight_where_they_
 ) -> None:
     folder = tmp_path / "base"
     base = sparse_base(folder, files=191, tensors=6, bytes_each=700_000_000)
+    begin = time.process_time()  # the machine may be busy with others
     before = base.samples
+    assert time.process_time() - begin < 1
     assert base.store.range_bytes < 16e6
 
     headers = read_headers(base.store)
