@@ -6,8 +6,7 @@ train:     one generator over steps                                             
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.measure.samples import open_samples
-from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import (
     assemble,
@@ -29,27 +27,25 @@ from trainer.plan.assemble import (
     check_same_base,
     choose_sharding,
     join_run,
-    resolve_alike,
     settle,
 )
 from trainer.plan.flops import work_of
+from trainer.plan.resolve import resolve_alike
 from trainer.run import layout
 from trainer.run.environment import environment
-from trainer.run.log import rank_log
-from trainer.run.metrics import Metrics, open_trackers, peak_memory
+from trainer.run.metrics import peak_memory
 from trainer.run.owner import lost_ranks
 from trainer.run.power import metered
 from trainer.run.records import bad_windows, claim_generation
-from trainer.run.requests import StopSignal
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
-from trainer.train.end_record import early_end, last_words
-from trainer.train.heartbeat import Heart
+from trainer.train.end_record import early_end
 from trainer.train.horizon import horizon_of
 from trainer.train.initial_adapter import begin_from
 from trainer.train.loop import Training, stop_before_training, train
+from trainer.train.open_start import opened
 from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
 from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
@@ -84,34 +80,11 @@ def run_rank(
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
     with (
-        _opened(ClaimedStart(resolved, ranks, store, folder, generation, starter, elapsed)) as start,
+        opened(ClaimedStart(resolved, ranks, store, folder, generation, starter, elapsed)) as start,
         early_end(start),
     ):
         training, restored = _assemble(start, shared, resume=resume)
         _train(start, training, restored)
-
-
-@contextmanager
-def _opened(claimed: ClaimedStart) -> Iterator[Start]:
-    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to those before it."""
-    resolved, ranks, folder, generation = claimed.resolved, claimed.ranks, claimed.folder, claimed.generation
-    config, first = claimed.config, ranks.rank == 0
-    with (
-        rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
-        # Its wait for the last adapter is outside of what looks for ranks that hang.
-        adapters_beside(folder, resolved, _print, writes=first) as after_commit,
-        ExitStack() as stack,
-    ):
-        metrics = Metrics(open_trackers(folder, generation, config) if first else ())
-        stack.callback(metrics.close)
-        metrics.write("phase", phase="load")
-        seconds = min(5.0, config.track.flush_seconds)
-        stop = StopSignal(folder, watches=first, seconds=seconds, preempted=claimed.starter.preempted)
-        stack.callback(stop.close)
-        stack.enter_context(stop.on_signals())
-        heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
-        stack.callback(heart.close)
-        yield Start(**vars(claimed), metrics=metrics, stop=stop, pulse=heart, after_commit=after_commit)
 
 
 class _Rows(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
-from trainer.config import Config, Quant
+from trainer.config import Config
 from trainer.config.model import Tokens
 from trainer.store.codes import Kept
 from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
@@ -84,13 +84,6 @@ class Description:
     def in_4_bits(self) -> bool:
         """Whether its makers publish it in 4 bits, in a form in which it can stay."""
         return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
-
-    def decided(self, config: Config) -> Config:
-        """`config`, and where it says nothing of `quant`, with `quant.type: stored` over a base that is published in 4 bits: quantizing
-        it once more would lose some of what it has."""
-        if config.quant.model_fields_set or not self.in_4_bits:
-            return config
-        return config.model_copy(update={"quant": Quant(type="stored")})
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""

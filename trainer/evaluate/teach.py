@@ -127,7 +127,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> _Model:
     """The run at the checkpoint that is asked for, or the newest."""
-    run, step = place_of(config, teacher.name, teacher.setting)
+    run, step = place_of(store, teacher.name, teacher.setting)
     opened = open_run(
         run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
     )

@@ -1,6 +1,6 @@
 """A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can learn.
 
-Every program on a run's ranks goes through here in this order: `join_run`, `resolve_alike`, `settle`, `attention_of`,
+Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve_alike`, `settle`, `attention_of`,
 `choose_sharding`, `assemble`.
 """
 
@@ -19,21 +19,20 @@ from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
-from trainer.errors import ConfigError, shown
+from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
 from trainer.model.sequence_parallel.exchange import Peers, RankPeers
-from trainer.plan.mismatches import uneven_ranks
+from trainer.model.sequence_parallel.sharing import uneven_ranks
 from trainer.plan.plan import choose_scope, idle_settings, settled
-from trainer.plan.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved
 from trainer.plan.sizes import most_whole
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
 from trainer.processes.ranks import Ranks, add_in_one_order, join
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import Scope, build_deepspeed_config
-from trainer.tuning.shared.initial_adapter import SETTING, starting_at
 
 
 def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Ranks:
@@ -51,32 +50,10 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
-    if wrong := uneven_ranks(config, ranks.world_size, ranks.ranks_per_node):
+    if wrong := uneven_ranks(config.sharding.sequence_parallel, ranks.world_size, ranks.ranks_per_node):
         raise ConfigError(wrong)
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks
-
-
-def resolve_alike(config: Config, ranks: Ranks) -> Resolved:
-    """`resolve`, with one adapter to begin from on all ranks: that of a run which is learning may have a newer checkpoint by the time that
-    another rank looks, so that all take the one which rank 0 has found. Collective.
-
-    Raises as `resolve`, and `ConfigError` where a folder of PEFT has other weights on another machine.
-    """
-    with ranks.agreeing():
-        resolved = resolve(config)
-    if resolved.beginning is None:
-        return resolved
-    place: str = ranks.broadcast(resolved.beginning.place)
-    with ranks.agreeing():
-        if resolved.beginning.place != place:
-            resolved = resolve(starting_at(config, place))
-    every = ranks.together(lambda: resolved.beginning and resolved.beginning.facts)
-    if any(facts != every[0] for facts in every):
-        raise ConfigError(
-            f"{SETTING}: {shown(place)} has other weights on one machine than on another. Copy one of them to every machine."
-        )
-    return resolved
 
 
 def torch_gpus() -> tuple[int, str | None]:

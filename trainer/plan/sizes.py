@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
-from trainer.model.sequence_parallel.heads import copies_of_keys
+from trainer.model.sequence_parallel.sharing import copies_of_keys
 from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
 

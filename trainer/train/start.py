@@ -11,7 +11,7 @@ from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store.store import Store
-from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.train.heartbeat.heartbeat import Pulse, silent_pulse
 from trainer.tuning.objective.objective import Objective
 
 

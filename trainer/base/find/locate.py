@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.base.base import Base, Description
-from trainer.base.describe.config_json import parse_base_config
 from trainer.base.describe.description import describe
 from trainer.base.find.known import known_config
 from trainer.base.find.rescaled import rescaled
@@ -18,7 +17,7 @@ from trainer.base.find.small_files import (
     SMALL_FILES,
     fetched_small_files,
     read_config,
-    with_config,
+    read_scaled,
 )
 from trainer.config import Model
 from trainer.config.paths import check_files, local_path
@@ -43,24 +42,19 @@ def resolve_base(model: Model) -> Base:
     """
     local = None if in_bucket(model.base) else _directory(model, [*SMALL_FILES, "*.safetensors"])
     store = open_store(str(local or model.base), setting="model.base")
-    directory, name = _scaled(model, local or fetched_small_files(store)), str(local or store.uri)
-    config = read_config(name, directory)
+    name = str(local or store.uri)
+    directory, config = read_scaled(name, local or fetched_small_files(store), model.rope_scaling)
     return Base(name, directory, store, config, describe(config, model.layers, name=name), model.tokens)
 
 
 def base_files(model: Model) -> Path:
     """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
     if in_bucket(model.base):
-        return _scaled(model, fetched_small_files(open_store(model.base, setting="model.base")))
-    return _scaled(model, _directory(model, list(SMALL_FILES)))
-
-
-def _scaled(model: Model, directory: Path) -> Path:
-    """The base's directory, or where its rotary positions are scaled a folder with its small files and another config.json."""
-    path = directory / CONFIG
-    if model.rope_scaling.rope_type is None or not path.is_file():
-        return directory
-    return with_config(directory, rescaled(parse_base_config(model.base, path.read_bytes()), model.rope_scaling))
+        found = fetched_small_files(open_store(model.base, setting="model.base"))
+    else:
+        found = _directory(model, list(SMALL_FILES))
+    scaled = model.rope_scaling.rope_type is not None and (found / CONFIG).is_file()
+    return read_scaled(model.base, found, model.rope_scaling)[0] if scaled else found
 
 
 def _directory(model: Model, patterns: list[str]) -> Path:

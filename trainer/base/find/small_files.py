@@ -9,6 +9,8 @@ from typing import Any
 
 from trainer.base.describe.config_json import parse_base_config
 from trainer.base.describe.torch_answers import user_cache
+from trainer.base.find.rescaled import rescaled
+from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store
@@ -41,6 +43,15 @@ def read_config(name: str, directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"model.base: {name}/config.json cannot be read ({error}).") from error
     return parse_base_config(name, data)
+
+
+def read_scaled(name: str, directory: Path, scaling: RopeScaling) -> tuple[Path, dict[str, Any]]:
+    """The config.json of the base called `name`, with `scaling` in it, and the directory that has it and the base's other small files."""
+    config = read_config(name, directory)
+    if scaling.rope_type is None:
+        return directory, config
+    config = rescaled(config, scaling)
+    return with_config(directory, config), config
 
 
 def with_config(directory: Path, config: Mapping[str, Any]) -> Path:

@@ -1,0 +1,28 @@
+"""Which ranks may share a row, and how they share the heads of attention. No torch."""
+
+from math import gcd
+
+
+def copies_of_keys(heads: int, kv_heads: int, size: int) -> int:
+    """How often each head of keys is there, so that `size` ranks have as many each, beside the heads of queries that they are for; `size` divides
+    `heads`. Each copy serves as many heads of queries as every other."""
+    fewest = size // gcd(kv_heads, size)
+    return next(
+        times for times in range(fewest, heads + 1) if not (kv_heads * times % size or heads % (kv_heads * times))
+    )
+
+
+def uneven_ranks(size: int, world_size: int, ranks_per_node: int) -> str | None:
+    """Why these ranks cannot share rows, `size` ranks each, in a sentence; None if they can."""
+    per_node = min(world_size, ranks_per_node)
+    if world_size % size:
+        return (
+            f"sharding.sequence_parallel: {size} ranks share each row, and {world_size} ranks are no multiple of {size}. Change cluster.workers, or set a divisor of "
+            f"{world_size}."
+        )
+    if per_node % size:
+        return (
+            f"sharding.sequence_parallel: the {size} ranks that share a row must be on one node, and {per_node} ranks of a node are no multiple of {size}. Set a "
+            f"divisor of {per_node}."
+        )
+    return None
