@@ -121,6 +121,7 @@ class _Reader:
     whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
+        """The description of the model. Raises `ConfigError` for each kind of model that cannot be trained, as the description would be wrong for it."""
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = probe_logits(self.model, self._head)
         if logits is None:
