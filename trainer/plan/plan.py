@@ -13,7 +13,7 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.model.sequence_parallel.sharing import uneven_ranks
+from trainer.model.rows.groups import uneven_ranks
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights

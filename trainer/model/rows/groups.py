@@ -1,15 +1,4 @@
-"""Which ranks may share a row, and how they share the heads of attention. No torch."""
-
-from math import gcd
-
-
-def copies_of_keys(heads: int, kv_heads: int, size: int) -> int:
-    """How often each head of keys is there, so that `size` ranks have as many each, beside the heads of queries that they are for; `size` divides
-    `heads`. Each copy serves as many heads of queries as every other."""
-    fewest = size // gcd(kv_heads, size)
-    return next(
-        times for times in range(fewest, heads + 1) if not (kv_heads * times % size or heads % (kv_heads * times))
-    )
+"""Which ranks may share a row. No torch."""
 
 
 def uneven_ranks(size: int, world_size: int, ranks_per_node: int) -> str | None:
