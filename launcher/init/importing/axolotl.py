@@ -111,6 +111,7 @@ def _trained_part(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
+    """What training minimises. axolotl says it by several keys, and trains with some of them what we do not, which is refused."""
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
@@ -196,6 +197,7 @@ def _tokens(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
+    """The sources of the three lists of data sets, which we have as two."""
     for name, setting in (
         ("datasets", "data.train"),
         ("pretraining_dataset", "data.train"),

@@ -50,6 +50,7 @@ def join(keys: Keys, folder: Path) -> None:
 
 
 def _method(keys: Keys) -> None:
+    """The method and the storage of the base, which LLaMA-Factory says together: its adapters of a quantized base are QLoRA's."""
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
     if kind not in ("lora", "full", "freeze", "oft"):
@@ -100,6 +101,7 @@ def _oft(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
+    """The objective by the stage and the loss over pairs, and whether rows are packed, which there depends on the stage."""
     stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
     if stage not in stages:
         raise no_training(f"stage: {stage}")

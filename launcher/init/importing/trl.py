@@ -93,6 +93,7 @@ def _method(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
+    """The sources. TRL names data sets in three ways, and gives shares of a mixture to all of them, where we leave the last one the rest."""
     listed = sections(keys.tree.get("datasets"))
     single = keys.given.get("dataset_name")
     if not listed and single:

@@ -52,7 +52,8 @@ def with_labels(config: Config) -> Config:
     head, data = HEADS.get(config.objective.name), config.data
     if head is None or not head.labelled or data.labels:
         return config
-    labels = labels_of(tuple(_read(config, data, data.train, "data.train")))
+    files = _read(config, data, data.train, "data.train")
+    labels = labels_of(tuple(files))
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.describe.config_json import read_by_transformers, without_panics
+from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
