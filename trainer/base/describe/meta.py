@@ -138,7 +138,8 @@ class _Reader:
             raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
         if trial and not trial.learns:
             raise ConfigError(self._refusal("gives its layers no gradient while its embeddings stay as they are"))
-        if any(isinstance(self._owner(name), nn.Linear) for name in tied if name != head and name.endswith(".weight")):
+        shared = (name.removesuffix(".weight") for name in tied if name != head)  # of a bias that is nothing
+        if any(isinstance(self._modules.get(path), nn.Linear) for path in shared):
             raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
             layers=len(self._layers),
@@ -201,9 +202,6 @@ class _Reader:
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
         return dict(self.model.named_modules())
-
-    def _owner(self, name: str) -> nn.Module:
-        return self._modules[name.rpartition(".")[0]]
 
     def _name(self, module: nn.Module) -> str:
         """The name of a module's weight in the model."""
