@@ -28,8 +28,12 @@ def get_ready(module: str) -> None:
     """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another side, works."""
     device: Device = "gpu" if local_gpus() else "cpu"
     process = _process(device)
-    process.submit(import_module, module)
+    process.submit(_imported, module)
     _ready[device].append(process)
+
+
+def _imported(module: str) -> None:
+    import_module(module)
 
 
 def _process(device: Device) -> ProcessPoolExecutor:
