@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import LIKELY
+from trainer.config.data.row_kinds import LIKELY, PLAIN
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
@@ -97,7 +97,7 @@ def check_sources(config: Config, tokenizer: Path) -> None:
 def has_conversations(file: SourceFile) -> bool:
     """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their first row tells."""
     form = file.form
-    if form is None or form.kind in ("prompt_completion", "text"):
+    if form is None or form.kind in PLAIN:
         return False
     if form.kind == "chat" or FORMATS[form.format].read:
         return True

@@ -37,6 +37,7 @@ class ProbeRow:
     tokens: Tensor
     places: Tensor
     targets: Tensor
+    beside_zero: bool = False
 
 
 @dataclass(frozen=True)

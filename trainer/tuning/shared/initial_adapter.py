@@ -40,7 +40,7 @@ _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that do not belong to the weights.
-_FREE = {"dropout"}
+_FREE = {"dropout", "init"}
 # PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
 _BEYOND = (
     "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
