@@ -45,6 +45,7 @@ def _print_bytes() -> BytesWritten:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made later."""
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
     progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
@@ -65,7 +66,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     result |= {"facts": written.facts, "remarks": written.remarks}
     if arguments.verify:
-        get_ready()
+        get_ready("trainer.export.proof.models")
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         size = decimal(sum(header.size for header in base.headers.values()))
         progress.say(f"--verify: reads every byte of the base's files, {size}")
