@@ -13,14 +13,14 @@ HEADS: "dict[str, Head]" = declared("trainer.tuning.objective", "HEADS")
 
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md, docs/methods.md and docs/distillation.md say when to use which, and give the formulas."""
+    """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md say when to use which, and give the formulas."""
 
     name: str = setting(
         "sft",
         about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
         "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). token_classification: "
         "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target.",
+        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
@@ -32,7 +32,7 @@ class ObjectiveSettings(Section):
     )
     beta: float | None = setting(
         None,
-        about="dpo and kto: how strongly the model is held to the reference. orpo: weight of the odds ratio beside the next-token "
+        about="dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the base, 0 by default. orpo: weight of the odds ratio beside the next-token "
         "loss. simpo: scale of the log-probability a token. Default: 0.1, for simpo 2.",
         example=0.1,
         gt=0,

@@ -13,6 +13,7 @@ from trainer.base.find.content import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.inputs import with_labels
+from trainer.data.dataset.taught import taught_identity
 from trainer.data.order.settings import train_order
 from trainer.data.order.shared_prefix import shared_prefix_mismatches
 from trainer.data.render.text_files import text_of
@@ -20,8 +21,11 @@ from trainer.errors import ConfigError
 from trainer.plan.shared_rows import shared_row_mismatches
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.store.store import open_run_store
 from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
 from trainer.tuning.objective.objective import Objective, find_objective, objective_mismatches, reference_of
+from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
+from trainer.tuning.objective.teacher import teacher_of
 from trainer.tuning.shared.beginning import Beginning, find_beginning, starting_at
 
 
@@ -78,7 +82,11 @@ class Resolved:
             },
             adapter=self.method.identity,
             order=train_order(self.config).to_json(),
-            objective=self.objective.identity,
+            objective={
+                **self.objective.identity,
+                **rollout_identity(self.config, self.objective),
+                **taught_identity(open_run_store(self.config), dataset, teacher_of(self.objective)),
+            },
             optimizer=self.config.optim.name,
             text=text_of(self.config.data, base.directory).hashes,
             defaults={**self.objective.defaults, **self.method.defaults},
@@ -115,6 +123,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *stored_mismatches(config, method, base.stored),
         *objective_mismatches(config, objective, method),
+        *rollout_mismatches(config, objective),
         *shared_row_mismatches(config, base.architecture, method, objective),
         *shared_prefix_mismatches(config, base.architecture, method),
     ]

@@ -1,0 +1,152 @@
+"""`capstan rollout`: answers by vLLM servers, beside the run that learns from them."""
+
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.base.find.locate import resolve_base
+from trainer.data.compile.prepare import locate
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.rollouts import is_committed
+from trainer.errors import CapstanError, NotFound
+from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.rollout.adapters import fetch, published
+from trainer.evaluate.rollout.making import Making
+from trainer.evaluate.rollout.sampling import Drawn, Request
+from trainer.export.proof.completions import CompletionsServer
+from trainer.plan.resolve import resolve
+from trainer.run.folder import run_config
+from trainer.run.records import newest_records
+from trainer.store.store import Store, open_run_store, open_store
+
+ATTEMPTS = 3
+_PAUSE_SECONDS = 2.0
+_AT_ONCE = 64  # requests to each server
+_LOOK_SECONDS = 0.2
+_SAY_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
+    """Commit the chapters that the run lacks, each by the newest adapter that is not too old, until the run has all of them or has ended.
+
+    Raises:
+        CapstanError: a server does not answer, or the reward gives nothing, after some attempts.
+    """
+    run = open_store(ask.run)
+    config = run_config(run, ask.overrides)
+    base = resolve_base(config.model)
+    resolved, store = resolve(config, base), open_run_store(config)
+    making = Making.of(resolved, run, open_chapters(store, locate(resolved.config, base, store)["train"], run))
+    servers = [CompletionsServer.find("rollout.engine", url) for url in config.rollout.engine]
+    step, made, told = 0, 0, 0.0
+    with ExitStack() as stack:
+        stack.callback(making.scoring.close)
+        sampler = ServerSampler(
+            servers, run, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
+        )
+        stack.callback(sampler.forget)
+        while step < (config.train.steps or 0):
+            if is_committed(run, step):
+                step += 1
+                continue
+            adapter = _adapter_for(run, step, config.rollout.lag)
+            if adapter is None:
+                if time.monotonic() - told > _SAY_SECONDS:
+                    told = time.monotonic()
+                    tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
+                if _has_finished(run):
+                    break
+                time.sleep(_LOOK_SECONDS)
+                continue
+            try:
+                sampler.load(adapter)
+            except NotFound:  # the run is further already
+                continue
+            began = time.monotonic()
+            asked, request = making.asked(step)
+            drawn = sampler.sample(request)
+            made += making.commit(step, adapter, asked, request, drawn, began)
+            tell({"log": f"the answers of step {step + 1} are there, by the adapter of step {adapter}"})
+    return {"steps": step, "made": made}
+
+
+def _adapter_for(run: Store, step: int, lag: int) -> int | None:
+    """The newest adapter, where it is new enough for the chapter of `step`."""
+    newest = next((update for update in reversed(published(run)) if update <= step), None)
+    return newest if newest is not None and newest >= step - lag else None
+
+
+def _has_finished(run: Store) -> bool:
+    return any(record["kind"] == "end" and record.get("outcome") == "finished" for record in newest_records(run))
+
+
+@dataclass
+class ServerSampler:
+    """Servers of one base, each of which has the adapter loaded that was loaded last; `folder` is where they find it."""
+
+    servers: list[CompletionsServer]
+    run: Store
+    folder: Path
+    _name: str | None = None
+    _loaded: int | None = None
+
+    def load(self, adapter: int) -> None:
+        """Have every server take the adapter of this update. Raises `NotFound` where it was removed."""
+        if self._loaded == adapter:
+            return
+        name = f"{secrets.token_hex(4)}-{adapter}"
+        fetch(self.run, adapter, self.folder / name)
+        for server in self.servers:
+            patiently(lambda server=server: server.load(name, str(self.folder / name)))
+        self.forget()
+        self._name, self._loaded = name, adapter
+
+    def forget(self) -> None:
+        """Have the servers drop the adapter."""
+        if self._name is not None:
+            for server in self.servers:
+                server.unload(self._name)
+            shutil.rmtree(self.folder / self._name, ignore_errors=True)
+            self._name = self._loaded = None
+
+    def sample(self, request: Request) -> list[list[Drawn]]:
+        assert self._name is not None
+        name, stops = self._name, sorted(request.stops)
+
+        def ask(number: int, server: CompletionsServer) -> list[Drawn]:
+            found = patiently(
+                lambda: server.sample(
+                    name,
+                    list(request.prompts[number]),
+                    n=request.answers,
+                    max_tokens=request.room[number],
+                    temperature=request.temperature,
+                    seed=(request.seed + number) % 2**31,
+                    stop_token_ids=stops,
+                )
+            )
+            return [Drawn(*one) for one in found]
+
+        with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
+            numbers = range(len(request.prompts))
+            return list(pool.map(ask, numbers, islice(cycle(self.servers), len(numbers))))
+
+
+def patiently(request: Callable[[], T]) -> T:
+    """A request to a server, which may be starting again, some times."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return request()
+        except CapstanError:
+            time.sleep(_PAUSE_SECONDS)
+    return request()

@@ -1,0 +1,84 @@
+"""What a run does before each update to have its data there: nothing, but where the data is sampled from what the run has learnt."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.rollouts import Rollouts, is_committed, read_figures
+from trainer.errors import Stopped
+from trainer.evaluate.rollout.adapters import publish
+from trainer.evaluate.rollout.making import Making
+from trainer.evaluate.rollout.sampling import OwnSampler
+from trainer.state.zero.engine import Engine
+from trainer.train.start import Start
+
+Supply = Callable[[Engine, int], Mapping[str, Any]]
+"""Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the update's record. Collective;
+raises `Stopped` where a stop was asked for meanwhile."""
+
+_LOOK_SECONDS = 0.2
+_SAY_SECONDS = 30.0
+
+
+def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
+    """Of data that is read from files."""
+    return {}
+
+
+def supply_of(start: Start, fingerprint: str, rollouts: Rollouts) -> Supply:
+    """The supply of rollouts, of which the update behind step s takes chapter s; the data set of this fingerprint has the prompts. Collective."""
+    if start.config.rollout.engine != "own":
+        return partial(_by_servers, start, rollouts)
+    making = None
+    with start.ranks.agreeing():
+        if start.ranks.rank == 0:
+            prompts = open_chapters(start.store, fingerprint, start.folder)
+            making = Making.of(start.resolved, start.folder, prompts)
+    return partial(_by_ranks, start, rollouts, making)
+
+
+def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
+    """Sample the chapter here, unless an earlier start has."""
+    ranks = start.ranks
+    if not ranks.on_first(lambda: is_committed(start.folder, step)):
+        began = time.monotonic()
+
+        def first() -> Making:
+            assert making is not None, "rank 0 has it"
+            return making
+
+        asked, request = ranks.on_first(lambda: first().asked(step))
+        sampler = OwnSampler(
+            engine,
+            start.resolved.method.virtual.longest(start.resolved.base.architecture.positions),
+            lambda: start.pulse("evaluate", 0),
+        )
+        drawn = sampler.sample(request)
+        ranks.on_first(lambda: first().commit(step, step, asked, request, drawn, began))
+    return _figures(start, rollouts, step)
+
+
+def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> Mapping[str, Any]:
+    """Publish what was learnt, and wait for the chapter that another process commits."""
+    ranks, told = start.ranks, time.monotonic()
+    publish(start.folder, engine, start.resolved, step)
+    while True:
+        there = ranks.rank == 0 and is_committed(start.folder, step)
+        rows = ranks.gather(there, start.stop.requested)
+        if rows[0][0]:
+            return _figures(start, rollouts, step)
+        if any(row[1] for row in rows):
+            raise Stopped(f"stopped at step {step}, while answers were waited for")
+        start.pulse("compile", step + 1)
+        if time.monotonic() - told > _SAY_SECONDS:
+            told = time.monotonic()
+            start.metrics.write("waiting", step=step, what="answers")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _figures(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
+    rollouts.chapters.look()
+    figures = start.ranks.on_first(lambda: read_figures(start.folder, step))
+    return {**figures, "lag": step - figures.pop("adapter")}
