@@ -7,7 +7,7 @@ train:     one generator over steps                                             
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import NamedTuple
 
@@ -128,7 +128,12 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
     traced = start.config.train.profile if first else None
-    with StepProfile(traced, start.folder, start.log) as profile, metered(device, reads=first) as power:
+    # Its threads may wait for a chapter that does not come.
+    with (
+        closing(training.stream.chapters),
+        StepProfile(traced, start.folder, start.log) as profile,
+        metered(device, reads=first) as power,
+    ):
         profile.reached(step)
         for record in train(training, step, position):
             profile.reached(record["step"])
@@ -232,7 +237,7 @@ def _training(
         start=start,
         engine=engine,
         stream=rows.train,
-        supply=supply_of(start, datasets.train, rows.train.rollouts) if rows.train.rollouts else compiled,
+        supply=supply_of(start, datasets, rows.train.rollouts) if rows.train.rollouts else compiled,
         eval_stream=rows.held_out,
         eval_sets=rows.sets,
         checkpoints=checkpoints,

@@ -54,6 +54,7 @@ _MEASURES = {
     "lr": Measure("Learning rate"),
     "grad_norm": Measure("Gradient norm", "before clipping"),
     "reward": Measure("Reward", "mean of the answers"),
+    "held_out_reward": Measure("Reward of held-out prompts", "mean of the likeliest answers"),
     "reward_spread": Measure("Spread of the reward", "standard deviation among the answers to a prompt"),
     "answer_tokens": Measure("Length of answers", "tokens"),
     "log_ratio": Measure("Trainer and sampler", "nats a token, absolute"),

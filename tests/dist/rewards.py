@@ -3,9 +3,9 @@
 import time
 
 
-def letters(completions: list[str], **_: object) -> list[float]:
-    """The share of an answer's characters that are small letters."""
-    return [sum("a" <= sign <= "z" for sign in said) / max(1, len(said)) for said in completions]
+def printable(completions: list[str], **_: object) -> list[float]:
+    """The share of an answer's characters that are printed as one byte."""
+    return [sum(" " <= sign <= "~" for sign in said) / max(1, len(said)) for said in completions]
 
 
 def hangs(completions: list[str]) -> list[float]:

@@ -54,6 +54,15 @@ class Rollout(Section):
         le=1000,
         unit="updates",
     )
+    held_out: int = setting(
+        0,
+        about="So many prompts of the evaluation data (data.eval or data.held_out) are answered, by the likeliest tokens, every eval.every steps, and get the "
+        "same reward: held_out_reward in the records.",
+        example=64,
+        ge=0,
+        le=100_000,
+        unit="prompts",
+    )
     reward_seconds: float = setting(
         60, about="How long the reward of one step's answers may take.", example=300, gt=0, unit="seconds"
     )

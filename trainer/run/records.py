@@ -31,7 +31,9 @@ _NEEDED = {
 }
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps"), int),
-    **dict.fromkeys(("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float),
+    **dict.fromkeys(
+        ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
+    ),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from trainer.data.dataset.chapters import open_chapters
+from trainer.config.rollout import OWN
+from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.rollouts import Rollouts, is_committed, read_figures
 from trainer.errors import Stopped
 from trainer.evaluate.rollout.adapters import publish
@@ -27,36 +28,27 @@ def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
     return {}
 
 
-def supply_of(start: Start, fingerprint: str, rollouts: Rollouts) -> Supply:
-    """The supply of rollouts, of which the update behind step s takes chapter s; the data set of this fingerprint has the prompts. Collective."""
-    if start.config.rollout.engine != "own":
+def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
+    """The supply of rollouts, of which the update behind step s takes chapter s. Collective."""
+    if start.config.rollout.engine != OWN:
         return partial(_by_servers, start, rollouts)
     making = None
     with start.ranks.agreeing():
         if start.ranks.rank == 0:
-            prompts = open_chapters(start.store, fingerprint, start.folder)
-            making = Making.of(start.resolved, start.folder, prompts)
+            making = Making.of(start.resolved, start.store, start.folder, datasets.train, datasets.eval)
     return partial(_by_ranks, start, rollouts, making)
 
 
 def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
-    """Sample the chapter here, unless an earlier start has."""
+    """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
     ranks = start.ranks
-    if not ranks.on_first(lambda: is_committed(start.folder, step)):
-        began = time.monotonic()
-
-        def first() -> Making:
-            assert making is not None, "rank 0 has it"
-            return making
-
-        asked, request = ranks.on_first(lambda: first().asked(step))
-        sampler = OwnSampler(
-            engine,
-            start.resolved.method.virtual.longest(start.resolved.base.architecture.positions),
-            lambda: start.pulse("evaluate", 0),
-        )
-        drawn = sampler.sample(request)
-        ranks.on_first(lambda: first().commit(step, step, asked, request, drawn, began))
+    if ranks.on_first(lambda: is_committed(start.folder, step)):
+        return _figures(start, rollouts, step)
+    began = time.monotonic()
+    wanted, longest = ranks.on_first(lambda: making and (making.wanted(step), making.longest))
+    sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
+    drawn = [sampler.sample(one.request) for one in wanted]
+    ranks.on_first(lambda: making and making.commit(step, step, wanted, drawn, began))
     return _figures(start, rollouts, step)
 
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import locate
-from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
 from trainer.evaluate.ask import Ask, Tell
@@ -46,8 +45,11 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     config = run_config(run, ask.overrides)
     base = resolve_base(config.model)
     resolved, store = resolve(config, base), open_run_store(config)
-    making = Making.of(resolved, run, open_chapters(store, locate(resolved.config, base, store)["train"], run))
-    servers = [CompletionsServer.find("rollout.engine", url) for url in config.rollout.engine]
+    keys = locate(resolved.config, base, store)
+    making = Making.of(resolved, store, run, keys["train"], keys.get("eval"))
+    servers = [
+        CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
+    ]
     step, made, told = 0, 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
@@ -73,9 +75,9 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
             except NotFound:  # the run is further already
                 continue
             began = time.monotonic()
-            asked, request = making.asked(step)
-            drawn = sampler.sample(request)
-            made += making.commit(step, adapter, asked, request, drawn, began)
+            wanted = making.wanted(step)
+            drawn = [sampler.sample(one.request) for one in wanted]
+            made += making.commit(step, adapter, wanted, drawn, began)
             tell({"log": f"the answers of step {step + 1} are there, by the adapter of step {adapter}"})
     return {"steps": step, "made": made}
 

@@ -53,6 +53,8 @@ def _mismatches(config: Config) -> Iterator[str]:
             f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length: {config.data.sequence_length}. Change one "
             "of them."
         )
+    if given.held_out and not (config.eval.every and (config.data.eval or config.data.held_out)):
+        yield "rollout.held_out: has no effect without eval.every, and data.eval or data.held_out. Set them, or remove it."
     if config.train.steps is None:
         yield f"train.epochs: {name} has a step for the answers to train.global_batch prompts. Give train.steps."
     for setting, value in (
