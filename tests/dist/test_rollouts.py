@@ -16,7 +16,7 @@ from tests.material import Workshop
 from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import Config, dump_config
-from trainer.data.dataset.rollouts import chapter_name, is_committed, read_figures
+from trainer.data.dataset.rollouts import is_committed, read_figures
 from trainer.run import layout
 from trainer.store.store import Store
 
@@ -119,7 +119,7 @@ def test_whatever_is_killed_each_chapter_is_trained_on_once(workshop: Workshop) 
     figures = [read_figures(run, step) for step in range(STEPS)]
     assert all(0 <= step - figure["adapter"] <= 1 for step, figure in enumerate(figures))
     names = {entry.key.split("/")[1] for entry in run.list("data/") if entry.key.endswith("manifest.json")}
-    assert names == {chapter_name(step) for step in range(STEPS)}
+    assert names == {layout.rollouts(step) for step in range(STEPS)}
     assert losses(run) == fed(workshop, run, "fed")
 
 

@@ -94,7 +94,7 @@ def their_loss(**settings: Any) -> tuple[float, torch.Tensor]:
         "advantages": torch.tensor((centred / spread).reshape(-1), dtype=torch.float32), "old_per_token_logps": padded(SAMPLED),
         "ref_per_token_logps": padded(BASE), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    alone = SimpleNamespace(num_processes=1, gather=lambda value: value, gather_for_metrics=lambda value: value)
+    alone = SimpleNamespace(num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value)
     trainer: Any = SimpleNamespace(
         **given, aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1, max_completion_length=7, accelerator=alone, model=SimpleNamespace(training=True),

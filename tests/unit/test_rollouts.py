@@ -1,24 +1,31 @@
 """Rollouts: chapters that are committed once and checked, prompts in their order, rewards that fail in one sentence, and settings that do not fit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.material import Workshop
+from tests.unit.test_served import stub
 from trainer.config import override
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_name, commit, is_committed, read_figures
+from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, Damaged
+from trainer.evaluate.rollout import serving
 from trainer.evaluate.rollout.prompts import Prompts
 from trainer.evaluate.rollout.rewards import BUILT_IN
+from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import Scoring
+from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
 from trainer.store.store import Store, open_store
+from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches
 
@@ -83,7 +90,7 @@ def test_of_two_processes_one_commits(tmp_path: Path) -> None:
 def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path, what: str) -> None:
     run = open_store(str(tmp_path))
     commit(run, 0, rollouts(1), {})
-    (key,) = (entry.key for entry in run.list(layout.dataset(chapter_name(0))) if f"/{what}" in entry.key)
+    (key,) = (entry.key for entry in run.list(layout.dataset(layout.rollouts(0))) if f"/{what}" in entry.key)
     content = bytearray(run.get(key))
     content[len(content) // 2] ^= 1
     run.put(key, bytes(content))
@@ -157,12 +164,13 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
         (["rollout.held_out=4"], "rollout.held_out: has no effect without eval.every"),
         (["train.epochs=1"], "train.epochs: objective.name: grpo has a step for"),
         (["sharding.sequence_parallel=2"], "sharding.sequence_parallel: 2 is not possible"),
+        (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),
         (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),
     ],
 )
 def test_settings_that_do_not_suit_rollouts(workshop: Workshop, overrides: list[str], sentence: str) -> None:
     config = override(workshop.config("a", *GRPO), *overrides)
-    (said,) = rollout_mismatches(config, find_objective(config))
+    (said,) = rollout_mismatches(config, find_objective(config), method_of(config))
     assert said.startswith(sentence)
 
 
@@ -171,3 +179,55 @@ def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
     other = override(config, "rollout.reward=length", "rollout.max_lag=null")
     mine, theirs = (rollout_identity(given, find_objective(given)) for given in (config, other))
     assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
+
+
+def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
+    """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
+    for name in ("adapter_config.json", "PUBLISHED"):
+        run.put(f"rollouts/adapter-000000003/{name}", b"{}")
+    with stub(answer) as url:
+        servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
+        sampler = serving.ServerSampler(servers, run, folder)
+        sampler.load(3)
+        request = Request([[5, 6]] * prompts, 2, [4] * prompts, 1.0, 7, frozenset({2}))
+        return sampler.sample(request)
+
+
+def choices(body: dict[str, Any]) -> Any:
+    drawn = {"token_ids": [9, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    return b"loaded" if "lora_name" in body else {"choices": [drawn] * body["n"]}
+
+
+def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    asked = list[dict[str, Any]]()
+
+    def sometimes(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return 500 if len(asked) % 3 == 0 else choices(body)
+
+    found = served(open_store(str(tmp_path / "run")), tmp_path / "adapters", sometimes)
+    assert found == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
+    loaded = {body["lora_path"] for body in asked if "lora_path" in body}
+    assert {Path(path).parent for path in loaded} == {tmp_path / "adapters"}, "each server is told"
+    assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda body: b"loaded" if "lora_name" in body else 500, "answered 500 to /v1/completions: out of slots"),
+        (
+            lambda body: b"loaded" if "lora_name" in body else {"choices": [{"token_ids": []}]},
+            "without what vLLM gives",
+        ),
+        (lambda body: 404, "answered 404 to /v1/load_lora_adapter"),
+    ],
+    ids=["fails", "nothing", "no-adapters"],
+)
+def test_a_server_that_gives_nothing_is_one_sentence(
+    answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    with pytest.raises(CapstanError, match=sentence):
+        served(open_store(str(tmp_path / "run")), tmp_path / "adapters", answer)

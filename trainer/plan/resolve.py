@@ -63,6 +63,8 @@ class Resolved:
         base's weights; raises as `content_of`.
         """
         model, quant, base = self.config.model, self.config.quant, self.base
+        teacher = teacher_of(self.objective)
+        taught = {} if teacher is None else taught_identity(open_run_store(self.config), dataset, teacher)
         return Identity(
             dataset=dataset,
             base={
@@ -85,7 +87,7 @@ class Resolved:
             objective={
                 **self.objective.identity,
                 **rollout_identity(self.config, self.objective),
-                **taught_identity(open_run_store(self.config), dataset, teacher_of(self.objective)),
+                **taught,
             },
             optimizer=self.config.optim.name,
             text=text_of(self.config.data, base.directory).hashes,
@@ -123,7 +125,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *stored_mismatches(config, method, base.stored),
         *objective_mismatches(config, objective, method),
-        *rollout_mismatches(config, objective),
+        *rollout_mismatches(config, objective, method),
         *shared_row_mismatches(config, base.architecture, method, objective),
         *shared_prefix_mismatches(config, base.architecture, method),
     ]

@@ -45,10 +45,15 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
     if ranks.on_first(lambda: is_committed(start.folder, step)):
         return _figures(start, rollouts, step)
     began = time.monotonic()
-    wanted, longest = ranks.on_first(lambda: making and (making.wanted(step), making.longest))
+
+    def first() -> Making:
+        assert making is not None
+        return making
+
+    wanted, longest = ranks.on_first(lambda: (first().wanted(step), first().longest))
     sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
     drawn = [sampler.sample(one.request) for one in wanted]
-    ranks.on_first(lambda: making and making.commit(step, step, wanted, drawn, began))
+    ranks.on_first(lambda: first().commit(step, step, wanted, drawn, began))
     return _figures(start, rollouts, step)
 
 

@@ -53,17 +53,13 @@ class Rollout:
     shown: Mapping[str, Any]
 
 
-def chapter_name(number: int) -> str:
-    return f"rollouts-{number:09d}"
-
-
 def is_committed(run: Store, number: int) -> bool:
-    return run.exists(f"{layout.dataset(chapter_name(number))}{MANIFEST}")
+    return run.exists(f"{layout.dataset(layout.rollouts(number))}{MANIFEST}")
 
 
 def commit(run: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
     """Make these the chapter of this number in the folder of the run; False where another process was faster."""
-    name = chapter_name(number)
+    name = layout.rollouts(number)
     folder, attempt = run.sub(layout.dataset(name)), secrets.token_hex(8)
     tokens, columns = list[NDArray[np.uint32]](), list[NDArray[np.float32]]()
     for one in rollouts:
@@ -109,7 +105,7 @@ def commit(run: Store, number: int, rollouts: Sequence[Rollout], figures: Mappin
 
 def read_figures(run: Store, number: int) -> dict[str, Any]:
     """The figures of a committed chapter. Raises `Damaged` where it is not what was written."""
-    name = chapter_name(number)
+    name = layout.rollouts(number)
     (shard,) = read_manifest(run, name).shards
     assert shard.samples_file is not None
     content = reader(run.sub(layout.dataset(name)), _BYTES)(shard.samples_file).tobytes()
@@ -141,7 +137,7 @@ class Rollouts:
 
 
 def _open(run: Store, number: int) -> Dataset:
-    return replace(open_dataset(run, chapter_name(number)), first_document=number * _NUMBERS)
+    return replace(open_dataset(run, layout.rollouts(number)), first_document=number * _NUMBERS)
 
 
 def _put(folder: Store, key: str, content: bytes) -> FileRecord:

@@ -128,9 +128,9 @@ def read_whole(folder: Store) -> WholeRecord | None:
         return None
 
 
-def taught_identity(store: Store, dataset: str, teacher: Teacher | None) -> dict[str, Any]:
-    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued; nothing without one."""
-    whole = teacher and read_whole(teacher_folder(store.sub(layout.dataset(dataset)), teacher.to_json()))
+def taught_identity(store: Store, dataset: str, teacher: Teacher) -> dict[str, Any]:
+    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued; nothing before it is there."""
+    whole = read_whole(teacher_folder(store.sub(layout.dataset(dataset)), teacher.to_json()))
     return {"teacher_values": whole.values} if whole else {}
 
 

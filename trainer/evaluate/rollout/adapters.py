@@ -3,7 +3,6 @@
 <run>/rollouts/adapter-000000012/       the files of an export, and PUBLISHED, which is written last
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -12,34 +11,33 @@ from torch import Tensor
 from trainer.base.load.load import DTYPES
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import onto
+from trainer.run import layout
 from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 
-_FOLDER = "rollouts/"
-_PUBLISHED = "PUBLISHED"
-_NAME = re.compile(r"rollouts/adapter-(\d{9})/PUBLISHED")
-
 
 def published(run: Store) -> list[int]:
     """The updates whose adapters are there, rising."""
-    return sorted(int(found[1]) for entry in run.list(_FOLDER) if (found := _NAME.fullmatch(entry.key)))
+    steps = (layout.published_step(entry.key) for entry in run.list(layout.ROLLOUTS))
+    return sorted(step for step in steps if step is not None)
 
 
 def publish(run: Store, engine: Engine, resolved: Resolved, step: int) -> None:
     """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more. Collective."""
     ranks = engine.ranks
-    if ranks.on_first(lambda: run.exists(f"{_folder(step)}{_PUBLISHED}")):
+    if ranks.on_first(lambda: run.exists(layout.published(step))):
         return
     weights = _whole(engine, DTYPES[resolved.config.model.dtype])
 
     def write() -> None:
         files = resolved.method.export(weights, resolved.config.model).files
-        for name, content in {**files, _PUBLISHED: b""}.items():
-            run.put(f"{_folder(step)}{name}", content)
+        for name, content in files.items():
+            run.put(f"{layout.rollout_adapter(step)}{name}", content)
+        run.put(layout.published(step), b"")
         for older in published(run):
             if older < step - resolved.config.rollout.lag - 1:
-                run.delete_folder(_folder(older))
+                run.delete_folder(layout.rollout_adapter(older))
 
     ranks.on_first(write)
 
@@ -47,13 +45,9 @@ def publish(run: Store, engine: Engine, resolved: Resolved, step: int) -> None:
 def fetch(run: Store, step: int, folder: Path) -> None:
     """Copy a published adapter into a new folder of this machine. Raises `NotFound` where it was removed meanwhile."""
     folder.mkdir(parents=True)
-    prefix = _folder(step)
+    prefix = layout.rollout_adapter(step)
     for entry in run.list(prefix):
         (folder / entry.key.removeprefix(prefix)).write_bytes(run.get(entry.key))
-
-
-def _folder(step: int) -> str:
-    return f"{_FOLDER}adapter-{step:09d}/"
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The prompts of a run's data in their exact order: all before the last answer of each document, which the reward gets."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.chapters import Chapters
-from trainer.data.dataset.dataset import Dataset
-from trainer.data.order.order import EpochPlan, nothing_visited, turns
+from trainer.data.dataset.dataset import Blocks
+from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, nothing_visited, turns
 from trainer.data.order.settings import Order
 
 
@@ -27,6 +28,7 @@ class Prompts:
     def __init__(self, chapters: Chapters, order: Order, batch: int) -> None:
         self._chapters, self._order, self._batch = chapters, order, batch
         self._next, self._documents = 0, self._visited()
+        self._blocks = lru_cache(maxsize=WINDOW_BLOCKS)(self._read)  # those of a window come again and again
 
     def of(self, step: int) -> list[Asked]:
         """The prompts of the update behind `step`."""
@@ -35,9 +37,10 @@ class Prompts:
         for _ in islice(self._documents, (step - self._next) * self._batch):
             pass
         self._next = step + 1
-        return [_asked(_tokens(data, document)) for data, document in islice(self._documents, self._batch)]
+        return [_asked(self._tokens(*visit)) for visit in islice(self._documents, self._batch)]
 
-    def _visited(self) -> Iterator[tuple[Dataset, int]]:
+    def _visited(self) -> Iterator[tuple[int, int]]:
+        """The chapter and the number in it of every document that is visited, without end."""
         for epoch in count():
             visited = False
             for turn, chapter in enumerate(turns(self._chapters.count, self._order.seed, epoch)):
@@ -46,14 +49,16 @@ class Prompts:
                 for window in range(plan.num_windows):
                     for document in plan.window(window).documents.tolist():
                         visited = True
-                        yield data, document
+                        yield chapter, document
             if not visited:
                 raise nothing_visited(epoch, self._order)
 
+    def _tokens(self, chapter: int, document: int) -> NDArray[np.uint32]:
+        block = int(np.searchsorted(self._chapters.get(chapter).blocks, document, side="right")) - 1
+        return self._blocks(chapter, block).gather(np.array([document]))
 
-def _tokens(data: Dataset, document: int) -> NDArray[np.uint32]:
-    block = np.searchsorted(data.blocks, document, side="right") - 1
-    return data.read(np.array([block])).gather(np.array([document]))
+    def _read(self, chapter: int, block: int) -> Blocks:
+        return self._chapters.get(chapter).read(np.array([block]))
 
 
 def _asked(stored: NDArray[np.uint32]) -> Asked:

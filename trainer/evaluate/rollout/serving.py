@@ -6,8 +6,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +27,9 @@ from trainer.run.folder import run_config
 from trainer.run.records import newest_records
 from trainer.store.store import Store, open_run_store, open_store
 
-ATTEMPTS = 3
-_PAUSE_SECONDS = 2.0
+_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
 _AT_ONCE = 64  # requests to each server
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.5
 _SAY_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -66,8 +66,8 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
                     tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
-                if _has_finished(run):
-                    break
+                    if _has_finished(run):
+                        break
                 time.sleep(_LOOK_SECONDS)
                 continue
             try:
@@ -109,46 +109,50 @@ class ServerSampler:
         name = f"{secrets.token_hex(4)}-{adapter}"
         fetch(self.run, adapter, self.folder / name)
         for server in self.servers:
-            patiently(lambda server=server: server.load(name, str(self.folder / name)))
+            _patiently(partial(server.load, name, str(self.folder / name)))
         self.forget()
         self._name, self._loaded = name, adapter
 
     def forget(self) -> None:
-        """Have the servers drop the adapter."""
+        """Have the servers drop the adapter; one that has gone has none."""
         if self._name is not None:
             for server in self.servers:
-                server.unload(self._name)
+                with suppress(CapstanError):
+                    server.unload(self._name)
             shutil.rmtree(self.folder / self._name, ignore_errors=True)
             self._name = self._loaded = None
 
     def sample(self, request: Request) -> list[list[Drawn]]:
-        assert self._name is not None
-        name, stops = self._name, sorted(request.stops)
-
-        def ask(number: int, server: CompletionsServer) -> list[Drawn]:
-            found = patiently(
-                lambda: server.sample(
-                    name,
-                    list(request.prompts[number]),
-                    n=request.answers,
-                    max_tokens=request.room[number],
-                    temperature=request.temperature,
-                    seed=(request.seed + number) % 2**31,
-                    stop_token_ids=stops,
-                )
-            )
-            return [Drawn(*one) for one in found]
-
+        numbers = range(len(request.prompts))
         with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
-            numbers = range(len(request.prompts))
-            return list(pool.map(ask, numbers, islice(cycle(self.servers), len(numbers))))
+            return list(pool.map(partial(self._ask, request), numbers, islice(cycle(self.servers), len(numbers))))
+
+    def _ask(self, request: Request, number: int, server: CompletionsServer) -> list[Drawn]:
+        """The answers to the prompt of this number."""
+        name = self._name
+        assert name is not None
+        asked = partial(
+            server.sample,
+            name,
+            list(request.prompts[number]),
+            n=request.answers,
+            max_tokens=request.room[number],
+            temperature=request.temperature,
+            seed=(request.seed + number) % 2**31,
+            stop_token_ids=sorted(request.stops),
+        )
+        # A server that was started again has no adapter.
+        found = _patiently(asked, between=partial(server.load, name, str(self.folder / name)))
+        return [Drawn(*one) for one in found]
 
 
-def patiently(request: Callable[[], T]) -> T:
-    """A request to a server, which may be starting again, some times."""
-    for _ in range(ATTEMPTS - 1):
+def _patiently(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
+    """A request to a server that may be starting again: so many attempts, and something to try `between` them."""
+    for pause in _PAUSES:
         try:
             return request()
         except CapstanError:
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(pause)
+            with suppress(CapstanError):
+                between()
     return request()

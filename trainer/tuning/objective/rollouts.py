@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config
 from trainer.config.rollout import OWN
+from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
@@ -30,17 +31,17 @@ def rollout_identity(config: Config, objective: Objective) -> dict[str, Any]:
     return {f"rollout.{name}": getattr(config.rollout, name) for name in names}
 
 
-def rollout_mismatches(config: Config, objective: Objective) -> list[str]:
+def rollout_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
     """A sentence for each setting that does not suit rollouts, or that has no effect as there are none."""
     if isinstance(objective, LearnsFromRollouts):
-        return list(_mismatches(config))
+        return list(_mismatches(config, method))
     given, name = config.rollout, config.objective.name
     fields = type(given).model_fields.items()
     unread = [key for key, field in fields if getattr(given, key) != field.default]
     return [f"rollout.{key}: has no effect with objective.name: {name}. Remove it." for key in unread[:1]]
 
 
-def _mismatches(config: Config) -> Iterator[str]:
+def _mismatches(config: Config, method: Method) -> Iterator[str]:
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} learns from what answers are worth. Give exact, regex, json_schema, length, or module:function."
@@ -48,6 +49,8 @@ def _mismatches(config: Config) -> Iterator[str]:
         yield f"rollout.reward: {given.reward!r} is not allowed. Allowed are {', '.join(REWARDS)}, or module:function."
     if given.engine == OWN and given.max_lag is not None:
         yield "rollout.max_lag: has no effect with rollout.engine: own, which samples and trains in turns. Remove it."
+    if given.engine != OWN and method.exports_model:
+        yield f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
     if given.max_tokens >= config.data.sequence_length:
         yield (
             f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length: {config.data.sequence_length}. Change one "
