@@ -77,13 +77,15 @@ def commit(run: Store, number: int, rollouts: Sequence[Rollout], figures: Mappin
         f"columns-{attempt}.bin": np.concatenate(columns).tobytes(),
         f"samples-{attempt}.jsonl": lines.encode(),
     }
-    files = {key.partition("-")[0]: _put(folder, key, content) for key, content in contents.items()}
-    counts = {
+    files: dict[str, Any] = {
+        f"{key.partition('-')[0]}_file": _put(folder, key, content) for key, content in contents.items()
+    }
+    counts: dict[str, Any] = {
         "documents": len(rollouts),
         "tokens": len(every),
         "targets": sum(len(one.answer) for one in rollouts),
     }
-    shard = ShardRecord(source=0, chapter=0, **counts, **{f"{what}_file": file for what, file in files.items()})
+    shard = ShardRecord(source=0, chapter=0, **counts, **files)
     manifest = DatasetManifest(
         format=FORMAT,
         fingerprint=name,
@@ -131,9 +133,9 @@ class Rollouts:
 
     def _read_columns(self, chapter: int) -> tuple[Dataset, NDArray[np.float32]]:
         data = self.chapters.get(chapter)
-        (shard,) = data.manifest.shards
-        assert shard.columns_file is not None
-        return data, data.reads.patiently(lambda: reader(data.store, _COLUMNS)(shard.columns_file))
+        file = data.manifest.shards[0].columns_file
+        assert file is not None
+        return data, data.reads.patiently(lambda: reader(data.store, _COLUMNS)(file))
 
 
 def _open(run: Store, number: int) -> Dataset:

@@ -36,8 +36,8 @@ class Scoring:
         for _ in range(ATTEMPTS):
             found = self._asked(json.dumps(given).encode() + b"\n")
             wrong = found if isinstance(found, str) else _wrong(found, len(completions))
-            if wrong is None:
-                return list(found)
+            if wrong is None and not isinstance(found, str):
+                return found
             self.close()
         raise CapstanError(
             f"rollout.reward: {self._name} {wrong}, {ATTEMPTS} times. Nothing of this step is kept; correct it, and `capstan resume` goes on."

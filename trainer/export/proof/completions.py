@@ -1,6 +1,7 @@
 """A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it draws. By the standard library alone."""
 
 import json
+import math
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -94,8 +95,8 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
 
 def _drawn(choice: Any) -> tuple[list[int], list[float]]:
     tokens, log_p = list(choice["token_ids"]), [float(value) for value in choice["logprobs"]["token_logprobs"]]
-    if not tokens or len(tokens) != len(log_p):
-        raise ValueError("an answer has not as many log-probabilities as tokens")
+    if not tokens or len(tokens) != len(log_p) or not all(map(math.isfinite, log_p)):
+        raise ValueError("an answer has not a log-probability for each token")
     return tokens, log_p
 
 
