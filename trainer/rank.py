@@ -21,6 +21,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.measure.samples import open_samples
+from trainer.evaluate.rollout.making import rollouts_of
 from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run, settle
@@ -190,7 +191,8 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
         return eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
 
     if isinstance(start.objective, LearnsFromRollouts):
-        train = rollout_stream(config, Rollouts(start.folder, config.train.steps or 0), rank, world_size)
+        place = rollouts_of(start.resolved, start.folder, datasets.train)
+        train = rollout_stream(config, Rollouts(place, config.train.steps or 0), rank, world_size)
     else:
         train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():

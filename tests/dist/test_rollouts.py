@@ -17,6 +17,8 @@ from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import Config, dump_config
 from trainer.data.dataset.rollouts import is_committed, read_figures
+from trainer.evaluate.rollout.making import rollouts_of
+from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.store.store import Store
 
@@ -43,6 +45,12 @@ def config_of(workshop: Workshop, name: str, *overrides: str) -> Config:
     )
 
 
+def place_of(workshop: Workshop, config: Config) -> Store:
+    """The folder of the run's answers."""
+    key = workshop.prepare(config).train
+    return rollouts_of(resolve(config), workshop.store.sub(config.run.name), key)
+
+
 def begin(workshop: Workshop, config: Config) -> tuple[Store, tuple[Any, ...]]:
     """The folder of a new run, and the arguments of its ranks."""
     run = workshop.store.sub(config.run.name)
@@ -61,25 +69,28 @@ def fed(workshop: Workshop, source: Store, name: str, *overrides: str, world_siz
     """The losses of a run that finds the chapters of another one."""
     config = config_of(workshop, name, *overrides)
     run = workshop.store.sub(name)
-    for entry in source.list("data/"):
+    for entry in source.list("rollouts/"):
         run.put(entry.key, source.get(entry.key))
     return train(workshop, config, world_size)
 
 
 @pytest.mark.long
 def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(workshop: Workshop) -> None:
-    found = train(workshop, config_of(workshop, "own"))
-    run = workshop.store.sub("own")
-    figures = [read_figures(run, step) for step in range(STEPS)]
+    config = config_of(workshop, "own")
+    found, run = train(workshop, config), workshop.store.sub("own")
+    place = place_of(workshop, config)
+    figures = [read_figures(place, step) for step in range(STEPS)]
     rewards = [figure["reward"] for figure in figures]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
     assert {figure["adapter"] - step for step, figure in enumerate(figures)} == {0}
     records = map(json.loads, run.get(layout.metrics(1)).splitlines())
     assert all(abs(record["ratio"] - 1) < 1e-3 for record in records if record["kind"] == "step")
 
-    killed, given = begin(workshop, config_of(workshop, "killed"))
+    again = config_of(workshop, "killed")
+    killed, given = begin(workshop, again)
+    place = place_of(workshop, again)
     with running(1, *given) as group:
-        group.wait_until(lambda: is_committed(killed, 5))
+        group.wait_until(lambda: is_committed(place, 5))
         group.kill()
     assert launch(1, *given)[0]["outcome"] == "finished"
     assert losses(killed) == found
@@ -107,19 +118,20 @@ def test_whatever_is_killed_each_chapter_is_trained_on_once(workshop: Workshop) 
     with stub(answers, "base") as url:
         config = config_of(workshop, "served", f"rollout.engine=[{url}]", "rollout.max_lag=1")
         run, given = begin(workshop, config)
+        place = place_of(workshop, config)
         beside = (rollouts.sample, run.uri)
         for kill in range(4):
             with running(1, *given) as trainer, running(1, *beside), running(1, *beside):
                 step = 1 + 2 * kill
-                trainer.wait_until(lambda step=step: is_committed(run, step))
+                trainer.wait_until(lambda step=step: is_committed(place, step))
                 time.sleep(draw.random())
         with running(1, *given) as trainer, running(1, *beside) as sampler:
             assert trainer.wait()[0]["outcome"] == "finished"
             assert sampler.wait()[0]["outcome"] == "finished"
-    figures = [read_figures(run, step) for step in range(STEPS)]
+    figures = [read_figures(place, step) for step in range(STEPS)]
     assert all(0 <= step - figure["adapter"] <= 1 for step, figure in enumerate(figures))
-    names = {entry.key.split("/")[1] for entry in run.list("data/") if entry.key.endswith("manifest.json")}
-    assert names == {layout.rollouts(step) for step in range(STEPS)}
+    names = {entry.key.split("/")[1] for entry in place.list("data/") if entry.key.endswith("manifest.json")}
+    assert names == {layout.chapter_of_rollouts(step) for step in range(STEPS)}
     assert losses(run) == fed(workshop, run, "fed")
 
 

@@ -90,7 +90,7 @@ def test_of_two_processes_one_commits(tmp_path: Path) -> None:
 def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path, what: str) -> None:
     run = open_store(str(tmp_path))
     commit(run, 0, rollouts(1), {})
-    (key,) = (entry.key for entry in run.list(layout.dataset(layout.rollouts(0))) if f"/{what}" in entry.key)
+    (key,) = (entry.key for entry in run.list(layout.dataset(layout.chapter_of_rollouts(0))) if f"/{what}" in entry.key)
     content = bytearray(run.get(key))
     content[len(content) // 2] ^= 1
     run.put(key, bytes(content))
@@ -184,7 +184,7 @@ def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
 def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
     """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
     for name in ("adapter_config.json", "PUBLISHED"):
-        run.put(f"rollouts/adapter-000000003/{name}", b"{}")
+        run.put(f"adapters/step-000000003/{name}", b"{}")
     with stub(answer) as url:
         servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
         sampler = serving.ServerSampler(servers, run, folder)

@@ -24,7 +24,7 @@ EVALUATIONS = "evaluations/"
 SAMPLES = "samples/"
 PROFILES = "profiles/"
 ADAPTER = "adapter"
-ROLLOUTS = "rollouts/"
+ROLLOUT_ADAPTERS = "adapters/"
 TENSORBOARD = "tensorboard/"
 TRACKERS = "trackers/"
 TEXT = "text/"
@@ -37,7 +37,7 @@ SLURM_ATTEMPTS = "slurm/attempts/"
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
-_PUBLISHED = re.compile(r"rollouts/adapter-(\d{9})/PUBLISHED")
+_PUBLISHED = re.compile(r"adapters/step-(\d{9})/PUBLISHED")
 _OWNER = re.compile(r"owners/(\d{6})\.json")
 _RESULT = re.compile(r"(?:evaluations|samples)/step-(\d{9})\.jsonl?")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
@@ -135,9 +135,19 @@ def adapter(step: int) -> str:
     return f"{checkpoint(step)}{ADAPTER}"
 
 
+def rollouts(key: str) -> str:
+    """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them but what was learnt."""
+    return f"rollouts/{key}"
+
+
+def chapter_of_rollouts(number: int) -> str:
+    """The name of a chapter of answers, as a data set in the folder of the rollouts."""
+    return f"chapter-{number:09d}"
+
+
 def rollout_adapter(step: int) -> str:
-    """The folder of what was learnt after `step` updates, for those who sample answers by it."""
-    return f"{ROLLOUTS}adapter-{step:09d}/"
+    """The folder, in that of the rollouts, of what was learnt after `step` updates."""
+    return f"{ROLLOUT_ADAPTERS}step-{step:09d}/"
 
 
 def published(step: int) -> str:
@@ -188,10 +198,5 @@ def bases(fingerprint: str) -> str:
 
 
 def dataset(fingerprint: str) -> str:
-    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in the run's own folder."""
+    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in a folder of their own."""
     return f"data/{fingerprint}/"
-
-
-def rollouts(number: int) -> str:
-    """The name of a chapter of rollouts, as a data set."""
-    return f"rollouts-{number:09d}"

@@ -35,14 +35,14 @@ def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
     making = None
     with start.ranks.agreeing():
         if start.ranks.rank == 0:
-            making = Making.of(start.resolved, start.store, start.folder, datasets.train, datasets.eval)
+            making = Making.of(start.resolved, start.folder, datasets.train, datasets.eval)
     return partial(_by_ranks, start, rollouts, making)
 
 
 def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
     """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
     ranks = start.ranks
-    if ranks.on_first(lambda: is_committed(start.folder, step)):
+    if ranks.on_first(lambda: is_committed(rollouts.place, step)):
         return _figures(start, rollouts, step)
     began = time.monotonic()
 
@@ -60,9 +60,9 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
 def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> Mapping[str, Any]:
     """Publish what was learnt, and wait for the chapter that another process commits."""
     ranks, told = start.ranks, time.monotonic()
-    publish(start.folder, engine, start.resolved, step)
+    publish(rollouts.place, engine, start.resolved, step)
     while True:
-        there = ranks.rank == 0 and is_committed(start.folder, step)
+        there = ranks.rank == 0 and is_committed(rollouts.place, step)
         rows = ranks.gather(there, start.stop.requested)
         if rows[0][0]:
             return _figures(start, rollouts, step)
@@ -77,5 +77,5 @@ def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> 
 
 def _figures(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
     rollouts.chapters.look()
-    figures = start.ranks.on_first(lambda: read_figures(start.folder, step))
+    figures = start.ranks.on_first(lambda: read_figures(rollouts.place, step))
     return {**figures, "lag": step - figures.pop("adapter")}

@@ -1,6 +1,6 @@
 """Sampled answers as data: a chapter for each step, in the run's own folder. It is committed once, and trained on once.
 
-    <run>/data/rollouts-000000012/
+    <run>/rollouts/<key>/data/chapter-000000012/
         manifest.json                   a data set of one chapter and one shard, see trainer/data/dataset/manifest.py; written last, with a create-only PUT
         tokens-<attempt>.bin ...        its documents: each is a prompt and an answer, whose tokens are the targets
         columns-<attempt>.bin           fp32 (tokens, 2): of each answer's token the sampler's log p in nats and the advantage; NaN for a prompt's
@@ -53,14 +53,14 @@ class Rollout:
     shown: Mapping[str, Any]
 
 
-def is_committed(run: Store, number: int) -> bool:
-    return run.exists(f"{layout.dataset(layout.rollouts(number))}{MANIFEST}")
+def is_committed(place: Store, number: int) -> bool:
+    return place.exists(f"{layout.dataset(layout.chapter_of_rollouts(number))}{MANIFEST}")
 
 
-def commit(run: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
-    """Make these the chapter of this number in the folder of the run; False where another process was faster."""
-    name = layout.rollouts(number)
-    folder, attempt = run.sub(layout.dataset(name)), secrets.token_hex(8)
+def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
+    """Make these the chapter of this number in the folder of the rollouts; False where another process was faster."""
+    name = layout.chapter_of_rollouts(number)
+    folder, attempt = place.sub(layout.dataset(name)), secrets.token_hex(8)
     tokens, columns = list[NDArray[np.uint32]](), list[NDArray[np.float32]]()
     for one in rollouts:
         answer = np.array(one.answer, TOKEN) | TARGET_BIT
@@ -105,20 +105,20 @@ def commit(run: Store, number: int, rollouts: Sequence[Rollout], figures: Mappin
     return True
 
 
-def read_figures(run: Store, number: int) -> dict[str, Any]:
+def read_figures(place: Store, number: int) -> dict[str, Any]:
     """The figures of a committed chapter. Raises `Damaged` where it is not what was written."""
-    name = layout.rollouts(number)
-    (shard,) = read_manifest(run, name).shards
+    name = layout.chapter_of_rollouts(number)
+    (shard,) = read_manifest(place, name).shards
     assert shard.samples_file is not None
-    content = reader(run.sub(layout.dataset(name)), _BYTES)(shard.samples_file).tobytes()
+    content = reader(place.sub(layout.dataset(name)), _BYTES)(shard.samples_file).tobytes()
     return json.loads(content.partition(b"\n")[0])
 
 
 class Rollouts:
-    """The chapters of the folder `run`, of which there may be `count`, and the columns of their documents."""
+    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents."""
 
-    def __init__(self, run: Store, count: int) -> None:
-        self.chapters = Chapters(count, partial(_open, run))
+    def __init__(self, place: Store, count: int) -> None:
+        self.place, self.chapters = place, Chapters(count, partial(_open, place))
         self._columns = lru_cache(maxsize=4)(self._read_columns)
 
     def read(self, documents: Sequence[int]) -> NDArray[np.float32]:
@@ -138,8 +138,8 @@ class Rollouts:
         return data, data.reads.patiently(lambda: reader(data.store, _COLUMNS)(file))
 
 
-def _open(run: Store, number: int) -> Dataset:
-    return replace(open_dataset(run, layout.rollouts(number)), first_document=number * _NUMBERS)
+def _open(place: Store, number: int) -> Dataset:
+    return replace(open_dataset(place, layout.chapter_of_rollouts(number)), first_document=number * _NUMBERS)
 
 
 def _put(folder: Store, key: str, content: bytes) -> FileRecord:

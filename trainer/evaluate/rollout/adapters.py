@@ -1,6 +1,6 @@
 """What a run has learnt after each update, published in its folder for the servers that sample: in the form that its method exports.
 
-<run>/rollouts/adapter-000000012/       the files of an export, and PUBLISHED, which is written last
+<run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
 
 from pathlib import Path
@@ -17,37 +17,38 @@ from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 
 
-def published(run: Store) -> list[int]:
+def published(place: Store) -> list[int]:
     """The updates whose adapters are there, rising."""
-    steps = (layout.published_step(entry.key) for entry in run.list(layout.ROLLOUTS))
+    steps = (layout.published_step(entry.key) for entry in place.list(layout.ROLLOUT_ADAPTERS))
     return sorted(step for step in steps if step is not None)
 
 
-def publish(run: Store, engine: Engine, resolved: Resolved, step: int) -> None:
+def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
     """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more. Collective."""
     ranks = engine.ranks
-    if ranks.on_first(lambda: run.exists(layout.published(step))):
+    if ranks.on_first(lambda: place.exists(layout.published(step))):
         return
     weights = _whole(engine, DTYPES[resolved.config.model.dtype])
 
     def write() -> None:
         files = resolved.method.export(weights, resolved.config.model).files
         for name, content in files.items():
-            run.put(f"{layout.rollout_adapter(step)}{name}", content)
-        run.put(layout.published(step), b"")
-        for older in published(run):
+            place.put(f"{layout.rollout_adapter(step)}{name}", content)
+        place.put(layout.published(step), b"")
+        for older in published(place):
             if older < step - resolved.config.rollout.lag - 1:
-                run.delete_folder(layout.rollout_adapter(older))
+                place.delete_folder(layout.rollout_adapter(older))
 
     ranks.on_first(write)
 
 
-def fetch(run: Store, step: int, folder: Path) -> None:
+def fetch(place: Store, step: int, folder: Path) -> None:
     """Copy a published adapter into a new folder of this machine. Raises `NotFound` where it was removed meanwhile."""
     folder.mkdir(parents=True)
     prefix = layout.rollout_adapter(step)
-    for entry in run.list(prefix):
-        (folder / entry.key.removeprefix(prefix)).write_bytes(run.get(entry.key))
+    for entry in place.list(prefix):
+        (folder / entry.key.removeprefix(prefix)).write_bytes(place.get(entry.key))
+    place.get(layout.published(step))  # it was whole until now
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:

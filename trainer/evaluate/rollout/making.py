@@ -12,6 +12,7 @@ from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.chapters import open_chapters, whole
 from trainer.data.dataset.dataset import open_dataset
+from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.settings import eval_order, train_order
 from trainer.evaluate.measure.prompts import Prompter
@@ -19,8 +20,9 @@ from trainer.evaluate.rollout.prompts import Asked, Prompts
 from trainer.evaluate.rollout.sampling import Drawn, Request, seed_of
 from trainer.evaluate.rollout.scoring import Scoring
 from trainer.plan.resolve import Resolved
-from trainer.store.store import Store
-from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.run import layout
+from trainer.store.store import Store, open_run_store
+from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity
 
 
 class Wanted(NamedTuple):
@@ -38,20 +40,34 @@ class _Scored(NamedTuple):
     shown: list[dict[str, Any]]
 
 
+def rollouts_of(resolved: Resolved, run: Store, dataset: str) -> Store:
+    """The folder, in the run's, of the answers to the prompts of this data set. A run that is begun anew with other settings finds none of before."""
+    config = resolved.config
+    facts = {
+        "dataset": dataset,
+        "base": [resolved.base.fingerprint, config.quant.type, config.model.dtype],
+        "adapter": resolved.method.identity,
+        "objective": {**resolved.objective.identity, **rollout_identity(config, resolved.objective)},
+        "batch": [config.run.seed, config.train.global_batch],
+    }
+    return run.sub(layout.rollouts(digest_of(facts)[:12]))
+
+
 @dataclass(frozen=True)
 class Making:
-    """The parts of a run that its chapters are made of; `run` is its folder, and `held_out` are prompts that are never trained on."""
+    """The parts of a run that its chapters are made of; `place` is the folder of the rollouts, and `held_out` are prompts that are never trained on."""
 
     resolved: Resolved
-    run: Store
+    place: Store
     prompts: Prompts
     prompter: Prompter
     scoring: Scoring
     held_out: Sequence[Asked] = field(default=())
 
     @classmethod
-    def of(cls, resolved: Resolved, store: Store, run: Store, train: str, held_out: str | None) -> "Making":
-        """The parts of the run whose prompts are in the data sets of these fingerprints."""
+    def of(cls, resolved: Resolved, run: Store, train: str, held_out: str | None) -> "Making":
+        """The parts of the run in the folder `run`, whose prompts are in the data sets of these fingerprints."""
+        store = open_run_store(resolved.config)
         config, rollout = resolved.config, resolved.config.rollout
         assert rollout.reward is not None
         prompter = Prompter(load_tokenizer(resolved.base), as_trained(config), resolved.base.directory)
@@ -61,7 +77,14 @@ class Making:
             data = open_dataset(store, held_out)
             every = Prompts(whole(data), eval_order(config, data.manifest), min(rollout.held_out, len(data.lengths)))
             found = every.of(0)
-        return cls(resolved, run, prompts, prompter, Scoring(rollout.reward, rollout.reward_seconds), found)
+        return cls(
+            resolved,
+            rollouts_of(resolved, run, train),
+            prompts,
+            prompter,
+            Scoring(rollout.reward, rollout.reward_seconds),
+            found,
+        )
 
     def wanted(self, step: int) -> list[Wanted]:
         """The answers that the chapter of the update behind `step` needs: to its prompts, and where that is due to those that are held out."""
@@ -116,7 +139,7 @@ class Making:
             "sampling_seconds": round(sampled - began, 3),
             "reward_seconds": round(time.monotonic() - sampled, 3),
         }
-        return commit(self.run, step, rollouts, figures)
+        return commit(self.place, step, rollouts, figures)
 
     def _scored(self, wanted: Wanted, drawn: Sequence[Sequence[Drawn]]) -> _Scored:
         text, n = self.prompter.text, wanted.request.answers

@@ -46,7 +46,8 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     base = resolve_base(config.model)
     resolved, store = resolve(config, base), open_run_store(config)
     keys = locate(resolved.config, base, store)
-    making = Making.of(resolved, store, run, keys["train"], keys.get("eval"))
+    making = Making.of(resolved, run, keys["train"], keys.get("eval"))
+    place = making.place
     servers = [
         CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
     ]
@@ -54,14 +55,14 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
         sampler = ServerSampler(
-            servers, run, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
+            servers, place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
         )
         stack.callback(sampler.forget)
         while step < (config.train.steps or 0):
-            if is_committed(run, step):
+            if is_committed(place, step):
                 step += 1
                 continue
-            adapter = _adapter_for(run, step, config.rollout.lag)
+            adapter = _adapter_for(place, step, config.rollout.lag)
             if adapter is None:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
@@ -82,9 +83,9 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     return {"steps": step, "made": made}
 
 
-def _adapter_for(run: Store, step: int, lag: int) -> int | None:
+def _adapter_for(place: Store, step: int, lag: int) -> int | None:
     """The newest adapter, where it is new enough for the chapter of `step`."""
-    newest = next((update for update in reversed(published(run)) if update <= step), None)
+    newest = next((update for update in reversed(published(place)) if update <= step), None)
     return newest if newest is not None and newest >= step - lag else None
 
 
@@ -97,7 +98,7 @@ class ServerSampler:
     """Servers of one base, each of which has the adapter loaded that was loaded last; `folder` is where they find it."""
 
     servers: list[CompletionsServer]
-    run: Store
+    place: Store
     folder: Path
     _name: str | None = None
     _loaded: int | None = None
@@ -107,7 +108,7 @@ class ServerSampler:
         if self._loaded == adapter:
             return
         name = f"{secrets.token_hex(4)}-{adapter}"
-        fetch(self.run, adapter, self.folder / name)
+        fetch(self.place, adapter, self.folder / name)
         for server in self.servers:
             _patiently(partial(server.load, name, str(self.folder / name)))
         self.forget()
