@@ -37,10 +37,10 @@ def config_of(workshop: Workshop, name: str, *overrides: str) -> Config:
             "objective.name=grpo",
             "rollout.reward=tests.dist.rewards:printable",
             "rollout.answers=8",
-            "rollout.max_tokens=2",
+            "rollout.max_tokens=1",
         ),
-        *("quant.type=none", "model.dtype=fp32", "optim.lr=3.0e-2", "optim.schedule=constant", "optim.warmup_steps=0"),
-        *(f"train.steps={STEPS}", "train.global_batch=4", "checkpoint.every_steps=3"),
+        *("quant.type=none", "model.dtype=fp32", "optim.lr=5.0e-2", "optim.schedule=constant", "optim.warmup_steps=0"),
+        *(f"train.steps={STEPS}", "train.global_batch=8", "checkpoint.every_steps=3"),
         *overrides,
     )
 
