@@ -10,7 +10,7 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
-from trainer.config.rollout import OWN
+from trainer.config.objective import OWN
 from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable

@@ -14,7 +14,7 @@ import torch
 from tests.dist import traffic
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import Position
+from trainer.data.order.position import Position
 from trainer.train.loop import train
 
 

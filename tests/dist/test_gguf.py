@@ -20,10 +20,10 @@ from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.format import find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
-from trainer.export.proof import sides
+from trainer.export.outcome import ExportProgress, Written
+from trainer.export.proof import models
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.export.written import ExportProgress, Written
 from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
@@ -33,7 +33,7 @@ PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
 
 @pytest.fixture(autouse=True)
 def sides_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "aside", together)
+    monkeypatch.setattr(models, "aside", together)
 
 
 def sentence_piece() -> bytes:
@@ -63,7 +63,7 @@ def workshop_of(folder: Path, kind: str) -> Workshop:
     return workshop
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Committed after steps 4 and 5, whose adapters differ."""
     workshop = workshop_of(tmp_path_factory.mktemp(request.param), request.param)
@@ -100,6 +100,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
+@pytest.mark.parametrize("run", ["qwen2"], indirect=True)
 def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: Store, tmp_path: Path) -> None:
     export_merged(run, open_store(str(tmp_path / "merged")), 4)
     export_merged(run, open_store(str(tmp_path / "other")), 5)
@@ -141,6 +142,7 @@ def test_scaled_positions_are_those_of_the_file(tmp_path: Path, scaling: str) ->
     assert difference(in_file, found["scaled"]) < 1e-2 < difference(found["scaled"], found["plain"])
 
 
+@pytest.mark.parametrize("run", ["llama"], indirect=True)
 def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "peft")), 4)
     exported(run, tmp_path / "lora", "gguf-adapter")

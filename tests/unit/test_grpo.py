@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trainer.data.order.micro_batch import MicroBatch
 
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.head import IGNORE
 from trainer.tuning.objective.objective import find_objective, measured
 

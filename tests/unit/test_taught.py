@@ -28,7 +28,7 @@ from trainer.evaluate.taught_data import begun
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
 from trainer.store.store import Store, open_store
-from trainer.train.taught import stored_teacher
+from trainer.train.supply import stored_teacher
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 

@@ -7,11 +7,10 @@ from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
 from trainer.config.cluster import Cluster
-from trainer.config.data import Data
+from trainer.config.data.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
-from trainer.config.objective import ObjectiveSettings
-from trainer.config.rollout import Rollout
+from trainer.config.objective import ObjectiveSettings, Rollout
 from trainer.config.run import Checkpoint, Retry, Run, Timeouts, Track
 from trainer.config.section import Section
 from trainer.config.sweep import Sweep

@@ -1,19 +1,23 @@
-"""What a run does before each update to have its data there: nothing, but where the data is sampled from what the run has learnt."""
+"""The parts of a run's data that are not compiled rows: what a stored teacher says of them, and answers that are sampled from what the run has learnt."""
 
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from trainer.config.rollout import OWN
+from trainer.config.objective import OWN
 from trainer.data.compile.prepare import Datasets
+from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.rollouts import Rollouts, is_committed, read_figures
-from trainer.errors import Stopped
+from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
+from trainer.errors import ConfigError, Stopped, shown
 from trainer.evaluate.rollout.adapters import publish
 from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.sampling import OwnSampler
+from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.train.start import Start
+from trainer.tuning.objective.teacher import teacher_of
 
 Supply = Callable[[Engine, int], Mapping[str, Any]]
 """Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the update's record. Collective;
@@ -79,3 +83,24 @@ def _figures(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
     rollouts.chapters.look()
     figures = start.ranks.on_first(lambda: read_figures(rollouts.place, step))
     return {**figures, "lag": step - figures.pop("adapter")}
+
+
+def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:
+    """The teacher's word on the data set; None where the objective has no teacher.
+
+    Raises:
+        ConfigError: it is not there, or not all of it.
+        Damaged: it is not what was written.
+    """
+    teacher = teacher_of(start.objective)
+    if teacher is None:
+        return None
+    folder = teacher_folder(start.store.sub(layout.dataset(fingerprint)), teacher.to_json())
+    record, whole = read_teacher(folder), read_whole(folder)
+    if record is None or whole is None:
+        raise ConfigError(
+            f"{teacher.setting}: {shown(teacher.name)} has not yet written {'all of ' if record else ''}its log-probabilities of this run's "
+            f"data into {folder.uri}. Run capstan teach CONFIG first, with this configuration."
+        )
+    start.log(f"the teacher's {record.k} likeliest tokens of {whole.targets:,} targets are in {folder.uri}")
+    return StoredTeacher(folder, record, whole, reads)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config
-from trainer.config.rollout import OWN
+from trainer.config.objective import OWN
 from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
 
