@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import field_validator
+
 from trainer.config.section import Section, declared, setting, with_parts
 
 
