@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.evaluate.ask import Ask
-
 from launcher.evaluate.evaluating import bars
 from launcher.evaluate.ranks import run_ranks
 from launcher.start.group import is_rank
 from trainer.config import override
 from trainer.config.objective import OWN
 from trainer.errors import ConfigError
+from trainer.evaluate.request import Ask
 from trainer.run.folder import run_config
 from trainer.store.store import Store
 from trainer.tuning.objective.objective import find_objective

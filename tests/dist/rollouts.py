@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.dist.runs import outcome_of
-from trainer.evaluate.ask import Ask
+from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout.serving import roll_out
 
 

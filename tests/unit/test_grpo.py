@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainer.data.order.micro_batch import MicroBatch
 
 from trainer.config import parse_config
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 from trainer.tuning.objective.objective import find_objective, measured
 
 LENGTHS = (3, 5, 1, 4)

@@ -274,7 +274,7 @@ class Sharding(Section):
     )
     sequence_parallel: int = setting(
         1,
-        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention a share of its heads (Ulysses). The "
+        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention, Mamba and linear attention a share of its heads (Ulysses). The "
         "memory of activations falls as much. The ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md "
         "says what it needs.",
         example=4,

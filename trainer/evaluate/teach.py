@@ -18,6 +18,7 @@ from trainer.base.find.locate import Base, resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
@@ -100,8 +101,14 @@ class _Model:
             "weights": content_of(self.base),
             "dtype": self.config.model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
-            **({"step": self.manifest.step, "dataset": self.manifest.dataset} if self.manifest else {}),
+            **(_learnt(self.manifest) if self.manifest else {}),
         }
+
+
+def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
+    """What decides the values of a run's checkpoint: another run may have its name by now."""
+    shards = digest_of([shard.sha256 for shard in manifest.shards])
+    return {"step": manifest.step, "dataset": manifest.dataset, "shards": shards}
 
 
 def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> _Model:

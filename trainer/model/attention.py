@@ -20,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.kernels.attention import FLASH, AttentionNeeds, chosen, unable, unavailable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
+from trainer.model.rows.attention import causal
 
 VARLEN = "capstan_varlen"
 SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it
@@ -154,12 +155,6 @@ def varlen_attention(
 @cache
 def _arguments(function: Any) -> frozenset[str]:
     return frozenset(signature(function).parameters)
-
-
-def causal(query: Tensor, key: Tensor) -> Tensor:
-    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K, head)."""
-    tokens, keys = query.shape[-2], key.shape[-2]
-    return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
 
 
 def sdpa_with_sinks(

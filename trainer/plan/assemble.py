@@ -23,7 +23,7 @@ from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
-from trainer.model.sequence_parallel.exchange import Peers, RankPeers
+from trainer.model.rows.peers import Peers, RankPeers
 from trainer.plan.mismatches import uneven_ranks
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved

@@ -128,17 +128,20 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/sequence_parallel's."""
+    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
     size, tokens = config.sharding.sequence_parallel, config.train.micro_batch * config.data.sequence_length
     if size == 1:
         return
     if model.fails_shared:
         yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of this base, as {model.fails_shared}. {_ALONE}"
-    heads = sorted({layer.query_heads for layer in model.attention if layer.query_heads})
-    if uneven := [count for count in heads if count % size]:
-        yield (
-            f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} heads of this base's attention evenly. Set a divisor of {uneven[0]}."
-        )
+    heads = {
+        one.heads: "heads or channels of a layer of this base that passes states on"
+        for mixing in model.mixing
+        for one in mixing.exchanges
+    }
+    heads |= {layer.query_heads: "heads of this base's attention" for layer in model.attention if layer.query_heads}
+    if uneven := sorted(count for count in heads if count % size):
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of {uneven[0]}."
     if tokens % size:
         yield (
             f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}."

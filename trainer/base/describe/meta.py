@@ -36,7 +36,7 @@ from trainer.base.architecture import (
     Kind,
     Parameter,
 )
-from trainer.base.describe.attention_layers import attention_layers, declared
+from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
 from trainer.base.describe.config_json import EXPERT_COUNTS, read_by_transformers
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
@@ -146,6 +146,7 @@ class _Reader:
             positions=positions if positions and positions > 0 else None,
             parameters=parameters,
             attention=tuple(attention_layers(self._layers, self._modules, self.config)),
+            mixing=tuple(mixing_layers(self._layers, self._modules, self._head.in_features)),
             tied=tied,
             buffers=dict(self._buffers()),
             caps_attention=declared(self.config, "attn_logit_softcapping") is not None,

@@ -17,7 +17,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
-from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.rollout.adapters import fetch, published
 from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.sampling import Drawn, Request

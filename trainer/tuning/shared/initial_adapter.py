@@ -19,7 +19,7 @@ from trainer.base.base import Base
 from trainer.base.find.content import content_of
 from trainer.config import Config
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, StorageError, shown
+from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Key
 from trainer.state.checkpoint.division import Interval
@@ -239,7 +239,7 @@ class PeftFolder:
     def _settings(self) -> dict[str, Any]:
         try:
             settings = json.loads(self.folder.get(SETTINGS))
-        except ValueError as error:
+        except NOT_JSON as error:
             raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no JSON ({error}).") from error
         if not isinstance(settings, dict):
             raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no description of an adapter.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _DEFAULTS = {
