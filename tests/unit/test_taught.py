@@ -177,8 +177,13 @@ def test_a_server_teaches_what_it_says_of_each_target() -> None:
         np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-6)
         places[2] = {"9": {"logprob": -0.5}}
         with pytest.raises(ConfigError, match="gives fewer than the 2 likeliest .* --max-logprobs 2"):
-<<<<<<< HEAD
-            teach_server._said(server, 2, stored)
+            teach_server._said(server, 2, 10, stored)
+        places[2] = {"9": {"logprob": -0.5}, "70000": {"logprob": -1.5}}  # two bytes would hold another token
+        with pytest.raises(ConfigError, match="gives tokens that model.base lacks, which has 10"):
+            teach_server._said(server, 2, 10, stored)
+        places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
+        with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
+            teach_server._said(server, 2, 10, stored)
 
 
 def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> None:
@@ -191,12 +196,3 @@ def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> Non
         finish_teacher(folder, record, [0, 1], 2)
         found.append(taught_identity(store, "data", BIG))
     assert found[0] == found[2] != found[1]
-=======
-            teach_server._said(server, 2, 10, stored)
-        places[2] = {"9": {"logprob": -0.5}, "70000": {"logprob": -1.5}}  # two bytes would hold another token
-        with pytest.raises(ConfigError, match="gives tokens that model.base lacks, which has 10"):
-            teach_server._said(server, 2, 10, stored)
-        places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
-        with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
-            teach_server._said(server, 2, 10, stored)
->>>>>>> main

@@ -140,13 +140,8 @@ def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
             f"{setting}: {url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
         ) from error
     try:
-<<<<<<< HEAD
         return read and read(json.loads(text))
-    except (ValueError, LookupError, TypeError) as error:
-=======
-        return read(json.loads(text))
     except (*NOT_JSON, LookupError, TypeError) as error:
->>>>>>> main
         raise CapstanError(
             f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
         ) from error
