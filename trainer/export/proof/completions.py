@@ -101,19 +101,16 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
 
 
 def _drawn(choice: Any) -> tuple[list[int], list[float]]:
-    tokens, log_p = list(choice["token_ids"]), [float(value) for value in choice["logprobs"]["token_logprobs"]]
-    if not tokens or len(tokens) != len(log_p) or not all(map(math.isfinite, log_p)):
-        raise ValueError("an answer has not a log-probability for each token")
-    return tokens, log_p
+    drawn, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if not drawn or len(drawn) != len(values) or not all(type(token) is int and token >= 0 for token in drawn):
+        raise ValueError("no tokens were drawn, or not each has a log-probability")
+    return drawn, [_log_p(value) for value in values]
 
 
 def _answer(choice: Any, tokens: list[int]) -> Answer:
     places = choice["prompt_logprobs"][1:]
     log_p = [_log_p(place[str(token)]["logprob"]) for place, token in zip(places, tokens[1:], strict=True)]
-    drawn, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if not drawn or len(drawn) != len(values) or not all(type(token) is int and token >= 0 for token in drawn):
-        raise ValueError("no tokens were drawn, or not each has a log-probability")
-    return Answer(log_p, drawn, [_log_p(value) for value in values])
+    return Answer(log_p, *_drawn(choice))
 
 
 def _log_p(value: Any) -> float:
