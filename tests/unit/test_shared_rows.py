@@ -18,8 +18,8 @@ from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
 from trainer.model.divergence import Taught
 from trainer.model.micro_batch import MicroBatch
+from trainer.model.rows.groups import uneven_ranks
 from trainer.model.rows.heads import copies_of_keys
-from trainer.plan.mismatches import uneven_ranks
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
@@ -75,11 +75,10 @@ def test_a_base_whose_positions_follow_from_a_slice_is_refused() -> None:
 
 
 def test_the_ranks_are_a_multiple_on_each_node() -> None:
-    given = config("sharding.sequence_parallel=4")
-    assert uneven_ranks(given, 16, 8) is None
-    assert uneven_ranks(given, 4, 8) is None
-    assert "6 ranks are no multiple of 4" in (uneven_ranks(given, 6, 6) or "")
-    assert "must be on one node" in (uneven_ranks(given, 8, 2) or "")
+    assert uneven_ranks(4, 16, 8) is None
+    assert uneven_ranks(4, 4, 8) is None
+    assert "6 ranks are no multiple of 4" in (uneven_ranks(4, 6, 6) or "")
+    assert "must be on one node" in (uneven_ranks(4, 8, 2) or "")
     with pytest.raises(ConfigError, match=r"cluster.workers: 6 is no multiple of sharding.sequence_parallel: 4"):
         config("sharding.sequence_parallel=4", "cluster.workers=6")
     with pytest.raises(ConfigError, match="lets the number of ranks change"):

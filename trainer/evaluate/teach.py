@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
@@ -133,7 +134,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> _Model:
     """The run at the checkpoint that is asked for, or the newest."""
-    run, step = place_of(config, teacher.name, teacher.setting)
+    run, step = place_of(store, teacher.name, teacher.setting)
     opened = open_run(
         run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
     )

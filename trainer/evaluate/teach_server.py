@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.base import Base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT

@@ -1,7 +1,8 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
-All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, SDPA, flex_attention and the eager
-one, which is plain matrix products and holds all scores at once, through masks; see trainer/model/documents.py.
+All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, flex_attention and the eager one, which is
+plain matrix products and holds all scores at once, through masks, and SDPA document by document, or through a mask too; see
+trainer/model/documents.py.
 """
 
 from collections.abc import Mapping

@@ -129,7 +129,7 @@ _interface = AttentionInterface.get_interface
 
 
 def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function that a layer is about to call, by which kernel soever: document by document where a row has several without a mask, and
+    """The attention function that a layer is about to call, by which kernel soever: document by document where the mask of several was left out, and
     across the ranks that share the row, if some do."""
     attend, row = _interface(known, name, default), row_at_work()
     if row is not None and row.unmasked:
@@ -143,11 +143,12 @@ def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = row_at_work()
-        if row is not None and row.masked_here:
+        if row is not None and row.peers is not None:
             given["q_length"] = given["kv_length"] = sum(row.lengths)
         if row is not None and row.numbers is not None:
             is_plain = mask_function is causal_mask_function and given.get("attention_mask") is None
-            if row.unmasked and is_plain and make is sdpa_mask:
+            if row.are_told and is_plain and make is sdpa_mask:
+                row.unmasked = True
                 return None
             mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
             mask_function = and_masks(mask_function, row.sees)

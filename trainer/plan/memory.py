@@ -12,6 +12,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.activations import layer_values
 from trainer.config import Config
 from trainer.config.training import MLP_TILE
+from trainer.plan.mismatches import reference_of
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     StoredParameter,
@@ -25,7 +26,7 @@ from trainer.plan.sizes import (
 from trainer.state.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.state.zero.policy import Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
+from trainer.tuning.objective.objective import Objective, Survey, find_objective, segments_of
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29

@@ -60,9 +60,9 @@ def attend_by_documents(
     attention_mask: Any,
     **given: Any,
 ) -> tuple[Tensor, Any]:
-    """`attend`, for each document of a row by itself where no mask holds them apart: each is causal, and its scores are those with its own tokens
+    """`attend`, for each document of a row by itself where there is no mask: each is causal, and its scores are those with its own tokens
     and its prefix alone."""
-    if attention_mask is not None or "cu_seq_lens_q" in given:
+    if attention_mask is not None:
         return attend(module, query, key, value, attention_mask, **given)
 
     def compute(*states: Tensor) -> Tensor:

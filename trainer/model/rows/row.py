@@ -39,7 +39,8 @@ def batches(lengths: list[int]) -> list[list[int]]:
 class Documents:
     """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
     beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this rank's slice, and the lengths, which
-    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no mask."""
+    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no
+    mask; the row is `unmasked` once one was left out."""
 
     def __init__(
         self,
@@ -51,17 +52,7 @@ class Documents:
     ) -> None:
         assert (peers is None and not prefixes) or lengths is not None
         self._position_ids, self._lengths, self.peers, self.prefixes = position_ids, lengths, peers, prefixes
-        self._are_told = are_told
-
-    @property
-    def masked_here(self) -> bool:
-        """Whether transformers, which looks at the positions of a row, would make another mask than the row needs."""
-        return self.peers is not None or bool(self.prefixes)
-
-    @property
-    def unmasked(self) -> bool:
-        """Whether a causal attention can do without a mask, as it is told the several documents of the row."""
-        return self._are_told and self.numbers is not None
+        self.are_told, self.unmasked = are_told, False
 
     @cached_property
     def lengths(self) -> list[int]:
