@@ -75,6 +75,7 @@ def fed(workshop: Workshop, source: Store, name: str, *overrides: str, world_siz
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(workshop: Workshop) -> None:
     config = config_of(workshop, "own")
     found, run = train(workshop, config), workshop.store.sub("own")
@@ -113,6 +114,7 @@ def answers(body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_whatever_is_killed_each_chapter_is_trained_on_once(workshop: Workshop) -> None:
     draw = random.Random(5)
     with stub(answers, "base") as url:
