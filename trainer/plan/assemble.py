@@ -23,6 +23,7 @@ from trainer.data.order.shared_prefix import kernels_without_masks
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.exchange import Peers, RankPeers
+from trainer.model.nf4 import multiply_in_fp8
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
@@ -132,6 +133,9 @@ def assemble(
     """
     config, base, method = resolved.config, resolved.base, resolved.method
     model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
+    if config.train.products == "fp8":
+        some, of = multiply_in_fp8(model, ranks.device)
+        log(f"products: fp8 in {some} of {of} linear layers")
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
