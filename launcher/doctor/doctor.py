@@ -34,11 +34,12 @@ from trainer.store.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
-# The extras of this distribution that bring faster kernels, most of them built against the installed torch, and trackers.
+# The extras of this distribution that bring clusters of Ray, faster kernels, most of them built against the installed torch, and trackers.
 _KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
     "gpu": "pip install",
+    "ray": "pip install",
     **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
 }
 

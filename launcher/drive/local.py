@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 from rich.filesize import decimal
 
-from launcher.cluster.ray.cluster import address_of
+from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
+from launcher.start.local_ranks import ranks_here
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
@@ -48,8 +49,11 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 
 
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
-    if address_of(config) is None:
+    address = address_of(config)
+    if address is None:
         check_local_device(config)
+    if address or ranks_here(config) is None:
+        check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
     resolved = check(config, resume=resume, take_over=take_over)
     config, base = pinned(config, resolved), resolved.base
     if (size := sum(bytes_each for _, bytes_each, _ in base.versions)) >= _MUCH:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from trainer.config import Config
@@ -22,12 +23,19 @@ _SETTLE_SECONDS = 5.0
 """An elastic run starts with fewer ranks than it may have once no more room has come for so long."""
 
 
+def check_ray(what: str) -> None:
+    """Raise `ConfigError` where Ray is not installed, which `what` asks for. It is an extra: a run on one machine needs none."""
+    if find_spec("ray") is None:
+        raise ConfigError(f"{what} needs Ray. Install it: pip install 'capstan-llm[ray]'.")
+
+
 @contextmanager
 def local_ray(workers: int) -> Iterator[str]:
     """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process.
 
-    Raises `CapstanError` where it does not start.
+    Raises `CapstanError` where it does not start, `ConfigError` where Ray is not installed.
     """
+    check_ray("A Ray on this machine")
     # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
@@ -72,8 +80,9 @@ def joined_ray(address: str) -> Iterator[str]:
     """A running cluster; yields its dashboard's address, which may be empty.
 
     Raises:
-        ConfigError: it cannot be reached, refuses the token, or runs another Ray or Python.
+        ConfigError: Ray is not installed; the cluster cannot be reached, refuses the token, or runs another Ray or Python.
     """
+    check_ray(f"cluster.ray.address: {address}")
     import ray
     from ray.exceptions import AuthenticationError
 

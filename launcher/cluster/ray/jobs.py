@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from launcher.cluster.ray.cluster import address_of, first_line, refused_token
+from launcher.cluster.ray.cluster import address_of, check_ray, first_line, refused_token
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
@@ -98,6 +98,7 @@ def submit(
 
 
 def _client(address: str) -> Any:
+    check_ray(f"cluster.ray.address: {address}")
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from launcher.cluster.ray.cluster import check_ray
 from launcher.cluster.slurm import script
 from launcher.cluster.slurm.queue import SubmittedJobs, call, cancel, check_no_job, submitted_jobs, words
 from launcher.start import snapshot
@@ -73,10 +74,13 @@ def submit(
     `after` is a run, a name in the same store or a URI, that has to finish first.
 
     Raises:
-        ConfigError: a setting is wrong, the name is taken, or Slurm refuses (with its own words; the name is free again).
+        ConfigError: a setting is wrong, Ray is not installed, the name is taken, or Slurm refuses (with its own words; the name is free again).
         NothingToResume: `resume`, and nothing is committed.
     """
     config = inside_a_job(anchored(config))
+    slurm = config.cluster.slurm
+    if slurm.launch == "ray" and not (slurm.python or slurm.container):  # the nodes run this environment
+        check_ray("cluster.slurm.launch: ray")
     config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launcher.cluster.ray.cluster import address_of, first_line, fits, joined_ray, local_ray, need
+from launcher.cluster.ray.cluster import address_of, check_ray, first_line, fits, joined_ray, local_ray, need
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.drive.sweep.bases import base_facts
@@ -156,6 +156,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     Raises:
         CapstanError: with the exit code that the process should end with; `Stopped` when the sweep can go on.
     """
+    check_ray("capstan sweep")
     collect_leftovers()
     if address_of(config) is None:
         check_local_device(config)
