@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from tests.device import life
-from tests.device.cases import ALONE, OFFLOADED_ALONE, STREAMS, Case, made, run_of
+from tests.device.cases import ALONE, NODES, OFFLOADED_ALONE, STREAMS, Case, made, run_of
 from tests.device.pretended import build
-from tests.dist.launch import launch
+from tests.dist.launch import RankFailed, launch
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.export.write.adapter import export_adapter
@@ -36,12 +36,13 @@ class Line(NamedTuple):
 
 _GATHER, _OFFLOAD, _ENGINE = "trainer.state.zero.gather", "trainer.model.offload", "trainer.state.zero.engine"
 _RANKS, _ACCELERATOR = "trainer.processes.ranks", "trainer.processes.accelerator"
+_SECONDS = 600
 _CHECKPOINTS = "trainer.state.checkpoint.checkpoints"
 _NOW = "self._device.current_stream()"
 
 GATHERED = Line("compute waits for a gather", _GATHER, f"{_NOW}.wait_stream(self._stream)", "pass", STREAMS)
 LINES = (
-    Line("a gather waits for what was written before the pass", _GATHER, f"self._stream.wait_stream({_NOW})", "pass", STREAMS),
+    Line("a gather waits for what was written before the pass", _GATHER, f"self._stream.wait_stream({_NOW})", "pass", NODES),
     GATHERED,
     Line("a gather is over before its handle is dropped", _GATHER, "                        handle.wait()", "                        pass", STREAMS),
     Line("the host marks where a layer is computed", _GATHER, "            event.record()", "            pass", STREAMS),
@@ -81,9 +82,13 @@ class _Run(NamedTuple):
 
 def _run(library: str, device: Workshop, name: str, case: Case, change: list[str] | None) -> _Run:
     given = made(device, name, case)
-    ends: list[dict[str, Any]] = launch(
-        case.ranks, life.train_without, library, dump_config(given), device.prepare(given).train, change, timeout=900
-    )
+    arguments = (library, dump_config(given), device.prepare(given).train, change)
+    try:
+        ends: list[dict[str, Any]] = launch(
+            case.ranks, life.train_without, *arguments, ranks_per_node=case.ranks_per_node, timeout=_SECONDS
+        )
+    except RankFailed as error:
+        return _Run(str(error).splitlines()[0], [])
     (message, *_) = [end["message"] for end in ends if end["outcome"] != "finished"] or ["finished"]
     if message == "finished":
         export_adapter(run_of(given), open_store(str(device.folder / f"{name}-adapter")))

@@ -39,8 +39,8 @@ def _one(library: str, *arguments: Any) -> dict[str, Any]:
             ended = runs.run(*arguments)
             if library:
                 torch.ops.pretended.finish()
-        except (RuntimeError, ValueError) as error:
-            ended = {"outcome": "raised", "message": str(error).splitlines()[0]}
+        except Exception as error:
+            ended = {"outcome": "raised", "message": next(iter(str(error).splitlines()), "") or type(error).__name__}
     of_step = waits[steps[-2] : steps[-1]] if len(steps) > 1 else []
     found = {"operations": _operations(library) - before, "sent": len(sent), "waits": list(waits), "of_step": of_step}
     return {**ended, **found}

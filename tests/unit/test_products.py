@@ -81,10 +81,13 @@ def test_sizes_that_a_gpu_cannot_take_multiply_plainly() -> None:
     assert multiply_in_fp8(model, torch.device("cpu")) == (1, 3)
 
 
-def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ConfigError, match="fp8 cannot run on NVIDIA A100"):
+@pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100", (8, 0)), ("NVIDIA GeForce RTX 5090", (12, 0))])
+def test_a_gpu_without_fp8_by_rows_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ConfigError, match=f"fp8 cannot run on {name}"):
         multiply_in_fp8(layer(), torch.device("cuda:0"))
 
 

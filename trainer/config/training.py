@@ -177,7 +177,7 @@ class Train(Section):
     products: Literal["plain", "fp8"] = setting(
         "plain",
         about="How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a scale a row, sums in fp32, "
-        "on GPUs from compute capability 8.9 on (L40S, H100, B200), whose peak is twice that in bf16; what learns stays in model.dtype. It needs a base in 4 "
+        "on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose peak is twice that in bf16; what learns stays in model.dtype. It needs a base in 4 "
         "or 8 bits and model.dtype bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly.",
         example="fp8",
     )

@@ -139,7 +139,7 @@ def _products(config: Config, model: Architecture) -> list[str]:
     linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
     some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
     return [
-        f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs from compute capability 8.9 on. The time below is that of plain "
+        f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11. The time below is that of plain "
         "products where no run of this GPU was measured."
     ]
 

@@ -14,7 +14,8 @@ MULTIPLE = 16
 """Both sizes of a weight must be multiples of it for a GPU's FP8 units."""
 _TOP = 8  # the largest value is below 2**8, of at most 448
 _LEAST = -100  # the exponent of rows of zeros, or nearly
-_CAPABILITY = (8, 9)
+# By cuBLAS or CUTLASS; those from 12.0 on (RTX 50, RTX PRO) take one scale a tensor alone (pytorch/pytorch#192707).
+_SINCE, _BEFORE = (8, 9), (12, 0)
 
 
 def check(device: torch.device) -> None:
@@ -22,9 +23,9 @@ def check(device: torch.device) -> None:
     if device.type != "cuda":
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability < _CAPABILITY:
+    if torch.version.hip or not _SINCE <= capability < _BEFORE:
         raise ConfigError(
-            f"train.products: fp8 cannot run on {name}. It needs an NVIDIA GPU of compute capability 8.9 or more, such as L40S, H100 or B200. "
+            f"train.products: fp8 cannot run on {name}. It needs an NVIDIA GPU of compute capability 8.9 to 11, such as L40S, H100 or B200. "
             "Set plain."
         )
 
