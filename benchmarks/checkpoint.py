@@ -48,7 +48,7 @@ class Bench:
         """Seconds of one training step."""
         import torch
 
-        from trainer.data.order.micro_batch import MicroBatch
+        from trainer.model.micro_batch import MicroBatch
 
         tokens = torch.arange(TOKENS).remainder(1000)[None]
         borders = torch.tensor([0, TOKENS], dtype=torch.int32)

@@ -34,8 +34,8 @@ from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
-from trainer.data.order.micro_batch import Position
 from trainer.data.order.order import EpochPlan
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset as dataset_key

@@ -49,8 +49,8 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     from trainer.base.find.locate import resolve_base
     from trainer.base.load.load import DTYPES, load_model
     from trainer.config import override
-    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
     from trainer.plan.sizes import most_whole
     from trainer.processes.ranks import join

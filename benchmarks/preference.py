@@ -32,8 +32,8 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
 
     from trainer.base.load.load import DTYPES
     from trainer.config import override
-    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
+    from trainer.model.micro_batch import MicroBatch
     from trainer.plan.assemble import Sharding, assemble
     from trainer.plan.resolve import resolve
     from trainer.processes.ranks import join

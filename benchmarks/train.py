@@ -105,7 +105,7 @@ def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, docum
     from trainer.config import dump_config, parse_config
     from trainer.data.compile.prepare import prepare
     from trainer.data.dataset.chapters import open_chapters
-    from trainer.data.order.micro_batch import Position
+    from trainer.data.order.position import Position
     from trainer.data.order.stream import train_stream
     from trainer.store.store import open_run_store
 

@@ -23,6 +23,7 @@ ray_node() {
   trap 'rm -rf -- "$LOCAL"' EXIT
   exec 9<"$LOCAL" && flock 9 # nobody takes it for left as long as this node's Ray lives, which inherits the lock
   (umask 077 && cat >"$LOCAL/token")
+  echo "$SLURM_STEP_ID" >"$LOCAL/step" # steps of cluster.slurm.setup came before it
   local options=(--block --disable-usage-stats --num-cpus="$RAY_CPUS" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
   if [ "$SLURM_PROCID" = 0 ]; then
@@ -80,7 +81,8 @@ say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLU
 step=
 code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
-  srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
+  # Its rank 0 is on this node; a container need not have scontrol to say so.
+  MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
     "${python[@]}" launcher.cluster.slurm.rank "$RUN_URI" "$SUBMISSION" &
   driver=$!
@@ -99,7 +101,8 @@ read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
   "${python[@]}" launcher.cluster.slurm.job end "$RUN_URI" --exit-code "$code" --signal "$asked")
 
 if [ -n "$step" ]; then
-  scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
+  # Its first task is on this very node, and has written down which step it is.
+  scancel --signal=TERM "$SLURM_JOB_ID.$(cat "$LOCAL/step")" 2>/dev/null
   timeout 15 tail --pid="$step" -f /dev/null || kill "$step" # a node that is gone never says that it has ended
   wait "$step"
 fi

@@ -207,9 +207,9 @@ def _by_config_alone(kind: str, base: Path) -> dict[str, Any] | None:
 
 def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     from tests.dist.assembled import assemble_run
-    from trainer.data.order.micro_batch import MicroBatch
     from trainer.export.write.adapter import export_adapter
     from trainer.export.write.merged import export_merged
+    from trainer.model.micro_batch import MicroBatch
     from trainer.plan.resolve import resolve
     from trainer.state.checkpoint.checkpoints import load_partitions
     from trainer.state.checkpoint.manifest import read_manifest

@@ -42,6 +42,8 @@ LATEST = {
     "push": 8.0,
     "evaluate": 15.0,
     "evaluate on 2 ranks": 20.0,
+    "evaluate on 3 ranks": 20.0,
+    "teach on 2 ranks": 20.0,
 }
 """Seconds after which a kill of such a command still meets it at work; of others half a minute."""
 
@@ -67,6 +69,9 @@ class Killed:
                 return [*TORCHRUN, *CAPSTAN, "train", self._config(own, train={"steps": 2000})]
             case ["evaluate", *rest]:
                 return [*CAPSTAN, "evaluate", self.run.uri, f"cluster.workers={rest[1] if rest else 1}"]
+            case ["teach", _, number, *_]:
+                objective = {"name": "distil", "teacher": str(self.workshop.base), "top_k": 8}
+                return [*CAPSTAN, "teach", self._config(own, objective=objective, cluster={"workers": int(number)})]
             case ["generate"]:
                 return [*CAPSTAN, "generate", self.run.uri, "--base"]
             case ["export"]:
@@ -141,15 +146,17 @@ NAMES = (
     "sweep",
     "smoke",
 )
+MORE = ("evaluate on 3 ranks", "teach on 2 ranks")
+"""Commands whose ranks start as those of others do: they are killed at random alone."""
 
 
 def main(kills: int) -> int:
     wrong = 0
-    draw = random.Random()
+    draw, names = random.Random(), (*NAMES, *MORE)
     with tempfile.TemporaryDirectory() as folder, serve_hub() as hub:
         killed = Killed(Path(folder))
         for number in range(kills):
-            name = NAMES[number % len(NAMES)]
+            name = names[number % len(names)]
             after = draw.uniform(0.3, LATEST.get(name, 30.0))
             left, was_at_work = killed.left_by(name, after, hub.environment if name == "push" else {})
             wrong += bool(left)

@@ -26,11 +26,11 @@ from tests.triton_kernels import CAPABILITIES
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import dump_config, training
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model import tiled
 from trainer.model.attention import choose_attention
 from trainer.model.kernels import liger
 from trainer.model.kernels.liger import Kernels
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.model.parts import decoder_layers
 from trainer.tuning.method import method_of

@@ -18,6 +18,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.data.render.text_files import keep_text, text_of
+from trainer.plan.mismatches import tuning_mismatches
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Contents
@@ -26,8 +27,8 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store, open_store
-from trainer.tuning.method import method_of, tuning_mismatches
-from trainer.tuning.shared.beginning import find_beginning
+from trainer.tuning.method import method_of
+from trainer.tuning.shared.initial_adapter import find_beginning
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")

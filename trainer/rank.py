@@ -38,10 +38,10 @@ from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
-from trainer.train.begin import begin_from, resolve_alike
 from trainer.train.end_record import early_end, last_words
 from trainer.train.heartbeat import Heart
 from trainer.train.horizon import horizon_of
+from trainer.train.initial_adapter import begin_from, resolve_alike
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass

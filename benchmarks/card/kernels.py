@@ -68,9 +68,9 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     from safetensors.torch import load_file
 
     from trainer.base.load.load import empty_model
-    from trainer.data.order.micro_batch import MicroBatch
     from trainer.model.attention import choose_attention
     from trainer.model.kernels.liger import Kernels
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
     from trainer.tuning.objective.objective import find_objective
 

@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
-from launcher.view.folded import FoldedTable
+from launcher.view.wrapped_table import FoldedTable
 from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
@@ -28,7 +28,6 @@ from trainer.errors import CapstanError
 from trainer.model.kernels.attention import KERNELS
 from trainer.processes import children
 from trainer.processes.devices import count_visible, listed_gpus, unused
-from trainer.run import trackers
 from trainer.run.folder import run_folder
 from trainer.store.store import open_store
 
@@ -40,7 +39,7 @@ _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
     "gpu": "pip install",
     "ray": "pip install",
-    **dict.fromkeys(sorted(kinds(trackers, "SERVICES")), "pip install"),
+    **dict.fromkeys(sorted(kinds("trainer.run.trackers", "SERVICES")), "pip install"),
 }
 
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.

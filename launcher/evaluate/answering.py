@@ -11,8 +11,8 @@ from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
-from trainer.evaluate.ask import Ask
 from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
+from trainer.evaluate.request import Ask
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import check_step

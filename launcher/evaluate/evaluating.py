@@ -13,7 +13,7 @@ from launcher.view.console import Terminal, description, time_left
 from trainer.config import assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError
-from trainer.evaluate.ask import Ask
+from trainer.evaluate.request import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.folder import run_config

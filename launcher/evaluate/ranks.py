@@ -16,9 +16,9 @@ from launcher.start.local_group import count_ranks, end_together, places
 from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import CapstanError
-from trainer.evaluate.ask import Ask
 from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.program import answer
+from trainer.evaluate.request import Ask
 from trainer.processes import children
 
 Hear = Callable[[dict[str, Any]], None]

@@ -25,8 +25,8 @@ from trainer.errors import CapstanError, StorageError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten
 from trainer.export.format import find_format
+from trainer.export.outcome import ExportProgress
 from trainer.export.trained import trained_config
-from trainer.export.written import ExportProgress
 from trainer.processes import children
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests

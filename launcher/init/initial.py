@@ -17,7 +17,7 @@ from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources, find_train
 from trainer.data.compile.length import BYTES_A_TOKEN, epoch_length
-from trainer.data.format.left_out import strings_of
+from trainer.data.format.unrendered import strings_of
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from launcher.plan.planning import machine_of
 from launcher.plan.tables import binary
-from launcher.view.folded import FoldedTable
+from launcher.view.wrapped_table import FoldedTable
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.errors import ConfigError

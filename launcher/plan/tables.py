@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from rich.filesize import decimal
 
-from launcher.view.folded import FoldedTable
+from launcher.view.wrapped_table import FoldedTable
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
 
 _MEANING = {

@@ -9,7 +9,7 @@ from trainer.errors import CapstanError
 from trainer.processes import children
 
 _LONGEST_SECONDS = 600.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 
 
 class Command:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from launcher.start.place import warn_of_place
+from launcher.start.shared_folder import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
@@ -20,7 +20,8 @@ from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
-from trainer.plan.resolve import Resolved, mismatches, resolve
+from trainer.plan.mismatches import mismatches
+from trainer.plan.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
@@ -33,7 +34,7 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.beginning import starting_at
+from trainer.tuning.shared.initial_adapter import starting_at
 
 
 def anchored(config: Config) -> Config:

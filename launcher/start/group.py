@@ -44,20 +44,19 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that torchrun would have set, for a task of an srun step with several tasks; empty elsewhere."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
-    nodes = children.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
-    ).stdout.split()
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks // len(nodes)),
-        "MASTER_ADDR": nodes[0],
+        "LOCAL_WORLD_SIZE": str(tasks // int(environment["SLURM_STEP_NUM_NODES"])),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment["SLURM_STEP_NODELIST"]),
         # Every task derives the same port, and jobs that share a node derive different ones.
         "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
     }
+
+
+def _first_node(nodes: str) -> str:
+    """The first of the nodes that Slurm writes as a list such as gpu[07,11]."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    return children.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]

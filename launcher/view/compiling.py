@@ -10,7 +10,7 @@ from rich.progress import Progress as Bars
 from launcher.view.console import Terminal, description, time_left
 from trainer.data.compile.compile import Progress
 from trainer.data.dataset.manifest import LeftOut
-from trainer.data.format.left_out import in_words
+from trainer.data.format.unrendered import in_words
 
 _LOG_SECONDS = 10.0
 

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.view.folded import FoldedTable
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, judge
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.tables import colored
+from launcher.view.wrapped_table import FoldedTable
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration

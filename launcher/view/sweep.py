@@ -16,10 +16,10 @@ from launcher.policy.comparable import Metric
 from launcher.policy.sensitivity import Sensitivity, sensitivities
 from launcher.policy.trials import SearchPlan, Trial, in_words, word
 from launcher.view.console import Terminal
-from launcher.view.folded import FoldedTable
 from launcher.view.scores import Scores
 from launcher.view.status import Follower, RunStatus
 from launcher.view.tail import poll_seconds
+from launcher.view.wrapped_table import FoldedTable
 from trainer.config.sweep import TRAIN
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
 from trainer.run import layout

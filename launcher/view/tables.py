@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from launcher.view.console import Terminal
-from launcher.view.folded import facts
 from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
+from launcher.view.wrapped_table import facts
 from trainer.errors import StorageError
 from trainer.run.lines import duration
 from trainer.store.store import Store

@@ -100,7 +100,7 @@ def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
     exported(capstan, run, tmp_path / "expected", "--merge")
     configure(run, "tuning.alpha=320", "model.layers=1", f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
     assert exported(capstan, run, tmp_path / "planned", "--merge", "--dry-run")["step"] == 6
-    little = "import trainer.export.proof.sides; trainer.export.proof.sides.host_memory_left = lambda: 1000"
+    little = "import trainer.export.proof.models; trainer.export.proof.models.host_memory_left = lambda: 1000"
     done = capstan("export", run.uri, tmp_path / "merged", "--merge", "--verify", timeout=300, before=little)
     assert done.returncode == 0, done.stderr
     assert " ".join(done.stderr.split()).count("the exported side computes on the CPU, a layer at a time, as ") == 2

@@ -96,7 +96,7 @@ def logits(library: str, run: str, step: int, scratches: list[str | None]) -> li
     """Logits of the trained model as a proof computes them, a layer at a time where there is a folder for that: their mean a row, for each."""
     if library:
         install(Path(library))
-    from trainer.export.proof.sides import Trained
+    from trainer.export.proof.models import Trained
     from trainer.store.store import open_store
 
     found = list[list[float]]()

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, SIZES
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart, recomputed
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import join
 from trainer.state.zero.engine import Engine

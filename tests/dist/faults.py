@@ -17,7 +17,7 @@ from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.export.write.learnt import master_weights
+from trainer.export.write.learnt_weights import master_weights
 from trainer.processes.ranks import Ranks, join
 from trainer.run import layout
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from tests.dist import traffic
 from tests.dist.assembled import Assembled, assemble_run
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch
 from trainer.processes.ranks import join
 from trainer.state.zero import gather
 

@@ -14,12 +14,13 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions import reading
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.position import Position
 from trainer.export.write import merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model import nf4
 from trainer.model.attention import choose_attention
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.nf4 import FrozenLinear4bit
 from trainer.processes.ranks import join
 from trainer.state.checkpoint import shard

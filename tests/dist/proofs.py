@@ -13,7 +13,7 @@ from tests.dist import linear_adapters
 from tests.dist.launch import launch
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
-from trainer.export.proof import sides, verify
+from trainer.export.proof import models, verify
 from trainer.export.proof.recoded import prove_recoded
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
@@ -28,7 +28,7 @@ def together(_device: str, work: Callable[..., Any], *arguments: Any) -> Any:
 
 def in_this_process() -> None:
     torch.set_num_threads(1)
-    sides.aside = together
+    models.aside = together
 
 
 def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
@@ -103,7 +103,7 @@ def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
         compared[:] = torch.cat(list(one)), torch.cat(list(other))
         return distance(one, other, rows)
 
-    verify.distance, sides._fits_in_fp32 = observed, lambda *_: False
+    verify.distance, models._fits_in_fp32 = observed, lambda *_: False
     proof = export_proof(run_uri, step, adapter)
     trained, exported = compared  # the last of the comparisons
     return {

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
-from trainer.data.order.micro_batch import Position
-from trainer.model.exchange import RankPeers
+from trainer.data.order.position import Position
+from trainer.model.sequence_parallel.exchange import RankPeers
 from trainer.train.loop import train
 
 

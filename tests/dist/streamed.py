@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from trainer.export.proof import verify
 from trainer.export.proof.in_transformers import plain
+from trainer.export.proof.models import Trained
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.sides import Trained
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model.parts import decoder_layers

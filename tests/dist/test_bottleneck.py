@@ -23,7 +23,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt import master_weights
+from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan
 from trainer.state.checkpoint.manifest import read_manifest

@@ -51,6 +51,8 @@ def in_small(path: Path, workshop: Workshop) -> Config:
         "sharding.deepspeed": workshop.policy,
         "cluster.threads_per_worker": 1,
     }
+    if example.tuning.method == "oft":
+        large["tuning.block"] = 4  # which divides the small base's layers
     return load_config(path, [f"{name}={value}" for name, value in large.items()])
 
 

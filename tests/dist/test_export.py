@@ -19,7 +19,7 @@ from trainer.config import dump_config
 from trainer.errors import ConfigError, NothingToResume, StorageError
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt import master_weights
+from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps

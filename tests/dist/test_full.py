@@ -25,7 +25,7 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt import master_weights
+from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve

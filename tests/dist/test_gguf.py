@@ -20,10 +20,10 @@ from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.format import find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
-from trainer.export.proof import sides
+from trainer.export.outcome import ExportProgress, Written
+from trainer.export.proof import models
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.export.written import ExportProgress, Written
 from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long
@@ -33,7 +33,7 @@ PROMPTS = [[1, *range(262, 300)], [1, 5, 300, 17, 299, 270]]
 
 @pytest.fixture(autouse=True)
 def sides_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "aside", together)
+    monkeypatch.setattr(models, "aside", together)
 
 
 def sentence_piece() -> bytes:

@@ -19,8 +19,8 @@ from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.write.merged import export_merged
-from trainer.export.written import ExportProgress, Written
 from trainer.store.safetensors_index import numel
 from trainer.store.store import Store, open_store
 

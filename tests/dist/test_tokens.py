@@ -21,7 +21,7 @@ from trainer.base.find.tokenizer import find_rows
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt import master_weights
+from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.store.store import Store, open_store
 

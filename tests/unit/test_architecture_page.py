@@ -14,7 +14,7 @@ def named() -> list[str]:
         if begins := re.match(r" +((?:\w+/)+)(?= )", line):
             folder = begins[1]
         for name in re.findall(r"[\w./-]+\.(?:py|sh|toml)\b", line):
-            found.append(name if "/" in name or name == "pyproject.toml" else folder + name)
+            found.append(name if "/" in name or name in ("pyproject.toml", "layers.toml") else folder + name)
     return found
 
 

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Architecture, AttentionLayer
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.position import Position
 from trainer.errors import ConfigError
 from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
 from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.tuning.objective.sft.objective import NextTokens
 

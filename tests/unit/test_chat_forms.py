@@ -13,9 +13,9 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
-from trainer.data.format.left_out import in_words
+from trainer.data.format.unrendered import in_words
 from trainer.data.render.chat import Example, Renderer
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 BAR = "\uff5c"  # as in DeepSeek's tokens
 EOS, CALLS, NO_CALLS, CALL, NO_CALL, SEP = (
@@ -133,6 +133,36 @@ def test_stripped_thinking_leaves_no_empty_block(template: str) -> None:
         assert "think>" not in encoded(template, messages, thinking="strip")[0]
 
 
+# As Kimi's and Hunyuan's: every turn has a block, which is empty where nothing was thought, and in earlier turns.
+_TURNS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% set thought = (m.reasoning_content or '') if loop.last else '' %}BLOCK<|end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+KIMI = _TURNS.replace("BLOCK", "<think>{{ thought }}</think>{{ m.content }}")
+HUNYUAN = _TURNS.replace("BLOCK", "<think>\n{{ thought }}\n</think>\n<answer>\n{{ m.content }}\n</answer>")
+
+
+@pytest.mark.parametrize("messages", [THOUGHT, INLINE, PLAIN], ids=["by key", "in tags", "without"])
+@pytest.mark.parametrize(
+    ("template", "block", "answer"),
+    [
+        (KIMI, "<think></think>", "{}<|end|>"),
+        (HUNYUAN, "<think>\n\n</think>\n", "<answer>\n{}\n</answer><|end|>"),
+        ("glm4moe", "\n<think></think>\n", "{}"),
+    ],
+    ids=["kimi", "hunyuan", "glm"],
+)
+def test_an_empty_block_in_every_turn_is_the_templates_own_form_of_an_answer_without_thinking(
+    template: str, block: str, answer: str, messages: list[dict[str, Any]]
+) -> None:
+    answers = [answer.format("yo"), answer.format("ciao")]
+    assert trained(template, messages, thinking="strip") == [block + one for one in answers]
+    assert trained(template, messages, thinking="strip", train_on={"thinking": False}) == answers
+    kept = trained(template, messages, thinking="keep")
+    assert [one.replace("hm one", "").replace("hm two", "") for one in kept] == [block + one for one in answers]
+    assert messages is PLAIN or ("hm one" in kept[0] and "hm two" in kept[1])
+
+
 @pytest.mark.parametrize("template", ["llama3", "qwen3", "gptoss", "glm4moe", "qwen3_training"])
 def test_tags_in_a_users_words_change_nothing_of_what_is_trained(template: str) -> None:
     open_, close = "what is <think> ?", "and </think> ?"
@@ -243,6 +273,28 @@ def test_a_turn_ends_with_its_own_token_where_another_ends_the_conversation(gap:
     assert trained(template, PLAIN) == ["yo<|end|>", f"ciao<|end|>{gap}</s>"]
     asked = {**RESULT, "role": "user"}  # <|user|> is a token too
     assert trained(template, [PLAIN[0], calls(None, "f"), asked, PLAIN[3]])[0] == "<|start|>f<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("turn", "prompt"),
+    [
+        ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+        ("<|{{ m.role }}|>{{ m.content }}<|end|>\n", "<|assistant|>"),
+        ("### {{ m.role }}:\n{{ m.content }}</s>\n", "### assistant:\n"),
+    ],
+)
+def test_a_template_that_always_writes_the_generation_prompt_is_refused(turn: str, prompt: str) -> None:
+    """It would be trained behind the last answer."""
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    with pytest.raises(
+        ConfigError, match=r"data\.template: the chat template writes the generation prompt .* behind the last answer"
+    ):
+        encoded(f"{turns}{prompt}", PLAIN)
+    asked = (
+        f"{turns}{{% if messages[-1].role != 'assistant' %}}{prompt}{{% endif %}}"  # as many do that ignore the flag
+    )
+    for good in (asked, f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"):
+        assert [text.startswith("yo") for text in trained(good, PLAIN)] == [True, False]
 
 
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:

@@ -21,12 +21,12 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.export.__main__ import _export
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
+from trainer.export.outcome import ExportProgress
 from trainer.export.proof import verify
 from trainer.export.proof.rendering import Texts, check_rendering, trained_texts
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.export.written import ExportProgress
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 

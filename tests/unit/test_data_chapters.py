@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
-from trainer.config.data import Source
+from trainer.config.data.source import Source
 from trainer.data.compile import compile, fingerprint, shards
 from trainer.data.compile.compile import Progress, compile_chapters, compile_dataset
 from trainer.data.compile.fingerprint import count_chapters
@@ -25,13 +25,14 @@ from trainer.data.dataset import chapters
 from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.order import order, stream
-from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.order import turns
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source import rows
 from trainer.data.source.files import expand
 from trainer.errors import CapstanError, DataError, NotFound, Stopped
+from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 

@@ -25,7 +25,7 @@ from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.source import rows
 from trainer.data.source.files import expand
-from trainer.data.source.part import Part
+from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store.store import Store, open_store

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
-from trainer.config.data import ROW_FORMATS
 from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.format.formats import FORMATS
 from trainer.store.store import open_store
 
 TEMPLATE = (
@@ -347,9 +347,9 @@ def test_each_source_has_its_own_format_and_name(tmp_path: Path) -> None:
 
 
 def test_a_format_names_fields_that_it_has_and_a_kind_that_is_tokenized() -> None:
-    for name, found in ROW_FORMATS.items():
+    for name, found in FORMATS.items():
         assert set(found.needs) | set(found.names) <= set(found.fields), name
-        assert ROW_FORMATS[found.kind].read is None, name
+        assert FORMATS[found.kind].read is None, name
         if found.wider:
-            assert set(found.wider[1].values()) <= set(ROW_FORMATS[found.wider[0]].fields), name
-    assert list(ROW_FORMATS)[:3] == ["chat", "sharegpt", "alpaca"], "rows are tried in this order"
+            assert set(found.wider[1].values()) <= set(FORMATS[found.wider[0]].fields), name
+    assert list(FORMATS)[:3] == ["chat", "sharegpt", "alpaca"], "rows are tried in this order"

@@ -6,7 +6,7 @@ from tests.unit.test_data_compile import settings, texts, word_tokenizer, write
 from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.source.files import SourceFile, expand
-from trainer.data.source.part import Part
+from trainer.data.source.held_out import Part
 from trainer.store.store import open_store
 
 

@@ -29,7 +29,7 @@ from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.encode import Encoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.source.files import expand
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
 from trainer.store.store import Store, open_store

@@ -17,7 +17,7 @@ from trainer.config import Data, Source
 from trainer.data.compile.compile import compile_dataset
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.source.files import expand
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError

@@ -21,7 +21,7 @@ from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.render.labelled import Labelled, LabelledRenderer
 from trainer.data.source.files import expand
-from trainer.data.source.part import EVERYTHING
+from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import DataError
 from trainer.store.store import open_store

@@ -25,8 +25,8 @@ from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
 from trainer.data.order.bins import steps_of_epochs, total
-from trainer.data.order.micro_batch import Position
 from trainer.data.order.order import EpochPlan
+from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound

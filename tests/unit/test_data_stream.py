@@ -17,13 +17,14 @@ from trainer.data.compile.compile import compile_dataset
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Blocks, Dataset
 from trainer.data.order import order
-from trainer.data.order.micro_batch import MicroBatch, Position
 from trainer.data.order.order import EpochPlan, Window
+from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import PAD, Stream, eval_stream
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 from trainer.store.store import open_store
 
 LENGTH, EOS, DOCUMENTS = 32, 1000, 700

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model import head as head_module
 from trainer.model.divergence import Distillation, Divergence, Taught, TopK, likeliest
 from trainer.model.head import IGNORE, LossHead
+from trainer.model.micro_batch import MicroBatch
 
 T, H, V = 24, 8, 40
 reversed_or_not = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

@@ -12,8 +12,8 @@ from tests.material import Workshop, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import Config
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.attention import choose_attention
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
 from trainer.plan.flops import AttentionWork, StepWork, peak_flops, work_of

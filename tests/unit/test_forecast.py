@@ -15,8 +15,8 @@ from rich.console import Console
 
 from launcher.plan import planning
 from launcher.plan.measured import measured_rate
-from launcher.plan.opening import show_plan
 from launcher.plan.planning import Planned, plan_run
+from launcher.plan.summary import show_plan
 from tests.material import Workshop
 from tests.unit.made_records import NOW, start, step, write
 from tests.unit.test_examples import LLAMA_8B
@@ -25,7 +25,7 @@ from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import total
-from trainer.data.order.micro_batch import Position
+from trainer.data.order.position import Position
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu

@@ -20,7 +20,7 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "p
         "trainer.plan.plan",
         "trainer.state.zero.policy",
         "trainer.state.checkpoint.identity",
-        "launcher.plan.opening",
+        "launcher.plan.summary",
     ],
 )
 def test_importing_leaves_heavy_libraries_out(module: str):

@@ -47,6 +47,15 @@ def test_a_single_file_beside_an_index_of_others_is_refused(folder: Path) -> Non
     assert read_index(open_store(str(folder))).keys() == TENSORS.keys()
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file(TENSORS, tmp_path / files[0])
+    save_file({"b": -TENSORS["b"], "c": TENSORS["a"]}, tmp_path / files[1])
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": files[0], "b": files[0], "c": files[1]}}))
+    with pytest.raises(ConfigError, match=f"holds 'b' in two files, {files[0]} and {files[1]}"):
+        read_index(open_store(str(tmp_path)))
+
+
 def test_a_file_that_the_index_names_and_is_not_there_is_named(folder: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     with pytest.raises(ConfigError, match=r"names model-2\.safetensors, which is not there"):

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from launcher.drive.sweep.trial import train_trial
 from launcher.policy.trials import SearchPlan
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
-from trainer.base import sampled
+from trainer.base import weight_samples
 from trainer.base.base import Base
 from trainer.base.describe.description import describe
 from trainer.base.find.content import check_whole, hub_commit
@@ -262,11 +263,13 @@ def test_the_samples_of_a_base_of_405b_cost_little_and_show_a_weight_where_they_
 ) -> None:
     folder = tmp_path / "base"
     base = sparse_base(folder, files=191, tensors=6, bytes_each=700_000_000)
+    begin = time.process_time()  # the machine may be busy with others
     before = base.samples
+    assert time.process_time() - begin < 1
     assert base.store.range_bytes < 16e6
 
     headers = read_headers(base.store)
-    places = list(sampled._places(headers))
+    places = list(weight_samples._places(headers))
     assert {place.key for place in places} == {*headers}
     looked = places[len(places) // 2]
     between = next(at for at in range(looked.end, looked.end + 10**6, 512) if not covered(places, looked.key, at))
@@ -281,17 +284,17 @@ def test_the_samples_of_a_base_of_405b_cost_little_and_show_a_weight_where_they_
             file.write(b"\x00")
 
 
-def covered(places: list[sampled._Range], key: str, at: int) -> bool:
+def covered(places: list[weight_samples._Range], key: str, at: int) -> bool:
     return any(place.key == key and place.begin <= at < place.end for place in places)
 
 
 def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:
     base = sparse_base(tmp_path / "base", files=2, tensors=2, bytes_each=5_000_000)
-    before = sampled.hash_whole(base.store, base.headers)
+    before = weight_samples.hash_whole(base.store, base.headers)
     with (tmp_path / "base/model-00001.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    after = sampled.hash_whole(base.store, base.headers)
+    after = weight_samples.hash_whole(base.store, base.headers)
     assert {key for key in before if before[key] != after[key]} == {"model-00001.safetensors"}
 
 

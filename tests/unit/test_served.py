@@ -18,7 +18,7 @@ from tests.http_server import serving
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import ServedProof
-from trainer.export.proof import sides
+from trainer.export.proof import models
 from trainer.export.proof.completions import CompletionsServer
 from trainer.export.proof.served import prove_served
 from trainer.export.write.adapter import export_adapter
@@ -128,7 +128,7 @@ def completing(model: Any) -> Complete:
 
 @pytest.mark.long
 def test_a_served_adapter_is_proven_and_another_base_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "aside", lambda device, work, *arguments: work(*arguments))
+    monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
     workshop = Workshop(tmp_path)
     config = workshop.config("done")
     run = workshop.store.sub("done")

@@ -13,7 +13,7 @@ from tests.unit.test_documents import IN_BATCHES, build, row, settings
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.trial.self_test import ThreadPeers
 from trainer.model.documents import lengths_known
-from trainer.model.exchange import Peers
+from trainer.model.sequence_parallel.exchange import Peers
 
 QUICK = ("gemma2", "mixtral")
 LENGTHS = (23, 30, 11)

@@ -11,13 +11,13 @@ from tests.unit.test_plan import config, plan_of
 from trainer.config import Data
 from trainer.data.compile.encode import Encoder
 from trainer.data.dataset.chapters import whole
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source.files import expand
-from trainer.data.source.part import EVERYTHING
+from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import ConfigError
+from trainer.model.micro_batch import MicroBatch
 from trainer.store.store import open_store
 
 LENGTH = 64

@@ -12,11 +12,12 @@ from launcher.view.status import RunStatus
 from launcher.view.tables import render
 from tests.families import FAMILIES, SIZES
 from tests.unit.test_plan import config, plan_of
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.position import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
-from trainer.model.shared_heads import copies_of_keys
-from trainer.plan.shared_rows import uneven_ranks
+from trainer.model.micro_batch import MicroBatch
+from trainer.model.sequence_parallel.heads import copies_of_keys
+from trainer.plan.mismatches import uneven_ranks
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}

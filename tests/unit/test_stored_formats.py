@@ -23,9 +23,9 @@ from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
 from trainer.base.stored.mxfp4.experts import Mxfp4Experts
+from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.coded import Coded
 from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
-from trainer.base.stored.shared.reads import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers

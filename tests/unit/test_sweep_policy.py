@@ -8,8 +8,8 @@ import pytest
 
 from launcher.drive.sweep.search import STEP, VALUE, EarlyStopping, next_look
 from launcher.policy.sensitivity import sensitivities
+from launcher.policy.trial_order import Candidate, Turns
 from launcher.policy.trials import Trial
-from launcher.policy.turns import Candidate, Turns
 from tests.unit.test_sweep import LR
 from trainer.config.sweep import Sweep
 

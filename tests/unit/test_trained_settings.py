@@ -12,10 +12,10 @@ from tests.material import Workshop, commit
 from trainer.config import override
 from trainer.errors import ConfigError, Damaged, StorageError
 from trainer.export.format import find_format
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.trained import check_overrides, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.export.written import ExportProgress, Written
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store

@@ -16,12 +16,12 @@ from trainer.base.describe.description import describe
 from trainer.config import Config, load_config, parse_config
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import Stream
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method

@@ -13,10 +13,11 @@ from tests.material import Workshop, make_labelled, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.order.micro_batch import MicroBatch, Position
+from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.evaluate.measure.losses import document_losses
 from trainer.model.attention import choose_attention
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
 from trainer.processes.accelerator import onto

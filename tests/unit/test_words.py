@@ -17,7 +17,7 @@ from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.export.export import lines
 from launcher.report import report
 from launcher.start.check import check_idle, checked
-from launcher.start.place import warn_of_place
+from launcher.start.shared_folder import warn_of_place
 from launcher.view.console import Terminal
 from launcher.view.status import read_status
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write

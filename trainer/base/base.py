@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
-from trainer.base.sampled import sample_weights
+from trainer.base.weight_samples import sample_weights
 from trainer.config import Config, Quant
 from trainer.config.model import Tokens
 from trainer.store.codes import Kept
@@ -142,7 +142,7 @@ class Base:
 
     @cached_property
     def samples(self) -> dict[str, str]:
-        """Changes for each file when its weights do, as far as trainer/base/sampled.py looks at them."""
+        """Changes for each file when its weights do, as far as trainer/base/weight_samples.py looks at them."""
         return sample_weights(self.store, self.headers)
 
     @cached_property

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.cluster import Slurm
-from trainer.config.data import Data, Source
+from trainer.config.data.data import Data
+from trainer.config.data.source import Source
 from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings

@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.data import LIKELY, ROW_FORMATS, Data, Format, kind_of
+from trainer.config.data.data import Data
+from trainer.config.data.row_kinds import LIKELY, ROW_FORMATS, Format, kind_of
 from trainer.config.section import Section, setting
 
 UNNAMED = "eval"

@@ -1,14 +1,31 @@
 """The settings of the objective: what training minimises."""
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from trainer.config.section import Section, declared, setting, with_parts
 
-if TYPE_CHECKING:
-    from trainer.tuning.objective.head import Head
 
-HEADS: "dict[str, Head]" = declared("trainer.tuning.objective", "HEADS")
-"""The heads of those objectives that have one of their own, by the objective's name."""
+@dataclass(frozen=True)
+class Head:
+    """A head that an objective has of its own: it learns beside the method, in the place of the language model's head.
+
+    It is a matrix (outputs, hidden), `biased` with a bias, and has an output for each of `data.labels` where it is `labelled`, else one. It reads the
+    last token of a text, or each token (`per_token`). `task` is PEFT's name for what it does and `pipeline` the Hub's, `transformers_class` loads base
+    and head together, and `what` it is begins a sentence.
+    """
+
+    task: str
+    pipeline: str
+    transformers_class: str
+    what: str
+    labelled: bool
+    biased: bool = False
+    per_token: bool = False
+
+
+HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
+"""The heads of those objectives that have one, by the objective's name: the `settings.py` of an objective's folder names it in `HEADS`."""
 
 
 @with_parts("trainer.tuning.objective")

@@ -11,7 +11,6 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.errors import ConfigError
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 
 
-def kinds(folder: ModuleType, table: str, speaks: str = "method") -> dict[str, Any]:
-    """All entries of the dictionaries called `table` in the folder's files; a file without one has no kind of its own. A kind
+def kinds(package: str, table: str, speaks: str = "method") -> dict[str, Any]:
+    """All entries of the dictionaries called `table` in the package's files; a file without one has no kind of its own. A kind
     with parts of its own is a folder there, for which its file `speaks` has the table."""
-    return dict(_kinds(folder.__name__, tuple(folder.__path__), table, speaks))
+    return dict(_kinds(package, tuple(import_module(package).__path__), table, speaks))
 
 
 @cache

@@ -11,8 +11,8 @@ from trainer.config import Config
 from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.tagged import TaggedRenderer
 from trainer.errors import ConfigError, DataError
-from trainer.evaluate.ask import Ask
 from trainer.evaluate.measure.prompts import Prompt
+from trainer.evaluate.request import Ask
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.model.packed import PackedModel, TextRow
 from trainer.tuning.head import WithHead, outputs

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from trainer.config import override
-from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.measured import Progress, TaskScores, evaluation, find_work, measure
+from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.evaluate.subjects import subjects
 from trainer.export.trained import trained_config

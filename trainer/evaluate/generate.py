@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.classes import classes_of, refuse_writing
 from trainer.evaluate.measure.generation import Opening, Sampling, Told, continued
 from trainer.evaluate.measure.prompts import Prompt, asked
+from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.store.store import open_store
 from trainer.tuning.head import head_of

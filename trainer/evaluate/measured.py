@@ -18,7 +18,6 @@ from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.overlap import overlap_of
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError, StorageError
 from trainer.evaluate.measure import bias
@@ -28,6 +27,7 @@ from trainer.evaluate.measure.losses import document_losses, objective_means
 from trainer.evaluate.measure.scoring import Continued, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
+from trainer.model.micro_batch import MicroBatch
 
 Progress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.errors import CapstanError
-from trainer.evaluate.ask import Ask, Tell
 from trainer.evaluate.measure.prompts import Prompt
+from trainer.evaluate.request import Ask, Tell
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import stay_on_cpu
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.config.data import LIKELY
+from trainer.config.data.row_kinds import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.config.objective import HEADS
 from trainer.config.paths import local_path

@@ -19,7 +19,7 @@ from trainer.evaluate.measure.generation import Sampling
 from trainer.evaluate.measure.scoring import Continued
 from trainer.evaluate.measured import TaskScores
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.evaluate.shared import OpenText, SharedModel
+from trainer.evaluate.shared_model import OpenText, SharedModel
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none

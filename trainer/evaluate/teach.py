@@ -19,16 +19,16 @@ from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
-from trainer.evaluate.ask import Ask, Tell
+from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import open_run
 from trainer.evaluate.taught_data import begun, finished
 from trainer.evaluate.teach_server import teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
@@ -40,7 +40,7 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.beginning import place_of
+from trainer.tuning.shared.initial_adapter import place_of
 
 
 def teach(ask: Ask, tell: Tell) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
 from trainer.errors import ConfigError
-from trainer.evaluate.ask import Tell
+from trainer.evaluate.request import Tell
 from trainer.evaluate.taught_data import begun, finished
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout

@@ -11,9 +11,8 @@ from typing import ClassVar, Protocol
 from trainer.base.base import Description
 from trainer.config import Config, parse_options
 from trainer.config.registry import chosen, kinds
-from trainer.export import formats
 from trainer.export.figures import Proof
-from trainer.export.written import ExportProgress, Written
+from trainer.export.outcome import ExportProgress, Written
 from trainer.store.store import Store
 
 WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are the same)"
@@ -51,4 +50,4 @@ class ExportFormat(Protocol):
 def find_format(name: str, options: Sequence[str] = ()) -> ExportFormat:
     """The format that `--format` names, with its `key=value` options. Raises `ConfigError` where there is none, or an option is
     unknown or wrong."""
-    return parse_options(chosen(kinds(formats, "FORMATS"), "--format", name), options)
+    return parse_options(chosen(kinds("trainer.export.formats", "FORMATS"), "--format", name), options)

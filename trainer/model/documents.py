@@ -5,7 +5,7 @@
               b b b b b             "+" being tokens whose results are dropped, and the longer ones before the shorter:
               c                     it is causal, so no token sees what lies behind it
 
-A row may be divided over ranks (trainer/model/exchange.py): then attention, and its mask, is for all of the row's tokens, and every other
+A row may be divided over ranks (trainer/model/sequence_parallel/exchange.py): then attention, and its mask, is for all of the row's tokens, and every other
 layer for this rank's slice of them.
 
 A document may go on from a prefix that lies before it in the row, as several answers do that share their prompt (`data.share_prefix`):
@@ -43,8 +43,8 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.model.exchange import Peers, attend_across
 from trainer.model.parts import body
+from trainer.model.sequence_parallel.exchange import Peers, attend_across
 from trainer.processes.accelerator import onto
 
 # The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.

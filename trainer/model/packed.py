@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.documents import Prefixes, lengths_known
-from trainer.model.exchange import Peers, total
 from trainer.model.head import LossHead
 from trainer.model.parts import body
+from trainer.model.sequence_parallel.exchange import Peers, total
 
 
 class PackedRow(Protocol):

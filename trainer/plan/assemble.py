@@ -19,15 +19,15 @@ from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
-from trainer.data.order.shared_prefix import kernels_without_masks
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.exchange import Peers, RankPeers
+from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.nf4 import multiply_in_fp8
 from trainer.model.packed import PackedModel
+from trainer.model.sequence_parallel.exchange import Peers, RankPeers
+from trainer.plan.mismatches import uneven_ranks
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
-from trainer.plan.shared_rows import uneven_ranks
 from trainer.plan.sizes import most_whole
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
@@ -91,7 +91,7 @@ def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Reso
 
 def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set cannot be used."""
-    model, masked = resolved.config.model, kernels_without_masks(resolved.config)
+    model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
     return choose_attention(
         model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)

@@ -27,7 +27,7 @@ from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective, reference_of
 
 if TYPE_CHECKING:
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -13,17 +13,9 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.plan.memory import (
-    Inputs,
-    base_bytes,
-    memory_of,
-    offloaded_activations,
-    offloaded_base,
-    offloaded_states,
-)
+from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
+from trainer.plan.mismatches import mismatches, uneven_ranks
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
-from trainer.plan.resolve import mismatches
-from trainer.plan.shared_rows import uneven_ranks
 from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of

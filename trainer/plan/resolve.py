@@ -7,22 +7,21 @@ looks a method or an objective up again. Without torch.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Base
 from trainer.base.find.check import check_base_files
 from trainer.base.find.content import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
-from trainer.data.order.shared_prefix import shared_prefix_mismatches
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError
-from trainer.plan.shared_rows import shared_row_mismatches
+from trainer.plan.mismatches import mismatches
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
-from trainer.tuning.method import Method, method_of, stored_mismatches, tuning_mismatches
-from trainer.tuning.objective.objective import Objective, find_objective, objective_mismatches, reference_of
-from trainer.tuning.shared.beginning import Beginning, find_beginning, starting_at
+from trainer.tuning.method import Method, method_of
+from trainer.tuning.objective.objective import Objective, find_objective, reference_of
+from trainer.tuning.shared.initial_adapter import Beginning, find_beginning, starting_at
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,3 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
     if wrong := beginning.mismatches(config, found.method, found.base):
         raise ConfigError("\n".join(wrong))
     return replace(found, beginning=beginning, config=starting_at(config, beginning.place))
-
-
-def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
-    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
-    return [
-        *base.mismatches(config),
-        *tuning_mismatches(config, method, base.architecture),
-        *stored_mismatches(config, method, base.stored),
-        *objective_mismatches(config, objective, method),
-        *shared_row_mismatches(config, base.architecture, method, objective),
-        *shared_prefix_mismatches(config, base.architecture, method),
-    ]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
-from trainer.model.shared_heads import copies_of_keys
+from trainer.model.sequence_parallel.heads import copies_of_keys
 from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
 
@@ -96,7 +96,7 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
 
 def exchanged_values(model: Architecture, size: int) -> int:
     """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys, values and results of
-    attention, keys and values as often as ranks need them (trainer/model/exchange.py). Keys of an unknown form count as queries do."""
+    attention, keys and values as often as ranks need them (trainer/model/sequence_parallel/exchange.py). Keys of an unknown form count as queries do."""
     found = 0
     for layer in model.attention if size > 1 else ():
         linears = (part for part in model.in_layer(layer.layer) if part.name.startswith(f"{layer.path}."))

@@ -152,7 +152,7 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
 
     Raises:
         ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is missing or
-            truncated, or a damaged header.
+            truncated; a damaged header; a tensor in two files.
     """
     sizes = {
         entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
@@ -181,8 +181,21 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
         )
     names = sorted(files)
     with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
-        headers = pool.map(lambda key: read_file_header(store, key, sizes[key]), names)
-        return dict(zip(names, headers, strict=True))
+        headers = dict(zip(names, pool.map(lambda key: read_file_header(store, key, sizes[key]), names), strict=True))
+    _check_no_tensor_is_in_two(store, headers)
+    return headers
+
+
+def _check_no_tensor_is_in_two(store: Store, headers: Mapping[str, FileHeader]) -> None:
+    found = dict[str, str]()
+    for file, header in headers.items():
+        if both := found.keys() & header.tensors.keys():
+            name = min(both)
+            raise ConfigError(
+                f"model.base: {store.uri} holds {shown(name)} in two files, {found[name]} and {file}, of which programs read one or the other. "
+                "Write the model again with save_pretrained()."
+            )
+        found |= dict.fromkeys(header.tensors, file)
 
 
 def _indexed_files(store: Store) -> set[str] | None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from trainer.config.training import StopWhen
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
 from trainer.evaluate.measure.losses import mean_loss, objective_means
 from trainer.evaluate.measure.samples import PromptSamples
+from trainer.model.micro_batch import MicroBatch
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
 from trainer.run.requests import Stop

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.references import References, read_references, write_references
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.position import Position
 from trainer.data.order.settings import eval_order
 from trainer.data.order.stream import eval_stream
 from trainer.errors import Damaged, NonFiniteLoss, NotFound
+from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-from trainer.train.begin import begin_from
+from trainer.train.initial_adapter import begin_from
 from trainer.train.start import Start
 
 _KEPT_SECONDS = 300.0  # between two writes of what is computed so far

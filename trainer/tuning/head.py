@@ -16,7 +16,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.locate import base_files
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, Model, Optim
-from trainer.config.objective import HEADS
+from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, LearntWeights, Method, SavedByPeft, WeightUpdate
 from trainer.tuning.shared.linear_adapters import with_peft_files
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trainer.model.packed import PackedModel, PackedRow
-    from trainer.tuning.objective.head import Head
 
 
 MODULE = "score"

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from trainer import tuning
 from trainer.base.architecture import Architecture
-from trainer.base.base import StoredFormat
 from trainer.config import Config, Model, Optim, Tuning
 from trainer.config.registry import chosen, kinds, refuse_unread
 from trainer.errors import ConfigError
@@ -183,7 +181,7 @@ class OwnFormat(Protocol):
 
 def methods() -> dict[str, Callable[[Tuning], Method]]:
     """Every method of this folder, by the names that `tuning.method` may have."""
-    return kinds(tuning, "METHODS")
+    return kinds("trainer.tuning", "METHODS")
 
 
 def find_method(settings: Tuning) -> Method:
@@ -212,81 +210,6 @@ def method_of(config: Config) -> Method:
         ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.
     """
     method = find_method(config.tuning)
-    for around in kinds(tuning, "AROUND").values():
+    for around in kinds("trainer.tuning", "AROUND").values():
         method = around(method, config)
     return method
-
-
-def base_trained_by(config: Config) -> str:
-    """The setting that has parameters of the base learn, for messages."""
-    modules = config.tuning.modules_to_save
-    return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
-
-
-def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> list[str]:
-    """A sentence for each setting of the run or fact of the base that does not suit `method`, which is the run's."""
-    wrong = method.mismatches(architecture)
-    for name in OPTIM_OF_SOME:
-        field = name.removeprefix("optim.")
-        if name not in method.settings and getattr(config.optim, field) != Optim.model_fields[field].default:
-            wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
-    if method.trains_base and config.sharding.scope == "node":
-        wrong.append(
-            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
-            "sharding.scope: world."
-        )
-    if method.exports_model and config.checkpoint.adapters:
-        wrong.append(
-            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter to write "
-            "beside a commit. Set it to false; capstan export writes the whole model."
-        )
-    if method.exports_model and config.quant.type != "none":
-        wrong.append(
-            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
-            "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
-        )
-    return [*wrong, *_virtual_token_mismatches(config, method.virtual, architecture)]
-
-
-def stored_mismatches(config: Config, method: Method, stored: StoredFormat) -> list[str]:
-    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
-    if not method.exports_model or not stored.unmergeable:
-        return []
-    return [
-        f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
-        f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
-    ]
-
-
-def _virtual_token_mismatches(config: Config, virtual: VirtualTokens, architecture: Architecture) -> list[str]:
-    """A sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
-    if not virtual.count:
-        return []
-    method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
-    needed, window, kernel, wrong = length + virtual.count, architecture.sliding_window, config.model.attention, []
-    if config.data.on_too_long == "split":
-        wrong.append(
-            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual tokens "
-            "before a text's beginning. Set it to truncate, drop or fail."
-        )
-    if architecture.positions and length <= architecture.positions < needed:
-        wrong.append(
-            f"tuning.virtual_tokens: {virtual.count} before {length} tokens (data.sequence_length) exceed the base's "
-            f"{architecture.positions} positions (config.json). Lower one of them."
-        )
-    if window and not virtual.in_row:
-        wrong.append(
-            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window} tokens back "
-            "only (a sliding window). Choose another method, such as prompt or lora."
-        )
-    elif window and window < needed:
-        wrong.append(
-            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back only (a "
-            f"sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length. Lower these, or "
-            "choose another method."
-        )
-    if kernel in virtual.refused_kernels:
-        wrong.append(
-            f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto."
-        )
-    return wrong

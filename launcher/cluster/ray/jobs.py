@@ -16,7 +16,7 @@ from launcher.cluster.ray.cluster import address_of, check_ray, first_line, refu
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
-from launcher.start.place import check_shared
+from launcher.start.shared_folder import check_shared
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout

@@ -16,8 +16,8 @@ from launcher.cluster.ray.cluster import address_of, check_ray, first_line, fits
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.drive.sweep.bases import base_facts
+from launcher.policy.trial_order import Candidate, End, Turns
 from launcher.policy.trials import SearchPlan, base_key, planned, trial_config
-from launcher.policy.turns import Candidate, End, Turns
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle
 from launcher.start.claim import keep_code
@@ -51,7 +51,7 @@ from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
 from trainer.store.scratch import collect_leftovers, scratch_folder
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.shared.beginning import is_asked_for, starting_at, with_known_start
+from trainer.tuning.shared.initial_adapter import is_asked_for, starting_at, with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")

@@ -12,7 +12,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from launcher.policy.turns import End, Turns
+from launcher.policy.trial_order import End, Turns
 from trainer.config.sweep import Sweep
 from trainer.errors import StorageError
 

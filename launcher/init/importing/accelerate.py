@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from trainer.config.peers import conversions as to
 
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
-    joined.workers(keys, "num_processes")
+    joint_settings.workers(keys, "num_processes")
     if keys.whole("num_machines", 1) > 1:
         keys.put("cluster.slurm.nodes", keys.whole("num_machines"), "num_machines")
-    joined.offloading(keys, folder)
+    joint_settings.offloading(keys, folder)
     file = keys.given.get("deepspeed_config.deepspeed_config_file")
     if file:
         keys.attempt("deepspeed_config.deepspeed_config_file", lambda: to.offload(file))

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import MEDIA, Keys, no_training
 from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
@@ -20,25 +20,25 @@ _USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "fiel
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
-    joined.workers(keys, "ray_num_workers")
+    joint_settings.workers(keys, "ray_num_workers")
     _method(keys)
     _objective(keys)
-    joined.batch(keys, "micro_batch_size")
-    joined.divided(keys, *_SHARING)
+    joint_settings.batch(keys, "micro_batch_size")
+    joint_settings.divided(keys, *_SHARING)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
-    joined.training_arguments(keys, folder, "lr_scheduler")
-    joined.early_end(keys, "early_stopping_patience")
-    joined.pairs(keys, "sequence_len")
-    joined.without_dropout(keys, "lora_dropout")
-    joined.head(keys)
+    joint_settings.training_arguments(keys, folder, "lr_scheduler")
+    joint_settings.early_end(keys, "early_stopping_patience")
+    joint_settings.pairs(keys, "sequence_len")
+    joint_settings.without_dropout(keys, "lora_dropout")
+    joint_settings.head(keys)
     services = {
         "wandb": ("use_wandb", "wandb_project"),
         "mlflow": ("use_mlflow", "mlflow_experiment_name"),
         "trackio": ("use_trackio", "trackio_project_name"),
     }
     names = ("wandb_name", "wandb_run_name", "mlflow_run_name", "trackio_run_name", "run_name")
-    joined.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
+    joint_settings.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
     if keys.settings["tuning.method"] == "full":
         keys.need_not("dp_replicate_size", "A base that learns itself is divided over all ranks; no result changes.")
     elif keys.whole("dp_replicate_size", 1) > 1:
@@ -51,10 +51,10 @@ def join(keys: Keys, folder: Path) -> None:
     if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
         micro = max(1, keys.whole("micro_batch_size", 1))
         rows = max(1, keys.whole("batch_size") // micro) * micro
-        keys.put("train.global_batch", rows * joined.world(keys), "batch_size", "micro_batch_size")
+        keys.put("train.global_batch", rows * joint_settings.world(keys), "batch_size", "micro_batch_size")
     _tokens(keys)
     _data(keys)
-    joined.without_evaluation(keys)
+    joint_settings.without_evaluation(keys)
 
 
 def _method(keys: Keys) -> None:
@@ -66,7 +66,7 @@ def _method(keys: Keys) -> None:
             "adapter", f"{adapter} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora."
         )
     switches = {"peft_use_rslora": "rslora", "peft_use_dora": "dora"} if low_rank else {}
-    if joined.method(keys, "adapter", adapter == "full", switches) == "full":
+    if joint_settings.method(keys, "adapter", adapter == "full", switches) == "full":
         keys.put("quant.type", "none", "adapter")
         keys.origins["quant.type"].append("without an adapter the base itself learns")
         _trained_part(keys)
@@ -76,7 +76,7 @@ def _method(keys: Keys) -> None:
         double = given.get("bnb_4bit_use_double_quant", True) if isinstance(given, dict) else True
         keys.put("quant.double", bool(double), "load_in_4bit", "adapter", "bnb_config_kwargs")
     elif keys.asked("load_in_8bit"):
-        joined.in_8_bits(keys, "load_in_8bit")
+        joint_settings.in_8_bits(keys, "load_in_8bit")
     else:
         keys.put("quant.type", "none", "adapter", "load_in_4bit")
     _published(keys)
@@ -124,7 +124,7 @@ def _objective(keys: Keys) -> None:
     elif asked:
         keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
-        joined.simpo(keys)
+        joint_settings.simpo(keys)
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
@@ -181,12 +181,12 @@ def _template(keys: Keys) -> None:
     """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences brings."""
     named = [name for name in keys.given if name.rpartition(".")[2] == "chat_template" and keys.given[name]]
     if named:
-        joined.template(keys, named[0], keys.given[named[0]])
+        joint_settings.template(keys, named[0], keys.given[named[0]])
         return
     for name, kind in keys.given.items():
         family, _, rest = str(kind).partition(".")
         if name.endswith("].type") and rest and family in ("llama3", "chatml", "zephyr"):
-            joined.template(keys, name, family)
+            joint_settings.template(keys, name, family)
 
 
 def _flat(given: dict[str, Any]) -> list[str]:

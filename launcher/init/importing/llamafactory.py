@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import MEDIA, Keys, no_training
 from launcher.init.importing.sources import source_paths, sources_at
-from trainer.config.data import ROW_FORMATS
 from trainer.config.peers import conversions as to
+from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError
 
 _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
@@ -17,23 +17,23 @@ _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
-        joined.workers(keys, name)
+        joint_settings.workers(keys, name)
     predicts = keys.asked("do_predict") and not keys.asked("do_train")
     if keys.asked("export_dir") or predicts or not (keys.given.get("stage") or keys.given.get("dataset")):
         raise no_training("a file for chats, predictions or merges")
     _method(keys)
     _objective(keys)
-    joined.batch(keys, "per_device_train_batch_size")
-    joined.divided(keys, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    joined.training_arguments(keys, folder)
+    joint_settings.batch(keys, "per_device_train_batch_size")
+    joint_settings.divided(keys, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    joint_settings.training_arguments(keys, folder)
     if keys.asked("use_kt"):
         keys.note(
             "use_kt", "The base stays in the host's memory; there its experts are computed there too, here on the GPU."
         )
-    joined.early_end(keys, "early_stopping_steps")
-    joined.pairs(keys, "cutoff_len")
-    joined.head(keys)
-    joined.template(keys, "template", keys.given.get("template"))
+    joint_settings.early_end(keys, "early_stopping_steps")
+    joint_settings.pairs(keys, "cutoff_len")
+    joint_settings.head(keys)
+    joint_settings.template(keys, "template", keys.given.get("template"))
     if keys.asked("use_muon"):
         keys.put("optim.name", "muon", "use_muon")
     if keys.asked("create_new_adapter"):
@@ -41,12 +41,12 @@ def join(keys: Keys, folder: Path) -> None:
             "tuning.start",
             "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
         )
-    joined.tracking(keys, {}, ("run_name",), ("project",))
+    joint_settings.tracking(keys, {}, ("run_name",), ("project",))
     tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
     if tokens:
         keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
     _data(keys, folder)
-    joined.without_evaluation(keys)
+    joint_settings.without_evaluation(keys)
 
 
 def _method(keys: Keys) -> None:
@@ -57,7 +57,7 @@ def _method(keys: Keys) -> None:
             "finetuning_type",
             f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
         )
-    joined.method(keys, "finetuning_type", not low_rank, {"use_rslora": "rslora", "use_dora": "dora"})
+    joint_settings.method(keys, "finetuning_type", not low_rank, {"use_rslora": "rslora", "use_dora": "dora"})
     if kind == "freeze":
         why = "tuning.train names what learns, such as model.layers.31.*; as it is, everything does."
         for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
@@ -75,7 +75,7 @@ def _method(keys: Keys) -> None:
         return
     of_bnb = str(keys.given.get("quantization_method") or "bnb").lower() in ("bnb", "bitsandbytes")
     if keys.whole("quantization_bit") == 8 and of_bnb:
-        joined.in_8_bits(keys, "quantization_bit")
+        joint_settings.in_8_bits(keys, "quantization_bit")
         return
     if keys.whole("quantization_bit") != 4 or not of_bnb:
         keys.lose("quantization_bit", "The base is stored as bitsandbytes does it in 4 or 8 bits, or in 16. Here in 4.")
@@ -109,7 +109,7 @@ def _objective(keys: Keys) -> None:
     elif stage == "dpo":
         keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
     if keys.settings["objective.name"] == "simpo":
-        joined.simpo(keys)
+        joint_settings.simpo(keys)
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
     asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
     keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))
@@ -229,5 +229,5 @@ def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> t
     return form, {
         ours: name
         for ours, name in named.items()
-        if ours in ROW_FORMATS[form].fields and ROW_FORMATS[form].called(ours)[0] != name
+        if ours in FORMATS[form].fields and FORMATS[form].called(ours)[0] != name
     }

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from launcher.init.importing.sources import source_paths, sources_at
 from trainer.config.peers import conversions as to
@@ -15,9 +15,9 @@ def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     _method(keys)
     if "train.global_batch" not in keys.settings:
-        rows = keys.whole("micro_batch_size", 1) * joined.world(keys)
+        rows = keys.whole("micro_batch_size", 1) * joint_settings.world(keys)
         keys.put("train.global_batch", rows, "micro_batch_size")
-    joined.duration(keys)
+    joint_settings.duration(keys)
     if "lr_scheduler_config.name" not in keys.given:
         keys.assume("optim.schedule", "constant", "the rate without lr_scheduler_config")
     strategy = str(keys.given.get("batching_strategy") or "normal")
@@ -35,13 +35,13 @@ def _method(keys: Keys) -> None:
     if kind not in ("lora", "full"):
         keys.lose("peft_config.name", f"{kind}: tuning.method is full, and tuning.train names what learns.")
     switches = {"peft_config.use_rslora": "rslora", "peft_config.use_dora": "dora"}
-    method = joined.method(keys, "peft_config.name", kind != "lora", switches)
+    method = joint_settings.method(keys, "peft_config.name", kind != "lora", switches)
     bits = keys.whole("quant_config.quantization_bit")
     if method == "full" or not bits:
         keys.put("quant.type", "none", "quant_config.quantization_bit")
         return
     if bits == 8:
-        joined.in_8_bits(keys, "quant_config.quantization_bit")
+        joint_settings.in_8_bits(keys, "quant_config.quantization_bit")
         return
     if bits != 4:
         keys.lose("quant_config.quantization_bit", "The base is stored in 4, 8 or 16 bits. Here in 4.")

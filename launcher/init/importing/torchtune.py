@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
@@ -16,8 +16,8 @@ def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     _model(keys)
     _course(keys)
-    joined.batch(keys, "batch_size")
-    joined.divided(keys, "tensor_parallel_dim", "context_parallel_dim")
+    joint_settings.batch(keys, "batch_size")
+    joint_settings.divided(keys, "tensor_parallel_dim", "context_parallel_dim")
     _loss(keys)
     for name in ("fsdp_cpu_offload", "fsdp.cpu_offload"):
         if keys.asked(name):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing import joined
+from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
@@ -16,21 +16,21 @@ _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mi
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
     for name in ("num_processes", "nproc_per_node"):
-        joined.workers(keys, name)
+        joint_settings.workers(keys, name)
     _objective(keys)
     _method(keys)
-    joined.batch(keys, "per_device_train_batch_size")
-    joined.training_arguments(keys, folder)
-    joined.pairs(keys, "max_length")
-    joined.without_dropout(keys, "lora_dropout")
-    joined.head(keys)
-    joined.tracking(keys, {}, ("run_name",), ("project",))
+    joint_settings.batch(keys, "per_device_train_batch_size")
+    joint_settings.training_arguments(keys, folder)
+    joint_settings.pairs(keys, "max_length")
+    joint_settings.without_dropout(keys, "lora_dropout")
+    joint_settings.head(keys)
+    joint_settings.tracking(keys, {}, ("run_name",), ("project",))
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
             "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
         )
     _data(keys)
-    joined.without_evaluation(keys)
+    joint_settings.without_evaluation(keys)
 
 
 def _objective(keys: Keys) -> None:
@@ -55,7 +55,7 @@ def _objective(keys: Keys) -> None:
     if "learning_rate" not in keys.given:
         keys.settings["optim.lr"] = tables["rates"][name]
     if name == "simpo":
-        joined.simpo(keys)
+        joint_settings.simpo(keys)
         if losses != ["simpo"]:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
     if name == "sft" and "assistant_only_loss" not in keys.given:
@@ -71,7 +71,7 @@ def _objective(keys: Keys) -> None:
 
 def _method(keys: Keys) -> None:
     full = not keys.asked("use_peft")
-    joined.method(keys, "use_peft", full, {"use_rslora": "rslora", "use_dora": "dora"})
+    joint_settings.method(keys, "use_peft", full, {"use_rslora": "rslora", "use_dora": "dora"})
     keys.origins["tuning.method"] = keys.origins["tuning.method"] or ["without use_peft the base itself learns"]
     if full:
         keys.put("quant.type", "none", "use_peft")
@@ -84,7 +84,7 @@ def _method(keys: Keys) -> None:
         if keys.asked("use_bnb_nested_quant"):
             keys.put("quant.double", True, "use_bnb_nested_quant")
     elif keys.asked("load_in_8bit"):
-        joined.in_8_bits(keys, "load_in_8bit")
+        joint_settings.in_8_bits(keys, "load_in_8bit")
     else:
         keys.put("quant.type", "none", "load_in_4bit")
     if not keys.settings.get("tuning.targets"):

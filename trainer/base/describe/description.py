@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from trainer.base import stored as folder
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
 from trainer.base.describe.architecture_cache import read_architecture
@@ -42,7 +41,7 @@ def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture
 
 def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
     """The format that the quantization_config of the base called `name` tells of. Raises `ConfigError` where none is known."""
-    given, known = quantization or {}, kinds(folder, "STORED", speaks="format")
+    given, known = quantization or {}, kinds("trainer.base.stored", "STORED", speaks="format")
     for stored in known.values():
         if stored.stores(given):
             return stored(given)

@@ -1,7 +1,7 @@
 """The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put together.
 
 transformers says which module is the decoder (`get_decoder`) and which the head. What the whole class does to text beside these two is
-nothing: tests/unit/test_touched.py holds it to that, to the last bit.
+nothing: tests/unit/test_weight_readers.py holds it to that, to the last bit.
 """
 
 from typing import Any

@@ -43,7 +43,7 @@ from trainer.base.describe.language_settings import SHARED, causal, first_layers
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
 from trainer.base.describe.trial.small import small_model
-from trainer.base.describe.trial.touched import Place, place_of, places_read
+from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 

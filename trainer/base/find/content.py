@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
-from trainer.base.sampled import hash_whole
+from trainer.base.weight_samples import hash_whole
 from trainer.errors import NOT_JSON, ConfigError, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps

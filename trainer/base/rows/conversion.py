@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from trainer.base.rows.converted import Converted, StoredPart
 from trainer.base.rows.packed_parts import Weight, join_packed, unpacked
-from trainer.base.stored.shared.reads import LastMade
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.store.safetensors_index import Joined, StoredTensor, Stretch
 
 Shape = tuple[int, ...]

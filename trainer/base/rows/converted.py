@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
-from trainer.base.stored.shared.reads import LastMade
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.store.safetensors_index import DTYPE_BYTES, StoredTensor
 
 # Readers are a few pieces ahead of each other, so as many slices are kept as the pieces in flight may lie in.

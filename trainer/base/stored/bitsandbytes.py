@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
-from trainer.base.stored.shared.reads import LastReads
+from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
 from trainer.store.codes import Code, Kept

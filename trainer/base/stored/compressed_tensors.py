@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, QuantizedBy
-from trainer.base.stored.shared.listed import is_listed
-from trainer.base.stored.shared.reads import LastReads
+from trainer.base.stored.shared.cached_values import LastReads
+from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.store.codes import Code, Kept, Numbers

@@ -23,7 +23,7 @@ from trainer.data.compile.shards import Place, ShardWriter
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.source.files import SourceFile
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch
 from trainer.errors import AlreadyExists, DataError

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from trainer.config import Config, Data, Source
-from trainer.config.data import ROW_FORMATS
+from trainer.config.data.row_kinds import ROW_FORMATS
 from trainer.data.format.formats import Row, RowForm, detect, lost_fields, wider_form
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import rows

@@ -17,7 +17,7 @@ from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
 from trainer.data.render.pairs import Pair, PairRenderer
 from trainer.data.render.tagged import Tagged, TaggedRenderer
-from trainer.data.source.part import Part
+from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
 

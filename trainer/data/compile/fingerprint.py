@@ -13,7 +13,7 @@ from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
 from trainer.data.render.templates.template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 
 _DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
 _OWN = Tokens()

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data import LIKELY, ROW_FORMATS
+from trainer.config.data.row_kinds import LIKELY
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
+from trainer.data.format.formats import FORMATS
 from trainer.data.render.templates.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand, with_take
-from trainer.data.source.part import EVERYTHING, Part
+from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError
 from trainer.tuning.objective.objective import find_objective
@@ -97,7 +98,7 @@ def has_conversations(file: SourceFile) -> bool:
     form = file.form
     if form is None or form.kind in ("prompt_completion", "text"):
         return False
-    if form.kind == "chat" or ROW_FORMATS[form.format].read:
+    if form.kind == "chat" or FORMATS[form.format].read:
         return True
     first = next((row for _, row in rows(replace(file, take=None), lambda _: None)), {})
     return any(isinstance(first.get(form.names.get(name, "")), list) for name in ("chosen", "completion", "prompt"))

@@ -3,15 +3,18 @@ names their fields are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from trainer.config import Data
-from trainer.config.data import ROW_FORMATS
-from trainer.data.format.left_out import strings_of
-from trainer.data.format.row_format import Row
+from trainer.config.data.row_kinds import ROW_FORMATS
+from trainer.data.format.row_format import Row, RowFormat
+from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
 Result = TypeVar("Result")
+
+FORMATS = cast(Mapping[str, RowFormat], ROW_FORMATS)
+"""Every format of rows, as a whole; the settings know some facts of each."""
 
 # Other names of fields than those that a format looks for by itself; they are proposed to the user.
 _OFTEN_CALLED = {
@@ -42,18 +45,16 @@ class RowForm:
 
     @property
     def kind(self) -> str:
-        return ROW_FORMATS[self.format].kind
+        return FORMATS[self.format].kind
 
     @property
     def names(self) -> dict[str, str]:
         """The name in the row of each field of the format."""
-        return {name: ROW_FORMATS[self.format].called(name)[0] for name in ROW_FORMATS[self.format].fields} | dict(
-            self.fields
-        )
+        return {name: FORMATS[self.format].called(name)[0] for name in FORMATS[self.format].fields} | dict(self.fields)
 
     def read(self, row: Row) -> Row:
         """The row as one of its kind, whose fields `renderer_fields` renames. Raises `DataError` for a row of another format."""
-        found = ROW_FORMATS[self.format]
+        found = FORMATS[self.format]
         if found.read is None:
             return row
         names = self.names
@@ -64,7 +65,7 @@ class RowForm:
 
     @property
     def renderer_fields(self) -> dict[str, str]:
-        return {} if ROW_FORMATS[self.format].read else dict(self.fields)
+        return {} if FORMATS[self.format].read else dict(self.fields)
 
     def messages(self, row: Row) -> Any:
         """The messages of the row, whatever they are; None where the format has none."""
@@ -93,8 +94,8 @@ def explicit_form(data: Data) -> RowForm:
 
 def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
     """The form of a row of `format`, some of whose fields have a `given` name; None if the row is none of that format."""
-    found, names = ROW_FORMATS[format], dict[str, str]()
-    for name in ROW_FORMATS[format].fields:
+    found, names = FORMATS[format], dict[str, str]()
+    for name in FORMATS[format].fields:
         called = (given[name],) if name in given else found.called(name)
         names[name] = next((call for call in called if call in row), called[0])
     if not found.fits({name: row[call] for name, call in names.items() if call in row}):
@@ -105,10 +106,10 @@ def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
 
 def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]) -> RowForm | None:
     """The form that most of the rows have, one of these `kinds` if there is any; None if they are of no format known here."""
-    known = [format for format in ROW_FORMATS if given.keys() <= set(ROW_FORMATS[format].fields)]
+    known = [format for format in FORMATS if given.keys() <= set(FORMATS[format].fields)]
     for formats in (
-        [f for f in known if ROW_FORMATS[f].kind in kinds],
-        [f for f in known if ROW_FORMATS[f].kind not in kinds],
+        [f for f in known if FORMATS[f].kind in kinds],
+        [f for f in known if FORMATS[f].kind not in kinds],
     ):
         fitting = {format: [row for row in rows if form_of(row, format, given)] for format in formats}
         best = max(formats, key=lambda format: len(fitting[format]), default=None)
@@ -120,8 +121,8 @@ def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]
 def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> RowForm:
     """The form of rows of one format: each field has the name by which most of the rows say something, if any does."""
     fields = dict(given)
-    for name in ROW_FORMATS[format].fields:
-        called = ROW_FORMATS[format].called(name)
+    for name in FORMATS[format].fields:
+        called = FORMATS[format].called(name)
         most = max(called, key=lambda call: (sum(_says_something(row.get(call)) for row in rows), _holders(rows, call)))
         if name not in given and most != called[0]:
             fields[name] = most
@@ -155,14 +156,12 @@ def _is_lost(form: RowForm, row: Row, name: str) -> bool:
 
 def wider_form(form: RowForm, rows: Iterable[Row], lost: Collection[str]) -> RowForm | None:
     """A form that reads of these rows what `form` reads and the `lost` fields, too; None if there is none."""
-    if (wider := ROW_FORMATS[form.format].wider) is None:
+    if (wider := FORMATS[form.format].wider) is None:
         return None
     format, renamed = wider
     names = {renamed.get(name, name): call for name, call in form.names.items()}
-    names |= {
-        name: call for call in lost for name in ROW_FORMATS[format].fields if call in ROW_FORMATS[format].called(name)
-    }
-    given = {name: call for name, call in names.items() if call != ROW_FORMATS[format].called(name)[0]}
+    names |= {name: call for call in lost for name in FORMATS[format].fields if call in FORMATS[format].called(name)}
+    given = {name: call for name, call in names.items() if call != FORMATS[format].called(name)[0]}
     found = next(filter(None, (form_of(row, format, given) for row in rows)), None)
     return found if found and set(lost) <= set(found.names.values()) else None
 

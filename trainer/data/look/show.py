@@ -17,10 +17,10 @@ from trainer.data.compile.encode import Encoded, Encoder, RowEncoder
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
-from trainer.data.format.left_out import in_words
+from trainer.data.format.unrendered import in_words
 from trainer.data.order.pack import best_fit_decreasing
 from trainer.data.order.settings import train_order
-from trainer.data.source.part import EVERYTHING
+from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch, Decoded, printable
 from trainer.errors import DataError

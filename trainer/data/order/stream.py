@@ -27,12 +27,12 @@ from trainer.data.dataset.binary import (
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.dataset.taught import StoredTeacher
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.find.locate import NAMED_TEMPLATES
 from trainer.config import Data
-from trainer.data.format.left_out import END_OF_TURN, left_out
 from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
 from trainer.data.format.spans import Span, joined, without
+from trainer.data.format.unrendered import END_OF_TURN, left_out
 from trainer.data.render.conversation import Conversation
 from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
@@ -64,6 +64,7 @@ class ChatText:
     ) -> None:
         self._data, self._wanted = data, data.wanted
         self._template = conversation_template(tokenizer, data)
+        self._template.check_prompt()
         self._for_tools = template_for_tools(tokenizer, data)
         # A token that a run adds is special to no tokenizer, and may still be that which ends a turn.
         self.special = special | {
@@ -260,4 +261,5 @@ def _empty_blocks(talk: Conversation, form: ThinkingForm | None, turn: int, whol
     if edit := emptied(form, whole, answer):
         yield edit.begin, edit.end
     elif whole.endswith(form.bare, 0, answer):
-        yield from blocks(whole, answer - len(form.bare), answer)
+        lead = answer - len(form.bare)
+        yield from ((min(begin, lead + form.begin), end) for begin, end in blocks(whole, lead, answer))

@@ -93,11 +93,15 @@ class ThinkingForm:
         return self.before + thought + self.after
 
     @property
+    def begin(self) -> int:
+        """How much of a turn the template writes in any case, or the generation prompt has written, before a thought."""
+        return min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
+
+    @property
     def around(self) -> tuple[str, str]:
         """The text around a thought that the template would not write without one."""
-        begin = min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
-        end = shared_end(self.bare[begin:], self.after)
-        return self.before[begin:], self.after[: len(self.after) - end]
+        end = shared_end(self.bare[self.begin :], self.after)
+        return self.before[self.begin :], self.after[: len(self.after) - end]
 
 
 def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.data.order.stream import Stream
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import Engine

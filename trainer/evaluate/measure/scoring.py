@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.data.order.micro_batch import MicroBatch
 from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.state.zero.engine import Engine
 from trainer.tuning.objective.answers import segments_of_targets

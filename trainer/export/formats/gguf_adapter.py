@@ -12,8 +12,8 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.gguf.converter import PART, check_converter, deliver
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
-from trainer.export.written import ExportProgress, Written
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
 from trainer.tuning.head import head_of
@@ -40,7 +40,7 @@ class GgufAdapter(Section):
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
         from trainer.export.gguf.lora import write_gguf_lora
-        from trainer.export.write.learnt import CheckpointWeights
+        from trainer.export.write.learnt_weights import CheckpointWeights
 
         manifest, config, method = trained_checkpoint(folder, step)
         name = f"{config.run.name}-adapter.gguf"

@@ -7,8 +7,8 @@ from trainer.config import Config
 from trainer.config.section import Section
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
-from trainer.export.written import ExportProgress, Written
 from trainer.store.store import Store
 
 

@@ -20,10 +20,10 @@ from trainer.export.gguf.converter import convert
 from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
 from trainer.export.proof.distributions import distance
 from trainer.export.proof.in_transformers import plain
+from trainer.export.proof.models import Trained, base_directory, directory_of, plain_model
 from trainer.export.proof.recoded import half
 from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.sides import Trained, base_directory, directory_of, plain_model
 from trainer.export.proof.verify import make_proof
 from trainer.export.write.merged import write_model
 from trainer.store.scratch import scratch_folder

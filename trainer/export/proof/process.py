@@ -9,14 +9,36 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
 from trainer.errors import DoesNotFit
 from trainer.processes.children import OF_A_RANK, end_with_parent
+from trainer.processes.devices import local_gpus, stay_on_cpu
 
 T = TypeVar("T")
 Device = Literal["gpu", "cpu"]
+
+
+_ready: dict[Device, list[ProcessPoolExecutor]] = {"gpu": [], "cpu": []}
+
+
+def get_ready() -> None:
+    """Start the process of a later `aside`, which imports what a side needs while this process, or another side, works."""
+    device: Device = "gpu" if local_gpus() else "cpu"
+    process = _process(device)
+    process.submit(_import_sides)
+    _ready[device].append(process)
+
+
+def _import_sides() -> None:
+    import_module("trainer.export.proof.verify")
+
+
+def _process(device: Device) -> ProcessPoolExecutor:
+    # Not forked: CUDA cannot be used in a child of a process that has asked for it.
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_alone, initargs=(device,))
 
 
 def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
@@ -26,8 +48,7 @@ def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
         DoesNotFit: memory ran out. On the host Linux then kills the process.
         Exception: whatever `work` raises.
     """
-    # Not forked: CUDA cannot be used in a child of a process that has asked for it.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_alone, initargs=(device,)) as pool:
+    with _ready[device].pop(0) if _ready[device] else _process(device) as pool:
         try:
             return pickle.loads(pool.submit(_pickled, work, arguments).result())
         except BrokenProcessPool as error:
@@ -40,8 +61,6 @@ def _no_memory(what: str) -> DoesNotFit:
 
 def _alone(device: Device) -> None:
     """A group of one, whatever group this process was started in, products in full fp32, and no GPU where the CPU is meant."""
-    from trainer.processes.devices import stay_on_cpu
-
     end_with_parent()
     for name in OF_A_RANK:
         os.environ.pop(name, None)

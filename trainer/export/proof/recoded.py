@@ -15,7 +15,7 @@ from trainer.export.figures import Proof
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers
-from trainer.export.proof.sides import Trained, directory_of
+from trainer.export.proof.models import Trained, directory_of
 from trainer.export.proof.verify import make_proof
 from trainer.store.store import Store, open_store
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import CapstanError, NotFound
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.folder import CARD
-from trainer.export.written import ExportProgress
+from trainer.export.outcome import ExportProgress
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from trainer.errors import ConfigError
 from trainer.export.figures import ServedProof
 from trainer.export.proof.completions import Answer, CompletionsServer
 from trainer.export.proof.in_transformers import plain
+from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, plain_model
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.sides import Trained, base_directory, directory_of, grown_base, plain_model
 from trainer.export.proof.verify import SHAKEN_BY, TOLERATED_NOISE
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder

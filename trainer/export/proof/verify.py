@@ -26,8 +26,7 @@ from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.export.figures import Proof
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.in_transformers import plain
-from trainer.export.proof.rows import Probe, ProbeRow
-from trainer.export.proof.sides import (
+from trainer.export.proof.models import (
     Trained,
     base_directory,
     directory_of,
@@ -35,6 +34,7 @@ from trainer.export.proof.sides import (
     plain_base,
     plain_model,
 )
+from trainer.export.proof.rows import Probe, ProbeRow
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store

@@ -18,7 +18,7 @@ from trainer.data.render.templates.template import template_text
 from trainer.export.card import CardContent, head_usage, model_card, peft_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
-from trainer.export.write.learnt import CheckpointWeights
+from trainer.export.write.learnt_weights import CheckpointWeights
 from trainer.export.write.merged import write_model
 from trainer.export.write.read_by_peft import check_peft_reads
 from trainer.export.write.whole_class import for_whole_class

@@ -33,7 +33,7 @@ from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
-from trainer.export.write.learnt import CheckpointWeights
+from trainer.export.write.learnt_weights import CheckpointWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import (
     INDEX_FILE,

@@ -24,10 +24,10 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED
+from trainer.export.outcome import ExportProgress, Written
 from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
-from trainer.export.written import ExportProgress, Written
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
 from trainer.store.store import Store

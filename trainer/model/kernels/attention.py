@@ -190,3 +190,9 @@ def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
     return name, "; ".join(
         f"no {', '.join(names)}: {reason}" for reason, names in before.items()
     ) or "fastest available"
+
+
+def kernels_without_masks(share_prefix: bool) -> dict[str, str]:
+    """The kernels that cannot compute rows in which answers may share a prompt, each with the reason as a clause."""
+    why = "it knows borders of documents alone, and data.share_prefix needs a mask"
+    return {kernel.name: why for kernel in KERNELS if share_prefix and not kernel.masks}

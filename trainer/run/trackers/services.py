@@ -7,7 +7,6 @@ from typing import NamedTuple
 from trainer.config.registry import chosen, kinds
 from trainer.config.run import Track
 from trainer.errors import ConfigError
-from trainer.run import trackers
 from trainer.run.trackers.tracker import Page, Service
 
 
@@ -20,7 +19,7 @@ class ServiceKind(NamedTuple):
 
 def find_service(name: str) -> ServiceKind:
     """Raises `ConfigError` where there is no service of this name."""
-    return chosen(kinds(trackers, "SERVICES"), "track.trackers", name)
+    return chosen(kinds("trainer.run.trackers", "SERVICES"), "track.trackers", name)
 
 
 def check_trackers(track: Track) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from trainer.config import Optim
 from trainer.config.registry import chosen, kinds, refuse_unread
-from trainer.state import optimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +129,7 @@ class Optimizer(Protocol):
 
 def optimizers() -> dict[str, Optimizer]:
     """Every optimizer of this folder, by the names that `optim.name` may have."""
-    return kinds(optimizer, "OPTIMIZERS")
+    return kinds("trainer.state.optimizer", "OPTIMIZERS")
 
 
 def find_optimizer(settings: Optim) -> Optimizer:

@@ -28,8 +28,8 @@ from trainer.processes.ranks import Ranks
 from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.optimizer.optimizer import MASTER, FlatPart
 from trainer.state.zero.clock import Clock
-from trainer.state.zero.divided import DividedOptimizer
 from trainer.state.zero.gather import Gathers, without_hooks
+from trainer.state.zero.partitioned_optimizer import DividedOptimizer
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

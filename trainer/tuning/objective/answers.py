@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch, PartOfRow
+    from trainer.model.micro_batch import MicroBatch, PartOfRow
     from trainer.model.packed import PackedModel
 
 

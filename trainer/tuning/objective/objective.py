@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer.config import Config, ObjectiveSettings
-from trainer.config.data import most_segments
-from trainer.config.objective import HEADS
+from trainer.config.data.row_kinds import most_segments
 from trainer.config.registry import chosen, kinds, refuse_unread
-from trainer.tuning import objective as folder
-from trainer.tuning.method import Method, base_trained_by, method_of
+from trainer.tuning.method import Method, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 
@@ -130,7 +128,7 @@ def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
-    return kinds(folder, "OBJECTIVES", speaks="objective")
+    return kinds("trainer.tuning.objective", "OBJECTIVES", speaks="objective")
 
 
 def find_objective(config: Config, method: Method | None = None) -> Objective:
@@ -161,25 +159,3 @@ def segments_of(config: Config) -> int:
     if config.data.format != "auto":
         return config.data.segments
     return max(map(most_segments, find_objective(config).formats))
-
-
-def objective_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
-    """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
-    name, wrong = config.objective.name, objective.mismatches()
-    if config.data.format != "auto" and config.data.kind not in objective.formats:
-        wrong.append(
-            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
-            f"{' or '.join(objective.formats)}, or choose another objective."
-        )
-    if config.train.sample_every and name in HEADS:
-        wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
-    if reference_of(config, objective, method) == "adapter_off" and method.trains_base:
-        wrong.append(
-            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
-            "switched off. Set it to stored."
-        )
-    elif reference_of(config, objective, method) == "adapter_off" and config.tuning.start:
-        wrong.append(
-            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
-        )
-    return wrong

@@ -31,8 +31,8 @@ def plan(
 ) -> None:
     """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU. Exit code 4
     when it does not fit."""
-    from launcher.plan.opening import show_plan
     from launcher.plan.planning import plan_run
+    from launcher.plan.summary import show_plan
     from trainer.config import load_config
 
     run = load_config(config, overrides or (), say)

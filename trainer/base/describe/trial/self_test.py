@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.base.describe.trial.touched import Place, place_of
+from trainer.base.describe.trial.weight_readers import Place, place_of
 from trainer.model.documents import CannotDivide, keep_documents_apart, lengths_known
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed, quantize_blocks

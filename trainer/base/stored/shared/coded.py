@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, write_as
-from trainer.base.stored.shared.reads import LastReads
 from trainer.store.codes import Code, Kept, KeptSources, Numbers
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import SCALES, Floats, write_as
-from trainer.base.stored.shared.reads import LastReads
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
 # Weights that are decoded at once, by each thread that reads.

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.format.messages import Message, text_of
-from trainer.data.format.spans import Span, joined
+from trainer.data.format.spans import Span, joined, shared_beginning
 from trainer.data.render.thinking import ThinkingForm, find_form
 from trainer.errors import ConfigError, DataError
 from trainer.processes.time_limit import OutOfTime, time_limit
@@ -82,6 +82,22 @@ class ChatTemplate:
             return self.render([ask, {"role": "assistant", "content": _SAID}, ask]).rpartition(_SAID)[2]
         except DataError:
             return ""
+
+    def check_prompt(self) -> None:
+        """Raises `ConfigError` where the template writes the generation prompt behind the last answer, too: it would be trained there."""
+        ask = {"role": "user", "content": _ASKED}
+        try:
+            asked, talk = self.render([ask]), self.render([ask, {"role": "assistant", "content": _SAID}])
+        except DataError:
+            return
+        # Where another question follows, the text behind the answer goes on otherwise.
+        last, lead = talk.rpartition(_SAID)[2].rstrip(), talk.partition(_ASKED)[2].partition(_SAID)[0].rstrip()
+        own = last[shared_beginning(last, self.behind_an_answer) :]
+        if own and asked.rstrip().endswith(own) and lead.endswith(own):
+            raise ConfigError(
+                f"data.template: the chat template writes the generation prompt (... {own!r}) behind the last answer, too, where it would be "
+                "trained; set data.template to a copy of it that writes it only where add_generation_prompt is true."
+            )
 
     def thinking(self, calls: bool) -> ThinkingForm | None:
         """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""

@@ -15,7 +15,7 @@ from trainer.tuning.objective.objective import Objective, Survey
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 

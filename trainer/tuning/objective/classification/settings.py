@@ -1,7 +1,7 @@
 """The heads of classification, of texts and of words."""
 
+from trainer.config.objective import Head
 from trainer.config.section import Section
-from trainer.tuning.objective.head import Head
 
 SETTINGS: tuple[type[Section], ...] = ()
 HEADS = {

@@ -16,7 +16,7 @@ from trainer.tuning.objective.teacher import Teacher
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _DEFAULTS = {

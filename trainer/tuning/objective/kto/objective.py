@@ -32,7 +32,7 @@ from trainer.tuning.objective.objective import Objective, Survey
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}

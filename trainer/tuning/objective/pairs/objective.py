@@ -12,13 +12,12 @@ from trainer.config.registry import kinds, without_defaults
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import Answers, counted_once, read_segments
 from trainer.tuning.objective.objective import Objective, Survey
-from trainer.tuning.objective.pairs import losses
 from trainer.tuning.objective.pairs.pair_loss import PairLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _MEASURES = (
@@ -112,5 +111,5 @@ def _make(loss: PairLoss, given: ObjectiveSettings, method: Method) -> Preferenc
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
-    name: partial(_make, loss) for name, loss in kinds(losses, "PAIR_LOSSES").items()
+    name: partial(_make, loss) for name, loss in kinds("trainer.tuning.objective.pairs.losses", "PAIR_LOSSES").items()
 }

@@ -24,7 +24,7 @@ from trainer.tuning.objective.reward.settings import RewardSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.data.order.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 _DEFAULTS = {"margin": 0.0, "center_rewards": 0.0}

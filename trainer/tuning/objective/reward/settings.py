@@ -1,7 +1,7 @@
 """The head of a reward model, and the settings of the section `objective` that reward alone reads."""
 
+from trainer.config.objective import Head
 from trainer.config.section import Section, setting
-from trainer.tuning.objective.head import Head
 
 
 class RewardSettings(Section):

@@ -9,7 +9,7 @@ from trainer.plan.resolve import Resolved, resolve
 from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import Engine
 from trainer.train.start import Start
-from trainer.tuning.shared.beginning import SETTING, Beginning, with_known_start
+from trainer.tuning.shared.initial_adapter import SETTING, Beginning, with_known_start
 
 
 def resolve_alike(config: Config, ranks: Ranks) -> Resolved:

@@ -24,7 +24,7 @@ from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.in_transformers.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.in_transformers.streamed import StreamedLayers
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
-from trainer.export.proof.process import aside
+from trainer.export.proof.process import aside, get_ready
 from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, find_probe
 from trainer.export.proof.source_rows import source_rows
@@ -78,7 +78,8 @@ class Trained:
         return trained_side(self.base.architecture, self.config.quant, learnt, DTYPES[computed_in].itemsize)
 
     def predictions(self, *, learnt: bool = True) -> list[Tensor]:
-        """`logits` of a process of its own."""
+        """`logits` of a process of its own. The side of the export comes next."""
+        get_ready()
         return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
 
     def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from launcher.plan.planning import Planned
 from launcher.plan.tables import binary, plan_tables
-from launcher.view.folded import facts
+from launcher.view.wrapped_table import facts
 from trainer.config import Config
 from trainer.data.compile.length import BYTES_A_TOKEN
 from trainer.plan.forecast import Length

@@ -1,12 +1,11 @@
-"""One packed row of a global step as a rank gets it, and where in the data a step begins."""
+"""One packed row of a global step, as a rank gets it."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from trainer.data.order.position import Position
 from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
 from trainer.processes.accelerator import onto
@@ -14,6 +13,19 @@ from trainer.processes.accelerator import onto
 
 def _none(dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype)
+
+
+class Place(Protocol):
+    """The place of a bin in the order of the data; see `Position` in trainer/data/order/position.py."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def bin(self) -> int: ...
+    @property
+    def chapter(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +41,7 @@ class MicroBatch:
         max_seqlen: tokens of the longest segment.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
-        bins: the positions of the bins in the row, without the empty ones.
+        bins: the places of the bins in the row, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
         rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
         beginnings: (documents,) int32, the segments that documents begin with.
@@ -54,7 +66,7 @@ class MicroBatch:
     max_seqlen: int
     tokens: int
     targets: int
-    bins: tuple[Position, ...]
+    bins: tuple[Place, ...]
     documents: tuple[int, ...]
     rejected: torch.Tensor = field(default_factory=partial(_none, torch.int32))
     beginnings: torch.Tensor = field(default_factory=partial(_none, torch.int32))

@@ -1,138 +1,25 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
-from collections.abc import Mapping
 from datetime import date
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.registry import kinds
+from trainer.config.data.row_kinds import (
+    LOSS_ON,
+    OF_CLASSES,
+    ROW_FORMATS,
+    SHARING,
+    WHOLE,
+    Format,
+    check_fields,
+    kind_of,
+    most_segments,
+)
+from trainer.config.data.source import Source
 from trainer.config.section import Section, setting
 
-if TYPE_CHECKING:
-    from trainer.data.format.row_format import RowFormat
-
-# The formats of rows are files of trainer/data/format/known, which import nothing of the configuration: a new one is known here.
-ROW_FORMATS: "dict[str, RowFormat]" = dict(
-    sorted(
-        kinds(import_module("trainer.data.format.known"), "ROW_FORMATS").items(),
-        key=lambda item: (item[1].place, item[0]),
-    )
-)
-"""Every format that `data.format` may name, in the order in which rows are tried."""
-if TYPE_CHECKING:
-    Format = str
-else:
-    Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text", "answers")
-"""The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
-_LOSS_ON = {
-    "chat": ("assistant", "last_assistant", "all"),
-    "prompt_completion": ("completion", "all"),
-    "text": ("all",),
-    "preference": ("completion",),
-    "labelled": ("completion",),
-    "answers": ("completion",),
-    "classified": (),
-    "tagged": (),
-}
 _TODAY = "2025-01-01"
-# Kinds of rows that are never split, and what a split would do.
-_WHOLE = {
-    "preference": "part a pair",
-    "labelled": "part an answer",
-    "answers": "part an answer",
-    "classified": "part a text from its class",
-    "tagged": "part words from their tags",
-}
-_TWO_SEGMENTS = ("preference", "labelled", "tagged")
-_OF_CLASSES = ("classified", "tagged")
-_SHARING = ("preference", "labelled", "answers")
-"""Kinds of rows with several answers to a prompt."""
-
-
-class Source(Section):
-    """One place that documents come from."""
-
-    path: str = setting(
-        about="A file or a glob: .jsonl, .json, .csv, .tsv, .txt (a text a line; also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
-        "or of MDS shards. Local, or s3://, gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it.",
-        example="data/train-*.jsonl",
-    )
-    weight: float = setting(
-        1.0,
-        about="How often an epoch visits each document: 2 is twice, 0.5 a different half of them each epoch.",
-        example=0.5,
-        gt=0,
-        le=1000,
-        unit="visits an epoch",
-    )
-    fraction: float | None = setting(
-        None,
-        about="Instead of weight: the share of an epoch's tokens that comes from this source, such as general data mixed in "
-        "so that the model keeps what it knew (replay).",
-        example=0.1,
-        gt=0,
-        lt=1,
-        unit="share of tokens",
-    )
-    format: Format | None = setting(
-        None, about="The format of this source's rows, where it is not data.format.", example="alpaca"
-    )
-    fields: dict[str, str] = setting(
-        {},
-        about="Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a format.",
-        example={"messages": "dialogue"},
-    )
-
-    subset: str | None = setting(
-        None,
-        about="Which configuration of a data set of the Hub. Default: the one that it names as such.",
-        example="en",
-    )
-    split: str | None = setting(None, about="Which split of a data set of the Hub. Default: train.", example="test")
-    take: int | float | None = setting(
-        None,
-        about="So many of its rows, or below 1 that share of them: the first ones. Default: all.",
-        example=1000,
-        gt=0,
-        unit="rows, or share of rows",
-    )
-    take_seed: int | None = setting(
-        None, about="Take a random choice by this seed, not the first rows.", example=42, ge=0, lt=2**32
-    )
-
-    @model_validator(mode="after")
-    def _taken(self) -> "Source":
-        if self.take is not None and self.take > 1 and self.take % 1:
-            raise ValueError(
-                f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
-            )
-        if isinstance(self.take, float) and self.take == 1:
-            raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
-        if self.take_seed is not None and self.take is None:
-            raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _of_the_hub(self) -> "Source":
-        for name in ("subset", "split"):
-            if getattr(self, name) is not None and not self.path.startswith("hf://"):
-                raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _known_fields(self) -> "Source":
-        if self.format:
-            _check_fields("fields", self.format, self.fields)
-        return self
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> "Source":
-        if self.fraction is not None and self.weight != 1.0:
-            raise ValueError("weight and fraction: both given. Set one of them.")
-        return self
 
 
 class TrainOn(Section):
@@ -255,7 +142,7 @@ class Data(Section):
                     f"data.fields: {unknown[0]!r} is not a field of any data.format. Allowed are {', '.join(sorted(known))}."
                 )
             return self
-        _check_fields("data.fields", self.format, self.fields)
+        check_fields("data.fields", self.format, self.fields)
         if unsuited := self.unsuited(self.format):
             raise ValueError(unsuited)
         return self
@@ -263,16 +150,16 @@ class Data(Section):
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
         kind = ROW_FORMATS[format].kind
-        if self.labels and kind not in _OF_CLASSES:
+        if self.labels and kind not in OF_CLASSES:
             return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
-        if self.loss_on and not _LOSS_ON[kind]:
+        if self.loss_on and not LOSS_ON[kind]:
             return f"data.loss_on: has no effect with data.format: {format}, of whose rows the class is trained. Remove it."
-        if self.loss_on and self.loss_on not in _LOSS_ON[kind]:
+        if self.loss_on and self.loss_on not in LOSS_ON[kind]:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
-                f"Allowed there: {', '.join(_LOSS_ON[kind])}."
+                f"Allowed there: {', '.join(LOSS_ON[kind])}."
             )
-        if self.share_prefix and kind not in _SHARING:
+        if self.share_prefix and kind not in SHARING:
             return f"data.share_prefix: has no effect with data.format: {format}, whose rows have one answer to a prompt. Remove it."
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
@@ -280,8 +167,8 @@ class Data(Section):
             for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
                 if changed:
                     return f"data.{name}: has no effect with data.format: {format}. Remove it."
-        if kind in _WHOLE and self.on_too_long == "split":
-            return f"data.on_too_long: split would {_WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or fail."
+        if kind in WHOLE and self.on_too_long == "split":
+            return f"data.on_too_long: split would {WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
 
     def for_rows(self, format: str) -> "Data":
@@ -290,13 +177,13 @@ class Data(Section):
         talks = kind not in ("prompt_completion", "text")
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
-            "loss_on": self.loss_on if self.loss_on in _LOSS_ON[kind] else None,
+            "loss_on": self.loss_on if self.loss_on in LOSS_ON[kind] else None,
             "train_on": on if talks else TrainOn(roles=roles, end=on.end),
             "thinking": self.thinking if talks else "as_template",
             "template": self.template if talks else None,
             "today": self.today if talks else _TODAY,
-            "labels": self.labels if kind in _OF_CLASSES else None,
-            "share_prefix": self.share_prefix and kind in _SHARING,
+            "labels": self.labels if kind in OF_CLASSES else None,
+            "share_prefix": self.share_prefix and kind in SHARING,
         }
         return self.model_copy(update=kept)
 
@@ -305,9 +192,9 @@ class Data(Section):
         on = self.train_on
         if kind != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if kind in _WHOLE and on.roles is not None:
+        if kind in WHOLE and on.roles is not None:
             return "data.train_on.roles"
-        if kind in _OF_CLASSES and not (on.end and on.thinking):
+        if kind in OF_CLASSES and not (on.end and on.thinking):
             return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
@@ -366,7 +253,7 @@ class Data(Section):
     @property
     def too_long_remedies(self) -> str:
         """The other values of `on_too_long` that a row may be refused with."""
-        return "truncate or drop" if self.kind in _WHOLE else "truncate, split or drop"
+        return "truncate or drop" if self.kind in WHOLE else "truncate, split or drop"
 
     @property
     def kind(self) -> str:
@@ -414,21 +301,3 @@ class Data(Section):
             "share_prefix": True if self.share_prefix else None,
         }
         return {name: value for name, value in found.items() if value is not None}
-
-
-def kind_of(format: str) -> str:
-    """The kind of rows that those of a format become; that of conversations where `format` is auto."""
-    return ROW_FORMATS[format].kind if format in ROW_FORMATS else "chat"
-
-
-def most_segments(format: str) -> int:
-    """`Data.segments` of rows of this format."""
-    return 2 if kind_of(format) in _TWO_SEGMENTS else 1
-
-
-def _check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:
-    for name in fields:
-        if format != "auto" and name not in ROW_FORMATS[format].fields:
-            raise ValueError(
-                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there: {', '.join(ROW_FORMATS[format].fields)}."
-            )

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.unit.test_data_chat import CHATML, TALK, Renderer, data, tokenizer
-from trainer.data.format.left_out import left_out
 from trainer.data.format.messages import read_messages
+from trainer.data.format.unrendered import left_out
 
 CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
 WITH_CALL = [

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.model.shared_heads import copies_of_keys
+from trainer.model.sequence_parallel.heads import copies_of_keys
 
 
 class Peers(Protocol):

@@ -1,0 +1,1 @@
+"""Rows that several ranks share: `sharding.sequence_parallel`."""

@@ -1,0 +1,176 @@
+"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that does not. No torch."""
+
+from collections.abc import Iterator
+
+from trainer.base.architecture import Architecture
+from trainer.base.base import Description, StoredFormat
+from trainer.config import Config, Optim
+from trainer.config.objective import HEADS
+from trainer.model.kernels.attention import kernels_without_masks
+from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
+from trainer.tuning.objective.objective import Objective, reference_of
+
+_SHARED_ROWS = "sharding.sequence_parallel"
+_ALONE = "Set it to 1."
+_SHARED_PREFIX = "data.share_prefix"
+
+
+def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
+    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
+    return [
+        *base.mismatches(config),
+        *tuning_mismatches(config, method, base.architecture),
+        *_of_stored(config, method, base.stored),
+        *objective_mismatches(config, objective, method),
+        *_of_shared_rows(config, base.architecture, method, objective),
+        *_of_shared_prefix(config, base.architecture, method),
+    ]
+
+
+def base_trained_by(config: Config) -> str:
+    """The setting that has parameters of the base learn, for messages."""
+    modules = config.tuning.modules_to_save
+    return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
+
+
+def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> list[str]:
+    """A sentence for each setting of the run or fact of the base that does not suit `method`, which is the run's."""
+    wrong = method.mismatches(architecture)
+    for name in OPTIM_OF_SOME:
+        field = name.removeprefix("optim.")
+        if name not in method.settings and getattr(config.optim, field) != Optim.model_fields[field].default:
+            wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
+    if method.trains_base and config.sharding.scope == "node":
+        wrong.append(
+            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
+            "sharding.scope: world."
+        )
+    if method.exports_model and config.checkpoint.adapters:
+        wrong.append(
+            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter to write "
+            "beside a commit. Set it to false; capstan export writes the whole model."
+        )
+    if method.exports_model and config.quant.type != "none":
+        wrong.append(
+            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
+            "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
+        )
+    return [*wrong, *_of_virtual_tokens(config, method.virtual, architecture)]
+
+
+def _of_stored(config: Config, method: Method, stored: StoredFormat) -> list[str]:
+    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
+    if not method.exports_model or not stored.unmergeable:
+        return []
+    return [
+        f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
+        f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
+    ]
+
+
+def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> list[str]:
+    """A sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
+    if not virtual.count:
+        return []
+    method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
+    needed, window, kernel, wrong = length + virtual.count, architecture.sliding_window, config.model.attention, []
+    if config.data.on_too_long == "split":
+        wrong.append(
+            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual tokens "
+            "before a text's beginning. Set it to truncate, drop or fail."
+        )
+    if architecture.positions and length <= architecture.positions < needed:
+        wrong.append(
+            f"tuning.virtual_tokens: {virtual.count} before {length} tokens (data.sequence_length) exceed the base's "
+            f"{architecture.positions} positions (config.json). Lower one of them."
+        )
+    if window and not virtual.in_row:
+        wrong.append(
+            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window} tokens back "
+            "only (a sliding window). Choose another method, such as prompt or lora."
+        )
+    elif window and window < needed:
+        wrong.append(
+            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back only (a "
+            f"sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length. Lower these, or "
+            "choose another method."
+        )
+    if kernel in virtual.refused_kernels:
+        wrong.append(
+            f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto."
+        )
+    return wrong
+
+
+def objective_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
+    """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
+    name, wrong = config.objective.name, objective.mismatches()
+    reference = reference_of(config, objective, method)
+    if config.data.format != "auto" and config.data.kind not in objective.formats:
+        wrong.append(
+            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
+            f"{' or '.join(objective.formats)}, or choose another objective."
+        )
+    if config.train.sample_every and name in HEADS:
+        wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
+    if reference == "adapter_off" and method.trains_base:
+        wrong.append(
+            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
+            "switched off. Set it to stored."
+        )
+    elif reference == "adapter_off" and config.tuning.start:
+        wrong.append(
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
+        )
+    return wrong
+
+
+def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
+    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/sequence_parallel's."""
+    size, tokens = config.sharding.sequence_parallel, config.train.micro_batch * config.data.sequence_length
+    if size == 1:
+        return
+    if model.fails_shared:
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of this base, as {model.fails_shared}. {_ALONE}"
+    heads = sorted({layer.query_heads for layer in model.attention if layer.query_heads})
+    if uneven := [count for count in heads if count % size]:
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} heads of this base's attention evenly. Set a divisor of {uneven[0]}."
+        )
+    if tokens % size:
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}."
+        )
+    if method.virtual.count:
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row with the virtual tokens of tuning.method: {config.tuning.method}. {_ALONE}"
+    if objective.survey is not None or config.objective.name in HEADS:
+        yield f"{_SHARED_ROWS}: objective.name: {config.objective.name} looks at parts of a row by themselves, of which {size} ranks would have slices. {_ALONE}"
+
+
+def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:
+    """A sentence for each setting that does not suit answers which share their prompt in a row."""
+    kernel = config.model.attention
+    if not config.data.share_prefix:
+        return
+    if model.fails_prefix:
+        yield f"{_SHARED_PREFIX}: answers cannot share a prompt with this base, as {model.fails_prefix}. Remove it."
+    if why := kernels_without_masks(config.data.share_prefix).get(kernel):
+        yield f"model.attention: {kernel} cannot run with {_SHARED_PREFIX}: {why}. Use auto."
+    if method.virtual.count:
+        yield f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which differ from the prompt's. Remove it."
+
+
+def uneven_ranks(config: Config, world_size: int, ranks_per_node: int) -> str | None:
+    """Why these ranks cannot share rows as the settings say, in a sentence; None if they can."""
+    size, per_node = config.sharding.sequence_parallel, min(world_size, ranks_per_node)
+    if world_size % size:
+        return (
+            f"{_SHARED_ROWS}: {size} ranks share each row, and {world_size} ranks are no multiple of {size}. Change cluster.workers, or set a divisor of "
+            f"{world_size}."
+        )
+    if per_node % size:
+        return (
+            f"{_SHARED_ROWS}: the {size} ranks that share a row must be on one node, and {per_node} ranks of a node are no multiple of {size}. Set a "
+            f"divisor of {per_node}."
+        )
+    return None
