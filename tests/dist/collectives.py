@@ -164,16 +164,17 @@ def mixed(orders: Sequence[Order], rank: int) -> list[Order]:
 RANKS, PER_NODE = 4, 2
 
 
-def kinds(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Name -> the settings of a run on four ranks of two nodes, before them its base where that is another than a Llama."""
-    workshop = Workshop(folder / "llama")
+def kinds(workshop: Workshop) -> dict[str, tuple[str, ...]]:
+    """Name -> the settings of a run on four ranks of two nodes."""
+    folder = workshop.folder
     policy = json.loads(workshop.policy.read_text())
     policy["zero_optimization"] |= {"overlap_comm": True, "stage3_param_persistence_threshold": 300}
     (divided := folder / "divided.json").write_text(json.dumps(policy))
     policy["zero_optimization"]["reduce_bucket_size"] = 1000
     (small := folder / "small.json").write_text(json.dumps(policy))
     pairs, labels = (
-        f'data.train=[{{"path": "{make(folder / make.__name__, 24)}"}}]' for make in (make_pairs, make_labelled)
+        f'data.train=[{{"path": "{make(folder / f"{make.__name__}.jsonl", 24)}"}}]'
+        for make in (make_pairs, make_labelled)
     )
     apart = f"sharding.deepspeed={divided}"
     shapes = {
@@ -181,7 +182,12 @@ def kinds(folder: Path) -> dict[str, tuple[str, ...]]:
         "DPO": ("objective.name=dpo", "data.format=preference", pairs, apart),
         "KTO": ("objective.name=kto", "data.format=labelled", labels, apart),
         "distillation": ("objective.name=distil", f"objective.teacher={make_base(folder / 'teacher')}", apart),
-        "experts with LoRA": ("mixtral", "tuning.experts=true", "tuning.experts_rank=3", apart),
+        "experts with LoRA": (
+            f"model.base={make_base(folder / 'mixtral', 'mixtral')}",
+            "tuning.experts=true",
+            "tuning.experts_rank=3",
+            apart,
+        ),
         "shared rows": ("sharding.sequence_parallel=2", apart),
         "small buckets": (f"sharding.deepspeed={small}",),
         "recomputed": ("train.activation_checkpointing=all", apart),
@@ -196,31 +202,29 @@ def kinds(folder: Path) -> dict[str, tuple[str, ...]]:
 
 class Verdict(NamedTuple):
     """The collectives of a step of a rank, its communicators, and how it ends on devices of one place, with streams in other orders, and with two
-    neighbours of rank 1 begun the other way round; None is well."""
+    neighbours of rank 1 begun the other way round; None is well. A step may have no two neighbours of different communicators."""
 
     begun: int
     communicators: int
     in_order: str | None
     reversed: str | None
+    has_neighbours: bool
     mixed: str | None
 
     @property
     def is_well(self) -> bool:
-        """Where a rank has two communicators, the mixed order has to stop for ever."""
-        return not self.in_order and not self.reversed and (self.communicators < 2 or self.mixed is not None)
+        return not self.in_order and not self.reversed and (self.mixed is not None) == self.has_neighbours
 
 
 def verdicts(folder: Path, words: Sequence[str] = ()) -> dict[str, Verdict]:
     """Of each kind whose name has one of the words, by a second step on four ranks."""
-    shops, runs, names = dict[str, Workshop](), list[list[str]](), list[str]()
-    for name, (*settings,) in kinds(folder).items():
+    workshop, runs, names = Workshop(folder), list[list[str]](), list[str]()
+    for name, settings in kinds(workshop).items():
         if words and not any(word in name for word in words):
             continue
-        base = settings.pop(0) if settings[0] in ("mixtral",) else "llama"
-        shop = shops.setdefault(base, Workshop(folder / base, base))
         more = ("train.steps=3", "checkpoint.every_steps=0", "train.global_batch=8")
-        config = shop.config(f"order-{len(names)}", *more, *settings)
-        runs.append([dump_config(config), shop.prepare(config).train])
+        config = workshop.config(f"order-{len(names)}", *more, *settings)
+        runs.append([dump_config(config), workshop.prepare(config).train])
         if config.objective.name == "distil":
             launch(1, teaching.teach, runs[-1][0])
         names.append(name)
@@ -229,11 +233,11 @@ def verdicts(folder: Path, words: Sequence[str] = ()) -> dict[str, Verdict]:
 
 
 def _verdict(orders: list[Order]) -> Verdict:
-    of_one = {one.communicator for one in orders[1] if one is not None}
+    communicators = {one.communicator for one in orders[1] if one is not None}
     every = {one.communicator for order in orders for one in order if one is not None}
-    begun = sum(one is not None for one in orders[1])
+    begun, control = sum(one is not None for one in orders[1]), mixed(orders, 1)
     in_order, backwards = stuck(orders, 1), stuck(orders, len(every), reverse=[1, 2])
-    return Verdict(begun, len(of_one), in_order, backwards, stuck(mixed(orders, 1), 1))
+    return Verdict(begun, len(communicators), in_order, backwards, control != orders, stuck(control, 1))
 
 
 def main(words: list[str]) -> int:
@@ -244,8 +248,9 @@ def main(words: list[str]) -> int:
     )
     print("|---|---|---|---|---|---|")
     for name, one in found.items():
-        ends = [verdict or "ends" for verdict in (one.in_order, one.reversed, one.mixed)]
-        print(f"| {name} | {one.begun} | {one.communicators} | {' | '.join(ends)} |")
+        ends = [verdict or "ends" for verdict in (one.in_order, one.reversed)]
+        control = (one.mixed or "ends") if one.has_neighbours else "there are no two"
+        print(f"| {name} | {one.begun} | {one.communicators} | {' | '.join(ends)} | {control} |")
     return int(not all(one.is_well for one in found.values()))
 
 

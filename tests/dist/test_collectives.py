@@ -34,4 +34,4 @@ def test_a_step_of_each_kind_of_group_comes_to_an_end(tmp_path: Path) -> None:
     assert len(found) == 2
     for name, verdict in found.items():
         assert verdict.is_well, (name, verdict)
-        assert verdict.communicators > 1
+        assert verdict.has_neighbours
