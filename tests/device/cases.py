@@ -45,7 +45,6 @@ CASES = {
         "alone": Case(1, "single_gpu", ("train.sample_every=2", "eval.max_tokens=4")),
         "offloaded alone": Case(1, "zero3_offload_cpu", _OFFLOADED),
     },
-    4: {"nodes": Case(4, overrides=("sharding.scope=node",), ranks_per_node=2)},
 }
 
 

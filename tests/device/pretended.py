@@ -5,7 +5,7 @@ import ctypes
 import hashlib
 import os
 import subprocess
-import traceback
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,11 @@ def _without_device(plain: Any) -> Any:
 
 @ctypes.CFUNCTYPE(None)
 def _note_wait() -> None:
-    for frame in reversed(traceback.extract_stack()):
+    frame = sys._getframe()
+    while frame := frame.f_back:
         for package in ("trainer", "deepspeed"):
-            if f"/{package}/" in frame.filename:
-                waits.append(f"{package}/{frame.filename.rpartition(f'/{package}/')[2]}: {frame.name}")
+            if f"/{package}/" in (file := frame.f_code.co_filename):
+                waits.append(f"{package}/{file.rpartition(f'/{package}/')[2]}: {frame.f_code.co_name}")
                 return
     waits.append("elsewhere")
 

@@ -51,12 +51,12 @@ def test_each_output_and_gradient_is_near_the_plain_one(adapter: bool) -> None:
 def test_rows_of_any_size_are_finite() -> None:
     rows = torch.tensor([0.0, 1e-38, 1.0, 1e30])[:, None] * torch.ones(4, 32)
     found = fp8.product(rows.bfloat16(), torch.ones(16, 32).bfloat16())
-    torch.testing.assert_close(found.float(), 32 * rows[:, :16].bfloat16().float(), rtol=0.04, atol=0)
+    torch.testing.assert_close(found.float(), 32 * rows[:, :16].bfloat16().float(), rtol=0.04, atol=1e-30)
 
 
 def test_factors_are_as_the_kernel_of_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    mode, seen = FakeTensorMode(), list[torch.Size]()
-    plain = torch._scaled_mm
+    mode, seen = FakeTensorMode(), list[tuple[int, ...]]()
+    plain: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
 
     def checked(*factors: Tensor, **given: Any) -> Tensor:
         def on_gpu(tensor: Any) -> Any:

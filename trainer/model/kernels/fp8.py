@@ -34,7 +34,8 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (..., k) by weight (n, k) -> (..., n), in the type of `rows`, which is bf16."""
     left, left_scale = _scaled(rows.flatten(0, -2))
     right, right_scale = _scaled(weight)
-    found = torch._scaled_mm(left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=rows.dtype)
+    multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    found = multiply(left, right.t(), left_scale, right_scale.t(), out_dtype=rows.dtype)
     return found.view(*rows.shape[:-1], -1)
 
 
@@ -43,6 +44,5 @@ def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
     is rounded: a row's largest value becomes one of 128 to 256."""
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).float()
     exponent = torch.frexp(largest).exponent.clamp_(min=_LEAST) - _TOP
-    return (rows * torch.exp2(-exponent.float()).to(rows.dtype)).to(torch.float8_e4m3fn).contiguous(), torch.exp2(
-        exponent.float()
-    )
+    scaled = rows * torch.exp2(-exponent.float()).to(rows.dtype)
+    return scaled.to(torch.float8_e4m3fn).contiguous(), torch.exp2(exponent.float())
