@@ -5,9 +5,11 @@
 A forward and backward pass through one document of either length on CPUs, over a small random base: what
 a token adds to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to activations and logits.
 With `--memory` instead the longest row that one rank computes in so many MiB, bisected by real steps, beside that of `capstan plan --longest`.
+With `--prompts` what a step of DPO costs over pairs of answers to prompts of so many tokens, each once in a row (`data.share_prefix`) or twice.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
 
 from tests.dist import memory as memory_of
+from tests.dist import shared_rows
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.base.find.locate import describe_base
@@ -34,7 +37,12 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2**20,
 }
-RECOMPUTED = ("none", "all")
+# What is done for memory -> its settings.
+WAYS = {
+    "nothing": ("none", "false"),
+    "layers computed again": ("all", "false"),
+    "and MLPs in tiles": ("all", "true"),
+}
 
 
 def planned(config: Config, ranks: int) -> int:
@@ -43,20 +51,44 @@ def planned(config: Config, ranks: int) -> int:
     return parts.activations + parts.logits
 
 
-def settings_of(ranks: int, recomputed: str) -> tuple[str, ...]:
-    shared = f"sharding.sequence_parallel={ranks}"
-    here = "model.dtype=fp32", "train.tiled_mlp=false", "cluster.gpus_per_worker=0"
-    return *here, shared, f"train.activation_checkpointing={recomputed}"
+def settings_of(ranks: int, way: str) -> tuple[str, ...]:
+    recomputed, tiled = WAYS[way]
+    again = f"train={{activation_checkpointing: {recomputed}, tiled_mlp: {tiled}, steps: 4, global_batch: {ranks}}}"
+    return "model.dtype=fp32", "cluster.gpus_per_worker=0", f"sharding.sequence_parallel={ranks}", again
 
 
 def longest(workshop: Workshop, memory: int) -> Table:
     """The longest rows that fit into `memory` bytes, by the plan and by real steps."""
-    table = Table("layers computed again", "longest row", "planned", "ratio")
-    for recomputed in RECOMPUTED:
-        config = workshop.config("longest", *settings_of(1, recomputed))
+    table = Table("for memory", "longest row", "planned", "ratio")
+    for way in WAYS:
+        config = workshop.config("longest", *settings_of(1, way))
         said = longest_rows(config, describe_base(config.model), Ranks(1, 1, memory, on_gpu=False))[0].tokens
         (found,) = launch(1, memory_of.longest_row, dump_config(config), memory, 2 * said, timeout=1800.0)
-        table.add_row(recomputed, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
+        table.add_row(way, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
+    return table
+
+
+def prompts(workshop: Workshop, tokens: int) -> Table:
+    """A step of DPO over pairs of short answers to prompts of so many tokens, each once in a row or twice."""
+    pairs, table = Path(workshop.folder) / "pairs.jsonl", Table("prompts", "tokens of a step", "seconds")
+    prompt, costs = "the ant and the bee " * (tokens // 20), list[tuple[int, float]]()
+    with pairs.open("w") as file:
+        for n in range(8):
+            file.write(
+                json.dumps({"prompt": f"{n} {prompt}", "chosen": "fox gnu hen " * 4, "rejected": "emu " * 9}) + "\n"
+            )
+    for shared in (False, True):
+        config = workshop.config(
+            f"shared-{shared}",
+            *settings_of(1, "nothing"),
+            "objective.name=dpo",
+            f"data={{train: [{{path: {pairs}}}], format: preference, share_prefix: {shared}, sequence_length: {2 * tokens + 256}}}",
+            "train.global_batch=2",
+        )
+        (cost,) = launch(1, shared_rows.step_costs, dump_config(config), workshop.prepare(config).train, timeout=1800.0)
+        costs.append(cost)
+        table.add_row("once" if shared else "a copy for each answer", f"{cost[0]:,}", f"{cost[1]:.2f}")
+    table.add_row("ratio", *(f"{once / each:.2f}" for each, once in zip(*costs, strict=True)))
     return table
 
 
@@ -65,16 +97,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs=2, default=[4096, 12288])
     parser.add_argument("--memory", type=int, help="MiB")
+    parser.add_argument("--prompts", type=int, help="tokens of prompts that pairs of answers share")
     asked = parser.parse_args()
-    table = Table("ranks that share a row", "layers computed again", "bytes a token", "planned", "ratio")
+    table = Table("ranks that share a row", "for memory", "bytes a token", "planned", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder), **SIZES)
         if asked.memory:
             Console().print(longest(workshop, asked.memory * 2**20))
             return
-        for recomputed in RECOMPUTED:
+        if asked.prompts:
+            Console().print(prompts(workshop, asked.prompts))
+            return
+        for way in WAYS:
             for ranks in asked.ranks:
-                settings = settings_of(ranks, recomputed)
+                settings = settings_of(ranks, way)
                 configs = [
                     workshop.config("length", *settings, f"data.sequence_length={length}") for length in asked.lengths
                 ]
@@ -83,7 +119,7 @@ def main() -> None:
                 measured = max((longer - shorter) / tokens for shorter, longer in grown)
                 shorter, longer = (planned(config, ranks) for config in configs)
                 slope = (longer - shorter) / tokens
-                table.add_row(str(ranks), recomputed, f"{measured:,.0f}", f"{slope:,.0f}", f"{measured / slope:.2f}")
+                table.add_row(str(ranks), way, f"{measured:,.0f}", f"{slope:,.0f}", f"{measured / slope:.2f}")
     Console().print(table)
 
 

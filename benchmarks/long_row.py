@@ -1,8 +1,8 @@
 """Rows of 100,000 tokens trained end to end on CPUs, two ranks sharing each: undisturbed, and killed after the first step and resumed.
 
-    python benchmarks/long_row.py [--tokens 100000] [--ranks 2]
+    python benchmarks/long_row.py [--tokens 100000] [--documents 1] [--ranks 2]
 
-One document fills a row of a tiny random base, whose attention is all that such a length costs. Prints the losses of both runs, which must be
+So many documents fill a row of a tiny random base, whose attention is all that such a length costs. Prints the losses of both runs, which must be
 equal to the last bit, the seconds of a step, and the peak of a rank's resident memory beside the plan's activations and logits.
 """
 
@@ -25,12 +25,13 @@ from trainer.config import dump_config
 from trainer.plan.plan import make_plan
 from trainer.run import layout
 
-STEPS, COMMITTED = 3, 1
+STEPS, COMMITTED = 2, 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rows of 100,000 tokens, killed and resumed.")
     parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--documents", type=int, default=1, help="in a row")
     parser.add_argument("--ranks", type=int, default=2)
     asked = parser.parse_args()
     heads: dict[str, Any] = {
@@ -43,8 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         workshop, texts = Workshop(Path(folder), **heads, **sizes), Path(folder) / "texts.jsonl"
         words = ["the ant and the bee ", "a cat, a dog, an emu ", "fox gnu hen ibis "]
-        text = (word * (asked.tokens // len(word)) for word in words)
-        texts.write_text("".join(json.dumps({"text": one[: asked.tokens - 2]}) + "\n" for one in text))
+        length = asked.tokens // asked.documents
+        text = (words[n % len(words)] * (length // 10) for n in range((STEPS + 1) * asked.documents))
+        texts.write_text("".join(json.dumps({"text": one[: length - 2]}) + "\n" for one in text))
         settings = (
             f"data={{train: [{{path: {texts}}}], format: text, sequence_length: {asked.tokens}}}",
             f"train={{steps: {STEPS}, global_batch: 1}}",

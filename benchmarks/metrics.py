@@ -25,8 +25,8 @@ from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
 from trainer.run import layout
 from trainer.run.log import log_allowance
-from trainer.run.metrics import CURVES_SECONDS, Metrics, claim_generation
-from trainer.run.records import record_line
+from trainer.run.metrics import CURVES_SECONDS, Metrics
+from trainer.run.records import claim_generation, record_line
 from trainer.run.requests import StopSignal
 from trainer.run.segments import Appender
 from trainer.run.trackers.jsonl import JsonLines

@@ -51,8 +51,8 @@ shared experts), PEFT 0.21 adapts them by their weights, and its logits are thos
 
 *packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer. *experts*: the
 one forward pass that serves all mixtures has the values and gradients of the family's own. *LoRA on experts*: its gradients are
-PEFT's, at any number of ranks. *shared rows*: two that share a row (`sharding.sequence_parallel`) have the gradients of one, and a plan refuses
-the others with the name of the layer that mixes tokens otherwise. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
+PEFT's, at any number of ranks. *shared rows*: two that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64, and a plan
+refuses other bases with the reason. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
 experts of awkward shapes.
 """
 

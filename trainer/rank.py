@@ -6,8 +6,7 @@ train:     one generator over steps                                             
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,31 +20,35 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.measure.samples import open_samples
-from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.model.parts import recomputed_share
-from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run, settle
+from trainer.plan.assemble import (
+    assemble,
+    attention_of,
+    check_same_base,
+    choose_sharding,
+    join_run,
+    settle,
+)
 from trainer.plan.flops import work_of
-from trainer.processes.siblings import Siblings
+from trainer.plan.resolve import resolve_alike
 from trainer.run import layout
 from trainer.run.environment import environment
-from trainer.run.log import rank_log
-from trainer.run.metrics import Metrics, claim_generation, open_trackers, peak_memory
-from trainer.run.owner import OwnerWatch
+from trainer.run.metrics import peak_memory
+from trainer.run.owner import lost_ranks
 from trainer.run.power import metered
-from trainer.run.records import bad_windows
-from trainer.run.requests import StopSignal
+from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
-from trainer.train.end_record import early_end, last_words
-from trainer.train.heartbeat import Heart
+from trainer.train.end_record import early_end
 from trainer.train.horizon import horizon_of
-from trainer.train.initial_adapter import begin_from, resolve_alike
+from trainer.train.initial_adapter import begin_from
 from trainer.train.loop import Training, stop_before_training, train
+from trainer.train.open_start import opened
 from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
-from trainer.train.start import Elapsed, Start, Starter
+from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
 from trainer.train.taught import stored_teacher
@@ -63,7 +66,7 @@ def run_rank(
     """Train `config`'s run as one rank, from its newest checkpoint or, unless `resume` demands one, from the start.
 
     `datasets` are in the store already; rank 0's count. Restores by itself, always: whoever restarts a rank calls this
-    again. The contexts are nested so that each may still write to those before it: the log, the adapters, the records.
+    again.
 
     Raises:
         CapstanError: of the kind whose exit code the process should end with; `Stopped` when asked to stop.
@@ -72,42 +75,16 @@ def run_rank(
     elapsed = Elapsed(starter.began)
     store = open_run_store(config)
     folder = store.sub(config.run.name)
-    owner, siblings = OwnerWatch(folder), Siblings()
-    ranks = join_run(config, lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank))
-    first = ranks.rank == 0
+    ranks = join_run(config, lost_ranks(folder))
     resolved = resolve_alike(config, ranks)
     shared: Datasets = ranks.broadcast(datasets)
-    generation: int = ranks.broadcast(claim_generation(folder) if first else None)
+    generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
     with (
-        rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
-        # Its wait for the last adapter is outside of what looks for ranks that hang.
-        adapters_beside(folder, resolved, _print, writes=first) as after_commit,
-        ExitStack() as stack,
+        opened(ClaimedStart(resolved, ranks, store, folder, generation, starter, elapsed)) as start,
+        early_end(start),
     ):
-        metrics = Metrics(open_trackers(folder, generation, config) if first else ())
-        stack.callback(metrics.close)
-        metrics.write("phase", phase="load")
-        seconds = min(5.0, config.track.flush_seconds)
-        stop = StopSignal(folder, watches=first, seconds=seconds, preempted=starter.preempted)
-        stack.callback(stop.close)
-        stack.enter_context(stop.on_signals())
-        heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
-        stack.callback(heart.close)
-        start = Start(
-            resolved,
-            ranks,
-            store,
-            folder,
-            generation,
-            metrics=metrics,
-            stop=stop,
-            pulse=heart,
-            starter=starter,
-            elapsed=elapsed,
-        )
-        with early_end(start):
-            training, restored = _assemble(start, shared, after_commit, resume=resume)
-            _train(start, training, restored)
+        training, restored = _assemble(start, shared, resume=resume)
+        _train(start, training, restored)
 
 
 class _Rows(NamedTuple):
@@ -138,9 +115,7 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     metrics.write("end", outcome="finished", step=last, reason=training.rules.ended)
 
 
-def _assemble(
-    start: Start, datasets: Datasets, after_commit: Callable[[], None], *, resume: bool
-) -> tuple[Training, CheckpointManifest | None]:
+def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any.
 
     The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the base, or the
@@ -161,7 +136,7 @@ def _assemble(
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
-    checkpoints = _checkpoints(start, datasets, after_commit)
+    checkpoints = _checkpoints(start, datasets)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
@@ -200,12 +175,12 @@ def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _checkpoints(start: Start, datasets: Datasets, after_commit: Callable[[], None]) -> Checkpoints:
+def _checkpoints(start: Start, datasets: Datasets) -> Checkpoints:
     """The checkpoints of the run, whose folder keeps the texts that they belong to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))
     ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
-    hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=after_commit)
+    hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=start.after_commit)
     rules = resolved.config.checkpoint
     return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated)
 

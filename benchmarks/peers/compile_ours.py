@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config import Data
-from trainer.data.compile.compile import compile_dataset
+from trainer.data.compile.compile import compile_chapters
 from trainer.data.compile.pool import map_batches
+from trainer.data.dataset.dataset import open_dataset
 from trainer.data.source.files import expand
 from trainer.store.store import open_store
 
@@ -26,9 +27,10 @@ def main(folder: Path) -> None:
         began = time.perf_counter()
         cores = len(os.sched_getaffinity(0))
         files = expand(data.train, "data.train")
-        done = compile_dataset(
-            data, files, tokenizer, open_store(store), "compiled", mapper=partial(map_batches, processes=cores)
-        )
+        opened, mapper = open_store(store), partial(map_batches, processes=cores)
+        for _ in compile_chapters(data, files, tokenizer, opened, "compiled", mapper=mapper):
+            pass
+        done = open_dataset(opened, "compiled")
         print(json.dumps({"tokens_per_second": done.manifest.tokens / (time.perf_counter() - began)}))
 
 

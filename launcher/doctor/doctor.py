@@ -143,6 +143,8 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
 
 
 def _accelerator() -> Iterator[Check]:
+    """The GPUs as torch sees them, against those that the machine has: a build of torch for CPUs, or CUDA_VISIBLE_DEVICES, hides them without
+    a word."""
     facts = ask_torch()
     if isinstance(facts, str):
         yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")

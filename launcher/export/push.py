@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from launcher.export.export import Exported, export_run
-from trainer.base.find.locate import NAMED_TEMPLATES, TOKENIZER_PATTERNS
+from trainer.base.find.small_files import NAMED_TEMPLATES, TOKENIZER_PATTERNS
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD

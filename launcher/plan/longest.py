@@ -42,7 +42,7 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
     ranks = Ranks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
     base = base_at_hand(config.model).description
-    rows = longest_rows(base.decided(config), base, ranks)
+    rows = longest_rows(config.decided(base.in_4_bits), base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)
 
 

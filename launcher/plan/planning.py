@@ -98,7 +98,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose = machine.gpu, machine.whose
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
-    config = base.decided(config)
+    config = config.decided(base.in_4_bits)
     with suppress(CapstanError):  # where the data cannot be read, as is said below
         config = with_labels(config)
     memory = found.memory if found else None

@@ -15,9 +15,9 @@ from trainer.errors import ConfigError
 from trainer.tuning.objective.objective import find_objective
 
 LOSS = "loss"
-_BETTER_WHEN_HIGH = ("reward_accuracy", "reward_margin", "accuracy", "macro_f1")
+_BETTER_WHEN_HIGH = ("reward_accuracy", "reward_margin", "accuracy", "micro_f1", "macro_f1")
 """Measures that every objective which has them is after."""
-_OF_NO_FORMULA = ("reward_accuracy", "accuracy", "macro_f1")
+_OF_NO_FORMULA = ("reward_accuracy", "accuracy", "micro_f1", "macro_f1")
 """Measures that mean the same whatever the objective's settings: a share of pairs."""
 _KEEP_THE_TOKENS = ("data.train", "data.eval", "data.held_out", "data.held_out_seed", "data.packing")
 """Settings of the data that leave the tokens of a given document what they are."""

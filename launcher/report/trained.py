@@ -25,7 +25,7 @@ _UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
 _COUNTS = {
     "rows": "rows read",
     "bad_rows": "bad rows, left out",
-    "dropped": "too long, left out",
+    "dropped": "too long or too short, left out",
     "truncated": "too long, cut",
     "split": "too long, split",
     "without_targets": "nothing to train on",

@@ -16,7 +16,6 @@ from trainer.base.find.locate import base_at_hand, is_hub_id
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
-from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import locate
 from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
@@ -34,7 +33,6 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.initial_adapter import starting_at
 
 
 def anchored(config: Config) -> Config:
@@ -103,7 +101,7 @@ def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str]
         log(f"not checked from here: {error}")
         return config
     log(base.said or "")
-    config = base.description.decided(config)
+    config = config.decided(base.description.in_4_bits)
     method = method_of(config)
     if wrong := mismatches(config, base.description, method, find_objective(config, method)):
         raise ConfigError("\n".join(wrong))
@@ -114,11 +112,9 @@ def pinned(config: Config, resolved: Resolved) -> Config:
     """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and every later start,
     gets that one, wherever the branch is by then; the same of the checkpoint of another run in tuning.start; and quant.type, where it says nothing.
     So are the classes of its data."""
-    base = resolved.base
-    config = with_labels(base.description.decided(config))
-    if resolved.beginning is not None:
-        config = starting_at(config, resolved.beginning.place)
-    commit = hub_commit(base.directory)
+    found = resolved.config
+    config = config.model_copy(update={"quant": found.quant, "tuning": found.tuning, "data": found.data})
+    commit = hub_commit(resolved.base.directory)
     if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
         return config
     return override(config, assignment("model.revision", commit))

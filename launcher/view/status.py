@@ -169,6 +169,7 @@ class Follower:
         return None
 
     def read(self) -> RunStatus:
+        """The run's state by its newest records; figures that a start has not written yet are those of the start before it."""
         found = streams(self._folder.list(layout.METRICS))
         for number, records in self._reader.read(found):
             self._generations.setdefault(number, Summary()).add(records)

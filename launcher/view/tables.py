@@ -37,6 +37,7 @@ def colored(state: str, more: str = "") -> Text:
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
+    """Name and text of each line of a status. A line without text is left out, so that only what is known is shown."""
     yield "run", status.run
     more = ""
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:

@@ -3,9 +3,12 @@
 import pytest
 
 from tests.hub import serve_hub
-from tests.kills import LATEST, NAMES, Killed
+from tests.kills import LATEST, Killed
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+# One of each way in which processes are started; the others are kinds of the same.
+NAMES = ("build", "train on 2 ranks", "torchrun", "evaluate on 2 ranks", "export", "push", "sweep")
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,9 @@ def plain_steps(config_text: str, steps: list[list[list[Any]]]) -> list[float]:
                 for at, tag in zip(_beginnings(tokenizer, text), tags, strict=True):
                     labels[place, at] = tag
             loss = model(**batch, labels=labels).loss
+        elif config.objective.name == "multilabel_classification":
+            batch = tokenizer(list(first), return_tensors="pt", padding=True, return_token_type_ids=False)
+            loss = model(**batch, labels=torch.tensor(second, dtype=torch.float32)).loss
         else:
             batch = tokenizer(list(first), return_tensors="pt", padding=True, return_token_type_ids=False)
             loss = model(**batch, labels=torch.tensor(second)).loss
@@ -78,8 +81,14 @@ def plain_model(config: Config) -> Any:
     head = head_of(method_of(config))
     assert head is not None
     made: Any = getattr(transformers, head.head.transformers_class)
+    kind: Any = {"problem_type": "multi_label_classification"} if head.head.several else {}
     base = made.from_pretrained(
-        config.model.base, num_labels=head.outputs, pad_token_id=0, dtype=torch.float32, attn_implementation="eager"
+        config.model.base,
+        num_labels=head.outputs,
+        pad_token_id=0,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        **kind,
     )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = METHODS[config.tuning.method](config.tuning).peft_config(names)

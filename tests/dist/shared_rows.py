@@ -1,11 +1,13 @@
-"""What ranks that share rows exchange."""
+"""What ranks that share rows exchange, and what steps over rows cost."""
+
+from statistics import median
 
 from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
 from trainer.data.order.position import Position
-from trainer.model.sequence_parallel.exchange import RankPeers
+from trainer.model.rows.peers import RankPeers
 from trainer.train.loop import train
 
 
@@ -21,3 +23,11 @@ def exchanged(config_text: str, fingerprint: str) -> int:
     here = assemble_run(parse_config(config_text), fingerprint)
     next(train(here.training(), 0, Position()))
     return received[0]
+
+
+def step_costs(config_text: str, fingerprint: str) -> tuple[int, float]:
+    """The tokens of a step, and the median of the seconds that steps take behind the first."""
+    config = parse_config(config_text)
+    here = assemble_run(config, fingerprint)
+    records = [record for record in train(here.training(), 0, Position()) if "tokens" in record]
+    return records[0]["tokens"], median(record["seconds"] for record in records[1:])

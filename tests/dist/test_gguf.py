@@ -63,7 +63,7 @@ def workshop_of(folder: Path, kind: str) -> Workshop:
     return workshop
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Committed after steps 4 and 5, whose adapters differ."""
     workshop = workshop_of(tmp_path_factory.mktemp(request.param), request.param)
@@ -100,6 +100,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
+@pytest.mark.parametrize("run", ["qwen2"], indirect=True)
 def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: Store, tmp_path: Path) -> None:
     export_merged(run, open_store(str(tmp_path / "merged")), 4)
     export_merged(run, open_store(str(tmp_path / "other")), 5)
@@ -141,6 +142,7 @@ def test_scaled_positions_are_those_of_the_file(tmp_path: Path, scaling: str) ->
     assert difference(in_file, found["scaled"]) < 1e-2 < difference(found["scaled"], found["plain"])
 
 
+@pytest.mark.parametrize("run", ["llama"], indirect=True)
 def test_an_adapter_predicts_the_same_in_llama_cpp_as_in_peft(run: Store, tmp_path: Path) -> None:
     export_adapter(run, open_store(str(tmp_path / "peft")), 4)
     exported(run, tmp_path / "lora", "gguf-adapter")

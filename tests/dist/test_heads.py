@@ -18,6 +18,7 @@ from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 
 CLASSES = ["bad", "good", "so-so"]
+NAMES = ["bee", "cat", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def classifying(workshop: Workshop, texts: Path, name: str, *overrides: str) -> 
     )
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
     workshop: Workshop, texts: Path, world_size: int
 ) -> None:
@@ -53,6 +56,54 @@ def test_five_steps_of_classification_have_the_losses_of_transformers_and_peft(
     (theirs,) = launch(1, heads.plain_steps, text, steps)
     assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
     assert len({round(loss, 3) for loss in theirs}) == 5
+
+
+@pytest.mark.long
+def test_several_classes_of_a_text_have_the_losses_of_transformers_and_are_exported(
+    workshop: Workshop, texts: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    said = [[name for name in NAMES if name in row["text"].split()] for row in rows]
+    several = workshop.folder / "several.jsonl"
+    several.write_text(
+        "".join(json.dumps({"text": row["text"], "labels": of}) + "\n" for row, of in zip(rows, said, strict=True))
+    )
+    given = (
+        "objective.name=multilabel_classification",
+        "data.format=auto",
+        f"data.labels={json.dumps(NAMES)}",
+        f"data.train=[{{path: {several}}}]",
+    )
+    config = classifying(workshop, texts, "several-first", *given)
+    text = dump_config(config)
+    ours = launch(3, heads.our_steps, text, workshop.prepare(config).train)[0]
+    flags = [[int(name in of) for name in NAMES] for of in said]
+    steps = [[[rows[n]["text"], flags[n]] for n in step] for step in ours["documents"]]
+    (theirs,) = launch(1, heads.plain_steps, text, steps)
+    assert [record["loss"] for record in ours["records"]] == pytest.approx(theirs, abs=1e-4)
+
+    run = finished(workshop, classifying(workshop, texts, "several", *given, "train.steps=40", "optim.lr=0.02"))
+    lines = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
+    last = [record for record in lines if record["kind"] == "step"][-1]
+    assert last["micro_f1"] > 0.7
+    destination = open_store(str(tmp_path / "out"))
+    export_adapter(run, destination)
+    proof = prove_adapter(run, 40, destination)
+    assert proof.holds, proof
+    loaded = by_its_card(tmp_path / "out")
+    assert loaded["model"].config.problem_type == "multi_label_classification"
+    batch = loaded["tokenizer"](["the gnu no", "cat cat yes"], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    no = loaded["model"].eval()(**batch).logits[:, 2].sigmoid().tolist()
+    assert no[0] > 0.5 > no[1]
+
+
+def by_its_card(folder: Path) -> dict[str, Any]:
+    """The names that the card's lines of Python make."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    loaded: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(folder)), loaded)
+    return loaded
 
 
 def rewarding(workshop: Workshop, name: str, *overrides: str) -> Config:
@@ -179,11 +230,8 @@ def test_the_export_loads_by_the_lines_of_its_card(workshop: Workshop, trained: 
     destination = tmp_path / "out"
     export_adapter(workshop.store.sub("trained"), open_store(str(destination)))
     assert json.loads((destination / "id2label.json").read_text()) == {"0": "bad", "1": "good", "2": "so-so"}
-    card = (destination / "README.md").read_text()
-    assert "pipeline_tag: text-classification" in card
-    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(destination))
-    loaded: dict[str, Any] = {}
-    exec(code, loaded)
+    assert "pipeline_tag: text-classification" in (destination / "README.md").read_text()
+    loaded = by_its_card(destination)
     model, tokenizer = loaded["model"].eval(), loaded["tokenizer"]
     batch = tokenizer(["the ant yes", "emu emu fox gnu no"], return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -103,10 +103,14 @@ def test_the_export_is_one_adapter_that_equals_in_peft(
     export_adapter(workshop.store.sub("dpo"), open_store(str(tmp_path / "out")))
     ours = master_weights(workshop.store.sub("dpo"), read_manifest(workshop.store.sub("dpo"), 10))
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert len(saved) == len(ours)
+    named = {f"base_model.model.{name.replace('.default.', '.')}": values for name, values in ours.items()}
+    assert saved.keys() == named.keys()
+    assert all(torch.equal(saved[name], named[name].view_as(saved[name])) for name in saved)
     assert "sft@6" in (tmp_path / "out" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
-    assert list(PeftModel.from_pretrained(base, tmp_path / "out").peft_config) == ["default"]
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(values, saved[name]) for name, values in get_peft_model_state_dict(model).items())
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def expected(folder: Store) -> dict[str, float]:
         compiled = json.loads((store / "data" / fingerprint / "manifest.json").read_text())
         counts = ("documents", "tokens", "targets")
         found |= {f"data/{at}/sources/0/{name}": compiled["sources"][0][name] for name in counts}
-        names = {"rows read": "rows", "bad rows, left out": "bad_rows", "too long, left out": "dropped"}
+        names = {"rows read": "rows", "bad rows, left out": "bad_rows", "too long or too short, left out": "dropped"}
         names |= {"too long, cut": "truncated", "too long, split": "split", "nothing to train on": "without_targets"}
         found |= {f"data/{at}/counts/{shown}": compiled["counters"][name] for shown, name in names.items()}
     return found | expected_results(json.loads(folder.get(layout.evaluation(10))))

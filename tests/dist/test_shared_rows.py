@@ -28,7 +28,12 @@ BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "latent": ("deepseek-v3", {}, ()),
     "experts": ("mixtral", {}, ("tuning.experts=true",)),
     "shared keys": ("gemma4", {}, ()),
+    "delta rule": ("qwen3-next", {}, ()),
+    "state space": ("nemotron-h", {}, ()),
+    "state space and attention": ("granitemoe-hybrid", {"num_attention_heads": 4}, ()),
+    "computed whole": ("llama4", {}, ()),
 }
+OF_FOUR = ("delta rule", "state space")
 
 
 def first_step(workshop: Workshop, folder: Path, ranks: int, shared: int, *settings: str) -> tuple[dict[str, Any], Any]:
@@ -79,10 +84,14 @@ def test_so_have_others(workshop: Workshop, tmp_path: Path, ranks: int, shared: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", BASES)
-def test_so_have_two_over_other_bases(tmp_path: Path, name: str) -> None:
+def test_so_have_they_over_other_bases(tmp_path: Path, name: str) -> None:
     kind, sizes, settings = BASES[name]
     workshop = Workshop(tmp_path, kind, **sizes)
-    assert_same(*(first_step(workshop, tmp_path, ranks, ranks, *settings) for ranks in (2, 1)))
+    alone, *shared = (
+        first_step(workshop, tmp_path, ranks, ranks, *settings) for ranks in ((1, 2, 4) if name in OF_FOUR else (1, 2))
+    )
+    for found in shared:
+        assert_same(found, alone)
 
 
 @pytest.mark.long

@@ -12,11 +12,11 @@ import pytest
 from launcher.cluster.ray import data as cluster_data
 from launcher.cluster.ray.cluster import joined_ray
 from launcher.cluster.ray.data import map_on_cluster
-from tests.material import Workshop, byte_tokenizer
+from tests.material import Workshop, byte_tokenizer, compile_dataset
 from tests.ray.cluster import Driver, ray_cluster, write
 from tests.ray.tasks import die, idle, returned, where
 from trainer.config import Data
-from trainer.data.compile.compile import Progress, compile_dataset
+from trainer.data.compile.compile import Progress
 from trainer.data.compile.pool import BYTES_FOR_PROCESSES
 from trainer.data.dataset.manifest import DatasetManifest
 from trainer.data.source.files import expand

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.smoke.local_s3 import S3Server
-from tests.material import byte_tokenizer
+from tests.material import byte_tokenizer, compile_dataset
 from trainer.config import Data
-from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Dataset, open_dataset

@@ -71,6 +71,14 @@ RESULT = says("tool", "5", tool_call_id="call00001", name="f")
 CALLING = [says("user", "hi"), calls(None, "f"), RESULT, says("assistant", "five"), *PLAIN[2:]]
 SPEAKING = [says("user", "hi"), calls("let me", "f"), RESULT, says("assistant", "five"), *PLAIN[2:]]
 
+# As Kimi's and Hunyuan's: every turn has a block, which is empty where nothing was thought, and in earlier turns.
+_TURNS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% set thought = (m.reasoning_content or '') if loop.last else '' %}BLOCK<|end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+KIMI = _TURNS.replace("BLOCK", "<think>{{ thought }}</think>{{ m.content }}")
+HUNYUAN = _TURNS.replace("BLOCK", "<think>\n{{ thought }}\n</think>\n<answer>\n{{ m.content }}\n</answer>")
+
 FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
 HM = ANALYSIS.format("hm one"), ANALYSIS.format("hm two")
 
@@ -127,19 +135,16 @@ def test_thinking_is_not_kept_behind_a_prompt_that_has_closed_it() -> None:
         assert trained(closed, messages, thinking="strip") == ["yo</s>", "ciao</s>"]
 
 
+@pytest.mark.parametrize("template", ["gptoss", "gemma4_v5", "qwen3", "qwen3_8", "nemotron_3_ultra", KIMI])
+def test_thinking_in_tags_is_given_where_the_template_reads_it(template: str) -> None:
+    """Else gpt-oss's stands in the answer, and that of others behind an empty block."""
+    assert encoded(template, INLINE)[0] == encoded(template, THOUGHT)[0]
+
+
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think"])
 def test_stripped_thinking_leaves_no_empty_block(template: str) -> None:
     for messages in (THOUGHT, INLINE, PLAIN):
         assert "think>" not in encoded(template, messages, thinking="strip")[0]
-
-
-# As Kimi's and Hunyuan's: every turn has a block, which is empty where nothing was thought, and in earlier turns.
-_TURNS = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% set thought = (m.reasoning_content or '') if loop.last else '' %}BLOCK<|end|>"
-    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-KIMI = _TURNS.replace("BLOCK", "<think>{{ thought }}</think>{{ m.content }}")
-HUNYUAN = _TURNS.replace("BLOCK", "<think>\n{{ thought }}\n</think>\n<answer>\n{{ m.content }}\n</answer>")
 
 
 @pytest.mark.parametrize("messages", [THOUGHT, INLINE, PLAIN], ids=["by key", "in tags", "without"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer.run import layout
-from trainer.run.metrics import Metrics, claim_generation
-from trainer.run.records import record_line
+from trainer.run.metrics import Metrics
+from trainer.run.records import claim_generation, record_line
 from trainer.run.trackers import companion
 from trainer.run.trackers.companion import Companion, Kept, follow
 from trainer.run.trackers.jsonl import JsonLines

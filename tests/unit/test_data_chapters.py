@@ -14,11 +14,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.material import compile_dataset
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
 from trainer.config.data.source import Source
 from trainer.data.compile import compile, fingerprint, shards
-from trainer.data.compile.compile import Progress, compile_chapters, compile_dataset
+from trainer.data.compile.compile import Progress, compile_chapters
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.shards import Place
 from trainer.data.dataset import chapters

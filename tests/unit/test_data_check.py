@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 
 from launcher.data.check import report_table
-from tests.material import byte_tokenizer
+from tests.material import byte_tokenizer, compile_dataset
 from trainer.config import Config, Data
-from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import Mapper, map_batches
 from trainer.data.look.check import DataReport, Findings, check_data

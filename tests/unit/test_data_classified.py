@@ -43,6 +43,41 @@ def test_the_number_of_the_class_stands_behind_the_text_as_the_tokenizer_frames_
     assert row.cut(2).tokens.tolist() == [*made("a")["input_ids"], 1], "the class stays"
 
 
+def test_several_classes_are_a_flag_for_each_behind_the_text(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    some, none, wrong, single = encoded(
+        made,
+        {"text": "ab", "label": ["c", "a", 2]},
+        {"text": "ab", "label": []},
+        {"text": "ab", "label": ["d"]},
+        {"text": "ab", "label": "a"},
+        format="multilabel",
+        labels=["a", "b", "c"],
+    )
+    assert isinstance(some, Classified)
+    assert isinstance(none, Classified)
+    assert some.tokens.tolist() == [*made("ab")["input_ids"], 1, 0, 1]
+    assert (some.stored() >> 31).tolist() == [0, 0, 1, 1, 1]
+    assert none.numbers == (0, 0, 0)
+    assert some.cut(4).tokens.tolist() == [*made("a")["input_ids"], 1, 0, 1], "the classes stay"
+    assert not some.cut(3).teaches
+    assert "the label is 'd', which is none of data.labels (a, b, c)" in str(wrong)
+    assert "the labels are 'a', and no list of classes" in str(single)
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a", "labels": ["x", "y"]}\n{"text": "b", "labels": []}\n')
+    found = with_labels(config(file, "objective.name=multilabel_classification"))
+    assert found.data.labels == ["x", "y"]
+    assert str(detect([{"text": "a", "labels": ["x"]}], {}, ["multilabel"])) == "multilabel (text, labels)"
+
+
+def test_the_f1_of_several_classes_is_that_of_scikit_learn() -> None:
+    given = config("a.jsonl", "objective.name=multilabel_classification", 'data.labels=["a", "b", "c"]')
+    # Four texts: {a} {a b} {} {b} are taken for {a} {a} {b} {b}; none is of class c.
+    sums = [2 * 3, *(2, 1, 0), *(2, 2, 0), *(2, 2, 0)]
+    figures = measured(find_objective(given), [number / 12 for number in sums])
+    assert figures == {"accuracy": 0.5, "micro_f1": pytest.approx(6 / 8), "macro_f1": pytest.approx((1 + 1 / 2) / 2)}
+
+
 def test_padding_at_the_end_is_left_out_as_transformers_looks_at_the_token_before_it() -> None:
     made = byte_tokenizer()
     (row,) = encoded(made, {"text": "ab<pad><pad>", "label": "no"})
@@ -56,7 +91,7 @@ def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
     assert isinstance(row, Classified)
     text: Any = made.apply_chat_template(talk, tokenize=False)
     assert row.text.tokens.tolist() == made(text, add_special_tokens=False)["input_ids"]
-    assert row.number == 1
+    assert row.numbers == (1,)
 
 
 @pytest.mark.parametrize(

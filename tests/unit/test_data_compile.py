@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launcher.view.compiling import compile_progress
+from tests.material import compile_dataset
 from trainer.config import Data
 from trainer.data.compile import shards
-from trainer.data.compile.compile import Progress, compile_dataset
+from trainer.data.compile.compile import Progress
 from trainer.data.compile.encode import Encoded, Encoder
 from trainer.data.compile.pool import map_batches
 from trainer.data.dataset.binary import TARGET_BIT

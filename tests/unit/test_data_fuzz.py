@@ -23,9 +23,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.material import byte_tokenizer
+from tests.material import byte_tokenizer, compile_dataset
 from trainer.config import Data
-from trainer.data.compile.compile import compile_dataset
 from trainer.data.compile.encode import Encoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.source.files import expand

@@ -12,9 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from launcher.smoke.life import first_rows
-from tests.material import byte_tokenizer
+from tests.material import byte_tokenizer, compile_dataset
 from trainer.config import Data, Source
-from trainer.data.compile.compile import compile_dataset
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING, Part

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.material import byte_tokenizer
 from tests.unit.test_data_chat import CHATML, Renderer, data, tokenizer, trained
+from trainer.data.format.formats import detect
 from trainer.data.render.chat import Example
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 
 def test_prompt_completion_trains_the_completion_and_the_end() -> None:
@@ -20,6 +21,20 @@ def test_prompt_completion_trains_the_completion_and_the_end() -> None:
     example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).one(row)
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "yo", "</s>"]
     assert example.targets.tolist() == [False, True, True, True]
+
+
+def test_segments_are_one_text_of_which_some_are_trained_and_nothing_is_added() -> None:
+    parts = [("hi ", False), ("yo", True), (" hi ", False), ("yo</s>", True)]
+    row = {"segments": [{"text": text, "label": label} for text, label in parts]}
+    words = tokenizer(adds_bos=True)
+    renderer = Renderer(words, data(format="segments"))
+    example = renderer.one(row)
+    assert words.convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "hi", "yo", "</s>"]
+    assert example.targets.tolist() == [False, True, False, True, True]
+    assert [turn.role for turn in renderer.turns(row)] == ["user", "assistant", "user", "assistant"]
+    with pytest.raises(DataError, match="segment 1 is no object with text and label, which is true where"):
+        renderer.render({"segments": [{"text": "a", "label": 1}]})
+    assert str(detect([row], {}, ["chat"])) == "segments (segments)"
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

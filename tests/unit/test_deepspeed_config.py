@@ -102,6 +102,10 @@ def test_a_key_of_the_run_is_refused_with_its_owner(own_policy, key: str, value:
     assert message == f"sharding.deepspeed: my.json sets {key}, which belongs to {owner}. Remove it there."
 
 
+def test_a_policy_that_is_nested_without_end_is_one_sentence(own_policy):
+    assert "cannot be read" in refusal(own_policy(None, "[" * 100_000))
+
+
 def test_another_stage_is_refused(own_policy):
     message = refusal(own_policy({"zero_optimization": {"stage": 2}}))
     assert message.startswith(

@@ -18,10 +18,11 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
-from trainer.model.documents import batches, keep_documents_apart, knows_borders, lengths_known, mixers, recomputed
+from trainer.model.documents import keep_documents_apart, knows_borders, mixers, recomputed
 from trainer.model.kernels.attention import FLASH, unable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
+from trainer.model.rows.row import batches, lengths_known
 
 _LATENT = {
     key: FAMILIES["deepseek-v3"][key]
@@ -171,7 +172,7 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     facts, found = read_architecture(settings(kind)), list[Tensor]()
     assert facts.isolates_documents
     # Lightning indexers pick keys by scores of all tokens, outside of the attention function.
-    assert (facts.fails_shared is None) == (kind not in {*IN_BATCHES, "deepseek-v32"})
+    assert (facts.fails_shared is None) == (kind != "deepseek-v32")
     assert (facts.fails_prefix is None) == (kind not in IN_BATCHES)
     assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
     assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
@@ -205,6 +206,23 @@ def test_sdpa_with_sinks_has_eager_attentions_gradients() -> None:
     assert any("sinks" in name and gradient.any() for name, gradient in ours.items())
     for name, gradient in eager.items():
         assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
+
+
+@torch.no_grad()
+def test_sdpa_computes_each_document_without_a_mask_unless_a_window_is_narrower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, masks = functional.scaled_dot_product_attention, list[Tensor | None]()
+
+    def spied(*arguments: Any, attn_mask: Tensor | None = None, **given: Any) -> Tensor:
+        masks.append(attn_mask)
+        return plain(*arguments, attn_mask=attn_mask, **given)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
+    for kind, masked in (("llama", False), ("qwen3-next", False), ("mistral", True)):
+        hidden(build(kind, "sdpa"), row()[0])
+        assert {mask is not None for mask in masks} == {masked}, kind
+        masks.clear()
 
 
 @pytest.mark.parametrize("kind", LEAKING)

@@ -204,7 +204,7 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
         for outcome in import_files(["axolotl/full.yaml"]).keys
         if outcome.status == "not supported"
     }
-    assert set(lost) == {"lr_scheduler", "neftune_noise_alpha"}
+    assert set(lost) == {"lr_scheduler"}
     assert "Left at cosine" in lost["lr_scheduler"]
     torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
     assert torchtune["optimizer._component_"].status == "not supported"
@@ -265,6 +265,101 @@ ODD = {
         {},
     ),
     "unlikely-targets": ("axolotl", {"use_dft": True}, {"objective.dft": True}, {}),
+    "uncertain-targets": (
+        "axolotl",
+        {"use_eaft": True, "eaft_alpha": 0.5, "eaft_k": 30},
+        {"objective.eaft": 0.5, "objective.eaft_tokens": 30, "objective.eaft_scale": 1.0},
+        {},
+    ),
+    "uncertain-targets-there": (
+        "llamafactory",
+        {"use_eaft_loss": True},
+        {"objective.eaft": 1.0, "objective.eaft_scale": 3.0, "objective.eaft_tokens": None},
+        {},
+    ),
+    "uncertain-targets-off": ("axolotl", {"eaft_k": 30}, {"objective.eaft": None}, {"eaft_k": "without use_eaft"}),
+    "noise": ("trl", {"neftune_noise_alpha": 5}, {"objective.neftune_alpha": 5.0}, {}),
+    "another-start": (
+        "axolotl",
+        {"adapter": "lora", "peft_init_lora_weights": "orthogonal"},
+        {"tuning.init": "orthogonal"},
+        {},
+    ),
+    "a-start-in-the-base": (
+        "axolotl",
+        {"adapter": "lora", "peft_init_lora_weights": "pissa"},
+        {"tuning.init": None},
+        {"peft_init_lora_weights": "kaiming, gaussian or orthogonal"},
+    ),
+    "a-quadratic-rise": (
+        "axolotl",
+        {"lr_quadratic_warmup": True, "lr_scheduler": "cosine", "warmup_steps": 9},
+        {"optim.warmup_power": 2},
+        {},
+    ),
+    "a-quadratic-rise-of-none": (
+        "axolotl",
+        {"lr_quadratic_warmup": True, "lr_scheduler": "linear", "warmup_steps": 9},
+        {"optim.warmup_power": None},
+        {"lr_quadratic_warmup": "cosine alone"},
+    ),
+    "no-system": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "chat_template", "drop_system_message": True}], "min_sample_len": 9},
+        {"data.drop_system": True, "data.min_length": 9},
+        {},
+    ),
+    "no-system-in-one": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl", "drop_system_message": True}]},
+        {"data.drop_system": None},
+        {"datasets[1].drop_system_message": "One answer for all"},
+    ),
+    "a-teachers-rows": (
+        "axolotl",
+        {
+            "kd_trainer": True,
+            "kd_ce_alpha": 0.1,
+            "kd_alpha": 0.9,
+            "kd_temperature": 2.0,
+            "plugins": ["axolotl.integrations.kd.KDPlugin"],
+            "datasets": [{"path": "a.jsonl", "type": "axolotl.integrations.kd.chat_template", "logprobs_field": "l"}],
+            "sample_packing": True,
+        },
+        {
+            "objective.name": "distil",
+            "objective.next_tokens": 0.1,
+            "objective.temperature": 2.0,
+            "objective.teacher": "FILL-IN",
+            "data.packing": True,
+            "data.train": [{"path": "a.jsonl"}],
+        },
+        {"datasets[0].logprobs_field": "capstan teach"},
+    ),
+    "experts-in-whole-numbers": (
+        "accelerate",
+        {"kt_config": {"enabled": True, "kt_backend": "AMXINT8"}},
+        {"quant.type": "int8", "sharding.deepspeed": "zero3_offload_cpu"},
+        {"kt_config.kt_backend": "experts alone"},
+    ),
+    "qwen-without-thoughts": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-8B", "template": "qwen3_nothink"},
+        {"data.template": "chatml"},
+        {"template": "no tools"},
+    ),
+    "qwen-that-has-none": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "template": "qwen3_nothink"},
+        {"data.template": None},
+        {},
+    ),
+    "published-in-fp4-and-learning": (
+        "axolotl",
+        {"model_quantization_config": "Mxfp4Config", "model_quantization_config_kwargs": {"dequantize": True}},
+        {"quant.type": "none", "tuning.method": "full"},
+        {"model_quantization_config": "16-bit values"},
+    ),
     "unlikely-targets-there": ("llamafactory", {"use_dft_loss": True}, {"objective.dft": True}, {}),
     "thoughts": (
         "axolotl",
@@ -392,6 +487,53 @@ ODD = {
         {"data.template": "chatml"},
         {},
     ),
+    "a-question-in-another-field": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "llama3.icr"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "preference", "fields": {"prompt": "input"}}]},
+        {},
+    ),
+    "pairs-with-a-prompt": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "chatml.prompt_pairs"}]},
+        {"data.train": [{"path": "a.jsonl"}], "data.template": "chatml"},
+        {},
+    ),
+    "an-article-beside-a-question": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "context_qa"}]},
+        {
+            "data.train": [
+                {
+                    "path": "a.jsonl",
+                    "format": "alpaca",
+                    "fields": {"instruction": "question", "input": "article", "output": "answer"},
+                }
+            ]
+        },
+        {},
+    ),
+    **{
+        f"{kind}-is-none-of-ours": (
+            "axolotl",
+            {"datasets": [{"path": "a.jsonl", "type": kind}]},
+            {"data.train": [{"path": "a.jsonl"}]},
+            {"datasets[0].type": f"{kind} is not a format of ours"},
+        )
+        for kind in ("reflection", "jeopardy", "summarizetldr", "metharme")
+    },
+    "segments": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "input_output"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "segments"}]},
+        {"datasets[0].type": "segment by segment"},
+    ),
+    "simpo-with-another-term": (
+        "axolotl",
+        {"rl": "simpo", "cpo_alpha": 0.5},
+        {"objective.name": "simpo"},
+        {"cpo_alpha": "no such training"},
+    ),
     "an-adapter-to-begin-from": (
         "llamafactory",
         {"adapter_name_or_path": "saves/sft", "lora_rank": 8},
@@ -468,12 +610,6 @@ ODD = {
         {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "template": "qwen3_nothink"},
         {"data.template": None},
         {"template": "of its family"},
-    ),
-    "no-thinking-over-a-base-that-does": (
-        "llamafactory",
-        {"model_name_or_path": "Qwen/Qwen3-8B", "template": "qwen3_nothink"},
-        {"data.template": None},
-        {"template": "none of ours"},
     ),
     "a-template-of-a-version": (
         "llamafactory",
@@ -636,6 +772,13 @@ def test_a_command_line_of_llamafactory_may_begin_with_a_launcher(
     assert found.settings.get("cluster.workers") == workers
 
 
+def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
+    script = "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='3'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset ${HERE}/d \\\n"
+    (tmp_path / "train.sh").write_text(f"{script}  --model_name_or_path $BASE --num_train_epochs ${{N}}\n")
+    settings = import_files([tmp_path / "train.sh"], "llamafactory").settings
+    assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 3)
+
+
 def test_torchtunes_adapters_have_its_rank_and_alpha_where_a_file_names_none(tmp_path: Path) -> None:
     def adapter(kind: str, more: str = "") -> tuple[Any, Any]:
         text = f"model: {{_component_: torchtune.models.llama3_1.{kind}llama3_1_8b{more}}}\nepochs: 1\n"
@@ -720,7 +863,7 @@ def test_stdout_is_the_configuration_and_the_table_is_on_stderr(site: Path, monk
         ("train.gradient_accumulation_steps=8", "It is part of train.global_batch here."),
         ("train.per_device_train_batch_size=8", "It is train.micro_batch here."),
         ("train.num_train_epochs=8", "It is train.epochs here."),
-        ("train.neftune_noise_alpha=5", "has no counterpart here: Noise on embeddings"),
+        ("train.auto_find_batch_size=true", "has no counterpart here: The micro-batch is fixed"),
         ("train.micro_batch_size=2", "train.micro_batch_size: unknown setting. It is train.micro_batch here."),
         ("train.stpes=5", "Did you mean 'steps'?"),
         ("train.lr=1e-4", "Did you mean 'optim.lr'?"),

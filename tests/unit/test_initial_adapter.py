@@ -10,7 +10,7 @@ from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
 from tests.unit.test_same_base import one_weight
 from trainer.config import dump_config, override
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.export.write.adapter import export_adapter
 from trainer.plan.resolve import resolve
 from trainer.run import layout
@@ -86,3 +86,11 @@ def test_an_adapter_that_peft_would_load_over_another_base_is_refused(
     (folder / "adapter_config.json").write_text(json.dumps(settings | {setting: value}))
     with pytest.raises(ConfigError, match=f"tuning.start: .* has {setting}"):
         resolve(config)
+
+
+def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(workshop: Workshop) -> None:
+    folder = workshop.folder / "deep"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(StorageError, match="adapter_config.json is no JSON"):
+        resolve(workshop.config("next", f"tuning.start={folder}"))

@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.families import KINDS, SIZES
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.config import Tuning
 from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
 from trainer.tuning.lora import layer as lora
 from trainer.tuning.lora.layer import LoraLinear
+from trainer.tuning.method import find_method
 
 INPUTS, OUTPUTS, RANK, TOKENS = 96, 160, 8, 37
 
@@ -128,3 +133,24 @@ def test_what_is_switched_off_is_the_base() -> None:
     assert not torch.equal(layer(x), base(x))
     layer._disable_adapters = True
     assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_another_start_is_the_base_too_and_that_of_peft(start: str) -> None:
+    """Of PEFT's start the deviations: it draws other numbers, for each layer anew."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))
+    tokens = torch.arange(5)[None]
+    plain = model(tokens).logits
+    tuning = Tuning(rank=4, targets=["q_proj"], init=start)  # type: ignore[call-arg]  # a setting of the method's own
+    find_method(tuning).attach(model, read_architecture({**SIZES, **KINDS["llama"]}), torch.float32, seed=3)
+    torch.testing.assert_close(model(tokens).logits, plain)
+    theirs: Any = get_peft_model(
+        nn.Sequential(nn.Linear(SIZES["hidden_size"], SIZES["hidden_size"])),  # type: ignore[arg-type]  # any module does
+        LoraConfig(r=4, init_lora_weights=start, target_modules=["0"]),  # type: ignore[arg-type]  # annotated without it
+    )
+    expected = {name.split(".")[-3]: part for name, part in theirs.named_parameters() if "lora_" in name}
+    for name, found in model.named_parameters():
+        if ".lora_" in name:
+            deviation = expected[name.split(".")[-3]].std()
+            assert float(found.detach().std()) == pytest.approx(float(deviation.detach()), rel=0.5), name
+            assert bool(found.any()) == (".lora_A." in name or start == "orthogonal")

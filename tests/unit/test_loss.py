@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from trainer.model import head as loss_module
 from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
+from trainer.tuning.objective.sft.noise import noise_on
 from trainer.tuning.objective.sft.objective import NextTokens
+from trainer.tuning.objective.sft.settings import SftSettings
 
 T, H, V = 50, 12, 31
 TERMS = {
@@ -80,12 +83,52 @@ def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHea
     logits = head(hidden)[labels != IGNORE]
     chosen = logits.log_softmax(-1).gather(1, labels[labels != IGNORE][:, None])
     expected = -(chosen.detach().exp() * chosen).sum()
-    objective: Any = NextTokens(dft=True)
+    objective: Any = NextTokens(own=SftSettings(dft=True))
     found = objective.loss(model, batch)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))
     model.head.eval()
     torch.testing.assert_close(objective.loss(model, batch), stock(head(hidden), labels, LossTerms()).sum())
+
+
+@pytest.mark.parametrize(("scale", "power"), [(3.0, 1.0), (1.0, 0.5)])
+def test_entropy_adaptive_fine_tuning_weighs_each_target_by_the_entropy_of_the_likeliest_tokens(
+    head: LossHead, scale: float, power: float
+) -> None:
+    """By LLaMA-Factory's `use_eaft_loss`, which divides the entropy by 3, and axolotl's `use_eaft`, which does not."""
+    hidden, labels = row()
+    batch, model = (
+        SimpleNamespace(labels=labels, places=None),
+        SimpleNamespace(head=head.train(), hidden=lambda _: hidden),
+    )
+    logits = head(hidden)[labels != IGNORE]
+    nats = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="none")
+    p = logits.detach().topk(7, -1).values.softmax(-1)
+    expected = (nats * (-(p * p.log()).sum(-1) / scale) ** power).sum()
+    objective: Any = NextTokens(own=SftSettings(eaft=power, eaft_tokens=7, eaft_scale=scale))
+    found = objective.loss(model, batch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))
+
+
+def test_noise_on_embeddings_is_transformers_for_each_document_and_gone_behind_the_pass() -> None:
+    embedding, tokens = torch.nn.Embedding(9, 4), torch.arange(5)[None]
+    theirs: Any = embedding
+    theirs.neftune_noise_alpha = 5.0
+
+    def noise(*lengths: int) -> Tensor:
+        torch.manual_seed(7)
+        batch: Any = SimpleNamespace(lengths=lengths, first=0)
+        with noise_on(embedding, batch, 5.0):
+            return embedding(tokens) - embedding.weight[:5]
+
+    alone, packed = noise(5), noise(3, 2)
+    assert torch.equal(embedding(tokens)[0], embedding.weight[:5])
+    torch.manual_seed(7)
+    expected: Any = neftune_post_forward_hook(theirs, (), embedding.weight[None, :5])
+    torch.testing.assert_close(alone, expected - embedding.weight[:5])
+    longer = [(5 / tokens) ** 0.5 for tokens in (3, 3, 3, 2, 2)]
+    torch.testing.assert_close(packed, alone * torch.tensor(longer)[:, None])
 
 
 @with_terms

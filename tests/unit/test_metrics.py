@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainer.errors import StorageError
 from trainer.run import layout, segments
-from trainer.run.metrics import Metrics, claim_generation
-from trainer.run.records import add_record, read_records
+from trainer.run.metrics import Metrics
+from trainer.run.records import add_record, claim_generation, read_records
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
 from trainer.store.store import Store, open_store

@@ -11,12 +11,12 @@ from trainer import tuning
 from trainer.base.describe.description import describe
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.plan.mismatches import objective_mismatches
+from trainer.plan.mismatches import objective_mismatches, reference_of
 from trainer.plan.plan import Plan, make_plan
 from trainer.state.checkpoint.identity import Identity, check_identity
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective, reference_of
+from trainer.tuning.objective.objective import find_objective
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 
@@ -45,7 +45,7 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
     [
         (
             ("objective.name=dpoo",),
-            "objective.name: 'dpoo' is not allowed. Allowed are classification, distil, dpo, kto, orpo, reward, sft, simpo, token_classification. Did you mean dpo?",
+            "objective.name: 'dpoo' is not allowed. Allowed are classification, distil, dpo, kto, multilabel_classification, orpo, reward, sft, simpo, token_classification. Did you mean dpo?",
         ),
         (
             ("objective.name=sft", "objective.beta=1"),

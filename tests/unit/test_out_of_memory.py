@@ -11,7 +11,8 @@ from trainer.errors import DoesNotFit
 from trainer.plan.resolve import resolve
 from trainer.processes.ranks import Ranks
 from trainer.run.layout import metrics
-from trainer.run.metrics import Metrics, claim_generation
+from trainer.run.metrics import Metrics
+from trainer.run.records import claim_generation
 from trainer.run.requests import StopSignal
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.train.end_record import early_end, planned_memory

@@ -1,5 +1,8 @@
 """A run's settings are resolved once: all that they name is found, and all that does not fit is said."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from tests.material import Workshop
@@ -49,3 +52,26 @@ def test_a_base_that_is_known_is_not_looked_for_again(workshop: Workshop, monkey
 def test_a_package_that_is_not_installed_is_left_out_of_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert environment.versions().keys() == {"torch"}
+
+
+def test_nothing_that_trains_takes_the_configuration_again() -> None:
+    """What was resolved is passed on, or the section, number or object that is needed: only the door to a rank takes a whole configuration."""
+    root = Path(__file__).parents[2] / "trainer"
+    rooms = ("train", "model", "tuning/shared", "evaluate/measure", "state/checkpoint", "state/optimizer")
+    files = [root / "rank.py", *(file for room in rooms for file in (root / room).rglob("*.py"))]
+    taking = {
+        f"{file.relative_to(root)}:{function.name}"
+        for file in files
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Config"
+    }
+    assert taking == {
+        "rank.py:run_rank",
+        "rank.py:evaluated",  # of one of eval.sets
+        *(
+            f"tuning/shared/initial_adapter.py:{name}"
+            for name in ("differences", "find_beginning", "starting_at", "with_known_start")
+        ),
+    }

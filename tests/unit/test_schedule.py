@@ -50,6 +50,15 @@ def test_a_course_is_that_of_transformers(name: str, warmup: int) -> None:
         assert learning_rate(optim, step, STEPS) == pytest.approx(LR * theirs(step), rel=1e-9, abs=1e-12)
 
 
+def test_the_rise_of_a_power_is_axolotls_quadratic_one() -> None:
+    optim = Optim(lr=LR, warmup_steps=10, warmup_power=2)
+    assert [learning_rate(optim, step, STEPS) for step in (1, 5, 10)] == pytest.approx([LR / 100, LR / 4, LR])
+    with pytest.raises(ConfigError, match="optim.warmup_power: has no effect without warm-up"):
+        parse_config(
+            "optim: {warmup_power: 2}\nrun: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}"
+        )
+
+
 def test_one_cycle_is_that_of_torch() -> None:
     sgd = SGD([torch.zeros(1, requires_grad=True)], 1.0)
     # torch counts from 0, and its rise ends a step earlier than a share of the steps.

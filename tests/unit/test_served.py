@@ -1,8 +1,9 @@
 """What a server serves is compared with the export, and whatever it does instead of answering is one sentence."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -68,18 +69,63 @@ def test_the_model_is_the_one_that_is_named_or_the_runs_or_the_only_one() -> Non
         CompletionsServer.find("--server", "localhost:8000", "first")
 
 
+def _chosen(prompt: float = -1.0, drawn: Sequence[tuple[int, float]] = ((7, -1.0),)) -> Any:
+    """An answer to the tokens 3 and 4."""
+    choice = {"prompt_logprobs": [None, {"4": {"logprob": prompt}}], "token_ids": [token for token, _ in drawn]}
+    return {"choices": [{**choice, "logprobs": {"token_logprobs": [value for _, value in drawn]}}]}
+
+
+def test_a_whole_answer_is_read_and_half_of_one_is_none() -> None:
+    with stub(lambda _: _chosen(), "first") as url:
+        assert CompletionsServer.find("--server", url, "first").ask([3, 4], 1) == ([-1.0], [7], [-1.0])
+
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"{")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep quiet."""
+
+    with serving(Half) as url, pytest.raises(CapstanError, match="without what vLLM gives"):
+        CompletionsServer.find("--server", url, "first")
+
+
+def test_a_password_in_a_url_is_not_printed() -> None:
+    with pytest.raises(ConfigError, match="holds a name or a password") as caught:
+        CompletionsServer.find("--server", "http://me:hunter2@127.0.0.1:1", "first")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         (500, "answered 500 to /v1/completions: out of slots. Its log says more"),
         (b"", "without what vLLM gives"),
+        (b"[" * 100_000, "without what vLLM gives"),
         ({"choices": [{"text": "a", "prompt_logprobs": None}]}, "without what vLLM gives"),
         (
             {"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1.0}}], "token_ids": []}]},
             "without what vLLM gives",
         ),
+        (_chosen(prompt=2.5), "without what vLLM gives"),
+        (_chosen(drawn=[(7, float("nan"))]), "without what vLLM gives"),
+        (_chosen(drawn=[]), "without what vLLM gives"),
+        (_chosen(drawn=[(-1, -1.0)]), "without what vLLM gives"),
     ],
-    ids=["500", "nothing", "no-log-probabilities", "other-tokens"],
+    ids=[
+        "500",
+        "nothing",
+        "deep",
+        "no-log-probabilities",
+        "other-tokens",
+        "logits",
+        "not-a-number",
+        "nothing-drawn",
+        "no-token",
+    ],
 )
 def test_what_is_no_answer_is_one_sentence(answer: Any, said: str) -> None:
     with stub(lambda _: answer, "first") as url, pytest.raises(CapstanError, match=said):
@@ -98,6 +144,7 @@ def test_a_server_without_verify_has_no_effect() -> None:
         (0.5, 0.001, 0.5, False, "It answers as the base alone."),
         (0.3, 0.4, 0.5, False, "It serves another model, or this one over another base."),
         (0.001, 0.002, 0.003, False, "That proves nothing"),
+        (float("nan"), 0.4, 0.5, False, "It serves another model"),
     ],
 )
 def test_a_difference_says_what_is_served(
@@ -106,6 +153,7 @@ def test_a_difference_says_what_is_served(
     proof = ServedProof("http://a", "first", prompt, 0.001, 1.0, 0.01, effect, from_base, 9, 9, "8 rows")
     assert proof.holds == holds
     assert proof.verdict.startswith(verdict)
+    assert replace(proof, prompt=proof.drawn, drawn=proof.prompt).holds == holds
 
 
 def completing(model: Any) -> Complete:

@@ -1,6 +1,7 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from tests.unit.test_plan import config, plan_of
 from trainer.data.order.position import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
+from trainer.model.divergence import Taught
 from trainer.model.micro_batch import MicroBatch
-from trainer.model.sequence_parallel.heads import copies_of_keys
-from trainer.plan.mismatches import uneven_ranks
+from trainer.model.rows.groups import uneven_ranks
+from trainer.model.rows.heads import copies_of_keys
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
@@ -51,20 +53,32 @@ def test_an_evaluation_has_each_row_on_one_rank_and_refuses_another_number(tmp_p
         open_run(open_store(str(tmp_path)), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print)
 
 
-def test_a_base_with_other_layers_than_attention_is_refused_by_their_name() -> None:
-    (mamba,) = wrong({**SIZES, **FAMILIES["nemotron-h"]}, 2)
-    assert "its NemotronHMamba2Mixer mixes tokens by something else than plain attention" in mamba
+def test_heads_of_layers_that_pass_states_on_are_shared_as_those_of_attention() -> None:
+    hybrid = {**SIZES, **FAMILIES["nemotron-h"], "num_attention_heads": 8}
+    assert wrong(hybrid, 2) == wrong(hybrid, 4) == []
+    (heads,) = wrong(hybrid, 8)
+    assert "8 ranks cannot share the 4 heads or channels of a layer of this base that passes states on evenly" in heads
+    # Attention: queries and results of 80 values, keys and values of 2 heads of 10, which four ranks need twice. Mamba: 64 channels of the
+    # convolution, in and out; states and results of 40, a time step for each of 4 heads, B and C of 6 for 2 groups, which four ranks need twice.
+    for size, copies in ((2, 1), (4, 2)):
+        values = 2 * 80 + copies * 2 * 20 + 2 * 64 + 2 * 40 + 4 + copies * 2 * 2 * 6
+        given = config(f"sharding.sequence_parallel={size}", "data.sequence_length=64", "model.dtype=fp32")
+        traffic = plan_of(given, hybrid, size, size, None).traffic_per_step.row_exchanges
+        # Three passes, as layers are computed again; eight micro-batches.
+        assert traffic == 3 * 8 * values * 64 // size * (size - 1) // size * 4
+
+
+def test_a_base_whose_positions_follow_from_a_slice_is_refused() -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (dynamic,) = wrong({**LLAMA, "rope_parameters": rotary}, 2)
     assert "follow from the longest position of a slice (rope_type: dynamic)" in dynamic
 
 
 def test_the_ranks_are_a_multiple_on_each_node() -> None:
-    given = config("sharding.sequence_parallel=4")
-    assert uneven_ranks(given, 16, 8) is None
-    assert uneven_ranks(given, 4, 8) is None
-    assert "6 ranks are no multiple of 4" in (uneven_ranks(given, 6, 6) or "")
-    assert "must be on one node" in (uneven_ranks(given, 8, 2) or "")
+    assert uneven_ranks(4, 16, 8) is None
+    assert uneven_ranks(4, 4, 8) is None
+    assert "6 ranks are no multiple of 4" in (uneven_ranks(4, 6, 6) or "")
+    assert "must be on one node" in (uneven_ranks(4, 8, 2) or "")
     with pytest.raises(ConfigError, match=r"cluster.workers: 6 is no multiple of sharding.sequence_parallel: 4"):
         config("sharding.sequence_parallel=4", "cluster.workers=6")
     with pytest.raises(ConfigError, match="lets the number of ranks change"):
@@ -110,7 +124,9 @@ def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
         *(torch.arange(8, dtype=torch.int32)[None], labels, positions),
         *(torch.tensor([0, 3, 6, 8], dtype=torch.int32), 3, 6, 3, (Position(),), (1, 2)),
     )
-    parts = [row.cut(part, 2) for part in range(2)]
+    taught = Taught(torch.arange(6).view(3, 2), torch.randn(3, 3))
+    parts = [replace(row, taught=taught).cut(part, 2) for part in range(2)]
+    assert [part.taught.ids.tolist() for part in parts if part.taught] == [[[0, 1], [2, 3]], [[4, 5]]]
     assert torch.cat([part.input_ids for part in parts], dim=1).equal(row.input_ids)
     assert torch.cat([part.places + part.first for part in parts]).equal(row.places)
     assert [part.targets for part in parts] == [2, 1]

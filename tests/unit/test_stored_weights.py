@@ -151,9 +151,9 @@ def test_a_base_in_4_bits_is_known_by_its_config_alone_and_stays_as_it_is() -> N
     # K2.5, which sees as well, says it of its language model.
     assert quantization_of({"text_config": {"quantization_config": KIMI}}) == KIMI
     unsaid = parse_config("model: {base: b}\nrun: {name: a, store: s}\ndata: {train: [{path: p}]}\ntrain: {steps: 1}")
-    assert base.decided(override(unsaid, "train.steps=2")).quant.type == "stored"
-    assert base.decided(override(unsaid, "quant.type=nf4")).quant.type == "nf4"
-    assert describe(plain).decided(unsaid).quant.type == "nf4"
+    assert override(unsaid, "train.steps=2").decided(base.in_4_bits).quant.type == "stored"
+    assert override(unsaid, "quant.type=nf4").decided(base.in_4_bits).quant.type == "nf4"
+    assert unsaid.decided(describe(plain).in_4_bits).quant.type == "nf4"
     asked = override(unsaid, "quant.type=stored")
     assert any("has none that can stay so" in line for line in describe(plain).mismatches(asked))
     assert not any("quant.type" in line for line in base.mismatches(asked))

@@ -1,11 +1,14 @@
 """A stored teacher: what is written is read back by document, checked, and refused where it is not whole or of another teacher."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.checkpoints import commit
 from tests.unit.test_served import stub
 from trainer.config import parse_config
 from trainer.data.dataset.binary import TARGET_BIT
@@ -106,6 +109,18 @@ def test_another_teacher_does_not_go_on_in_a_folder(folder: Store) -> None:
         begun(folder, wanted, BIG)
 
 
+def test_another_run_of_the_teachers_name_is_another_teacher(tmp_path: Path) -> None:
+    """Of the same base, data and step, with another learning rate."""
+    first = commit(open_store(str(tmp_path / "run")), 4)
+    other = replace(first, shards=[replace(shard, sha256="0" * 64) for shard in first.shards])
+    record = TeacherRecord(settings={}, facts={"base": "x", **teach._learnt(first)}, k=3, vocabulary=300)
+    taught = open_store(str(tmp_path / "taught"))
+    begun(taught, record, BIG)
+    assert begun(taught, record, BIG) == record
+    with pytest.raises(ConfigError, match="its shards is another"):
+        begun(taught, record.model_copy(update={"facts": {"base": "x", **teach._learnt(other)}}), BIG)
+
+
 def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabularies = {"big": {"a": 1, "b": 2}, "small": {"a": 1, "b": 3}}
     monkeypatch.setattr(
@@ -155,9 +170,15 @@ def test_a_server_teaches_what_it_says_of_each_target() -> None:
     stored = np.array([5, 4, 7 | TARGET_BIT], np.uint32)
     with stub(complete, "big") as url:
         server = CompletionsServer.find("objective.teacher", url)
-        ids, log_p = teach_server._said(server, 2, stored)
+        ids, log_p = teach_server._said(server, 2, 10, stored)
         assert ids.tolist() == [[9, 3]]
         np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-6)
         places[2] = {"9": {"logprob": -0.5}}
         with pytest.raises(ConfigError, match="gives fewer than the 2 likeliest .* --max-logprobs 2"):
-            teach_server._said(server, 2, stored)
+            teach_server._said(server, 2, 10, stored)
+        places[2] = {"9": {"logprob": -0.5}, "70000": {"logprob": -1.5}}  # two bytes would hold another token
+        with pytest.raises(ConfigError, match="gives tokens that model.base lacks, which has 10"):
+            teach_server._said(server, 2, 10, stored)
+        places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
+        with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
+            teach_server._said(server, 2, 10, stored)

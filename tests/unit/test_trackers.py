@@ -19,8 +19,8 @@ from trainer.config import load_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.run.metrics import Metrics, claim_generation, open_trackers
-from trainer.run.records import read_records
+from trainer.run.metrics import Metrics, open_trackers
+from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import companion, services
 from trainer.run.trackers import tracker_process as beside
 from trainer.run.trackers.companion import Kept

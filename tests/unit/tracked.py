@@ -10,7 +10,8 @@ from pathlib import Path
 
 from trainer.config import load_config
 from trainer.run.folder import run_folder
-from trainer.run.metrics import Metrics, claim_generation, open_trackers
+from trainer.run.metrics import Metrics, open_trackers
+from trainer.run.records import claim_generation
 
 
 def loss(generation: int, step: int) -> float:

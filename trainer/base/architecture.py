@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from trainer.config import Config
+from trainer.model.rows.heads import Exchange
 from trainer.store.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
@@ -82,6 +83,16 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class MixingLayer:
+    """A layer at `path` that mixes tokens otherwise than by attention as it is known here. Ranks that share a row exchange what its functions take
+    and return; without `exchanges` each computes the whole row in it."""
+
+    path: str
+    layer: int
+    exchanges: tuple[Exchange, ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A causal language model, cut to its first `layers` of `stored_layers` in the files.
 
@@ -108,6 +119,7 @@ class Architecture:
     positions: int | None
     parameters: tuple[Parameter, ...]
     attention: tuple[AttentionLayer, ...] = ()
+    mixing: tuple[MixingLayer, ...] = ()
     tied: dict[str, str] = field(default_factory=dict[str, str])
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     caps_attention: bool = False
@@ -142,6 +154,11 @@ class Architecture:
         """The width of the widest head whose keys and values are alike; 0 without any."""
         return max((layer.head_size or 0 for layer in self.attention), default=0)
 
+    @cached_property
+    def computed_whole(self) -> frozenset[str]:
+        """The paths of the layers that each of the ranks which share a row computes for all of its tokens."""
+        return frozenset(mixing.path for mixing in self.mixing if not mixing.exchanges)
+
     def to_json(self) -> dict[str, Any]:
         """A tree of plain values."""
         return asdict(self)
@@ -152,6 +169,7 @@ class Architecture:
         rest: dict[str, Any] = {
             "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
             "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
+            "mixing": tuple(_mixing(**layer) for layer in tree["mixing"]),
             "taken_for_experts": tuple(tree["taken_for_experts"]),
             "heads": tuple(tree["heads"]),
             "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
@@ -218,6 +236,10 @@ class Architecture:
                 before, number, rest = parameter.name.partition(f".{parameter.layer}.")
                 found.setdefault(parameter.layer, {})[before + number + rest.partition(".")[0]] = None
         return {layer: list(paths) for layer, paths in found.items()}
+
+
+def _mixing(exchanges: list[list[int]], **facts: Any) -> MixingLayer:
+    return MixingLayer(exchanges=tuple(Exchange(*counts) for counts in exchanges), **facts)
 
 
 def _parameter(shape: list[int], **facts: Any) -> Parameter:

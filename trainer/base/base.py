@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
-from trainer.config import Config, Quant
+from trainer.config import Config
 from trainer.config.model import Tokens
 from trainer.store.codes import Kept
 from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
@@ -23,25 +23,25 @@ from trainer.store.store import Store
 
 
 class StoredFormat(Protocol):
-    """How the files of a base store its weights."""
+    """How the files of a base store its weights. What is not said of a format is so of most."""
 
-    unmergeable: ClassVar[str | None]
+    unmergeable: ClassVar[str | None] = None
     """Why no weights with an adapter merged in can be written in this format, as a clause; None if they can."""
-    quantized: ClassVar[bool]
+    quantized: ClassVar[bool] = False
     """Whether the weights are loaded in the 4 bits that they are stored in."""
-    decoded: ClassVar[bool]
+    decoded: ClassVar[bool] = True
     """Whether they are stored in fewer bits and become 16-bit values as they are read."""
-    dequantizes: ClassVar[bool]
+    dequantizes: ClassVar[bool] = False
     """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here otherwise."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting that does not suit what config.json says of the format."""
-        ...
+        return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
         """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any other. A load
         asks the tensors themselves."""
-        ...
+        return None
 
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
         """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer bits and
@@ -51,7 +51,6 @@ class StoredFormat(Protocol):
 
     def check(self, base: "Base", config: Config) -> None:
         """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no weight."""
-        ...
 
 
 class QuantizedBy(Protocol):
@@ -84,13 +83,6 @@ class Description:
     def in_4_bits(self) -> bool:
         """Whether its makers publish it in 4 bits, in a form in which it can stay."""
         return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
-
-    def decided(self, config: Config) -> Config:
-        """`config`, and where it says nothing of `quant`, with `quant.type: stored` over a base that is published in 4 bits: quantizing
-        it once more would lose some of what it has."""
-        if config.quant.model_fields_set or not self.in_4_bits:
-            return config
-        return config.model_copy(update={"quant": Quant(type="stored")})
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""

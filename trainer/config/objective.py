@@ -11,7 +11,7 @@ class Head:
     """A head that an objective has of its own: it learns beside the method, in the place of the language model's head.
 
     It is a matrix (outputs, hidden), `biased` with a bias, and has an output for each of `data.labels` where it is `labelled`, else one. It reads the
-    last token of a text, or each token (`per_token`). `task` is PEFT's name for what it does and `pipeline` the Hub's, `transformers_class` loads base
+    last token of a text, or each token (`per_token`). With `several` each output says for itself whether its label holds. `task` is PEFT's name for what it does and `pipeline` the Hub's, `transformers_class` loads base
     and head together, and `what` it is begins a sentence.
     """
 
@@ -22,6 +22,7 @@ class Head:
     labelled: bool
     biased: bool = False
     per_token: bool = False
+    several: bool = False
 
 
 HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
@@ -35,7 +36,8 @@ class ObjectiveSettings(Section):
     name: str = setting(
         "sft",
         about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
-        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). token_classification: "
+        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
+        "multilabel_classification: any of several (data.format: multilabel). token_classification: "
         "those of words (data.format: tagged). "
         "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target.",
         example="dpo",

@@ -1,6 +1,7 @@
 """Paths that a person gave, on a command line or in a setting."""
 
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.errors import ConfigError, shown
@@ -45,6 +46,15 @@ def check_file(path: Path) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise NoFile("it is no file, but a pipe, a device or a socket")
+
+
+def check_files(paths: Iterable[Path], setting: str) -> None:
+    """Raises `ConfigError` where one of them, which are read by their names, is no file. `setting` is what messages call their folder."""
+    for path in paths:
+        try:
+            check_file(path)
+        except OSError as error:
+            raise ConfigError(f"{setting}: {path} cannot be read: {error}. Remove it.") from error
 
 
 def text_lines(text: str, setting: str) -> list[tuple[int, str]]:

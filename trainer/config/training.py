@@ -43,6 +43,13 @@ class Optim(Section):
         le=1,
         unit="share of steps",
     )
+    warmup_power: float = setting(
+        1.0,
+        about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.",
+        example=2.0,
+        gt=0,
+        le=100,
+    )
     min_lr_ratio: float = setting(
         0.1,
         about="Last learning rate, as a share of lr (not of constant, inverse_sqrt and one_cycle).",
@@ -98,6 +105,13 @@ class Optim(Section):
     def _one_warmup(self) -> "Optim":
         if self.warmup_steps and self.warmup_ratio is not None:
             raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _rise(self) -> "Optim":
+        if self.warmup_power != 1 and (self.schedule == "one_cycle" or not (self.warmup_steps or self.warmup_ratio)):
+            why = "with optim.schedule: one_cycle" if self.schedule == "one_cycle" else "without warm-up"
+            raise ValueError(f"optim.warmup_power: has no effect {why}. Remove it.")
         return self
 
     @model_validator(mode="after")
@@ -281,7 +295,7 @@ class Sharding(Section):
     )
     sequence_parallel: int = setting(
         1,
-        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention a share of its heads (Ulysses). The "
+        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention, Mamba and linear attention a share of its heads (Ulysses). The "
         "memory of activations falls as much. The ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md "
         "says what it needs.",
         example=4,

@@ -88,6 +88,13 @@ class Config(Section):
             )
         return None
 
+    def decided(self, in_4_bits: bool) -> "Config":
+        """With `quant.type: stored` where nothing is said of `quant` and the base is published `in_4_bits`: quantizing it once more would lose some
+        of what it has."""
+        if self.quant.model_fields_set or not in_4_bits:
+            return self
+        return self.model_copy(update={"quant": Quant(type="stored")})
+
     @property
     def evaluated(self) -> tuple[str, ...]:
         """Names of the sets that the run evaluates."""

@@ -58,6 +58,9 @@ def _at(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
 def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
     if not head.labels:
         return f"{float(values[0]):.4f}"
+    if head.head.several:
+        shares = zip(head.labels, values[0].sigmoid().tolist(), strict=True)
+        return " ".join(f"{label} ({share:.3f})" for label, share in shares if share > 0.5) or "none"
     best = values.argmax(-1).tolist()
     if asked.words:
         return " ".join(f"{word}/{head.labels[number]}" for word, number in zip(asked.words, best, strict=True))

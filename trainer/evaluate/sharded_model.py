@@ -7,7 +7,8 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.base import Base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer

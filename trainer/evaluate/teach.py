@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
@@ -100,8 +102,14 @@ class _Model:
             "weights": content_of(self.base),
             "dtype": self.config.model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
-            **({"step": self.manifest.step, "dataset": self.manifest.dataset} if self.manifest else {}),
+            **(_learnt(self.manifest) if self.manifest else {}),
         }
+
+
+def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
+    """What decides the values of a run's checkpoint: another run may have its name by now."""
+    shards = digest_of([shard.sha256 for shard in manifest.shards])
+    return {"step": manifest.step, "dataset": manifest.dataset, "shards": shards}
 
 
 def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> _Model:
@@ -126,7 +134,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> _Model:
     """The run at the checkpoint that is asked for, or the newest."""
-    run, step = place_of(config, teacher.name, teacher.setting)
+    run, step = place_of(store, teacher.name, teacher.setting)
     opened = open_run(
         run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
     )

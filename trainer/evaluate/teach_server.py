@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.find.locate import Base, resolve_base
+from trainer.base.base import Base
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
@@ -24,6 +25,7 @@ from trainer.tuning.objective.teacher import Teacher
 
 _AT_ONCE = 16
 _LEAST_TAIL = 1e-9
+_MOST_PROBABILITY = 1.01  # of the likeliest together, each of which is rounded
 _PROBE_TOKENS = 64
 
 
@@ -51,7 +53,7 @@ def teach_by_server(config: Config, teacher: Teacher, tell: Tell) -> dict[str, A
     missing = sorted(set(range(blocks)) - written_blocks(folder))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for number, block in enumerate(missing, 1):
-            documents = list(pool.map(partial(_said, server, record.k), _documents(dataset, block)))
+            documents = list(pool.map(partial(_said, server, record.k, vocabulary), _documents(dataset, block)))
             write_block(folder, record, block, documents)
             tell({"progress": "blocks of the data", "done": blocks - len(missing) + number, "total": blocks})
     return finished(folder, record, teacher, dataset, len(missing))
@@ -63,7 +65,7 @@ def _documents(dataset: Dataset, block: int) -> list[NDArray[np.uint32]]:
     return [read.gather(numbers[place : place + 1]) for place in range(len(numbers))]
 
 
-def _said(server: CompletionsServer, k: int, stored: NDArray[np.uint32]) -> Likeliest:
+def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np.uint32]) -> Likeliest:
     """Ask the server for its likeliest tokens at a document's targets."""
     places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()
     found = server.likeliest((stored & ID_BITS).tolist(), k) if places else []
@@ -71,6 +73,14 @@ def _said(server: CompletionsServer, k: int, stored: NDArray[np.uint32]) -> Like
         raise ConfigError(
             f"{server.setting}: {server.url} gives fewer than the {k} likeliest tokens that objective.top_k asks for. Start it with --max-logprobs "
             f"{k}, or lower objective.top_k."
+        )
+    if any(not 0 <= token < vocabulary for place in places for token in found[place]):
+        raise ConfigError(
+            f"{server.setting}: {server.url} gives tokens that model.base lacks, which has {vocabulary:,}. Give a teacher with the same tokenizer."
+        )
+    if any(sum(map(math.exp, found[place].values())) > _MOST_PROBABILITY for place in places):
+        raise ConfigError(
+            f"{server.setting}: {server.url} gives probabilities that add up to more than 1. Start it with --logprobs-mode raw_logprobs."
         )
     ids, log_p = np.zeros((len(places), k), np.int64), np.zeros((len(places), k + 1), np.float32)
     for row, place in enumerate(places):

@@ -45,6 +45,7 @@ def _print_bytes() -> BytesWritten:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made later."""
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
     progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))

@@ -72,6 +72,7 @@ base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained
 def head_usage(head: WithHead) -> str:
     """The lines that load the base with the `head` of the adapter, and the adapter over it."""
     made = head.head.transformers_class
+    kind = '\n    problem_type="multi_label_classification",' if head.head.several else ""
     outputs = f"id2label={dict(enumerate(head.labels))}" if head.labels else f"num_labels={head.outputs}"
     return f"""\
 from peft import PeftConfig, PeftModel
@@ -82,7 +83,7 @@ trained = PeftConfig.from_pretrained("{PLACE}")
 base = {made}.from_pretrained(
     trained.base_model_name_or_path,
     revision=trained.revision or "main",
-    {outputs},
+    {outputs},{kind}
     pad_token_id=tokenizer.pad_token_id,
     dtype="auto",
 )

@@ -96,7 +96,7 @@ class ServedProof:
 
     @property
     def is_alike(self) -> bool:
-        return max(self.prompt, self.drawn) <= self.allowed
+        return self.prompt <= self.allowed and self.drawn <= self.allowed
 
     @property
     def holds(self) -> bool:

@@ -13,18 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
 from trainer.base.find.content import content_of, hub_commit
-from trainer.base.find.locate import (
-    CHAT_TEMPLATE,
-    TOKENIZER_FILES,
-    base_files,
-    cached_folder,
-    check_mergeable,
-    describe_base,
-    in_bucket,
-    is_hub_id,
-    is_small_file,
-    resolve_base,
-)
+from trainer.base.find.locate import base_files, check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
+from trainer.base.find.small_files import CHAT_TEMPLATE, TOKENIZER_FILES, cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer

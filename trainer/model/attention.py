@@ -1,7 +1,8 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
-All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, SDPA, flex_attention and the eager
-one, which is plain matrix products and holds all scores at once, through masks; see trainer/model/documents.py.
+All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, flex_attention and the eager one, which is
+plain matrix products and holds all scores at once, through masks, and SDPA document by document, or through a mask too; see
+trainer/model/documents.py.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from trainer.errors import ConfigError
 from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.kernels.attention import FLASH, AttentionNeeds, chosen, unable, unavailable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
+from trainer.model.rows.attention import causal
 
 VARLEN = "capstan_varlen"
 SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it
@@ -154,12 +156,6 @@ def varlen_attention(
 @cache
 def _arguments(function: Any) -> frozenset[str]:
     return frozenset(signature(function).parameters)
-
-
-def causal(query: Tensor, key: Tensor) -> Tensor:
-    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K, head)."""
-    tokens, keys = query.shape[-2], key.shape[-2]
-    return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
 
 
 def sdpa_with_sinks(

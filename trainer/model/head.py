@@ -81,6 +81,11 @@ class LossHead(nn.Linear):
         self._vocabulary = max(self.out_features, int(ids.max()) + 1)
 
     @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self._vocabulary or self.out_features
+
+    @property
     def _rows(self) -> Rows | None:
         if self._vocabulary is None:
             return None

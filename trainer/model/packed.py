@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
-from trainer.model.documents import Prefixes, lengths_known
 from trainer.model.head import LossHead
 from trainer.model.parts import body
-from trainer.model.sequence_parallel.exchange import Peers, total
+from trainer.model.rows.peers import Peers, total
+from trainer.model.rows.row import Prefixes, lengths_known
 
 
 class PackedRow(Protocol):

@@ -1,6 +1,6 @@
 """A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can learn.
 
-Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve`, `settle`, `attention_of`,
+Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve_alike`, `settle`, `attention_of`,
 `choose_sharding`, `assemble`.
 """
 
@@ -24,8 +24,8 @@ from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.nf4 import multiply_in_fp8
 from trainer.model.packed import PackedModel
-from trainer.model.sequence_parallel.exchange import Peers, RankPeers
-from trainer.plan.mismatches import uneven_ranks
+from trainer.model.rows.groups import uneven_ranks
+from trainer.model.rows.peers import Peers, RankPeers
 from trainer.plan.plan import choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
 from trainer.plan.sizes import most_whole
@@ -51,7 +51,7 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
-    if wrong := uneven_ranks(config, ranks.world_size, ranks.ranks_per_node):
+    if wrong := uneven_ranks(config.sharding.sequence_parallel, ranks.world_size, ranks.ranks_per_node):
         raise ConfigError(wrong)
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // ranks.ranks_per_node))
     return ranks

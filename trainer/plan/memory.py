@@ -12,6 +12,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.activations import layer_values
 from trainer.config import Config
 from trainer.config.training import MLP_TILE
+from trainer.plan.mismatches import reference_of
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     StoredParameter,
@@ -26,7 +27,7 @@ from trainer.plan.sizes import (
 from trainer.state.optimizer.optimizer import State, find_optimizer, states_by_name
 from trainer.state.zero.policy import Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.objective import Objective, Survey, find_objective, reference_of, segments_of
+from trainer.tuning.objective.objective import Objective, Survey, find_objective, segments_of
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
 _EXPERTS_BYTES = 2**29
@@ -236,7 +237,7 @@ def memory_of(given: Inputs) -> GpuMemory:
         "gathered_layers": _gathered(given),
         "dequantized_weight": _dequantized(given) + _in_fp8(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
-        "activations": kept + backward,
+        "activations": kept + backward + _masks(given),
         "logits": max(0, _logits(given) - backward),
     }
     parts = {
@@ -362,6 +363,16 @@ def _activations(given: Inputs) -> tuple[int, int]:
     return ceil(value * from_forward), ceil(value * in_backward)
 
 
+def _masks(given: Inputs) -> int:
+    """Bytes of the mask of a row of T tokens, T x T, which SDPA takes for windows (trainer/model/documents.py): as it is made, and in values for each
+    layer that keeps its activations."""
+    kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
+    sdpa = kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
+    masked = [one.layer for one in given.model.attention if sdpa and one.window and one.window < tokens]
+    kept = sum(layer >= given.recomputed_layers for layer in masked)
+    return tokens**2 * (1 + given.item * max(1, kept)) if masked else 0
+
+
 def offloaded_activations(given: Inputs) -> int:
     """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
     return (
@@ -372,7 +383,7 @@ def offloaded_activations(given: Inputs) -> int:
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
-    kept = values.kept + tile * values.kept_in_mlps
+    kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
     return kept, max(values.widest, tile * values.widest_mlp)

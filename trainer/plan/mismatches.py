@@ -1,6 +1,8 @@
-"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that does not. No torch."""
+"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that does not; and where the
+reference of an objective comes from, which follows from all of them. No torch."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
@@ -8,7 +10,7 @@ from trainer.config import Config, Optim
 from trainer.config.objective import HEADS
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
-from trainer.tuning.objective.objective import Objective, reference_of
+from trainer.tuning.objective.objective import Objective
 
 _SHARED_ROWS = "sharding.sequence_parallel"
 _ALONE = "Set it to 1."
@@ -17,14 +19,14 @@ _SHARED_PREFIX = "data.share_prefix"
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
     """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
-    return [
-        *base.mismatches(config),
+    own = [
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
     ]
+    return [*base.mismatches(config), *own]
 
 
 def base_trained_by(config: Config) -> str:
@@ -126,17 +128,20 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/sequence_parallel's."""
+    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
     size, tokens = config.sharding.sequence_parallel, config.train.micro_batch * config.data.sequence_length
     if size == 1:
         return
     if model.fails_shared:
         yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of this base, as {model.fails_shared}. {_ALONE}"
-    heads = sorted({layer.query_heads for layer in model.attention if layer.query_heads})
-    if uneven := [count for count in heads if count % size]:
-        yield (
-            f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} heads of this base's attention evenly. Set a divisor of {uneven[0]}."
-        )
+    heads = {
+        one.heads: "heads or channels of a layer of this base that passes states on"
+        for mixing in model.mixing
+        for one in mixing.exchanges
+    }
+    heads |= {layer.query_heads: "heads of this base's attention" for layer in model.attention if layer.query_heads}
+    if uneven := sorted(count for count in heads if count % size):
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of {uneven[0]}."
     if tokens % size:
         yield (
             f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}."
@@ -160,17 +165,10 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
         yield f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which differ from the prompt's. Remove it."
 
 
-def uneven_ranks(config: Config, world_size: int, ranks_per_node: int) -> str | None:
-    """Why these ranks cannot share rows as the settings say, in a sentence; None if they can."""
-    size, per_node = config.sharding.sequence_parallel, min(world_size, ranks_per_node)
-    if world_size % size:
-        return (
-            f"{_SHARED_ROWS}: {size} ranks share each row, and {world_size} ranks are no multiple of {size}. Change cluster.workers, or set a divisor of "
-            f"{world_size}."
-        )
-    if per_node % size:
-        return (
-            f"{_SHARED_ROWS}: the {size} ranks that share a row must be on one node, and {per_node} ranks of a node are no multiple of {size}. Set a "
-            f"divisor of {per_node}."
-        )
-    return None
+def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
+    """`objective.reference`, with auto decided; None where the objective reads none."""
+    if not objective.reads_reference:
+        return None
+    if config.objective.reference != "auto":
+        return config.objective.reference
+    return "stored" if method.trains_base or config.tuning.start else "adapter_off"

@@ -13,8 +13,9 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
+from trainer.model.rows.groups import uneven_ranks
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
-from trainer.plan.mismatches import mismatches, uneven_ranks
+from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.state.zero.policy import Scope, build_deepspeed_config
@@ -268,7 +269,7 @@ def _exchanged(given: Inputs) -> int:
 
 
 def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> list[str]:
-    uneven = uneven_ranks(given.config, given.world_size, given.ranks_per_node)
+    uneven = uneven_ranks(given.shared, given.world_size, given.ranks_per_node)
     found = [uneven] if uneven else list[str]()
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         found.append(

@@ -5,7 +5,7 @@ looks a method or an objective up again. Without torch.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainer.base.base import Base
 from trainer.base.find.check import check_base_files
@@ -15,13 +15,16 @@ from trainer.config import Config
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
-from trainer.errors import ConfigError
-from trainer.plan.mismatches import mismatches
+from trainer.errors import ConfigError, shown
+from trainer.plan.mismatches import mismatches, reference_of
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.objective import Objective, find_objective, reference_of
-from trainer.tuning.shared.initial_adapter import Beginning, find_beginning, starting_at
+from trainer.tuning.objective.objective import Objective, find_objective
+from trainer.tuning.shared.initial_adapter import SETTING, Beginning, find_beginning, starting_at
+
+if TYPE_CHECKING:
+    from trainer.processes.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Resolved:
         )
 
 
-def resolve(config: Config, base: Base | None = None) -> Resolved:
+def resolve(config: Config, base: Base | None = None, start: str | None = None) -> Resolved:
     """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is given. In the settings
-    of the result `tuning.start` names a checkpoint where it was a run.
+    of the result `tuning.start` names a checkpoint where it was a run: that of `start`, where this is given.
 
     Raises:
         ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each other; the
@@ -94,14 +97,35 @@ def resolve(config: Config, base: Base | None = None) -> Resolved:
         StorageError: the bucket of the base does not answer or refuses.
     """
     base = base or resolve_base(config.model)
-    config = with_labels(base.description.decided(config))
-    found = Resolved.of(config, base)
-    if wrong := mismatches(config, found.base.description, found.method, found.objective):
+    config = with_labels(config.decided(base.description.in_4_bits))
+    found = Resolved.of(starting_at(config, start) if start else config, base)
+    if wrong := mismatches(found.config, base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))
-    check_base_files(found.base, config)
-    beginning = find_beginning(config, found.method)
+    check_base_files(base, found.config)
+    beginning = find_beginning(found.config, found.method)
     if beginning is None:
         return found
-    if wrong := beginning.mismatches(config, found.method, found.base):
+    if wrong := beginning.differences(found.config, found.method, base):
         raise ConfigError("\n".join(wrong))
-    return replace(found, beginning=beginning, config=starting_at(config, beginning.place))
+    return replace(found, beginning=beginning, config=starting_at(found.config, beginning.place))
+
+
+def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
+    """`resolve`, with one adapter to begin from on all ranks: a run that is learning may have a newer checkpoint by the time that another rank
+    looks, so that all take the one which rank 0 has found. Collective.
+
+    Raises as `resolve`, and `ConfigError` where a folder of PEFT has other weights on another machine.
+    """
+    with ranks.agreeing():
+        resolved = resolve(config)
+    if resolved.beginning is None:
+        return resolved
+    facts = ranks.broadcast(resolved.beginning.facts)
+    with ranks.agreeing():
+        if resolved.beginning.place != facts["start"]:
+            resolved = resolve(config, resolved.base, facts["start"])
+        if resolved.beginning is None or resolved.beginning.facts != facts:
+            raise ConfigError(
+                f"{SETTING}: {shown(config.tuning.start)} has other weights on one machine than on another. Copy one of them to every machine."
+            )
+    return resolved

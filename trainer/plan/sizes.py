@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
-from trainer.model.sequence_parallel.heads import copies_of_keys
+from trainer.model.rows.heads import copies_of_keys
 from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
 
@@ -96,20 +96,28 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
 
 def exchanged_values(model: Architecture, size: int) -> int:
     """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys, values and results of
-    attention, keys and values as often as ranks need them (trainer/model/sequence_parallel/exchange.py). Keys of an unknown form count as queries do."""
+    attention, keys and values as often as ranks need them (trainer/model/rows/attention.py), and likewise what other layers take and return. Keys of
+    an unknown form count as queries do. A layer that each rank computes whole takes all states of the row."""
     found = 0
     for layer in model.attention if size > 1 else ():
+        if layer.path in model.computed_whole:
+            continue
         linears = (part for part in model.in_layer(layer.layer) if part.name.startswith(f"{layer.path}."))
         results = [part.shape[1] for part in linears if part.kind == "linear" and part.shape[0] == model.hidden]
         result = results[-1] if results else model.hidden
         keys = result
         if layer.key_value_heads and layer.head_size and layer.query_heads:
-            copies = (
-                copies_of_keys(layer.query_heads, layer.key_value_heads, size) if layer.query_heads % size == 0 else 1
-            )
-            keys = copies * layer.key_value_heads * layer.head_size
+            keys = _copies(layer.query_heads, layer.key_value_heads, size) * layer.key_value_heads * layer.head_size
         found += 2 * result + 2 * keys
+    for mixing in model.mixing if size > 1 else ():
+        found += sum(one.values + one.grouped * _copies(one.heads, one.groups, size) for one in mixing.exchanges)
+        found += 0 if mixing.exchanges else size * model.hidden
     return found
+
+
+def _copies(heads: int, groups: int, size: int) -> int:
+    """How often ranks need each group; once, where they could not share the heads."""
+    return copies_of_keys(heads, groups, size) if heads % size == 0 else 1
 
 
 def most_whole(config: Config, model: Architecture) -> int:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from trainer.config import Config
-from trainer.errors import AlreadyExists
-from trainer.run import layout
 from trainer.run.background import Every, Harmless
-from trainer.run.records import Record, generations, new_record
+from trainer.run.records import Record, new_record
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
@@ -23,18 +21,6 @@ from trainer.store.store import Store
 
 CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
-
-
-def claim_generation(folder: Store) -> int:
-    """The number of this start of the run, from 1: claimed by creating its metrics, so two starts never share one."""
-    generation = max(generations(folder), default=0) + 1
-    while True:
-        try:
-            folder.create(layout.metrics(generation), b"")
-        except AlreadyExists:
-            generation += 1
-        else:
-            return generation
 
 
 def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracker]:

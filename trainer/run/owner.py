@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
+from trainer.processes.siblings import Siblings
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import name_of
@@ -137,6 +138,13 @@ class OwnerWatch:
         if owner.is_alive(time.time()):
             self._seen, self.last_alive = True, now
         return self._seen and (owner.ended or owner.is_here) and now - self.last_alive > _ANEW_SECONDS
+
+
+def lost_ranks(folder: Store) -> Callable[[int], bool]:
+    """A function that tells whether the process of a rank has ended, as far as this rank can know: rank 0's by the run's owner, the others' by
+    the processes of this machine."""
+    owner, siblings = OwnerWatch(folder), Siblings()
+    return lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank)
 
 
 def newest_number(folder: Store) -> int:

@@ -136,6 +136,18 @@ def generations(folder: Store) -> list[int]:
     return [number for number in numbers if number is not None]
 
 
+def claim_generation(folder: Store) -> int:
+    """The number of this start of the run, from 1: claimed by creating its metrics, so two starts never share one."""
+    generation = max(generations(folder), default=0) + 1
+    while True:
+        try:
+            folder.create(layout.metrics(generation), b"")
+        except AlreadyExists:
+            generation += 1
+        else:
+            return generation
+
+
 class RecordReader:
     """The records of one generation; each look gives only the new ones, in the order they were written."""
 

@@ -15,7 +15,7 @@ from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.records import add_record
 from trainer.store.store import Store
-from trainer.train.heartbeat import Hang
+from trainer.train.heartbeat.heartbeat import Hang
 from trainer.train.start import Start
 
 

@@ -3,33 +3,9 @@
 import torch
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.config import Config
-from trainer.errors import ConfigError, shown
-from trainer.plan.resolve import Resolved, resolve
-from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import Engine
 from trainer.train.start import Start
-from trainer.tuning.shared.initial_adapter import SETTING, Beginning, with_known_start
-
-
-def resolve_alike(config: Config, ranks: Ranks) -> Resolved:
-    """`resolve`, with one adapter to begin from on all ranks: that of a run which is learning may have a newer checkpoint by the time that
-    another rank looks. Collective.
-
-    Raises as `resolve`, and `ConfigError` where a folder of PEFT has other weights on another machine.
-    """
-    if config.tuning.start is None:
-        with ranks.agreeing():
-            return resolve(config)
-    config = ranks.on_first(lambda: with_known_start(config))
-    with ranks.agreeing():
-        resolved = resolve(config)
-    every = ranks.together(lambda: resolved.beginning and resolved.beginning.facts)
-    if any(facts != every[0] for facts in every):
-        raise ConfigError(
-            f"{SETTING}: {shown(config.tuning.start)} has other weights on one machine than on another. Copy one of them to every machine."
-        )
-    return resolved
+from trainer.tuning.shared.initial_adapter import Beginning
 
 
 def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:

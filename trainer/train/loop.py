@@ -24,7 +24,7 @@ from trainer.run.folder import command
 from trainer.run.requests import Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
-from trainer.train.heartbeat import Phase
+from trainer.train.heartbeat.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.routing import Routing
 from trainer.train.save_rules import SaveRules

@@ -11,7 +11,7 @@ from trainer.processes.ranks import Ranks
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store.store import Store
-from trainer.train.heartbeat import Pulse, silent_pulse
+from trainer.train.heartbeat.heartbeat import Pulse, silent_pulse
 from trainer.tuning.objective.objective import Objective
 
 
@@ -46,17 +46,14 @@ class Elapsed:
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of the run, on this rank. `folder` is the run's own in the `store`, where its data lies beside it."""
+class ClaimedStart:
+    """One start of the run that has its number, on this rank. `folder` is the run's own in the `store`, where its data lies beside it."""
 
     resolved: Resolved
     ranks: Ranks
     store: Store
     folder: Store
     generation: int
-    metrics: Metrics
-    stop: StopSignal
-    pulse: Pulse = silent_pulse
     starter: Starter = field(default_factory=Starter)
     elapsed: Elapsed = field(default_factory=lambda: Elapsed(time.time()))
 
@@ -72,3 +69,13 @@ class Start:
         """A line for the run's log, which is that of rank 0."""
         if self.ranks.rank == 0:
             print(text, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(ClaimedStart):
+    """The same once it can write records, hears requests to stop, shows that it is alive, and has adapters written after commits."""
+
+    metrics: Metrics
+    stop: StopSignal
+    pulse: Pulse = silent_pulse
+    after_commit: Callable[[], None] = lambda: None

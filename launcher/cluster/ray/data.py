@@ -80,6 +80,8 @@ def _cpus() -> int:
 
 
 def _next(waiting: "deque[tuple[Any, str, T]]", log: Log, look: Callable[[], None]) -> tuple[Any, T]:
+    """The result of the oldest piece that waits, and the value that it came with. Its errors are told as the user's, the machine's or the file's,
+    since Ray wraps each into one of its own."""
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 

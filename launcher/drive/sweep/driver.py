@@ -143,7 +143,7 @@ def _sharing_base(config: Config) -> Config:
     if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
         return config
     base = describe_base(config.model)
-    config = base.decided(config)
+    config = config.decided(base.in_4_bits)
     if not config.quant.quantizes:
         return config
     shared = override(config, "quant.cache=true")

@@ -6,6 +6,8 @@ from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from trainer.config.peers import conversions as to
 
+_IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
+
 
 def join(keys: Keys, folder: Path) -> None:
     """All settings that several keys make."""
@@ -16,7 +18,22 @@ def join(keys: Keys, folder: Path) -> None:
     file = keys.given.get("deepspeed_config.deepspeed_config_file")
     if file:
         keys.attempt("deepspeed_config.deepspeed_config_file", lambda: to.offload(file))
+    if keys.asked("kt_config.enabled"):
+        _experts(keys)
     for part, policy in (("optimizer", "zero3_offload_optimizer"), ("param", "zero3_offload_cpu")):
         name = f"deepspeed_config.offload_{part}_device"
         if keys.given.get(name) in ("cpu", "nvme"):
             keys.put("sharding.deepspeed", policy, name)
+
+
+def _experts(keys: Keys) -> None:
+    """KTransformers' experts, which the host holds and computes in 16 bits or in whole numbers."""
+    name = "kt_config.kt_backend"
+    kind = str(keys.given.get(name) or "").lower()
+    if kind in _IN_WHOLE_NUMBERS:
+        keys.put("quant.type", _IN_WHOLE_NUMBERS[kind], name)
+        keys.note(
+            name, "There experts alone have so many bits, in whole numbers; here every linear layer of the base has."
+        )
+    elif kind and kind != "amxbf16":
+        keys.lose(name, "The base is in 16 bits, or in 8 or 4 by quant.type.")

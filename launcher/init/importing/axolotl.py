@@ -28,6 +28,10 @@ def join(keys: Keys, folder: Path) -> None:
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
     joint_settings.training_arguments(keys, folder, "lr_scheduler")
+    if keys.asked("lr_quadratic_warmup") and keys.settings.get("optim.schedule") == "cosine":
+        keys.put("optim.warmup_power", 2, "lr_quadratic_warmup")
+    else:
+        keys.need_not("lr_quadratic_warmup", "axolotl reads it beside lr_scheduler: cosine alone.")
     joint_settings.early_end(keys, "early_stopping_patience")
     joint_settings.pairs(keys, "sequence_len")
     joint_settings.without_dropout(keys, "lora_dropout")
@@ -87,10 +91,10 @@ def _published(keys: Keys) -> None:
     names = ("model_quantization_config", "model_quantization_config_kwargs")
     arguments = keys.given.get(names[1])
     for name in (name for name in names if keys.given.get(name)):
-        if keys.settings["tuning.method"] == "full":
-            keys.lose(name, "tuning.method: full learns in 16 bits. Give a copy of the base in 16 bits as model.base.")
-        elif isinstance(arguments, dict) and arguments.get("dequantize"):
+        if isinstance(arguments, dict) and arguments.get("dequantize"):
             keys.need_not(name, "The base's own files say how they are stored, and are read as 16-bit values.")
+        elif keys.settings["tuning.method"] == "full":
+            keys.lose(name, "tuning.method: full learns in 16 bits, which the base's values become as they are read.")
         else:
             keys.put("quant.type", "stored", name)
 
@@ -107,6 +111,7 @@ def _trained_part(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
+    """What training minimises. axolotl says it by several keys, and trains with some of them what we do not, which is refused."""
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
@@ -118,6 +123,8 @@ def _objective(keys: Keys) -> None:
         raise no_training(
             f"processor_type: {keys.given['processor_type']} and skip_prepare_dataset, so rows of {MEDIA}"
         )
+    if keys.asked("kd_trainer"):
+        _distillation(keys)
     if keys.asked("reward_model"):
         asked = "reward"
         keys.put("objective.name", "reward", "reward_model")
@@ -125,6 +132,7 @@ def _objective(keys: Keys) -> None:
         keys.put("objective.name", known[asked], "rl")
     if asked == "simpo":
         joint_settings.simpo(keys)
+        joint_settings.without_next_tokens(keys)
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
@@ -132,10 +140,50 @@ def _objective(keys: Keys) -> None:
         keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
     elif losses and losses[0] != "sigmoid":
         keys.put("objective.loss_type", losses[0], "dpo_loss_type")
+    joint_settings.uncertainty(keys, "use_eaft", "eaft_k", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
         keys.put("data.loss_on", "all", "train_on_inputs")
     if asked:
         keys.put("data.packing", False, "sample_packing")
+
+
+def _distillation(keys: Keys) -> None:
+    """Its rows bring what a teacher says of their tokens, or a server says it while training; here `capstan teach` has it written once."""
+    keys.put("objective.name", "distil", "kd_trainer")
+    server = keys.given.get("kd_online_server_base_url")
+    if server:
+        keys.put("objective.teacher", str(server), "kd_online_server_base_url")
+    else:
+        keys.put("objective.teacher", "FILL-IN", "kd_trainer")
+        keys.to_do.append(
+            "objective.teacher: the rows there bring its log-probabilities. Name the teacher, and have it write them by `capstan teach`."
+        )
+    if keys.given.get("kd_temperature") and not server:
+        keys.attempt("kd_temperature", lambda: {"objective.temperature": to.number(keys.given["kd_temperature"])})
+    if keys.given.get("kd_online_topk"):
+        keys.attempt("kd_online_topk", lambda: {"objective.top_k": to.whole(keys.given["kd_online_topk"])})
+    if keys.given.get("kd_beta") == 1:
+        keys.put("objective.divergence", "reverse", "kd_beta")
+    elif keys.given.get("kd_beta"):
+        keys.lose("kd_beta", "objective.divergence is forward or reverse, and nothing between. Left at forward.")
+    for name in ("kd_normalize_topk", "kd_online_server", "kd_online_timeout"):
+        keys.need_not(name, "All but the teacher's likeliest tokens are one outcome here, whoever is asked.")
+    for name in keys.given:
+        if name.endswith("].logprobs_field"):
+            keys.note(name, "What a teacher says of each token is written by `capstan teach`, beside the data.")
+    keys.attempt("kd_ce_alpha", lambda: _shares(keys))
+
+
+def _shares(keys: Keys) -> dict[str, Any]:
+    names = {"kd_ce_alpha": 0.0, "kd_alpha": 1.0}
+    plain, taught = (
+        otherwise if keys.given.get(name) is None else to.number(keys.given[name]) for name, otherwise in names.items()
+    )
+    if (whole := plain + taught) != 1:
+        for name in names:
+            keys.note(name, f"The two losses add up to shares of 1 here; there the loss is {whole:g} times as large.")
+    keys.put("objective.next_tokens", plain / (whole or 1.0), *names)
+    return {}
 
 
 def _tokens(keys: Keys) -> None:
@@ -149,6 +197,7 @@ def _tokens(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
+    """The sources of the three lists of data sets, which we have as two."""
     for name, setting in (
         ("datasets", "data.train"),
         ("pretraining_dataset", "data.train"),
@@ -164,6 +213,15 @@ def _data(keys: Keys) -> None:
             used = (f"{name}[{index}].{key}" for index, given in enumerate(listed) for key in _flat(given))
             keys.put(setting, found, *used)
             keys.origins[setting] = [name]
+    dropping = [bool(given.get("drop_system_message")) for given in sections(keys.tree.get("datasets"))]
+    if any(dropping) and all(dropping):
+        listed = (f"datasets[{index}].drop_system_message" for index in range(len(dropping)))
+        keys.put("data.drop_system", True, *listed)
+    elif any(dropping):
+        keys.lose(
+            f"datasets[{dropping.index(True)}].drop_system_message",
+            "One answer for all data sets here: data.drop_system.",
+        )
     templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
     if templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
         keys.put("data.template", keys.given[templates[0]], *templates)
@@ -211,7 +269,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
     """The format of a data set's rows, None for one that is found out, and the names of its fields."""
     kind = given.get("type")
-    if keys.settings.get("objective.name", "sft") != "sft":
+    if keys.settings.get("objective.name") in joint_settings.OF_ANSWERS:
         return _answers(keys, place, given, kind)
     if isinstance(kind, dict):
         for name in ("format", "no_input_format", "system_prompt", "system_format"):
@@ -233,6 +291,10 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
     form, fields = found.get("format"), found.get("fields", {})
     if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
         keys.note(f"{place}.type", _TEMPLATE_TEXT)
+    if form == "segments":
+        keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
+        if keys.asked("train_on_inputs"):
+            keys.lose("train_on_inputs", "Segments say themselves what is trained of them: data.format: segments.")
     if form == "text":
         column = given.get("field") or given.get("text_column")
         return form, {"text": str(column)} if column not in (None, "text") else {}

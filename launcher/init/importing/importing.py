@@ -122,6 +122,7 @@ def import_files(
     to_do = [line for keys in every for line in keys.to_do]
     to_do += _completed(settings, origins)
     to_do += _valid(settings, every)
+    to_do += _unowned(settings)
     if "cluster.workers" not in settings:
         to_do.append("train.global_batch: counted for one GPU, as the file names no number. --gpus N counts for N.")
     outcomes = tuple(outcome for keys in every for outcome in keys.outcomes())
@@ -130,12 +131,24 @@ def import_files(
     return Imported(names, text, settings, outcomes, tuple(to_do))
 
 
+def _unowned(settings: Mapping[str, Any]) -> list[str]:
+    """A sentence for each data set that is named as some of the Hub once were, without its owner."""
+    sources = [source for name in ("data.train", "data.eval") for source in settings.get(name) or ()]
+    names = dict.fromkeys(str(source["path"]) for source in sources)
+    return [
+        f"data.train: {name} is no file here. Where it is a data set of the Hub, write hf://OWNER/{name}."
+        for name in names
+        if re.fullmatch(r"[\w-]+", name) and name != "FILL-IN" and not Path(name).exists()
+    ]
+
+
 def _keys(
     path: str | Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]
 ) -> tuple[Keys, Path]:
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     known = [one for one, _ in JOINS.values()]
+    peer = peer or ("trl" if Path(path).suffix == ".py" else None)
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(found, tree, settings, origins)
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]

@@ -13,6 +13,8 @@ from trainer.config.peers.conversions import Inconvertible
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
+OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
+"""Objectives that compare answers, or judge whole ones."""
 _OF_FULL = ("tuning.method", "tuning.train")
 # The peers' names of templates that are ours as well.
 _TEMPLATES = {
@@ -21,6 +23,8 @@ _TEMPLATES = {
     **dict.fromkeys(("phi_3", "phi_35"), "phi3"),
     **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
 }
+# LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own template has thoughts.
+_WITHOUT_THOUGHTS = ("qwen3_nothink", "qwen3_5_nothink")
 
 
 def workers(keys: Keys, name: str) -> None:
@@ -48,6 +52,20 @@ def in_8_bits(keys: Keys, key: str) -> None:
     keys.note(key, "A scale for 64 weights, where bitsandbytes has one for a row; and activations stay in 16 bits.")
 
 
+def uncertainty(keys: Keys, switch: str, tokens: str, scale: float) -> None:
+    """`objective.eaft`, whose entropies the peer divides by `scale`."""
+    if keys.asked(switch):
+        power, most = keys.given.get("eaft_alpha"), keys.given.get(tokens)
+        keys.attempt(switch, lambda: {"objective.eaft": to.number(1.0 if power is None else power)})
+        keys.put("objective.eaft", keys.settings.get("objective.eaft"), switch, "eaft_alpha")
+        keys.put("objective.eaft_scale", scale, switch)
+        if most is not None:
+            keys.attempt(tokens, lambda: {"objective.eaft_tokens": to.whole(most)})
+    else:
+        for name in ("eaft_alpha", tokens):
+            keys.need_not(name, f"It has no effect without {switch}.")
+
+
 def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
     """`tuning.method`: full, or the variant of LoRA that one of the `switches` asks for, or LoRA itself."""
     asked = [switch for switch in switches if not full and keys.asked(switch)]
@@ -73,6 +91,14 @@ def simpo(keys: Keys) -> None:
     """SimPO's strengths where the file names none: those of the peers, which are not ours."""
     keys.settings.setdefault("objective.beta", 0.1)
     keys.settings.setdefault("objective.gamma", 0.5)
+
+
+def without_next_tokens(keys: Keys) -> None:
+    """TRL's SimPO has CPO's term unless it is told not to."""
+    if keys.given.get("cpo_alpha") is None:
+        keys.to_do.append(
+            "objective.name: TRL adds the chosen answer's next-token loss to SimPO's, as cpo_alpha is 1 there where none is given; here it is SimPO alone."
+        )
 
 
 def duration(keys: Keys) -> None:
@@ -191,14 +217,15 @@ def without_evaluation(keys: Keys) -> None:
 
 def pairs(keys: Keys, *names: str) -> None:
     """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of one."""
-    if keys.settings.get("objective.name", "sft") != "sft" and keys.settings.get("data.sequence_length"):
+    if keys.settings.get("objective.name") in OF_ANSWERS and keys.settings.get("data.sequence_length"):
         keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
         keys.origins["data.sequence_length"].append("twice that, as both answers with their prompts lie in one row")
 
 
 def without_dropout(keys: Keys, name: str) -> None:
     """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
-    if keys.settings.get("objective.name", "sft") != "sft" and str(keys.given.get("disable_dropout", True)) != "False":
+    compares = keys.settings.get("objective.name") in OF_ANSWERS
+    if compares and str(keys.given.get("disable_dropout", True)) != "False":
         keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
 
 
@@ -227,6 +254,9 @@ def template(keys: Keys, key: str, name: Any) -> None:
         keys.put("data.template", ours, key)
     elif asked and _is_of(str(keys.settings.get("model.base", "")), asked):
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
+    elif asked in _WITHOUT_THOUGHTS:
+        keys.put("data.template", "chatml", key)
+        keys.note(key, "It writes no thoughts, as theirs, and no tools.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,

@@ -50,6 +50,7 @@ def join(keys: Keys, folder: Path) -> None:
 
 
 def _method(keys: Keys) -> None:
+    """The method and the storage of the base, which LLaMA-Factory says together: its adapters of a quantized base are QLoRA's."""
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
     if kind not in ("lora", "full", "freeze", "oft"):
@@ -70,6 +71,8 @@ def _method(keys: Keys) -> None:
         keys.put("tuning.alpha", 2.0 * keys.whole("lora_rank", 8), "lora_rank")
         if alpha:
             keys.attempt("lora_alpha", lambda: {"tuning.alpha": to.number(alpha)})
+    if low_rank and not bits and "quant.type" in keys.settings:  # accelerate's file has it
+        return
     if not low_rank or not bits:
         keys.put("quant.type", "none", "quantization_bit", "finetuning_type")
         return
@@ -98,6 +101,7 @@ def _oft(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
+    """The objective by the stage and the loss over pairs, and whether rows are packed, which there depends on the stage."""
     stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
     if stage not in stages:
         raise no_training(f"stage: {stage}")
@@ -110,6 +114,7 @@ def _objective(keys: Keys) -> None:
         keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
     if keys.settings["objective.name"] == "simpo":
         joint_settings.simpo(keys)
+    joint_settings.uncertainty(keys, "use_eaft_loss", "eaft_k", scale=3.0)
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
     asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
     keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))

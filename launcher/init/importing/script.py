@@ -5,17 +5,30 @@ without running the script, and is left out with a sentence.
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.errors import ConfigError
 
-# The configuration class of each trainer, by the beginning of its script's name.
-_TRAINERS = {
+# The configuration class of each trainer, by the beginning of its script's name; transformers' own trainer has none.
+_ARGUMENTS = {
     **{f"{name.upper()}Config": name for name in ("sft", "dpo", "kto", "orpo", "cpo")},
     "RewardConfig": "reward",
+    "TrainingArguments": "",
 }
-_ARGUMENTS = {**_TRAINERS, "TrainingArguments": ""}
+_OF_TRANSFORMERS = {"learning_rate": 5e-5, "gradient_checkpointing": False}
+# Those of other trainings, and classes of models that see, hear or translate.
+_NOT_OURS = re.compile(
+    r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)Config|\bSeq2SeqTrainingArguments|\bFastVisionModel|"
+    r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
+)
+_REFUSED = "this is no training of ours. docs/preference.md and docs/heads.md list those. Nothing was written."
+_HEADS = {
+    "AutoModelForSequenceClassification": "classification",
+    "AutoModelForTokenClassification": "token_classification",
+}
+_REGRESSION = "a head of one number"
 _LORA = {
     "r": "lora_r",
     "lora_alpha": "lora_alpha",
@@ -24,9 +37,12 @@ _LORA = {
     "target_parameters": "lora_target_parameters",
     "modules_to_save": "lora_modules_to_save",
     "layers_to_transform": "lora_layers_to_transform",
+    "init_lora_weights": "init_lora_weights",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
+_PEFTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+_NEEDLESS_OF_LORA = ("task_type", "inference_mode", "fan_in_fan_out", "use_gradient_checkpointing", "max_seq_length")
 _QUANTIZATION = {
     "load_in_4bit": "load_in_4bit",
     "load_in_8bit": "load_in_8bit",
@@ -39,13 +55,33 @@ _BASE = {
     "torch_dtype": "torch_dtype",
     "revision": "model_revision",
 }
+_UNSLOTHS = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "use_bnb_nested_quant": True,
+    "max_length": 2048,
+}
+_UNSLOTHS_LORA = {
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+# Arguments that trainers of earlier versions took themselves.
+_TRAINERS = {
+    **{
+        name: name
+        for name in ("packing", "dataset_text_field", "beta", "max_length", "loss_type", "neftune_noise_alpha")
+    },
+    "max_seq_length": "max_length",
+}
 
 
 def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     """The keys that the script's calls make, and the names of those whose values are computed.
 
     Raises:
-        ConfigError: it is no Python, or calls no configuration class of TRL's or transformers'.
+        ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another training.
     """
     try:
         tree = ast.parse(text)
@@ -54,11 +90,17 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     reader = _Reader(_constants(tree))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in sorted(calls, key=lambda call: call.lineno):
+        if found := _NOT_OURS.search(ast.unparse(call.func)):
+            raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
         reader.read(call)
     if reader.script is None:
         raise ConfigError(f"{path} calls none of {', '.join(_ARGUMENTS)}, so it is no training script of TRL's.")
-    keys = {**reader.keys, "script": reader.script} if reader.script else reader.keys
-    return keys, reader.computed
+    script = reader.script or reader.head
+    if script == _REGRESSION:
+        raise ConfigError(f"{path} trains {script}: {_REFUSED}")
+    # What is said in a configuration's own class goes before what a trainer or a model is given, wherever it stands.
+    keys = {**reader.beside, **reader.keys, **reader.arguments}
+    return ({**keys, "script": script} if script else keys), reader.computed
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
@@ -74,32 +116,74 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 
 
 class _Reader:
+    """`arguments` are those of the training's own class, and `beside` what trainers and unsloth's models are given in their place."""
+
     def __init__(self, constants: Mapping[str, Any]) -> None:
         self._constants = constants
         self.keys: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
+        self.beside: dict[str, Any] = {}
         self.computed: list[str] = []
         self.script: str | None = None
+        self.head: str | None = None
 
     def read(self, call: ast.Call) -> None:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _ARGUMENTS:
-            self.script = _ARGUMENTS[name] or self.script or ""
-            self.keys |= dict(self._given(call))
+            self.script = self.script or _ARGUMENTS[name]
+            self.arguments |= {**({} if _ARGUMENTS[name] else _OF_TRANSFORMERS), **dict(self._given(call))}
         elif name == "LoraConfig":
-            self.keys |= {"use_peft": True, **dict(self._given(call, _LORA))}
+            self._adapter(call, _PEFTS)
+        elif name == "get_peft_model" and of.startswith("Fast"):
+            self._adapter(call, _UNSLOTHS_LORA)
+            self.beside |= dict(self._given(call, {"random_state": "seed"}))
         elif name == "BitsAndBytesConfig":
-            self.keys |= dict(self._given(call, _QUANTIZATION))
+            self.keys |= {"bnb_4bit_quant_type": "fp4", **dict(self._given(call, _QUANTIZATION))}
         elif name == "load_dataset" and "dataset_name" not in self.keys:
             self._data(call)
-        elif name == "from_pretrained" and "Model" in ast.unparse(call.func):
-            self._base(call, dict(self._given(call, _BASE)))
+        elif name == "map" and re.search(r"data|train|\bds\b", of):
+            self.computed.append(f"data.train: its rows, by {of}.map,")
+        elif name == "from_pretrained" and of.startswith("Fast"):
+            self._unsloth(call)
+        elif name == "from_pretrained" and "Model" in of:
+            self._base(call.args, dict(self._given(call, _BASE)))
+            self._head(of, dict(self._given(call, {name: name for name in ("num_labels", "problem_type")})))
         elif name.endswith("Trainer"):
-            self._base(ast.Call(call.func, [word.value for word in call.keywords if word.arg == "model"], []), {})
+            given = [word.value for word in call.keywords if word.arg == "model"] or call.args
+            self._base(given, {})
+            self.beside |= dict(self._given(call, _TRAINERS))
+            made = [word for word in call.keywords if word.arg == "formatting_func"]
+            self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
 
-    def _base(self, call: ast.Call, settings: Mapping[str, Any]) -> None:
-        place = self._value(call.args[0]) if call.args else None
+    def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
+        self.keys |= {"use_peft": True, **defaults, **dict(self._given(call, _LORA))}
+        others = {word.arg or "" for word in call.keywords} - {*_LORA, *_NEEDLESS_OF_LORA, "random_state"}
+        given = dict(self._given(call, {name: f"LoraConfig.{name}" for name in others}))
+        self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
+
+    def _base(self, given: Sequence[ast.expr], settings: Mapping[str, Any]) -> None:
+        place = self._value(given[0]) if given else None
         if isinstance(place, str):
             self.keys |= {"model_name_or_path": place, **settings}
+
+    def _head(self, of: str, given: Mapping[str, Any]) -> None:
+        """A head in the place of the language model's; that of a reward is said by its trainer's own class."""
+        kind = _HEADS.get(of)
+        if kind == "classification" and given.get("num_labels") == 1:
+            kind = _REGRESSION
+        elif kind == "classification" and given.get("problem_type") == "multi_label_classification":
+            kind = "multilabel_classification"
+        self.head = self.head or kind
+
+    def _unsloth(self, call: ast.Call) -> None:
+        names = {**_QUANTIZATION, "max_seq_length": "max_length", "model_name": "model_name_or_path", **_BASE}
+        given = {**_UNSLOTHS, **dict(self._given(call, names))}
+        if given.get("load_in_8bit") or dict(self._given(call, {"full_finetuning": "full"})).get("full"):
+            given["load_in_4bit"] = False
+        self._base(call.args, {})
+        self.beside["max_length"] = given.pop("max_length")
+        self.keys |= given
 
     def _data(self, call: ast.Call) -> None:
         """`load_dataset(path, name, split=..., data_files=...)`."""

@@ -42,6 +42,7 @@ def _end(component: Any) -> str:
 
 
 def _model(keys: Keys) -> None:
+    """The base and the method, both of which torchtune says by the name of the function that builds the model."""
     component = str(keys.given.get("model._component_") or "")
     found = _BUILDER.fullmatch(component)
     if component and not found:
@@ -129,6 +130,7 @@ def _loss(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
+    """The sources. A data set there also says how its rows are packed, and what of them is trained, which we say once for all."""
     for name, setting in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         given = keys.tree.get(name)
         listed = sections(given)
@@ -169,6 +171,7 @@ def _data(keys: Keys) -> None:
 
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources of one data set, whose format and fields follow from the function that reads it."""
     component, known = _end(given.get("_component_")), keys.peer.tables["datasets"]
     if component not in known:
         keys.lose(

@@ -56,6 +56,7 @@ def _objective(keys: Keys) -> None:
         keys.settings["optim.lr"] = tables["rates"][name]
     if name == "simpo":
         joint_settings.simpo(keys)
+        joint_settings.without_next_tokens(keys)
         if losses != ["simpo"]:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
     if name == "sft" and "assistant_only_loss" not in keys.given:
@@ -92,6 +93,7 @@ def _method(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
+    """The sources. TRL names data sets in three ways, and gives shares of a mixture to all of them, where we leave the last one the rest."""
     listed = sections(keys.tree.get("datasets"))
     single = keys.given.get("dataset_name")
     if not listed and single:

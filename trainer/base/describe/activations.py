@@ -9,7 +9,8 @@ from trainer.base.architecture import Architecture, Parameter
 class LayerValues(NamedTuple):
     """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of the last linear layers of
     its blocks: those of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
-    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again."""
+    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of what is kept `kept_whole` is for all tokens of a
+    row on each of the ranks that share it."""
 
     kept: float
     widest: float
@@ -18,6 +19,7 @@ class LayerValues(NamedTuple):
     mlp_weights: int
     fused: float
     fused_in_mlps: float
+    kept_whole: float
 
 
 def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
@@ -37,7 +39,7 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
-    mlp_weights = 0
+    mlp_weights, kept_whole = 0, 0.0
     for path, parts in blocks.items():
         last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
         entering = _values(last, model.hidden, entering=True)
@@ -53,7 +55,8 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             fused_in_mlps += entering
         else:
             kept, widest = kept + own, max(widest, entering)
-    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps)
+            kept_whole += own if any(f"{path}.".startswith(f"{whole}.") for whole in model.computed_whole) else 0
+    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps, kept_whole)
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:

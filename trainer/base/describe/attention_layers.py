@@ -1,12 +1,15 @@
-"""The layers of attention of a model on `meta`: their heads, and how far each looks back."""
+"""The layers of a model on `meta` that mix tokens: heads of attention, and how far each looks back, and what ranks exchange in the others."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from trainer.base.architecture import AttentionLayer
+from trainer.base.architecture import AttentionLayer, MixingLayer
+from trainer.model.documents import knows_borders, mixers
+from trainer.model.rows.mixing import divides, exchanges
 
 
 def attention_layers(
@@ -19,6 +22,16 @@ def attention_layers(
             if isinstance(getattr(module, "is_causal", None), bool):
                 keys, window = _keys(module, config), _window(module, number, config)
                 yield AttentionLayer(path, number, *keys, window, _query_heads(module, config))
+
+
+def mixing_layers(layers: Iterable[nn.Module], modules: Mapping[str, nn.Module], hidden: int) -> Iterator[MixingLayer]:
+    """The layers in a model's decoder layers that mix tokens otherwise; `hidden` is the width of their states."""
+    paths = {module: path for path, module in modules.items()}
+    example = torch.empty(1, 8, hidden, device="meta")
+    for number, layer in enumerate(layers):
+        for mixer in mixers(layer):
+            if not knows_borders(mixer):
+                yield MixingLayer(paths[mixer], number, exchanges(mixer, example) if divides(mixer) else ())
 
 
 def _keys(module: nn.Module, config: PretrainedConfig) -> tuple[int | None, int | None]:

@@ -1,16 +1,14 @@
-"""Reads config.json and the tokenizer's files of a base: other people's files, which are checked before they are used.
+"""Reads the config.json of a base: another person's file, which is checked before it is used.
 
 transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings along
 (`auto_map`) is never run.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
+from trainer.errors import NOT_JSON, ConfigError, shown
 
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
@@ -124,80 +122,3 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
         raise ConfigError(
             f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
         )
-
-
-def tokenizer_size(directory: Path, name: str) -> int:
-    """One more than the largest token id, from the tokenizer's own files.
-
-    Raises:
-        ConfigError: there are none, or they cannot be read.
-    """
-    if (directory / "tokenizer.json").is_file():
-        try:
-            return _largest_id(json.loads((directory / "tokenizer.json").read_bytes())) + 1
-        except (OSError, *NOT_JSON, LookupError, TypeError, AttributeError) as error:
-            raise ConfigError(_unreadable(name, "tokenizer.json", error)) from error
-    if (directory / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            return SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(_unreadable(name, "tokenizer.model", error)) from error
-    raise ConfigError(
-        f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
-    )
-
-
-def _largest_id(tokenizer: dict[str, Any]) -> int:
-    vocabulary = tokenizer["model"]["vocab"]
-    ids = [len(vocabulary) - 1, *(token["id"] for token in tokenizer.get("added_tokens", []))]
-    if not isinstance(vocabulary, list):
-        ids += vocabulary.values()
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise ValueError("its vocabulary is empty, or has ids that are no whole numbers")
-    return max(ids)
-
-
-@contextmanager
-def read_by_transformers(name: str, what: str) -> Iterator[None]:
-    """Around transformers as it reads `what` of the base `name`.
-
-    Raises:
-        ConfigError: in place of the many kinds of error that it and its libraries raise for what they cannot read.
-    """
-    try:
-        yield
-    except CapstanError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and not _is_panic(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"model.base: {what} of {name} needs code that the base brings along (auto_map), which is never run. Give a "
-                "base that transformers knows."
-            ) from error
-        raise ConfigError(_unreadable(name, what, error)) from error
-
-
-@contextmanager
-def without_panics(name: str, what: str) -> Iterator[None]:
-    """The same for panics of Rust code alone. Raises `ConfigError` for them, which are no `Exception`."""
-    try:
-        yield
-    except BaseException as error:
-        if not _is_panic(error):
-            raise
-        raise ConfigError(_unreadable(name, what, error)) from error
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # each library written in Rust has a class of its own
-
-
-def _unreadable(name: str, what: str, error: BaseException) -> str:
-    reason = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, LookupError):
-        reason = f"it lacks {reason}"
-    return f"model.base: {what} of {name} cannot be read ({shown(reason)[1:-1] or type(error).__name__}). Copy the model again."

@@ -36,14 +36,15 @@ from trainer.base.architecture import (
     Kind,
     Parameter,
 )
-from trainer.base.describe.attention_layers import attention_layers, declared
-from trainer.base.describe.config_json import EXPERT_COUNTS, read_by_transformers
+from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
+from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
+from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
@@ -120,6 +121,7 @@ class _Reader:
     whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
+        """The description of the model. Raises `ConfigError` for each kind of model that cannot be trained, as the description would be wrong for it."""
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = probe_logits(self.model, self._head)
         if logits is None:
@@ -146,6 +148,7 @@ class _Reader:
             positions=positions if positions and positions > 0 else None,
             parameters=parameters,
             attention=tuple(attention_layers(self._layers, self._modules, self.config)),
+            mixing=tuple(mixing_layers(self._layers, self._modules, self._head.in_features)),
             tied=tied,
             buffers=dict(self._buffers()),
             caps_attention=declared(self.config, "attn_logit_softcapping") is not None,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.base.base import Base
-from trainer.base.describe.config_json import tokenizer_size
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
+from trainer.base.find.tokenizer_size import tokenizer_size
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError

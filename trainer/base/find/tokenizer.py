@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.base.describe.config_json import read_by_transformers
-from trainer.base.find.locate import CHAT_TEMPLATE, NAMED_TEMPLATES, base_files, tokenizer_content, write_files
+from trainer.base.find.locate import base_files
+from trainer.base.find.small_files import CHAT_TEMPLATE, NAMED_TEMPLATES, tokenizer_content, write_files
+from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError

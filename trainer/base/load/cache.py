@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from trainer.base.find.locate import Base, in_bucket
+from trainer.base.base import Base
+from trainer.base.find.locate import in_bucket
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.run import layout

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
-from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import left_out_sentence
@@ -18,6 +17,7 @@ from trainer.base.partitions.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
 from trainer.base.rows.kept_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
+from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config
 from trainer.errors import Damaged
 from trainer.model.activations import arrange_activations

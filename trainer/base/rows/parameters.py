@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_model, language_names
-from trainer.base.describe.config_json import read_by_transformers
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import LeftOutPart
@@ -20,6 +19,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.conversion import Conversion, convert
 from trainer.base.rows.packed_parts import Weight
+from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
-from trainer.store.codes import Code, Kept
+from trainer.store.codes import Code
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -30,7 +29,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class BitsAndBytes4bit:
+class BitsAndBytes4bit(StoredFormat):
     """Linear layers in 4 bits, and a mixture's experts where they are such; all else as in a plain base. `quantization` is what
     config.json says of it."""
 
@@ -40,7 +39,6 @@ class BitsAndBytes4bit:
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
     quantized: ClassVar[bool] = True
     decoded: ClassVar[bool] = False
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -58,9 +56,6 @@ class BitsAndBytes4bit:
         if config.quant.cache:
             found.append("quant.cache: true has no effect, as the base is quantized already. Remove it.")
         return found
-
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor | PackedTensor]:
         """Reads a few hundred bytes for each weight in 4 bits, all at once."""
@@ -88,7 +83,7 @@ class BitsAndBytes4bit:
 
 
 @dataclass(frozen=True)
-class BitsAndBytes8bit:
+class BitsAndBytes8bit(StoredFormat):
     """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is `SCB`, the largest
     value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's 1/127, as bitsandbytes dequantizes them."""
 
@@ -96,20 +91,11 @@ class BitsAndBytes8bit:
 
     readable: ClassVar[str] = "8 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 8 bits by bitsandbytes, where no merged weight fits"
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_8bit"))
-
-    def mismatches(self, config: Config) -> list[str]:
-        return []
-
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         from trainer.base.stored.shared.coded import Coded
@@ -130,9 +116,6 @@ class BitsAndBytes8bit:
             for part in ("SCB", "weight_format"):
                 found.pop(f"{path}.{part}", None)
         return found
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:

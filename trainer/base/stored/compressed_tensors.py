@@ -21,7 +21,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
@@ -49,16 +49,12 @@ _BESIDE = re.compile(
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(StoredFormat):
     """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -100,9 +96,6 @@ class CompressedTensors:
             if _BESIDE.search(name):
                 del found[name]
         return found
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 @dataclass(frozen=True)

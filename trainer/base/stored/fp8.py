@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
@@ -38,15 +38,12 @@ _EXPERTS = ("fp8", "fp4")
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(StoredFormat):
     """Matrices in FP8, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = True
 
     @staticmethod
@@ -129,9 +126,6 @@ class Fp8:
                 "config.json that belongs to these files."
             )
         return Coded(source, scales, (*matrices, rows, columns), code, last_reads)
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 def _scale_names(name: str) -> tuple[str, ...]:

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.store.codes import Kept
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
 
 if TYPE_CHECKING:
@@ -32,16 +30,12 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(StoredFormat):
     """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -58,28 +52,18 @@ class Gptq:
             "the 16-bit model; quant.type quantizes it.",
         ]
 
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
-
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         more = int(self.quantization.get("checkpoint_format", "gptq") == "gptq")
         return _weights(base, self.quantization, along_outputs=False, more=more)
 
-    def check(self, base: Base, config: Config) -> None:
-        pass
-
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(StoredFormat):
     """Linear layers in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "AWQ"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
@@ -90,14 +74,8 @@ class Awq:
     def mismatches(self, config: Config) -> list[str]:
         return _wrong_groups(self.quantization)
 
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
-
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         return _weights(base, self.quantization, along_outputs=True, more=0)
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 def _wrong_groups(quantization: dict[str, Any]) -> list[str]:

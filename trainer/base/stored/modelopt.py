@@ -11,10 +11,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
-from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.store.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
@@ -28,24 +27,17 @@ _CACHE = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
-class ModelOpt:
+class ModelOpt(StoredFormat):
     """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "modelopt" and quantization.get("quant_algo") in ("NVFP4", "FP8")
-
-    def mismatches(self, config: Config) -> list[str]:
-        return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
         if self.quantization["quant_algo"] != "FP8" or not parameter.matrices:
@@ -66,9 +58,6 @@ class ModelOpt:
             elif leaf in _CACHE:
                 del found[name]
         return found
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> "Coded":

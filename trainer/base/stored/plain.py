@@ -4,41 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
-from trainer.config import Config
-from trainer.store.codes import Kept
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.store.safetensors_index import StoredTensor
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(StoredFormat):
     """Every weight is a tensor of its own, which is quantized on the way into memory, if at all."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "16 and 32 bits"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
     decoded: ClassVar[bool] = False
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         """Whether config.json has no quantization_config, or an empty one."""
         return not quantization
 
-    def mismatches(self, config: Config) -> list[str]:
-        return []
-
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
-
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         return base.tensors
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 STORED: dict[str, QuantizedBy] = {"plain": Plain}

@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 from trainer.config.data.row_kinds import (
     LOSS_ON,
     OF_CLASSES,
+    PLAIN,
     ROW_FORMATS,
     SHARING,
     WHOLE,
@@ -61,8 +62,8 @@ class Data(Section):
     format: Format = setting(
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
-        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text. Answers to compare: "
-        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages. Words with tags: tagged. "
+        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text, segments. Answers to compare: "
+        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages; with several: multilabel, multilabel_messages. Words with tags: tagged. "
         "docs/data-format.md has an example of each.",
         example="chat",
     )
@@ -74,7 +75,7 @@ class Data(Section):
     )
     labels: list[str] | None = setting(
         None,
-        about="The names of the classes, in the order of their numbers, for objective.name: classification and token_classification. Default: those of the rows of "
+        about="The names of the classes, in the order of their numbers, for objective.name: classification, multilabel_classification and token_classification. Default: those of the rows of "
         "data.train, sorted; the run keeps them.",
         example=["negative", "positive"],
         min_length=2,
@@ -105,6 +106,9 @@ class Data(Section):
         "mostly in the last turn alone; keep: in all turns, in the template's own form; strip: in none.",
         example="strip",
     )
+    drop_system: bool = setting(
+        False, about="Leave out the system message that a conversation begins with.", example=True
+    )
     sequence_length: int = setting(
         2048,
         about="Length of a packed row, without what virtual tokens take.",
@@ -126,6 +130,14 @@ class Data(Section):
         about="What happens to a document longer than sequence_length; it is counted either way. split makes documents of "
         "its pieces.",
         example="drop",
+    )
+    min_length: int = setting(
+        0,
+        about="Documents that are shorter are dropped, and counted.",
+        example=16,
+        ge=0,
+        le=2**20,
+        unit="tokens",
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
@@ -153,7 +165,8 @@ class Data(Section):
         if self.labels and kind not in OF_CLASSES:
             return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
         if self.loss_on and not LOSS_ON[kind]:
-            return f"data.loss_on: has no effect with data.format: {format}, of whose rows the class is trained. Remove it."
+            what = "say themselves what is trained" if kind == "segments" else "have a class, which is trained"
+            return f"data.loss_on: has no effect with data.format: {format}, whose rows {what}. Remove it."
         if self.loss_on and self.loss_on not in LOSS_ON[kind]:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
@@ -161,9 +174,11 @@ class Data(Section):
             )
         if self.share_prefix and kind not in SHARING:
             return f"data.share_prefix: has no effect with data.format: {format}, whose rows have one answer to a prompt. Remove it."
+        if self.drop_system and kind != "chat":
+            return f"data.drop_system: has no effect with data.format: {format}, whose rows are no conversations to be learnt. Remove it."
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
-        if kind in ("prompt_completion", "text"):
+        if kind in PLAIN:
             for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
                 if changed:
                     return f"data.{name}: has no effect with data.format: {format}. Remove it."
@@ -174,7 +189,7 @@ class Data(Section):
     def for_rows(self, format: str) -> "Data":
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
         kind, on = ROW_FORMATS[format].kind, self.train_on
-        talks = kind not in ("prompt_completion", "text")
+        talks = kind not in PLAIN
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
             "loss_on": self.loss_on if self.loss_on in LOSS_ON[kind] else None,
@@ -184,6 +199,7 @@ class Data(Section):
             "today": self.today if talks else _TODAY,
             "labels": self.labels if kind in OF_CLASSES else None,
             "share_prefix": self.share_prefix and kind in SHARING,
+            "drop_system": self.drop_system and kind == "chat",
         }
         return self.model_copy(update=kept)
 
@@ -192,15 +208,15 @@ class Data(Section):
         on = self.train_on
         if kind != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if kind in WHOLE and on.roles is not None:
+        if kind in (*WHOLE, "segments") and on.roles is not None:
             return "data.train_on.roles"
         if kind in OF_CLASSES and not (on.end and on.thinking):
             return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
-        if kind in ("prompt_completion", "text") and not on.thinking:
+        if kind in PLAIN and not on.thinking:
             return "data.train_on.thinking"
-        return "data.thinking" if kind in ("prompt_completion", "text") and self.thinking != "as_template" else None
+        return "data.thinking" if kind in PLAIN and self.thinking != "as_template" else None
 
     @field_validator("today")
     @classmethod
@@ -216,6 +232,14 @@ class Data(Section):
         if labels and len(set(labels)) < len(labels):
             raise ValueError("data.labels: names a class twice. Name each once.")
         return labels
+
+    @model_validator(mode="after")
+    def _room(self) -> "Data":
+        if self.min_length > self.sequence_length:
+            raise ValueError(
+                f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that nothing is left. Lower it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _said_once(self) -> "Data":
@@ -283,7 +307,7 @@ class Data(Section):
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
-        return {"chat": "assistant", "text": "all", "classified": "label", "tagged": "label"}.get(
+        return {"chat": "assistant", "text": "all", "segments": "segments", **dict.fromkeys(OF_CLASSES, "label")}.get(
             self.kind, "completion"
         )
 
@@ -299,5 +323,7 @@ class Data(Section):
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
+            "drop_system": True if self.drop_system else None,
+            "min_length": self.min_length or None,
         }
         return {name: value for name, value in found.items() if value is not None}

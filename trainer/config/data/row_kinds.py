@@ -29,16 +29,20 @@ if TYPE_CHECKING:
     Format = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text", "answers")
+LIKELY = ("chat", "prompt_completion", "text", "segments", "answers")
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
+PLAIN = ("prompt_completion", "text", "segments")
+"""Those that no chat template writes."""
 LOSS_ON = {
     "chat": ("assistant", "last_assistant", "all"),
     "prompt_completion": ("completion", "all"),
     "text": ("all",),
+    "segments": (),
     "preference": ("completion",),
     "labelled": ("completion",),
     "answers": ("completion",),
     "classified": (),
+    "multilabel": (),
     "tagged": (),
 }
 # Kinds of rows that are never split, and what a split would do.
@@ -47,10 +51,11 @@ WHOLE = {
     "labelled": "part an answer",
     "answers": "part an answer",
     "classified": "part a text from its class",
+    "multilabel": "part a text from its classes",
     "tagged": "part words from their tags",
 }
 TWO_SEGMENTS = ("preference", "labelled", "tagged")
-OF_CLASSES = ("classified", "tagged")
+OF_CLASSES = ("classified", "multilabel", "tagged")
 SHARING = ("preference", "labelled", "answers")
 """Kinds of rows with several answers to a prompt."""
 

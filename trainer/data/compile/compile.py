@@ -20,7 +20,6 @@ from trainer.data.compile.encode import Encoder, nothing_to_train
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.shards import Place, ShardWriter
-from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, LeftOut, SourceRecord, chapter_key
 from trainer.data.source.files import SourceFile
 from trainer.data.source.held_out import EVERYTHING, Part
@@ -52,31 +51,6 @@ class Progress:
     notes: Sequence[str] = ()
 
 
-def compile_dataset(
-    data: Data,
-    files: Sequence[SourceFile],
-    tokenizer: "PreTrainedTokenizerBase",
-    store: Store,
-    fingerprint: str,
-    part: Part = EVERYTHING,
-    mapper: Mapper | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Dataset:
-    """Compile `files` into `store` and open the result; what is there already is opened as it is.
-
-    `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
-    batches, by default as `mapper_for` says.
-
-    Raises:
-        ConfigError: the tokenizer cannot serve `data.format`.
-        DataError: a row cannot be used and the settings say fail, a file changed meanwhile, or no row is trainable.
-        StorageError: a source or the store failed.
-    """
-    for _ in compile_chapters(data, files, tokenizer, store, fingerprint, part, mapper, progress):
-        pass
-    return open_dataset(store, fingerprint)
-
-
 def compile_chapters(
     data: Data,
     files: Sequence[SourceFile],
@@ -87,9 +61,15 @@ def compile_chapters(
     mapper: Mapper | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[int]:
-    """`compile_dataset` step by step: yields the number of each chapter once it can be opened, in order from 0.
+    """Compile `files` into `store`: yields the number of each chapter once it can be opened, in order from 0; what is there already stays.
 
-    Each chapter is a call of the `mapper`, and none is under way while the caller has a number.
+    `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
+    batches, by default as `mapper_for` says. Each chapter is a call of it, and none is under way while the caller has a number.
+
+    Raises:
+        ConfigError: the tokenizer cannot serve `data.format`.
+        DataError: a row cannot be used and the settings say fail, a file changed meanwhile, or no row is trainable.
+        StorageError: a source or the store failed.
     """
     folder, chapters = store.sub(layout.dataset(fingerprint)), count_chapters(files)
     if folder.exists(MANIFEST):

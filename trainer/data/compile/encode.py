@@ -56,6 +56,7 @@ _RENDERERS = {
     "preference": PairRenderer,
     "labelled": LabelledRenderer,
     "classified": ClassifiedRenderer,
+    "multilabel": ClassifiedRenderer,
     "tagged": TaggedRenderer,
     "answers": AlternativesRenderer,
 }
@@ -163,6 +164,9 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
     """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those that train nothing.
     `counters` counts what became of it."""
     limit = data.sequence_length
+    if row_tokens(example) < data.min_length:
+        counters.dropped += 1
+        return []
     if row_tokens(example) > limit:
         match data.on_too_long:
             case "drop" | "fail":
@@ -185,7 +189,7 @@ def nothing_to_train(what: str, counters: Counters) -> str:
     """The refusal of data of which no row becomes a document; `what` is the setting that names it."""
     return (
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows, {counters.without_targets:,} without "
-        f"a token to train, {counters.dropped:,} dropped as too long. Check data.format, data.fields, data.loss_on and data.sequence_length."
+        f"a token to train, {counters.dropped:,} dropped as too long or too short. Check data.format, data.fields, data.loss_on and data.sequence_length."
     )
 
 

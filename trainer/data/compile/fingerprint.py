@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.base.find.locate import tokenizer_content
+from trainer.base.find.small_files import tokenizer_content
 from trainer.config import Data
 from trainer.config.model import Tokens
 from trainer.data.dataset.manifest import FORMAT

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import LIKELY
+from trainer.config.data.row_kinds import LIKELY, PLAIN
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.compile.labels import labels_of
@@ -52,7 +52,8 @@ def with_labels(config: Config) -> Config:
     head, data = HEADS.get(config.objective.name), config.data
     if head is None or not head.labelled or data.labels:
         return config
-    labels = labels_of(tuple(_read(config, data, data.train, "data.train")))
+    files = _read(config, data, data.train, "data.train")
+    labels = labels_of(tuple(files))
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
 
 
@@ -96,7 +97,7 @@ def check_sources(config: Config, tokenizer: Path) -> None:
 def has_conversations(file: SourceFile) -> bool:
     """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their first row tells."""
     form = file.form
-    if form is None or form.kind in ("prompt_completion", "text"):
+    if form is None or form.kind in PLAIN:
         return False
     if form.kind == "chat" or FORMATS[form.format].read:
         return True

@@ -11,7 +11,7 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
-from trainer.base.find.locate import Base
+from trainer.base.base import Base
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED

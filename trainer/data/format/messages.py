@@ -124,6 +124,15 @@ def _is_sharegpts(message: Message) -> bool:
     return message.get("from") is not None and message.get("role") is None
 
 
+def without_system(messages: list[Message]) -> list[Message]:
+    """The messages behind the system message that they begin with. Raises `DataError` where there are none."""
+    if messages[0]["role"] != "system":
+        return messages
+    if len(messages) == 1:
+        raise DataError("its only message is the system's, which data.drop_system leaves out")
+    return messages[1:]
+
+
 def own_keys(message: Message) -> set[str]:
     """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
     return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}

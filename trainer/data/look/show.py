@@ -170,8 +170,11 @@ class Viewer:
         """A text with its class, or with the tags of its words, by their names behind it."""
         numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
         second = np.flatnonzero(stored & MISMATCHED_BIT)
-        end = int(second[0]) if len(second) else len(stored) - 1
-        text, names = numbers[:end].tolist(), [labels[int(number)] for number in numbers[trained]]
+        end = int(second[0]) if len(second) else int(np.flatnonzero(trained)[0])
+        text, said = numbers[:end].tolist(), numbers[trained].tolist()
+        several = not len(second) and len(said) == len(labels)
+        chosen = np.flatnonzero(said).tolist() if several else said
+        names = [labels[number] for number in chosen]
         pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
         return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 

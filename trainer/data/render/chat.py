@@ -6,16 +6,18 @@ that are, which `chat_text` finds in a conversation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.describe.config_json import read_by_transformers, without_panics
+from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
-from trainer.data.format.messages import read_messages, text_of
+from trainer.data.format.messages import read_messages, text_of, without_system
+from trainer.data.format.spans import joined
 from trainer.data.render.chat_text import ChatText, Rendered
 from trainer.data.render.spelling import Spelling, overlapping
 from trainer.errors import ConfigError, DataError
@@ -102,6 +104,8 @@ class Renderer:
             self._chat = ChatText(tokenizer, data, added, special)
             special = self._chat.special
             self._bos = self._eos = None  # the template writes them
+        elif data.format == "segments":
+            self._bos = self._eos = None  # whoever wrote the segments did
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
                 self._bos, eos = framing(tokenizer, data)
@@ -142,6 +146,8 @@ class Renderer:
         match self._data.format:
             case "chat":
                 return self._chat.render(self._field(row, "messages"), row.get(self._data.fields.get("tools", "tools")))
+            case "segments":
+                return _joined_segments(self._field(row, "segments"))
             case "prompt_completion":
                 prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
             case _:  # text
@@ -159,7 +165,11 @@ class Renderer:
         match self._data.format:
             case "chat":
                 messages = read_messages(self._field(row, "messages"))
+                messages = without_system(messages) if self._data.drop_system else messages
                 return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
+            case "segments":
+                parts = _segments(self._field(row, "segments"))
+                return [Turn("assistant" if trained else "user", text) for text, trained in parts]
             case "prompt_completion":
                 roles = {"prompt": "user", "completion": "assistant"}
                 return [Turn(role, text_of(self._field(row, name), name)) for name, role in roles.items()]
@@ -208,6 +218,26 @@ class Renderer:
     def _is_space(self, token: np.uint32) -> bool:
         text: Any = self._tokenizer.decode([int(token)])
         return text.isspace()
+
+
+def _segments(given: Any) -> list[tuple[str, bool]]:
+    """The texts of segments, and whether each is trained. Raises `DataError` for what is no list of segments."""
+    if not isinstance(given, list) or not given:
+        raise DataError("the segments are no list with at least one segment")
+    for number, part in enumerate(given, 1):
+        if not isinstance(part, dict) or not isinstance(part.get("label"), bool):
+            raise DataError(f"segment {number} is no object with text and label, which is true where it is trained")
+    return [
+        (text_of(part.get("text"), f"text of segment {number}"), part["label"]) for number, part in enumerate(given, 1)
+    ]
+
+
+def _joined_segments(given: Any) -> Rendered:
+    """The segments as one text, to which nothing is added."""
+    parts = _segments(given)
+    ends = list(accumulate(len(text) for text, _ in parts))
+    spans = [(end - len(text), end) for end, (text, trained) in zip(ends, parts, strict=True) if trained and text]
+    return Rendered("".join(text for text, _ in parts), joined(spans))
 
 
 def field_of(row: dict[str, Any], name: str, data: Data) -> Any:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.find.locate import NAMED_TEMPLATES
+from trainer.base.find.small_files import NAMED_TEMPLATES
 from trainer.config import Data
-from trainer.data.format.messages import Message, is_trained, read_messages, read_tools
+from trainer.data.format.messages import THOUGHTS, Message, is_trained, read_messages, read_tools, without_system
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.format.unrendered import END_OF_TURN, left_out
 from trainer.data.render.conversation import Conversation
@@ -77,6 +77,9 @@ class ChatText:
     def render(self, given: Any, given_tools: Any) -> Rendered:
         """The text of a row's messages and tools, and what of it is trained. Raises `DataError` for a row that cannot be trained so."""
         messages, tools = read_messages(given), read_tools(given_tools)
+        if self._data.drop_system:
+            messages = without_system(messages)
+            given = given[-len(messages) :]
         if tools and self._for_tools:
             raise DataError(
                 f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used, and conversations are "
@@ -86,6 +89,8 @@ class ChatText:
             messages = given = [without_thinking(message) for message in messages]
         if self._data.thinking == "keep":
             messages = [self._as_kept(message) for message in messages]
+        if self._data.thinking == "as_template":
+            messages = [self._as_read(message) for message in messages]
         talk = Conversation(self._template, self._ends, messages, tools)
         whole = talk.render(len(messages))
         turns = self._trained_turns(messages)
@@ -113,6 +118,14 @@ class ChatText:
     def _as_kept(self, message: Message) -> Message:
         form = self._form(message)
         return form.given(message) if form else message
+
+    def _as_read(self, message: Message) -> Message:
+        """The message with its thinking by a key where the template reads that: tags in its content would stand in the answer, or behind
+        an empty block of the template's."""
+        if thought_of(message) is None or any(key in message for key in THOUGHTS):
+            return message
+        form = self._form(message)
+        return form.given(message) if form and form.by_key else message
 
     def _form(self, message: Message) -> ThinkingForm | None:
         """How the template writes the thinking of a turn such as this one."""

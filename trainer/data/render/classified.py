@@ -1,7 +1,8 @@
-"""Turns a row with a class into a document: the text's tokens, and behind them the number of its class, stored as a trained token.
+"""Turns a row with a class into a document: the text's tokens, and behind them the number of its class, stored as a trained token; or, where
+a row may have several classes, for each class a 1 or a 0.
 
-So the text's last token is the one place whose label is to be predicted, and its label is the number. The model reads the
-number as a token too, but behind all that counts: in a causal model nothing before it can see it.
+So the text's last token is the first place whose label is to be predicted, and its label is the number. The model reads the
+numbers as tokens too, but behind all that counts: in a causal model nothing before them can see them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Classified:
-    """A text and the number of its class."""
+    """A text and the number of its class, or the flags of all classes."""
 
     text: Example
-    number: int
+    numbers: tuple[int, ...]
 
     @property
     def tokens(self) -> NDArray[np.uint32]:
-        return np.append(self.text.tokens, np.uint32(self.number))
+        return np.append(self.text.tokens, np.array(self.numbers, np.uint32))
 
     @property
     def targets(self) -> NDArray[np.bool_]:
-        return np.append(np.zeros(len(self.text.tokens), np.bool_), True)
+        return np.repeat([False, True], [len(self.text.tokens), len(self.numbers)])
 
     @property
     def left_out(self) -> Sequence[str]:
@@ -48,12 +49,11 @@ class Classified:
         return len(self.text.tokens) > 0
 
     def cut(self, limit: int) -> "Classified":
-        """The beginning of the text, with its class `limit` tokens."""
-        return Classified(self.text.cut(limit - 1), self.number)
+        """The beginning of the text, with its class `limit` tokens. Nothing is left where there are more classes."""
+        return Classified(self.text.cut(max(0, limit - len(self.numbers))), self.numbers)
 
     def pieces(self, limit: int) -> "list[Classified]":
-        """Itself: a text with one class is never split."""
-        assert len(self.tokens) <= limit
+        """Itself: a text with classes is never split."""
         return [self]
 
     def stored(self) -> NDArray[np.uint32]:
@@ -61,7 +61,7 @@ class Classified:
 
 
 class ClassifiedRenderer:
-    """Encodes rows of the kind classified with one tokenizer: a conversation by the chat template, a text as the tokenizer itself frames it.
+    """Encodes rows of the kinds classified and multilabel with one tokenizer: a conversation by the chat template, a text as the tokenizer itself frames it.
 
     Tokens of padding at the end are left out: transformers' classifiers look at the last token that is none.
     """
@@ -85,7 +85,7 @@ class ClassifiedRenderer:
         Raises:
             ConfigError: the tokenizer cannot serve rows of messages, or of texts, as `chat.Renderer` says.
         """
-        numbers = [or_error(self._number, row) for row in rows]
+        numbers = [or_error(self._numbers_of, row) for row in rows]
         found = dict[int, Classified | DataError]()
         for in_messages in (True, False):
             mine = [place for place, row in enumerate(rows) if ("messages" in row) == in_messages]
@@ -108,16 +108,22 @@ class ClassifiedRenderer:
             return self._messages.turns(row)
         return [Turn("user", turn.content) for turn in self._texts.turns(row)]
 
-    def _number(self, row: dict[str, Any]) -> int:
-        return number_of(field_of(row, "label", self._data), self._numbers)
+    def _numbers_of(self, row: dict[str, Any]) -> tuple[int, ...]:
+        given = field_of(row, "label", self._data)
+        if self._data.kind != "multilabel":
+            return (number_of(given, self._numbers),)
+        if not isinstance(given, list):
+            raise DataError(f"the labels are {given!r}, and no list of classes, which may be empty")
+        found = {number_of(value, self._numbers) for value in given}
+        return tuple(int(number in found) for number in range(len(self._numbers)))
 
-    def _classified(self, example: Example | DataError, number: int | DataError) -> Classified | DataError:
+    def _classified(self, example: Example | DataError, numbers: tuple[int, ...] | DataError) -> Classified | DataError:
         if isinstance(example, DataError):
             return example
-        if isinstance(number, DataError):
-            return number
+        if isinstance(numbers, DataError):
+            return numbers
         kept = np.flatnonzero(example.tokens != (-1 if self._padding is None else self._padding))
-        return Classified(example.cut(int(kept[-1]) + 1 if len(kept) else 0), number)
+        return Classified(example.cut(int(kept[-1]) + 1 if len(kept) else 0), numbers)
 
     @property
     def _padding(self) -> int | None:

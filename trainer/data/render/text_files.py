@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trainer.base.find.locate import tokenizer_content
+from trainer.base.find.small_files import tokenizer_content
 from trainer.config import Data
 from trainer.data.render.templates.template import template_text
 from trainer.errors import Damaged

@@ -177,6 +177,8 @@ def _of_split(
     name: str,
     endings: Sequence[str],
 ) -> list[str]:
+    """Those of the `keys` that are the files of a split. The data set's card lists them by subset and split, where it does; else their names tell, as
+    the Hub's own viewer reads them."""
     data = [key for key in keys if key.endswith(tuple(endings)) and not _is_hidden(key)]
     entries = [entry for entry in _listed(card.get("configs")) if isinstance(entry, dict)]
     configs = {str(entry.get("config_name", "default")): entry for entry in entries}

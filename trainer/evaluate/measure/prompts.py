@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
 from trainer.data.format.messages import read_messages

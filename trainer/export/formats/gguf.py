@@ -51,6 +51,7 @@ class Gguf(Section):
             )
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+        """As of `ExportFormat`. llama.cpp's converter reads folders only, so the merged model is written to one first."""
         from trainer.export.write.decoded import as_plain
         from trainer.export.write.merged import write_model
 

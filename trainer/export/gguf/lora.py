@@ -21,7 +21,7 @@ from gguf import MODEL_ARCH_NAMES, GGUFType, GGUFWriter, Keys, LlamaFileType
 from safetensors.torch import load
 from torch import Tensor
 
-from trainer.base.find.locate import TOKENIZER_FILES
+from trainer.base.find.small_files import TOKENIZER_FILES
 from trainer.errors import ConfigError
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 

@@ -1,15 +1,19 @@
 """A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it draws. By the standard library alone."""
 
 import json
+import math
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, NamedTuple
 
-from trainer.errors import CapstanError, ConfigError, shown
+from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
 _SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
 _LONGEST_REASON = 300
+_ROUNDING = 1e-3  # nats above 0 that a certain token may have
+_LONGEST_ANSWER = 2**30  # bytes; log-probabilities of the likeliest tokens of a long document take some MB
 
 
 class Answer(NamedTuple):
@@ -40,6 +44,10 @@ class CompletionsServer:
         url = url.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{setting}: {shown(given)} is no URL of a server. Example: http://127.0.0.1:8000.")
+        if "@" in url:
+            raise ConfigError(
+                f"{setting}: the URL holds a name or a password, which would be printed and kept. Give it without."
+            )
         models = [model["id"] for model in _read(setting, url, "/v1/models", None, lambda found: found["data"])]
         chosen = wanted or (name if name in models else models[0] if len(models) == 1 else None)
         if chosen is None or chosen not in models:
@@ -75,14 +83,24 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
     for place, _ in zip(places, tokens[1:], strict=True):
         # The token that stands there is among them, also where it is not one of the likeliest.
         ranked = sorted(place.items(), key=lambda item: -item[1]["logprob"])[:top]
-        found.append({int(token): float(given["logprob"]) for token, given in ranked})
+        found.append({int(token): _log_p(given["logprob"]) for token, given in ranked})
     return found
 
 
 def _answer(choice: Any, tokens: list[int]) -> Answer:
     places = choice["prompt_logprobs"][1:]
-    log_p = [place[str(token)]["logprob"] for place, token in zip(places, tokens[1:], strict=True)]
-    return Answer(log_p, list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]))
+    log_p = [_log_p(place[str(token)]["logprob"]) for place, token in zip(places, tokens[1:], strict=True)]
+    drawn, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if not drawn or len(drawn) != len(values) or not all(type(token) is int and token >= 0 for token in drawn):
+        raise ValueError("no tokens were drawn, or not each has a log-probability")
+    return Answer(log_p, drawn, [_log_p(value) for value in values])
+
+
+def _log_p(value: Any) -> float:
+    found = float(value)
+    if not math.isfinite(found) or found > _ROUNDING:
+        raise ValueError(f"{found} is no log-probability")  # a server may be set to give logits in its place
+    return found
 
 
 def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
@@ -91,19 +109,19 @@ def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            text = answer.read()
+            text = answer.read(_LONGEST_ANSWER)
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
         raise CapstanError(
             f"{setting}: {url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
         ) from error
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, HTTPException) as error:
         raise ConfigError(
             f"{setting}: {url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
         ) from error
     try:
         return read(json.loads(text))
-    except (ValueError, LookupError, TypeError) as error:
+    except (*NOT_JSON, LookupError, TypeError) as error:
         raise CapstanError(
             f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
         ) from error

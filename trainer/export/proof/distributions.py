@@ -24,10 +24,9 @@ class Distance(NamedTuple):
     log_prob: float
 
 
-def as_shares(outputs: Tensor) -> Tensor:
-    """The outputs (P, outputs) of a head as logits of a distribution: those of classes, or a reward beside 0, of whose distribution its logistic
-    function is a share."""
-    return outputs if outputs.shape[1] > 1 else torch.nn.functional.pad(outputs, (0, 1))
+def as_shares(outputs: Tensor, row: ProbeRow) -> Tensor:
+    """The outputs (P, outputs) of a head as logits of a distribution: those of classes, or each beside 0, with which its logistic function is a share."""
+    return torch.nn.functional.pad(outputs, (0, 1)) if row.beside_zero else outputs
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor], rows: Sequence[ProbeRow]) -> Distance:

@@ -14,10 +14,15 @@ from trainer.tuning.head import WithHead, outputs
 
 
 def judged(probe: Probe, head: WithHead | None) -> Probe:
-    """The rows as a `head` is compared on them: where its one output is a reward, the tokens that are trained there are none of its outputs."""
-    if head is None or head.outputs > 1:
+    """The rows as a `head` is compared on them: where each output is one for itself, a reward or a class among several, at the end of the text, of all
+    outputs at once; the tokens that are trained there are none of its outputs."""
+    if head is None or not (head.head.several or head.outputs == 1):
         return probe
-    rows = [replace(row, targets=torch.zeros_like(row.targets)) for row in probe.rows]
+    kept = slice(1) if head.head.several else slice(None)
+    rows = [
+        replace(row, places=row.places[kept], targets=torch.zeros_like(row.targets[kept]), beside_zero=True)
+        for row in probe.rows
+    ]
     return replace(probe, rows=rows)
 
 
@@ -26,7 +31,7 @@ def outputs_of_row(engine: Engine, row: ProbeRow) -> Tensor:
     engine.evaluating(True)
     found = engine.look(partial(_outputs, places=row.places), TextRow.of(row.tokens))
     engine.evaluating(False)
-    return as_shares(found.cpu())
+    return as_shares(found.cpu(), row)
 
 
 def _outputs(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from trainer.base.base import Base
 from trainer.base.describe.language_settings import model_config
-from trainer.base.find.locate import CONFIG, Base, copy_object, copy_weights, is_small_file
+from trainer.base.find.folder_copy import copy_object, copy_weights
+from trainer.base.find.small_files import CONFIG, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.base.find.locate import Base
+from trainer.base.base import Base
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.compile.prepare import locate
@@ -37,6 +37,7 @@ class ProbeRow:
     tokens: Tensor
     places: Tensor
     targets: Tensor
+    beside_zero: bool = False
 
 
 @dataclass(frozen=True)

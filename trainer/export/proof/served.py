@@ -39,6 +39,10 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     server = CompletionsServer.find("--server", given, trained.config.run.name)
     probe = trained.probe.rows
     answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]
+    if any(max(answer.drawn) >= trained.vocabulary for answer in answers):
+        raise ConfigError(
+            f"--server: {server.url} draws tokens that the export lacks. Start it with the run's base, and with this export."
+        )
     rows = [_whole(row, answer) for row, answer in zip(probe, answers, strict=True)]
     whole_model = whole_model or trained.method.exports_model
     expected, shaken, alone = trained.exported(_side, destination.uri if whole_model else None, rows, packed=False)

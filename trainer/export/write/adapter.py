@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 
 from trainer.base.describe.composite import composite_class
-from trainer.base.find.locate import TOKENIZER_PATTERNS, base_files
+from trainer.base.find.locate import base_files
+from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.config import Model, Tuning

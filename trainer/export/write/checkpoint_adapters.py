@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from trainer.base.find.locate import TOKENIZER_PATTERNS
+from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.export.folder import holds_export
 from trainer.plan.resolve import Resolved
 from trainer.processes import children

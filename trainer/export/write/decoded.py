@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from trainer.base.base import Base
 from trainer.base.describe.config_json import without_quantization
-from trainer.base.find.locate import with_config
+from trainer.base.find.small_files import with_config
 from trainer.base.stored.plain import Plain
 from trainer.errors import NotFound
 from trainer.store.safetensors_index import (

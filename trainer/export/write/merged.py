@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from trainer.base.base import Base
 from trainer.base.describe.composite import composite_class
-from trainer.base.find.locate import TOKENIZER_PATTERNS, Base, describe_base, named_files
+from trainer.base.find.locate import describe_base
+from trainer.base.find.small_files import TOKENIZER_PATTERNS, named_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor

@@ -25,6 +25,7 @@ _COMMON = (
     "schedule",
     "warmup_steps",
     "warmup_ratio",
+    "warmup_power",
     "min_lr_ratio",
     "cycles",
     "power",

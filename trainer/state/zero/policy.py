@@ -137,7 +137,7 @@ def _load_policy(name: str) -> dict[str, Any]:
     try:
         check_file(path)
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"sharding.deepspeed: {name} cannot be read: {error}.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
+from trainer.config.section import part
+from trainer.tuning.lora.settings import LoraSettings
 from trainer.tuning.method import ExportedFiles
 from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
@@ -60,8 +62,8 @@ class Lora(LinearAdapters):
 
     rank_stabilized: bool
 
-    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
-    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+    settings: ClassVar[Collection[str]] = (*LOW_RANK_SETTINGS, "init")
+    defaults: ClassVar[Mapping[str, Any]] = {**LOW_RANK_DEFAULTS, "init": "kaiming"}
 
     @property
     def scaling(self) -> float:
@@ -91,11 +93,27 @@ class Lora(LinearAdapters):
         # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
+        self._begin(model, architecture, seed)
         for name, parameter in model.named_parameters():
             learns = ".lora_" in name
             parameter.requires_grad_(learns)
             if learns:
                 parameter.data = parameter.data.to(dtype)
+
+    def _begin(self, model: PreTrainedModel, architecture: Architecture, seed: int) -> None:
+        """Another start than PEFT's own, which would take the type of the base's weights, and be it of 4 bits."""
+        from torch import Generator
+
+        from trainer.tuning.lora.start import STARTS
+
+        start = STARTS.get(part(self.tuning, LoraSettings).init)
+        if start is None:
+            return
+        drawn = Generator().manual_seed(seed)
+        for path, linear in self.adapted(architecture).items():
+            for kind, values in zip("AB", start(self.tuning.rank, linear.inputs, linear.outputs, drawn), strict=True):
+                matrix = model.get_parameter(f"{path}.lora_{kind}.{_ADAPTER}.weight")
+                matrix.data = values.to(matrix.device)
 
     def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
         return lora_config(self.tuning, targets, use_rslora=self.rank_stabilized)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config, ObjectiveSettings
 from trainer.config.data.row_kinds import most_segments
@@ -60,7 +60,7 @@ class Objective(Protocol):
 
     @property
     def reads_reference(self) -> bool:
-        """Whether the loss compares with the base without what learns, by the values of `reference`; see `reference_of`."""
+        """Whether the loss compares with the base without what learns, by the values of `reference`; see trainer/plan/mismatches.py."""
         ...
 
     @property
@@ -137,20 +137,11 @@ def find_objective(config: Config, method: Method | None = None) -> Objective:
     Raises:
         ConfigError: there is none of that name, or a setting has a value that it does not read.
     """
-    given = config.objective
-    objective = chosen(objectives(), "objective.name", given.name)(given, method or method_of(config))
+    method, given = method or method_of(config), config.objective
+    objective = chosen(objectives(), "objective.name", given.name)(given, method)
     of_reference = ("reference",) if objective.reads_reference else ()
     refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
     return objective
-
-
-def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
-    """`objective.reference`, with auto decided; None where the objective reads none."""
-    if not objective.reads_reference:
-        return None
-    if config.objective.reference != "auto":
-        return config.objective.reference
-    return "stored" if method.trains_base or config.tuning.start else "adapter_off"
 
 
 def segments_of(config: Config) -> int:

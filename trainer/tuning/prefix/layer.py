@@ -12,9 +12,10 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trainer.model.attention import VARLEN, causal, no_mask, varlen_attention
+from trainer.model.attention import VARLEN, no_mask, varlen_attention
 from trainer.model.documents import sdpa_mask_of_row
 from trainer.model.parts import body
+from trainer.model.rows.attention import causal
 
 
 def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable[Tensor]) -> None:
@@ -64,13 +65,14 @@ def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
 def _sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """SDPA; every token of the row sees the one prefix that lies before the row's own keys."""
+    """SDPA; every token of a row, or of a batch of documents, sees the one prefix that lies before their own keys."""
     if module.attends_to_prefix:
         tokens = module.prefix.shape[2]
         if attention_mask is None:  # one document, which SDPA alone would take for causal from its first key on
             attention_mask = causal(query, key)
         key, value = (
-            torch.cat([prefix[None], own], dim=2) for prefix, own in zip(module.prefix, (key, value), strict=True)
+            torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2)
+            for prefix, own in zip(module.prefix, (key, value), strict=True)
         )
         attention_mask = nn.functional.pad(attention_mask, (tokens, 0), value=True)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.model.documents import set_documents_apart
 from trainer.model.parts import body
+from trainer.model.rows.row import set_documents_apart
 
 
 class Prompt(nn.Module):

@@ -19,7 +19,7 @@ from trainer.base.base import Base
 from trainer.base.find.content import content_of
 from trainer.config import Config
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError, StorageError, shown
+from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Key
 from trainer.state.checkpoint.division import Interval
@@ -40,7 +40,7 @@ _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that do not belong to the weights.
-_FREE = {"dropout"}
+_FREE = {"dropout", "init"}
 # PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
 _BEYOND = (
     "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
@@ -77,7 +77,7 @@ class Beginning(Protocol):
         the data that it has learnt from, `start_data`."""
         ...
 
-    def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
+    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         """A sentence for each setting that would make another adapter than it is."""
         ...
 
@@ -100,7 +100,7 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
     place = config.tuning.start
     if place is None:
         return None
-    return _begun(config, place, method) or _found(config, place, method)
+    return _Search(open_run_store(config), config.run.name, place, method).adapter()
 
 
 def with_known_start(config: Config) -> Config:
@@ -118,45 +118,58 @@ def is_asked_for(there: str, place: str | None) -> bool:
     return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
 
 
-def _begun(config: Config, place: str, method: Method) -> Begun | None:
-    """The adapter by what the run's own checkpoints say of it, where they began from `place`, or from a step of the run there: ranks that
-    torchrun starts again have the configuration that the first start was given."""
-    own = open_run_store(config).sub(config.run.name)
-    manifest = next(readable_manifests(own, [], committed_steps(own)), None)
-    if manifest is None or "start" not in manifest.base:
-        return None
-    there: str = manifest.base["start"]
-    if not is_asked_for(there, place):
-        return None
-    facts = {name: value for name, value in manifest.base.items() if name in ("start", "start_weights", "start_data")}
-    return Begun(facts, lambda: _found(config, there, method))
+@dataclass(frozen=True)
+class _Search:
+    """A search for the adapter at `place`, by the run of this name and method; a bare name is that of one of `runs`."""
+
+    runs: Store
+    run: str
+    place: str
+    method: Method
+
+    def adapter(self) -> Beginning:
+        return self._begun() or self._found(self.place)
+
+    def _begun(self) -> Begun | None:
+        """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of the run there: ranks that
+        torchrun starts again have the configuration that the first start was given."""
+        own = self.runs.sub(self.run)
+        manifest = next(readable_manifests(own, [], committed_steps(own)), None)
+        if manifest is None or "start" not in manifest.base:
+            return None
+        there: str = manifest.base["start"]
+        if not is_asked_for(there, self.place):
+            return None
+        facts = {
+            name: value for name, value in manifest.base.items() if name in ("start", "start_weights", "start_data")
+        }
+        return Begun(facts, lambda: self._found(there))
+
+    def _found(self, place: str) -> Beginning:
+        folder, step = place_of(self.runs, place, SETTING)
+        if folder.exists(SETTINGS):
+            return PeftFolder(place, folder, self.method)
+        steps = committed_steps(folder)
+        if step is not None and step not in steps:
+            raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
+        skipped: list[str] = []
+        manifest = next(readable_manifests(folder, skipped, [step] if step is not None else steps), None)
+        if manifest is None and skipped:
+            raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
+        if manifest is None:
+            raise ConfigError(
+                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
+                "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
+            )
+        return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
-def _found(config: Config, place: str, method: Method) -> Beginning:
-    folder, step = place_of(config, place, SETTING)
-    if folder.exists(SETTINGS):
-        return PeftFolder(place, folder, method)
-    steps = committed_steps(folder)
-    if step is not None and step not in steps:
-        raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
-    skipped: list[str] = []
-    manifest = next(readable_manifests(folder, skipped, [step] if step is not None else steps), None)
-    if manifest is None and skipped:
-        raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
-    if manifest is None:
-        raise ConfigError(
-            f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
-            "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
-        )
-    return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
-
-
-def place_of(config: Config, place: str, setting: str) -> tuple[Store, int | None]:
-    """The folder of an adapter or of a run that `setting` names, and the step that is asked for."""
+def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
+    """The folder of an adapter or of a run that `setting` names, and the step that is asked for; a bare name is one of `runs`."""
     if "/" not in place:
         if (named := _OF_STORE.fullmatch(place)) is None:
             raise ConfigError(f"{setting}: {shown(place)} is no name of a run. Give NAME, NAME@STEP, a path or a URI.")
-        return open_run_store(config).sub(named[1]), int(named[2]) if named[2] else None
+        return runs.sub(named[1]), int(named[2]) if named[2] else None
     path = place.rstrip("/")
     where = path if "://" in path else str(local_path(path, setting))
     if (found := _CHECKPOINT.fullmatch(where)) is not None:
@@ -194,7 +207,7 @@ class RunCheckpoint:
             "start_data": [*self.manifest.base.get("start_data", []), self.manifest.dataset],
         }
 
-    def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
+    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs = self.manifest.base
         if theirs.get("fingerprint") != base.fingerprint or theirs.get("layers") != config.model.layers:
             return [
@@ -239,7 +252,7 @@ class PeftFolder:
     def _settings(self) -> dict[str, Any]:
         try:
             settings = json.loads(self.folder.get(SETTINGS))
-        except ValueError as error:
+        except NOT_JSON as error:
             raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no JSON ({error}).") from error
         if not isinstance(settings, dict):
             raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no description of an adapter.")
@@ -257,7 +270,7 @@ class PeftFolder:
     def facts(self) -> dict[str, Any]:
         return {"start": self.place, "start_weights": hashlib.sha256(self.folder.get(WEIGHTS)).hexdigest()}
 
-    def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
+    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs, kind = self._settings, self._settings.get("peft_type")
         if kind != "LORA" or isinstance(method, Around) or not isinstance(method, SavedByPeft):
             return [
@@ -323,7 +336,7 @@ class Begun:
     def place(self) -> str:
         return self.facts["start"]
 
-    def mismatches(self, config: Config, method: Method, base: Base) -> list[str]:
+    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         """The settings are compared with those of the run's own checkpoints."""
         return []
 

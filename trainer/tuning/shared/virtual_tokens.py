@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.base.describe.config_json import read_by_transformers
+from trainer.base.unreadable import read_by_transformers
 from trainer.config import Tuning
 from trainer.config.registry import without_defaults
 from trainer.errors import ConfigError

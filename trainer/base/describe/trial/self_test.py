@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.base.describe.trial.weight_readers import Place, place_of
-from trainer.model.documents import CannotDivide, keep_documents_apart, lengths_known
+from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed, quantize_blocks
 from trainer.model.parts import body, decoder_layers, is_experts
+from trainer.model.rows.row import CannotDivide, lengths_known
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.

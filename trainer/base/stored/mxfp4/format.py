@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
-from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.store.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, numel
@@ -30,24 +29,18 @@ _READS_KEPT = 4
 
 
 @dataclass(frozen=True)
-class Mxfp4:
+class Mxfp4(StoredFormat):
     """Experts in MXFP4, all else as in a plain base."""
 
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "MXFP4"
-    unmergeable: ClassVar[str | None] = None
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
     dequantizes: ClassVar[bool] = True
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "mxfp4"
-
-    def mismatches(self, config: Config) -> list[str]:
-        return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
         stack = parameter.kind == "experts" and not is_listed(
@@ -64,9 +57,6 @@ class Mxfp4:
                 for part in _parts(name):
                     del found[part]
         return found
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 def _decoding(base: Base, name: str, last_reads: LastReads) -> "Mxfp4Experts":

@@ -10,6 +10,10 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, str | int) and value != ""
 
 
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_class, value))
+
+
 def label_name(value: Any) -> str:
     """The name of a class as data.labels has it. Raises `DataError` for a value that names none."""
     if isinstance(value, bool):
@@ -39,5 +43,21 @@ ROW_FORMATS = {
         ("messages", "label"),
         {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
         place=150,
+    ),
+    "multilabel": RowFormat(
+        ("text", "label"),
+        "multilabel",
+        lambda values: is_text(values.get("text")) and _are_classes(values.get("label")),
+        names={"text": ("text", "sentence"), "label": ("label", "labels")},
+        place=152,
+    ),
+    "multilabel_messages": RowFormat(
+        ("messages", "label", "system", "tools"),
+        "multilabel",
+        lambda values: is_talk(values.get("messages")) and _are_classes(values.get("label")),
+        _read_messages,
+        ("messages", "label"),
+        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
+        place=154,
     ),
 }

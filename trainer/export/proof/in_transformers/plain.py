@@ -213,7 +213,7 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or at each."""
     with torch.no_grad():
-        return [as_shares(_head_outputs(model, row).float().cpu()) for row in rows]
+        return [as_shares(_head_outputs(model, row).float().cpu(), row) for row in rows]
 
 
 def _head_outputs(model: Any, row: ProbeRow) -> Tensor:

@@ -52,10 +52,8 @@ class Classification:
 
     def summary(self, means: Sequence[float]) -> list[float]:
         """The measures, by the shares of texts that are of a class and taken for it, of those taken for it, and of those of it."""
-        classes = len(self.labels)
-        right, taken, there = (means[part * classes : (part + 1) * classes] for part in range(3))
-        scores = [2 * r / (t + n) for r, t, n in zip(right, taken, there, strict=True) if t + n]
-        return [sum(right), sum(scores) / len(scores) if scores else 0.0]
+        scores, _ = _scores(means, len(self.labels))
+        return [sum(means[: len(self.labels)]), sum(scores) / len(scores) if scores else 0.0]
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -72,6 +70,69 @@ class Classification:
 
     def weight(self, batch: MicroBatch) -> int:
         return batch.targets
+
+
+@dataclass(frozen=True)
+class Several:
+    """Each text has any of the classes: the loss is the mean over texts and classes of -log s(o) or -log(1 - s(o)), with o the class's output and s the
+    logistic function. Accuracy is the share of texts with all of their classes and no other; F1 is of all decisions (micro), or the mean over the
+    classes that texts have or are taken for (macro), as in scikit-learn."""
+
+    labels: Sequence[str]
+
+    settings: Collection[str] = ()
+    formats: Collection[str] = ("multilabel",)
+    reads_reference: bool = False
+    survey: Survey | None = None
+    unit: str = "decisions"
+    measures: Sequence[str] = ("accuracy", "micro_f1", "macro_f1")
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return {"name": "sft"}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": "multilabel_classification", "labels": list(self.labels)}
+
+    def mismatches(self) -> list[str]:
+        return []
+
+    @property
+    def sums(self) -> int:
+        return 1 + 3 * len(self.labels)
+
+    def summary(self, means: Sequence[float]) -> list[float]:
+        """The measures, by the share of decisions in texts that are right as a whole, and those that `_scores` takes."""
+        exact, *counts = means
+        scores, whole = _scores(counts, len(self.labels))
+        return [exact, whole, sum(scores) / len(scores) if scores else 0.0]
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        classes = len(self.labels)
+        there = batch.labels[0, batch.places].view(-1, classes).float()  # the flags stand behind the text
+        logits = outputs(model, batch, batch.places.view(-1, classes)[:, 0])
+        loss = binary_cross_entropy_with_logits(logits, there, reduction="sum")
+        taken = (logits.detach() > 0).float()
+        exact = (taken == there).all(-1).sum() * classes
+        counts = (flags.sum(0) for flags in (taken * there, taken, there))
+        return torch.cat([loss[None], exact[None], *counts])
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        raise AssertionError("classes have no reference")
+
+    def weight(self, batch: MicroBatch) -> int:
+        return batch.targets
+
+
+def _scores(counts: Sequence[float], classes: int) -> tuple[list[float], float]:
+    """The F1 of each class that is there or taken, and that of all: by the shares that are of a class and taken for it, taken for it, and of it."""
+    right, taken, there = (counts[part * classes : (part + 1) * classes] for part in range(3))
+    scores = [2 * r / (t + n) for r, t, n in zip(right, taken, there, strict=True) if t + n]
+    return scores, 2 * sum(right) / (sum(taken) + sum(there)) if scores else 0.0
 
 
 def _of_texts(model: PackedModel, batch: MicroBatch) -> Tensor:
@@ -98,6 +159,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     "classification": lambda given, method: Classification(
         "classification", _labels(method), ("classified",), "texts", _of_texts
     ),
+    "multilabel_classification": lambda given, method: Several(_labels(method)),
     "token_classification": lambda given, method: Classification(
         "token_classification", _labels(method), ("tagged",), "words", _of_words
     ),

@@ -8,6 +8,14 @@ HEADS = {
     "classification": Head(
         "SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True
     ),
+    "multilabel_classification": Head(
+        "SEQ_CLS",
+        "text-classification",
+        "AutoModelForSequenceClassification",
+        "A classifier",
+        labelled=True,
+        several=True,
+    ),
     "token_classification": Head(
         "TOKEN_CLS",
         "token-classification",

@@ -36,7 +36,7 @@ class Distil:
 
     settings: Collection[str] = tuple(_DEFAULTS)
     defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
-    formats: Collection[str] = ("chat", "prompt_completion", "text")
+    formats: Collection[str] = ("chat", "prompt_completion", "text", "segments")
     reads_reference: bool = False
     survey: Survey | None = None
     unit: str = "targets"

@@ -15,8 +15,12 @@ from trainer.tuning.objective.sft.settings import SftSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.model.head import LossHead
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+
+
+_NOTHING = SftSettings()
 
 
 class NextTokens:
@@ -25,37 +29,85 @@ class NextTokens:
     An evaluation is without them, so that its loss is a likelihood and comparable between runs.
     """
 
-    settings: Collection[str] = ("label_smoothing", "z_loss", "dft")
-    defaults: Mapping[str, Any] = {"name": "sft", "label_smoothing": 0.0, "z_loss": 0.0, "dft": False}
-    formats: Collection[str] = ("chat", "prompt_completion", "text", "answers")
+    settings: Collection[str] = ("label_smoothing", *SftSettings.model_fields)
+    defaults: Mapping[str, Any] = {
+        "name": "sft",
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "dft": False,
+        "eaft": 0.0,
+        "eaft_tokens": 20,
+        "eaft_scale": 3.0,
+        "neftune_alpha": 0.0,
+    }
+    formats: Collection[str] = ("chat", "prompt_completion", "text", "segments", "answers")
     reads_reference: bool = False
     survey: Survey | None = None
     unit: str = "targets"
     measures: Sequence[str] = ()
 
-    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0, dft: bool = False) -> None:
-        self._label_smoothing, self._z_loss, self._dft = label_smoothing, z_loss, dft
+    def __init__(self, label_smoothing: float = 0.0, own: SftSettings = _NOTHING) -> None:
+        self._label_smoothing, self._own = label_smoothing, own
 
     @property
     def identity(self) -> dict[str, Any]:
-        given = {"label_smoothing": self._label_smoothing, "z_loss": self._z_loss, "dft": self._dft}
+        given = {
+            "label_smoothing": self._label_smoothing,
+            **self._own.model_dump(include=set(SftSettings.model_fields)),
+        }
         return without_defaults(given, self.defaults)
 
+    @property
+    def _weighing(self) -> list[str]:
+        return [name for name in ("dft", "eaft") if getattr(self._own, name)]
+
     def mismatches(self) -> list[str]:
-        return [
-            f"objective.{name}: has no effect with objective.dft: true, which weighs the plain loss of a target. Remove one of them."
-            for name, given in (("label_smoothing", self._label_smoothing), ("z_loss", self._z_loss))
-            if self._dft and given
+        others = {"label_smoothing": self._label_smoothing, "z_loss": self._own.z_loss, "eaft": self._own.eaft}
+        wrong = [
+            f"objective.{name}: has no effect with objective.{self._weighing[0]}, which weighs the plain loss of a target. Remove one of them."
+            for name, given in others.items()
+            if given and self._weighing and name != self._weighing[0]
+        ]
+        finer = {"eaft_tokens": self._own.eaft_tokens, "eaft_scale": self._own.eaft_scale}
+        return wrong + [
+            f"objective.{name}: has no effect without objective.eaft. Set that, or remove it."
+            for name, given in finer.items()
+            if not self._own.eaft and given != self.defaults[name]
         ]
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         from trainer.model.head import LossTerms
 
-        if self._dft and model.head.training:
-            nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
-            return (nats * (-nats.detach()).exp()).sum()
-        terms = LossTerms(self._label_smoothing, self._z_loss) if model.head.training else LossTerms()
-        return model.head(model.hidden(batch), batch.labels, batch.places, terms=terms)
+        if not model.head.training:
+            return model.head(model.hidden(batch), batch.labels, batch.places)
+        hidden = self._hidden(model, batch)
+        if not self._weighing:
+            terms = LossTerms(self._label_smoothing, self._own.z_loss)
+            return model.head(hidden, batch.labels, batch.places, terms=terms)
+        weights = self._uncertainty(model.head, hidden, batch) if self._own.eaft else None
+        nats = model.head(hidden, batch.labels, batch.places, per_target=True)
+        return (nats * ((-nats.detach()).exp() if weights is None else weights)).sum()
+
+    def _hidden(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        if not self._own.neftune_alpha:
+            return model.hidden(batch)
+        from trainer.tuning.objective.sft.noise import noise_on
+
+        with noise_on(model.model.get_input_embeddings(), batch, self._own.neftune_alpha):
+            return model.hidden(batch)
+
+    def _uncertainty(self, head: LossHead, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """(targets,): the power of the entropy of the likeliest tokens, as if there were no others."""
+        from torch import no_grad
+
+        from trainer.model.divergence import TopK
+
+        most = min(self._own.eaft_tokens, head.vocabulary)
+        with no_grad():
+            found = head(hidden, batch.labels, batch.places, top=TopK(most, head.vocabulary))
+            log_p = found[:, most:-1].log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return (entropy / self._own.eaft_scale) ** self._own.eaft
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         raise AssertionError("next tokens have no reference")
@@ -64,10 +116,6 @@ class NextTokens:
         return batch.targets
 
 
-def _next_tokens(label_smoothing: float, own: SftSettings) -> NextTokens:
-    return NextTokens(label_smoothing, own.z_loss, own.dft)
-
-
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
-    "sft": lambda given, method: _next_tokens(given.label_smoothing, part(given, SftSettings))
+    "sft": lambda given, method: NextTokens(given.label_smoothing, part(given, SftSettings))
 }

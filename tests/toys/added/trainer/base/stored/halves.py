@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy
-from trainer.config import Config
-from trainer.store.codes import Kept
+from trainer.base.base import Base, QuantizedBy, StoredFormat
 from trainer.store.safetensors_index import StoredTensor
 
 
@@ -32,30 +29,18 @@ class Doubled:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Halves(StoredFormat):
     quantization: dict[str, Any]
 
     readable: ClassVar[str] = "halves"
     unmergeable: ClassVar[str | None] = "stored in halves, where no new weight fits"
-    quantized: ClassVar[bool] = False
-    decoded: ClassVar[bool] = True
-    dequantizes: ClassVar[bool] = False
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
         return quantization.get("quant_method") == "halves"
 
-    def mismatches(self, config: Config) -> list[str]:
-        return []
-
-    def kept(self, parameter: Parameter) -> Kept | None:
-        return None
-
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         return {name: Doubled(tensor) for name, tensor in base.tensors.items()}
-
-    def check(self, base: Base, config: Config) -> None:
-        pass
 
 
 STORED: dict[str, QuantizedBy] = {"halves": Halves}

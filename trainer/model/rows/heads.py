@@ -1,6 +1,17 @@
-"""How the heads of attention are shared by ranks that share a row. No torch."""
+"""How the heads of a layer are shared by ranks that share a row. No torch."""
 
 from math import gcd
+from typing import NamedTuple
+
+
+class Exchange(NamedTuple):
+    """What ranks that share a row exchange around one function of a layer's `heads`, or channels: `values` a token, and `grouped` ones that `groups`
+    of heads share, which are as often there as ranks need them."""
+
+    heads: int
+    values: int
+    groups: int
+    grouped: int
 
 
 def copies_of_keys(heads: int, kv_heads: int, size: int) -> int:

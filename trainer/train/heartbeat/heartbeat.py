@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from trainer.config import Timeouts
 from trainer.processes.ranks import Ranks, collectives_begun
 from trainer.run.background import Harmless, say
-from trainer.train.signed_lines import Line, Server
+from trainer.train.heartbeat.signed_lines import Line, Server
 
 Phase = Literal["load", "data", "compile", "step", "save", "evaluate", "reference"]
 Pulse: TypeAlias = Callable[[Phase, int], None]

@@ -1,0 +1,120 @@
+"""The files of a base beside its weights: config.json, the tokenizer's, and folders of this machine's cache that hold them."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.base.describe.config_json import parse_base_config
+from trainer.base.describe.torch_answers import user_cache
+from trainer.base.find.rescaled import rescaled
+from trainer.config.model import RopeScaling
+from trainer.errors import ConfigError
+from trainer.store.safetensors_index import INDEX_FILE
+from trainer.store.store import Store
+
+CHAT_TEMPLATE = "chat_template.jinja"
+# The files that decide what a tokenizer does.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+    "chat_template.json",
+)
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder with a tokenizer's other chat templates, such as one for calls of tools, each by its name."""
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
+CONFIG = "config.json"
+SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
+
+
+def read_config(name: str, directory: Path) -> dict[str, Any]:
+    try:
+        data = (directory / CONFIG).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"model.base: {name} has no config.json. Give a Hugging Face model directory.") from error
+    except OSError as error:
+        raise ConfigError(f"model.base: {name}/config.json cannot be read ({error}).") from error
+    return parse_base_config(name, data)
+
+
+def read_scaled(name: str, directory: Path, scaling: RopeScaling) -> tuple[Path, dict[str, Any]]:
+    """The config.json of the base called `name`, with `scaling` in it, and the directory that has it and the base's other small files."""
+    config = read_config(name, directory)
+    if scaling.rope_type is None:
+        return directory, config
+    config = rescaled(config, scaling)
+    return with_config(directory, config), config
+
+
+def with_config(directory: Path, config: Mapping[str, Any]) -> Path:
+    """A folder with the small files of the base in `directory`, and another config.json."""
+    every = (
+        file.relative_to(directory).as_posix()
+        for file in (*directory.iterdir(), *directory.glob(f"{NAMED_TEMPLATES}/*"))
+    )
+    files = named_files(directory, filter(is_small_file, every))
+    return cached_folder({**files, CONFIG: json.dumps(config, indent=2).encode()})
+
+
+def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Name -> content of those that are there."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def tokenizer_content(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files there that decide what a tokenizer does."""
+    templates = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return named_files(folder, (*TOKENIZER_FILES, *templates))
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files`, whose names may have a folder before them."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def fetched_small_files(store: Store) -> Path:
+    """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
+    entries = [entry for entry in store.list() if is_small_file(entry.key)]
+    versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
+    return _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
+
+
+def is_small_file(name: str) -> bool:
+    """Whether it is a file of a base beside its weights, of those that are read."""
+    if "/" in name:
+        return Path(name).parent == Path(NAMED_TEMPLATES) and name.endswith(".jinja")
+    return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in SMALL_FILES)
+
+
+def cached_folder(files: Mapping[str, bytes]) -> Path:
+    """A folder of this machine's cache with these files, for what reads folders only."""
+    names = json.dumps(sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items()))
+    return _cached(names, lambda: files)
+
+
+def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
+    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to rename its own wins."""
+    folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
+        whole = Path(partial) / "whole"
+        whole.mkdir()
+        write_files(whole, fetch())
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder

@@ -1,0 +1,1 @@
+"""A row of documents, and the ranks that share it."""

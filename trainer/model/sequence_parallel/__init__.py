@@ -1,1 +1,0 @@
-"""Rows that several ranks share: `sharding.sequence_parallel`."""

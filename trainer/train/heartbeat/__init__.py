@@ -1,0 +1,1 @@
+"""Ranks that hang, and how they are found."""

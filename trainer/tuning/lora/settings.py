@@ -1,0 +1,32 @@
+"""The settings of the section `tuning` that lora and rslora alone read."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from trainer.config.section import Section, setting
+
+
+class LoraSettings(Section):
+    """The start of the adapters."""
+
+    init: Literal["kaiming", "gaussian", "orthogonal"] = setting(
+        "kaiming",
+        about="lora and rslora: the start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a deviation of 1 / rank, B zero. orthogonal: "
+        "both beside zero, of rows that are orthogonal, so that their product is zero; for an even rank. As PEFT's init_lora_weights.",
+        example="orthogonal",
+    )
+
+    @model_validator(mode="after")
+    def _start_once(self) -> "LoraSettings":
+        if self.init != "kaiming" and getattr(self, "start", None):
+            raise ValueError(
+                f"tuning.init: {self.init} has no effect with tuning.start, from which learning begins. Remove one of them."
+            )
+        rank: int = getattr(self, "rank", 0)
+        if self.init == "orthogonal" and rank % 2:
+            raise ValueError(f"tuning.init: orthogonal needs an even rank, and tuning.rank is {rank}. Set another one.")
+        return self
+
+
+SETTINGS = (LoraSettings,)

@@ -1,0 +1,30 @@
+"""Noise on the embeddings of tokens in training (NEFTune, arXiv:2310.05914)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.micro_batch import MicroBatch
+
+
+@contextmanager
+def noise_on(embedding: nn.Module, batch: MicroBatch, alpha: float) -> Iterator[None]:
+    """Inside, each value of the embeddings of a document of L tokens in H dimensions gets a number between -a and a more, with a = alpha / sqrt(L * H).
+
+    transformers takes the tokens of the longest text of a batch, with its padding; here documents do not depend on their neighbours.
+    """
+
+    def add_noise(module: nn.Module, given: Any, found: Tensor) -> Tensor:
+        lengths = torch.tensor(batch.lengths)
+        tokens = lengths.repeat_interleave(lengths)[batch.first : batch.first + found.shape[1]]
+        most = alpha / (tokens.to(found.device) * found.shape[2]).float().sqrt()
+        return found + torch.empty_like(found).uniform_(-1, 1) * most.to(found.dtype)[:, None]
+
+    hook = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
