@@ -102,7 +102,7 @@ read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
 
 if [ -n "$step" ]; then
   # Its first task is on this very node, and has written down which step it is.
-  scancel --signal=TERM "$SLURM_JOB_ID.$(cat "$LOCAL/step")" 2>/dev/null
+  scancel --signal=TERM "$SLURM_JOB_ID.$(cat "$LOCAL/step" 2>/dev/null)" 2>/dev/null
   timeout 15 tail --pid="$step" -f /dev/null || kill "$step" # a node that is gone never says that it has ended
   wait "$step"
 fi

@@ -93,9 +93,12 @@ def test_a_whole_answer_is_read_and_half_of_one_is_none() -> None:
         CompletionsServer.find("--server", url, "first")
 
 
-def test_a_password_in_a_url_is_not_printed() -> None:
-    with pytest.raises(ConfigError, match="holds a name or a password") as caught:
-        CompletionsServer.find("--server", "http://me:hunter2@127.0.0.1:1", "first")
+@pytest.mark.parametrize(
+    "url", ["http://me:hunter2@127.0.0.1:1", "ftp://me:hunter2@a", "http://127.0.0.1:1/?key=hunter2"]
+)
+def test_a_password_in_a_url_is_not_printed(url: str) -> None:
+    with pytest.raises(ConfigError, match="holds a password or a query") as caught:
+        CompletionsServer.find("--server", url, "first")
     assert "hunter2" not in str(caught.value)
 
 

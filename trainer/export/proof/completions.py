@@ -42,12 +42,12 @@ class CompletionsServer:
         """
         url, _, wanted = given.partition("#")
         url = url.rstrip("/").removesuffix("/v1")
+        if "@" in url or "?" in url:
+            raise ConfigError(
+                f"{setting}: the URL holds a password or a query, which would be printed and kept. Give it without."
+            )
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{setting}: {shown(given)} is no URL of a server. Example: http://127.0.0.1:8000.")
-        if "@" in url:
-            raise ConfigError(
-                f"{setting}: the URL holds a name or a password, which would be printed and kept. Give it without."
-            )
         models = [model["id"] for model in _read(setting, url, "/v1/models", None, lambda found: found["data"])]
         chosen = wanted or (name if name in models else models[0] if len(models) == 1 else None)
         if chosen is None or chosen not in models:

@@ -81,7 +81,7 @@ class Trained:
 
     def predictions(self, *, learnt: bool = True) -> list[Tensor]:
         """`logits` of a process of its own. The side of the export comes next."""
-        get_ready()
+        get_ready(__name__)
         return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
 
     def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:
