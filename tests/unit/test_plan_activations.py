@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.families import FAMILIES, SIZES
 from tests.unit.test_plan import GIB, LLAMA_70B, TINY, config, plan_of
 from trainer.base.describe.activations import layer_values
 from trainer.base.describe.architecture_cache import read_architecture
@@ -209,3 +210,18 @@ def _saved(base: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
     output = model(input_ids=torch.arange(tokens)[None] % base["vocab_size"]).logits
     assert output.requires_grad
     return sum(storage.nbytes() for storage in saved.values()) / dtype.itemsize / tokens
+
+
+def test_the_mask_of_a_window_is_counted_where_sdpa_takes_it() -> None:
+    def activations(window: int | None) -> int:
+        base = {**SIZES, **FAMILIES["mistral"], "sliding_window": window}
+        settings = (
+            "cluster.gpus_per_worker=0",
+            "train.micro_batch=1",
+            "train.activation_checkpointing=none",
+            "model.dtype=fp32",
+        )
+        return plan_of(config(*settings, "data.sequence_length=64"), base, 1, 1, None).memory_per_gpu.activations
+
+    # One of booleans, and one of values for each of two layers.
+    assert activations(16) - activations(None) == 64**2 * (1 + 2 * 4)

@@ -68,6 +68,19 @@ def test_heads_of_layers_that_pass_states_on_are_shared_as_those_of_attention() 
         assert traffic == 3 * 8 * values * 64 // size * (size - 1) // size * 4
 
 
+def test_a_layer_that_each_rank_computes_whole_keeps_all_of_the_row() -> None:
+    def activations(kind: str, size: int) -> int:
+        settings = (
+            "data.sequence_length=64",
+            "train.activation_checkpointing=none",
+            f"sharding.sequence_parallel={size}",
+        )
+        return plan_of(config(*settings), {**SIZES, **FAMILIES[kind]}, size, size, None).memory_per_gpu.activations
+
+    assert activations("nemotron-h", 2) == activations("nemotron-h", 1) // 2
+    assert activations("llama4", 2) > activations("llama4", 1) // 2 + 1
+
+
 def test_a_base_whose_positions_follow_from_a_slice_is_refused() -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (dynamic,) = wrong({**LLAMA, "rope_parameters": rotary}, 2)

@@ -53,6 +53,11 @@ class Config(Section):
             raise ValueError(wrong)
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
+        if self.train.products == "fp8" and (self.quant.type == "none" or self.model.dtype != "bf16"):
+            name, given = ("quant.type", "none") if self.quant.type == "none" else ("model.dtype", self.model.dtype)
+            raise ValueError(
+                f"train.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16, but {name} is {given}. Set plain."
+            )
         if self.checkpoint.keep_best and not self.eval.between:
             raise ValueError(
                 "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it to 0."

@@ -66,7 +66,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     result |= {"facts": written.facts, "remarks": written.remarks}
     if arguments.verify:
-        get_ready()
+        get_ready("trainer.export.proof.models")
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         size = decimal(sum(header.size for header in base.headers.values()))
         progress.say(f"--verify: reads every byte of the base's files, {size}")

@@ -24,16 +24,16 @@ Device = Literal["gpu", "cpu"]
 _ready: dict[Device, list[ProcessPoolExecutor]] = {"gpu": [], "cpu": []}
 
 
-def get_ready() -> None:
-    """Start the process of a later `aside`, which imports what a side needs while this process, or another side, works."""
+def get_ready(module: str) -> None:
+    """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another side, works."""
     device: Device = "gpu" if local_gpus() else "cpu"
     process = _process(device)
-    process.submit(_import_sides)
+    process.submit(_imported, module)
     _ready[device].append(process)
 
 
-def _import_sides() -> None:
-    import_module("trainer.export.proof.verify")
+def _imported(module: str) -> None:
+    import_module(module)
 
 
 def _process(device: Device) -> ProcessPoolExecutor:
