@@ -3,19 +3,21 @@
 import inspect
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tests.device.pretended import install
+from tests.device.pretended import install, told, waits
 from tests.dist import runs
-from trainer.model.offload import Offload
+from trainer.model import offload
 from trainer.processes import ranks
+from trainer.state.zero import engine
 
 
 def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
@@ -26,35 +28,50 @@ def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def _one(library: str, *arguments: Any) -> dict[str, Any]:
-    counted, sent, plain = _counts(library), 0, Offload._send
+    """How a run ended; with the inputs of layers that it `sent` to the host, where that waited, and where in the last step."""
+    before, sent, steps = _operations(library), list[None](), list[int]()
+    waits.clear()
+    with (
+        _noted(offload.Offload, "_send", lambda: sent.append(None)),
+        _noted(engine.Engine, "step", lambda: steps.append(len(waits))),
+    ):
+        try:
+            ended = runs.run(*arguments)
+            if library:
+                torch.ops.pretended.finish()
+        except Exception as error:
+            ended = {"outcome": "raised", "message": next(iter(str(error).splitlines()), "") or type(error).__name__}
+    of_step = waits[steps[-2] : steps[-1]] if len(steps) > 1 else []
+    found = {"operations": _operations(library) - before, "sent": len(sent), "waits": list(waits), "of_step": of_step}
+    return {**ended, **found}
 
-    def send(offload: Offload, here: Tensor) -> Any:
-        nonlocal sent
-        sent += 1
-        return plain(offload, here)
 
-    Offload._send = send  # type: ignore[method-assign]
+@contextmanager
+def _noted(owner: Any, name: str, note: Callable[[], None]) -> Iterator[None]:
+    """Inside, `note` is called before each call of the owner's method."""
+    plain = getattr(owner, name)
+
+    def noted(*arguments: Any, **given: Any) -> Any:
+        note()
+        return plain(*arguments, **given)
+
+    setattr(owner, name, noted)
     try:
-        ended = runs.run(*arguments)
-        if library:
-            torch.ops.pretended.finish()
-    except (RuntimeError, ValueError) as error:
-        ended = {"outcome": "raised", "message": str(error).splitlines()[0]}
+        yield
     finally:
-        Offload._send = plain  # type: ignore[method-assign]
-    operations, waits = (after - before for after, before in zip(_counts(library), counted, strict=True))
-    return {**ended, "operations": operations, "waits": waits, "sent": sent}
+        setattr(owner, name, plain)
 
 
-def _counts(library: str) -> tuple[int, int]:
-    return (torch.ops.pretended.operations(), torch.ops.pretended.waits()) if library else (0, 0)
+def _operations(library: str) -> int:
+    return torch.ops.pretended.operations() if library else 0
 
 
-def train_without(library: str, config_text: str, fingerprint: str, change: list[str]) -> dict[str, Any]:
+def train_without(library: str, config_text: str, fingerprint: str, change: list[str] | None) -> dict[str, Any]:
     """A run of the code where in a module another text is in the place of one, and what it raised."""
     install(Path(library))
-    module, text, put = change
-    _change(import_module(module), text, put)
+    if change:
+        module, text, put = change
+        _change(import_module(module), text, put)
     return _one(library, config_text, fingerprint)
 
 
@@ -69,17 +86,10 @@ def joined(library: str) -> list[Any]:
     """The device that the process group was told of as this rank's; and a number of every rank, as the host reads it when it has waited for
     the exchange, and when it has not."""
     install(Path(library))
-    told, plain = list[Any](), dist.init_process_group
-
-    def watched(*arguments: Any, **given: Any) -> None:
-        told.append(given.pop("device_id"))  # gloo, which is behind the device here, knows no device
-        plain(*arguments, **given)
-
-    dist.init_process_group = watched
     here = ranks.join()
     waited = here.gather(7.0)
     ranks.mark = lambda device: SimpleNamespace(synchronize=lambda: None)
-    return [str(*told), waited, here.gather(7.0)]
+    return [*told, waited, here.gather(7.0)]
 
 
 def logits(library: str, run: str, step: int, scratches: list[str | None]) -> list[list[float]]:

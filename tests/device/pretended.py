@@ -1,9 +1,11 @@
 """A rank on the pretended device of pretended.cpp, as PyTorch, DeepSpeed and torch.distributed see it."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from torch.utils import backend_registration
 
 NAME = "pretended"
 _SOURCE = Path(__file__).with_name("pretended.cpp")
+
+told: list[str] = []
+"""The devices that process groups were told of as this rank's."""
+waits: list[str] = []
+"""Where the host has waited for what the device had not come to, one after the other: the innermost place in our code or DeepSpeed's."""
 
 
 def build(folder: Path) -> Path:
@@ -82,15 +89,38 @@ class _Module:
 def install(library: Path) -> None:
     """Give this process the device, before DeepSpeed is imported and ranks join."""
     torch.ops.load_library(str(library))
+    ctypes.CDLL(str(library)).pretended_tell_of_waits(_note_wait)
     backend_registration.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _Module())
     backend_registration.generate_methods_for_privateuse1_backend()
     dist.Backend.default_device_backend_map[NAME] = "gloo"
     dist.Backend.backend_capability["gloo"].append(NAME)
+    dist.init_process_group = _without_device(dist.init_process_group)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.accelerator
 
     deepspeed.accelerator.set_accelerator(_accelerator())
+
+
+def _without_device(plain: Any) -> Any:
+    """gloo, which is behind the device, knows no device, and makes no groups of a group that does."""
+
+    def init(*arguments: Any, device_id: Any = None, **given: Any) -> None:
+        told.append(str(device_id))
+        plain(*arguments, **given)
+
+    return init
+
+
+@ctypes.CFUNCTYPE(None)
+def _note_wait() -> None:
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        for package in ("trainer", "deepspeed"):
+            if f"/{package}/" in (file := frame.f_code.co_filename):
+                waits.append(f"{package}/{file.rpartition(f'/{package}/')[2]}: {frame.f_code.co_name}")
+                return
+    waits.append("elsewhere")
 
 
 def _accelerator() -> Any:

@@ -22,7 +22,7 @@ from trainer.processes.devices import (
     listed_gpus,
     local_gpus,
 )
-from trainer.processes.ranks import add_in_one_order, let_segments_grow, take_gpu
+from trainer.processes.ranks import add_in_one_order, bound_device, let_segments_grow, take_gpu
 
 QUERY = "GPU-1, NVIDIA H100 80GB HBM3, 81559\nGPU-2, NVIDIA L40S, 46068\nGPU-3, NVIDIA Graphics Device, [N/A]\n"
 LISTING = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n"
@@ -97,6 +97,12 @@ def test_two_ranks_on_one_gpu_are_told_apart_from_two_that_see_one_each(monkeypa
         ConfigError, match=r"rank 2 would compute on the GPU of another rank: NVIDIA H100 .*each its own"
     ):
         take_gpu(store, device, 2)
+
+
+def test_a_group_is_told_the_device_of_a_rank_that_has_others_alone() -> None:
+    gpu = torch.device("cuda:0")
+    assert bound_device(gpu, 2) == gpu
+    assert bound_device(gpu, 1) is bound_device(torch.device("cpu"), 2) is None
 
 
 def test_the_allocators_segments_grow_also_where_cuda_has_begun_already(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,13 @@ class Train(Section):
         "much for the GPU.",
         example=True,
     )
+    products: Literal["plain", "fp8"] = setting(
+        "plain",
+        about="How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a scale a row, sums in fp32, "
+        "on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose peak is twice that in bf16; what learns stays in model.dtype. It needs a base in 4 "
+        "or 8 bits and model.dtype bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly.",
+        example="fp8",
+    )
     sample_every: int = setting(
         0,
         about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "

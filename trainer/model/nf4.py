@@ -23,6 +23,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from trainer.model.kernels import fp8
+
 NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
 
 
@@ -201,7 +203,9 @@ def dequantized_once() -> Iterator[None]:
 
 
 class FrozenLinear4bit(Packed, nn.Linear):
-    """`y = x W^T + b` with W in 4 bits; x is (..., in_features)."""
+    """`y = x W^T + b` with W in 4 bits; x is (..., in_features). `in_fp8` says that it multiplies by trainer/model/kernels/fp8.py."""
+
+    in_fp8 = False
 
     def __init__(self, in_features: int, out_features: int, form: Format) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias=False, device="meta")
@@ -220,6 +224,35 @@ class FrozenLinear4bit(Packed, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"
+
+
+def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
+    """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be gathered."""
+    weight = weight_of(linear)
+    if not _is_in_fp8(linear):
+        return nn.functional.linear(x, weight, bias)
+    result = fp8.product(x, weight)
+    return result if bias is None else result.add_(bias)
+
+
+def multiply_back(grad: Tensor, linear: nn.Linear) -> Tensor:
+    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features)."""
+    weight = weight_of(linear)
+    return fp8.product(grad, weight.t()) if _is_in_fp8(linear) else grad @ weight
+
+
+def _is_in_fp8(linear: nn.Linear) -> bool:
+    return isinstance(linear, FrozenLinear4bit) and linear.in_fp8
+
+
+def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Have the model's packed linear layers multiply in FP8, those whose sizes fit; returns how many do, of how many. Raises `ConfigError`
+    where the device cannot."""
+    fp8.check(device)
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
+    for layer in layers:
+        layer.in_fp8 = layer.in_features % fp8.MULTIPLE == layer.out_features % fp8.MULTIPLE == 0
+    return sum(layer.in_fp8 for layer in layers), len(layers)
 
 
 def weight_of(linear: nn.Linear) -> Tensor:
@@ -246,12 +279,12 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: FrozenLinear4bit, bias: Tensor | None) -> Tensor:
         ctx.module = module
-        return nn.functional.linear(x, module.dequantize(), bias)
+        return multiply(x, module, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
         bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ ctx.module.dequantize(), None, bias
+        return multiply_back(grad, ctx.module), None, bias
 
 
 def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:

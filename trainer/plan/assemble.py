@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
+from trainer.model.nf4 import multiply_in_fp8
 from trainer.model.packed import PackedModel
 from trainer.model.rows.groups import uneven_ranks
 from trainer.model.rows.peers import Peers, RankPeers
@@ -132,6 +133,9 @@ def assemble(
     """
     config, base, method = resolved.config, resolved.base, resolved.method
     model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
+    if config.train.products == "fp8":
+        some, of = multiply_in_fp8(model, ranks.device)
+        log(f"products: fp8 in {some} of {of} linear layers")
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)

@@ -17,6 +17,7 @@ from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     StoredParameter,
     is_packed,
+    multiplies_in_fp8,
     pinned,
     stored_bytes,
     stored_layers,
@@ -234,7 +235,7 @@ def memory_of(given: Inputs) -> GpuMemory:
     kept, backward = _activations(given)
     passes = {
         "gathered_layers": _gathered(given),
-        "dequantized_weight": _dequantized(given),
+        "dequantized_weight": _dequantized(given) + _in_fp8(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
         "activations": kept + backward + _masks(given),
         "logits": max(0, _logits(given) - backward),
@@ -300,6 +301,12 @@ def _dequantized(given: Inputs) -> int:
         tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
         sizes.append(given.item * max(tiled, default=0))
     return max(sizes, default=0) + (_DECODING_BYTES if sizes and given.config.quant.type == "stored" else 0)
+
+
+def _in_fp8(given: Inputs) -> int:
+    """Bytes of a product's factors in FP8: scaled ones in 16 bits, those in 8, and the weight's in another order."""
+    shapes = [one.shape for one in given.model.parameters if multiplies_in_fp8(given.config, one)]
+    return max((4 * prod(shape) + 3 * given.tokens * max(shape) for shape in shapes), default=0)
 
 
 def optimizer_step(given: Inputs) -> int:

@@ -17,7 +17,7 @@ from trainer.model.rows.groups import uneven_ranks
 from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
-from trainer.plan.sizes import exchanged_values, most_whole, value_bytes
+from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 
@@ -69,6 +69,7 @@ def make_plan(
             *_untried(base.architecture),
             *idle_settings(asked, config, base.architecture),
             *_undecided(asked, base.architecture, memory_of_rank),
+            *_products(config, base.architecture),
         ],
         unrecognised=list(base.unrecognised),
         whole=_whole(config, base.architecture),
@@ -122,6 +123,18 @@ def idle_settings(asked: Config, decided: Config, model: Architecture) -> list[s
             "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
         ]
     return []
+
+
+def _products(config: Config, model: Architecture) -> list[str]:
+    """A sentence on what is multiplied in FP8, where that is asked for."""
+    if config.train.products != "fp8":
+        return []
+    linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
+    some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
+    return [
+        f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11. The time below is that of plain "
+        "products where no run of this GPU was measured."
+    ]
 
 
 def _undecided(asked: Config, model: Architecture, memory: int | None) -> list[str]:

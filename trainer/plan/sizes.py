@@ -40,6 +40,12 @@ def is_packed(parameter: Parameter, quant: Quant) -> bool:
     return bool(parameter.matrices) and quant.type != "none" and (quant.type != "stored" or parameter.kept is not None)
 
 
+def multiplies_in_fp8(config: Config, parameter: Parameter) -> bool:
+    """Whether the products with a frozen matrix are in FP8 (trainer/model/kernels/fp8.py)."""
+    fits = parameter.kind == "linear" and all(size % 16 == 0 for size in parameter.shape)
+    return config.train.products == "fp8" and fits and is_packed(parameter, config.quant)
+
+
 def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
     """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not quantized."""
     if not parameter.matrices:

@@ -214,8 +214,7 @@ def join(
                 store=store,
                 rank=rank,
                 world_size=world_size,
-                # NCCL then makes other groups' communicators of this one's, and need not guess which device is whose.
-                device_id=device if is_accelerator(device) else None,
+                device_id=bound_device(device, world_size),
             )
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
@@ -229,6 +228,12 @@ def join(
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def bound_device(device: torch.device, world_size: int) -> torch.device | None:
+    """The device that the process group is told of: NCCL then makes other groups' communicators of this one's, and need not guess which device
+    is whose. Of one rank NCCL cannot do so on some machines (CUDA error 600, deepspeedai/DeepSpeed#8248), and need not."""
+    return device if is_accelerator(device) and world_size > 1 else None
 
 
 def let_segments_grow() -> None:

@@ -149,7 +149,13 @@ class Trained:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
-        changes = [f"model.dtype={computed_in}", "model.attention=auto", "model.kernels=none", "quant.cache=false"]
+        changes = [
+            f"model.dtype={computed_in}",
+            "model.attention=auto",
+            "model.kernels=none",
+            "train.products=plain",
+            "quant.cache=false",
+        ]
         changes.append("sharding.sequence_parallel=1")
         if self.scratch:
             changes.append(f"sharding.deepspeed={_A_LAYER_AT_A_TIME}")

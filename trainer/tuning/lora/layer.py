@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from trainer.model.nf4 import weight_of
+from trainer.model.nf4 import multiply, multiply_back
 from trainer.processes.accelerator import is_accelerator
 
 
@@ -48,7 +48,7 @@ class _AdaptedMatmul(torch.autograd.Function):
     ) -> Tensor:
         """x and `dropped`, which the adapter reads if it is not x, (..., inputs) -> (..., outputs)."""
         inputs = x if dropped is None else dropped
-        result = nn.functional.linear(x, weight_of(base), bias)
+        result = multiply(x, base, bias)
         low = nn.functional.linear(inputs, down)
         ctx.save_for_backward(inputs, low)
         ctx.down, ctx.up, ctx.base, ctx.scaling, ctx.drops = down, up, base, scaling, dropped is not None
@@ -68,7 +68,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         else:
             scaled = flat * scaling
             low_grad = scaled @ up
-        x_grad = grad @ weight_of(ctx.base) if ctx.needs_input_grad[0] else None
+        x_grad = multiply_back(grad, ctx.base) if ctx.needs_input_grad[0] else None
         dropped_grad = (low_grad @ down).view(*grad.shape[:-1], -1) if ctx.drops else None
         if x_grad is not None and not ctx.drops:
             _add_product(x_grad, low_grad, down)
