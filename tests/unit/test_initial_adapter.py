@@ -7,7 +7,6 @@ import pytest
 
 from launcher.drive.sweep.driver import laid_out
 from launcher.start.check import check, pinned
-from tests.composites import make_composite
 from tests.material import Workshop, commit
 from tests.unit.test_same_base import one_weight
 from trainer.config import dump_config, override
@@ -15,7 +14,6 @@ from trainer.errors import ConfigError, StorageError
 from trainer.export.write.adapter import export_adapter
 from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import open_store
 
 
@@ -88,22 +86,6 @@ def test_an_adapter_that_peft_would_load_over_another_base_is_refused(
     (folder / "adapter_config.json").write_text(json.dumps(settings | {setting: value}))
     with pytest.raises(ConfigError, match=f"tuning.start: .* has {setting}"):
         resolve(config)
-
-
-def test_an_adapter_of_a_whole_class_begins_by_its_names_there(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, "speck", shard_size="4KB")
-    make_composite(tmp_path / "sees", "mistral3")
-    sft, folder = workshop.config("sft", f"model.base={tmp_path / 'sees'}"), tmp_path / "peft"
-    commit(workshop.store.sub("sft"), sft, 4)
-    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
-    found = resolve(override(sft, f"tuning.start={folder}")).beginning
-    committed = resolve(override(sft, "tuning.start=sft")).beginning
-    assert found is not None
-    assert committed is not None
-    manifest = read_manifest(workshop.store.sub("sft"), 4)
-    wanted = {name: (0, count) for name, count in manifest.numels.items()}
-    ours, theirs = ({part.name: part for part in beginning.read(wanted)} for beginning in (committed, found))
-    assert ours.keys() == theirs.keys() == wanted.keys()
 
 
 def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(workshop: Workshop) -> None:

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.every_model import settings_of
 from tests.material import byte_tokenizer
-from trainer.base.describe.trial.peft_names import saved_in_adapter
 from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
@@ -56,4 +55,3 @@ def test_an_adapter_is_saved_by_names_that_peft_reads_or_refused(
         return
     names = {f"{PREFIX}{saved}.lora_{matrix}.weight" for matrix in "AB"}
     assert set(load(as_peft_reads(files, model)[WEIGHTS])) == names
-    assert saved_in_adapter(tmp_path, None, [layer]) == {layer: saved}

@@ -10,15 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.base.find.locate import base_files
-from trainer.config import Config, Model
+from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.run import layout
@@ -101,7 +100,7 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
     place = config.tuning.start
     if place is None:
         return None
-    return _Search(open_run_store(config), config.run.name, place, method, config.model).adapter()
+    return _Search(open_run_store(config), config.run.name, place, method).adapter()
 
 
 def with_known_start(config: Config) -> Config:
@@ -121,13 +120,12 @@ def is_asked_for(there: str, place: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of `runs`."""
+    """A search for the adapter at `place`, by the run of this name and method; a bare name is that of one of `runs`."""
 
     runs: Store
     run: str
     place: str
     method: Method
-    model: Model
 
     def adapter(self) -> Beginning:
         return self._begun() or self._found(self.place)
@@ -150,7 +148,7 @@ class _Search:
     def _found(self, place: str) -> Beginning:
         folder, step = place_of(self.runs, place, SETTING)
         if folder.exists(SETTINGS):
-            return PeftFolder(place, folder, self.method, self.model)
+            return PeftFolder(place, folder, self.method)
         steps = committed_steps(folder)
         if step is not None and step not in steps:
             raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
@@ -249,7 +247,6 @@ class PeftFolder:
     place: str
     folder: Store
     method: Method
-    model: Model
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -295,8 +292,7 @@ class PeftFolder:
 
     def _unlike_layers(self, method: SavedByPeft, base: Base) -> list[str]:
         """A sentence where the file has other weights than the run's adapter."""
-        shapes = method.shapes(base.architecture)
-        ours = {saved: shapes[name] for name, saved in self._saved_names(shapes).items()}
+        ours = {f"{PREFIX}{method.saved_name(name)}": shape for name, shape in method.shapes(base.architecture).items()}
         theirs = {name: source.shape for name, source in self._tensors.items()}
         if ours.keys() == theirs.keys():
             other = next((name for name, shape in ours.items() if theirs[name] != tuple(shape)), None)
@@ -318,25 +314,13 @@ class PeftFolder:
         """Everything was read when it was found."""
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
-        saved = self._saved_names(wanted)
         for name, (begin, end) in wanted.items():
-            source = self._tensors[saved[name]]
+            source = self._tensors[self._saved(self.method, name)]
             if begin < end:
                 yield Values(name, begin, end, source.dtype, source.read(begin, end))
 
-    def _saved_names(self, names: Collection[str]) -> dict[str, str]:
-        """The name in the file of each parameter: that in the language model or, where people load another class, in that."""
-        own = {name: cast(SavedByPeft, self.method).saved_name(name) for name in names}
-        if all(f"{PREFIX}{saved}" in self._tensors for saved in own.values()):
-            return {name: f"{PREFIX}{saved}" for name, saved in own.items()}
-        from trainer.base.describe.trial.peft_names import saved_in_adapter
-
-        paths = {saved.partition(".lora_")[0] for saved in own.values()}
-        there = saved_in_adapter(base_files(self.model), self.model.layers, paths)
-        return {
-            name: f"{PREFIX}{there[path]}{lora}{matrix}"
-            for name, (path, lora, matrix) in ((name, saved.partition(".lora_")) for name, saved in own.items())
-        }
+    def _saved(self, method: Method, name: str) -> str:
+        return f"{PREFIX}{cast(SavedByPeft, method).saved_name(name)}"
 
 
 @dataclass(frozen=True)

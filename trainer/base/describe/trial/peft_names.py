@@ -6,16 +6,11 @@ PEFT renames to the right one; where there is no such name, the layer cannot hav
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-
-from trainer.base.describe.composite import composite_model, whole_names
-from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.language_settings import model_config
 
 _WRAPPED = "base_model.model."
 """Begins the names of all weights in PEFT's files."""
@@ -26,15 +21,6 @@ def saved_paths(model: PreTrainedModel, paths: Collection[str]) -> dict[str, str
     misplaced = _misplaced(model, {path: path for path in paths})
     renamed = {path: _in_files(model, path) for path in misplaced}
     return {path: path for path in paths} | renamed | dict.fromkeys(_misplaced(model, renamed))
-
-
-def saved_in_adapter(directory: Path, layers: int | None, paths: Collection[str]) -> dict[str, str]:
-    """The path of each of these layers of a base's language model -> the one in an adapter for the class that people load; `directory`
-    has the base's config.json."""
-    language, whole = meta_model(model_config(directory, layers)), composite_model(directory)
-    in_whole = {path: path if whole is None else whole_names(whole, language)(path) for path in paths}
-    saved = saved_paths(whole or language, in_whole.values())
-    return {path: saved[there] or there for path, there in in_whole.items()}
 
 
 def _misplaced(model: PreTrainedModel, saved: Mapping[str, str]) -> set[str]:
