@@ -201,6 +201,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Maker]] = {
     "llm-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
     "gptq-4": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, gptq(4, 128)),
     "gptq-4-order": ({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}, gptq(4, 64, order=True)),
+    "gptq-4-16": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, gptq(4, 16)),
     "gptq-8": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, gptq(8, -1, dtype=torch.bfloat16)),
     "gptq-v2": (
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"},

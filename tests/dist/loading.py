@@ -104,6 +104,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
     loads that, "other": those that do not stand for the very weights there, "read_bytes", "log"}.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     facts = []
     for name, base, overrides in loads:
@@ -115,6 +116,8 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
             if isinstance(module, Packed):
                 plain = path.removesuffix(".base_layer")
                 whole = expected[plain if plain in expected else f"{plain}.weight"].detach()
+                if whole.ndim == 2 and isinstance(reference.get_submodule(plain), Conv1D):
+                    whole = whole.t().contiguous()
                 problems = _differences(module, whole.view(-1, *whole.shape[-2:]), config)
                 compared += 1
                 differing += [f"{name} {plain}: {problem}" for problem in problems]

@@ -1,6 +1,7 @@
 """A base in FP8 or MXFP4 is, at any number of ranks, the one that it is in 16 bits, for about the bytes of its files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MATRICES = {
     "whole": 2 * 7,
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
+GPTQ: dict[str, Any] = {"num_key_value_heads": 1, "intermediate_size": 80, "num_hidden_layers": 1}
 WRONG = "wrong"
 
 
@@ -55,6 +57,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "gpt-oss": store_in_mxfp4(gpt_oss, folder / "gpt-oss"),
         "int4": store_as(groups, folder / "int4", "int4-32", only="experts"),
     }
+
+
+def as_stored(base: Path) -> Path:
+    """A base that is the one in 16 bits itself."""
+    shutil.copytree(base, base.parent / "decoded")
+    (base.parent / "decoded").rename(base / "decoded")
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,24 @@ def test_packed_bytes_and_logits_are_those_of_the_same_base_in_16_bits(
         assert torch.equal(load_file(tmp_path / f"{name}-{quant}.safetensors")["logits"], stock[name, quant]), name
         files = sum(path.stat().st_size for path in bases[name].glob("*.safetensors"))
         assert sum(fact["read_bytes"] for fact in facts) <= 1.25 * files, name
+
+
+@pytest.mark.long
+def test_ranks_read_a_matrix_together_whose_files_have_its_transpose(workshop: Workshop, tmp_path: Path) -> None:
+    """Of whole groups of 16 inputs, and of widths that no number of ranks divides."""
+    bases = {
+        "gptq": store_as(make_base(tmp_path / "plain", **GPTQ), tmp_path / "gptq", "gptq-4-16"),
+        "gpt2": as_stored(make_base(tmp_path / "gpt2", model_type="gpt2", hidden_size=60)),
+    }
+    quants = {"double": ["quant.double=true"], "none": ["quant.type=none"]}
+    loads = [(f"{name}-{quant}", str(base), how) for name, base in bases.items() for quant, how in quants.items()]
+    results = launch(3, loading.stored_bases, dump_config(workshop.config("load")), loads, str(tmp_path))
+    for index, (name, base, _) in enumerate(loads):
+        facts, packed = [rank[index] for rank in results], 7 if "gptq" in name else 2 * 4
+        assert [fact["differing"] for fact in facts] == [[]] * 3
+        assert {fact["compared"] for fact in facts} == {packed if "double" in name else 0}
+        files = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
+        assert sum(fact["read_bytes"] for fact in facts) <= 1.08 * files, name
 
 
 def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_are_the_stacks(

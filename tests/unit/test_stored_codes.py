@@ -15,7 +15,9 @@ from tests.codes import FORMATS
 from tests.unit.test_plan import LLAMA_70B
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
+from trainer.base.partitions.exchanged import StoredTransposed
 from trainer.errors import ConfigError
+from trainer.model.nf4 import share
 from trainer.store.safetensors_index import StoredTensor, read_index
 from trainer.store.store import open_store
 
@@ -79,6 +81,38 @@ def test_ranks_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> 
             each = -(-211 * 640 // ranks)
             weight.read(rank * each, min(211 * 640, (rank + 1) * each))
         assert 0.98 <= (base.store.range_bytes - before) / stored <= 1.08
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-16", "gptq-8", "awq"])
+def test_ranks_that_read_the_transpose_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    rows, columns = 216, 640
+    tensors, values = make("q_proj", rows, columns)
+    base = base_of(tmp_path, tensors)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    for ranks in (1, 2, 3):
+        before, found = base.store.range_bytes, bytearray()
+        for rank in range(ranks):
+            weight = stored_format(how, "mine").tensors(base)["q_proj.weight"]
+            assert isinstance(weight, StoredTransposed)
+            groups = -(-columns // weight.together)
+            first, last = (min(columns, number * weight.together) * rows for number in share(groups, ranks, rank))
+            found += weight.transpose.read(first, last)
+        assert 0.98 <= (base.store.range_bytes - before) / stored <= 1.08
+        assert torch.equal(torch.frombuffer(found, dtype=values.dtype).view(columns, rows), values.T)
+
+
+def test_any_range_of_a_transpose_has_the_values_of_the_specification(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    for name in ("gptq-4-order", "gptq-8", "awq"):
+        how, make = FORMATS[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors, expected = make("q_proj", 40, 384)
+        weight = stored_format(how, "mine").tensors(base_of(folder, tensors))["q_proj.weight"]
+        assert isinstance(weight, StoredTransposed)
+        assert differing(weight.transpose, expected.T) == []
 
 
 def test_a_part_that_is_missing_or_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ class _Reader:
             raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
         if trial and not trial.learns:
             raise ConfigError(self._refusal("gives its layers no gradient while its embeddings stay as they are"))
-        if any(isinstance(self._modules[name.rpartition(".")[0]], nn.Linear) for name in tied if name != head):
+        shared = (name.removesuffix(".weight") for name in tied if name != head)  # of a bias that is nothing
+        if any(isinstance(self._modules.get(path), nn.Linear) for path in shared):
             raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
             layers=len(self._layers),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trainer.base.partitions.exchanged import exchanged
 from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.partitions.reading import Job
 from trainer.config import Quant
@@ -66,7 +67,7 @@ def place_partitions(
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
-            placement.jobs.append(Copy(source, partition))
+            placement.jobs.append(exchanged(Copy(source, partition), source, partitioner))
             continue
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
@@ -78,7 +79,7 @@ def place_partitions(
             placement.jobs += copy_packed(packed, made, found)
         else:
             assert not isinstance(source, PackedTensor)
-            placement.jobs.append(Quantize(source, packed, made, partitioner))
+            placement.jobs.append(exchanged(Quantize(source, packed, made, partitioner), source, partitioner))
     return placement
 
 

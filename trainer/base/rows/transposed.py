@@ -20,6 +20,14 @@ class Transposed:
     last_made: LastMade[Tensor] = field(repr=False, compare=False)
 
     @property
+    def transpose(self) -> TensorSource:
+        return self.stored
+
+    @property
+    def together(self) -> int:
+        return 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape[::-1]
 

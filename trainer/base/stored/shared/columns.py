@@ -1,8 +1,10 @@
 """The values of a matrix whose files have its transpose in 4 or 8 bits, packed into int32: GPTQ's and AWQ's.
 
-A row of the matrix needs bytes from all over the codes, so that a rank which has some rows of a matrix reads all of its codes, once.
+A row of the matrix needs bytes from all over the codes, so that a process which reads some rows of a matrix reads all of its codes, once. A
+row of the transpose lies together: ranks read these, and exchange what they need (trainer/base/partitions/exchanged.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 _AT_ONCE = 2**18
 # A multiple of the codes that an int32 has.
 _ROWS = 8
+_SHARED = 128
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,41 @@ class Columns:
             write_as(values[low - first * inputs : high - first * inputs].copy(), self.dtype, data, low - begin)
         return data
 
+    @property
+    def transpose(self) -> "_Transpose":
+        return _Transpose(self)
+
+    @property
+    def together(self) -> int:
+        """Inputs that share scales, or so many that these are little beside the codes; whole int32 in any case."""
+        return -(-min(self.group, _SHARED) // _ROWS) * _ROWS
+
     def _rows(self, first: int, last: int) -> Floats:
         """Those of the outputs [first, last), (last - first, inputs)."""
-        words, scales = self._whole(self.codes), SCALES[self.dtype](self._bytes(self.scales))
+        group = self._groups(0, self.shape[1], self._whole)
+        return np.ascontiguousarray(self._block(0, self.shape[1], first, last, group, self._whole).T)
+
+    def of_inputs(self, first: int, last: int) -> Floats:
+        """Those of the inputs [first, last), (last - first, outputs)."""
+        group = self._groups(first, last, _only)
+        return self._block(first, last, 0, self.shape[0], group, _only)
+
+    def _block(self, begin: int, end: int, first: int, last: int, group: NDArray[np.int32], rows: "_Rows") -> Floats:
+        """The values of the inputs [begin, end), whose groups are `group`, and the outputs [first, last); `rows` reads rows of a tensor."""
+        each, low = 32 // self.bits, int(group.min())
         if self.along_outputs:
-            codes = self._along_outputs(words, first, last)
+            codes = self._along_outputs(_words(rows(self.codes, begin, end), self.codes), first, last)
         else:
+            words = _words(rows(self.codes, begin // each, -(-end // each)), self.codes)
             part = words[:, None, first:last] >> np.arange(0, 32, self.bits, dtype=np.uint32)[:, None]
-            codes = (part & self._mask).reshape(self.shape[1], last - first)
-        zeros = self._along_outputs(self._whole(self.zeros), first, last).astype(np.float32) + np.float32(self.more)
-        by = scales.reshape(self.scales.shape)[:, first:last]
-        group = self._groups()
+            codes = (part & self._mask).reshape(-1, last - first)[begin % each :][: end - begin]
+        high = int(group.max()) + 1
+        zeros = self._along_outputs(_words(rows(self.zeros, low, high), self.zeros), first, last)
+        by = SCALES[self.dtype](rows(self.scales, low, high)).reshape(-1, self.shape[0])[:, first:last]
         values = codes.astype(np.float32)
-        values -= zeros[group]
-        values *= by[group]
-        return np.ascontiguousarray(values.T)
+        values -= (zeros.astype(np.float32) + np.float32(self.more))[group - low]
+        values *= by[group - low]
+        return values
 
     def _along_outputs(self, words: NDArray[np.uint32], first: int, last: int) -> NDArray[np.uint32]:
         """The codes of the outputs [first, last), of words that have several side by side."""
@@ -80,14 +103,54 @@ class Columns:
     def _mask(self) -> np.uint32:
         return np.uint32(2**self.bits - 1)
 
-    def _groups(self) -> NDArray[np.int32]:
-        """The group of each input."""
+    def _groups(self, first: int, last: int, rows: "_Rows") -> NDArray[np.int32]:
+        """The group of each of these inputs."""
         if self.group_of is None:
-            return np.arange(self.shape[1], dtype=np.int32) // np.int32(self.group)
-        return np.frombuffer(self._bytes(self.group_of), np.int32)
+            return np.arange(first, last, dtype=np.int32) // np.int32(self.group)
+        return np.frombuffer(rows(self.group_of, first, last), np.int32)
 
-    def _whole(self, source: TensorSource) -> NDArray[np.uint32]:
-        return np.frombuffer(self._bytes(source), np.uint32).reshape(source.shape)
+    def _whole(self, source: TensorSource, first: int, last: int) -> memoryview:
+        """Rows of a tensor that is read whole, and once."""
+        data, row = memoryview(self.last_reads.read(source, 0, numel(source))), _row_bytes(source)
+        return data[first * row : last * row]
 
-    def _bytes(self, source: TensorSource) -> bytearray:
-        return self.last_reads.read(source, 0, numel(source))
+
+_Rows = Callable[[TensorSource, int, int], bytearray | memoryview]
+"""The bytes of the rows [first, last) of a tensor."""
+
+
+def _only(source: TensorSource, first: int, last: int) -> bytearray:
+    """These rows alone."""
+    width = numel(source) // source.shape[0]
+    return source.read(first * width, last * width)
+
+
+def _row_bytes(source: TensorSource) -> int:
+    return numel(source) // source.shape[0] * DTYPE_BYTES[source.dtype]
+
+
+def _words(data: bytearray | memoryview, source: TensorSource) -> NDArray[np.uint32]:
+    return np.frombuffer(data, np.uint32).reshape(-1, source.shape[1])
+
+
+@dataclass(frozen=True)
+class _Transpose:
+    """The values of the transpose, (inputs, outputs)."""
+
+    of: Columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.of.shape[1], self.of.shape[0]
+
+    @property
+    def dtype(self) -> str:
+        return self.of.dtype
+
+    def read(self, begin: int, end: int) -> bytearray:
+        outputs, item = self.of.shape[0], DTYPE_BYTES[self.dtype]
+        data = bytearray(item * (end - begin))
+        first = begin // outputs
+        values = self.of.of_inputs(first, -(-end // outputs)).reshape(-1)
+        write_as(values[begin - first * outputs : end - first * outputs].copy(), self.dtype, data, 0)
+        return data

@@ -38,7 +38,7 @@ def _e8m0() -> Floats:
 
 E4M3, E2M1, E8M0 = _e4m3(), _e2m1(), _e8m0()
 # The types that scales are stored in, by safetensors' names. U8 are exponents too, of writers whose torch had no name for them.
-SCALES: dict[str, Callable[[bytearray], Floats]] = {
+SCALES: dict[str, Callable[[bytearray | memoryview], Floats]] = {
     "F32": lambda data: np.frombuffer(data, np.float32),
     "F16": lambda data: np.frombuffer(data, np.float16).astype(np.float32),
     "BF16": lambda data: (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32),
