@@ -6,7 +6,7 @@ train:     one generator over steps                                             
 """
 
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -15,11 +15,12 @@ from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
-from trainer.data.order.bins import EpochBins
+from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.order.position import Position
-from trainer.data.order.stream import Stream, eval_stream, train_stream
+from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.measure.samples import open_samples
+from trainer.evaluate.rollout.making import rollouts_of
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import (
     assemble,
@@ -51,7 +52,8 @@ from trainer.train.reference import ReferencePass
 from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
-from trainer.train.taught import stored_teacher
+from trainer.train.supply import compiled, stored_teacher, supply_of
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 _print = partial(print, flush=True)
 
@@ -103,7 +105,12 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
     traced = start.config.train.profile if first else None
-    with StepProfile(traced, start.folder, start.log) as profile, metered(device, reads=first) as power:
+    # Its threads may wait for a chapter that does not come.
+    with (
+        closing(training.stream.chapters),
+        StepProfile(traced, start.folder, start.log) as profile,
+        metered(device, reads=first) as power,
+    ):
         profile.reached(step)
         for record in train(training, step, position):
             profile.reached(record["step"])
@@ -140,7 +147,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
-    training = _training(start, engine, rows, checkpoints, datasets.epochs, _place(restored))
+    training = _training(start, engine, rows, checkpoints, datasets, _place(restored))
     step, total = _place(restored)[0], training.horizon.steps
     facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "attention": attention.name}
     of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
@@ -157,7 +164,11 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     def evaluated(config: Config, fingerprint: str) -> Stream:
         return eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
 
-    train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
+    if isinstance(start.objective, LearnsFromRollouts):
+        place = rollouts_of(start.resolved, start.folder, datasets.train)
+        train = rollout_stream(config, Rollouts(place, config.train.steps or 0), rank, world_size)
+    else:
+        train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():
         train.teacher = stored_teacher(start, datasets.train, train.chapters.reads)
     return _Rows(
@@ -190,7 +201,7 @@ def _training(
     engine: Engine,
     rows: _Rows,
     checkpoints: Checkpoints,
-    epochs: Sequence[EpochBins],
+    datasets: Datasets,
     place: tuple[int, Position],
 ) -> Training:
     """Everything that the loop needs to go on from `place`, without the windows of data whose loss was not finite before. Collective."""
@@ -202,10 +213,11 @@ def _training(
         start=start,
         engine=engine,
         stream=rows.train,
+        supply=supply_of(start, datasets, rows.train.rollouts) if rows.train.rollouts else compiled,
         eval_stream=rows.held_out,
         eval_sets=rows.sets,
         checkpoints=checkpoints,
-        horizon=horizon_of(config.train, epochs, *place, skipped),
+        horizon=horizon_of(config.train, datasets.epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
         rules=open_stop_rules(start, place[0], checkpoints.evaluated),
         samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,

@@ -10,6 +10,7 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
+from trainer.config.objective import OWN
 from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
@@ -23,6 +24,7 @@ from trainer.processes.patience import patiently
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 # A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
@@ -125,8 +127,11 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         store = _answering_store(config)
     with patiently("measuring the data"):
         length = length_of(config, None if missing else epoch_length(config, files, store))
-    if teacher := teacher_of(find_objective(config)):
+    objective = find_objective(config)
+    if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
+    if isinstance(objective, LearnsFromRollouts):
+        plan = replace(plan, notes=[*plan.notes, _of_rollouts(config)])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
@@ -142,6 +147,22 @@ def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
     return (
         f"{teacher.setting}: {teacher.name} stores {size} bytes a target beside the data{most}, by capstan teach before the run. The run has no "
         "teacher in memory."
+    )
+
+
+def _of_rollouts(config: Config) -> str:
+    """A sentence on what a step samples, and who does. Each token of an answer takes 12 bytes in the store, and so does each of its prompt."""
+    given, batch = config.rollout, config.train.global_batch
+    answers, adapter = batch * given.answers, f"an adapter at most {given.lag} updates old"
+    who = (
+        "the ranks themselves, between updates"
+        if given.engine == OWN
+        else f"{len(given.engine)} servers, with {adapter}"
+    )
+    most = decimal(12 * answers * config.data.sequence_length)
+    return (
+        f"rollout: each step samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
+        f"step's are at most {most} in the store."
     )
 
 

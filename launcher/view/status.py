@@ -73,6 +73,7 @@ class RunStatus:
     loss_first: float | None = None
     loss: float | None = None
     loss_curve: list[tuple[int, float]] = field(default_factory=list)
+    reward: float | None = None
     eval_loss: float | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
@@ -205,6 +206,7 @@ class Follower:
             loss_first=self._first_loss(),
             loss=self._newest_value("step", "loss"),
             loss_curve=self._loss_curve(),
+            reward=self._newest_value("step", "reward"),
             eval_loss=self._newest_value("eval", "loss"),
             eval_losses=self._set_losses(),
             tokens_per_second=tokens_per_second,

@@ -49,6 +49,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "epoch", _epoch_line(status)
     yield "loss", _loss_line(status)
     yield "", sparkline(status.loss_curve)
+    yield "reward", "" if status.reward is None else f"{status.reward:.4f}"
     yield "held out", ", ".join(f"{name} {loss:.4f}" for name, loss in status.eval_losses.items())
     yield "lr", "" if status.lr is None else f"{status.lr:.3g}"
     if status.tokens_per_second is not None:

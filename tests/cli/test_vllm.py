@@ -28,20 +28,21 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
 }
 # Not the head: with an adapter's wrapper around it, a request for the prompt's log-probabilities ends this vLLM on a CPU.
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 @contextmanager
-def vllm(base: Path, adapter: Path, log: Path) -> Iterator[str]:
-    """The address of a server of `base` and of the adapter called done."""
+def vllm(base: Path, log: Path, *options: str) -> Iterator[str]:
+    """The address of a server of `base` that takes adapters."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     given = ["serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
     given += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora"]
-    given += ["--lora-target-modules", *TARGETS, "--lora-modules", f"done={adapter}"]
+    given += ["--lora-target-modules", *TARGETS, *options]
     environment = {**os.environ, **ENVIRONMENT, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
     with log.open("w") as out:
         process = children.start(
@@ -77,7 +78,7 @@ def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan
     commit(workshop.store.sub("done"), config, dataset=workshop.prepare(config).train)
     export = ("export", "done", str(tmp_path / "adapter"), f"--store={workshop.folder}/store")
     assert capstan(*export, timeout=600).returncode == 0
-    with vllm(workshop.base, tmp_path / "adapter", tmp_path / "vllm.log") as url:
+    with vllm(workshop.base, tmp_path / "vllm.log", "--lora-modules", f"done={tmp_path}/adapter") as url:
         served = capstan(*export, "--verify", "--server", url, timeout=600)
         assert served.returncode == 0, served.stderr
         assert "log-probabilities of done" in served.stdout

@@ -24,7 +24,7 @@ from tests.material import Workshop, make_base, make_labelled, make_pairs
 from trainer.config import dump_config, parse_config
 from trainer.data.order.position import Position
 from trainer.train.loop import train
-from trainer.train.taught import stored_teacher
+from trainer.train.supply import stored_teacher
 
 
 class Begun(NamedTuple):

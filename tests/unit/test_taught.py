@@ -20,6 +20,7 @@ from trainer.data.dataset.taught import (
     begin_teacher,
     finish_teacher,
     read_whole,
+    taught_identity,
     teacher_folder,
     write_block,
     written_blocks,
@@ -28,8 +29,9 @@ from trainer.errors import ConfigError, Damaged
 from trainer.evaluate import teach, teach_server
 from trainer.evaluate.taught_data import begun
 from trainer.export.proof.completions import CompletionsServer
+from trainer.run import layout
 from trainer.store.store import Store, open_store
-from trainer.train.taught import stored_teacher
+from trainer.train.supply import stored_teacher
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
@@ -182,3 +184,15 @@ def test_a_server_teaches_what_it_says_of_each_target() -> None:
         places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
         with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
             teach_server._said(server, 2, 10, stored)
+
+
+def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> None:
+    store = open_store(str(tmp_path))
+    folder, found = teacher_folder(store.sub(layout.dataset("data")), BIG.to_json()), list[dict[str, Any]]()
+    assert taught_identity(store, "data", BIG) == {}
+    record = begin_teacher(folder, TeacherRecord(settings=BIG.to_json(), facts={}, k=3, vocabulary=300))
+    for seed in (1, 2, 1):
+        write_block(folder, record, 0, [said(2, seed)])
+        finish_teacher(folder, record, [0, 1], 2)
+        found.append(taught_identity(store, "data", BIG))
+    assert found[0] == found[2] != found[1]

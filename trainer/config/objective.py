@@ -1,7 +1,9 @@
-"""The settings of the objective: what training minimises."""
+"""The settings of the objective, what training minimises, and of the answers that are sampled for one that learns from rewards."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import field_validator
 
 from trainer.config.section import Section, declared, setting, with_parts
 
@@ -31,7 +33,7 @@ HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
 
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md, docs/methods.md and docs/distillation.md say when to use which, and give the formulas."""
+    """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md say when to use which, and give the formulas."""
 
     name: str = setting(
         "sft",
@@ -39,7 +41,7 @@ class ObjectiveSettings(Section):
         "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
         "multilabel_classification: any of several (data.format: multilabel). token_classification: "
         "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target.",
+        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
@@ -51,7 +53,7 @@ class ObjectiveSettings(Section):
     )
     beta: float | None = setting(
         None,
-        about="dpo and kto: how strongly the model is held to the reference. orpo: weight of the odds ratio beside the next-token "
+        about="dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the base, 0 by default. orpo: weight of the odds ratio beside the next-token "
         "loss. simpo: scale of the log-probability a token. Default: 0.1, for simpo 2.",
         example=0.1,
         gt=0,
@@ -66,3 +68,80 @@ class ObjectiveSettings(Section):
         lt=1,
         unit="share",
     )
+
+
+OWN = "own"
+LAG = 1
+"""The updates of `max_lag`, where servers sample and nothing is said."""
+
+
+class Rollout(Section):
+    """Answers that are sampled while the run learns, for objective.name: grpo. The prompts are those of data.train: all before the last answer of a row,
+    which is given to the reward and never trained. docs/rollouts.md says how to go about it."""
+
+    reward: str | None = setting(
+        None,
+        about="What an answer is worth: exact, regex, json_schema or length, or your function as module:function, called as TRL calls one: with lists "
+        "prompts, completions and answer, by name; it returns a number for each.",
+        example="rewards:correct",
+    )
+    engine: Literal["own"] | list[str] = setting(
+        OWN,
+        about="Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is needed. Or URLs of vLLM "
+        "servers of the same base, which `capstan rollout` asks beside the run.",
+        example=["http://gpu-1:8000"],
+    )
+    answers: int = setting(
+        8, about="Answers sampled to each prompt, which are compared with each other.", example=16, ge=2, le=4096
+    )
+    max_tokens: int = setting(
+        256,
+        about="Longest answer. It is shorter where data.sequence_length has less room behind the prompt.",
+        example=1024,
+        ge=1,
+        le=2**20,
+        unit="tokens",
+    )
+    temperature: float = setting(
+        1.0,
+        about="Temperature of sampling. Log-probabilities, the sampler's and the trainer's, are those at 1.",
+        example=0.8,
+        gt=0,
+        le=10,
+    )
+    max_lag: int | None = setting(
+        None,
+        about="Updates that an answer's adapter may be behind the update that learns from it; the trainer waits for newer answers. 0 samples and "
+        "trains in turns. Not with engine: own, which always does. Default: 1.",
+        example=0,
+        ge=0,
+        le=1000,
+        unit="updates",
+    )
+    held_out: int = setting(
+        0,
+        about="So many prompts of the evaluation data (data.eval or data.held_out) are answered, by the likeliest tokens, every eval.every steps, and get the "
+        "same reward: held_out_reward in the records.",
+        example=64,
+        ge=0,
+        le=100_000,
+        unit="prompts",
+    )
+    reward_seconds: float = setting(
+        60, about="How long the reward of one step's answers may take.", example=300, gt=0, unit="seconds"
+    )
+
+    @property
+    def lag(self) -> int:
+        return 0 if self.engine == OWN else LAG if self.max_lag is None else self.max_lag
+
+    @field_validator("engine")
+    @classmethod
+    def _some_server(cls, engine: str | list[str]) -> str | list[str]:
+        if isinstance(engine, list) and (
+            not engine or any(not url.startswith(("http://", "https://")) for url in engine)
+        ):
+            raise ValueError(
+                f"rollout.engine: {engine} is not allowed. Give own, or a list of URLs. Example: [http://gpu-1:8000]."
+            )
+        return engine

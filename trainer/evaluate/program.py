@@ -32,6 +32,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     # These import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
+    from trainer.evaluate.rollout.serving import roll_out
     from trainer.evaluate.teach import teach
 
     say = tell if os.environ.get("RANK", "0") == "0" else _nothing
@@ -39,7 +40,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
         if ask.what == "generate":
             result = generate(ask, prompts, say)
         else:
-            result = evaluate(ask, say) if ask.what == "evaluate" else teach(ask, say)
+            result = {"evaluate": evaluate, "teach": teach, "rollout": roll_out}[ask.what](ask, say)
     except CapstanError:
         _leave()
         raise

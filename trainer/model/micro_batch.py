@@ -52,6 +52,7 @@ class MicroBatch:
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
         taught: a stored teacher's word on each target, in the order of the labels; None without one.
+        sampled: (targets, 2) fp32, of sampled answers each target's log p by the sampler, in nats, and its advantage; None without any.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
         prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its first token in the row,
@@ -75,6 +76,7 @@ class MicroBatch:
     survey: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     taught: Taught | None = None
+    sampled: torch.Tensor | None = None
     parts: int = 1
     first: int = 0
     prefixes: tuple[tuple[int, int], ...] = ()
@@ -120,6 +122,7 @@ class MicroBatch:
             survey=None if self.survey is None else self.survey.to(device),  # the device made it
             reference=None if self.reference is None else onto(self.reference, device),
             taught=None if self.taught is None else Taught(*(onto(values, device) for values in self.taught)),
+            sampled=None if self.sampled is None else onto(self.sampled, device),
             host=self,
         )
 

@@ -11,6 +11,7 @@ from trainer.config.objective import HEADS
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
 from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective.rollouts import rollout_mismatches
 
 _SHARED_ROWS = "sharding.sequence_parallel"
 _ALONE = "Set it to 1."
@@ -23,6 +24,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
+        *rollout_mismatches(config, objective, method),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
     ]

@@ -13,14 +13,18 @@ from trainer.base.find.content import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.inputs import with_labels
+from trainer.data.dataset.taught import taught_identity
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError, shown
 from trainer.plan.mismatches import mismatches, reference_of
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.store.store import open_run_store
 from trainer.tuning.method import Method, method_of
 from trainer.tuning.objective.objective import Objective, find_objective
+from trainer.tuning.objective.rollouts import rollout_identity
+from trainer.tuning.objective.teacher import teacher_of
 from trainer.tuning.shared.initial_adapter import SETTING, Beginning, find_beginning, starting_at
 
 if TYPE_CHECKING:
@@ -61,6 +65,8 @@ class Resolved:
         base's weights; raises as `content_of`.
         """
         model, quant, base = self.config.model, self.config.quant, self.base
+        teacher = teacher_of(self.objective)
+        taught = {} if teacher is None else taught_identity(open_run_store(self.config), dataset, teacher)
         return Identity(
             dataset=dataset,
             base={
@@ -80,7 +86,11 @@ class Resolved:
             },
             adapter=self.method.identity,
             order=train_order(self.config).to_json(),
-            objective=self.objective.identity,
+            objective={
+                **self.objective.identity,
+                **rollout_identity(self.config, self.objective),
+                **taught,
+            },
             optimizer=self.config.optim.name,
             text=text_of(self.config.data, base.directory).hashes,
             defaults={**self.objective.defaults, **self.method.defaults},

@@ -24,6 +24,7 @@ EVALUATIONS = "evaluations/"
 SAMPLES = "samples/"
 PROFILES = "profiles/"
 ADAPTER = "adapter"
+ROLLOUT_ADAPTERS = "adapters/"
 TENSORBOARD = "tensorboard/"
 TRACKERS = "trackers/"
 TEXT = "text/"
@@ -36,6 +37,7 @@ SLURM_ATTEMPTS = "slurm/attempts/"
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
+_PUBLISHED = re.compile(r"adapters/step-(\d{9})/PUBLISHED")
 _OWNER = re.compile(r"owners/(\d{6})\.json")
 _RESULT = re.compile(r"(?:evaluations|samples)/step-(\d{9})\.jsonl?")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
@@ -133,6 +135,32 @@ def adapter(step: int) -> str:
     return f"{checkpoint(step)}{ADAPTER}"
 
 
+def rollouts(key: str) -> str:
+    """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them but what was learnt."""
+    return f"rollouts/{key}"
+
+
+def chapter_of_rollouts(number: int) -> str:
+    """The name of a chapter of answers, as a data set in the folder of the rollouts."""
+    return f"chapter-{number:09d}"
+
+
+def rollout_adapter(step: int) -> str:
+    """The folder, in that of the rollouts, of what was learnt after `step` updates."""
+    return f"{ROLLOUT_ADAPTERS}step-{step:09d}/"
+
+
+def published(step: int) -> str:
+    """The key that is written last in that folder."""
+    return f"{rollout_adapter(step)}PUBLISHED"
+
+
+def published_step(key: str) -> int | None:
+    """The step whose adapter `key` says to be there, or None for any other key."""
+    match = _PUBLISHED.fullmatch(key)
+    return int(match[1]) if match else None
+
+
 def damaged_manifest(step: int, generation: int) -> str:
     """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
@@ -170,5 +198,5 @@ def bases(fingerprint: str) -> str:
 
 
 def dataset(fingerprint: str) -> str:
-    """Where a compiled data set lies, relative to the store's root: runs share it."""
+    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in a folder of their own."""
     return f"data/{fingerprint}/"

@@ -26,6 +26,7 @@ class PlainLines:
             "start": self._start,
             "step": self._step,
             "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
+            "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
             "commit": lambda record: f"{_at(record)}: committed",
             "end": lambda record: f"{record['outcome']}{': ' if record['reason'] else ''}{record['reason']}",
         }
@@ -50,6 +51,7 @@ class PlainLines:
         parts = (
             f"step {step:,}{of}",
             f"loss{_number(record, 'loss', '.4f')}",
+            f"reward{_number(record, 'reward', '.4f')}" if "reward" in record else "",
             f"lr{_number(record, 'lr', '.3g')}",
             f"{_number(record, 'tokens_per_second', ',.0f').strip()} tokens/s",
             f"{duration(left)} left" if left else "",

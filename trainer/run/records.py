@@ -24,14 +24,16 @@ T = TypeVar("T")
 # The values that every reader may rely on in a record of each kind, and the types of values in records of all kinds.
 _NEEDED = {
     "start": {"step"},
-    **{kind: {"step"} for kind in ("step", "eval", "commit", "skip")},
+    **{kind: {"step"} for kind in ("step", "eval", "commit", "skip", "waiting")},
     "first_step": {"seconds"},
     "end": {"outcome", "reason"},
     "restart": {"reason"},
 }
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps"), int),
-    **dict.fromkeys(("loss", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float),
+    **dict.fromkeys(
+        ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
+    ),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
     "machines": list,

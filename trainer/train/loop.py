@@ -30,6 +30,7 @@ from trainer.train.routing import Routing
 from trainer.train.save_rules import SaveRules
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules
+from trainer.train.supply import Supply, compiled
 from trainer.tuning.objective.objective import measured, sums_of
 
 
@@ -42,6 +43,7 @@ class Training:
     stream: Stream
     eval_stream: Stream | None = None
     eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
+    supply: Supply = compiled
     checkpoints: Checkpoints
     horizon: Horizon
     work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
@@ -85,6 +87,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         started = time.monotonic()
         _begin(run, "data", step + 1)
         try:
+            supplied = run.supply(run.engine, step)
             batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
         except (DataError, Stopped):  # on every rank: the next chapter of the data will not be compiled
             if step >= first_step:
@@ -103,7 +106,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         record = {"step": step, "epoch": place.epoch, **update.figures}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        yield record | update.measured | _totals(run, update.every, seconds) | routing.measured()
+        yield record | update.measured | supplied | _totals(run, update.every, seconds) | routing.measured()
         if _follow(run, update, step, _Window(before, position), saves, routing, first=step == first_step):
             return
 

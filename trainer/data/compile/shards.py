@@ -1,14 +1,13 @@
 """Writes token shards, and a journal of them by which a killed compilation goes on after its last shard."""
 
 import hashlib
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded
-from trainer.data.dataset.binary import BLOCK, HASH, ID_BITS, OFFSET, TOKEN
-from trainer.data.dataset.dataset import BLOCK_DOCUMENTS, BLOCK_TOKENS, SHARD_TOKENS
+from trainer.data.dataset.binary import HASH, ID_BITS, OFFSET, TOKEN
+from trainer.data.dataset.dataset import SHARD_TOKENS, describe_blocks
 from trainer.data.dataset.manifest import (
     Count,
     Counters,
@@ -158,16 +157,3 @@ def hash_documents(tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> ND
     starts = np.cumsum(lengths) - lengths
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
     return np.add.reduceat(splitmix64((tokens & ID_BITS) + (places.astype(np.uint64) << np.uint64(32))), starts)
-
-
-def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
-    """The blocks of a shard, (blocks,) of `BLOCK`; `offsets` (documents + 1,) say where its documents begin."""
-    firsts = [0]
-    while firsts[-1] < len(offsets) - 1:
-        fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1
-        firsts.append(max(firsts[-1] + 1, min(firsts[-1] + BLOCK_DOCUMENTS, fitting)))
-    blocks = np.empty(len(firsts) - 1, BLOCK)
-    blocks["document"] = firsts[:-1]
-    parts = (tokens[begin:end] for begin, end in pairwise(offsets[firsts].tolist()))
-    blocks["sha256"] = [np.void(hashlib.sha256(part.astype(TOKEN).tobytes()).digest()) for part in parts]
-    return blocks

@@ -40,7 +40,7 @@ class Chapters:
         self._needed: list[int] = []
         self._uncompiled: set[int] = set()
         self._open_chapter, self._given_up = open_chapter, given_up
-        self._closed = threading.Event()
+        self._closed, self._news = False, threading.Event()
         self._pool = ThreadPoolExecutor(_OPEN, "chapters")
         self._opening = lru_cache(maxsize=_OPEN)(self._open)
 
@@ -69,7 +69,14 @@ class Chapters:
 
     def close(self) -> None:
         """End all waits: nobody needs what they are for."""
-        self._closed.set()
+        self._closed = True
+        self._news.set()
+
+    def look(self) -> None:
+        """Have those that wait look now: a chapter was just committed."""
+        self._news.set()
+        if not self._closed:
+            self._news.clear()
 
     def _open(self, chapter: int) -> Future[Dataset]:
         return self._pool.submit(self._wait_for, chapter)
@@ -86,7 +93,8 @@ class Chapters:
             else:
                 self._uncompiled.discard(chapter)
                 return replace(data, reads=self.reads)
-            if self._closed.wait(LOOK_SECONDS):
+            self._news.wait(LOOK_SECONDS)
+            if self._closed:
                 raise CancelledError
 
 

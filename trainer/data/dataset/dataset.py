@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -256,3 +257,16 @@ def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64],
     whole = offsets[0] == 0 and offsets[-1] == shard.tokens and borders[0] == 0
     if not whole or (offsets[1:] <= offsets[:-1]).any() or (borders[1:] <= borders[:-1]).any():
         raise damaged(f"{folder.uri}/{shard.documents_file.key}", "its documents or blocks do not follow each other")
+
+
+def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """The blocks of a shard, (blocks,) of `BLOCK`; `offsets` (documents + 1,) say where its documents begin."""
+    firsts = [0]
+    while firsts[-1] < len(offsets) - 1:
+        fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1
+        firsts.append(max(firsts[-1] + 1, min(firsts[-1] + BLOCK_DOCUMENTS, fitting)))
+    blocks = np.empty(len(firsts) - 1, BLOCK)
+    blocks["document"] = firsts[:-1]
+    parts = (tokens[begin:end] for begin, end in pairwise(offsets[firsts].tolist()))
+    blocks["sha256"] = [np.void(hashlib.sha256(part.astype(TOKEN).tobytes()).digest()) for part in parts]
+    return blocks

@@ -85,7 +85,8 @@ class FileRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes."""
+    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of rollouts have two files of their
+    own, see trainer/data/dataset/rollouts.py."""
 
     source: Count
     chapter: Count
@@ -96,6 +97,8 @@ class ShardRecord(Record):
     documents_file: FileRecord
     blocks_file: FileRecord
     hashes_file: FileRecord | None = None
+    columns_file: FileRecord | None = None
+    samples_file: FileRecord | None = None
 
     @model_validator(mode="after")
     def _has_its_size(self) -> "ShardRecord":

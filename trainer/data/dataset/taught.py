@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.manifest import Count, Record, Sha256, digest_of, unsealed
 from trainer.errors import AlreadyExists, Damaged, NotFound
+from trainer.run import layout
 from trainer.store.store import Buffer, Store
-from trainer.tuning.objective.teacher import id_bytes
+from trainer.tuning.objective.teacher import Teacher, id_bytes
 
 _TEACHER, _WHOLE = "teacher.json", "whole.json"
 _BLOCK = re.compile(r"block-(\d{9})\.json")
@@ -56,11 +57,12 @@ class BlockRecord(Record):
 
 
 class WholeRecord(Record):
-    """`firsts` has the first document of each block, and behind them the number of all."""
+    """`firsts` has the first document of each block, and behind them the number of all. `values` is a hash over those of all values."""
 
     firsts: list[Count]
     targets: Count
     bytes: Count
+    values: Sha256 | None = None
 
 
 class Likeliest(NamedTuple):
@@ -112,7 +114,8 @@ def write_block(folder: Store, record: TeacherRecord, block: int, documents: Seq
 
 def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], targets: int) -> WholeRecord:
     """Say that all blocks are there."""
-    whole = WholeRecord(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize)
+    values = digest_of([_record(BlockRecord, folder, _key(block, "json")).digests for block in range(len(firsts) - 1)])
+    whole = WholeRecord(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize, values=values)
     folder.put(_WHOLE, whole.sealed())
     return whole
 
@@ -123,6 +126,12 @@ def read_whole(folder: Store) -> WholeRecord | None:
         return _record(WholeRecord, folder, _WHOLE)
     except NotFound:
         return None
+
+
+def taught_identity(store: Store, dataset: str, teacher: Teacher) -> dict[str, Any]:
+    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued; nothing before it is there."""
+    whole = read_whole(teacher_folder(store.sub(layout.dataset(dataset)), teacher.to_json()))
+    return {"teacher_values": whole.values} if whole else {}
 
 
 class StoredTeacher:

@@ -26,6 +26,7 @@ from trainer.data.dataset.binary import (
 )
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
+from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.position import Position
@@ -67,11 +68,13 @@ class Stream:
     With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of a `parts`-th of the ranks.
 
     `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
-    row gets its own. So may `teacher`, of which each row gets what it says of its targets.
+    row gets its own. So may `teacher`, of which each row gets what it says of its targets, and `rollouts`, in the order of which a step is a
+    chapter, of as many rows as that has.
     """
 
     reference: NDArray[np.float32] | None = None
     teacher: StoredTeacher | None = None
+    rollouts: Rollouts | None = None
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class Stream:
         self._windows = _ReadAhead(self._load, self._next_window)
 
     def step(self, position: Position) -> list[MicroBatch]:
-        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them.
+        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them, or those of a chapter.
 
         Bin b of the step belongs to rank (b // micro_batch) % world_size. Where the epoch ends or the ranks outnumber
         the bins, rows are empty: all padding, no targets.
@@ -113,7 +116,8 @@ class Stream:
         """
         bins, _ = self._take(position)
         batches = []
-        for micro in range(self.accumulation):
+        share = self._world_size * self._micro_batch
+        for micro in range(-(-len(bins) // share) if self.rollouts else self.accumulation):
             first = (micro * self._world_size + self._rank) * self._micro_batch
             batches.append(self._pack(bins[first : first + self._micro_batch]))
         return batches
@@ -163,6 +167,14 @@ class Stream:
     def _take(self, position: Position) -> tuple[list[Position], Position]:
         """The bins of the step that begins at `position`, and where the next step begins."""
         epoch, chapter, window, place = position.epoch, position.chapter, position.window, position.bin
+        if self.rollouts is not None:
+            plan = self._plan(epoch, chapter)
+            whole_chapter = [
+                Position(epoch, window, k, chapter)
+                for window in range(plan.num_windows)
+                for k in range(plan.window(window).num_bins)
+            ]
+            return whole_chapter, Position(epoch, chapter=chapter + 1)
         taken: list[Position] = []
         # A step that is full does not wait for the chapter behind it.
         while chapter < self.chapters.count and len(taken) < self._global_batch:
@@ -263,6 +275,7 @@ class Stream:
             prefixes=prefixes,
             reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
             taught=None if self.teacher is None else Taught(*map(torch.from_numpy, self.teacher.read(documents))),
+            sampled=None if self.rollouts is None else torch.from_numpy(self.rollouts.read(documents)),
         )
         return row if self._parts == 1 else row.cut(self._part, self._parts)
 
@@ -342,6 +355,15 @@ def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int)
     epochs = ceil(config.train.epochs) if config.train.epochs else None
     batches, parts = (config.train.global_batch, config.train.micro_batch), config.sharding.sequence_parallel
     return Stream(chapters, order, *batches, rank, world_size, epochs, parts)
+
+
+def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: int) -> Stream:
+    """The stream of a run's sampled answers, a chapter a step."""
+    order = replace(train_order(config), weights=(1.0,), fractions=())
+    batches = config.train.global_batch, config.train.micro_batch
+    stream = Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1)
+    stream.rollouts = rollouts
+    return stream
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:

@@ -73,6 +73,19 @@ class CompletionsServer:
         asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return self._read("/tokenize", asked, lambda found: list(found["tokens"]))
 
+    def load(self, name: str, folder: str) -> None:
+        """Have it take the adapter in the folder, which it sees, by this name. Raises as `ask`."""
+        self._read("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, None)
+
+    def unload(self, name: str) -> None:
+        """Have it drop the adapter. Raises as `ask`."""
+        self._read("/v1/unload_lora_adapter", {"lora_name": name}, None)
+
+    def sample(self, model: str, tokens: list[int], **sampling: Any) -> list[tuple[list[int], list[float]]]:
+        """Answers of the model called so to a prompt of these tokens: the tokens of each, and the log p of each of them before the temperature. Raises as `ask`."""
+        asked = {"model": model, "prompt": tokens, "logprobs": 0, "return_token_ids": True, **sampling}
+        return self._read("/v1/completions", asked, lambda found: [_drawn(choice) for choice in found["choices"]])
+
     def _read(self, path: str, body: Any, read: Any) -> Any:
         return _read(self.setting, self.url, path, body, read)
 
@@ -87,13 +100,17 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
     return found
 
 
-def _answer(choice: Any, tokens: list[int]) -> Answer:
-    places = choice["prompt_logprobs"][1:]
-    log_p = [_log_p(place[str(token)]["logprob"]) for place, token in zip(places, tokens[1:], strict=True)]
+def _drawn(choice: Any) -> tuple[list[int], list[float]]:
     drawn, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     if not drawn or len(drawn) != len(values) or not all(type(token) is int and token >= 0 for token in drawn):
         raise ValueError("no tokens were drawn, or not each has a log-probability")
-    return Answer(log_p, drawn, [_log_p(value) for value in values])
+    return drawn, [_log_p(value) for value in values]
+
+
+def _answer(choice: Any, tokens: list[int]) -> Answer:
+    places = choice["prompt_logprobs"][1:]
+    log_p = [_log_p(place[str(token)]["logprob"]) for place, token in zip(places, tokens[1:], strict=True)]
+    return Answer(log_p, *_drawn(choice))
 
 
 def _log_p(value: Any) -> float:
@@ -104,7 +121,7 @@ def _log_p(value: Any) -> float:
 
 
 def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
-    """What `read` finds in the JSON of an answer."""
+    """What `read` finds in the JSON of an answer; without it the answer is words."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     try:
@@ -120,7 +137,7 @@ def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
             f"{setting}: {url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
         ) from error
     try:
-        return read(json.loads(text))
+        return read and read(json.loads(text))
     except (*NOT_JSON, LookupError, TypeError) as error:
         raise CapstanError(
             f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."

@@ -1,0 +1,21 @@
+"""The verb that samples for a run."""
+
+from launcher.cli.command import Command
+from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, emit, open_run, say
+
+
+def rollout(
+    run: RunName,
+    overrides: Overrides = None,
+    store: StoreOption = "runs",
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Have the servers of rollout.engine sample the answers that a run learns from, beside it, until it has all of them."""
+    from launcher.data.rollout import rollout as rolled
+
+    found = rolled(open_run(run, store), overrides or (), dry_run=dry_run, log=say)
+    emit(found, as_json, lambda result: result.sentence())
+
+
+VERBS = {"rollout": Command(rollout, "rollout my-run", 47)}

@@ -1,0 +1,62 @@
+"""`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no GPU."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.evaluate.evaluating import bars
+from launcher.evaluate.ranks import run_ranks
+from launcher.start.group import is_rank
+from trainer.config import override
+from trainer.config.objective import OWN
+from trainer.errors import ConfigError
+from trainer.evaluate.request import Ask
+from trainer.run.folder import run_config
+from trainer.store.store import Store
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
+
+
+@dataclass(frozen=True)
+class RolledOut:
+    """The steps of a run whose answers are there, and how many this process has `made`; with `dry_run` those that it would."""
+
+    run: str
+    servers: list[str]
+    steps: int
+    made: int
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        if self.dry_run:
+            return f"would have {', '.join(self.servers)} sample the answers of {self.steps} steps of {self.run}"
+        return f"{self.run} has the answers of {self.steps} steps, {self.made} of them by this process"
+
+
+def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> RolledOut:
+    """Sample for the run until it has all its answers or has ended; with `dry_run` say who would.
+
+    Raises:
+        ConfigError: the run learns from no rollouts, or samples by itself.
+        CapstanError: a server, or the reward.
+    """
+    config = run_config(run, overrides)
+    if not isinstance(find_objective(config), LearnsFromRollouts):
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo.")
+    if config.rollout.engine == OWN:
+        raise ConfigError(
+            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000]."
+        )
+    if is_rank():
+        raise ConfigError(
+            "rollout.engine: servers are asked by one process. Call capstan rollout without torchrun or srun."
+        )
+    if dry_run:
+        return RolledOut(run.uri, config.rollout.engine, config.train.steps or 0, 0, dry_run=True)
+    alone = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+    with bars(log) as hear:
+        found = run_ranks(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, (), hear)
+    return RolledOut(run.uri, config.rollout.engine, found["steps"], found["made"], dry_run=False)

@@ -1,0 +1,143 @@
+"""The loss over sampled answers is TRL's, in each of its forms."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.config import parse_config
+from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
+from trainer.tuning.objective.objective import find_objective, measured
+
+LENGTHS = (3, 5, 1, 4)
+CONFIG = """
+run: {name: a}
+model: {base: /models/small}
+data: {train: [{path: a.jsonl}], format: prompt_completion}
+train: {steps: 1}
+objective: {name: grpo}
+rollout: {reward: exact}
+"""
+DRAW = np.random.default_rng(4)
+LOG_P, SAMPLED, BASE = (-DRAW.uniform(0.1, 2, sum(LENGTHS)) for _ in range(3))
+REWARDS = np.array([[1.0, 0.0], [0.5, 0.25]])
+
+
+def objective_of(*overrides: str) -> Any:
+    return find_objective(parse_config(CONFIG, overrides))
+
+
+def row(advantages: Any) -> MicroBatch:
+    """Four answers behind prompts of two tokens, and three tokens of padding."""
+    labels, borders = list[int](), [0]
+    for length in LENGTHS:
+        labels += [IGNORE, *range(1, length + 1), IGNORE]
+        borders.append(len(labels))
+    labels += [IGNORE] * 3
+    columns = np.stack([SAMPLED, np.repeat(advantages, LENGTHS)], axis=1)
+    return MicroBatch(
+        input_ids=torch.zeros(1, len(labels), dtype=torch.int32),
+        labels=torch.tensor([labels]),
+        position_ids=torch.zeros(1, len(labels), dtype=torch.int32),
+        cu_seqlens=torch.tensor([*borders, len(labels)], dtype=torch.int32),
+        max_seqlen=8,
+        tokens=borders[-1],
+        targets=sum(LENGTHS),
+        bins=(),
+        documents=tuple(range(len(LENGTHS))),
+        sampled=torch.from_numpy(columns).float(),
+    )
+
+
+def model(*of_passes: Any) -> Any:
+    """A model whose passes give these log-probabilities, one after the other."""
+    passes = iter(of_passes)
+    head = lambda hidden, labels, places, per_target: -next(passes)  # noqa: E731
+    return SimpleNamespace(hidden=lambda batch: None, head=head, model=torch.nn.Identity())
+
+
+def our_loss(*overrides: str) -> tuple[float, torch.Tensor]:
+    objective = objective_of(*overrides)
+    log_p = torch.tensor(LOG_P, dtype=torch.float32, requires_grad=True)
+    passes = [torch.tensor(BASE, dtype=torch.float32)] if "objective.beta=0.3" in overrides else []
+    batch = row(objective.advantages(REWARDS).reshape(-1))
+    sums = objective.loss(model(*passes, log_p), batch)
+    loss = sums[0] / objective.weight(batch)
+    return float(loss), torch.autograd.grad(loss, log_p)[0]
+
+
+def their_loss(**settings: Any) -> tuple[float, torch.Tensor]:
+    """By TRL's own function, over padded answers."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    def padded(values: Any) -> torch.Tensor:
+        parts = torch.tensor(values, dtype=torch.float32).split(LENGTHS)
+        return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+
+    given = {
+        "loss_type": "grpo",
+        "importance_sampling_level": "token",
+        "beta": 0.0,
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+    } | settings
+    log_p = padded(LOG_P).requires_grad_()
+    mask = padded(np.ones(sum(LENGTHS)))
+    centred = REWARDS - REWARDS.mean(1, keepdims=True)
+    spread = 1.0 if given["loss_type"] == "dr_grpo" else REWARDS.std(1, ddof=1, keepdims=True) + 1e-4
+    inputs = {
+        "prompt_ids": torch.zeros(4, 2), "prompt_mask": torch.ones(4, 2), "completion_ids": torch.zeros_like(mask), "completion_mask": mask,
+        "advantages": torch.tensor((centred / spread).reshape(-1), dtype=torch.float32), "old_per_token_logps": padded(SAMPLED),
+        "ref_per_token_logps": padded(BASE), "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    alone = SimpleNamespace(num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value)
+    trainer: Any = SimpleNamespace(
+        **given, aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1, max_completion_length=7, accelerator=alone, model=SimpleNamespace(training=True),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1), _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_p, torch.zeros_like(log_p), None),
+    )  # fmt: skip
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    gradient = torch.autograd.grad(loss, log_p)[0]
+    return float(loss), torch.cat([part[:length] for part, length in zip(gradient, LENGTHS, strict=True)])
+
+
+FORMS = {
+    "grpo": ((), {}),
+    "kl": (("objective.beta=0.3",), {"beta": 0.3}),
+    "dapo": (("objective.mean_over=tokens", "objective.clip_high=0.28"), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dr_grpo": (("objective.mean_over=constant", "objective.longest_answer=7", "objective.advantage=centred"), {"loss_type": "dr_grpo"}),
+    "gspo": (("objective.ratio_of=answer",), {"importance_sampling_level": "sequence"}),
+    "cispo": (("objective.ratio=truncated", "objective.mean_over=tokens"), {"loss_type": "cispo", "epsilon_high": 1.2}),
+}  # fmt: skip
+
+
+@pytest.mark.long  # TRL's imports take seconds
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_is_trls(form: str) -> None:
+    ours, theirs = FORMS[form]
+    (mine, my_gradient), (other, other_gradient) = our_loss(*ours), their_loss(**theirs)
+    assert mine == pytest.approx(other, rel=1e-5)
+    torch.testing.assert_close(my_gradient, other_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_figures_are_means_over_tokens() -> None:
+    objective = objective_of()
+    batch = row(objective.advantages(REWARDS).reshape(-1))
+    sums = objective.loss(model(torch.tensor(LOG_P, dtype=torch.float32)), batch)
+    figures = measured(objective, (sums[1:] / objective.weight(batch)).tolist())
+    assert figures["entropy"] == pytest.approx(-SAMPLED.mean(), rel=1e-5)
+    assert figures["log_ratio"] == pytest.approx(np.abs(LOG_P - SAMPLED).mean(), rel=1e-5)
+    assert figures["kl"] == 0
+
+
+def test_an_evaluation_needs_no_rollouts() -> None:
+    objective = objective_of()
+    batch = row([0.0] * len(LENGTHS))
+    sums = objective.loss(model(torch.tensor(LOG_P)), MicroBatch(**{**vars(batch), "sampled": None}))
+    assert float(sums[0]) == pytest.approx(-LOG_P.sum())
+    assert len(sums) == 1 + objective.sums

@@ -1,0 +1,233 @@
+"""Rollouts: chapters that are committed once and checked, prompts in their order, rewards that fail in one sentence, and settings that do not fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.material import Workshop
+from tests.unit.test_served import stub
+from trainer.config import override
+from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, is_committed, read_figures
+from trainer.data.order.position import Position
+from trainer.data.order.settings import train_order
+from trainer.data.order.stream import rollout_stream
+from trainer.errors import CapstanError, Damaged
+from trainer.evaluate.rollout import serving
+from trainer.evaluate.rollout.prompts import Prompts
+from trainer.evaluate.rollout.rewards import BUILT_IN
+from trainer.evaluate.rollout.sampling import Drawn, Request
+from trainer.evaluate.rollout.scoring import Scoring
+from trainer.export.proof.completions import CompletionsServer
+from trainer.run import layout
+from trainer.store.store import Store, open_store
+from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches
+
+GRPO = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("rollouts"))
+
+
+def rollouts(seed: int, answers: int = 6) -> list[Rollout]:
+    draw = np.random.default_rng(seed)
+    made = []
+    for number in range(answers):
+        prompt, answer = (draw.integers(3, 200, draw.integers(1, 9)).tolist() for _ in range(2))
+        log_p = (-draw.random(len(answer))).tolist()
+        made.append(Rollout(prompt, answer, log_p, float(number) - 2, {"prompt": "?", "reward": number}))
+    return made
+
+
+def test_a_chapter_is_what_was_sampled(workshop: Workshop, tmp_path: Path) -> None:
+    run, made = open_store(str(tmp_path)), rollouts(1)
+    assert commit(run, 0, made, {"reward": 0.5, "adapter": 0})
+    assert read_figures(run, 0) == {"reward": 0.5, "adapter": 0}
+    for world_size in (1, 2):
+        config = workshop.config("a", *GRPO, "train.micro_batch=1")
+        found = dict[int, tuple[list[int], list[list[float]]]]()
+        for rank in range(world_size):
+            stream = rollout_stream(config, Rollouts(run, 5), rank, world_size)
+            for batch in stream.step(Position()):
+                assert batch.sampled is not None
+                ends = np.concatenate([[0], np.cumsum((batch.labels[0] >= 0).numpy())])
+                for number, segment in zip(batch.documents, batch.beginnings.tolist(), strict=True):
+                    begin, end = batch.cu_seqlens[segment : segment + 2].tolist()
+                    found[number] = (
+                        batch.input_ids[0, begin:end].tolist(),
+                        batch.sampled[ends[begin] : ends[end]].tolist(),
+                    )
+            assert stream.advance(Position()) == Position(chapter=1)
+            stream.chapters.close()
+        assert sorted(found) == list(range(len(made)))
+        for number, one in enumerate(made):
+            tokens, columns = found[number]
+            assert tokens == [*one.prompt, *one.answer]
+            assert np.array(columns) == pytest.approx(
+                np.array([[log_p, one.advantage] for log_p in one.log_p]), rel=1e-6
+            )
+
+
+def test_of_two_processes_one_commits(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    assert not is_committed(run, 3)
+    assert commit(run, 3, rollouts(1), {"by": 1})
+    before = {entry.key for entry in run.list()}
+    assert not commit(run, 3, rollouts(2), {"by": 2})
+    assert {entry.key for entry in run.list()} == before
+    assert read_figures(run, 3) == {"by": 1}
+
+
+@pytest.mark.parametrize("what", ["tokens", "columns", "samples", "manifest"])
+def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path, what: str) -> None:
+    run = open_store(str(tmp_path))
+    commit(run, 0, rollouts(1), {})
+    (key,) = (entry.key for entry in run.list(layout.dataset(layout.chapter_of_rollouts(0))) if f"/{what}" in entry.key)
+    content = bytearray(run.get(key))
+    content[len(content) // 2] ^= 1
+    run.put(key, bytes(content))
+    stream = rollout_stream(workshop.config("a", *GRPO), Rollouts(run, 1), 0, 1)
+    with pytest.raises(Damaged):
+        read_figures(run, 0) if what == "samples" else stream.step(Position())
+
+
+def prompts_of(workshop: Workshop, *overrides: str) -> Prompts:
+    config = workshop.config("prompts", *GRPO, *overrides)
+    store: Store = workshop.store
+    data = open_chapters(store, workshop.prepare(config).train, store.sub("prompts"))
+    return Prompts(data, train_order(config), config.train.global_batch)
+
+
+def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
+    rows = {
+        tuple(row["prompt"].encode()): row["completion"]
+        for row in map(json.loads, workshop.data.read_text().splitlines())
+    }
+    prompts, again = prompts_of(workshop), prompts_of(workshop)
+    epoch = [one for step in range(15) for one in prompts.of(step)]
+    assert len({tuple(one.prompt) for one in epoch}) == len(rows)
+    assert again.of(7) == epoch[28:32]
+    assert again.of(2) == epoch[8:12], "also backwards"
+    assert prompts.of(15) != epoch[:4], "another epoch has another order"
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "wanted", "value"),
+    [
+        ("exact", " 12\n", "12", 1.0),
+        ("exact", "12.", "12", 0.0),
+        ("regex", "it is 12", r"\b12$", 1.0),
+        ("json_schema", '{"a": 1}', '{"required": ["a"]}', 1.0),
+        ("json_schema", '{"b": 1}', '{"required": ["a"]}', 0.1),
+        ("json_schema", "a", '{"required": ["a"]}', 0.0),
+        ("length", "1234", "12", 0.5),
+    ],
+)
+def test_built_in_rewards(name: str, said: str, wanted: str, value: float) -> None:
+    assert BUILT_IN[name](completions=[said], answer=[wanted]) == [value]
+    assert set(BUILT_IN) == set(REWARDS)
+
+
+@pytest.mark.long  # each starts three processes
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("tests.dist.rewards:hangs", "has not answered within 1 s"),
+        ("tests.dist.rewards:fails", "failed (ValueError: no way to judge 2 answers), 3 times"),
+        ("tests.dist.rewards:too_few", "gave 1 numbers for 2 answers"),
+        ("tests.dist.no_such:thing", "failed (ModuleNotFoundError"),
+    ],
+)
+def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
+    scoring = Scoring(name, 1.0 if "hangs" in name else 60.0)
+    with pytest.raises(CapstanError) as error:
+        scoring.rewards(["?", "?"], ["a", "b"], ["c", "d"])
+    assert str(error.value).startswith(f"rollout.reward: {name} ")
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rollout.reward=null"], "rollout.reward: objective.name: grpo learns from what answers are worth"),
+        (["rollout.reward=exakt"], "rollout.reward: 'exakt' is not allowed"),
+        (["rollout.max_lag=2"], "rollout.max_lag: has no effect with rollout.engine: own"),
+        (["rollout.max_tokens=64"], "rollout.max_tokens: 64 leaves no room"),
+        (["rollout.held_out=4"], "rollout.held_out: has no effect without eval.every"),
+        (["train.epochs=1"], "train.epochs: objective.name: grpo has a step for"),
+        (["sharding.sequence_parallel=2"], "sharding.sequence_parallel: 2 is not possible"),
+        (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),
+        (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),
+    ],
+)
+def test_settings_that_do_not_suit_rollouts(workshop: Workshop, overrides: list[str], sentence: str) -> None:
+    config = override(workshop.config("a", *GRPO), *overrides)
+    (said,) = rollout_mismatches(config, find_objective(config), method_of(config))
+    assert said.startswith(sentence)
+
+
+def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
+    config = workshop.config("a", *GRPO)
+    other = override(config, "rollout.reward=length", "rollout.max_lag=null")
+    mine, theirs = (rollout_identity(given, find_objective(given)) for given in (config, other))
+    assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
+
+
+def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
+    """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
+    for name in ("adapter_config.json", "PUBLISHED"):
+        run.put(f"adapters/step-000000003/{name}", b"{}")
+    with stub(answer) as url:
+        servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
+        sampler = serving.ServerSampler(servers, run, folder)
+        sampler.load(3)
+        request = Request([[5, 6]] * prompts, 2, [4] * prompts, 1.0, 7, frozenset({2}))
+        return sampler.sample(request)
+
+
+def choices(body: dict[str, Any]) -> Any:
+    drawn = {"token_ids": [9, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    return b"loaded" if "lora_name" in body else {"choices": [drawn] * body["n"]}
+
+
+def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    asked = list[dict[str, Any]]()
+
+    def sometimes(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return 500 if len(asked) % 3 == 0 else choices(body)
+
+    found = served(open_store(str(tmp_path / "run")), tmp_path / "adapters", sometimes)
+    assert found == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
+    loaded = {body["lora_path"] for body in asked if "lora_path" in body}
+    assert {Path(path).parent for path in loaded} == {tmp_path / "adapters"}, "each server is told"
+    assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda body: b"loaded" if "lora_name" in body else 500, "answered 500 to /v1/completions: out of slots"),
+        (
+            lambda body: b"loaded" if "lora_name" in body else {"choices": [{"token_ids": []}]},
+            "without what vLLM gives",
+        ),
+        (lambda body: 404, "answered 404 to /v1/load_lora_adapter"),
+    ],
+    ids=["fails", "nothing", "no-adapters"],
+)
+def test_a_server_that_gives_nothing_is_one_sentence(
+    answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    with pytest.raises(CapstanError, match=sentence):
+        served(open_store(str(tmp_path / "run")), tmp_path / "adapters", answer)

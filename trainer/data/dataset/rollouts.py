@@ -1,0 +1,147 @@
+"""Sampled answers as data: a chapter for each step, in the run's own folder. It is committed once, and trained on once.
+
+    <run>/rollouts/<key>/data/chapter-000000012/
+        manifest.json                   a data set of one chapter and one shard, see trainer/data/dataset/manifest.py; written last, with a create-only PUT
+        tokens-<attempt>.bin ...        its documents: each is a prompt and an answer, whose tokens are the targets
+        columns-<attempt>.bin           fp32 (tokens, 2): of each answer's token the sampler's log p in nats and the advantage; NaN for a prompt's
+        samples-<attempt>.jsonl         the figures of the chapter in the first line, then a line for each answer: texts, reward
+
+Of two processes that sample the same chapter one commits. What is not committed when its process dies is sampled again.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset.binary import OFFSET, TARGET_BIT, TOKEN
+from trainer.data.dataset.chapters import Chapters
+from trainer.data.dataset.dataset import Dataset, describe_blocks, open_dataset, reader
+from trainer.data.dataset.manifest import (
+    FORMAT,
+    MANIFEST,
+    Counters,
+    DatasetManifest,
+    FileRecord,
+    ShardRecord,
+    SourceRecord,
+    read_manifest,
+)
+from trainer.errors import AlreadyExists
+from trainer.run import layout
+from trainer.store.store import Store
+
+_COLUMNS = np.dtype(("<f4", (2,)))
+_BYTES = np.dtype("u1")
+_NUMBERS = 2**32  # so far apart are the numbers of the documents of two chapters
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; `shown` is the line of samples."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    log_p: Sequence[float]
+    advantage: float
+    shown: Mapping[str, Any]
+
+
+def is_committed(place: Store, number: int) -> bool:
+    return place.exists(f"{layout.dataset(layout.chapter_of_rollouts(number))}{MANIFEST}")
+
+
+def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
+    """Make these the chapter of this number in the folder of the rollouts; False where another process was faster."""
+    name = layout.chapter_of_rollouts(number)
+    folder, attempt = place.sub(layout.dataset(name)), secrets.token_hex(8)
+    tokens, columns = list[NDArray[np.uint32]](), list[NDArray[np.float32]]()
+    for one in rollouts:
+        answer = np.array(one.answer, TOKEN) | TARGET_BIT
+        tokens += [np.array(one.prompt, TOKEN), answer]
+        columns += [np.full((len(one.prompt), 2), np.nan, "<f4"), np.full((len(answer), 2), one.advantage, "<f4")]
+        columns[-1][:, 0] = one.log_p
+    every = np.concatenate(tokens)
+    offsets = np.cumsum([0, *(len(one.prompt) + len(one.answer) for one in rollouts)])
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (figures, *(one.shown for one in rollouts)))
+    contents = {
+        f"tokens-{attempt}.bin": every.astype(TOKEN).tobytes(),
+        f"documents-{attempt}.bin": offsets.astype(OFFSET).tobytes(),
+        f"blocks-{attempt}.bin": describe_blocks(every, offsets).tobytes(),
+        f"columns-{attempt}.bin": np.concatenate(columns).tobytes(),
+        f"samples-{attempt}.jsonl": lines.encode(),
+    }
+    files: dict[str, Any] = {
+        f"{key.partition('-')[0]}_file": _put(folder, key, content) for key, content in contents.items()
+    }
+    counts: dict[str, Any] = {
+        "documents": len(rollouts),
+        "tokens": len(every),
+        "targets": sum(len(one.answer) for one in rollouts),
+    }
+    shard = ShardRecord(source=0, chapter=0, **counts, **files)
+    manifest = DatasetManifest(
+        format=FORMAT,
+        fingerprint=name,
+        chapters=1,
+        **counts,
+        sources=[SourceRecord(**counts)],
+        shards=[shard],
+        counters=Counters(rows=len(rollouts)),
+        bad_rows=[],
+    )
+    try:
+        folder.create(MANIFEST, manifest.sealed())
+    except AlreadyExists:
+        for key in contents:
+            folder.delete(key)
+        return False
+    return True
+
+
+def read_figures(place: Store, number: int) -> dict[str, Any]:
+    """The figures of a committed chapter. Raises `Damaged` where it is not what was written."""
+    name = layout.chapter_of_rollouts(number)
+    (shard,) = read_manifest(place, name).shards
+    assert shard.samples_file is not None
+    content = reader(place.sub(layout.dataset(name)), _BYTES)(shard.samples_file).tobytes()
+    return json.loads(content.partition(b"\n")[0])
+
+
+class Rollouts:
+    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents."""
+
+    def __init__(self, place: Store, count: int) -> None:
+        self.place, self.chapters = place, Chapters(count, partial(_open, place))
+        self._columns = lru_cache(maxsize=4)(self._read_columns)
+
+    def read(self, documents: Sequence[int]) -> NDArray[np.float32]:
+        """(targets, 2) of these documents, in their order: the sampler's log p in nats, and the advantage."""
+        rows = [np.zeros((0, 2), np.float32)]
+        for number in documents:
+            data, every = self._columns(number // _NUMBERS)
+            begin, end = data.offsets[number % _NUMBERS :][:2]
+            rows.append(every[begin:end])
+        found = np.concatenate(rows)
+        return found[~np.isnan(found[:, 0])]
+
+    def _read_columns(self, chapter: int) -> tuple[Dataset, NDArray[np.float32]]:
+        data = self.chapters.get(chapter)
+        file = data.manifest.shards[0].columns_file
+        assert file is not None
+        return data, data.reads.patiently(lambda: reader(data.store, _COLUMNS)(file))
+
+
+def _open(place: Store, number: int) -> Dataset:
+    return replace(open_dataset(place, layout.chapter_of_rollouts(number)), first_document=number * _NUMBERS)
+
+
+def _put(folder: Store, key: str, content: bytes) -> FileRecord:
+    folder.put(key, content)
+    return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())

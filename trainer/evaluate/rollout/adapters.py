@@ -1,0 +1,68 @@
+"""What a run has learnt after each update, published in its folder for the servers that sample: in the form that its method exports.
+
+<run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.base.load.load import DTYPES
+from trainer.plan.resolve import Resolved
+from trainer.processes.accelerator import onto
+from trainer.run import layout
+from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.zero.engine import Engine
+from trainer.store.store import Store
+
+
+def published(place: Store) -> list[int]:
+    """The updates whose adapters are there, rising."""
+    steps = (layout.published_step(entry.key) for entry in place.list(layout.ROLLOUT_ADAPTERS))
+    return sorted(step for step in steps if step is not None)
+
+
+def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
+    """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more. Collective."""
+    ranks = engine.ranks
+    if ranks.on_first(lambda: place.exists(layout.published(step))):
+        return
+    weights = _whole(engine, DTYPES[resolved.config.model.dtype])
+
+    def write() -> None:
+        files = resolved.method.export(weights, resolved.config.model).files
+        for name, content in files.items():
+            place.put(f"{layout.rollout_adapter(step)}{name}", content)
+        place.put(layout.published(step), b"")
+        for older in published(place):
+            if older < step - resolved.config.rollout.lag - 1:
+                place.delete_folder(layout.rollout_adapter(older))
+
+    ranks.on_first(write)
+
+
+def fetch(place: Store, step: int, folder: Path) -> None:
+    """Copy a published adapter into a new folder of this machine. Raises `NotFound` where it was removed meanwhile."""
+    folder.mkdir(parents=True)
+    prefix = layout.rollout_adapter(step)
+    for entry in place.list(prefix):
+        (folder / entry.key.removeprefix(prefix)).write_bytes(place.get(entry.key))
+    place.get(layout.published(step))  # it was whole until now
+
+
+def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that learns, by its name, on the host of rank 0; empty on the others. Collective, a parameter at a time."""
+    ranks, found = engine.ranks, dict[str, Tensor]()
+    for part in engine.partitions():
+        places = ranks.gather(part.begin, part.end)
+        size = int(max(end - begin for begin, end in places))
+        mine = torch.zeros(size, device=ranks.device)
+        mine[: part.end - part.begin] = onto(part.states[MASTER.name], ranks.device)
+        every = ranks.gather_tensor(mine)
+        if ranks.rank == 0:
+            whole = torch.empty(int(max(end for _, end in places)), dtype=dtype)
+            for values, (begin, end) in zip(every, places, strict=True):
+                whole[int(begin) : int(end)] = values[: int(end - begin)].to("cpu", dtype)
+            found[part.name] = whole.view(part.shape)
+    return found

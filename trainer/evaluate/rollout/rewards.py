@@ -1,0 +1,64 @@
+"""The built-in rewards, and how one is found by its name: `exact`, or `module:function` of the user's.
+
+Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them (`completions`), and of the answers that the
+data has (`answer`); it returns a number for each. Without torch.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+Reward = Callable[..., Sequence[float]]
+
+
+def exact(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for the data's answer and nothing else, apart from spaces around it."""
+    return [float(said.strip() == wanted.strip()) for said, wanted in zip(completions, answer, strict=True)]
+
+
+def regex(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the regular expression that is the data's answer is found in the model's."""
+    return [
+        float(re.search(wanted.strip(), said) is not None) for said, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def json_schema(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for JSON that has the schema which is the data's answer, 0.1 for other JSON."""
+    from jsonschema import validators
+
+    def value(said: str, wanted: str) -> float:
+        schema = json.loads(wanted)
+        try:
+            found = json.loads(said)
+        except (ValueError, RecursionError):
+            return 0.0
+        return 1.0 if validators.validator_for(schema)(schema).is_valid(found) else 0.1
+
+    return [value(said, wanted) for said, wanted in zip(completions, answer, strict=True)]
+
+
+def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for an answer with no more characters than the data's, less the longer it is."""
+    return [min(1.0, max(1, len(wanted)) / max(1, len(said))) for said, wanted in zip(completions, answer, strict=True)]
+
+
+BUILT_IN: dict[str, Reward] = {"exact": exact, "regex": regex, "json_schema": json_schema, "length": length}
+
+
+def find_reward(name: str) -> Reward:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
+
+
+def called(reward: Reward, given: dict[str, list[str]]) -> list[float]:
+    """The rewards, for a function that may not take all that is given."""
+    parameters = inspect.signature(reward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    found = reward(**{name: values for name, values in given.items() if takes_all or name in parameters})
+    return [float(value) for value in found]

@@ -1,0 +1,159 @@
+"""`capstan rollout`: answers by vLLM servers, beside the run that learns from them."""
+
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.base.find.locate import resolve_base
+from trainer.data.compile.prepare import locate
+from trainer.data.dataset.rollouts import is_committed
+from trainer.errors import CapstanError, NotFound
+from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.rollout.adapters import fetch, published
+from trainer.evaluate.rollout.making import Making
+from trainer.evaluate.rollout.sampling import Drawn, Request
+from trainer.export.proof.completions import CompletionsServer
+from trainer.plan.resolve import resolve
+from trainer.run.folder import run_config
+from trainer.run.records import newest_records
+from trainer.store.store import Store, open_run_store, open_store
+
+_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
+_AT_ONCE = 64  # requests to each server
+_LOOK_SECONDS = 0.5
+_SAY_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
+    """Commit the chapters that the run lacks, each by the newest adapter that is not too old, until the run has all of them or has ended.
+
+    Raises:
+        CapstanError: a server does not answer, or the reward gives nothing, after some attempts.
+    """
+    run = open_store(ask.run)
+    config = run_config(run, ask.overrides)
+    base = resolve_base(config.model)
+    resolved, store = resolve(config, base), open_run_store(config)
+    keys = locate(resolved.config, base, store)
+    making = Making.of(resolved, run, keys["train"], keys.get("eval"))
+    place = making.place
+    servers = [
+        CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
+    ]
+    step, made, told = 0, 0, 0.0
+    with ExitStack() as stack:
+        stack.callback(making.scoring.close)
+        sampler = ServerSampler(
+            servers, place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
+        )
+        stack.callback(sampler.forget)
+        while step < (config.train.steps or 0):
+            if is_committed(place, step):
+                step += 1
+                continue
+            adapter = _adapter_for(place, step, config.rollout.lag)
+            if adapter is None:
+                if time.monotonic() - told > _SAY_SECONDS:
+                    told = time.monotonic()
+                    tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
+                    if _has_finished(run):
+                        break
+                time.sleep(_LOOK_SECONDS)
+                continue
+            try:
+                sampler.load(adapter)
+            except NotFound:  # the run is further already
+                continue
+            began = time.monotonic()
+            wanted = making.wanted(step)
+            drawn = [sampler.sample(one.request) for one in wanted]
+            made += making.commit(step, adapter, wanted, drawn, began)
+            tell({"log": f"the answers of step {step + 1} are there, by the adapter of step {adapter}"})
+    return {"steps": step, "made": made}
+
+
+def _adapter_for(place: Store, step: int, lag: int) -> int | None:
+    """The newest adapter, where it is new enough for the chapter of `step`."""
+    newest = next((update for update in reversed(published(place)) if update <= step), None)
+    return newest if newest is not None and newest >= step - lag else None
+
+
+def _has_finished(run: Store) -> bool:
+    return any(record["kind"] == "end" and record.get("outcome") == "finished" for record in newest_records(run))
+
+
+@dataclass
+class ServerSampler:
+    """Servers of one base, each of which has the adapter loaded that was loaded last; `folder` is where they find it."""
+
+    servers: list[CompletionsServer]
+    place: Store
+    folder: Path
+    _name: str | None = None
+    _loaded: int | None = None
+
+    def load(self, adapter: int) -> None:
+        """Have every server take the adapter of this update. Raises `NotFound` where it was removed."""
+        if self._loaded == adapter:
+            return
+        name = f"{secrets.token_hex(4)}-{adapter}"
+        fetch(self.place, adapter, self.folder / name)
+        for server in self.servers:
+            _patiently(partial(server.load, name, str(self.folder / name)))
+        self.forget()
+        self._name, self._loaded = name, adapter
+
+    def forget(self) -> None:
+        """Have the servers drop the adapter; one that has gone has none."""
+        if self._name is not None:
+            for server in self.servers:
+                with suppress(CapstanError):
+                    server.unload(self._name)
+            shutil.rmtree(self.folder / self._name, ignore_errors=True)
+            self._name = self._loaded = None
+
+    def sample(self, request: Request) -> list[list[Drawn]]:
+        numbers = range(len(request.prompts))
+        with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
+            return list(pool.map(partial(self._ask, request), numbers, islice(cycle(self.servers), len(numbers))))
+
+    def _ask(self, request: Request, number: int, server: CompletionsServer) -> list[Drawn]:
+        """The answers to the prompt of this number."""
+        name = self._name
+        assert name is not None
+        asked = partial(
+            server.sample,
+            name,
+            list(request.prompts[number]),
+            n=request.answers,
+            max_tokens=request.room[number],
+            temperature=request.temperature,
+            seed=(request.seed + number) % 2**31,
+            stop_token_ids=sorted(request.stops),
+        )
+        # A server that was started again has no adapter.
+        found = _patiently(asked, between=partial(server.load, name, str(self.folder / name)))
+        return [Drawn(*one) for one in found]
+
+
+def _patiently(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
+    """A request to a server that may be starting again: so many attempts, and something to try `between` them."""
+    for pause in _PAUSES:
+        try:
+            return request()
+        except CapstanError:
+            time.sleep(pause)
+            with suppress(CapstanError):
+                between()
+    return request()

@@ -1,0 +1,106 @@
+"""The parts of a run's data that are not compiled rows: what a stored teacher says of them, and answers that are sampled from what the run has learnt."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from trainer.config.objective import OWN
+from trainer.data.compile.prepare import Datasets
+from trainer.data.dataset.dataset import Reads
+from trainer.data.dataset.rollouts import Rollouts, is_committed, read_figures
+from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
+from trainer.errors import ConfigError, Stopped, shown
+from trainer.evaluate.rollout.adapters import publish
+from trainer.evaluate.rollout.making import Making
+from trainer.evaluate.rollout.sampling import OwnSampler
+from trainer.run import layout
+from trainer.state.zero.engine import Engine
+from trainer.train.start import Start
+from trainer.tuning.objective.teacher import teacher_of
+
+Supply = Callable[[Engine, int], Mapping[str, Any]]
+"""Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the update's record. Collective;
+raises `Stopped` where a stop was asked for meanwhile."""
+
+_LOOK_SECONDS = 0.2
+_SAY_SECONDS = 30.0
+
+
+def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
+    """Of data that is read from files."""
+    return {}
+
+
+def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
+    """The supply of rollouts, of which the update behind step s takes chapter s. Collective."""
+    if start.config.rollout.engine != OWN:
+        return partial(_by_servers, start, rollouts)
+    making = None
+    with start.ranks.agreeing():
+        if start.ranks.rank == 0:
+            making = Making.of(start.resolved, start.folder, datasets.train, datasets.eval)
+    return partial(_by_ranks, start, rollouts, making)
+
+
+def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
+    """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
+    ranks = start.ranks
+    if ranks.on_first(lambda: is_committed(rollouts.place, step)):
+        return _figures(start, rollouts, step)
+    began = time.monotonic()
+
+    def first() -> Making:
+        assert making is not None
+        return making
+
+    wanted, longest = ranks.on_first(lambda: (first().wanted(step), first().longest))
+    sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
+    drawn = [sampler.sample(one.request) for one in wanted]
+    ranks.on_first(lambda: first().commit(step, step, wanted, drawn, began))
+    return _figures(start, rollouts, step)
+
+
+def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> Mapping[str, Any]:
+    """Publish what was learnt, and wait for the chapter that another process commits."""
+    ranks, told = start.ranks, time.monotonic()
+    publish(rollouts.place, engine, start.resolved, step)
+    while True:
+        there = ranks.rank == 0 and is_committed(rollouts.place, step)
+        rows = ranks.gather(there, start.stop.requested)
+        if rows[0][0]:
+            return _figures(start, rollouts, step)
+        if any(row[1] for row in rows):
+            raise Stopped(f"stopped at step {step}, while answers were waited for")
+        start.pulse("compile", step + 1)
+        if time.monotonic() - told > _SAY_SECONDS:
+            told = time.monotonic()
+            start.metrics.write("waiting", step=step, what="answers")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _figures(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
+    rollouts.chapters.look()
+    figures = start.ranks.on_first(lambda: read_figures(rollouts.place, step))
+    return {**figures, "lag": step - figures.pop("adapter")}
+
+
+def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:
+    """The teacher's word on the data set; None where the objective has no teacher.
+
+    Raises:
+        ConfigError: it is not there, or not all of it.
+        Damaged: it is not what was written.
+    """
+    teacher = teacher_of(start.objective)
+    if teacher is None:
+        return None
+    folder = teacher_folder(start.store.sub(layout.dataset(fingerprint)), teacher.to_json())
+    record, whole = read_teacher(folder), read_whole(folder)
+    if record is None or whole is None:
+        raise ConfigError(
+            f"{teacher.setting}: {shown(teacher.name)} has not yet written {'all of ' if record else ''}its log-probabilities of this run's "
+            f"data into {folder.uri}. Run capstan teach CONFIG first, with this configuration."
+        )
+    start.log(f"the teacher's {record.k} likeliest tokens of {whole.targets:,} targets are in {folder.uri}")
+    return StoredTeacher(folder, record, whole, reads)

@@ -1,0 +1,149 @@
+"""GRPO: answers that are better than others to the same prompt become likelier, and worse ones less likely.
+
+With r the ratio of the model's probability of a token to the sampler's, and A the advantage of its answer, the loss of a token is
+
+    clipped     - min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)      arXiv:2402.03300, equation 3
+    truncated   - min(r, 1 + clip_high) A log p, without the gradient of the ratio      arXiv:2506.13585, equation 4
+    + beta (q / p - log(q / p) - 1), with q the base without what learns (the same equation's last term)
+
+The sampler may be another program (vLLM) with other kernels, and the adapter some updates older, so r is the importance ratio of the tokens as they
+were sampled. With `ratio_of: answer` it is the geometric mean over the answer (GSPO, arXiv:2507.18071, equation 7). `mean_over` and `advantage` have the forms of
+GRPO, DAPO (arXiv:2503.14476) and Dr. GRPO (arXiv:2503.20783). There is no critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ObjectiveSettings
+from trainer.config.registry import without_defaults
+from trainer.config.section import part
+from trainer.tuning.method import Method
+from trainer.tuning.objective.answers import segments_of_targets
+from trainer.tuning.objective.grpo.settings import GrpoSettings
+from trainer.tuning.objective.objective import Objective, Survey
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
+
+_DEFAULTS = {
+    "beta": 0.0,
+    "ratio": "clipped",
+    "ratio_of": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "mean_over": "answers",
+    "longest_answer": 256,
+    "advantage": "standardised",
+}
+_LEAST_SPREAD = 1e-4  # as TRL has it
+
+
+class Grpo:
+    """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own answers, so it needs no rollouts."""
+
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    formats: Collection[str] = ("chat", "prompt_completion")
+    reads_reference: bool = False
+    survey: Survey | None = None
+    measures: Sequence[str] = (
+        "ratio",  # the mean over the tokens, as of the next ones
+        "log_ratio",  # its absolute value, in nats
+        "clipped",  # the share without a gradient, or with a truncated weight
+        "entropy",  # by the sampler's log p of what it drew, in nats a token
+        "kl",  # from the base, in nats a token; 0 without beta
+    )
+    sums: int = 6
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        self._given, self._method = part(given, GrpoSettings), method
+        self._beta = given.beta or 0.0
+
+    @property
+    def unit(self) -> str:
+        return "targets" if self._given.mean_over == "tokens" else "answers"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        own = {name: getattr(self._given, name) for name in _DEFAULTS if name != "beta"}
+        return without_defaults({"name": "grpo", "beta": self._beta, **own}, self.defaults)
+
+    def mismatches(self) -> list[str]:
+        given, wrong = self._given, list[str]()
+        if given.mean_over != "constant" and given.longest_answer != _DEFAULTS["longest_answer"]:
+            wrong.append(
+                f"objective.longest_answer: has no effect with objective.mean_over: {given.mean_over}. Remove it."
+            )
+        if given.ratio == "truncated" and given.clip_low != _DEFAULTS["clip_low"]:
+            wrong.append("objective.clip_low: has no effect with objective.ratio: truncated. Remove it.")
+        if self._beta and self._method.trains_base:
+            wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
+        return wrong
+
+    def advantages(self, rewards: NDArray[Any]) -> NDArray[Any]:
+        import numpy as np
+
+        centred = rewards - rewards.mean(1, keepdims=True)
+        if self._given.advantage == "centred":
+            return centred
+        return centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
+
+    def weight(self, batch: MicroBatch) -> int:
+        return batch.targets if self._given.mean_over == "tokens" else len(batch.documents)
+
+    def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        import torch
+
+        base = None
+        if batch.sampled is not None and self._beta:
+            with torch.no_grad(), self._method.switched_off(model.model):
+                base = self._log_p(model, batch)
+        log_p = self._log_p(model, batch)
+        if batch.sampled is None:
+            return torch.cat([-log_p.sum()[None], log_p.new_zeros(self.sums)])
+        sampled, advantage = batch.sampled.unbind(1)
+        owner, ones = segments_of_targets(batch), torch.ones_like(log_p)
+        empty = torch.zeros(len(batch.cu_seqlens) - 1, device=log_p.device)
+        length = empty.index_add(0, owner, ones.detach())[owner]  # of the answer that each token is in
+        gap = log_p - sampled
+        if self._given.ratio_of == "answer":
+            gap = empty.index_add(0, owner, gap)[owner] / length
+        losses, clipped = self._policy(log_p, gap, advantage)
+        kl = torch.zeros_like(log_p)
+        if base is not None:
+            kl = (base - log_p).exp() - (base - log_p) - 1
+            losses = losses + self._beta * kl
+        share = {"answers": length, "tokens": ones, "constant": ones * self._given.longest_answer}[
+            self._given.mean_over
+        ]
+        measures = (ones, gap.exp(), gap.abs(), clipped.float(), -sampled, kl)
+        return torch.stack([(losses / share).sum(), *(measure.detach().sum() for measure in measures)])
+
+    def _policy(self, log_p: Tensor, gap: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """(targets,) each: the loss by the advantage alone, and whether the ratio, whose log is `gap`, is bounded there."""
+        import torch
+
+        low, high, ratio = 1 - self._given.clip_low, 1 + self._given.clip_high, gap.exp()
+        if self._given.ratio == "truncated":
+            return -ratio.detach().clamp(max=high) * advantage * log_p, ratio > high
+        losses = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        return losses, ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+
+    def _log_p(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        return -model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
+
+    def summary(self, means: Sequence[float]) -> Sequence[float]:
+        tokens, *others = means
+        return [value / tokens if tokens else 0.0 for value in others]
+
+    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
+        raise AssertionError("the base is asked in the loss")
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo}

@@ -1,0 +1,46 @@
+"""The settings of the section `objective` that grpo alone reads."""
+
+from typing import Literal
+
+from trainer.config.section import Section, setting
+
+
+class GrpoSettings(Section):
+    """The form of the loss."""
+
+    ratio: Literal["clipped", "truncated"] = setting(
+        "clipped",
+        about="grpo: how the ratio of the model's probability to the sampler's enters. clipped: as in PPO, within [1 - clip_low, 1 + clip_high]. truncated: "
+        "as a weight without a gradient, at most 1 + clip_high, so that every token keeps one (CISPO, truncated importance sampling).",
+        example="truncated",
+    )
+    ratio_of: Literal["token", "answer"] = setting(
+        "token",
+        about="grpo: each token's own ratio, or the geometric mean of its answer's (GSPO, with clip_low: 3.0e-4 and clip_high: 4.0e-4).",
+        example="answer",
+    )
+    clip_low: float = setting(
+        0.2, about="grpo: how far below 1 a ratio is kept, with ratio: clipped.", example=0.1, gt=0, lt=1
+    )
+    clip_high: float = setting(0.2, about="grpo: how far above 1 a ratio is kept.", example=0.28, gt=0, le=1000)
+    mean_over: Literal["answers", "tokens", "constant"] = setting(
+        "answers",
+        about="grpo: answers: the mean over the tokens of each answer, then over the answers. tokens: over all tokens (DAPO). constant: the sum over the "
+        "tokens of each answer by longest_answer, then the mean over answers (Dr. GRPO).",
+        example="constant",
+    )
+    longest_answer: int = setting(
+        256,
+        about="grpo with mean_over: constant: the tokens that each answer's sum is divided by.",
+        example=1024,
+        ge=1,
+        unit="tokens",
+    )
+    advantage: Literal["standardised", "centred"] = setting(
+        "standardised",
+        about="grpo: an answer's reward less the mean of those to its prompt, divided by their standard deviation, or not (Dr. GRPO).",
+        example="centred",
+    )
+
+
+SETTINGS = (GrpoSettings,)

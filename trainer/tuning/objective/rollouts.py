@@ -1,0 +1,76 @@
+"""An objective that learns from sampled answers, and which settings of rollouts suit a run. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from trainer.config import Config
+from trainer.config.objective import OWN
+from trainer.tuning.method import Method
+from trainer.tuning.objective.objective import Objective
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@runtime_checkable
+class LearnsFromRollouts(Objective, Protocol):
+    """An objective that finds each target's log p by the sampler, and its advantage, in `MicroBatch.sampled`."""
+
+    def advantages(self, rewards: NDArray[Any]) -> NDArray[Any]:
+        """(prompts, answers) both: how much better each answer is than the others to its prompt."""
+        ...
+
+
+def rollout_identity(config: Config, objective: Objective) -> dict[str, Any]:
+    """The settings of rollouts that a checkpoint must share to be continued; none for an objective without any."""
+    if not isinstance(objective, LearnsFromRollouts):
+        return {}
+    names = ("reward", "answers", "max_tokens", "temperature")
+    return {f"rollout.{name}": getattr(config.rollout, name) for name in names}
+
+
+def rollout_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
+    """A sentence for each setting that does not suit rollouts, or that has no effect as there are none."""
+    if isinstance(objective, LearnsFromRollouts):
+        return list(_mismatches(config, method))
+    given, name = config.rollout, config.objective.name
+    fields = type(given).model_fields.items()
+    unread = [key for key, field in fields if getattr(given, key) != field.default]
+    return [f"rollout.{key}: has no effect with objective.name: {name}. Remove it." for key in unread[:1]]
+
+
+def _mismatches(config: Config, method: Method) -> Iterator[str]:
+    given, name = config.rollout, f"objective.name: {config.objective.name}"
+    if given.reward is None:
+        yield f"rollout.reward: {name} learns from what answers are worth. Give exact, regex, json_schema, length, or module:function."
+    elif ":" not in given.reward and given.reward not in REWARDS:
+        yield f"rollout.reward: {given.reward!r} is not allowed. Allowed are {', '.join(REWARDS)}, or module:function."
+    if given.engine == OWN and given.max_lag is not None:
+        yield "rollout.max_lag: has no effect with rollout.engine: own, which samples and trains in turns. Remove it."
+    if given.engine != OWN and method.exports_model:
+        yield f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
+    if given.max_tokens >= config.data.sequence_length:
+        yield (
+            f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length: {config.data.sequence_length}. Change one "
+            "of them."
+        )
+    if given.held_out and not (config.eval.every and (config.data.eval or config.data.held_out)):
+        yield "rollout.held_out: has no effect without eval.every, and data.eval or data.held_out. Set them, or remove it."
+    if config.train.steps is None:
+        yield f"train.epochs: {name} has a step for the answers to train.global_batch prompts. Give train.steps."
+    for setting, value in (
+        ("eval.per_epoch", config.eval.per_epoch),
+        ("checkpoint.per_epoch", config.checkpoint.per_epoch),
+    ):
+        if value:
+            yield f"{setting}: {name} counts no epochs. Count steps."
+    if config.sharding.sequence_parallel > 1:
+        yield f"sharding.sequence_parallel: {config.sharding.sequence_parallel} is not possible with {name}. Set it to 1."
+    if config.data.share_prefix:
+        yield f"data.share_prefix: is not possible with {name}. Remove it."
+
+
+REWARDS = ("exact", "regex", "json_schema", "length")
+"""The names that `rollout.reward` may have; trainer/evaluate/rollout/rewards.py has the functions."""
