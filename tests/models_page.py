@@ -93,11 +93,14 @@ the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
 - whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused; so is one whose layers get no gradient while its embeddings stay as they
   are (Reformer).
 
-Refused by name are also models whose layers share weights with other layers (Zamba), store them transposed (`Conv1D`: GPT-2), lie in several parts (BLT), or take their keys from
+Refused by name are also models whose layers share weights with other layers (Zamba), lie in several parts (BLT), or take their keys from
 another model (drafting models), and heads that are no plain matrix (Dory) or have more than it between them and the hidden states (BERT, ModernBERT's decoder).
 
 A whole class that sees or hears and has no class for its language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama) is trained by its decoder and its output head, which
 have the whole class's logits on text to the last bit.
+
+GPT-2 and its kin (`gpt2`, GPT-SW3, `openai-gpt`) have layers whose weights files hold transposed: they are linear layers here, quantized as bitsandbytes does it, and an adapter has
+PEFT's `fan_in_fan_out`. Their merged models cannot be written in NF4 or FP8, and their adapters not for llama.cpp, each of which is refused.
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in a process of its own, against plain transformers
 and PEFT over weights that it decodes itself, each document alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.

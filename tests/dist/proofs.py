@@ -12,10 +12,12 @@ from torch import Tensor
 from tests.dist import linear_adapters
 from tests.dist.launch import launch
 from trainer.config import Config, dump_config
+from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.proof import models, verify
 from trainer.export.proof.recoded import prove_recoded
 from trainer.export.proof.verify import prove_adapter, prove_merged
+from trainer.export.write import adapter as adapters
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.store.store import Store, open_store
@@ -92,6 +94,23 @@ def _adapter_and_proof(run_uri: str, step: int, adapter: str) -> dict[str, float
 def _merge_and_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
     export_merged(open_store(run_uri), open_store(merged), step)
     return merge_proof(run_uri, step, merged)
+
+
+def proofs_by_old_names(run_uris: list[str]) -> list[float | str]:
+    """For each run the proof of an adapter by the names in the language model alone: its effect, where it does not hold, or the refusal."""
+    adapters.for_whole_class = lambda files, model: files
+    adapters.as_peft_reads = lambda files, *_: files
+    return [_proof_by_old_names(uri) for uri in run_uris]
+
+
+def _proof_by_old_names(uri: str) -> float | str:
+    try:
+        found: dict[str, Any] = _adapter_and_proof(uri, 4, f"{uri}/old-names")
+    except ConfigError as refused:
+        return str(refused)
+    proof = Proof(**found)
+    assert not proof.holds
+    return proof.kl_effect
 
 
 def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:

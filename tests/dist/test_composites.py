@@ -31,6 +31,8 @@ def test_an_adapter_and_a_merge_predict_what_was_trained_and_the_rest_of_the_fil
         commit(run, workshop.config(kind, f"model.base={tmp_path / kind}", "tuning.alpha=64"))
         runs.append(run)
     (found,) = launch(1, proofs.exports_and_proofs, [run.uri for run in runs], timeout=360)
+    (old,) = launch(1, proofs.proofs_by_old_names, [run.uri for run in runs], timeout=360)
+    assert [effect for effect in old if effect != 0 and "--verify: PEFT cannot read" not in str(effect)] == []
     config = dump_config(workshop.config("log"))
     (logged,) = launch(1, loading.loaded_logits, config, [str(tmp_path / "gemma3")], [], str(tmp_path))
     (said,) = [line for line in logged[0]["log"] if "left out" in line]

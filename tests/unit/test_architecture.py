@@ -155,9 +155,12 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
         ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
         ({"model_type": "cpmant"}, "a cpmant model, which has tokens that see those behind them"),
         ({"model_type": "xlnet"}, "a xlnet model, which has tokens that see those behind them"),
-        ({"model_type": "gpt2"}, "a gpt2 model, which stores the weights of its layers transposed"),
         ({"model_type": "blt"}, "a blt model, which has layers in several parts, none of which is the decoder"),
         ({"model_type": "zamba"}, "a zamba model, which has layers that share their weights with other layers"),
+        (
+            {"model_type": "bert", "is_decoder": True},
+            "has more than one matrix, a factor and a cap between its last hidden states",
+        ),
         (
             {"model_type": "gemma4_text", "num_hidden_layers": 6, "num_kv_shared_layers": 6},
             "takes the keys of all its layers from the model that it drafts for",

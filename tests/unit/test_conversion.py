@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES, rows
 from tests.material import make_base
+from trainer.base.architecture import Linear
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.find.check import LeftOutPart, check_weights_at_hand
 from trainer.base.find.locate import resolve_base
@@ -77,6 +78,13 @@ class Reversed(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **_: Any) -> Any:  # type: ignore[override]
         return {target_patterns[0]: next(iter(input_dict.values()))[0].flip(-1)}
+
+
+class Widened(ConversionOps):
+    """Gives values another type than that of the files, and moves them, so that they are read by this operation."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **_: Any) -> Any:  # type: ignore[override]
+        return {target_patterns[0]: next(iter(input_dict.values()))[0].flip(-1).float()}
 
 
 class Increased(ConversionOps):
@@ -240,6 +248,24 @@ def test_the_language_model_in_a_model_that_sees_is_found_and_nothing_else(
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"has the tensor model\.layers\.0\.self_attn\.odd, .* \(1 such"):
         find_all_weights(resolve_base(Model(base=str(tmp_path))))
+
+
+def test_a_layer_that_files_hold_transposed_is_a_linear_one(tmp_path: Path) -> None:
+    base = resolve_base(Model(base=str(make_base(tmp_path, model_type="gpt2", hidden_size=60))))
+    assert base.architecture.linear_names == ["c_attn", "c_fc", "c_proj"]
+    assert base.architecture.linear_layers()["transformer.h.0.attn.c_attn"] == Linear(inputs=60, outputs=180)
+    stored = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    layers = {f"{path}.weight" for path in base.architecture.linear_layers()}
+    for name, source in find_all_weights(base).sources.items():
+        expected = stored[name].t() if name in layers else stored[name]
+        assert torch.equal(values(source), expected.to(values(source).dtype)), name
+        assert torch.equal(values(source, 1001), values(source)), name
+
+
+def test_values_that_an_operation_widens_are_read_in_the_type_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = InMemory(torch.randn(6, 9).half(), "F16")
+    source = converted(monkeypatch, WeightConverter("s", "w", [Widened()]), {"s": stored}, w=(6, 9)).sources["w"]
+    assert torch.equal(values(source), stored.values.flip(-1))
 
 
 def test_layers_that_predict_several_tokens_are_left_out_and_named(tmp_path: Path) -> None:

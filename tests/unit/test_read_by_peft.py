@@ -1,18 +1,19 @@
-"""An adapter of which PEFT would load a part is not written. The families are those whose present names PEFT takes for names in files."""
+"""An adapter is written by names under which PEFT loads all of it. The families are those whose present names PEFT takes for names in files."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 from tests.every_model import settings_of
 from tests.material import byte_tokenizer
+from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.export.write.read_by_peft import check_peft_reads
+from trainer.export.write.read_by_peft import as_peft_reads
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 
 RANK = 2
@@ -29,22 +30,28 @@ def adapter(shapes: dict[str, tuple[int, int]]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "is_read"),
+    ("kind", "layer", "saved"),
     [
-        ("laguna", "model.layers.1.self_attn.o_proj", True),
-        ("laguna", "model.layers.1.mlp.shared_experts.down_proj", False),
-        ("llama", "model.layers.1.mlp.down_proj", True),
+        ("laguna", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.o_proj"),
+        ("laguna", "model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.mlp.shared_expert.down_proj"),
+        ("llama", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ("inkling2_text", "model.layers.1.self_attn.k_proj.sconv.weight_proj", None),
     ],
 )
-def test_an_adapter_is_read_whole_or_refused(tmp_path: Path, kind: str, layer: str, is_read: bool) -> None:
+def test_an_adapter_is_saved_by_names_that_peft_reads_or_refused(
+    tmp_path: Path, kind: str, layer: str, saved: str | None
+) -> None:
     config = settings_of(kind)
     config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with torch.device("meta"):
         weight = AutoModelForCausalLM.from_config(config).get_submodule(layer).weight
-    files = adapter({layer: tuple(weight.shape)})
-    if is_read:
-        check_peft_reads(files, Model(base=str(tmp_path)))
-    else:
+    files, model = adapter({layer: tuple(weight.shape)}), Model(base=str(tmp_path))
+    if saved is None:
         with pytest.raises(ConfigError, match=r"--format peft: PEFT would load .* --format merged"):
-            check_peft_reads(files, Model(base=str(tmp_path)))
+            as_peft_reads(files, model)
+        architecture = describe_base(model).architecture
+        assert layer not in architecture.linear_layers()  # so that a run adapts what can be exported
+        return
+    names = {f"{PREFIX}{saved}.lora_{matrix}.weight" for matrix in "AB"}
+    assert set(load(as_peft_reads(files, model)[WEIGHTS])) == names

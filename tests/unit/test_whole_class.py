@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def test_the_lines_of_the_card_load_an_adapter_that_does_what_was_trained(kind: 
     assert adapted
     assert all("language_model" in path for path in adapted)  # and no tower
     # The control: by the names in the language model alone, nothing is adapted.
-    if kind == "gemma3":
-        assert effect(loaded(usage, folder, files)) == 0
-    else:
-        assert set(whole) == set(files)
-        assert whole["adapter_model.safetensors"] != files["adapter_model.safetensors"]
+    old = list[float]()
+    with suppress(ValueError):  # PEFT finds no such layer
+        old.append(effect(loaded(usage, folder, files)))
+    assert old in ([], [0.0])
+    assert kind != "gemma3" or old == [0.0]
 
 
 def test_a_language_model_alone_has_its_own_names(tmp_path: Path) -> None:

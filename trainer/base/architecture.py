@@ -31,10 +31,10 @@ class Parameter:
     routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
     matrices multiplies: less than 1 for experts to which tokens are routed.
     A matrix that could be quantized by its form and is not says in `whole` why, as a clause; it is `small`.
-    A stack that is `transposed` has matrices (inputs, outputs), and its class says so.
+    A stack that is `transposed` has matrices (inputs, outputs), and its class says so; of a linear layer the files have the transpose.
     `kept` is how the files hold it, where it may stay so (`quant.type: stored`).
     A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
-    kernel: PEFT refuses adapters on such.
+    kernel: PEFT refuses adapters on such. Or PEFT would not find the adapter's weights under any name.
     """
 
     name: str

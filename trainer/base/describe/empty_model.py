@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import meta_device_safe_creation_ops
+from transformers.pytorch_utils import Conv1D
 
 from trainer.base.describe.language_part import LanguagePart, is_part
 
@@ -24,7 +25,22 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     with torch.device("meta"), meta_device_safe_creation_ops():
         if is_part(config):
             return LanguagePart.on_meta(config, **options)
-        return _without_idle_rows(AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return with_linear_layers(_without_idle_rows(model))
+
+
+class TransposedLinear(nn.Linear):
+    """A linear layer in the place of transformers' `Conv1D`, which computes the same with the transpose of its weight: files have that."""
+
+
+def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with linear layers in the places of those that GPT-2 and its kin have with transposed weights."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            layer = TransposedLinear(module.nx, module.nf, device="meta")
+            layer.weight, layer.bias = nn.Parameter(module.weight.data.t().contiguous()), module.bias
+            model.set_submodule(path, layer)
+    return model
 
 
 def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,7 +25,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
-from transformers.pytorch_utils import Conv1D
 
 from trainer.base.architecture import (
     BESIDE_THE_LAYERS,
@@ -38,9 +37,10 @@ from trainer.base.architecture import (
 )
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
 from trainer.base.describe.config_json import EXPERT_COUNTS
-from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.empty_model import TransposedLinear, meta_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
 from trainer.base.describe.logits import probe_logits
+from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
@@ -125,13 +125,15 @@ class _Reader:
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = probe_logits(self.model, self._head)
         if logits is None:
-            raise ConfigError(self._refusal("makes logits in a way that is not supported"))
+            raise ConfigError(
+                self._refusal(
+                    "has more than one matrix, a factor and a cap between its last hidden states and its logits"
+                )
+            )
         parameters, trial, tied = tuple(self._parameters()), self._trial(), tied_names(self.model)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not any(part.kind in ("linear", "experts") for part in parameters):
-            transposed = any(isinstance(module, Conv1D) for module in self.model.modules())
-            why = "stores the weights of its layers transposed (Conv1D)" if transposed else "has no linear layers"
-            raise ConfigError(self._refusal(f"{why}, so that nothing of it is quantized or adapted"))
+            raise ConfigError(self._refusal("has no linear layers, so that nothing of it is quantized or adapted"))
         if trial and trial.looks_ahead:
             raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
         if trial and not trial.learns:
@@ -234,8 +236,9 @@ class _Reader:
                 transposed = getattr(owner, "is_transposed", False)  # as PEFT sees it
                 yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
             else:
-                handed_on = kind == "linear" and self._is_handed_to_a_kernel(path)
-                yield Parameter(name, shape, kind, layer, adaptable=not handed_on)
+                fixed = kind == "linear" and (path in self._lost_by_peft or self._is_handed_to_a_kernel(path))
+                transposed = isinstance(owner, TransposedLinear) and leaf == "weight"
+                yield Parameter(name, shape, kind, layer, transposed=transposed, adaptable=not fixed)
 
     def _kind(self, name: str, owner: nn.Module, leaf: str, parameter: Tensor, layer: int | None) -> Kind:
         if owner is self._head and leaf == "weight":
@@ -366,6 +369,13 @@ class _Reader:
                 if name in (asked.target_modules or ()):
                     continue
             yield name
+
+    @cached_property
+    def _lost_by_peft(self) -> set[str]:
+        """The linear layers whose adapters PEFT finds under no name."""
+        linears = [path for path, module in self._modules.items() if isinstance(module, nn.Linear)]
+        alone = self.whole.get_text_config() is self.whole
+        return {path for path, saved in saved_paths(self.model, linears).items() if saved is None} if alone else set()
 
     def _is_handed_to_a_kernel(self, path: str) -> bool:
         """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""

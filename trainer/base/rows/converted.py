@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer.base.partitions.filling import as_tensor
+from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.store.safetensors_index import DTYPE_BYTES, StoredTensor
@@ -57,4 +57,5 @@ class Converted:
         return data
 
     def _flat(self, index: int) -> Tensor:
-        return self.make(index).contiguous().flatten()
+        # An operation may give what it makes the type of the parameter, which is the loader's to give.
+        return self.make(index).to(SOURCE_DTYPES[self.dtype]).contiguous().flatten()

@@ -12,18 +12,20 @@ from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_model, language_names
-from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.empty_model import TransposedLinear, meta_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import LeftOutPart
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.conversion import Conversion, convert
 from trainer.base.rows.packed_parts import Weight
+from trainer.base.rows.transposed import Transposed
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names
-from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor
+from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor, TensorSource
 
 # transformers computes these anew, and old files hold them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -63,10 +65,10 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
         raise ConfigError(
             f"model.base: {name} cannot be made of what {base.name} has for it ({reason}). Copy the model again."
         )
-    tied, state = tied_names(model), model.state_dict()
+    tied, state, last_made = tied_names(model), model.state_dict(), LastMade[Tensor]()
     sources, copies = dict[str, Weight](), dict[str, list[Weight]]()
     for name, tensor in state.items():
-        there, original = found.sources.get(name), tied.get(name, name)
+        there, original = _as_in_model(model, name, found.sources.get(name), last_made), tied.get(name, name)
         if there is not None and original in sources:
             copies.setdefault(original, []).append(_checked(base, name, tensor, there))
         elif there is not None:
@@ -79,6 +81,15 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     left_out = {**found.beside, **_left_out(base, found.others, ignored, layers)}
     return FoundWeights(sources, copies, _parts(left_out, found.sources))
+
+
+def _as_in_model(
+    model: PreTrainedModel, name: str, source: Weight | None, last_made: LastMade[Tensor]
+) -> Weight | None:
+    """The source of a linear layer of which plain files have the transpose; formats of fewer bits have it as it is computed with."""
+    path, _, leaf = name.rpartition(".")
+    transposed = leaf == "weight" and isinstance(model.get_submodule(path), TransposedLinear)
+    return Transposed(source, last_made) if transposed and isinstance(source, TensorSource) else source
 
 
 def _convert(base: Base, model: PreTrainedModel) -> Conversion:

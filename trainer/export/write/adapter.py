@@ -21,7 +21,7 @@ from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.learnt_weights import CheckpointWeights
 from trainer.export.write.merged import write_model
-from trainer.export.write.read_by_peft import check_peft_reads
+from trainer.export.write.read_by_peft import as_peft_reads
 from trainer.export.write.whole_class import for_whole_class
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
@@ -62,7 +62,7 @@ def export_adapter(
     in_layout = arranged(exported.files, config.model)
     files = for_whole_class(in_layout, config.model)
     if in_layout is exported.files:  # in PEFT's own
-        check_peft_reads(files, config.model, head_of(method))
+        files = as_peft_reads(files, config.model, head_of(method))
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)

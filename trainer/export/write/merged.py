@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
+
+from torch import Tensor
 
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_class
@@ -28,6 +31,7 @@ from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import find_all_weights
+from trainer.base.rows.transposed import Transposed
 from trainer.config import Config
 from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError
@@ -234,6 +238,9 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
     if isinstance(source, TensorSource):
         yield _Change(source, 0, numel(source), update, 0, more)
         return
+    if isinstance(source, Transposed):
+        yield _Change(source.stored, 0, numel(source), _OfTheTranspose(update), 0)
+        return
     if not isinstance(source, Joined) or more:
         raise ConfigError(
             f"there is no merged model: {base.name} stores {name} in another layout than the model has it in. Take --format peft: PEFT and vLLM "
@@ -243,6 +250,23 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
         part = source.parts[stretch.part]
         assert isinstance(part, TensorSource)
         yield _Change(part, stretch.begin, stretch.numel, update, start)
+
+
+@dataclass(frozen=True)
+class _OfTheTranspose:
+    """An update where the files have the transpose of the weight: all of that as one row, since a row of the update is none of it."""
+
+    update: WeightUpdate
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, prod(self.update.shape)
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        stored = rows.view(self.update.shape[::-1])
+        weight = stored.t().contiguous()
+        self.update.apply_to(weight.view(-1), first)
+        stored.copy_(weight.t())
 
 
 def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:

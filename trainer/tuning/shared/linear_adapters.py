@@ -180,6 +180,7 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
 def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
     """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that PEFT takes
     for an expert is named by its weight, in `target_parameters`."""
+    config.fan_in_fan_out = any(part.kind == "linear" and part.transposed for part in architecture.parameters)
     targets = set(config.target_modules or ())
     if taken := taken_for_experts(architecture, targets):
         config.target_modules = sorted(targets - set(taken))

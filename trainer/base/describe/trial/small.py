@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.base.describe.config_json import EXPERT_COUNTS
+from trainer.base.describe.empty_model import with_linear_layers
 from trainer.base.describe.language_part import LanguagePart
 
 HEADS, HEAD, HIDDEN, VOCABULARY = 4, 16, 64, 259
@@ -78,7 +79,7 @@ def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
             return LanguagePart(decoder, torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), type(like))
         # transformers' grouped products want widths of whole 16 bytes.
         options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-        return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options)
+        return with_linear_layers(AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options))
 
 
 def small_settings(config: PretrainedConfig) -> dict[str, Any]:

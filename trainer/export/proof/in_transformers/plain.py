@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from trainer.base.describe.composite import place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
@@ -246,14 +247,19 @@ def quantize(
         streamed.quantize(model, quant, dtype, weights)
         return
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or f"{path}.weight" not in weights:
+        if not isinstance(module, nn.Linear | Conv1D) or f"{path}.weight" not in weights:
             continue
-        misread = device().type == "cpu" and module.in_features % quant.block_size
+        # bitsandbytes quantizes the matrix (outputs, inputs), also where a layer has its transpose.
+        transposed = isinstance(module, Conv1D)
+        matrix: Tensor = module.weight.data.t().contiguous() if transposed else module.weight.data
+        outputs, inputs = matrix.shape
+        misread = device().type == "cpu" and inputs % quant.block_size
         if misread or quant.type == "int8" or f"{path}.weight".endswith(unpacked):
-            module.weight.data = _dequantized(module.weight.data, quant, dtype)
+            values = _dequantized(matrix, quant, dtype)
+            module.weight.data = values.t().contiguous() if transposed else values
         else:
-            layer = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta")
-            weight: Any = Params4bit(module.weight.data, requires_grad=False, **bnb_form(quant))
+            layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, device="meta")
+            weight: Any = Params4bit(matrix, requires_grad=False, **bnb_form(quant))
             weight = weight.to(device())  # which quantizes it
             weight.quant_state.dtype = dtype
             layer.weight = weight
@@ -312,7 +318,9 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
         noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
         return (output.float() * (1 + size * noise)).to(output.dtype)
 
-    hooks = [module.register_forward_hook(shake) for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [
+        module.register_forward_hook(shake) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
     try:
         yield
     finally:

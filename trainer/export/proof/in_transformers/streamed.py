@@ -19,6 +19,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.config import Quant
 from trainer.model.parts import decoder_layers
@@ -77,11 +78,12 @@ class StreamedLayers:
         for name, parameter in model.named_parameters():
             if name not in weights:
                 continue
+            is_transpose = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
             if parameter in self._supplies:
-                self._supplies[parameter] = PackedWeight(self._supplies[parameter](), quant, dtype).values
+                self._supplies[parameter] = PackedWeight(self._supplies[parameter](), quant, dtype, is_transpose).values
                 parameter.data = _nothing(parameter.shape, dtype, parameter.device)
             else:
-                parameter.data = PackedWeight(parameter.data, quant, dtype).values()
+                parameter.data = PackedWeight(parameter.data, quant, dtype, is_transpose).values()
 
     def at_each_turn(self, module: nn.Module, change: Callable[[], None], undo: Callable[[], None]) -> bool:
         """Whether `module` is of a streamed layer; if so, have `change` called each time that its weights have come, and `undo`
@@ -117,10 +119,13 @@ def bnb_form(quant: Quant) -> dict[str, Any]:
 class PackedWeight:
     """A matrix, or a stack of them, in bitsandbytes' 4 or 8 bits on the host.
 
-    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks.
+    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks. Where
+    the weight `is_transpose`, its transpose is quantized.
     """
 
-    def __init__(self, weight: Tensor, quant: Quant, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, quant: Quant, dtype: torch.dtype, is_transpose: bool = False) -> None:
+        self._is_transpose = is_transpose
+        weight = weight.t().contiguous() if is_transpose else weight
         self._like = _nothing(weight.shape, dtype, weight.device)
         self._matrices: list[tuple[Tensor, bnb.QuantState]] = []
         for matrix in weight.view(-1, *weight.shape[-2:]):
@@ -142,4 +147,4 @@ class PackedWeight:
             state.to(values.device)
             dequantize = bnb.dequantize_4bit if state.quant_type else bnb.dequantize_blockwise
             matrix.copy_(dequantize(packed.to(values.device), state).view_as(matrix))
-        return values
+        return values.t().contiguous() if self._is_transpose else values
