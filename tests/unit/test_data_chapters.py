@@ -22,7 +22,7 @@ from trainer.data.compile import compile, fingerprint, shards
 from trainer.data.compile.compile import Progress, compile_chapters
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.shards import Place
-from trainer.data.dataset import chapters
+from trainer.data.dataset import chapters, dataset
 from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.order import order, stream
@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "CHAPTER_BYTES", 6144)
     monkeypatch.setattr(rows, "BATCH_ROWS", 10)
     monkeypatch.setattr(rows, "_READ_BYTES", 128)
-    monkeypatch.setattr(shards, "BLOCK_DOCUMENTS", 16)
+    monkeypatch.setattr(dataset, "BLOCK_DOCUMENTS", 16)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 600)
     monkeypatch.setattr(order, "WINDOW_BLOCKS", 2)
     monkeypatch.setattr(chapters, "LOOK_SECONDS", 0.01)
