@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config, Data, dump_config, parse_config
-from trainer.data.compile.compile import compile_chapters
+from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.render.text_files import keep_text, text_of
-from trainer.data.source.files import SourceFile
 from trainer.plan.mismatches import tuning_mismatches
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
@@ -211,12 +207,3 @@ class Workshop:
     def prepare(self, config: Config) -> Datasets:
         """Compile the data, as the launcher does before any rank starts."""
         return prepare(config, resolve_base(config.model), self.store)
-
-
-def compile_dataset(
-    data: Data, files: Sequence[SourceFile], tokenizer: Any, store: Store, key: str, *more: Any, **options: Any
-) -> Dataset:
-    """All chapters of `compile_chapters`, and the result opened."""
-    for _ in compile_chapters(data, files, tokenizer, store, key, *more, **options):
-        pass
-    return open_dataset(store, key)

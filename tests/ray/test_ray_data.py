@@ -12,7 +12,8 @@ import pytest
 from launcher.cluster.ray import data as cluster_data
 from launcher.cluster.ray.cluster import joined_ray
 from launcher.cluster.ray.data import map_on_cluster
-from tests.material import Workshop, byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import Workshop, byte_tokenizer
 from tests.ray.cluster import Driver, ray_cluster, write
 from tests.ray.tasks import die, idle, returned, where
 from trainer.config import Data

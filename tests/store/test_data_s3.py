@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.smoke.local_s3 import S3Server
-from tests.material import byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.dataset.chapters import whole

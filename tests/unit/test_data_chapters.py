@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.material import compile_dataset
+from tests.compiled import compile_dataset
 from tests.unit.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
 from trainer.config.data.source import Source

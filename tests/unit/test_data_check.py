@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from launcher.data.check import report_table
-from tests.material import byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import byte_tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import Mapper, map_batches

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launcher.view.compiling import compile_progress
-from tests.material import compile_dataset
+from tests.compiled import compile_dataset
 from trainer.config import Data
 from trainer.data.compile import shards
 from trainer.data.compile.compile import Progress

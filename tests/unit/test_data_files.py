@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.material import byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
 from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.fingerprint import fingerprint

@@ -23,7 +23,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.material import byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.compile.encode import Encoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from launcher.smoke.life import first_rows
-from tests.material import byte_tokenizer, compile_dataset
+from tests.compiled import compile_dataset
+from tests.material import byte_tokenizer
 from trainer.config import Data, Source
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.source.files import expand

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.material import compile_dataset
+from tests.compiled import compile_dataset
 from trainer.config import Config, Data
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Blocks, Dataset
