@@ -99,7 +99,7 @@ def steps(given: Chapters, start: Position, count: int, world_size: int = 1) -> 
     ]
 
 
-def bins(batch: MicroBatch) -> Step:
+def bins(batch: MicroBatch) -> list[Any]:
     return [(place, batch.input_ids[0].tolist()) for place in batch.bins]
 
 

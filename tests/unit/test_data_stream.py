@@ -78,7 +78,7 @@ def epoch_of(dataset: Dataset, world_size: int, **options: Any) -> list[list[Mic
     return [[batch for micro in zip(*step, strict=True) for batch in micro] for step in zip(*ranks, strict=True)]
 
 
-def bins(step: list[MicroBatch]) -> list[Position]:
+def bins(step: list[MicroBatch]) -> list[Any]:
     return [place for batch in step for place in batch.bins]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.train import signed_lines
+from trainer.train.heartbeat import signed_lines
 from trainer.train.heartbeat.signed_lines import Line, Server, sign, verified
 
 SECRET = b"of this start"

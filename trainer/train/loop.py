@@ -106,7 +106,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         record = {"step": step, "epoch": place.epoch, **update.figures}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        yield record | update.measured | supplied | _totals(run, update.every, seconds) | routing.measured()
+        yield {**record, **update.measured, **supplied, **_totals(run, update.every, seconds), **routing.measured()}
         if _follow(run, update, step, _Window(before, position), saves, routing, first=step == first_step):
             return
 
