@@ -21,7 +21,7 @@ from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten, DestinationTaken
 from trainer.export.format import ExportFormat, find_format
 from trainer.export.outcome import ExportProgress, Written
-from trainer.export.proof.process import get_ready
+from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.run.background import Every
 from trainer.state.checkpoint.listing import newest_commit
@@ -66,13 +66,14 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     result |= {"facts": written.facts, "remarks": written.remarks}
     if arguments.verify:
-        get_ready("trainer.export.proof.models")
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         size = decimal(sum(header.size for header in base.headers.values()))
         progress.say(f"--verify: reads every byte of the base's files, {size}")
-        progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
-        with _patience(progress.say):
-            result["proof"] = asdict(_prove(arguments, form, run, step, destination))
+        with getting_ready():
+            get_ready("trainer.export.proof.models")
+            progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
+            with _patience(progress.say):
+                result["proof"] = asdict(_prove(arguments, form, run, step, destination))
     return result
 
 

@@ -6,12 +6,13 @@ that has ended holds nothing, neither on the host nor on its GPU.
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from trainer.errors import DoesNotFit
 from trainer.processes.children import OF_A_RANK, end_with_parent
@@ -21,15 +22,33 @@ T = TypeVar("T")
 Device = Literal["gpu", "cpu"]
 
 
-_ready: dict[Device, list[ProcessPoolExecutor]] = {"gpu": [], "cpu": []}
+class _Ready:
+    """Processes that wait for a later `aside`; none are started outside `getting_ready`."""
+
+    allowed = False
+    waiting: ClassVar[dict[Device, list[ProcessPoolExecutor]]] = {"gpu": [], "cpu": []}
+
+
+@contextmanager
+def getting_ready() -> Iterator[None]:
+    """Within it `get_ready` starts processes, of which those that nobody has taken end with it."""
+    _Ready.allowed = True
+    try:
+        yield
+    finally:
+        _Ready.allowed = False
+        for waiting in _Ready.waiting.values():
+            while waiting:
+                waiting.pop().shutdown(wait=False, cancel_futures=True)
 
 
 def get_ready(module: str) -> None:
     """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another side, works."""
-    device: Device = "gpu" if local_gpus() else "cpu"
-    process = _process(device)
-    process.submit(_imported, module)
-    _ready[device].append(process)
+    if _Ready.allowed:
+        device: Device = "gpu" if local_gpus() else "cpu"
+        process = _process(device)
+        process.submit(_imported, module)
+        _Ready.waiting[device].append(process)
 
 
 def _imported(module: str) -> None:
@@ -48,7 +67,8 @@ def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
         DoesNotFit: memory ran out. On the host Linux then kills the process.
         Exception: whatever `work` raises.
     """
-    with _ready[device].pop(0) if _ready[device] else _process(device) as pool:
+    waiting = _Ready.waiting[device]
+    with waiting.pop(0) if waiting else _process(device) as pool:
         try:
             return pickle.loads(pool.submit(_pickled, work, arguments).result())
         except BrokenProcessPool as error:
