@@ -77,7 +77,7 @@ def test_the_benchmark_of_gpus_runs_from_start_to_end_on_a_cpu_and_keeps_what_it
     found = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert done.returncode == 0, [figure for figure in found if figure.get("right") is False]
     parts = list(dict.fromkeys(figure["part"] for figure in found))
-    assert parts == ["machine", "kernels", "tiny", "big", "rooflines", "trace", "life", "longest", "trl"]
+    assert parts == ["machine", "kernels", "tiny", "big", "rooflines", "ways", "trace", "life", "longest", "trl"]
     assert {figure["found"] for figure in found if figure.get("what") == "TRL"} == {"is not installed"}
     assert (tmp_path / "trace.json.gz").exists()
 
