@@ -42,7 +42,7 @@ CASES = {
         ),
     },
     1: {
-        "alone": Case(1, "single_gpu", ("train.sample_every=2", "eval.max_tokens=4")),
+        "alone": Case(1, "single_gpu", ("train.sample_every=3", "eval.max_tokens=4")),
         "offloaded alone": Case(1, "zero3_offload_cpu", _OFFLOADED),
     },
 }
