@@ -107,7 +107,7 @@ class _Model:
 
 
 def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
-    """What decides the values of a run's checkpoint: another run may have its name by now."""
+    """The facts that decide the values of a run's checkpoint: another run may have its name by now."""
     shards = digest_of([shard.sha256 for shard in manifest.shards])
     return {"step": manifest.step, "dataset": manifest.dataset, "shards": shards}
 

@@ -14,7 +14,8 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.model.rows.groups import uneven_ranks
-from trainer.plan.memory import Inputs, base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
+from trainer.plan.inputs import Inputs
+from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes

@@ -111,7 +111,7 @@ def _trained_part(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """What training minimises. axolotl says it by several keys, and trains with some of them what we do not, which is refused."""
+    """The objective. axolotl says it by several keys, and some of them ask for what we do not train, which is refused."""
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:

@@ -98,7 +98,7 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     script = reader.script or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
-    # What is said in a configuration's own class goes before what a trainer or a model is given, wherever it stands.
+    # A value of a configuration's own class goes before one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
     return ({**keys, "script": script} if script else keys), reader.computed
 

@@ -1,7 +1,5 @@
 """Writes token shards, and a journal of them by which a killed compilation goes on after its last shard."""
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -129,20 +127,20 @@ class ShardWriter:
             documents=len(lengths),
             tokens=len(tokens),
             targets=sum(batch.targets for batch in self._batches),
-            tokens_file=self._put(f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
-            documents_file=self._put(f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()),
-            blocks_file=self._put(f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()),
-            hashes_file=self._put(f"hashes-{number:05d}.bin", self._hashes().tobytes()),
+            tokens_file=FileRecord.put(self._folder, f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
+            documents_file=FileRecord.put(
+                self._folder, f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()
+            ),
+            blocks_file=FileRecord.put(
+                self._folder, f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()
+            ),
+            hashes_file=FileRecord.put(self._folder, f"hashes-{number:05d}.bin", self._hashes().tobytes()),
         )
 
     def _hashes(self) -> NDArray[np.uint64]:
         """A batch at a time, as hashing takes several times the memory of the tokens."""
         every = [hash_documents(batch.tokens, batch.lengths) for batch in self._batches]
         return np.concatenate(every).astype(HASH)
-
-    def _put(self, key: str, content: bytes) -> FileRecord:
-        self._folder.put(key, content)
-        return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _journal(shard: int) -> str:

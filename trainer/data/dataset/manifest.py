@@ -83,6 +83,12 @@ class FileRecord(Record):
     size: Count
     sha256: Sha256
 
+    @classmethod
+    def put(cls, folder: Store, key: str, content: bytes) -> "FileRecord":
+        """Write the object; its record."""
+        folder.put(key, content)
+        return cls(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
 
 class ShardRecord(Record):
     """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of rollouts have two files of their

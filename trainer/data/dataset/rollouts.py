@@ -9,7 +9,6 @@
 Of two processes that sample the same chapter one commits. What is not committed when its process dies is sampled again.
 """
 
-import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -78,7 +77,7 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
         f"samples-{attempt}.jsonl": lines.encode(),
     }
     files: dict[str, Any] = {
-        f"{key.partition('-')[0]}_file": _put(folder, key, content) for key, content in contents.items()
+        f"{key.partition('-')[0]}_file": FileRecord.put(folder, key, content) for key, content in contents.items()
     }
     counts: dict[str, Any] = {
         "documents": len(rollouts),
@@ -140,8 +139,3 @@ class Rollouts:
 
 def _open(place: Store, number: int) -> Dataset:
     return replace(open_dataset(place, layout.chapter_of_rollouts(number)), first_document=number * _NUMBERS)
-
-
-def _put(folder: Store, key: str, content: bytes) -> FileRecord:
-    folder.put(key, content)
-    return FileRecord(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())

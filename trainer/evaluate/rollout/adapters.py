@@ -1,4 +1,4 @@
-"""What a run has learnt after each update, published in its folder for the servers that sample: in the form that its method exports.
+"""Adapters after each update, published in the folder of their run for the servers that sample, in the form that the method exports.
 
 <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """

@@ -27,7 +27,7 @@ class Scoring:
         self._process: subprocess.Popen[bytes] | None = None
 
     def rewards(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """What each completion is worth.
+        """The worth of each completion.
 
         Raises:
             CapstanError: the function fails, hangs, or gives something else than a finite number for each, three times.

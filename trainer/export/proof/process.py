@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from multiprocessing import get_context
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from trainer.errors import DoesNotFit
 from trainer.processes.children import OF_A_RANK, end_with_parent
@@ -22,33 +23,31 @@ T = TypeVar("T")
 Device = Literal["gpu", "cpu"]
 
 
-class _Ready:
-    """Processes that wait for a later `aside`; none are started outside `getting_ready`."""
-
-    allowed = False
-    waiting: ClassVar[dict[Device, list[ProcessPoolExecutor]]] = {"gpu": [], "cpu": []}
+_READY: ContextVar[dict[Device, list[ProcessPoolExecutor]] | None] = ContextVar("ready", default=None)
+"""The processes that wait for a later `aside`; None outside `getting_ready`."""
 
 
 @contextmanager
 def getting_ready() -> Iterator[None]:
     """Within it `get_ready` starts processes, of which those that nobody has taken end with it."""
-    _Ready.allowed = True
+    ready: dict[Device, list[ProcessPoolExecutor]] = {"gpu": [], "cpu": []}
+    before = _READY.set(ready)
     try:
         yield
     finally:
-        _Ready.allowed = False
-        for waiting in _Ready.waiting.values():
-            while waiting:
-                waiting.pop().shutdown(wait=False, cancel_futures=True)
+        _READY.reset(before)
+        for process in (*ready["gpu"], *ready["cpu"]):
+            process.shutdown(wait=False, cancel_futures=True)
 
 
 def get_ready(module: str) -> None:
     """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another side, works."""
-    if _Ready.allowed:
+    ready = _READY.get()
+    if ready is not None:
         device: Device = "gpu" if local_gpus() else "cpu"
         process = _process(device)
         process.submit(_imported, module)
-        _Ready.waiting[device].append(process)
+        ready[device].append(process)
 
 
 def _imported(module: str) -> None:
@@ -67,8 +66,8 @@ def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
         DoesNotFit: memory ran out. On the host Linux then kills the process.
         Exception: whatever `work` raises.
     """
-    waiting = _Ready.waiting[device]
-    with waiting.pop(0) if waiting else _process(device) as pool:
+    ready = _READY.get()
+    with ready[device].pop(0) if ready and ready[device] else _process(device) as pool:
         try:
             return pickle.loads(pool.submit(_pickled, work, arguments).result())
         except BrokenProcessPool as error:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Exchange(NamedTuple):
-    """What ranks that share a row exchange around one function of a layer's `heads`, or channels: `values` a token, and `grouped` ones that `groups`
+    """The exchange of ranks that share a row around one function of a layer's `heads`, or channels: `values` a token, and `grouped` ones that `groups`
     of heads share, which are as often there as ranks need them."""
 
     heads: int

@@ -43,7 +43,7 @@ def divides(mixer: nn.Module) -> bool:
 
 
 def exchanges(mixer: nn.Module, example: Tensor) -> tuple[Exchange, ...]:
-    """What ranks exchange in a layer that calls known functions, found by use: it computes `example` (1, tokens, H), which may be on `meta`."""
+    """The exchanges of ranks in a layer that calls known functions, found by use: the layer computes `example` (1, tokens, H), which may be on `meta`."""
     seen, training = list[Exchange](), mixer.training
     before = _SEEN.set(seen)
     try:

@@ -1,0 +1,186 @@
+"""Facts about a run on one rank of so many, from which plans count. No GPU, no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+from typing import Any, Literal
+
+from trainer.base.architecture import Architecture
+from trainer.config import Config
+from trainer.plan.mismatches import reference_of
+from trainer.plan.sizes import (
+    StoredParameter,
+    stored_parameters,
+    value_bytes,
+)
+from trainer.state.optimizer.optimizer import State, states_by_name
+from trainer.state.zero.policy import Scope, is_offloaded
+from trainer.tuning.method import Method, method_of
+from trainer.tuning.objective.objective import Objective, Survey, find_objective, segments_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of the formulas. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
+
+    config: Config
+    model: Architecture
+    zero: dict[str, Any]
+    world_size: int
+    ranks_per_node: int
+    accumulation: int
+    scope: Scope
+
+    @property
+    def shared(self) -> int:
+        """Ranks that share each row."""
+        return self.config.sharding.sequence_parallel
+
+    @property
+    def data_groups(self) -> int:
+        """Rows that are computed at one time: one for each rank, or for each group of ranks that share theirs."""
+        return max(1, self.world_size // self.shared)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.cluster.gpus_per_worker != 0
+
+    @property
+    def group(self) -> int:
+        return self.world_size if self.scope == "world" else min(self.ranks_per_node, self.world_size)
+
+    @property
+    def item(self) -> int:
+        return value_bytes(self.config)
+
+    @cached_property
+    def method(self) -> Method:
+        return method_of(self.config)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return find_objective(self.config, self.method)
+
+    @property
+    def reference(self) -> Literal["adapter_off", "stored"] | None:
+        """Where the values come from that the objective compares with, if it reads any."""
+        return reference_of(self.config, self.objective, self.method)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that learns, by name: of the adapters, or of the base itself."""
+        return self.method.shapes(self.model)
+
+    @cached_property
+    def learning(self) -> dict[str, int]:
+        """Elements of each of them."""
+        return {name: prod(shape) for name, shape in self.shapes.items()}
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the fp32 masters and of the optimizer's states."""
+        every = ((state, self.learning[name]) for name, states in self.states.items() for state in states)
+        return sum(state.item * state.size(numel) for state, numel in every)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
+        every = (state for states in self.states.values() for state in states)
+        vectors = sum(state.item * state.length for state in every if state.length is not None)
+        return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
+
+    @cached_property
+    def states(self) -> dict[str, tuple[State, ...]]:
+        """The masters and the optimizer's states of each parameter that learns, by name."""
+        return states_by_name(self.config.optim.name, self.shapes)
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.learning.values())
+
+    @cached_property
+    def small(self) -> int:
+        """Elements of what learns that stay whole on every rank, in parameters under ZeRO-3's persistence threshold."""
+        threshold = self.zero["stage3_param_persistence_threshold"]
+        return sum(size for size in self.learning.values() if size <= threshold)
+
+    @property
+    def share(self) -> int:
+        """Elements of what learns that one rank has."""
+        return ceil(self.trainable / self.world_size)
+
+    @cached_property
+    def learning_base(self) -> int:
+        """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
+        return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
+
+    @cached_property
+    def frozen(self) -> list[StoredParameter]:
+        """The base's parameters that do not learn, as they are stored."""
+        of_base = (parameter for parameter in self.model.parameters if parameter.name not in self.learning)
+        return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
+
+    def is_whole(self, stored: StoredParameter) -> bool:
+        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are offloaded."""
+        return stored.elements <= self.zero["stage3_param_persistence_threshold"]
+
+    @cached_property
+    def reference_passes(self) -> int:
+        """Forward passes of a micro-batch through the reference."""
+        return int(self.reference == "adapter_off")
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """The objective's forward pass of each micro-batch before the losses of a step, if it needs one."""
+        return self.objective.survey
+
+    @property
+    def kept_layers(self) -> int:
+        """The decoder layers, from the last one on, that keep their activations for the backward pass."""
+        return self.config.train.kept_layers(self.model.layers)
+
+    @property
+    def recomputed_layers(self) -> int:
+        """The others, which compute theirs again."""
+        return self.model.layers - self.kept_layers
+
+    @property
+    def offloads_inputs(self) -> bool:
+        """Whether the inputs of layers that are computed again go to the host; those of a CPU are there."""
+        return self.config.train.activation_offload and self.on_gpu
+
+    @cached_property
+    def row(self) -> int:
+        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order/settings.py)."""
+        data = self.config.data
+        return data.sequence_length + segments_of(self.config) * self.method.virtual.reserved
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch that a rank computes."""
+        return ceil(self.config.train.micro_batch * self.row / self.shared)
+
+    @property
+    def states_offloaded(self) -> bool:
+        return self.zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    @property
+    def offloaded(self) -> bool:
+        return is_offloaded(self.zero)
+
+    @property
+    def sub_group(self) -> int:
+        """Elements that one step of the update takes."""
+        return self.zero.get("sub_group_size", 1_000_000_000)
+
+    def pins(self, section: str) -> bool:
+        """Whether what this section of the policy offloads is pinned: there is nothing to copy to beside a CPU."""
+        return self.on_gpu and bool(self.zero.get(section, {}).get("pin_memory"))
+
+    @property
+    def communicators(self) -> int:
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, those of a node one where they share a copy of the base, and those that
+        share rows one. CPUs use gloo."""
+        if not self.on_gpu:
+            return 0
+        return 2 * (self.world_size > 1) + (1 < self.group < self.world_size) + (self.shared > 1)
