@@ -102,6 +102,26 @@ def install(library: Path) -> None:
     deepspeed.accelerator.set_accelerator(_accelerator())
 
 
+def peak() -> int:
+    """The most bytes of the device that were taken at one time since the last call."""
+    return torch.ops.pretended.peak()[0]
+
+
+def peak_from_here() -> int:
+    """Let the peak start again from the bytes that are taken now."""
+    peak()
+    return peak()
+
+
+def attend_without_scores() -> None:
+    """Have attention keep no matrix of scores, as it does on CPUs and cards; PyTorch chooses the kernel by the kind of device, and does not know this one."""
+
+    def attend(*states: Any, is_causal: bool = False, scale: float | None = None, **_: Any) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*states, is_causal=is_causal, scale=scale)[0]
+
+    torch.nn.functional.scaled_dot_product_attention = attend
+
+
 def _without_device(plain: Any) -> Any:
     """gloo, which is behind the device, knows no device, and makes no groups of a group that does."""
 

@@ -1,5 +1,7 @@
 """What ranks that share rows exchange, and what steps over rows cost."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 
 from torch import Tensor
@@ -11,18 +13,28 @@ from trainer.model.rows.peers import RankPeers
 from trainer.train.loop import train
 
 
-def exchanged(config_text: str, fingerprint: str) -> int:
-    """Bytes that this rank receives of its peers in the first step."""
-    received, swap = [0], RankPeers.swap
+@contextmanager
+def received() -> Iterator[list[int]]:
+    """The bytes that this rank receives of its peers inside, exchange by exchange."""
+    found, swap = list[int](), RankPeers.swap
 
     def counted(self: RankPeers, pieces: Tensor) -> Tensor:
-        received[0] += pieces.nbytes * (self.size - 1) // self.size
+        found.append(pieces.nbytes * (self.size - 1) // self.size)
         return swap(self, pieces)
 
     RankPeers.swap = counted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        RankPeers.swap = swap  # type: ignore[method-assign]
+
+
+def exchanged(config_text: str, fingerprint: str) -> int:
+    """Bytes that this rank receives of its peers in the first step."""
     here = assemble_run(parse_config(config_text), fingerprint)
-    next(train(here.training(), 0, Position()))
-    return received[0]
+    with received() as found:
+        next(train(here.training(), 0, Position()))
+    return sum(found)
 
 
 def step_costs(config_text: str, fingerprint: str) -> tuple[int, float]:

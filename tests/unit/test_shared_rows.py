@@ -40,8 +40,11 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
     )
     (tokens,) = wrong(LLAMA, 2, "data.sequence_length=63")
     assert "cannot share a row of 63 tokens evenly" in tokens
-    (virtual,) = wrong(LLAMA, 2, "tuning.method=prefix")
-    assert "with the virtual tokens of tuning.method: prefix" in virtual
+    (reserved,) = wrong(LLAMA, 2, "tuning.method=prompt", "tuning.virtual_tokens=5")
+    assert reserved.endswith(
+        "a row of 69 tokens evenly. Set data.sequence_length to a multiple of 2, less the 5 of tuning.virtual_tokens."
+    )
+    assert wrong(LLAMA, 2, "tuning.method=prefix", "tuning.virtual_tokens=5") == []
     (objective,) = wrong(LLAMA, 2, "objective.name=kto", "data.format=labelled")
     assert "objective.name: kto looks at parts of a row by themselves" in objective
     (head,) = wrong(LLAMA, 2, "objective.name=reward", "data.format=preference")

@@ -12,10 +12,10 @@ from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     is_packed,
     multiplies_in_fp8,
-    pinned,
     stored_bytes,
     stored_layers,
 )
+from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
@@ -196,10 +196,11 @@ def _masks(given: Inputs) -> int:
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
-    return (
-        given.recomputed_layers * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
-    )
+    """Bytes of pinned host memory for the inputs of a rank's layers that are computed again, which lie together (trainer/model/offload.py)."""
+    if not given.offloads_inputs:
+        return 0
+    size = place_bytes(given.item * given.tokens * given.model.hidden)
+    return sum(pinned(places * size) for places in blocks(size, given.recomputed_layers))
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
