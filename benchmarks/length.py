@@ -5,7 +5,7 @@
 A forward and backward pass through one document of either length on CPUs, over a small random base: what
 a token adds to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to activations and logits.
 With `--memory` instead the longest row that one rank computes in so many MiB, bisected by real steps, beside that of `capstan plan --longest`.
-With `--prompts` what a step of DPO costs over pairs of answers to prompts of so many tokens, each once in a row (`data.share_prefix`) or twice.
+With `--prompts` what steps of DPO cost over pairs of answers to prompts of so many tokens, each once in a row (`data.share_prefix`) or twice.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def planned(config: Config, ranks: int) -> tuple[int, int]:
 
 
 def settings_of(ranks: int, way: str, on_device: bool = False) -> tuple[str, ...]:
-    device = f"cluster.gpus_per_worker={int(on_device)}"
     return (
         "model.dtype=fp32",
-        device,
         f"sharding.sequence_parallel={ranks}",
         f"train={WAYS[way]}, steps: 4, global_batch: 1}}",
+        # bitsandbytes compiles what dequantizes on a device that it does not know.
+        *(("quant.type=none",) if on_device else ("cluster.gpus_per_worker=0",)),
     )
 
 
@@ -79,8 +79,8 @@ def longest(workshop: Workshop, memory: int, tile: int) -> Table:
 
 def prompts(workshop: Workshop, tokens: int) -> Table:
     """A step of DPO over pairs of short answers to prompts of so many tokens, each once in a row or twice."""
-    pairs, table = Path(workshop.folder) / "pairs.jsonl", Table("prompts", "tokens of a step", "seconds")
-    prompt, costs = "the ant and the bee " * (tokens // 20), list[tuple[int, float]]()
+    pairs, table = Path(workshop.folder) / "pairs.jsonl", Table("prompts", "tokens of a pair", "processor's seconds")
+    prompt, costs = "the ant and the bee " * (tokens // 20), list[tuple[float, float]]()
     with pairs.open("w") as file:
         for n in range(8):
             file.write(
@@ -94,9 +94,9 @@ def prompts(workshop: Workshop, tokens: int) -> Table:
             f"data={{train: [{{path: {pairs}}}], format: preference, share_prefix: {shared}, sequence_length: {2 * tokens + 256}}}",
             "train.global_batch=2",
         )
-        (cost,) = launch(1, shared_rows.step_costs, dump_config(config), workshop.prepare(config).train, timeout=1800.0)
+        (cost,) = launch(1, shared_rows.pair_costs, dump_config(config), workshop.prepare(config).train, timeout=1800.0)
         costs.append(cost)
-        table.add_row("once" if shared else "a copy for each answer", f"{cost[0]:,}", f"{cost[1]:.2f}")
+        table.add_row("once" if shared else "a copy for each answer", f"{cost[0]:,.0f}", f"{cost[1]:.2f}")
     table.add_row("ratio", *(f"{once / each:.2f}" for each, once in zip(*costs, strict=True)))
     return table
 

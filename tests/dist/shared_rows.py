@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
+from time import process_time
 
 from torch import Tensor
 
@@ -37,9 +37,12 @@ def exchanged(config_text: str, fingerprint: str) -> int:
     return sum(found)
 
 
-def step_costs(config_text: str, fingerprint: str) -> tuple[int, float]:
-    """The tokens of a step, and the median of the seconds that steps take behind the first."""
-    config = parse_config(config_text)
-    here = assemble_run(config, fingerprint)
-    records = [record for record in train(here.training(), 0, Position()) if "tokens" in record]
-    return records[0]["tokens"], median(record["seconds"] for record in records[1:])
+def pair_costs(config_text: str, fingerprint: str) -> tuple[float, float]:
+    """The tokens of a pair of answers, and the processor's seconds for it, in the steps behind the first."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    found = list[tuple[int, int, float]]()
+    for record in train(here.training(), 0, Position()):
+        if "tokens" in record:
+            found.append((record["tokens"], record[here.resolved.objective.unit], process_time()))
+    tokens, pairs = (sum(step[which] for step in found[1:]) for which in (0, 1))
+    return tokens / pairs, (found[-1][2] - found[0][2]) / pairs
