@@ -78,7 +78,7 @@ def row_memory(config_text: str, lengths: list[int], tile: int, library: str) ->
     begin, highest = (pretended.peak_from_here, pretended.peak) if library else (_peak_from_here, _highest)
     if library:
         pretended.install(Path(library))
-        pretended.attend_without_scores()
+        pretended.take_memory_as_cards_do()
     reading._GLIBC_DEFAULT_LIMIT = 2**20
     with reading.freed_memory_given_back():
         here, parts, found = assemble_run(config), config.sharding.sequence_parallel, list[tuple[int, int]]()

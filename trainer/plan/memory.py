@@ -158,10 +158,12 @@ def _gathered(given: Inputs) -> int:
 
 
 def _gradient_buckets(given: Inputs) -> int:
-    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to."""
+    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to. Of a CPU's memory it takes what
+    gradients are written to."""
     bucket = given.zero.get("reduce_bucket_size", 500_000_000)
-    reduced = min(bucket, given.trainable) if given.world_size > 1 else 0
-    return 4 * (bucket + reduced + ceil(reduced / given.world_size))
+    written = min(bucket, given.trainable)
+    reduced = written if given.world_size > 1 else 0
+    return 4 * ((bucket if given.on_gpu else written) + reduced + ceil(reduced / given.world_size))
 
 
 def _activations(given: Inputs) -> tuple[int, int]:
