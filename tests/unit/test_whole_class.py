@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.composites import COMPOSITES, make_composite
@@ -53,6 +53,12 @@ def check_that_a_run_begins_from(folder: Path, given: Mapping[str, bytes], model
     values = {part.name.replace(".default.", "."): torch.frombuffer(part.data, dtype=torch.float32) for part in found}
     assert values.keys() == weights.keys()
     assert all(torch.equal(value, weights[name].flatten()) for name, value in values.items())
+    # One that has learnt on a tower too, as PEFT's own targets do.
+    end = next(iter(weights)).partition(".lora_")[0].rpartition(".")[2]
+    tower = {f"{PREFIX}model.tower.0.{end}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    (folder / WEIGHTS).write_bytes(save({**load((folder / WEIGHTS).read_bytes()), **tower}))
+    (refused,) = PeftFolder(str(folder), open_store(str(folder)), method, model).differences(config, method, base)
+    assert f"has weights of model.tower.0.{end}, which this run does not train" in refused
 
 
 def loaded(usage: str, folder: Path, files: Mapping[str, bytes]) -> Any:
