@@ -66,9 +66,10 @@ def tried(name: str, folder: Path) -> dict[str, Any]:
     )
     alike = all(found[key].dtype == expected[key].dtype and torch.equal(found[key], expected[key]) for key in expected)
     changed = sum(not torch.equal(found[key], before[key]) for key in before)
-    proof = Proof(**merge_proof(run.uri, 4, f"{run.uri}/merged"))
+    of_merge: dict[str, Any] = merge_proof(run.uri, 4, f"{run.uri}/merged")
     export_adapter(run, open_store(f"{run.uri}/adapter"))
-    adapter = Proof(**export_proof(run.uri, 4, f"{run.uri}/adapter"))
+    of_adapter: dict[str, Any] = export_proof(run.uri, 4, f"{run.uri}/adapter")
+    proof, adapter = Proof(**of_merge), Proof(**of_adapter)
     return {
         "bits": alike and found.keys() == expected.keys(),
         "changed": changed,
