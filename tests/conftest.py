@@ -20,7 +20,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Ray's workers yield to every other process by default, and beside other work would be waited for until a test's time is up.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ.update(RAY_worker_niceness="0")
 
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
