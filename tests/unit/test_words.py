@@ -79,10 +79,14 @@ def test_a_run_that_is_not_going_on_has_no_time_left(run: Store) -> None:
 def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nobody(*_: object) -> socket.socket:
+    asked = list[object]()
+
+    def nobody(*address: object) -> socket.socket:
+        asked.append(address)
         time.sleep(30)  # as a name server that does not answer
         raise OSError
 
+    assert hub._PATIENCE_SECONDS < 3, "the wait without a network"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "getproxies", dict)
@@ -96,6 +100,7 @@ def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
     with pytest.raises(ConfigError, match=r"huggingface\.co:443 cannot be reached from here, and the cache lacks it"):
         resolve_base(config.model)
     assert time.monotonic() - began < 60
+    assert len(asked) == 1, "and it is waited for once"
     hub.hub_answers.cache_clear()
 
 
