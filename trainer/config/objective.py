@@ -41,7 +41,7 @@ class ObjectiveSettings(Section):
         "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
         "multilabel_classification: any of several (data.format: multilabel). token_classification: "
         "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth.",
+        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth. opd: what a teacher says of sampled answers.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
@@ -76,7 +76,7 @@ LAG = 1
 
 
 class Rollout(Section):
-    """Answers that are sampled while the run learns, for objective.name: grpo. The prompts are those of data.train: all before the last answer of a row,
+    """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of data.train: all before the last answer of a row,
     which is given to the reward and never trained. docs/rollouts.md says how to go about it."""
 
     reward: str | None = setting(

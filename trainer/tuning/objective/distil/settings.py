@@ -11,7 +11,7 @@ class DistilSettings(Section):
     teacher: str | None = setting(
         None,
         about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
-        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run.",
+        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: such a URL.",
         example="Qwen/Qwen3-235B-A22B",
     )
     teacher_run: str | None = setting(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_DEFAULTS = {
+DEFAULTS = {
     "beta": 0.0,
     "ratio": "clipped",
     "ratio_of": "token",
@@ -47,8 +47,8 @@ _LEAST_SPREAD = 1e-4  # as TRL has it
 class Grpo:
     """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own answers, so it needs no rollouts."""
 
-    settings: Collection[str] = tuple(_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    settings: Collection[str] = tuple(DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **DEFAULTS}
     formats: Collection[str] = ("chat", "prompt_completion")
     reads_reference: bool = False
     survey: Survey | None = None
@@ -71,28 +71,32 @@ class Grpo:
 
     @property
     def identity(self) -> dict[str, Any]:
-        own = {name: getattr(self._given, name) for name in _DEFAULTS if name != "beta"}
+        own = {name: getattr(self._given, name) for name in DEFAULTS if name != "beta"}
         return without_defaults({"name": "grpo", "beta": self._beta, **own}, self.defaults)
 
     def mismatches(self) -> list[str]:
         given, wrong = self._given, list[str]()
-        if given.mean_over != "constant" and given.longest_answer != _DEFAULTS["longest_answer"]:
+        if given.mean_over != "constant" and given.longest_answer != DEFAULTS["longest_answer"]:
             wrong.append(
                 f"objective.longest_answer: has no effect with objective.mean_over: {given.mean_over}. Remove it."
             )
-        if given.ratio == "truncated" and given.clip_low != _DEFAULTS["clip_low"]:
+        if given.ratio == "truncated" and given.clip_low != DEFAULTS["clip_low"]:
             wrong.append("objective.clip_low: has no effect with objective.ratio: truncated. Remove it.")
         if self._beta and self._method.trains_base:
             wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
         return wrong
 
-    def advantages(self, rewards: NDArray[Any]) -> NDArray[Any]:
+    @property
+    def judge(self) -> str | None:
+        return None
+
+    def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
         import numpy as np
 
         centred = rewards - rewards.mean(1, keepdims=True)
-        if self._given.advantage == "centred":
-            return centred
-        return centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
+        if self._given.advantage == "standardised":
+            centred = centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
+        return centred.reshape(-1).tolist()
 
     def weight(self, batch: MicroBatch) -> int:
         return batch.targets if self._given.mean_over == "tokens" else len(batch.documents)
