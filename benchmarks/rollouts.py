@@ -101,6 +101,7 @@ def pretrain(base: Path, known: list[dict[str, str]], steps: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     optimizer, draw = torch.optim.AdamW(model.parameters(), lr=2e-3), random.Random(0)
@@ -221,7 +222,7 @@ def trl(folder: Path, seed: int, steps: int) -> None:
         per_device_train_batch_size=PROMPTS * ANSWERS, num_generations=ANSWERS, max_completion_length=ROOM, logging_steps=1, use_cpu=True,
         beta=0.0, loss_type="grpo", weight_decay=0.0, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
     )  # fmt: skip
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[*TARGETS], task_type="CAUSAL_LM")
     trainer = GRPOTrainer(model, exact, options, Dataset.from_list(train), processing_class=tokenizer, peft_config=lora)
     before = answered(trainer.model)
     trainer.train()
@@ -255,10 +256,9 @@ def main() -> None:
         with trl_beside(folder, given.seeds, steps), served as url, ThreadPoolExecutor(2) as pool:
 
             def ran(*sides: str, teacher: str = "") -> None:
-                runs = [(side, seed) for seed in seeds for side in sides]
-                for one, curve in zip(
-                    runs, pool.map(lambda run: by_us(folder, *run, steps, url, teacher), runs), strict=True
-                ):
+                these = [(side, seed) for seed in seeds for side in sides]
+                curves = pool.map(lambda one: by_us(folder, one[0], one[1], steps, url, teacher), these)
+                for one, curve in zip(these, curves, strict=True):
                     found[one] = curve
                     print(f"{one[0]}, seed {one[1]}: {curve}", flush=True)
 
