@@ -59,6 +59,12 @@ class ObjectiveSettings(Section):
         gt=0,
         le=100,
     )
+    teacher: str | None = setting(
+        None,
+        about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
+        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: such a URL.",
+        example="Qwen/Qwen3-235B-A22B",
+    )
     label_smoothing: float = setting(
         0.0,
         about="sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of the "

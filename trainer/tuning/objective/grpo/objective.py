@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-DEFAULTS = {
+_DEFAULTS = {
     "beta": 0.0,
     "ratio": "clipped",
     "ratio_of": "token",
@@ -47,8 +47,8 @@ _LEAST_SPREAD = 1e-4  # as TRL has it
 class Grpo:
     """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own answers, so it needs no rollouts."""
 
-    settings: Collection[str] = tuple(DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **DEFAULTS}
+    settings: Collection[str] = tuple(_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
     formats: Collection[str] = ("chat", "prompt_completion")
     reads_reference: bool = False
     survey: Survey | None = None
@@ -71,16 +71,16 @@ class Grpo:
 
     @property
     def identity(self) -> dict[str, Any]:
-        own = {name: getattr(self._given, name) for name in DEFAULTS if name != "beta"}
+        own = {name: getattr(self._given, name) for name in _DEFAULTS if name != "beta"}
         return without_defaults({"name": "grpo", "beta": self._beta, **own}, self.defaults)
 
     def mismatches(self) -> list[str]:
         given, wrong = self._given, list[str]()
-        if given.mean_over != "constant" and given.longest_answer != DEFAULTS["longest_answer"]:
+        if given.mean_over != "constant" and given.longest_answer != _DEFAULTS["longest_answer"]:
             wrong.append(
                 f"objective.longest_answer: has no effect with objective.mean_over: {given.mean_over}. Remove it."
             )
-        if given.ratio == "truncated" and given.clip_low != DEFAULTS["clip_low"]:
+        if given.ratio == "truncated" and given.clip_low != _DEFAULTS["clip_low"]:
             wrong.append("objective.clip_low: has no effect with objective.ratio: truncated. Remove it.")
         if self._beta and self._method.trains_base:
             wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
@@ -150,4 +150,44 @@ class Grpo:
         raise AssertionError("the base is asked in the loss")
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo}
+_SHARED = ("ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
+
+
+class Opd(Grpo):
+    """On-policy distillation: what the model samples becomes as likely as a teacher has it.
+
+    The reverse divergence KL(model || teacher) = E[log p - log t], over answers that the model itself samples (Agarwal et al., arXiv:2306.13649; Gu et al.,
+    arXiv:2306.08543), has the gradient of GRPO's loss with the advantage log t - log p of each token, where log p is the sampler's. The teacher is a server
+    that gives its log-probabilities of the tokens; the reward is only measured.
+    """
+
+    settings: Collection[str] = ("teacher", *_SHARED)
+    defaults: Mapping[str, Any] = {"name": "sft", "teacher": None, **_DEFAULTS}
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        super().__init__(given, method)
+        self._teacher = given.teacher
+
+    @property
+    def judge(self) -> str | None:
+        return self._teacher
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "name": "opd", "teacher": self._teacher}
+
+    def mismatches(self) -> list[str]:
+        wrong = super().mismatches()
+        if not (self._teacher or "").startswith(("http://", "https://")):
+            wrong.append(
+                "objective.teacher: opd asks a server for its log-probabilities of each answer. Give the URL of a vLLM, with the model's name behind a "
+                "#. Example: http://gpu-3:8000#big."
+            )
+        return wrong
+
+    def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
+        assert gaps is not None
+        return gaps
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo, "opd": Opd}
