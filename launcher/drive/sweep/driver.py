@@ -304,7 +304,7 @@ class _Search:
     def _makes(self, config: Config) -> Iterator[str]:
         """Keys of the manifests, in the store, of all that the trial's run makes unless it is there."""
         base = self._found(config.model)
-        for fingerprint in locate(config, base, self._store).values():
+        for fingerprint in locate(config, base).values():
             yield f"{layout.dataset(fingerprint)}{DATA_MANIFEST}"
         if config.quant.cache:
             yield f"{cache_key(base, config)}/{BASE_MANIFEST}"

@@ -25,7 +25,7 @@ from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import resolve
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
-from trainer.store.store import Store, open_run_store, open_store
+from trainer.store.store import Store, open_store
 
 _PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
 _AT_ONCE = 64  # requests to each server
@@ -44,8 +44,8 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     run = open_store(ask.run)
     config = run_config(run, ask.overrides)
     base = resolve_base(config.model)
-    resolved, store = resolve(config, base), open_run_store(config)
-    keys = locate(resolved.config, base, store)
+    resolved = resolve(config, base)
+    keys = locate(resolved.config, base)
     making = Making.of(resolved, run, keys["train"], keys.get("eval"))
     place = making.place
     servers = [
