@@ -179,9 +179,7 @@ def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_
         )
         anchor = anchored(given)
         assert anchor.data.train[0].path != given.data.train[0].path
-        assert locate(given, resolve_base(given.model), shop.store) == locate(
-            anchor, resolve_base(anchor.model), shop.store
-        )
+        assert locate(given, resolve_base(given.model)) == locate(anchor, resolve_base(anchor.model))
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:
