@@ -2,7 +2,6 @@
 
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import resolve
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
+from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
 _PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
@@ -54,9 +54,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     step, made, told = 0, 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
-        sampler = ServerSampler(
-            servers, place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
-        )
+        sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
         stack.callback(sampler.forget)
         while step < (config.train.steps or 0):
             if is_committed(place, step):
