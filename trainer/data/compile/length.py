@@ -16,7 +16,7 @@ from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
 
-# Bytes of a file that become one token: of English text a token takes some four, and JSON about makes up for tokens added to it.
+# Bytes of a file that become one token. A token of English text has some four; the signs of JSON about make up for added tokens.
 BYTES_A_TOKEN = 4
 # Bytes of text in a byte of a file that is compressed, as Parquet is too.
 _COMPRESSED = 3

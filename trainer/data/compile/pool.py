@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Every batch's result, with what came beside it, in order whatever does the work.
+    """Gives every batch's result together with what came beside the batch. The order is that of the batches, whatever does the work.
 
     `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
     """

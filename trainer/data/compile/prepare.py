@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only, or something
-    comes so many times in an epoch; `sets` are those of `eval.sets`, by name.
+    `epochs` are the bins of each epoch; they are counted where `train.epochs` ends the run, perhaps within the last of them, or where
+    something comes so many times in an epoch. `sets` are those of `eval.sets`, by name.
     """
 
     train: str
@@ -89,8 +89,8 @@ def prepare_start(
 ) -> tuple[Datasets, Iterator[int]]:
     """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run or something
-    comes so many times in an epoch: then all bins have to be counted first.
+    It yields the number of each chapter. It is empty for data of one chapter, and where all bins have to be counted first: `train.epochs`
+    ends the run, or something comes so many times in an epoch.
     """
     inputs = find(config)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):

@@ -9,7 +9,7 @@ from trainer.data.format.spans import Span, joined, without
 from trainer.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# The roles of ShareGPT's form, also by the names that OpenAI's has and those of older files.
+# ShareGPT's names of the roles. Its files also use OpenAI's names, and older ones chatgpt.
 _SHAREGPT = {
     "human": "user",
     "gpt": "assistant",

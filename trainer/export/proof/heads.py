@@ -14,8 +14,8 @@ from trainer.tuning.head import WithHead, outputs
 
 
 def judged(probe: Probe, head: WithHead | None) -> Probe:
-    """The rows as a `head` is compared on them: where each output is one for itself, a reward or a class among several, at the end of the text, of all
-    outputs at once; the tokens that are trained there are none of its outputs."""
+    """The rows as a `head` is compared on them. A head whose outputs stand for themselves, a reward or several classes, is compared in all
+    of them at once, at the end of the text: the tokens that are trained there name none of its outputs."""
     if head is None or not (head.head.several or head.outputs == 1):
         return probe
     kept = slice(1) if head.head.several else slice(None)
