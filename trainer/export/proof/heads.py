@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.rows import Probe, ProbeRow
-from trainer.model.packed import PackedModel, TextRow
+from trainer.model.packed import TextRow
 from trainer.state.zero.engine import Engine
 from trainer.tuning.head import WithHead, outputs
 
@@ -29,10 +29,6 @@ def judged(probe: Probe, head: WithHead | None) -> Probe:
 def outputs_of_row(engine: Engine, row: ProbeRow) -> Tensor:
     """The outputs at the places of a row, (P, outputs) fp32 on the CPU, without dropout. Collective."""
     engine.evaluating(True)
-    found = engine.look(partial(_outputs, places=row.places), TextRow.of(row.tokens))
+    found = engine.look(partial(outputs, places=row.places), TextRow.of(row.tokens))
     engine.evaluating(False)
     return as_shares(found.cpu(), row)
-
-
-def _outputs(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
-    return outputs(model, row, places.to(row.input_ids.device))
