@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from launcher.smoke.life import first_rows
+from launcher.smoke.small import first_rows
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Data, Source
