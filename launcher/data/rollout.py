@@ -41,7 +41,7 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
     """
     config = run_config(run, overrides)
     if not isinstance(find_objective(config), LearnsFromRollouts):
-        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo.")
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo or opd.")
     if config.rollout.engine == OWN:
         raise ConfigError(
             "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000]."
