@@ -8,7 +8,6 @@ and no two matrices of one layer have one shape by chance.
 from collections.abc import Container, Iterable
 from typing import Any
 
-
 # Families that together have every kind of layer and of storage, for those tests that are a table of families.
 QUICK = (
     *("llama", "phi3", "gemma2", "gpt-oss", "qwen3-next", "gemma4", "deepseek-v3", "nemotron-h", "llama4"),
