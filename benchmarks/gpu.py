@@ -35,7 +35,7 @@ TOTAL = 480.0
 """Seconds for all parts: ten minutes of a card, less what it takes to get it and to fetch the results."""
 
 
-_SLOWER = 5.0
+_SLOWER = 15.0
 """A CPU that other work shares may take so much longer over what is tiny."""
 
 

@@ -67,7 +67,7 @@ def _with_lora(name: str, counted: Layers, timed: Layers) -> Iterator[Figure]:
     for way, action in ways.items():
         with _Counted() as found:
             _step(action, counted)
-        took = seconds_of(partial(_step, action, timed))
+        took = seconds_of(partial(_step, action, timed), times=5)
         if not taken:
             taken, launched, seconds = found.bytes, found.launches, took
         yield Figure(
