@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
@@ -29,8 +30,12 @@ class Loss(BaseModel):
 
 
 class SetResult(BaseModel):
-    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one."""
+    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one;
+    `data` is the fingerprint of its documents, of which so many were `trained_on`; earlier evaluations lack both."""
 
+    data: str | None = None
+    documents: int | None = None
+    trained_on: int | None = None
     tokens: int | None = None
     base: Loss | None = None
     adapter: Loss | None = None
@@ -92,6 +97,16 @@ def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]
     """All of them, by step."""
     found = [_parsed(EvaluationFigures, folder.get(key), key, notes) for key in _keys(folder, layout.EVALUATIONS)]
     return sorted(filter(None, found), key=lambda evaluation: evaluation.step)
+
+
+def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
+    """A sentence wherever a set has other documents than before. `seen` are its name, the step at which it was evaluated, or from which it
+    was, and its fingerprint, in order."""
+    last = dict[str, str]()
+    for name, step, data in seen:
+        if isinstance(data, str) and last.setdefault(name, data) != data:
+            last[name] = data
+            yield f"{name} is other data from step {step} on, so its losses do not compare with those before."
 
 
 def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:

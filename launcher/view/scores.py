@@ -24,6 +24,9 @@ class Scores:
         self._reader = RunReader(folder)
         self._losses: dict[int, float] = {}
         self._by_step: dict[int, float] = {}
+        self._of_data = metric.of if metric.of in (TRAIN, UNNAMED) else f"eval.sets.{metric.of}"
+        self.data: str | None = None
+        """The fingerprint of the data that the newest start has it of, where that is known."""
 
     def read(self) -> dict[int, float]:
         """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its figures count."""
@@ -33,6 +36,8 @@ class Scores:
         return dict(sorted(self._by_step.items()))
 
     def _add(self, record: Record) -> None:
+        if record["kind"] == "start":
+            self.data = record.get("data", {}).get(self._of_data)
         step, value = record.get("step"), record.get(self._metric.measure)
         if not isinstance(step, int) or step < 1:
             return

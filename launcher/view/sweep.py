@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -45,7 +45,8 @@ OVER = (*DONE, "failed")
 @dataclass(frozen=True)
 class TrialStatus:
     """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
-    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there."""
+    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there, or of `other_data` than that
+    of the first trial: the file was changed between them."""
 
     number: int
     run: str
@@ -57,6 +58,7 @@ class TrialStatus:
     value_step: int | None = None
     last_commit_step: int | None = None
     reason: str = ""
+    other_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,12 @@ class SweepFollower:
         self._settings = run_config(folder).sweep.settings
 
     def read(self) -> SweepStatus:
-        trials = [followed.read() for followed in self._trials]
+        trials = self._comparable([followed.read() for followed in self._trials])
         best = best_trial(trials, self.plan.metric)
         counted = {
             status.number: {step: value for step, value in followed.curve.items() if math.isfinite(value)}
             for followed, status in zip(self._trials, trials, strict=True)
-            if status.state != "failed"
+            if status.state != "failed" and not status.other_data
         }
         state = self._state(trials)
         ended = state not in ("running", "silent")
@@ -147,6 +149,15 @@ class SweepFollower:
             sensitivities(self._settings, self.plan.trials, counted) if ended else [],
             self._next(state, best),
         )
+
+    def _comparable(self, trials: list[TrialStatus]) -> list[TrialStatus]:
+        """The trials, those without a value whose figures are of other data than those of the first."""
+        datas = [followed.data for followed in self._trials]
+        first = next(filter(None, datas), None)
+        return [
+            trial if data in (None, first) else replace(trial, value=None, other_data=True)
+            for trial, data in zip(trials, datas, strict=True)
+        ]
 
     def _state(self, trials: list[TrialStatus]) -> SweepState:
         owner = last_owner(self._folder)
@@ -199,6 +210,11 @@ class _Followed:
         )
         return self._last
 
+    @property
+    def data(self) -> str | None:
+        """The fingerprint of the data of its figures, where they say it."""
+        return self._scores.data
+
     def _reason(self, run: RunStatus) -> str:
         """The words of the request that ended the trial early: its ranks may have ended before they had read them."""
         asked = read_stop(self._run)
@@ -243,6 +259,10 @@ def summary(status: SweepStatus) -> list[str]:
         where = f"{status.metric} {best.value:.4f} at step {best.value_step:,}"
         lines.append(
             f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({in_words(best.settings)}), {where}"
+        )
+    if others := [trial.run for trial in status.trials if trial.other_data]:
+        lines.append(
+            f"{', '.join(others)}: of other data than the first trial, as a file was changed in between, so {status.metric} does not compare"
         )
     lines += [one.sentence(status.metric) for one in status.sensitivity]
     lines += [f"next: {status.next}"] if status.next else []
@@ -303,4 +323,6 @@ def _steps(trial: TrialStatus) -> str:
 def _value(trial: TrialStatus) -> str:
     if trial.value is not None:
         return f"{trial.value:.4f}"
+    if trial.other_data:
+        return "other data"
     return "" if trial.value_step is None else "not finite"
