@@ -1,4 +1,4 @@
-"""Kills commands with SIGKILL: `python -m tests.kills [KILLS] [SEED]` prints a line for each of what it left and what came of it.
+"""Kills commands with SIGKILL: `python -m tests.kills [KILLS [SEED [NAME ...]]]` prints a line for each of what it left and what came of it.
 
 Every process that a command starts, or has started, inherits a variable of its environment, by which it is found. Each command is then
 given again, as a user would, and its result has to be that of one that nobody killed, to the last bit.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,9 @@ ENVIRONMENT = {
 LATEST = {
     "build": 4.0,
     "train on 1 rank": 15.0,
+    "plan": 6.0,
+    "check": 4.0,
+    "doctor": 6.0,
     "export": 8.0,
     "push": 8.0,
     "evaluate": 15.0,
@@ -119,8 +122,11 @@ class Killed:
                 trials = [self.workshop.store.sub(f"{own}-{number}") for number in (1, 2)]
                 command = [*CAPSTAN, "sweep", config]
                 return Task(command, [*CAPSTAN, "resume", run.uri], lambda _: [*map(trained, trials)], trials[1])
-            case ["smoke"]:
-                return Task([*CAPSTAN, "smoke"], [*CAPSTAN, "smoke"], lambda _: None)
+            case ["plan" | "check" as verb]:
+                command = [*CAPSTAN, *(["data", "check"] if verb == "check" else ["plan"]), self._config(own)]
+                return Task(command, command, lambda _: None)
+            case ["smoke" | "doctor" as verb]:
+                return Task([*CAPSTAN, verb], [*CAPSTAN, verb], lambda _: None)
         raise AssertionError(name)
 
     @property
@@ -192,7 +198,7 @@ def trained(run: Store) -> object:
     losses = dict[int, float]()
     for generation in generations(run):
         losses |= {r["step"]: r["loss"] for r in read_records(run, generation) if r["kind"] == "step"}
-    step = committed_steps(run)[-1]
+    step = committed_steps(run)[0]
     return step, losses, [shard.sha256 for shard in read_manifest(run, step).shards]
 
 
@@ -218,7 +224,7 @@ NAMES = (
     "sweep",
     "smoke",
 )
-MORE = ("evaluate on 3 ranks", "teach on 2 ranks")
+MORE = ("evaluate on 3 ranks", "teach on 2 ranks", "plan", "check", "doctor")
 """Commands whose ranks start as those of others do: they are killed at random alone."""
 
 
@@ -226,9 +232,8 @@ _AGAIN = ("build", "train", "evaluate", "export", "push", "sweep", "torchrun")
 """Commands that are given again after a kill, each of which has a result to compare."""
 
 
-def main(kills: int = 40, seed: int | None = None) -> int:
-    wrong, seed = 0, random.randrange(10**6) if seed is None else seed
-    draw, names = random.Random(seed), (*NAMES, *MORE)
+def main(kills: int, seed: int, names: Sequence[str]) -> int:
+    wrong, draw = 0, random.Random(seed)
     print(f"seed {seed}", flush=True)
     expected = dict[str, object]()
     with tempfile.TemporaryDirectory() as folder, serve_hub() as hub:
@@ -247,6 +252,8 @@ def main(kills: int = 40, seed: int | None = None) -> int:
                     alone = killed.task(name)
                     expected[name] = killed.result_of(alone, alone.command)
                 found = killed.result_of(task, task.again)
+                if isinstance(found, str):  # it was killed before it had made a run
+                    found = killed.result_of(task, task.command)
                 wrong += found != expected[name]
                 said += (
                     "; again the same" if found == expected[name] else f"; OTHER: {found} INSTEAD OF {expected[name]}"
@@ -257,4 +264,5 @@ def main(kills: int = 40, seed: int | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(int(word) for word in sys.argv[1:])))
+    count, seed, *names = [*sys.argv[1:], *("40", str(random.randrange(10**6)))[len(sys.argv) - 1 :]]
+    sys.exit(main(int(count), int(seed), names or (*NAMES, *MORE)))

@@ -1,25 +1,21 @@
 """The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left out."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from trainer.errors import NOT_JSON
 from trainer.run import layout
+from trainer.run.evaluations import finite
 from trainer.store.store import Store
 
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 M = TypeVar("M", bound=BaseModel)
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, BeforeValidator(finite)]
 
 
 class Loss(BaseModel):

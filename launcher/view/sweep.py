@@ -40,13 +40,15 @@ DONE = ("finished", _STOPPED_EARLY)
 """The states of trials that stay as they are when the sweep is resumed: all others go on."""
 OVER = (*DONE, "failed")
 """The states of trials that a sweep has nothing to wait for."""
+_SAME_DATA = ("optim.", "train.", "tuning.", "quant.", "run.")
+"""Settings that change nothing of the compiled data."""
 
 
 @dataclass(frozen=True)
 class TrialStatus:
     """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
     metric at `value_step`, the last step that was evaluated; None also where it was no finite number there, or of `other_data` than that
-    of the first trial: the file was changed between them."""
+    of the first trial, as a file was changed in between."""
 
     number: int
     run: str
@@ -151,12 +153,21 @@ class SweepFollower:
         )
 
     def _comparable(self, trials: list[TrialStatus]) -> list[TrialStatus]:
-        """The trials, those without a value whose figures are of other data than those of the first."""
-        datas = [followed.data for followed in self._trials]
-        first = next(filter(None, datas), None)
+        """The trials, those without a value that were evaluated over other data than the first, or trained on other data than the first one
+        whose settings ask for the same."""
+        first = dict[tuple[str, ...], str]()
+
+        def is_of_other(trial: TrialStatus, scores: Scores) -> bool:
+            asked = (
+                f"{name} {word(value)}" for name, value in trial.settings.items() if not name.startswith(_SAME_DATA)
+            )
+            places = {(scores.of_data,): scores.of_data, (TRAIN, *asked): TRAIN}
+            found = [(place, key) for place, of in places.items() if (key := scores.data.get(of))]
+            return any(first.setdefault(place, key) != key for place, key in found)
+
         return [
-            trial if data in (None, first) else replace(trial, value=None, other_data=True)
-            for trial, data in zip(trials, datas, strict=True)
+            replace(trial, value=None, other_data=True) if is_of_other(trial, followed.scores) else trial
+            for trial, followed in zip(trials, self._trials, strict=True)
         ]
 
     def _state(self, trials: list[TrialStatus]) -> SweepState:
@@ -184,7 +195,7 @@ class _Followed:
 
     def __init__(self, folder: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
         self._run, self._trial = folder, trial
-        self._follower, self._scores = Follower(folder, clock), Scores(folder, metric)
+        self._follower, self.scores = Follower(folder, clock), Scores(folder, metric)
         self._last: TrialStatus | None = None
         self.curve: dict[int, float] = {}
 
@@ -192,7 +203,7 @@ class _Followed:
         if self._last is not None and self._last.state in OVER:
             return self._last
         run = self._follower.read()
-        self.curve = self._scores.read() or self.curve
+        self.curve = self.scores.read() or self.curve
         step = max(self.curve, default=None)
         value = math.nan if step is None else self.curve[step]
         state = trial_state(self._run, run)
@@ -209,11 +220,6 @@ class _Followed:
             self._reason(run) if state == _STOPPED_EARLY else run.reason,
         )
         return self._last
-
-    @property
-    def data(self) -> str | None:
-        """The fingerprint of the data of its figures, where they say it."""
-        return self._scores.data
 
     def _reason(self, run: RunStatus) -> str:
         """The words of the request that ended the trial early: its ranks may have ended before they had read them."""
@@ -262,7 +268,7 @@ def summary(status: SweepStatus) -> list[str]:
         )
     if others := [trial.run for trial in status.trials if trial.other_data]:
         lines.append(
-            f"{', '.join(others)}: of other data than the first trial, as a file was changed in between, so {status.metric} does not compare"
+            f"{', '.join(others)}: trained or evaluated on other data than the first trial, as a file was changed in between, so {status.metric} does not compare"
         )
     lines += [one.sentence(status.metric) for one in status.sensitivity]
     lines += [f"next: {status.next}"] if status.next else []

@@ -19,9 +19,9 @@ _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 _PARTS = ("sets", "tasks", "bias")
 
 
-def finite(value: float) -> float | None:
-    """None for what is no finite number: JSON has no word for that."""
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """None for a number that is not finite: JSON has no word for that."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
