@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -75,9 +75,6 @@ class SweepStatus:
     best: int | None = None
     sensitivity: list[Sensitivity] = field(default_factory=list)
     next: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def settings(self) -> list[str]:

@@ -151,7 +151,7 @@ def test_a_sigkill_leaves_no_process_and_finished_shards_are_not_compiled_again(
     victim = spawning.Process(target=compile_and_stop, args=(data, str(tmp_path / "store"), reached), daemon=False)
     victim.start()
     try:
-        assert reached.wait(60)
+        assert reached.wait(300)
         workers = psutil.Process(victim.pid).children(recursive=True)
     finally:
         victim.kill()

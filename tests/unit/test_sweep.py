@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,7 +221,7 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     assert (status.state, status.best) == ("stopped", 2)
     assert status.next.startswith("capstan resume s")
     assert status.sensitivity[0].step == 10
-    assert json.loads(json.dumps(status.to_json()))["trials"][1]["value"] == 1.5
+    assert json.loads(json.dumps(asdict(status)))["trials"][1]["value"] == 1.5
 
     write_run(store.sub("s-3"), (10, 4.0), (40, 1.0), end="finished")
     write_run(store.sub("s-4"), (10, float("nan")), end="failed")

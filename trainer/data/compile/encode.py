@@ -48,7 +48,7 @@ class Encoded:
 
 
 def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
-    """Things that the row at `where` carries in vain, ready to be added up."""
+    """The things of these names that the row at `where` carries and its text lacks, ready to be added up."""
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
