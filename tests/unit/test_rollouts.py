@@ -17,7 +17,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, Damaged
-from trainer.evaluate.rollout import serving
+from trainer.evaluate.rollout import judging, serving
 from trainer.evaluate.rollout.prompts import Prompts
 from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
@@ -99,6 +99,18 @@ def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path,
         read_figures(run, 0) if what == "samples" else stream.step(Position())
 
 
+def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    for number in range(4):
+        commit(run, number, rollouts(number), {})
+    Rollouts(run, 4).forget_before(2)
+    assert [is_committed(run, number) for number in range(4)] == [False, False, True, True]
+    kept = [
+        entry.key.split("/")[1:] for entry in run.list() if "-000000001/" in entry.key or "-000000000/" in entry.key
+    ]
+    assert [name.partition("-")[0] for _, name in kept] == ["samples", "samples"]
+
+
 def prompts_of(workshop: Workshop, *overrides: str) -> Prompts:
     config = workshop.config("prompts", *GRPO, *overrides)
     store: Store = workshop.store
@@ -157,7 +169,7 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["rollout.reward=null"], "rollout.reward: objective.name: grpo learns from what answers are worth"),
+        (["rollout.reward=null"], "rollout.reward: objective.name: grpo has each answer rewarded"),
         (["rollout.reward=exakt"], "rollout.reward: 'exakt' is not allowed"),
         (["rollout.max_lag=2"], "rollout.max_lag: has no effect with rollout.engine: own"),
         (["rollout.max_tokens=64"], "rollout.max_tokens: 64 leaves no room"),
@@ -199,7 +211,7 @@ def choices(body: dict[str, Any]) -> Any:
 
 
 def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
     asked = list[dict[str, Any]]()
 
     def sometimes(body: dict[str, Any]) -> Any:
@@ -228,6 +240,41 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
 def test_a_server_that_gives_nothing_is_one_sentence(
     answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
     with pytest.raises(CapstanError, match=sentence):
         served(open_store(str(tmp_path / "run")), tmp_path / "adapters", answer)
+
+
+OPD = ("objective={name: opd, teacher: 'http://teacher:8000#big'}", *GRPO[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("{name: opd}", "objective.teacher: opd asks a server"),
+        ("{name: opd, teacher: /models/big}", "objective.teacher: opd asks a server"),
+    ],
+)
+def test_a_judge_is_a_server(workshop: Workshop, given: str, sentence: str) -> None:
+    (said,) = find_objective(override(workshop.config("a", *OPD), f"objective={given}")).mismatches()
+    assert said.startswith(sentence)
+
+
+def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_path: Path) -> None:
+    """The advantages of a chapter are the judge's log p less the sampler's, and the loss goes where the judge is surer."""
+    objective: Any = find_objective(workshop.config("a", *OPD))
+    judged = {5: -1.0, 9: -0.25, 2: -2.0}
+
+    def judge(body: dict[str, Any]) -> Any:
+        assert body["model"] == "big"
+        places = [None, *({str(token): {"logprob": judged[token]}} for token in body["prompt"][1:])]
+        return {"choices": [{"prompt_logprobs": places, "token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}}]}
+
+    with stub(judge, "big") as url:
+        asked = judging.Judge(CompletionsServer.find("objective.teacher", f"{url}#big"))
+        gaps = asked.gaps([[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
+    assert gaps == [[0.25, -1.25], [0.75]]
+    (advantages,) = {tuple(map(tuple, objective.advantages(np.zeros((1, 2)), gaps)))}
+    run = open_store(str(tmp_path))
+    commit(run, 0, [Rollout([7, 5], [9, 2], [-0.5, -0.75], advantages[0], {})], {})
+    assert Rollouts(run, 1).read([0])[:, 1].tolist() == [0.25, -1.25]
