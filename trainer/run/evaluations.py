@@ -1,6 +1,7 @@
 """The findings of `capstan evaluate`, in a run's folder: one object a step, to which each evaluation adds."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 """Settings that may name the data of an evaluation where the run has none."""
 # Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")
+
+
+def finite(value: Any) -> Any:
+    """None for a number that is not finite: JSON has no word for that."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_evaluation(folder: Store, step: int) -> dict[str, Any]:

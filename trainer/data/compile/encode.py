@@ -186,7 +186,7 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
 
 
 def nothing_to_train(what: str, counters: Counters) -> str:
-    """The refusal of data of which no row becomes a document; `what` is the setting that names it."""
+    """The refusal of data of which no row becomes a document; `what` is the setting that names it, or its files."""
     return (
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows, {counters.without_targets:,} without "
         f"a token to train, {counters.dropped:,} dropped as too long or too short. Check data.format, data.fields, data.loss_on and data.sequence_length."

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
+from trainer.run.evaluations import finite
 from trainer.state.checkpoint.contents import Contents
 from trainer.state.checkpoint.division import EvenDivision
 from trainer.state.checkpoint.listing import committed_steps
@@ -51,10 +52,6 @@ class TextHashes:
     template: _Sha256 | None
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @dataclass(frozen=True)
 class CheckpointManifest:
     """A committed checkpoint: the state after `step` updates."""
@@ -74,7 +71,7 @@ class CheckpointManifest:
     groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
     # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
-    eval_loss: Annotated[float | None, BeforeValidator(_finite)]
+    eval_loss: Annotated[float | None, BeforeValidator(finite)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
@@ -120,7 +117,7 @@ class CheckpointManifest:
         return None
 
     def to_json(self) -> bytes:
-        body = asdict(self) | {"eval_loss": _finite(self.eval_loss)}
+        body = asdict(self) | {"eval_loss": finite(self.eval_loss)}
         for shard in body["shards"]:
             del shard["intervals"]
         if not self.objective:
