@@ -1,8 +1,7 @@
 """`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no GPU."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from launcher.evaluate.evaluating import bars
 from launcher.evaluate.ranks import run_ranks
@@ -26,9 +25,6 @@ class RolledOut:
     steps: int
     made: int
     dry_run: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def sentence(self) -> str:
         if self.dry_run:

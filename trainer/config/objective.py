@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainer.config.section import Section, declared, setting, with_parts
+from trainer.config.section import Seconds, Section, declared, setting, with_parts
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ class Rollout(Section):
         le=100_000,
         unit="prompts",
     )
-    reward_seconds: float = setting(
-        60, about="How long the reward of one step's answers may take.", example=300, gt=0, unit="seconds"
-    )
+    reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
 
     @property
     def lag(self) -> int:

@@ -2,7 +2,6 @@
 
 import secrets
 import shutil
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -26,7 +25,8 @@ from trainer.plan.resolve import resolve
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.store.store import Store, open_run_store, open_store
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 
 _AT_ONCE = 64  # requests to each server
 _LOOK_SECONDS = 0.5
@@ -42,8 +42,8 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     run = open_store(ask.run)
     config = run_config(run, ask.overrides)
     base = resolve_base(config.model)
-    resolved, store = resolve(config, base), open_run_store(config)
-    keys = locate(resolved.config, base, store)
+    resolved = resolve(config, base)
+    keys = locate(resolved.config, base)
     making = Making.of(resolved, run, keys["train"], keys.get("eval"))
     place = making.place
     servers = [
@@ -52,9 +52,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     step, made, told = _oldest(run), 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
-        sampler = ServerSampler(
-            servers, place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
-        )
+        sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
         stack.callback(sampler.forget)
         while step < (config.train.steps or 0):
             if is_committed(place, step):
