@@ -118,9 +118,6 @@ class _Given(NamedTuple):
     def rows(self) -> Iterator[Any]:
         return iter(self.given)
 
-    def with_key(self, *keys: str) -> Any:
-        raise AssertionError(keys)
-
 
 def test_an_empty_file_a_byte_order_mark_and_both_line_ends_are_no_bad_rows(tmp_path: Path) -> None:
     line = json.dumps(GOOD).encode()
