@@ -19,6 +19,9 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # from the workers beside it, and products as small as those of the tests are slower on several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Ray's workers yield to every other process by default, and beside other work would be waited for until a test's time is up.
+os.environ.update(RAY_worker_niceness="0")
+
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
 

@@ -1,8 +1,11 @@
-"""Kills commands with SIGKILL and looks for what they leave: `python -m tests.kills [KILLS]` prints a line for each.
+"""Kills commands with SIGKILL: `python -m tests.kills [KILLS [SEED [NAME ...]]]` prints a line for each of what it left and what came of it.
 
-Every process that a command starts, or has started, inherits a variable of its environment, by which it is found.
+Every process that a command starts, or has started, inherits a variable of its environment, by which it is found. Each command is then
+given again, as a user would, and its result has to be that of one that nobody killed, to the last bit.
 """
 
+import hashlib
+import json
 import os
 import random
 import signal
@@ -10,17 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import yaml
 
-from tests.hub import serve_hub
+from tests.hub import Hub, serve_hub
 from tests.material import Workshop, commit, make_data
 from trainer.config import dump_config
 from trainer.processes import guard
+from trainer.run.records import generations, read_records
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
 
 SECONDS = 5.0
 """So long after its command a process may still be there."""
@@ -38,6 +46,9 @@ ENVIRONMENT = {
 LATEST = {
     "build": 4.0,
     "train on 1 rank": 15.0,
+    "plan": 6.0,
+    "check": 4.0,
+    "doctor": 6.0,
     "export": 8.0,
     "push": 8.0,
     "evaluate": 15.0,
@@ -48,46 +59,79 @@ LATEST = {
 """Seconds after which a kill of such a command still meets it at work; of others half a minute."""
 
 
-class Killed:
-    """Runs over small material in `folder`, each command with names of its own."""
+@dataclass(frozen=True)
+class Task:
+    """A command, the one that goes on with it after a kill, the folder of the run that it makes, and what has come of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.workshop = folder, Workshop(folder)
-        self.run = self.workshop.store.sub("done")
+    command: list[str]
+    again: list[str]
+    result: Callable[[str], object]
+    """Of what `again` has printed on stdout."""
+    run: Store | None = None
+
+    def steps(self) -> int:
+        """The steps that the run has recorded so far."""
+        found = [] if self.run is None else [r for g in generations(self.run) for r in read_records(self.run, g)]
+        return max((record["step"] for record in found if record["kind"] == "step"), default=0)
+
+
+class Killed:
+    """Runs over small material in `folder`, each command with names of its own. `hub` takes what is pushed."""
+
+    def __init__(self, folder: Path, hub: Hub | None = None, steps: int = 2000) -> None:
+        self.folder, self.workshop, self.steps = folder, Workshop(folder), steps
+        self.run, self.hub = self.workshop.store.sub("done"), hub or Hub()
         other = make_data(folder / "eval.jsonl", seed=9)
         config = self.workshop.config("done", f"data.eval=[{{path: {other}}}]")
         commit(self.run, config, dataset=self.workshop.prepare(config).train)
 
-    def command(self, name: str) -> list[str]:
+    def task(self, name: str) -> Task:
         own, out = f"run{uuid4().hex[:6]}", str(self.folder / uuid4().hex[:6])
+        run = self.workshop.store.sub(own)
         match name.split():
             case ["build"]:
-                return [*CAPSTAN, "data", "build", self._config(own, run={"store": out})]
+                command = [*CAPSTAN, "data", "build", self._config(own, run={"store": out})]
+                return Task(command, command, lambda _: files_of(Path(out, "data")))
             case ["train", _, number, *_]:
-                return [*CAPSTAN, "train", self._config(own, cluster={"workers": int(number)}, train={"steps": 2000})]
+                command = [*CAPSTAN, "train", self._config(own, cluster={"workers": int(number)}, train=self._train)]
+                return Task(command, [*CAPSTAN, "resume", run.uri], lambda _: trained(run), run)
             case ["torchrun"]:
-                return [*TORCHRUN, *CAPSTAN, "train", self._config(own, train={"steps": 2000})]
+                command = [*TORCHRUN, *CAPSTAN, "train", self._config(own, train=self._train)]
+                again = [*TORCHRUN, *CAPSTAN, "resume", run.uri]
+                return Task(command, again, lambda _: trained(run), run)
             case ["evaluate", *rest]:
-                return [*CAPSTAN, "evaluate", self.run.uri, f"cluster.workers={rest[1] if rest else 1}"]
+                workers = f"cluster.workers={rest[1] if rest else 1}"
+                command = [*CAPSTAN, "evaluate", self.run.uri, workers, "--json"]
+                return Task(command, command, lambda out: json.loads(out)["sets"])
             case ["teach", _, number, *_]:
                 objective = {"name": "distil", "teacher": str(self.workshop.base), "top_k": 8}
-                return [*CAPSTAN, "teach", self._config(own, objective=objective, cluster={"workers": int(number)})]
+                command = [*CAPSTAN, "teach", self._config(own, objective=objective, cluster={"workers": int(number)})]
+                return Task(command, command, lambda _: None)
             case ["generate"]:
-                return [*CAPSTAN, "generate", self.run.uri, "--base"]
+                command = [*CAPSTAN, "generate", self.run.uri, "--base"]
+                return Task(command, command, lambda _: None)
             case ["export"]:
-                return [*CAPSTAN, "export", self.run.uri, out, "--merge", "--verify"]
+                command = [*CAPSTAN, "export", self.run.uri, out, "--merge", "--verify"]
+                return Task(command, command, lambda _: files_of(Path(out)))
             case ["push"]:
-                return [*CAPSTAN, "push", self.run.uri, f"hf://me/{own}", "--merged"]
+                command = [*CAPSTAN, "push", self.run.uri, f"hf://me/{own}", "--merged", "--revision", own]
+                return Task(command, command, lambda _: digests(self.hub.files[own]))
             case ["sweep"]:
-                tried = {"settings": {"optim.lr": {"grid": [1e-3, 1e-4]}}}
-                return [
-                    *CAPSTAN,
-                    "sweep",
-                    self._config(own, sweep=tried, train={"steps": 2000}, cluster={"workers": 1}),
-                ]
-            case ["smoke"]:
-                return [*CAPSTAN, "smoke"]
+                rates = {"settings": {"optim.lr": {"grid": [1e-3, 1e-4]}}}
+                config = self._config(own, sweep=rates, train=self._train, cluster={"workers": 1})
+                trials = [self.workshop.store.sub(f"{own}-{number}") for number in (1, 2)]
+                command = [*CAPSTAN, "sweep", config]
+                return Task(command, [*CAPSTAN, "resume", run.uri], lambda _: [*map(trained, trials)], trials[1])
+            case ["plan" | "check" as verb]:
+                command = [*CAPSTAN, *(["data", "check"] if verb == "check" else ["plan"]), self._config(own)]
+                return Task(command, command, lambda _: None)
+            case ["smoke" | "doctor" as verb]:
+                return Task([*CAPSTAN, verb], [*CAPSTAN, verb], lambda _: None)
         raise AssertionError(name)
+
+    @property
+    def _train(self) -> dict[str, int]:
+        return {"steps": self.steps}
 
     def _config(self, name: str, **sections: Mapping[str, object]) -> str:
         tree = yaml.safe_load(dump_config(self.workshop.config(name, "cluster.gpus_per_worker=0")))
@@ -98,16 +142,15 @@ class Killed:
         return str(path)
 
     def left_by(
-        self, name: str, after: float, environment: Mapping[str, str], reached: Callable[[], bool] = lambda: False
+        self, task: Task, after: float, reached: Callable[[], bool] = lambda: False
     ) -> tuple[dict[int, str], bool]:
         """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds
         or as soon as what is `reached`; and whether it was still at work."""
         mark = uuid4().hex
-        given = {**ENVIRONMENT, **environment, _MARK: mark}
+        given = {**self._environment(task), _MARK: mark}
         silent = subprocess.DEVNULL
-        command = self.command(name)
         with subprocess.Popen(
-            command, env=given, cwd=self.folder, stdin=subprocess.PIPE, stdout=silent, stderr=silent
+            task.command, env=given, cwd=self.folder, stdin=subprocess.PIPE, stdout=silent, stderr=silent
         ) as process:
             ends = time.monotonic() + after
             while time.monotonic() < ends and process.poll() is None and not reached():
@@ -122,6 +165,41 @@ class Killed:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         return left, was_at_work
+
+    def result_of(self, task: Task, command: list[str]) -> object:
+        """What has come of the task by a `command` that nobody kills, or the last line that it said where it fails."""
+        done = subprocess.run(
+            command,
+            env=self._environment(task),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            return f"rc {done.returncode}: {done.stderr.strip()[-300:]}"
+        return task.result(done.stdout)
+
+    def _environment(self, task: Task) -> dict[str, str]:
+        return {**ENVIRONMENT, **(self.hub.environment if "push" in task.command else {})}
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The hash of each file."""
+    return digests({str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+
+
+def trained(run: Store) -> object:
+    """The loss of each step, and the shards of the last checkpoint."""
+    losses = dict[int, float]()
+    for generation in generations(run):
+        losses |= {r["step"]: r["loss"] for r in read_records(run, generation) if r["kind"] == "step"}
+    step = committed_steps(run)[0]
+    return step, losses, [shard.sha256 for shard in read_manifest(run, step).shards]
 
 
 def _alive(mark: str) -> dict[int, str]:
@@ -146,24 +224,45 @@ NAMES = (
     "sweep",
     "smoke",
 )
-MORE = ("evaluate on 3 ranks", "teach on 2 ranks")
+MORE = ("evaluate on 3 ranks", "teach on 2 ranks", "plan", "check", "doctor")
 """Commands whose ranks start as those of others do: they are killed at random alone."""
 
 
-def main(kills: int) -> int:
-    wrong = 0
-    draw, names = random.Random(), (*NAMES, *MORE)
+_AGAIN = ("build", "train", "evaluate", "export", "push", "sweep", "torchrun")
+"""Commands that are given again after a kill, each of which has a result to compare."""
+
+
+def main(kills: int, seed: int, names: Sequence[str]) -> int:
+    wrong, draw = 0, random.Random(seed)
+    print(f"seed {seed}", flush=True)
+    expected = dict[str, object]()
     with tempfile.TemporaryDirectory() as folder, serve_hub() as hub:
-        killed = Killed(Path(folder))
+        killed = Killed(Path(folder), hub, steps=60)
         for number in range(kills):
             name = names[number % len(names)]
-            after = draw.uniform(0.3, LATEST.get(name, 30.0))
-            left, was_at_work = killed.left_by(name, after, hub.environment if name == "push" else {})
-            wrong += bool(left)
+            task, latest = killed.task(name), draw.choice([draw.randint(1, 40), 10**6])
+            by_time = latest == 10**6 or task.run is None
+            after = draw.uniform(0.3, LATEST.get(name, 30.0)) if by_time else 120.0
+            began = time.monotonic()
+            left, was_at_work = killed.left_by(task, after, lambda task=task, latest=latest: task.steps() >= latest)
             what = "killed" if was_at_work else "had ended, looked at"
-            print(f"{name}, {what} after {after:.1f} s: {left or 'nothing left'}", flush=True)
+            said = f"{name}, {what} after {time.monotonic() - began:.1f} s: {left or 'nothing left'}"
+            if name.split()[0] in _AGAIN:
+                if name not in expected:
+                    alone = killed.task(name)
+                    expected[name] = killed.result_of(alone, alone.command)
+                found = killed.result_of(task, task.again)
+                if isinstance(found, str):  # it was killed before it had made a run
+                    found = killed.result_of(task, task.command)
+                wrong += found != expected[name]
+                said += (
+                    "; again the same" if found == expected[name] else f"; OTHER: {found} INSTEAD OF {expected[name]}"
+                )
+            wrong += bool(left)
+            print(said, flush=True)
     return wrong
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 40))
+    count, seed, *names = [*sys.argv[1:], *("40", str(random.randrange(10**6)))[len(sys.argv) - 1 :]]
+    sys.exit(main(int(count), int(seed), names or (*NAMES, *MORE)))

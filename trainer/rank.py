@@ -7,6 +7,7 @@ train:     one generator over steps                                             
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
 from trainer.train.supply import compiled, stored_teacher, supply_of
-from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.tuning.objective.rollouts import LearnsFromRollouts, unlike_sampler
 
 _print = partial(print, flush=True)
 
@@ -116,6 +117,8 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
             profile.reached(record["step"])
             if record["step"] == step + 1:
                 metrics.write("first_step", step=step + 1, seconds=start.elapsed.seconds)
+                if unlike := unlike_sampler(record):
+                    start.log(unlike)
             metrics.write("step", **record, **peak_memory(device), **power())
             start.starter.observe({**record, "restarts": start.generation - 1})
             last = record["step"]
@@ -143,7 +146,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
-    checkpoints = _checkpoints(start, datasets)
+    checkpoints = _checkpoints(start, datasets, rows.train.rollouts)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
@@ -186,12 +189,14 @@ def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _checkpoints(start: Start, datasets: Datasets) -> Checkpoints:
+def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) -> Checkpoints:
     """The checkpoints of the run, whose folder keeps the texts that they belong to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))
     ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
     hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=start.after_commit)
+    if rollouts is not None:
+        hooks = replace(hooks, oldest=rollouts.forget_before)
     rules = resolved.config.checkpoint
     return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated)
 

@@ -4,8 +4,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -85,10 +86,17 @@ def say(text: str) -> None:
         log(text)
 
 
+@runtime_checkable
+class WithJson(Protocol):
+    """A result whose JSON is not just its fields."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
     """One JSON object on stdout, or what `show` makes of the value: text as it is, anything else printed by rich."""
     if as_json:
-        print(json.dumps(value.to_json()))
+        print(json.dumps(value.to_json() if isinstance(value, WithJson) else asdict(value)))
     elif isinstance(shown := show(value), str):
         put(shown)
     else:

@@ -83,7 +83,7 @@ def build_config(config: Config, *, dry_run: bool, log: Callable[[str], None]) -
         with compile_progress(log, bar=sys.stderr.isatty()) as show:
             prepare(config, base, store, show, mapper)
     splits: dict[str, tuple[str, DatasetManifest | None]] = {}
-    for what, key in locate(config, base, store, keep=not dry_run).items():
+    for what, key in locate(config, base).items():
         try:
             splits[what] = (key, read_manifest(store, key))
         except NotFound:

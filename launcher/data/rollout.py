@@ -1,8 +1,7 @@
 """`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no GPU."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from launcher.evaluate.evaluating import bars
 from launcher.evaluate.ranks import run_ranks
@@ -27,9 +26,6 @@ class RolledOut:
     made: int
     dry_run: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def sentence(self) -> str:
         if self.dry_run:
             return f"would have {', '.join(self.servers)} sample the answers of {self.steps} steps of {self.run}"
@@ -45,7 +41,7 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
     """
     config = run_config(run, overrides)
     if not isinstance(find_objective(config), LearnsFromRollouts):
-        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo.")
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo or opd.")
     if config.rollout.engine == OWN:
         raise ConfigError(
             "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000]."

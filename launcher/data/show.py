@@ -1,7 +1,7 @@
 """`capstan data show`: rows as the model sees them, on the terminal or as JSON."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Shown:
     rows: list[SeenRow]
 
     def to_json(self) -> dict[str, Any]:
-        return {"split": self.split, "rows": [row.to_json() for row in self.rows]}
+        return {"split": self.split, "rows": list(map(asdict, self.rows))}
 
 
 def show(

@@ -55,6 +55,10 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
             )
         if "interval" not in found:
             continue
+        if found["difference"] is None:
+            lost = [SIDES[side] for side in SIDES if found[side]["loss"] is None]
+            yield f"{name}: the loss is no finite number ({', '.join(lost)}), so nothing can be said of the change."
+            continue
         if found["interval"] is None:
             yield (
                 f"{name}: {found['difference']:+.4f} nats a token; {_documents(found['clusters'])} too few to tell that from chance, for "
@@ -81,8 +85,9 @@ def _sets(sets: Mapping[str, Any], *, after: bool) -> FoldedTable:
         losses, perplexities = zip(*map(_loss, sides), strict=True)
         cells = [name, f"{found['tokens']:,}", " → ".join(losses), " → ".join(perplexities)]
         if after:
-            interval = found["interval"]
-            cells += [f"{found['difference']:+.4f}", "" if interval is None else "{:+.3f} to {:+.3f}".format(*interval)]
+            change, interval = found["difference"], found["interval"]
+            cells.append("-" if change is None else f"{change:+.4f}")
+            cells.append("" if interval is None else "{:+.3f} to {:+.3f}".format(*interval))
         table.add_row(*cells)
     return table
 
@@ -93,8 +98,8 @@ def _documents(count: int) -> str:
 
 
 def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
-    perplexity = side["perplexity"]
-    return f"{side['loss']:.4f}", "∞" if perplexity is None else f"{perplexity:,.4g}"
+    loss, perplexity = side["loss"], side["perplexity"]
+    return "not finite" if loss is None else f"{loss:.4f}", "∞" if perplexity is None else f"{perplexity:,.4g}"
 
 
 def _sides(after: bool) -> list[str]:
@@ -111,7 +116,9 @@ def _tasks(tasks: Mapping[str, Any], *, after: bool) -> FoldedTable:
     return table
 
 
-def _with_error(value: float, error: float | None) -> str:
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "not finite"
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 

@@ -53,25 +53,13 @@ class Initial:
     """A configuration as text, what its plan says, and the commands that come next."""
 
     path: str
-    text: str
+    config: str
     settings: dict[str, Any]
-    gpu_bytes: int
-    gpu: str
     gpus: int
+    gpu: str
+    gpu_bytes: int
     next: tuple[str, ...]
     missing: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "config": self.text,
-            "settings": self.settings,
-            "gpus": self.gpus,
-            "gpu": self.gpu,
-            "gpu_bytes": self.gpu_bytes,
-            "next": list(self.next),
-            "missing": list(self.missing),
-        }
 
     def lines(self) -> list[str]:
         """For people: what is missing or unfit of the data, and the next commands."""
@@ -122,7 +110,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     text = yaml_text(values, reasons, _head(answers, machine, chosen))
     return Initial(
         path=str(path),
-        text=text,
+        config=text,
         settings=values,
         gpu_bytes=chosen.plan.memory_per_gpu.total,
         gpu=machine.gpu,

@@ -1,6 +1,6 @@
 """`capstan plan --longest`: the longest row on these GPUs, and what each setting buys."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -25,9 +25,6 @@ class Longest:
     gpu: Gpu | None
     positions: int | None
     rows: list[LongestRow]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) -> Longest:

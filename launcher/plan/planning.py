@@ -15,7 +15,7 @@ from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
-from trainer.plan.forecast import Forecast, Length, assumed_rate, forecast, length_of
+from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
@@ -130,13 +130,13 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
-    if isinstance(objective, LearnsFromRollouts):
-        plan = replace(plan, notes=[*plan.notes, _of_rollouts(config)])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
+    if isinstance(objective, LearnsFromRollouts):
+        plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
 
 
@@ -150,8 +150,9 @@ def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
     )
 
 
-def _of_rollouts(config: Config) -> str:
-    """A sentence on what a step samples, and who does. Each token of an answer takes 12 bytes in the store, and so does each of its prompt."""
+def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
+    """Sentences on what a step samples, who does, how fast that has to be, and what lies in the store. Each token of an answer takes 12 bytes there, and so does
+    each of its prompt."""
     given, batch = config.rollout, config.train.global_batch
     answers, adapter = batch * given.answers, f"an adapter at most {given.lag} updates old"
     who = (
@@ -160,9 +161,17 @@ def _of_rollouts(config: Config) -> str:
         else f"{len(given.engine)} servers, with {adapter}"
     )
     most = decimal(12 * answers * config.data.sequence_length)
+    served = ""
+    if given.engine != OWN:
+        size = decimal(plan.parameters.trainable * (4 if config.model.dtype == "fp32" else 2))
+        learnt = "" if rate is None else f", here {rate.tokens_per_second * plan.batch.data_groups:,.0f},"
+        served = (
+            f" After each update an adapter of {size} is published. The run waits for no answer where the servers together sample as many tokens a second as "
+            f"the ranks learn from{learnt} and rollout.max_lag is at least 1."
+        )
     return (
         f"rollout: each step samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
-        f"step's are at most {most} in the store."
+        f"step's are at most {most} in the store, until its checkpoints are gone.{served}"
     )
 
 

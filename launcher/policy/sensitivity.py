@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
@@ -28,9 +28,6 @@ class Sensitivity:
     correlation: float | None = None
     means: list[dict[str, Any]] = field(default_factory=list)
     spread: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def sentence(self, metric: str) -> str:
         where = f"at step {self.step:,}, {self.trials} trials"

@@ -16,13 +16,16 @@ _COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes",
 def comparison_page(runs: Sequence[RunFigures]) -> str:
     """The whole HTML file, for runs of any number."""
     names = distinct_names(runs)
+    named = dict(zip(names, runs, strict=True))
+    held_out = sorted({of for run in runs for of in run.held_out.get(_LOSS, {})})
     return rendered(
         "comparison.html.j2",
         {"runs": [run.to_json() for run in runs]},
-        runs=list(zip(names, runs, strict=True)),
-        held_out=sorted({of for run in runs for of in run.held_out.get("loss", {})}),
+        runs=list(named.items()),
+        held_out=held_out,
+        apart=[of or "the data without a name" for of in held_out if len(_by_data(named, of)) > 1],
         differing=differing_settings(runs),
-        plots=comparison_plots(dict(zip(names, runs, strict=True))),
+        plots=comparison_plots(named),
     )
 
 
@@ -58,11 +61,21 @@ def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
     for of in sorted({of for run in runs.values() for of in run.held_out.get(_LOSS, {})}):
         # A named set has the likelihood of its tokens; the loss of the data without a name is the objective's.
         for words, some in ({"": runs} if of else _by_objective(runs)).items():
-            series = [Series(name, run.held_out.get(_LOSS, {}).get(of, [])) for name, run in some.items()]
-            title = ": ".join(filter(None, ("Held-out loss", of, words)))
-            plots.append(lines(title, series, unit="nats"))
+            for data, alike in _by_data(some, of).items():
+                series = [Series(name, run.held_out.get(_LOSS, {}).get(of, [])) for name, run in alike.items()]
+                title = ": ".join(filter(None, ("Held-out loss", of, words, data)))
+                plots.append(lines(title, series, unit="nats"))
     plots += [_overlaid(runs, name) for name in _COMPARED]
     return [plot for plot in plots if plot]
+
+
+def _by_data(runs: Mapping[str, RunFigures], of: str) -> dict[str, dict[str, RunFigures]]:
+    """The runs whose set `of` has the same documents, by the first of them; without words where all are."""
+    split, groups = f"eval.sets.{of}" if of else "eval", dict[str, dict[str, RunFigures]]()
+    for name, run in runs.items():
+        data = next((found.fingerprint for found in run.data if found.split == split), "")
+        groups.setdefault(data, {})[name] = run
+    return {f"data of {next(iter(some))}": some for some in groups.values()} if len(groups) > 1 else {"": dict(runs)}
 
 
 def _by_objective(runs: Mapping[str, RunFigures]) -> dict[str, dict[str, RunFigures]]:

@@ -1,24 +1,21 @@
 """The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left out."""
 
 import json
-import math
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from trainer.errors import NOT_JSON
 from trainer.run import layout
+from trainer.run.evaluations import finite
 from trainer.store.store import Store
 
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 M = TypeVar("M", bound=BaseModel)
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, BeforeValidator(finite)]
 
 
 class Loss(BaseModel):
@@ -29,8 +26,12 @@ class Loss(BaseModel):
 
 
 class SetResult(BaseModel):
-    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one."""
+    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one;
+    `data` is the fingerprint of its documents, of which so many were `trained_on`; earlier evaluations lack both."""
 
+    data: str | None = None
+    documents: int | None = None
+    trained_on: int | None = None
     tokens: int | None = None
     base: Loss | None = None
     adapter: Loss | None = None
@@ -92,6 +93,16 @@ def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]
     """All of them, by step."""
     found = [_parsed(EvaluationFigures, folder.get(key), key, notes) for key in _keys(folder, layout.EVALUATIONS)]
     return sorted(filter(None, found), key=lambda evaluation: evaluation.step)
+
+
+def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
+    """A sentence wherever a set has other documents than before. `seen` are its name, the step at which it was evaluated, or from which it
+    was, and its fingerprint, in order."""
+    last = dict[str, str]()
+    for name, step, data in seen:
+        if isinstance(data, str) and last.setdefault(name, data) != data:
+            last[name] = data
+            yield f"{name} is other data from step {step} on, so its losses do not compare with those before."
 
 
 def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launcher.report.curves import Point, finite_points, means, thinned
-from launcher.report.evaluations import EvaluationFigures, SampleFigures, read_evaluations, read_samples
+from launcher.report.evaluations import EvaluationFigures, SampleFigures, other_data, read_evaluations, read_samples
 from launcher.report.history import PARTS, History, Start, read_history
 from launcher.report.trained import (
     DataFigures,
@@ -164,6 +164,10 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
     notes: list[str] = []
     status, history = read_status(folder, clock), read_history(folder)
     settings, manifest = read_settings(folder, notes), newest_manifest(folder, notes)
+    evaluations = read_evaluations(folder, notes)
+    starts = [record for record in history.others["start"] if "data" in record]
+    notes += other_data((of, record["step"], key) for record in starts for of, key in record["data"].items())
+    notes += other_data((name, one.step, of.data) for one in evaluations for name, of in one.sets.items())
     if not history.steps.steps:
         notes.append("No step is recorded, so there is nothing to draw over steps.")
     return RunFigures(
@@ -184,7 +188,7 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
         time=_time(history),
         memory=_memory(history),
         experts=_experts(history.others["experts"]),
-        evaluations=read_evaluations(folder, notes),
+        evaluations=evaluations,
         samples=read_samples(folder, notes),
         cost=_cost(history, settings.get("track.price_per_gpu_hour")),
         repeat=repeat_figures(folder, settings, manifest),

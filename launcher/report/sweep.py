@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +36,7 @@ class SweepFigures:
 
     def to_json(self) -> dict[str, Any]:
         best = [figures.to_json() for figures in self.best]
-        return {"made": self.made, **self.status.to_json(), "best_runs": best}
+        return {"made": self.made, **asdict(self.status), "best_runs": best}
 
 
 def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:

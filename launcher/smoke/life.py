@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,24 +21,23 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from launcher.cluster.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.command import Command
+from launcher.smoke.small import COMMIT_EVERY, ROWS_OF_A_SOURCE, config_of_sample, first_rows, scale_down
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.check import anchored
 from launcher.view.console import Terminal
 from launcher.view.status import read_generation
 from trainer.base.find.locate import describe_base
-from trainer.config import Config, Data, Source, assignment, dump_config, load_config, override, parse_config, unsaid
-from trainer.data.source.files import expand
-from trainer.data.source.reading import rows
-from trainer.errors import CapstanError, DataError, DoesNotFit
+from trainer.config import Config, dump_config, load_config, override, unsaid
+from trainer.errors import CapstanError, DoesNotFit
 from trainer.export.figures import Proof
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import local_gpus
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store, open_store
 
-COMMIT_EVERY, KILL_AFTER = 5, 6
-SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
-ROWS_OF_A_SOURCE = 2000
+KILL_AFTER = 6
+# The killed run is resumed so, and the undisturbed one never had more: no loss depends on how many ranks there are.
+ON_ONE_RANK = ("cluster.workers=1", "sharding.sequence_parallel=1")
 
 
 def run_smoke(
@@ -57,12 +55,8 @@ def run_smoke(
     life = _Life(directory.absolute(), SmokeResult(), show)
     with life.progress:
         try:
-            # The material is made while the store starts, as that is mostly waiting.
-            making = (
-                life.begin("launcher.smoke.sample", str(life.directory / "sample"), "--json") if path is None else None
-            )
             with _store(life), life.ray(given):
-                config = life.material(given, making, overrides, layers)
+                config = life.material(given, overrides, layers)
                 life.plan(config)
                 # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so may one run a GPU's.
                 life.prove(config, together=given is None and not local_gpus())
@@ -147,38 +141,17 @@ class _Life:
                     self.ray_address = stack.enter_context(local_ray(2))
             yield
 
-    def material(
-        self,
-        given: Config | None,
-        making: Command | None,
-        overrides: Sequence[str],
-        layers: int | None,
-    ) -> Config:
-        """A user's configuration scaled down, or one for the data, tokenizer and base that `making` makes on the spot."""
+    def material(self, given: Config | None, overrides: Sequence[str], layers: int | None) -> Config:
+        """A user's configuration scaled down, or one for the data, tokenizer and base that are made on the spot."""
         if given is None:
-            assert making is not None
             with self.phase("data, tokenizer and base from the standard library's documentation"):
-                sample = json.loads(making.output())
-            tree = {
-                "run": {"name": "smoke"},
-                "model": {"base": sample["base"], "dtype": "bf16" if local_gpus() else sample["dtype"]},
-                # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of the time.
-                "data": {"train": [{"path": sample["train"][0]}], "sequence_length": SEQUENCE_LENGTH // 2},
-                "optim": {"lr": 5e-3, "warmup_steps": 2},
-                "train": {"steps": STEPS},
-            }
-            config = parse_config(json.dumps(tree), overrides)
-        else:
-            config = given
-            with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
-                config = config.model_copy(
-                    update={
-                        "data": config.data.model_copy(
-                            update={"train": first_rows(config.data, self.directory), "eval": []}
-                        )
-                    }
-                )
-        return scale_down(config, self.store_uri, self.ray_address, layers)
+                arguments = (str(self.directory / "sample"), "--json", "--store", self.store_uri, *overrides)
+                sample = json.loads(self.begin("launcher.smoke.sample", *arguments).output())
+            return config_of_sample(sample["base"], sample["train"], sample["dtype"], overrides, self.store_uri, layers)
+        with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
+            small = first_rows(given.data, self.directory)
+        data = given.data.model_copy(update={"train": small, "eval": []})
+        return scale_down(given.model_copy(update={"data": data}), self.store_uri, self.ray_address, layers)
 
     def plan(self, config: Config) -> None:
         with self.phase("plan"):
@@ -192,7 +165,7 @@ class _Life:
         what = f"an undisturbed run{' beside the others' if together else ''}, to compare with"
         with (
             ThreadPoolExecutor(1) as pool,
-            self.begin("launcher.cli", "train", self.file(config, "undisturbed")) as command,
+            self.begin("launcher.cli", "train", self.file(override(config, *ON_ONE_RANK), "undisturbed")) as command,
         ):
             undisturbed = pool.submit(self.follow, command, self.runs.sub("undisturbed"), 1, what)
             if not together:
@@ -212,10 +185,8 @@ class _Life:
             result.killed_at_step = self.kill(command, run, task)
         start = read_generation(run, 1)["start"][0]
         result.world_before, result.device = start["world_size"], start["device"]
-        ranks = max(1, start["world_size"] // 2)
-        changes = [f"cluster.workers={ranks}", f"sharding.sequence_parallel={_shared(config, ranks)}"]
-        with self.begin("launcher.cli", "resume", run.uri, *changes) as command:
-            self.follow(command, run, 2, f"resumed on {ranks} rank{'s' if ranks > 1 else ''}")
+        with self.begin("launcher.cli", "resume", run.uri, *ON_ONE_RANK) as command:
+            self.follow(command, run, 2, "resumed on 1 rank")
 
     def compare(self) -> None:
         """The resumed run with the undisturbed one."""
@@ -280,59 +251,3 @@ def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:
 
 def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:
     return metrics["step"][-1]["step"] if metrics.get("step") else 0
-
-
-def first_rows(data: Data, directory: Path) -> list[Source]:
-    """The first rows of each source, as files in `directory`: a smoke run need not tokenize a whole data set."""
-
-    def bad(error: DataError) -> None:
-        if data.on_bad_row == "fail":
-            raise error
-
-    small: list[Source] = []
-    for index, source in enumerate(data.train):
-        found = (row for file in expand([source], "data.train") for _, row in rows(file, bad))
-        # A table may have columns that JSON has no values for, such as dates.
-        lines = (json.dumps(row, default=str) + "\n" for row in islice(found, ROWS_OF_A_SOURCE))
-        target = directory / f"source-{index}.jsonl"
-        target.write_text("".join(lines), encoding="utf-8")
-        small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
-    return small
-
-
-def _shared(config: Config, ranks: int) -> int:
-    """How many of one or two ranks share each row."""
-    return min(config.sharding.sequence_parallel, ranks)
-
-
-def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
-    """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
-    workers = min(config.cluster.most_workers or 2, local_gpus() or 2, 2)
-    settings: dict[str, Any] = {
-        "run.store": store,
-        "train.steps": STEPS,
-        "train.epochs": None,
-        "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
-        "train.micro_batch": 1,
-        "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
-        "checkpoint.every_steps": COMMIT_EVERY,
-        "checkpoint.keep_last": STEPS,
-        "cluster.workers": workers,
-        "sharding.sequence_parallel": _shared(config, workers),
-        "cluster.gpus_per_worker": None,
-        "model.attention": "auto",
-        "optim.warmup_steps": min(config.optim.warmup_steps, 2),
-        "optim.warmup_ratio": None,
-        "train.sample_every": 0,
-        "train.deterministic": bool(local_gpus()),  # runs are compared, one that was killed with one that was not
-        "eval.every": 0,
-        "eval.sets": {},
-        "checkpoint.keep_best": 0,
-        "cluster.ray.address": ray_address or None,
-        "retry.failures": 0,
-        "retry.skip_bad_window": False,
-        "track.flush_seconds": 0.5,
-    }
-    if layers:
-        settings["model.layers"] = layers
-    return override(config, *(assignment(key, value) for key, value in settings.items()))

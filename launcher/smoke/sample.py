@@ -18,11 +18,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from launcher.smoke.small import config_of_sample
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, source_files, split
 from launcher.view.console import Terminal
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
-from trainer.config import Model
+from trainer.config import Config
+from trainer.data.compile.prepare import prepare
+from trainer.store.store import open_run_store
 
 _SHARDS = 4
 _LONGEST_CODE = 20_000  # characters of a module
@@ -52,7 +55,7 @@ class Sizes:
     intermediate: int = 704
     layers: int = 4
     steps: int = 24
-    batch: int = 4
+    batch: int = 2
     sequence_length: int = 128
 
 
@@ -314,10 +317,12 @@ def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
     return losses
 
 
-def _look_at(base: str) -> None:
-    """Find out what `plan` and `train` ask of a base. It is kept, and each would have to load PyTorch for it, which this process has done."""
-    model = Model(base=base)
-    check_weights(resolve_base(model), model)
+def _begin_runs(config: Config) -> None:
+    """Find out what `plan` asks of the base, and compile what the runs read. Both are kept, and each of these processes would have to load
+    PyTorch for it, which this one has done."""
+    base = resolve_base(config.model)
+    check_weights(base, config.model)
+    prepare(config, base, open_run_store(config))
 
 
 def _main() -> None:
@@ -327,6 +332,8 @@ def _main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the sample as one JSON object")
+    parser.add_argument("--store", help="begin what the smoke runs in this store need")
+    parser.add_argument("overrides", nargs="*", help="settings of these runs")
     arguments = parser.parse_args()
     # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -334,7 +341,8 @@ def _main() -> None:
     # Imported libraries print to stdout, which belongs to --json.
     with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
         sample = make_sample(arguments.directory, arguments.seed, report=console.print)
-        _look_at(sample.base)
+        if arguments.store:
+            _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, arguments.overrides, arguments.store))
     if arguments.json:
         print(json.dumps(asdict(sample)))
 

@@ -29,7 +29,7 @@ from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config
-from trainer.store.store import Store, open_run_store
+from trainer.store.store import Store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
@@ -225,7 +225,7 @@ def _check_checkpoint(folder: Store, resolved: Resolved, *, elsewhere: bool) -> 
     if manifest is None:
         raise StorageError(f"no checkpoint of {folder.uri} is whole: {damaged[0]}")
     try:
-        dataset = locate(resolved.config, resolved.base, open_run_store(resolved.config), keep=False)["train"]
+        dataset = locate(resolved.config, resolved.base)["train"]
     except DataError:
         if not elsewhere:
             raise

@@ -4,12 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import yaml
-
 from launcher.start import snapshot
 from launcher.start.check import check_idle, check_name, check_turn, has_run
 from trainer.config import Config, dump_config
-from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
@@ -96,7 +93,6 @@ def _write(
         for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
             log(change.sentence())
         if not waits:
-            _keep_settings(folder, known, old)
             folder.put(layout.CONFIG, text)
     else:
         folder.put(layout.CONFIG, text)  # over that of a start that died before it had anything to lose
@@ -114,13 +110,6 @@ def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
     if left_out := taken.left_out():
         log(f"the copy of the code that is kept with the run: {left_out}")
     return taken
-
-
-def _keep_settings(folder: Store, known: list[int], config: Config) -> None:
-    """An earlier version did not keep what each start trained with, so this is written before the settings change."""
-    if known and not folder.list(layout.SETTINGS):
-        tree = masked(config.model_dump(mode="json"))  # an earlier version did not refuse a secret in a setting
-        folder.put(layout.settings(known[-1]), yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def _contents(folder: Store, keys: tuple[str, ...]) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
     def describe(what: str, now: Progress) -> str:
         nonlocal first
         if not now.rows:
-            return f"looking through the {what} data"
+            return f"compiling {what} data"
         first = first or (time.monotonic(), now.tokens)
         speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
         return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.view.runs import runs
@@ -46,9 +46,6 @@ class RunList:
 
     store: str
     runs: list[RunLine]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def table(self) -> FoldedTable | str:
         if not self.runs:

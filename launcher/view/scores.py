@@ -1,6 +1,7 @@
 """The metric that a sweep compares its trials by, read from a trial's records as they are written."""
 
 import math
+from collections.abc import Mapping
 from statistics import fmean
 
 from launcher.policy.comparable import Metric
@@ -24,6 +25,9 @@ class Scores:
         self._reader = RunReader(folder)
         self._losses: dict[int, float] = {}
         self._by_step: dict[int, float] = {}
+        self.of_data = metric.of if metric.of in (TRAIN, UNNAMED) else f"eval.sets.{metric.of}"
+        self.data: Mapping[str, str | None] = {}
+        """The fingerprints of the data of the newest start, where they are known; the metric's own is that of `of_data`."""
 
     def read(self) -> dict[int, float]:
         """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its figures count."""
@@ -33,6 +37,8 @@ class Scores:
         return dict(sorted(self._by_step.items()))
 
     def _add(self, record: Record) -> None:
+        if record["kind"] == "start":
+            self.data = record.get("data", {})
         step, value = record.get("step"), record.get(self._metric.measure)
         if not isinstance(step, int) or step < 1:
             return

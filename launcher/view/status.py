@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -88,10 +88,6 @@ class RunStatus:
     gpu_hours: float | None = None
     cost: float | None = None
     next: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, under the names above."""
-        return asdict(self)
 
 
 def read_status(folder: Store, clock: Callable[[], float] = time.time) -> RunStatus:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -40,12 +40,15 @@ DONE = ("finished", _STOPPED_EARLY)
 """The states of trials that stay as they are when the sweep is resumed: all others go on."""
 OVER = (*DONE, "failed")
 """The states of trials that a sweep has nothing to wait for."""
+_SAME_DATA = ("optim.", "train.", "tuning.", "quant.", "run.")
+"""Settings that change nothing of the compiled data."""
 
 
 @dataclass(frozen=True)
 class TrialStatus:
     """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
-    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there."""
+    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there, or of `other_data` than that
+    of the first trial, as a file was changed in between."""
 
     number: int
     run: str
@@ -57,6 +60,7 @@ class TrialStatus:
     value_step: int | None = None
     last_commit_step: int | None = None
     reason: str = ""
+    other_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,6 @@ class SweepStatus:
     best: int | None = None
     sensitivity: list[Sensitivity] = field(default_factory=list)
     next: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def settings(self) -> list[str]:
@@ -128,12 +129,12 @@ class SweepFollower:
         self._settings = run_config(folder).sweep.settings
 
     def read(self) -> SweepStatus:
-        trials = [followed.read() for followed in self._trials]
+        trials = self._comparable([followed.read() for followed in self._trials])
         best = best_trial(trials, self.plan.metric)
         counted = {
             status.number: {step: value for step, value in followed.curve.items() if math.isfinite(value)}
             for followed, status in zip(self._trials, trials, strict=True)
-            if status.state != "failed"
+            if status.state != "failed" and not status.other_data
         }
         state = self._state(trials)
         ended = state not in ("running", "silent")
@@ -147,6 +148,24 @@ class SweepFollower:
             sensitivities(self._settings, self.plan.trials, counted) if ended else [],
             self._next(state, best),
         )
+
+    def _comparable(self, trials: list[TrialStatus]) -> list[TrialStatus]:
+        """The trials, those without a value that were evaluated over other data than the first, or trained on other data than the first one
+        whose settings ask for the same."""
+        first = dict[tuple[str, ...], str]()
+
+        def is_of_other(trial: TrialStatus, scores: Scores) -> bool:
+            asked = (
+                f"{name} {word(value)}" for name, value in trial.settings.items() if not name.startswith(_SAME_DATA)
+            )
+            places = {(scores.of_data,): scores.of_data, (TRAIN, *asked): TRAIN}
+            found = [(place, key) for place, of in places.items() if (key := scores.data.get(of))]
+            return any(first.setdefault(place, key) != key for place, key in found)
+
+        return [
+            replace(trial, value=None, other_data=True) if is_of_other(trial, followed.scores) else trial
+            for trial, followed in zip(trials, self._trials, strict=True)
+        ]
 
     def _state(self, trials: list[TrialStatus]) -> SweepState:
         owner = last_owner(self._folder)
@@ -173,7 +192,7 @@ class _Followed:
 
     def __init__(self, folder: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
         self._run, self._trial = folder, trial
-        self._follower, self._scores = Follower(folder, clock), Scores(folder, metric)
+        self._follower, self.scores = Follower(folder, clock), Scores(folder, metric)
         self._last: TrialStatus | None = None
         self.curve: dict[int, float] = {}
 
@@ -181,7 +200,7 @@ class _Followed:
         if self._last is not None and self._last.state in OVER:
             return self._last
         run = self._follower.read()
-        self.curve = self._scores.read() or self.curve
+        self.curve = self.scores.read() or self.curve
         step = max(self.curve, default=None)
         value = math.nan if step is None else self.curve[step]
         state = trial_state(self._run, run)
@@ -244,6 +263,10 @@ def summary(status: SweepStatus) -> list[str]:
         lines.append(
             f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({in_words(best.settings)}), {where}"
         )
+    if others := [trial.run for trial in status.trials if trial.other_data]:
+        lines.append(
+            f"{', '.join(others)}: trained or evaluated on other data than the first trial, as a file was changed in between, so {status.metric} does not compare"
+        )
     lines += [one.sentence(status.metric) for one in status.sensitivity]
     lines += [f"next: {status.next}"] if status.next else []
     return lines
@@ -303,4 +326,6 @@ def _steps(trial: TrialStatus) -> str:
 def _value(trial: TrialStatus) -> str:
     if trial.value is not None:
         return f"{trial.value:.4f}"
+    if trial.other_data:
+        return "other data"
     return "" if trial.value_step is None else "not finite"

@@ -145,27 +145,23 @@ def watch(
             wait(poll_seconds(folder))
 
 
-def watch_table(
-    folder: Store,
-    over: Callable[[], bool] | None = None,
-    *,
-    console: Console | None = None,
-    wait: Callable[[float], None] = time.sleep,
-) -> RunStatus:
+def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus:
     """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
     follower, ended = Follower(folder), 0
-    with Live(console=console or Terminal(stderr=True), auto_refresh=False) as live:
+    with Live(console=Terminal(stderr=True), auto_refresh=False) as live:
         while True:
             try:
                 status = follower.read()
             except StorageError:
-                wait(poll_seconds(folder))  # the run has its own patience with the store; the view must not end first
+                time.sleep(
+                    poll_seconds(folder)
+                )  # the run has its own patience with the store; the view must not end first
                 continue
             live.update(render(status), refresh=True)
             ended = ended + 1 if status.state in ENDED else 0
             if over() if over else ended == 2:  # between an end and a restart there is a moment
                 return status
-            wait(poll_seconds(folder))
+            time.sleep(poll_seconds(folder))
 
 
 def _facts(status: RunStatus) -> str:

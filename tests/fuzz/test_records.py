@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
@@ -96,7 +97,7 @@ def readers(store: Store, run: Store) -> list[Callable[[], Any]]:
     terminal = Terminal(file=StringIO())
     return [
         lambda: terminal.print(render(read_status(run))),
-        lambda: json.dumps(read_status(run).to_json()),
+        lambda: json.dumps(asdict(read_status(run))),
         lambda: terminal.print(list_runs(store).table()),
         lambda: read_report([run, run]).page(),
         lambda: terminal.print(checkpoint_table(list_checkpoints(run))),

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
         assert "early, as other trials of the sweep were better at step" in read_status(run).reason
     assert "Traceback" not in driver.log.read_text()
     (printed,) = (json.loads(line) for line in driver.log.read_text().splitlines() if line.startswith('{"sweep"'))
-    assert printed == done.to_json()
-    assert json.loads(folder.get("sweep.json"))["result"] == done.to_json()
+    assert printed == asdict(done)
+    assert json.loads(folder.get("sweep.json"))["result"] == asdict(done)
     page = folder.get("report.html").decode()
     assert all(f"rates-{number}" in page for number in range(1, len(RATES) + 1))
     assert "optim.lr" in page

@@ -1,5 +1,7 @@
 """A model card may become public: it names no place of the machine, and no file beside the checkpoint keeps it from being written."""
 
+import json
+
 import pytest
 
 from tests.material import Workshop, commit
@@ -42,6 +44,13 @@ def test_a_card_of_the_base_that_cannot_be_read_names_no_licence(workshop: Works
     assert "license: llama3.1" in card(workshop.store.sub("done"))
     readme.write_text("---\nlicense: [llama3.1\n---\n")
     assert "license" not in card(workshop.store.sub("done"))
+
+
+def test_a_set_that_was_trained_on_is_called_so(workshop: Workshop) -> None:
+    run = workshop.store.sub("done")
+    of = {"documents": 9, "trained_on": 7, "base": {"loss": 3.0}, "adapter": {"loss": 1.0, "perplexity": 2.7183}}
+    run.put(layout.evaluation(4), json.dumps({"step": 4, "sets": {"seen": of}}).encode())
+    assert "| seen (7 of 9 documents are in the training data) | 3.0000 | 1.0000 | - | 2.7183 |" in card(run)
 
 
 def test_a_damaged_evaluation_is_none(workshop: Workshop) -> None:

@@ -103,13 +103,6 @@ def test_settings_that_were_trained_with_stay_and_what_changed_is_told_and_kept(
     assert "train.steps is 77 from now on; it was 10" in said
 
 
-def test_the_first_resume_of_an_earlier_versions_run_knows_what_it_was_trained_with(config: Config, run: Store) -> None:
-    run.delete(layout.settings(1))
-    with resumed(override(config, "train.steps=77")):
-        (change,) = record_settings(run, 2, override(config, "train.steps=77"))
-    assert change == ("train.steps", 10, 77)
-
-
 @pytest.mark.parametrize("damaged", [b"", b"a: [", b"\xff", b"- 1\n", b"a: !unknown 1\n"], ids=str)
 def test_settings_that_cannot_be_read_are_as_if_they_were_not_kept(config: Config, run: Store, damaged: bytes) -> None:
     run.put(layout.settings(2), damaged)

@@ -18,6 +18,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
 from trainer.config import Model, override
 from trainer.errors import CapstanError, ConfigError
+from trainer.evaluate.sharded_model import settings_of
 from trainer.export.__main__ import _export
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
@@ -26,7 +27,8 @@ from trainer.export.proof import verify
 from trainer.export.proof.rendering import Texts, check_rendering, trained_texts
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.proof.source_rows import source_rows
-from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.export.trained import resolve_trained_base, trained_config, with_trained_template, with_trained_tokenizer
+from trainer.run.folder import run_config
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 
@@ -290,6 +292,23 @@ def test_an_export_has_the_template_and_the_tokenizer_of_the_training_whatever_l
             check_again(find_format(form), run, 4, open_store(str(folder)))
     finally:
         (base / "tokenizer.json").write_bytes(kept)
+
+
+def test_an_evaluation_reads_texts_as_the_training_did_and_no_other_template_may_be_given(run: Store) -> None:
+    manifest = read_manifest(run, 4)
+    config, _ = settings_of(run, None, [], base_alone=False)
+    data = with_trained_template(run, config.data, manifest)
+    assert Path(run_config(run).data.template or "").read_text() == "edited since"
+    assert Path(data.template or "").read_text() == RUNS
+    base = resolve_base(config.model)
+    kept = (base.directory / "tokenizer.json").read_bytes()
+    in_json("tokenizer.json", swap_ids)(base.directory)
+    try:
+        assert (with_trained_tokenizer(run, base, manifest).directory / "tokenizer.json").read_bytes() == kept
+    finally:
+        (base.directory / "tokenizer.json").write_bytes(kept)
+    with pytest.raises(ConfigError, match="data.template: 'chatml' would be other texts than the checkpoint of step 4"):
+        settings_of(run, None, ["data.template=chatml"], base_alone=False)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_5"])

@@ -37,13 +37,12 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
     assert len({base, *others}) == len(others) + 1
 
 
-def test_the_fingerprint_of_data_is_that_of_earlier_versions_unless_messages_have_weights() -> None:
+def test_the_fingerprint_of_data_is_that_of_earlier_versions() -> None:
     files = [SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", 0)]
     chat, text = (settings("a.jsonl", **options) for options in ({"format": "chat", "sequence_length": 2048}, {}))
     hashes = {"tokenizer.json": "00"}
     assert fingerprint(chat, files, hashes) == "ce8581df7048cb9c53f2"
     assert fingerprint(text, files, hashes, Part(0.1, 4, held_out=True)) == "e1802d60f397cd5de223"
-    assert fingerprint(chat, files, hashes, weighted=True) != fingerprint(chat, files, hashes)
 
 
 def test_hash_tokenizer_covers_the_files_that_are_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from launcher.smoke.life import first_rows
+from launcher.smoke.small import first_rows
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Data, Source
@@ -117,9 +117,6 @@ class _Given(NamedTuple):
 
     def rows(self) -> Iterator[Any]:
         return iter(self.given)
-
-    def with_key(self, *keys: str) -> Any:
-        raise AssertionError(keys)
 
 
 def test_an_empty_file_a_byte_order_mark_and_both_line_ends_are_no_bad_rows(tmp_path: Path) -> None:

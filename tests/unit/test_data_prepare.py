@@ -6,20 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from launcher.start.check import anchored
-from launcher.view.compiling import compile_progress
 from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.data.compile.compile import Progress
-from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
-from trainer.data.compile.inputs import find
-from trainer.data.compile.prepare import locate, prepare, prepare_start, wait_until_prepared
-from trainer.data.compile.weights import Weights
+from trainer.data.compile.prepare import locate, prepare, prepare_start
 from trainer.data.dataset.binary import ID_BITS
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
@@ -186,98 +179,7 @@ def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_
         )
         anchor = anchored(given)
         assert anchor.data.train[0].path != given.data.train[0].path
-        assert locate(given, resolve_base(given.model), shop.store) == locate(
-            anchor, resolve_base(anchor.model), shop.store
-        )
-
-
-def write_talks(path: Path, *weights: Any, key: str = "weight") -> Path:
-    """A conversation for each weight, of its answer; None for none."""
-    answers = [{"role": "assistant", "content": "yo"} | ({} if w is None else {key: w}) for w in weights]
-    rows = [{"messages": [{"role": "user", "content": "hi"}, answer]} for answer in answers]
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_only_rows_with_weights_give_other_data_than_earlier_versions_made(
-    shop: Workshop, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those ignored weights, so what they compiled must not be taken for it."""
-    template = tmp_path / "t.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-    )
-    store = open_store(str(tmp_path / "store"))
-
-    def compiled(name: str, *weights: Any) -> tuple[bool, int]:
-        """Whether it has the fingerprint of before, and how many rows are trained on."""
-        path = write_talks(tmp_path / f"{name}.{ending}", *weights)
-        config = shop.config(
-            "weights", f"data.train=[{{path: {path}}}]", "data.format=chat", f"data.template={template}"
-        )
-        base = resolve_base(config.model)
-        (files, part, _) = find(config)["train"]
-        before = fingerprint(config.data, files, hash_tokenizer(base.directory), part)
-        key = prepare(config, base, store).train
-        wait_until_prepared(config, base, store, wait=lambda: pytest.fail("it is prepared"))
-        return key == before, open_dataset(store, key).manifest.documents
-
-    assert compiled("plain", None, None) == (True, 2)
-    assert compiled("ones", 1, None) == (True, 2)
-    late = [None] * 400
-    assert compiled("late", *late, 0) == (False, 400)
-    assert compiled("false", 0, 1) == (False, 1)
-    monkeypatch.setattr("trainer.data.compile.prepare.find_weights", lambda *_: pytest.fail("it was looked for before"))
-    for name in ("ones", "false"):
-        config = shop.config(
-            "weights",
-            f"data.train=[{{path: {tmp_path}/{name}.{ending}}}]",
-            "data.format=chat",
-            f"data.template={template}",
-        )
-        assert prepare(config, resolve_base(config.model), store)
-
-
-def test_an_answer_of_versions_that_did_not_know_train_is_not_taken_for_todays(shop: Workshop, tmp_path: Path) -> None:
-    path = write_talks(tmp_path / "a.jsonl", False, True, key="train")
-    config = shop.config("flags", f"data.train=[{{path: {path}}}]", "data.format=chat")
-    base, store = resolve_base(config.model), open_store(str(tmp_path / "store"))
-    ((files, part, _),) = find(config).values()
-    before = fingerprint(config.data, files, hash_tokenizer(base.directory), part)
-    store.put(f"{layout.dataset(before)}weights.json", Weights(weighted=False).sealed())
-    assert locate(config, base, store)["train"] != before
-
-
-def test_looking_for_weights_is_said_and_can_be_stopped(shop: Workshop, tmp_path: Path) -> None:
-    config = shop.config(
-        "look", f"data.train=[{{path: {write_talks(tmp_path / 'a.jsonl', None)}}}]", "data.format=chat"
-    )
-    said: list[str] = []
-
-    def stop(what: str, now: Progress) -> None:
-        with compile_progress(said.append, bar=False) as show:
-            show(what, now)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, resolve_base(config.model), open_store(str(tmp_path / "store")), stop)
-    assert said == ["looking through the train data (100 %)"]
-
-
-def test_data_of_which_a_part_is_held_out_is_found_and_looked_through_once(
-    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    talks = f"data.train=[{{path: {write_talks(tmp_path / 'a.jsonl', None)}}}]"
-    config = shop.config("once", talks, "data.format=chat", "data.held_out=0.5", "eval.every=5")
-    inputs, looked = find(config), list[Any]()
-    assert inputs["eval"].files == inputs["train"].files
-    monkeypatch.setattr("trainer.data.compile.prepare.find_weights", lambda files, _: bool(looked.append(files)))
-    assert len(locate(config, resolve_base(config.model), open_store(str(tmp_path / "store")))) == 2
-    assert len(looked) == 1
+        assert locate(given, resolve_base(given.model)) == locate(anchor, resolve_base(anchor.model))
 
 
 def test_an_epoch_without_documents_is_refused_before_anything_starts(shop: Workshop) -> None:

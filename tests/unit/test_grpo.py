@@ -64,7 +64,7 @@ def our_loss(*overrides: str) -> tuple[float, torch.Tensor]:
     objective = objective_of(*overrides)
     log_p = torch.tensor(LOG_P, dtype=torch.float32, requires_grad=True)
     passes = [torch.tensor(BASE, dtype=torch.float32)] if "objective.beta=0.3" in overrides else []
-    batch = row(objective.advantages(REWARDS).reshape(-1))
+    batch = row(objective.advantages(REWARDS, None))
     sums = objective.loss(model(*passes, log_p), batch)
     loss = sums[0] / objective.weight(batch)
     return float(loss), torch.autograd.grad(loss, log_p)[0]
@@ -127,7 +127,7 @@ def test_the_loss_is_trls(form: str) -> None:
 
 def test_figures_are_means_over_tokens() -> None:
     objective = objective_of()
-    batch = row(objective.advantages(REWARDS).reshape(-1))
+    batch = row(objective.advantages(REWARDS, None))
     sums = objective.loss(model(torch.tensor(LOG_P, dtype=torch.float32)), batch)
     figures = measured(objective, (sums[1:] / objective.weight(batch)).tolist())
     assert figures["entropy"] == pytest.approx(-SAMPLED.mean(), rel=1e-5)

@@ -68,30 +68,30 @@ def test_it_fits_by_the_plan(bases: Path, base: str, gpu: str, gpus: int, quant:
     assert made.settings.get("sharding.deepspeed") == offload
     assert made.gpus == gpus
     memory = 24564 * 2**20 if gpu == "RTX 4090" else int(gpu.removesuffix("GiB")) * GIB
-    assert needed(made.text, gpus, memory=memory) == made.gpu_bytes <= 0.9 * memory
-    config = parse_config(made.text)
+    assert needed(made.config, gpus, memory=memory) == made.gpu_bytes <= 0.9 * memory
+    config = parse_config(made.config)
     assert config.train.global_batch % (gpus * config.train.micro_batch) == 0
-    assert f"{made.gpu_bytes / GIB:.1f} of" in made.text
+    assert f"{made.gpu_bytes / GIB:.1f} of" in made.config
     # What was not taken would not have fitted: weights in 16 bits, or the base on the GPU.
     if quant == "nf4":
-        assert needed(made.text, gpus, "quant.type=none") > 0.6 * memory
+        assert needed(made.config, gpus, "quant.type=none") > 0.6 * memory
     if offload:
-        assert needed(made.text, gpus, "sharding.deepspeed=auto") > 0.9 * memory
+        assert needed(made.config, gpus, "sharding.deepspeed=auto") > 0.9 * memory
 
 
 def test_of_a_cluster_it_takes_as_few_gpus_as_suffice(bases: Path) -> None:
     made = first(bases, "70b", "24GiB", machine="slurm")
-    config = parse_config(made.text)
+    config = parse_config(made.config)
     assert made.gpus == config.cluster.most_workers
     assert (config.cluster.slurm.nodes, config.cluster.slurm.gpus_per_node) == (1, made.gpus)
     assert made.gpus > 1
     longest = f"data.sequence_length={config.data.sequence_length}"
     fewer = made.gpus // 2
     resized = (f"cluster.workers={fewer}", "train.micro_batch=1", longest, "sharding.deepspeed=auto")
-    assert made.settings.get("sharding.deepspeed") or needed(made.text, fewer, *resized) > 0.9 * 24 * GIB
-    many = parse_config(first(bases, "70b", "80GiB", 12, machine="slurm").text)
+    assert made.settings.get("sharding.deepspeed") or needed(made.config, fewer, *resized) > 0.9 * 24 * GIB
+    many = parse_config(first(bases, "70b", "80GiB", 12, machine="slurm").config)
     assert (many.cluster.slurm.nodes, many.cluster.slurm.gpus_per_node) == (2, 6)
-    assert parse_config(first(bases, "8b", "80GiB", 4, machine="ray").text).cluster.ray.address == "auto"
+    assert parse_config(first(bases, "8b", "80GiB", 4, machine="ray").config).cluster.ray.address == "auto"
 
 
 def test_the_rate_of_a_large_base_is_lower(bases: Path) -> None:
@@ -102,10 +102,10 @@ def test_the_rate_of_a_large_base_is_lower(bases: Path) -> None:
 @pytest.mark.parametrize("goal", GOALS)
 def test_every_goal_makes_a_valid_configuration_with_a_reason_behind_each_setting(bases: Path, goal: str) -> None:
     made = first(bases, "8b", "80GiB", 8, goal)
-    config = parse_config(made.text)
+    config = parse_config(made.config)
     assert config.objective.name == (goal if goal not in ("full",) else "sft")
     assert (config.tuning.method == "full") == (goal == "full")
-    settings = [line for line in made.text.splitlines() if ": " in line and not line.lstrip().startswith(("#", "-"))]
+    settings = [line for line in made.config.splitlines() if ": " in line and not line.lstrip().startswith(("#", "-"))]
     assert len(settings) > 12
     assert [line for line in settings if "  # " not in line] == []
 
@@ -114,7 +114,7 @@ def test_without_a_gpu_it_is_for_the_cpu(bases: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("launcher.init.initial.described_gpus", list)
     answers = InitAnswers(str(bases / "8b"), "somebody/rows", "sft", "one", None, None)
     made = initial_config(answers, bases / "run.yaml")
-    assert parse_config(made.text).cluster.gpus_per_worker == 0
+    assert parse_config(made.config).cluster.gpus_per_worker == 0
     assert made.settings["quant.type"] == "nf4"
     assert made.settings["data.train"] == [{"path": "hf://somebody/rows"}]
     with pytest.raises(ConfigError, match="--gpu"):
@@ -145,7 +145,7 @@ def test_a_base_without_a_chat_template_gets_one_by_name_and_learns_its_tokens(
     tokens = [{"content": token, "special": True} for token in own]
     (bases / "8b" / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
     made = first(bases, "8b", "80GiB")
-    config = parse_config(made.text)
+    config = parse_config(made.config)
     assert (config.data.template, config.model.add_tokens) == (name, list(NAMED[name].tokens))
     assert not made.missing
     assert "model.add_tokens" not in first(bases, "8b", "80GiB", 8, "full").settings
@@ -166,7 +166,7 @@ def test_so_does_one_whose_answers_to_compare_are_conversations(bases: Path, ans
 def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: Path, rows: int) -> None:
     talks(bases, rows)
     (bases / "8b" / "chat_template.jinja").write_text("{{ messages }}")
-    config = parse_config(first(bases, "8b", "80GiB").text)
+    config = parse_config(first(bases, "8b", "80GiB").config)
     tokens = (bases / "rows.jsonl").stat().st_size / 4
     steps = tokens / (config.train.global_batch * config.data.sequence_length)
     assert config.train.epochs is not None
@@ -182,7 +182,7 @@ def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -
     def planned(tokens: int, gpu: str) -> Config:
         (bases / "rows.jsonl").write_text(json.dumps({"text": "abc " * tokens}) + "\n")
         found = first(bases, "8b", gpu, goal="sft")
-        config = parse_config(found.text)
+        config = parse_config(found.config)
         read = read_gpu(gpu, "--gpu").memory
         assert make_plan(config, describe_base(config.model), 1, 1, read).shortfalls == []
         assert found.gpu_bytes <= read

@@ -1,11 +1,17 @@
 """The interval of a change keeps its promise, however few and however unequal the documents are, or there is none."""
 
+import json
+from io import StringIO
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
-from launcher.evaluate.tables import sentences
+from launcher.evaluate.tables import Evaluated, sentences
 from trainer.evaluate.measure.intervals import clusters_of, difference_interval
+from trainer.evaluate.measured import MeasuredSide, Work, _of_set
 from trainer.run.evaluations import FEWEST
 
 SETS = 2000
@@ -55,6 +61,36 @@ def test_pieces_of_a_long_text_count_as_one() -> None:
     assert apart is not None
     assert together[1] - together[0] > 3 * (apart[1] - apart[0])
     assert difference_interval(0 * tokens, changes, tokens, clusters // 2) is None
+
+
+def test_copies_of_a_document_count_as_one() -> None:
+    hashes, one = np.array([7, 9, 7, 7, 5], np.uint64), np.full(50, 3, np.uint64)
+    assert clusters_of(np.full(5, 8), None, hashes).tolist() == [1, 2, 1, 1, 0]
+    pieces = clusters_of(np.array([64, 8, 64, 8, 5]), 64, np.array([3, 4, 3, 4, 9], np.uint64))
+    assert len(set(pieces[:4])) == 1 != len(set(pieces)) == 2
+    tokens = np.full(50, 10.0)
+    assert difference_interval(tokens, 0.6 * tokens, tokens, clusters_of(tokens.astype(int), None, one)) is None
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_said_and_has_no_interval(lost: float) -> None:
+    before, after = np.ones(9), np.ones(9)
+    after[4] = lost
+    assert difference_interval(before, after, np.ones(9), np.arange(9)) is None
+    stream: Any = None
+    sides = {
+        "base": MeasuredSide({"a": (before, np.ones(9))}, {}),
+        "adapter": MeasuredSide({"a": (after, np.ones(9))}, {}),
+    }
+    found = {"a": _of_set("a", sides, Work({"a": (stream, np.arange(9))}, [], None))}
+    assert (found["a"]["adapter"]["loss"], found["a"]["difference"]) == (None, None)
+    assert list(sentences(found)) == ["a: the loss is no finite number (now), so nothing can be said of the change."]
+    json.dumps(found, allow_nan=False)
+    shown = StringIO()
+    Console(file=shown, width=100).print(
+        Evaluated({"step": 4, "sets": found, "tasks": {}, "bias": {}}, "r", "w").tables()
+    )
+    assert "1.0000 → not finite" in shown.getvalue()
 
 
 def test_documents_without_a_trained_token_are_none() -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def test_a_list_says_of_each_run_what_its_status_says(store: Store) -> None:
     console.print(list_runs(store, clock=lambda: NOW + 5).table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"finished +│ finished +│ 20 of 20 \(100 %\) +│ 8.0000", text)
-    assert json.loads(json.dumps(list_runs(store).to_json()))["store"] == store.uri
+    assert json.loads(json.dumps(asdict(list_runs(store))))["store"] == store.uri
 
 
 def test_those_heard_of_last_come_first(store: Store) -> None:

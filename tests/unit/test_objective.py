@@ -45,7 +45,7 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
     [
         (
             ("objective.name=dpoo",),
-            "objective.name: 'dpoo' is not allowed. Allowed are classification, distil, dpo, grpo, kto, multilabel_classification, orpo, reward, sft, simpo, token_classification. Did you mean dpo?",
+            "objective.name: 'dpoo' is not allowed. Allowed are classification, distil, dpo, grpo, kto, multilabel_classification, opd, orpo, reward, sft, simpo, token_classification. Did you mean dpo?",
         ),
         (
             ("objective.name=sft", "objective.beta=1"),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +22,7 @@ from launcher.report.page import run_page
 from launcher.report.plots import Axis, Series, lines, scatter
 from launcher.report.report import keep_report
 from launcher.report.sweep import read_sweep_figures, sweep_page
+from launcher.report.trained import DataFigures
 from launcher.view.sweep import EARLY, read_plan
 from tests.browser import chromium, look_at
 from trainer.config import dump_config, parse_config
@@ -260,6 +262,39 @@ def test_losses_of_different_objectives_have_plots_of_their_own_and_lists_are_wo
         "Held-out loss: general",
     ]
     assert differing_settings(runs)["data.train"] == ['["one.jsonl"]', '["two.jsonl"]', '["three.jsonl"]']
+
+
+def test_a_set_whose_file_was_changed_between_starts_or_evaluations_is_said(store: Store) -> None:
+    first, second = (start(at, data={"train": "t", "eval": data}) for at, data in ((0, "a"), (1, "b")))
+    run = make_run(store, [first, step(1)], [second, step(2), end("finished")])
+    for at, data in ((1, "a"), (2, "a"), (3, "b")):
+        found = {"step": at, "sets": {"general": {"data": data, "documents": 9, "trained_on": at}, "old": {}}}
+        run.put(layout.evaluation(at), json.dumps(found).encode())
+    said = [note for note in read_figures(run).notes if "other data" in note]
+    assert said == [
+        "eval is other data from step 1 on, so its losses do not compare with those before.",
+        "general is other data from step 3 on, so its losses do not compare with those before.",
+    ]
+    assert "general (3 of 9 documents are in the training data)" in run_page(read_figures(run))
+
+
+def test_held_out_losses_over_other_data_have_plots_of_their_own(store: Store) -> None:
+    evaluated = {"kind": "eval", "step": 1, "loss": 1.0, "set": "general"}
+    runs = [
+        read_figures(make_run(store, [start(), step(1), evaluated, {**evaluated, "step": 2}], name=name))
+        for name in ("one", "two", "three")
+    ]
+    runs = [
+        replace(run, data=[DataFigures("eval.sets.general", key, 1, 1, 1, [], {}, [])])
+        for run, key in zip(runs, "aba", strict=True)
+    ]
+    plots = {plot.title: plot for plot in comparison_plots({run.name: run for run in runs})}
+    assert {title: [entry.name for entry in plot.legend] for title, plot in plots.items() if "Held-out" in title} == {
+        "Held-out loss: general: data of one": ["one", "three"],
+        "Held-out loss: general: data of two": ["two"],
+    }
+    assert "The runs have other data for: general." in comparison_page(runs)
+    assert "other data" not in comparison_page(runs[::2])
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Rollouts: chapters that are committed once and checked, prompts in their order, rewards that fail in one sentence, and settings that do not fit."""
+"""Rollouts: chapters that are committed once and checked, prompts in their order, rewards and servers that fail in one sentence, and settings that do not fit."""
 
 import json
 from collections.abc import Callable
@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher.evaluate.answering import generate_answers
 from tests.material import Workshop
 from tests.unit.test_served import stub
-from trainer.config import override
+from trainer.config import dump_config, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
-from trainer.errors import CapstanError, Damaged
-from trainer.evaluate.rollout import serving
+from trainer.errors import CapstanError, ConfigError, Damaged
+from trainer.evaluate.generate import generate
+from trainer.evaluate.request import Ask
+from trainer.evaluate.rollout import judging, serving
 from trainer.evaluate.rollout.prompts import Prompts
 from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
@@ -27,7 +30,7 @@ from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
-from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches
+from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches, unlike_sampler
 
 GRPO = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")
 
@@ -99,6 +102,18 @@ def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path,
         read_figures(run, 0) if what == "samples" else stream.step(Position())
 
 
+def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    for number in range(4):
+        commit(run, number, rollouts(number), {})
+    Rollouts(run, 4).forget_before(2)
+    assert [is_committed(run, number) for number in range(4)] == [False, False, True, True]
+    kept = [
+        entry.key.split("/")[1:] for entry in run.list() if "-000000001/" in entry.key or "-000000000/" in entry.key
+    ]
+    assert [name.partition("-")[0] for _, name in kept] == ["samples", "samples"]
+
+
 def prompts_of(workshop: Workshop, *overrides: str) -> Prompts:
     config = workshop.config("prompts", *GRPO, *overrides)
     store: Store = workshop.store
@@ -157,7 +172,7 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["rollout.reward=null"], "rollout.reward: objective.name: grpo learns from what answers are worth"),
+        (["rollout.reward=null"], "rollout.reward: objective.name: grpo has each answer rewarded"),
         (["rollout.reward=exakt"], "rollout.reward: 'exakt' is not allowed"),
         (["rollout.max_lag=2"], "rollout.max_lag: has no effect with rollout.engine: own"),
         (["rollout.max_tokens=64"], "rollout.max_tokens: 64 leaves no room"),
@@ -181,6 +196,19 @@ def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
     assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"lag": 0, "log_ratio": 0.026}, True),  # a base in 4 bits that is served in 16
+        ({"lag": 0, "log_ratio": 0.004}, False),
+        ({"lag": 1, "log_ratio": 0.026}, False),  # the adapter is another one
+        ({"loss": 1.0}, False),
+    ],
+)
+def test_a_server_of_another_base_is_found(record: dict[str, float], said: bool) -> None:
+    assert (unlike_sampler(record) is not None) is said
+
+
 def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
     """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
     for name in ("adapter_config.json", "PUBLISHED"):
@@ -199,7 +227,7 @@ def choices(body: dict[str, Any]) -> Any:
 
 
 def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
     asked = list[dict[str, Any]]()
 
     def sometimes(body: dict[str, Any]) -> Any:
@@ -222,12 +250,73 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
             "without what vLLM gives",
         ),
         (lambda body: 404, "answered 404 to /v1/load_lora_adapter"),
+        (lambda body: b"loaded" if "lora_name" in body else 400, "answered 400 to /v1/completions"),
     ],
-    ids=["fails", "nothing", "no-adapters"],
+    ids=["fails", "nothing", "no-adapters", "too-long"],
 )
 def test_a_server_that_gives_nothing_is_one_sentence(
     answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
     with pytest.raises(CapstanError, match=sentence):
         served(open_store(str(tmp_path / "run")), tmp_path / "adapters", answer)
+
+
+OPD = ("objective={name: opd, teacher: 'http://teacher:8000#big'}", *GRPO[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("{name: opd}", "objective.teacher: opd asks a server"),
+        ("{name: opd, teacher: /models/big}", "objective.teacher: opd asks a server"),
+    ],
+)
+def test_a_judge_is_a_server(workshop: Workshop, given: str, sentence: str) -> None:
+    (said,) = find_objective(override(workshop.config("a", *OPD), f"objective={given}")).mismatches()
+    assert said.startswith(sentence)
+
+
+def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_path: Path) -> None:
+    """The advantages of a chapter are the judge's log p less the sampler's, and the loss goes where the judge is surer."""
+    objective: Any = find_objective(workshop.config("a", *OPD))
+    judged = {5: -1.0, 9: -0.25, 2: -2.0}
+
+    def judge(body: dict[str, Any]) -> Any:
+        assert body["model"] == "big"
+        places = [None, *({str(token): {"logprob": judged[token]}} for token in body["prompt"][1:])]
+        return {"choices": [{"prompt_logprobs": places, "token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}}]}
+
+    with stub(judge, "big") as url:
+        asked = judging.Judge(CompletionsServer.find("objective.teacher", f"{url}#big"))
+        gaps = asked.gaps([[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
+    assert gaps == [[0.25, -1.25], [0.75]]
+    (advantages,) = {tuple(map(tuple, objective.advantages(np.zeros((1, 2)), gaps)))}
+    run = open_store(str(tmp_path))
+    commit(run, 0, [Rollout([7, 5], [9, 2], [-0.5, -0.75], advantages[0], {})], {})
+    assert Rollouts(run, 1).read([0])[:, 1].tolist() == [0.25, -1.25]
+
+
+def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:
+    asked, told = list[dict[str, Any]](), list[dict[str, Any]]()
+    run = workshop.store.sub("first")
+    run.put(layout.CONFIG, dump_config(workshop.config("first")).encode())
+
+    def answer(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return choices(body)
+
+    with stub(answer, "base", "first") as url:
+        ask = Ask("generate", run.uri, sampling={"temperature": 0.5, "seed": 7}, server=url)
+        found = generate(ask, [[{"prompt": "ant? "}], [], [{"prompt": "bee? "}]], told.append)
+    assert [row["prompt"] for row in found["answers"]] == ["ant? ", "bee? "]
+    assert found["server"] == f"{url}#first"
+    assert told[0] == {"log": f"answers are those of first at {url}"}
+    assert [(body["model"], body["seed"], len(body["prompt"])) for body in asked] == [("first", 7, 5), ("first", 8, 5)]
+    assert 2 in asked[0]["stop_token_ids"]
+
+
+def test_a_server_is_asked_for_no_step(workshop: Workshop) -> None:
+    given: dict[str, Any] = {"sampling": {}, "log": print, "screen": None, "server": "http://gpu-1:8000"}
+    with pytest.raises(ConfigError, match="--step, --best and --base have no effect"):
+        generate_answers(workshop.store.sub("first"), (), (), step=3, base=False, **given)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def test_read_generation_groups_by_kind_in_order(run: Store) -> None:
 def test_to_json_is_plain_json(run: Store) -> None:
     write(run, 1, start(1), end("failed", "x"))
     write(run, 2, start(2), step(1, 3.0))
-    tree = json.loads(json.dumps(status_at(run).to_json()))
+    tree = json.loads(json.dumps(asdict(status_at(run))))
     assert tree["state"] == "running"
     assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x"}]
 
@@ -302,4 +303,4 @@ def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) 
         write(run, 1, start(1), step(1, 3.0), record, torn=b'[1]\n"text"\n5\n\xff\n' + b"[" * 100_000 + b"\n")
         console = Console(file=io.StringIO(), width=120)
         console.print(render(status_at(run)))
-        json.dumps(status_at(run).to_json())
+        json.dumps(asdict(status_at(run)))

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,7 +221,7 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     assert (status.state, status.best) == ("stopped", 2)
     assert status.next.startswith("capstan resume s")
     assert status.sensitivity[0].step == 10
-    assert json.loads(json.dumps(status.to_json()))["trials"][1]["value"] == 1.5
+    assert json.loads(json.dumps(asdict(status)))["trials"][1]["value"] == 1.5
 
     write_run(store.sub("s-3"), (10, 4.0), (40, 1.0), end="finished")
     write_run(store.sub("s-4"), (10, float("nan")), end="failed")
@@ -455,6 +456,20 @@ def test_a_trial_counts_with_its_newest_evaluation_behind_the_base_or_not_at_all
     folder.put(layout.CONFIG, dump_config(override(run_config(folder), "sweep.grace_steps=10")).encode())
     diverged.setup({"sweep": folder.uri, "trial": 1})
     assert [diverged.step()[VALUE] for _ in range(2)] == [1.0, 1e30]
+
+
+def test_a_trial_counts_only_over_the_data_that_the_first_one_has(store: Store) -> None:
+    folder = write_sweep(store)
+    for number, (trained, data, loss) in enumerate(
+        [("t", "a", 3.0), ("t", "b", 1.0), ("t", "a", 2.0), ("u", "a", 0.5)], 1
+    ):
+        run = store.sub(f"s-{number}")
+        begun = record_line("start", {"step": 0, "data": {"train": trained, "eval": data}})
+        evaluated = record_line("eval", {"step": 40, "loss": loss})
+        run.put(layout.metrics(1), begun + evaluated + record_line("end", {"outcome": "finished", "reason": "so"}))
+    status = read_sweep(folder)
+    assert (status.best, [trial.value for trial in status.trials[:3]]) == (3, [3.0, None, 2.0])
+    assert any(line.startswith("s-2, s-4: trained or evaluated on other data") for line in summary(status))
 
 
 def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(store: Store) -> None:

@@ -3,7 +3,9 @@
 import errno
 import shlex
 import socket
+import threading
 import time
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from typer.main import get_command
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
 from launcher.doctor.doctor import Check, Diagnosis, report_table
+from launcher.evaluate import evaluating
 from launcher.export.export import lines
 from launcher.report import report
+from launcher.start import local_ranks
 from launcher.start.check import check_idle, checked
 from launcher.start.shared_folder import warn_of_place
 from launcher.view.console import Terminal
@@ -24,6 +28,7 @@ from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.errors import BaseOutOfReach, ConfigError, StorageError
+from trainer.processes import patience
 from trainer.run import layout
 from trainer.store import hub
 from trainer.store.store import Store, open_store
@@ -79,23 +84,31 @@ def test_a_run_that_is_not_going_on_has_no_time_left(run: Store) -> None:
 def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nobody(*_: object) -> socket.socket:
-        time.sleep(30)  # as a name server that does not answer
+    asked, given_up, over = list[object](), list[object](), threading.Event()
+
+    def nobody(address: object, *_: object) -> socket.socket:
+        asked.append(address)
+        over.wait(60)  # as a name server that does not answer
+        given_up.append(address)
         raise OSError
 
+    assert hub._PATIENCE_SECONDS < 3, "the wait without a network"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", nobody)
     monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.2)
     hub.hub_answers.cache_clear()
-    began = time.monotonic()
     config = parse_config(
         "run: {name: a}\nmodel: {base: nobody/nothing}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}"
     )
     with pytest.raises(ConfigError, match=r"huggingface\.co:443 cannot be reached from here, and the cache lacks it"):
         resolve_base(config.model)
-    assert time.monotonic() - began < 60
+    assert (asked, given_up) == (
+        [("huggingface.co", 443)],
+        [],
+    )  # it was asked once, and nobody has waited for the end of that
+    over.set()
     hub.hub_answers.cache_clear()
 
 
@@ -156,6 +169,36 @@ def test_what_doctor_finds_missing_comes_first() -> None:
     Terminal(width=100, file=out).print(report_table(Diagnosis(checks)))
     text = out.getvalue()
     assert text.index("Missing: ccc.") < text.index("get it") < text.index("aaa")
+
+
+def test_what_takes_seconds_is_said_while_it_does_and_what_is_quick_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, heard = list[str](), threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        heard.set()
+
+    assert patience._FIRST_SECONDS == 3.0
+    with patience.patiently("reading", say):
+        pass
+    monkeypatch.setattr(patience, "_FIRST_SECONDS", 0.01)
+    with patience.patiently("measuring the data", say):
+        assert heard.wait(30)
+    assert said == ["measuring the data: 0 s so far"]
+
+
+def test_one_rank_is_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(attempts: object, attempt: Callable[[], object], log: object) -> None:
+        attempt()
+
+    said = list[str]()
+    arguments: dict[str, Any] = {"config": None, "datasets": None, "owner": None, "resume": False, "log": said.append}
+    for name, stand_in in (("keep_trying", once), ("_attempt", lambda *_: None), ("Attempts", lambda *_: None)):
+        monkeypatch.setattr(local_ranks, name, stand_in)
+    for ranks in (1, 2):
+        local_ranks.run_here(ranks=ranks, **arguments)
+    assert said == ["launch: starts the process of 1 rank", "launch: starts the processes of 2 ranks"]
+    assert [evaluating._ranks(count) for count in (1, 2)] == ["1 rank", "2 ranks"]
 
 
 def test_an_export_says_at_once_what_is_much_and_then_now_and_then_how_far_it_is() -> None:

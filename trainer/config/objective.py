@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainer.config.section import Section, declared, setting, with_parts
+from trainer.config.section import Seconds, Section, declared, setting, with_parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ObjectiveSettings(Section):
         "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
         "multilabel_classification: any of several (data.format: multilabel). token_classification: "
         "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth.",
+        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth. opd: what a teacher says of sampled answers.",
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
@@ -58,6 +58,12 @@ class ObjectiveSettings(Section):
         example=0.1,
         gt=0,
         le=100,
+    )
+    teacher: str | None = setting(
+        None,
+        about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
+        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: such a URL.",
+        example="Qwen/Qwen3-235B-A22B",
     )
     label_smoothing: float = setting(
         0.0,
@@ -76,7 +82,7 @@ LAG = 1
 
 
 class Rollout(Section):
-    """Answers that are sampled while the run learns, for objective.name: grpo. The prompts are those of data.train: all before the last answer of a row,
+    """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of data.train: all before the last answer of a row,
     which is given to the reward and never trained. docs/rollouts.md says how to go about it."""
 
     reward: str | None = setting(
@@ -127,9 +133,7 @@ class Rollout(Section):
         le=100_000,
         unit="prompts",
     )
-    reward_seconds: float = setting(
-        60, about="How long the reward of one step's answers may take.", example=300, gt=0, unit="seconds"
-    )
+    reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
 
     @property
     def lag(self) -> int:

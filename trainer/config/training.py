@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Section, Steps, setting
 
 MLP_TILE = 4096
 """Tokens that an MLP takes at a time where it is tiled."""
@@ -32,9 +32,7 @@ class Optim(Section):
         "stays. one_cycle rises along a cosine from a 25th and falls to nearly nothing.",
         example="wsd",
     )
-    warmup_steps: int = setting(
-        0, about="Steps over which the learning rate rises from 0.", example=100, ge=0, unit="steps"
-    )
+    warmup_steps: Steps = setting(0, about="Steps over which the learning rate rises from 0.", example=100)
     warmup_ratio: float | None = setting(
         None,
         about="Instead of warmup_steps: the share of all steps over which the learning rate rises, rounded up.",
@@ -195,13 +193,11 @@ class Train(Section):
         "or 8 bits and model.dtype bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly.",
         example="fp8",
     )
-    sample_every: int = setting(
+    sample_every: Steps = setting(
         0,
         about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "
         "run's folder; 0 turns it off.",
         example=200,
-        ge=0,
-        unit="steps",
     )
     deterministic: bool = setting(
         False,

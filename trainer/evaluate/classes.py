@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.request import Ask
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.model.packed import PackedModel, TextRow
+from trainer.model.packed import TextRow
 from trainer.tuning.head import WithHead, outputs
 
 _ANY = "any"  # stands for the class of a text that has none
@@ -44,15 +44,11 @@ def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> 
     asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
     opened.engine.evaluating(True)
     found = [
-        opened.engine.look(partial(_at, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
+        opened.engine.look(partial(outputs, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
         for text in asked
     ]
     opened.engine.evaluating(False)
     return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]
-
-
-def _at(model: PackedModel, row: TextRow, places: Tensor) -> Tensor:
-    return outputs(model, row, places.to(row.input_ids.device))
 
 
 def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:

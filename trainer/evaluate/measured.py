@@ -17,7 +17,7 @@ from trainer.config.objective import HEADS
 from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.overlap import overlap_of
+from trainer.data.dataset.overlap import document_hashes, overlap_of
 from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError, StorageError
 from trainer.evaluate.measure import bias
@@ -28,6 +28,8 @@ from trainer.evaluate.measure.scoring import Continued, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
 from trainer.model.micro_batch import MicroBatch
+from trainer.run.evaluations import finite
+from trainer.store.store import Store
 
 Progress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""
@@ -49,6 +51,7 @@ class Work:
     pairs: Sequence[SentencePair]
     tasks: Tasks | None
     trained_on: Mapping[str, int] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)  # the fingerprint of each set
     of_head: Stream | None = None  # of `data.eval`, for a run whose head has measures of its own
 
 
@@ -83,9 +86,10 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
     sets = dict[str, tuple[Stream, Clusters]]()
     for name, key in keys.items():
         dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
-        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), _clusters(of_set, dataset)
+        clusters = _clusters(of_set, opened.store, dataset)
+        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), clusters
     pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
-    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)), of_head)
+    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)), keys, of_head)
 
 
 def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
@@ -102,11 +106,10 @@ def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def _clusters(config: Config, dataset: Dataset) -> Clusters:
-    """The row that each document of the set is of, by a number: a long one may be several documents."""
-    if config.data.on_too_long != "split":
-        return np.arange(dataset.manifest.documents)
-    return clusters_of(dataset.lengths, config.data.sequence_length)
+def _clusters(config: Config, store: Store, dataset: Dataset) -> Clusters:
+    """Of each document of the set, by a number: those of one long row, and copies of each other, are of one."""
+    longest = config.data.sequence_length if config.data.on_too_long == "split" else None
+    return clusters_of(dataset.lengths, longest, document_hashes(store, dataset.manifest.fingerprint))
 
 
 def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
@@ -188,15 +191,16 @@ def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[st
     nats = {side: measured.sets[name][0] for side, measured in sides.items()}
     losses = {side: float(values.sum() / tokens.sum()) for side, values in nats.items()}
     found: dict[str, Any] = {
+        "data": work.data.get(name),
         "tokens": int(tokens.sum()),
         "documents": len(tokens),
         "clusters": len(set(clusters.tolist())),
     }
-    found |= {side: {"loss": loss, "perplexity": _perplexity(loss)} for side, loss in losses.items()}
+    found |= {side: {"loss": finite(loss), "perplexity": _perplexity(loss)} for side, loss in losses.items()}
     if name in work.trained_on:
         found["trained_on"] = work.trained_on[name]
     if "adapter" in nats:
-        found["difference"] = losses["adapter"] - losses["base"]
+        found["difference"] = finite(losses["adapter"] - losses["base"])
         interval = difference_interval(nats["base"], nats["adapter"], tokens, clusters)
         found["interval"] = None if interval is None else list(interval)
     return found
@@ -211,7 +215,7 @@ def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
     metrics = sides["base"].tasks[task]
     return {
         metric: {
-            **{side: measured.tasks[task][metric][0] for side, measured in sides.items()},
+            **{side: finite(measured.tasks[task][metric][0]) for side, measured in sides.items()},
             "base_stderr": metrics[metric][1],
             "stderr": list(sides.values())[-1].tasks[task][metric][1],
         }

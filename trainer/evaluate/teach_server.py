@@ -40,7 +40,7 @@ def teach_by_server(config: Config, teacher: Teacher, tell: Tell) -> dict[str, A
     server = CompletionsServer.find(teacher.setting, teacher.name)
     key = prepare(config, base, store).train
     dataset = open_dataset(store, key)
-    _check_tokenizer(server, base, dataset)
+    check_tokenizer(server, base, (_documents(dataset, 0)[0] & ID_BITS).tolist())
     folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
     vocabulary = base.architecture.vocabulary
     wanted = TeacherRecord(
@@ -90,10 +90,10 @@ def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np
     return Likeliest(ids, log_p)
 
 
-def _check_tokenizer(server: CompletionsServer, base: Base, dataset: Dataset) -> None:
-    """By the text of the first document, as the server does not give its vocabulary."""
+def check_tokenizer(server: CompletionsServer, base: Base, tokens: list[int]) -> None:
+    """By the text of these tokens, as the server does not give its vocabulary. Raises `ConfigError` where it is another one."""
     tokenizer = load_tokenizer(base)
-    text: Any = tokenizer.decode((_documents(dataset, 0)[0] & ID_BITS)[:_PROBE_TOKENS].tolist())
+    text: Any = tokenizer.decode(tokens[:_PROBE_TOKENS])
     if tokenizer.encode(text, add_special_tokens=False) != server.tokens_of(text):
         raise ConfigError(
             f"{server.setting}: {server.url} has another tokenizer than model.base: {base.name}: a text of the data becomes other tokens there. Give a "

@@ -81,6 +81,9 @@ def _prove(
     arguments: argparse.Namespace, form: ExportFormat, run: Store, step: int, destination: Store
 ) -> Proof | ServedProof:
     if arguments.server is None:
+        from trainer.export.proof.same_bytes import check_again
+
+        check_again(form, run, step, destination)
         return form.prove(run, step, destination)
     from trainer.export.proof.served import prove_served
 

@@ -205,8 +205,10 @@ def model_card_evaluation(folder: Store, step: int) -> str:
 
 def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
     for name, of in found.get("sets", {}).items():
+        shared = isinstance(of, dict) and of.get("trained_on")
+        said = f" ({shared} of {of.get('documents')} documents are in the training data)" if shared else ""
         yield (
-            name,
+            f"{name}{said}",
             *(_number(of, side, what) for what in ("loss", "perplexity") for side in ("base", "adapter")),
         )
 

@@ -12,8 +12,8 @@ class Proof:
     Attributes:
         kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
         kl_allowed: the largest divergence that rounding explains.
-        kl_effect: the same divergence between the exported model, or of one in fewer bits the trained one, and its base as it was
-            before the training.
+        kl_effect: the same divergence between the exported model and its base as it was before the training. For a model in fewer
+            bits it is the trained model that is compared with that base.
         log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
         log_prob_allowed, log_prob_effect: likewise.
         computed_in: fp32 or bf16.

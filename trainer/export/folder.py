@@ -10,7 +10,7 @@ from trainer.store.store import Store
 # It is told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]
 
-# Written first, and says by these words whose a half export is.
+# The card is written first. These words in it tell that a half export is one of ours.
 CARD = "README.md"
 TRAINED = "trained with Capstan"
 
@@ -20,7 +20,7 @@ class DestinationTaken(ConfigError):
 
 
 def check_destination(destination: Store, *ours: str) -> None:
-    """Raises `DestinationTaken` if it holds anything but what an export that was killed left: its card and files like `ours`."""
+    """Raises `DestinationTaken` unless it is empty, or holds only what a killed export has left: the card and files like `ours`."""
     taken = {entry.key for entry in destination.list()}
     if not taken:
         return
@@ -32,7 +32,7 @@ def check_destination(destination: Store, *ours: str) -> None:
 
 
 def holds_export(destination: Store, *ours: str) -> bool:
-    """Whether an export to there has come to its end: beside its card and files like `ours` there is the one written last."""
+    """Whether an export to `destination` was finished: it then holds the file that is written last, which is neither the card nor like `ours`."""
     return any(not _like(entry.key, CARD, *ours) for entry in destination.list())
 
 

@@ -43,7 +43,8 @@ class ExportFormat(Protocol):
         ...
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        """Compare what is in `destination` with the trained model of `step`. Raises `ConfigError` where that cannot be done."""
+        """Compare the predictions of what is in `destination`, every byte of which has been compared with a second export, with those of the
+        trained model of `step`. Raises `ConfigError` where that cannot be done."""
         ...
 
 

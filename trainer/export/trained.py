@@ -3,7 +3,6 @@
 A manifest that was written before some value was recorded falls back to config.yaml for that value alone.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -27,8 +26,6 @@ from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes, wh
 from trainer.store.store import Store
 from trainer.tuning.method import Method, method_of, methods
 
-# Where huggingface_hub keeps a model. Manifests without a `name` have this path for a base that was given by its Hub id.
-_SNAPSHOT = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([^/]+)")
 # The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
 # The sections that belong to a checkpoint, and the settings in them that change nothing of what it computes.
@@ -234,12 +231,7 @@ def trained_directory(folder: Store, directory: Path, manifest: CheckpointManife
 
 def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
     """The name of the base in the run's configuration of then. A directory that has moved is where config.yaml says."""
-    name, revision = manifest.base.get("name"), manifest.base.get("revision")
-    if name is None:
-        name = manifest.base["path"]
-        if snapshot := _SNAPSHOT.fullmatch(name):
-            name = f"{snapshot[1]}/{snapshot[2]}"
-            revision = given.revision if given.base == name else snapshot[3]
+    name, revision = manifest.base.get("name") or manifest.base["path"], manifest.base.get("revision")
     if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
         check_trained_base(resolve_base(given), manifest)
         return {}

@@ -1,6 +1,7 @@
 """The findings of `capstan evaluate`, in a run's folder: one object a step, to which each evaluation adds."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 """Settings that may name the data of an evaluation where the run has none."""
 # Each by name; the values of tasks are by metric.
 _PARTS = ("sets", "tasks", "bias")
+
+
+def finite(value: Any) -> Any:
+    """None for a number that is not finite: JSON has no word for that."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
@@ -42,7 +48,7 @@ def other_settings(own: Config, given: Config) -> list[str]:
 
 
 def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:
-    """Keep `found`, and of what is kept of its step and the same base whatever it has not measured anew."""
+    """Keep `found`. Earlier findings of its step over the same base stay, as far as `found` has not measured them anew."""
     earlier = read_evaluation(folder, found["step"])
     if earlier.get("base") == found["base"]:
         found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}

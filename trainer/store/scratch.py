@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# The names that `tempfile` makes from our prefixes. TensorBoard's are of versions before this one.
-# slurm/run.sh makes its own, from the job and its restart.
+# The names that `tempfile` makes from our prefixes. slurm/run.sh makes its own, from the job and its restart.
 _OURS = re.compile(
-    r"capstan-(?:(?:ray|tensorboard|submit|verify|base|adapter|export|gguf|push|start|profile)-[a-z0-9_]{8}|\d+-\d+)"
+    r"capstan-(?:(?:ray|submit|verify|base|adapter|export|gguf|push|start|profile|rollout)-[a-z0-9_]{8}|\d+-\d+)"
 )
 _YOUNG_SECONDS = 60.0
 """A folder this new may not be locked yet."""
@@ -48,28 +47,16 @@ def collect_leftovers(directory: str | None = None) -> list[str]:
         found = [
             Path(entry.path) for entry in os.scandir(directory or tempfile.gettempdir()) if _OURS.fullmatch(entry.name)
         ]
-        old = [path for path in found if _is_old_and_ours(path)]
-        in_use = _open_paths() if old else set()
-        gone = [path for path in old if not any(f"{used}/".startswith(f"{path}/") for used in in_use) and _remove(path)]
-        return [str(path) for path in gone]
+        return [str(path) for path in found if _is_old_and_ours(path) and _remove(path)]
     return []
 
 
 def _is_old_and_ours(path: Path) -> bool:
     with suppress(OSError):
         facts = path.lstat()
-        plain = stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)
-        return plain and facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _YOUNG_SECONDS
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+        return ours and time.time() - facts.st_mtime > _YOUNG_SECONDS
     return False
-
-
-def _open_paths() -> set[str]:
-    """The paths that living processes of this user have open: versions before this one do not lock their folders."""
-    paths = set()
-    for link in (*Path("/proc").glob("[0-9]*/fd/*"), *Path("/proc").glob("[0-9]*/cwd")):
-        with suppress(OSError):  # another user's, or gone by now
-            paths.add(os.readlink(link))
-    return paths
 
 
 def _remove(path: Path) -> bool:
@@ -80,10 +67,7 @@ def _remove(path: Path) -> bool:
         return False
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        shutil.rmtree(path)
     except OSError:
         return False
     finally:

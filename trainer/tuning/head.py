@@ -117,8 +117,8 @@ def head_of(method: Method) -> WithHead | None:
 
 def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
     """The outputs of the head at these places of a packed row, (places, outputs) fp32."""
-    hidden = model.hidden(row)[0].index_select(0, places)
-    return model.model.get_submodule(MODULE)(hidden).float()
+    hidden = model.hidden(row)[0]
+    return model.model.get_submodule(MODULE)(hidden.index_select(0, places.to(hidden.device))).float()
 
 
 def with_head(method: Method, config: Config) -> Method:

@@ -106,7 +106,7 @@ class SlurmStatus:
 
     def to_json(self) -> dict[str, Any]:
         slurm = {"jobs": [asdict(job) for job in self.jobs], "attempts": [asdict(one) for one in self.attempts]}
-        return {**self.run.to_json(), "slurm": slurm}
+        return {**asdict(self.run), "slurm": slurm}
 
     def table(self) -> RenderableType:
         rows = facts()

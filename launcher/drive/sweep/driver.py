@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 from launcher.cluster.ray.cluster import address_of, check_ray, first_line, fits, joined_ray, local_ray, need
@@ -169,7 +170,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     who = stop_requester(folder)
     forget_stop_by_signal(folder)
     status = read_sweep(folder)
-    folder.put(layout.SWEEP, json.dumps({**plan.to_json(), "result": status.to_json()}, indent=1).encode())
+    folder.put(layout.SWEEP, json.dumps({**plan.to_json(), "result": asdict(status)}, indent=1).encode())
     keep_report(folder, log)
     if all(trial.state == "failed" for trial in status.trials):
         error = CapstanError(f"all {len(plan.trials)} trials failed, the first with: {status.trials[0].reason}")
@@ -304,7 +305,7 @@ class _Search:
     def _makes(self, config: Config) -> Iterator[str]:
         """Keys of the manifests, in the store, of all that the trial's run makes unless it is there."""
         base = self._found(config.model)
-        for fingerprint in locate(config, base, self._store).values():
+        for fingerprint in locate(config, base).values():
             yield f"{layout.dataset(fingerprint)}{DATA_MANIFEST}"
         if config.quant.cache:
             yield f"{cache_key(base, config)}/{BASE_MANIFEST}"

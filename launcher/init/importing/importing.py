@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -52,7 +52,7 @@ class Imported:
             "from": list(self.peers),
             "config": self.text,
             "settings": self.settings,
-            "keys": [{"from": outcome.peer, **outcome.to_json()} for outcome in self.keys],
+            "keys": [{"from": (found := asdict(outcome)).pop("peer"), **found} for outcome in self.keys],
             "to_do": list(self.to_do),
         }
 

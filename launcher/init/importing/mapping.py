@@ -28,15 +28,6 @@ class Outcome:
     settings: dict[str, Any]
     why: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "value": self.value,
-            "status": self.status,
-            "settings": self.settings,
-            "why": self.why,
-        }
-
 
 class Keys:
     """The keys of one file and the settings that they have made so far.

@@ -1,7 +1,7 @@
 """The architecture of a base by its config.json, read off transformers' model once (trainer/base/describe/torch_answers.py)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,3 +33,12 @@ def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Archite
     given = {"base_config": json.loads(settings), "layers": layers, "name": name}
     question = Question("describe.meta", "architecture_of", given, name, "reading the architecture")
     return kept_answer(question, [layers, settings], Architecture.from_json)
+
+
+def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str], name: str) -> dict[str, list[str]]:
+    """The paths that each of these layers of a base may have in PEFT's folder of an adapter, beside those in the language model alone;
+    `directory` has its config.json. Raises `ConfigError` where transformers cannot say."""
+    given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
+    question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
+    facts = [(directory / "config.json").read_text(), layers, given["paths"]]
+    return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})

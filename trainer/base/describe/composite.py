@@ -1,12 +1,16 @@
 """The language model inside a model that sees or hears as well: its part is found, what else is in the files is left out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.trial.peft_names import saved_paths
 
 
 def composite_model(directory: Path) -> PreTrainedModel | None:
@@ -55,6 +59,15 @@ def whole_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[
         raise AssertionError(f"{name} is of no part that both models have")
 
     return name_in_whole
+
+
+def adapter_paths(directory: str, layers: int | None, paths: Sequence[str]) -> dict[str, list[str]]:
+    """The paths under which PEFT's folder of an adapter may have each of these layers of the language model: its path in the class that people
+    load, and the one that PEFT renames to that. `directory` has the base's config.json."""
+    whole, language = composite_model(Path(directory)), meta_model(model_config(Path(directory), layers))
+    in_whole = {path: path if whole is None else whole_names(whole, language)(path) for path in paths}
+    saved = saved_paths(whole or language, list(in_whole.values()))
+    return {path: [there, saved[there] or there] for path, there in in_whole.items()}
 
 
 def _places(whole: PreTrainedModel, language: PreTrainedModel) -> list[tuple[str, str]]:

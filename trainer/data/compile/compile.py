@@ -98,7 +98,8 @@ def compile_chapters(
             report(at.bytes_done)
     writer.close()
     if not writer.shards:
-        raise DataError(nothing_to_train("data", writer.counters))
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise DataError(nothing_to_train(f"{files[0].uri}{more}", writer.counters))
     _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
     report(size, writer.left_out)

@@ -48,7 +48,7 @@ class Encoded:
 
 
 def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
-    """Things that the row at `where` carries in vain, ready to be added up."""
+    """The things of these names that the row at `where` carries and its text lacks, ready to be added up."""
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
@@ -186,7 +186,7 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
 
 
 def nothing_to_train(what: str, counters: Counters) -> str:
-    """The refusal of data of which no row becomes a document; `what` is the setting that names it."""
+    """The refusal of data of which no row becomes a document; `what` is the setting that names it, or its files."""
     return (
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows, {counters.without_targets:,} without "
         f"a token to train, {counters.dropped:,} dropped as too long or too short. Check data.format, data.fields, data.loss_on and data.sequence_length."

@@ -38,13 +38,10 @@ def fingerprint(
     files: Sequence[SourceFile],
     tokenizer_files: Mapping[str, str],
     part: Part = EVERYTHING,
-    weighted: bool = False,
 ) -> str:
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
-    `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in
-    it. `weighted` says whether rows say themselves what is trained of them, which earlier versions did not wholly do: their data sets have
-    other names.
+    `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in it.
 
     Raises:
         ConfigError: `data.template` cannot be read.
@@ -60,7 +57,6 @@ def fingerprint(
         **({"today": data.today} if dated else {}),
         **_reading(data, files),
         "part": [part.fraction, part.seed, part.held_out],
-        **({"masks": True} if weighted else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 

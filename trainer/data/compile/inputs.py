@@ -76,7 +76,7 @@ def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dic
 
 
 def _read_set(config: Config, data: Data, what: str) -> Input:
-    """One of `eval.sets`. Of the settings of the training rows those hold that its own rows have a use for, whatever these turn out to be."""
+    """One of `eval.sets`. The settings of the training rows hold for it as far as its own rows have a use for them."""
     files = with_forms(config, data.for_rows("text"), expand(data.train, what), data.train, what, LIKELY)
     form = files[0].form
     return Input(files, EVERYTHING, data.for_rows(form.format) if form and data.format == "auto" else data)
@@ -106,8 +106,8 @@ def has_conversations(file: SourceFile) -> bool:
 
 
 def as_trained(config: Config) -> Data:
-    """The settings of the data with the kind of the training rows in the place of `format: auto`: that of conversations where there
-    are any. As they are where the rows cannot be read here and now, or are answers, to conversations or to texts."""
+    """The settings of the data with the kind of the training rows in the place of `format: auto`; conversations count before other kinds.
+    The settings stay as they are where the rows cannot be read here and now, or are answers, whose prompts may be either kind."""
     data = config.data
     if data.format != "auto":
         return data

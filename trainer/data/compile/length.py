@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 
 from trainer.config import Config, Source
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.compile.inputs import find_train
-from trainer.data.compile.weights import kept_weights
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import kept_bins, total
 from trainer.data.order.settings import train_order
@@ -18,7 +16,7 @@ from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
 
-# Bytes of a file that become one token: of English text a token takes some four, and JSON about makes up for tokens added to it.
+# Bytes of a file that become one token. A token of English text has some four; the signs of JSON about make up for added tokens.
 BYTES_A_TOKEN = 4
 # Bytes of text in a byte of a file that is compressed, as Parquet is too.
 _COMPRESSED = 3
@@ -57,8 +55,7 @@ def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) ->
     if store is None or tokenizer is None:
         return _estimated(config, files)
     try:
-        named = partial(fingerprint, data, files, hash_tokenizer(tokenizer, config.model.tokens), part)
-        return _compiled(config, store, named(weighted=bool(kept_weights(store, named()))))
+        return _compiled(config, store, fingerprint(data, files, hash_tokenizer(tokenizer, config.model.tokens), part))
     except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
 

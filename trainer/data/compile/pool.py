@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from trainer.data.source.rows import Batch
 from trainer.errors import DoesNotFit
 from trainer.processes.children import end_with_parent
+from trainer.store.scratch import scratch_folder
 
 _BATCHES_AHEAD = 8
 # Below this, starting other processes takes longer than the work.
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Every batch's result, with what came beside it, in order whatever does the work.
+    """Gives every batch's result together with what came beside the batch. The order is that of the batches, whatever does the work.
 
     `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
     """
@@ -79,11 +79,11 @@ def map_batches(
 def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) -> Iterator[ProcessPoolExecutor]:
     # In a file, as what is handed to a process that starts goes through a pipe: with a tokenizer in it, which is larger than
     # a pipe holds, each process would be started only when the one before has finished its imports.
-    with tempfile.NamedTemporaryFile(prefix="capstan-start-") as file:
-        pickle.dump(start, file)
-        file.flush()
+    with scratch_folder("start") as folder:
+        file = Path(folder, "start.pickle")
+        file.write_bytes(pickle.dumps(start))
         spawning = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, spawning, _start_worker, (file.name,)) as pool:
+        with ProcessPoolExecutor(processes, spawning, _start_worker, (str(file),)) as pool:
             yield pool
 
 

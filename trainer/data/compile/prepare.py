@@ -21,7 +21,6 @@ from trainer.data.compile.encode import refusals
 from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokenizer
 from trainer.data.compile.inputs import Input, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
-from trainer.data.compile.weights import find_weights, keep_weights, kept_weights
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.dataset.overlap import refuse_overlaps
@@ -29,7 +28,6 @@ from trainer.data.order.bins import EpochBins, before, keep_bins, kept_bins, tot
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
 from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, train_order
-from trainer.data.source.files import SourceFile
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
@@ -44,8 +42,8 @@ if TYPE_CHECKING:
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epochs` are the bins of each epoch, where `train.epochs` is what ends the run, of which the last may be a part only, or something
-    comes so many times in an epoch; `sets` are those of `eval.sets`, by name.
+    `epochs` are the bins of each epoch; they are counted where `train.epochs` ends the run, perhaps within the last of them, or where
+    something comes so many times in an epoch. `sets` are those of `eval.sets`, by name.
     """
 
     train: str
@@ -91,14 +89,14 @@ def prepare_start(
 ) -> tuple[Datasets, Iterator[int]]:
     """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It yields the number of each chapter, and is empty where the data is one chapter, or where `train.epochs` ends the run or something
-    comes so many times in an epoch: then all bins have to be counted first.
+    It yields the number of each chapter. It is empty for data of one chapter, and where all bins have to be counted first: `train.epochs`
+    ends the run, or something comes so many times in an epoch.
     """
     inputs = find(config)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
         if forms := describe_forms(config.data, sources, inputs[what][0]) if sources else []:
             progress(what, Progress(0, sum(file.size for file in inputs[what][0]), forms=forms))
-    keys = locate(config, base, store, inputs, progress)
+    keys = locate(config, base, inputs)
     compiling = {
         what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
     }
@@ -124,7 +122,7 @@ def prepare_evaluated(
 ) -> dict[str, str]:
     """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as "eval"."""
     inputs = find_evaluated(config)
-    keys = locate(config, base, store, inputs, progress)
+    keys = locate(config, base, inputs)
     for what, key in keys.items():
         for _ in _compile(config, base, store, what, key, inputs[what], progress, None):
             pass
@@ -169,11 +167,8 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
 
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
     """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
-    for files, part, data in find(config).values():
-        name = partial(fingerprint, data, files, hash_tokenizer(base.directory, base.tokens), part)
-        while (weighted := kept_weights(store, name()) if _may_have_weights(files) else False) is None:
-            wait()
-        while not _is_compiled(store, name(weighted)):
+    for key in locate(config, base).values():
+        while not _is_compiled(store, key):
             wait()
 
 
@@ -185,48 +180,11 @@ def _is_compiled(store: Store, key: str) -> bool:
     return True
 
 
-def locate(
-    config: Config,
-    base: Base,
-    store: Store,
-    inputs: dict[str, Input] | None = None,
-    progress: OnProgress = lambda what, now: None,
-    keep: bool = True,
-) -> dict[str, str]:
-    """The fingerprint of each of the data sets of `find`: known before anything is compiled.
-
-    The rows of conversations are looked through for weights, once: what is found is kept in the store if `keep` says so.
-
-    Raises:
-        DataError: a source is missing, or a file as a whole is damaged.
-    """
+def locate(config: Config, base: Base, inputs: Mapping[str, Input] | None = None) -> dict[str, str]:
+    """The fingerprint of each of the data sets of `find`: known before anything is compiled. Raises as `find`."""
     tokenizer = hash_tokenizer(base.directory, base.tokens)
-    keys: dict[str, str] = {}
-    found: dict[tuple[SourceFile, ...], bool] = {}  # the same files may be split between both
-    for what, (files, part, data) in (find(config) if inputs is None else inputs).items():
-        keys[what] = plain = fingerprint(data, files, tokenizer, part)
-        if not _may_have_weights(files):
-            continue
-        weighted = kept_weights(store, plain)
-        if weighted is None:
-            same, size = tuple(files), sum(file.size for file in files)
-            if same not in found:
-                show = partial(_show_reading, progress, what, size)
-                found[same] = find_weights(files, show)
-            weighted = found[same]
-            if keep:
-                keep_weights(store, plain, weighted)
-        if weighted:
-            keys[what] = fingerprint(data, files, tokenizer, part, weighted)
-    return keys
-
-
-def _may_have_weights(files: Sequence[SourceFile]) -> bool:
-    return any(file.form is not None and file.form.kind == "chat" for file in files)
-
-
-def _show_reading(progress: OnProgress, what: str, size: int, read: int) -> None:
-    progress(what, Progress(min(read, size), size))
+    found = find(config) if inputs is None else inputs
+    return {what: fingerprint(data, files, tokenizer, part) for what, (files, part, data) in found.items()}
 
 
 def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins]:

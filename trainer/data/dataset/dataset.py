@@ -70,8 +70,8 @@ class Reads:
         digests: Sequence[bytes],
         damaged: Callable[[int, int], Damaged],
     ) -> list[Buffer]:
-        """Ranges of an object, whose SHA-256 are `digests`: one that differs is read once more, and raises what is `damaged` there if it
-        differs again."""
+        """Ranges of an object whose SHA-256 are `digests`. A range that differs is read once more; if it differs again, `damaged` makes the
+        error that is raised."""
         found = self.patiently(lambda: store.get_ranges(key, starts, ends))
         for number, (start, end, digest) in enumerate(zip(starts, ends, digests, strict=True)):
             if hashlib.sha256(found[number]).digest() != digest:

@@ -64,16 +64,22 @@ def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
             return kept
     except (NotFound, Damaged):  # what is damaged is counted again
         pass
-    wanted = list(_hashes(store, evaluated, read_manifest(store, evaluated)))
-    if not wanted or any(shard.hashes_file is None for shard in manifest.shards):
+    ordered = document_hashes(store, evaluated)
+    if ordered is None or any(shard.hashes_file is None for shard in manifest.shards):
         return None
-    ordered = np.concatenate(wanted)
     found = np.zeros(len(ordered), np.bool_)
     for trained in _hashes(store, train, manifest):  # one shard at a time is in memory
         found |= np.isin(ordered, trained)
     overlap = Overlap(shared=int(found.sum()), documents=len(found), chapters=chapters)
     folder.put(key, overlap.sealed())
     return overlap
+
+
+def document_hashes(store: Store, fingerprint: str) -> NDArray[np.uint64] | None:
+    """(documents,) of a compiled set; None where it was compiled by a version that kept no hashes."""
+    manifest = read_manifest(store, fingerprint)
+    found = list(_hashes(store, fingerprint, manifest))
+    return np.concatenate(found) if len(found) == len(manifest.shards) > 0 else None
 
 
 def _hashes(store: Store, fingerprint: str, manifest: DatasetManifest) -> Iterator[NDArray[np.uint64]]:

@@ -43,12 +43,12 @@ _NUMBERS = 2**32  # so far apart are the numbers of the documents of two chapter
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; `shown` is the line of samples."""
+    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; one advantage, or one for each; `shown` is the line of samples."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
     log_p: Sequence[float]
-    advantage: float
+    advantage: float | Sequence[float]
     shown: Mapping[str, Any]
 
 
@@ -64,8 +64,8 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
     for one in rollouts:
         answer = np.array(one.answer, TOKEN) | TARGET_BIT
         tokens += [np.array(one.prompt, TOKEN), answer]
-        columns += [np.full((len(one.prompt), 2), np.nan, "<f4"), np.full((len(answer), 2), one.advantage, "<f4")]
-        columns[-1][:, 0] = one.log_p
+        columns += [np.full((len(one.prompt), 2), np.nan, "<f4"), np.empty((len(answer), 2), "<f4")]
+        columns[-1][:, 0], columns[-1][:, 1] = one.log_p, one.advantage
     every = np.concatenate(tokens)
     offsets = np.cumsum([0, *(len(one.prompt) + len(one.answer) for one in rollouts)])
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (figures, *(one.shown for one in rollouts)))
@@ -129,6 +129,15 @@ class Rollouts:
             rows.append(every[begin:end])
         found = np.concatenate(rows)
         return found[~np.isnan(found[:, 0])]
+
+    def forget_before(self, number: int) -> None:
+        """Remove the chapters before this one, which nobody will train on again, but for their samples."""
+        old = layout.dataset(layout.chapter_of_rollouts(number))
+        every = self.place.list(old.partition("/")[0] + "/")
+        gone = [entry.key for entry in every if entry.key < old and "/samples-" not in entry.key]
+        # The manifests first: what has none is no chapter.
+        for key in sorted(gone, key=lambda key: not key.endswith(MANIFEST)):
+            self.place.delete(key)
 
     def _read_columns(self, chapter: int) -> tuple[Dataset, NDArray[np.float32]]:
         data = self.chapters.get(chapter)

@@ -67,10 +67,6 @@ class RowForm:
     def renderer_fields(self) -> dict[str, str]:
         return {} if FORMATS[self.format].read else dict(self.fields)
 
-    def messages(self, row: Row) -> Any:
-        """The messages of the row, whatever they are; None where the format has none."""
-        return row.get(self.names.get("messages", ""))
-
     def unused(self, row: Row) -> list[str]:
         """The fields of a row that its format has no use for."""
         used = set(self.names.values())

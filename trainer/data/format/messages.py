@@ -9,7 +9,7 @@ from trainer.data.format.spans import Span, joined, without
 from trainer.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# The roles of ShareGPT's form, also by the names that OpenAI's has and those of older files.
+# ShareGPT's names of the roles. Its files also use OpenAI's names, and older ones chatgpt.
 _SHAREGPT = {
     "human": "user",
     "gpt": "assistant",
@@ -136,23 +136,6 @@ def without_system(messages: list[Message]) -> list[Message]:
 def own_keys(message: Message) -> set[str]:
     """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
     return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
-
-
-def is_masked(messages: Any) -> bool:
-    """Whether a row's messages say what is trained of them, or spoil the row. Takes whatever stands in their place."""
-    given = messages if isinstance(messages, list) else []
-    return any(_is_masked(message) for message in given if isinstance(message, dict))
-
-
-def _is_masked(message: dict[Any, Any]) -> bool:
-    content = message.get("content")
-    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    return (
-        message.get(DETAIL) is not None
-        or any(message.get(flag) not in (None, 1) for flag in FLAGS)
-        or (message.get("train") is not None and not _is_assistants(message))
-        or any(part.get(flag) is not None for part in parts for flag in FLAGS)
-    )
 
 
 def is_trained(message: Message) -> bool:

@@ -13,7 +13,7 @@ END_OF_TURN = "end of turn"
 """The name of an end that the template does not write behind an assistant's turn, so that none is trained. Behind it may stand the tag
 that begins the next turn."""
 _WORD = re.compile(r"\w+")
-# So many words, or the beginning of a word as long as this, are enough to know a text by. Between them may be anything else.
+# A text is recognised by so many of its words, or by so many letters of a long word. Anything may stand between the words.
 _WORDS, _LONG_WORD = 20, 100
 # JSON writes a line break as \n. Both are two characters of white space here, so that places stay what they are.
 _ESCAPE = re.compile(r"\\[a-z]")

@@ -92,8 +92,8 @@ class Findings:
 
 
 class LostAt(NamedTuple):
-    """The shares of documents that are longer than a length, and of all targets that are lost with it: where these documents are cut, and
-    where they are dropped."""
+    """The share of documents that are longer than a length, and the share of all targets that is lost: if such documents are cut, and if
+    they are dropped."""
 
     documents: float
     targets_cut: float

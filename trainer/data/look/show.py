@@ -5,7 +5,7 @@ of the first documents alone: a run packs those of a whole window (`order`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby, islice, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,9 +61,6 @@ class SeenRow:
     documents: list[SeenDocument]
     warnings: list[str]
     padding: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Read(NamedTuple):

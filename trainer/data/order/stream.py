@@ -68,8 +68,8 @@ class Stream:
     With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of a `parts`-th of the ranks.
 
     `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
-    row gets its own. So may `teacher`, of which each row gets what it says of its targets, and `rollouts`, in the order of which a step is a
-    chapter, of as many rows as that has.
+    row gets its own. So may `teacher`, which tells each row about its targets, and `rollouts`: then a step is a chapter, with as many rows as
+    that has.
     """
 
     reference: NDArray[np.float32] | None = None

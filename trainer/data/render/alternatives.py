@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Alternatives:
-    """Tokenized answers to one prompt, each with the prompt, of which a row holds the first `shared` tokens once. Without any each is a document of
-    its own."""
+    """Tokenized answers to one prompt, each with the prompt. A row holds the first `shared` tokens once; where none are shared, each
+    answer is a document of its own."""
 
     answers: Sequence[Example]
     shared: int = 0

@@ -72,7 +72,7 @@ class Turn:
 
 class Renderer:
     """Encodes rows of one format with one tokenizer. Texts without a chat template get an end token, from which a model learns to stop,
-    unless it is not to say that they end (`ends`); the tokenizer's own framing stays.
+    unless `ends` is False; the tokenizer's own framing stays.
 
     Raises:
         ConfigError: the tokenizer cannot serve the format: it is not a fast one, or lacks a chat template or an

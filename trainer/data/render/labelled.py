@@ -30,7 +30,7 @@ _WRITTEN = {"true": True, "True": True, "false": False, "False": False}
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """An answer with its prompt and its label, and the mismatched answer behind it, where there is room for one, without the first `shared` tokens,
+    """An answer with its prompt and its label. Where there is room, the mismatched answer stands behind it, less the first `shared` tokens,
     which both have."""
 
     answer: Example
@@ -75,8 +75,8 @@ class Labelled:
         return np.concatenate(parts)
 
     def beside(self, other: "Labelled", room: int, shared: int) -> "Labelled":
-        """This answer, and behind it the first `room` tokens of the prompt with the other row's answer, if any of it is among them; they are those
-        behind the first `shared`."""
+        """This answer, and behind it the prompt with the other row's answer: its first `room` tokens after the `shared` ones, if these reach into
+        that answer."""
         mine, theirs = self.prompt_tokens, other.prompt_tokens
         tokens = np.concatenate([self.answer.tokens[:mine], other.answer.tokens[theirs:]])
         targets = np.concatenate([self.answer.targets[:mine], other.answer.targets[theirs:]])

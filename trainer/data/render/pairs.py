@@ -54,8 +54,8 @@ class Pair:
         return self.chosen.teaches and self.rejected.teaches and not alike
 
     def cut(self, limit: int) -> "Pair":
-        """The beginnings of both, of `limit` tokens together: each keeps a half behind what they share, and what the other does not need of its
-        own."""
+        """Both answers cut so that they have `limit` tokens together. Each gets half of the room behind what they share, and what the other
+        leaves of its half."""
         room, shared = max(0, limit - self.shared), self.shared
         chosen = self.chosen.cut(shared + max(room // 2, room - len(self.rejected.tokens) + shared))
         return Pair(chosen, self.rejected.cut(limit - len(chosen.tokens) + shared), shared)

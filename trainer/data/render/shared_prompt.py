@@ -12,8 +12,8 @@ from trainer.data.render.chat import Example
 
 
 def shared_tokens(answer: Example) -> int:
-    """The tokens that all answers to a prompt share, by one of them with its prompt: those before the last one of the prompt, as this
-    predicts each answer's first token."""
+    """The tokens that all answers to a prompt share, counted in one of them with its prompt: all of the prompt but its last token, which
+    predicts the first one of each answer."""
     return max(0, int(answer.targets.argmax()) - 1)
 
 

@@ -20,7 +20,7 @@ _SAMPLE = "one two"
 class Spelling:
     """Finds tokens by the bytes that each stands for, in a byte-level tokenizer (those of Llama 3, Qwen, GPT-2, ...).
 
-    One that keeps book of offsets itself, as `overlapping` needs, takes a fourth longer. Nothing is taken on trust: a text
+    A tokenizer that records offsets, as the function `overlapping` needs, takes a fourth longer. Nothing is taken on trust: a text
     counts as spelled only if the bytes of its tokens, end to end, are its own.
     """
 

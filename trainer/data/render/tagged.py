@@ -1,5 +1,5 @@
-"""Turns a row of words with tags into a document: the text's tokens, and behind them as many numbers, of which those are trained that
-stand for the first token of a word: its tag.
+"""Turns a row of words with tags into a document: the text's tokens, and behind them a number for each token. The number of a word's
+first token is its tag, and is trained; no other is.
 
 The text is the words with a space between them, as the tokenizer frames it. The numbers are a segment of their own, which no model reads.
 """

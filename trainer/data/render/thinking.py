@@ -94,7 +94,8 @@ class ThinkingForm:
 
     @property
     def begin(self) -> int:
-        """How much of a turn the template writes in any case, or the generation prompt has written, before a thought."""
+        """The characters of a turn that stand before a thought in any case: the template writes them without one too, or the generation prompt
+        has written them."""
         return min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
 
     @property

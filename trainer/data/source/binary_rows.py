@@ -1,7 +1,7 @@
 """The rows of files that are no text: Parquet, Arrow and MDS. Apart from those of text, as pyarrow and numpy are loaded for it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -51,10 +51,6 @@ class Samples:
 
     def count(self) -> int:
         return len(self.samples)
-
-    def with_key(self, *keys: str) -> "Samples":
-        quoted = [f'"{key}"'.encode() for key in keys]
-        return replace(self, samples=[sample for sample in self.samples if any(key in sample for key in quoted)])
 
 
 def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:

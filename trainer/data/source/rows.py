@@ -5,7 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -43,10 +43,6 @@ class Content(Protocol):
         """How many rows there are, bad ones among them; without decoding any."""
         ...
 
-    def with_key(self, *keys: str) -> "Content":
-        """At least the rows that have one of the keys somewhere in them, without decoding any."""
-        ...
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -61,10 +57,6 @@ class Batch:
     content: Content
     read: int
     form: RowForm | None = None
-
-    def with_key(self, *keys: str) -> "Batch":
-        """At least the rows that have one of the keys somewhere in them, at whatever place."""
-        return replace(self, content=self.content.with_key(*keys))
 
     def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
         """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
@@ -115,10 +107,6 @@ class Lines:
     def count(self) -> int:
         return sum(not line.isspace() for line in self.lines)
 
-    def with_key(self, *keys: str) -> "Lines":
-        quoted = [f'"{key}"'.encode() for key in keys]
-        return replace(self, lines=[line for line in self.lines if any(key in line for key in quoted)])
-
 
 @dataclass(frozen=True)
 class PlainLines(Lines):
@@ -126,9 +114,6 @@ class PlainLines(Lines):
 
     def _row(self, line: bytes) -> Row | DataError | None:
         return _text(line)
-
-    def with_key(self, *keys: str) -> "PlainLines":
-        return self
 
 
 def _text(line: bytes) -> Row | DataError | None:
@@ -193,9 +178,6 @@ class Decoded:
 
     def count(self) -> int:
         return len(self.elements)
-
-    def with_key(self, *keys: str) -> "Decoded":
-        return self
 
 
 def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:

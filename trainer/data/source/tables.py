@@ -95,11 +95,6 @@ class Table:
     def count(self) -> int:
         return self.batch.num_rows
 
-    def with_key(self, *keys: str) -> "Table":
-        """All rows, or none where no column has a field of these names."""
-        types = [str(field.type) for field in self.batch.schema]
-        return self if any(key in kind for kind in types for key in keys) else Table(self.batch.slice(0, 0))
-
 
 def _decoded(row: pyarrow.RecordBatch) -> dict[str, Any] | DataError:
     decoded: dict[str, Any] = {}

@@ -33,9 +33,6 @@ class Some:
     def count(self) -> int:
         return len(self.kept)
 
-    def with_key(self, *keys: str) -> "Some":
-        return self
-
 
 def taken(file: SourceFile, take: Take, read: Read) -> Iterator[Batch]:
     """The batches of a file, with the rows in them that are taken; none behind the last of the first so many."""

@@ -17,8 +17,8 @@ def difference_interval(
     before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64], level: float = 0.95
 ) -> tuple[float, float] | None:
     """The interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,) of the same documents; None where they
-    are too few for one that keeps what `level` promises. Documents of one of the `clusters`, such as the pieces of a long text, are
-    no independent draws and count as one.
+    are too few for one that keeps what `level` promises, or a loss is no finite number. Documents of one of the `clusters`, such as
+    the pieces of a long text, are no independent draws and count as one.
 
     Its ends are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using subsample values as typical
     values"): this inverts the test that turns the signs of the clusters' residuals round. It is exact for any number and any lengths of
@@ -30,15 +30,24 @@ def difference_interval(
     counted = sizes > 0
     ratios = _subset_ratios(changes[counted], sizes[counted])
     outside = int((1 - level) / 2 * (len(ratios) + 1) + 1e-9)
-    if np.count_nonzero(counted) < FEWEST or not outside:
+    if np.count_nonzero(counted) < FEWEST or not outside or not np.isfinite(changes).all():
         return None
     return float(ratios[outside - 1]), float(ratios[-outside])
 
 
-def clusters_of(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-    """The cluster of each document of a set whose rows are split into pieces of `longest` tokens: one that follows such a piece may be
-    the rest of the same row."""
-    return np.cumsum(np.concatenate([[0], lengths[:-1] != longest])) if len(lengths) else lengths
+def clusters_of(
+    lengths: NDArray[np.int64], longest: int | None, hashes: NDArray[np.uint64] | None = None
+) -> NDArray[np.int64]:
+    """The cluster of each document of a set. Where rows are split into pieces of `longest` tokens, one that follows such a piece may be
+    the rest of the same row. Rows that are the same by the `hashes` of their documents change alike: a copy is no second draw."""
+    rows = np.arange(len(lengths))
+    if longest is not None and len(lengths):
+        rows = np.cumsum(np.concatenate([[0], lengths[:-1] != longest]))
+    if hashes is None:
+        return rows
+    totals = np.zeros(len(rows), np.uint64)
+    np.add.at(totals, rows, hashes)
+    return np.unique(totals, return_inverse=True)[1][rows]
 
 
 def _subset_ratios(changes: Figures, sizes: Figures) -> Figures:

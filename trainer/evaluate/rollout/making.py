@@ -16,6 +16,7 @@ from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.settings import eval_order, train_order
 from trainer.evaluate.measure.prompts import Prompter
+from trainer.evaluate.rollout.judging import Judge, judge_of
 from trainer.evaluate.rollout.prompts import Asked, Prompts
 from trainer.evaluate.rollout.sampling import Drawn, Request, seed_of
 from trainer.evaluate.rollout.scoring import Scoring
@@ -63,6 +64,7 @@ class Making:
     prompter: Prompter
     scoring: Scoring
     held_out: Sequence[Asked] = field(default=())
+    judge: Judge | None = None
 
     @classmethod
     def of(cls, resolved: Resolved, run: Store, train: str, held_out: str | None) -> "Making":
@@ -84,6 +86,7 @@ class Making:
             prompter,
             Scoring(rollout.reward, rollout.reward_seconds),
             found,
+            judge_of(resolved, prompts.of(0)[0]),
         )
 
     def wanted(self, step: int) -> list[Wanted]:
@@ -123,8 +126,9 @@ class Making:
         assert isinstance(objective, LearnsFromRollouts)
         sampled = time.monotonic()
         scored, *held_out = [self._scored(*both) for both in zip(wanted, drawn, strict=True)]
-        advantages = objective.advantages(scored.rewards).reshape(-1).tolist()
         prompts = [one.prompt for one in wanted[0].asked for _ in range(wanted[0].request.answers)]
+        gaps = self.judge.gaps(prompts, scored.drawn) if self.judge else None
+        advantages = objective.advantages(scored.rewards, gaps)
         rollouts = [
             Rollout(prompt, one.tokens, one.log_p, advantage, shown)
             for prompt, one, advantage, shown in zip(prompts, scored.drawn, advantages, scored.shown, strict=True)
@@ -135,6 +139,7 @@ class Making:
             "reward_spread": float(scored.rewards.std(axis=1).mean()),
             "answer_tokens": float(np.mean([len(one.tokens) for one in scored.drawn])),
             "cut": float(np.mean([shown["cut"] for shown in scored.shown])),
+            **({"divergence": -float(np.mean([gap for one in gaps for gap in one]))} if gaps else {}),
             **({"held_out_reward": float(held_out[0].rewards.mean())} if held_out else {}),
             "sampling_seconds": round(sampled - began, 3),
             "reward_seconds": round(time.monotonic() - sampled, 3),

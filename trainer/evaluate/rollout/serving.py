@@ -2,16 +2,14 @@
 
 import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import locate
@@ -19,20 +17,20 @@ from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
 from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.rollout.adapters import fetch, published
+from trainer.evaluate.rollout.judging import patiently
 from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import resolve
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
-from trainer.store.store import Store, open_run_store, open_store
+from trainer.state.checkpoint.listing import committed_steps
+from trainer.store.scratch import scratch_folder
+from trainer.store.store import Store, open_store
 
-_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
 _AT_ONCE = 64  # requests to each server
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 60.0
-
-T = TypeVar("T")
 
 
 def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
@@ -44,19 +42,17 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     run = open_store(ask.run)
     config = run_config(run, ask.overrides)
     base = resolve_base(config.model)
-    resolved, store = resolve(config, base), open_run_store(config)
-    keys = locate(resolved.config, base, store)
+    resolved = resolve(config, base)
+    keys = locate(resolved.config, base)
     making = Making.of(resolved, run, keys["train"], keys.get("eval"))
     place = making.place
     servers = [
         CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
     ]
-    step, made, told = 0, 0, 0.0
+    step, made, told = _oldest(run), 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
-        sampler = ServerSampler(
-            servers, place, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capstan-rollout-")))
-        )
+        sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
         stack.callback(sampler.forget)
         while step < (config.train.steps or 0):
             if is_committed(place, step):
@@ -69,6 +65,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
                     tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
                     if _has_finished(run):
                         break
+                step = max(step, _oldest(run))
                 time.sleep(_LOOK_SECONDS)
                 continue
             try:
@@ -87,6 +84,11 @@ def _adapter_for(place: Store, step: int, lag: int) -> int | None:
     """The newest adapter, where it is new enough for the chapter of `step`."""
     newest = next((update for update in reversed(published(place)) if update <= step), None)
     return newest if newest is not None and newest >= step - lag else None
+
+
+def _oldest(run: Store) -> int:
+    """The step of the oldest checkpoint, before which there may be no chapters any more."""
+    return min(committed_steps(run), default=0)
 
 
 def _has_finished(run: Store) -> bool:
@@ -110,7 +112,7 @@ class ServerSampler:
         name = f"{secrets.token_hex(4)}-{adapter}"
         fetch(self.place, adapter, self.folder / name)
         for server in self.servers:
-            _patiently(partial(server.load, name, str(self.folder / name)))
+            patiently(partial(server.load, name, str(self.folder / name)))
         self.forget()
         self._name, self._loaded = name, adapter
 
@@ -143,17 +145,5 @@ class ServerSampler:
             stop_token_ids=sorted(request.stops),
         )
         # A server that was started again has no adapter.
-        found = _patiently(asked, between=partial(server.load, name, str(self.folder / name)))
+        found = patiently(asked, between=partial(server.load, name, str(self.folder / name)))
         return [Drawn(*one) for one in found]
-
-
-def _patiently(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
-    """A request to a server that may be starting again: so many attempts, and something to try `between` them."""
-    for pause in _PAUSES:
-        try:
-            return request()
-        except CapstanError:
-            time.sleep(pause)
-            with suppress(CapstanError):
-                between()
-    return request()

@@ -87,9 +87,7 @@ class Gguf(Section):
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.gguf.proof import prove_gguf
-        from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, folder, step, destination)
         return prove_gguf(folder, step, destination)
 
 

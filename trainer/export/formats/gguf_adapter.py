@@ -59,9 +59,7 @@ class GgufAdapter(Section):
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.gguf.proof import prove_gguf_adapter
-        from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, folder, step, destination)
         return prove_gguf_adapter(folder, step, destination)
 
 

@@ -26,10 +26,8 @@ class MergedFolder(Section):
         return Written(export_merged(folder, destination, step, progress.written))
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_merged
 
-        check_again(self, folder, step, destination)
         return prove_merged(folder, step, destination)
 
 

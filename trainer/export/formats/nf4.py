@@ -46,9 +46,7 @@ class Nf4(Section):
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.recoded import prove_recoded
-        from trainer.export.proof.same_bytes import check_again
 
-        check_again(self, folder, step, destination)
         return prove_recoded(folder, step, destination)
 
 

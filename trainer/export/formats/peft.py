@@ -49,12 +49,10 @@ class PeftFolder(Section):
         return per_expert_files(files, model)
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.proof.same_bytes import check_again
         from trainer.export.proof.verify import prove_adapter
 
         if self.layout != "peft":
             raise ConfigError("--verify: PEFT does not read layout=vllm. Verify the adapter in PEFT's own layout.")
-        check_again(self, folder, step, destination)
         return prove_adapter(folder, step, destination)
 
 

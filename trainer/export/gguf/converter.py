@@ -51,8 +51,8 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
 
 
 def deliver(file: Path, destination: Store, key: str) -> None:
-    """Move a `file` that was written in the destination's own folder, or beside it for a bucket, to `key`, where it appears
-    whole or not at all."""
+    """Move `file` to `key` of the destination, where it appears whole or not at all. The file lies in the destination's own folder, or
+    for a bucket in a temporary one."""
     if local_folder(destination) == file.parent:
         file.rename(file.with_name(key))
         return
@@ -62,7 +62,7 @@ def deliver(file: Path, destination: Store, key: str) -> None:
 
 
 def check_room(needed: Sequence[tuple[Path, int]]) -> None:
-    """Raises `StorageError` unless the disks of these folders have so many bytes, which add up where they share one."""
+    """Raises `StorageError` unless the disks of these folders have so many bytes free. Folders on one disk add up."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needed:
         there = next(path for path in (folder, *folder.parents) if path.exists())

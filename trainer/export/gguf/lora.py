@@ -2,8 +2,8 @@
 
 llama.cpp's converter moves rows of some matrices (those of Llama's q_proj and k_proj, for its rotary positions) and cuts others
 in two. An adapter B @ A must follow. The converter's own code is run on a matrix of row numbers, which tells for each matrix of
-the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and A stays as it is. The same with
-column numbers must leave these where they are, else there is no such adapter.
+the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and A stays as it is. A matrix of
+column numbers must come out unchanged; otherwise no adapter can follow.
 
 The file's keys are those of llama.cpp's src/llama-adapter.cpp, which multiplies B @ A by alpha / rank, the rank being A's.
 """
@@ -77,7 +77,7 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
 
 
 def _alpha(settings: Mapping[str, Any]) -> float:
-    """The alpha by which llama.cpp gets at PEFT's factor on B @ A."""
+    """The alpha with which llama.cpp computes the same factor on B @ A as PEFT."""
     rank, alpha = settings["r"], float(settings["lora_alpha"])
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 

@@ -34,7 +34,8 @@ class CompletionsServer:
 
     @classmethod
     def find(cls, setting: str, given: str, name: str = "") -> "CompletionsServer":
-        """The server at the URL that `setting` gives, and of its models that behind a # there, else the one called `name`, else the only one.
+        """The server at the URL that `setting` gives. Its model is the one that is named behind a # in the URL, else the one called `name`,
+        else its only one.
 
         Raises:
             ConfigError: nothing answers there, or it serves none of these.

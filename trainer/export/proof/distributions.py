@@ -25,7 +25,8 @@ class Distance(NamedTuple):
 
 
 def as_shares(outputs: Tensor, row: ProbeRow) -> Tensor:
-    """The outputs (P, outputs) of a head as logits of a distribution: those of classes, or each beside 0, with which its logistic function is a share."""
+    """The outputs (P, outputs) of a head as logits of a distribution. Those of classes are logits already. Others get a 0 beside them: a
+    softmax over an output and 0 is its logistic function."""
     return torch.nn.functional.pad(outputs, (0, 1)) if row.beside_zero else outputs
 
 

@@ -85,8 +85,8 @@ class Trained:
         return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
 
     def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:
-        """`work(self, *arguments)` in a process that has room for an exported model. What is stored in fewer bits, as a `recoded` model
-        is, transformers unpacks whole."""
+        """`work(self, *arguments)` in a process that has room for an exported model. transformers unpacks a model whole that is stored in fewer
+        bits, as a `recoded` one is."""
         model, stored = self.base.architecture, self.base.stored
         held = max(held_in(self.base), self.dtype, key=lambda dtype: dtype.itemsize)
         refused = "what is stored in 4 or 8 bits is read whole" if recoded or stored.quantized or stored.decoded else ""

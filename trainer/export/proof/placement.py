@@ -79,8 +79,8 @@ def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int
 
 
 def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed: bool, refused: str = "") -> ProofSide:
-    """The export in transformers, which reads the base in `bytes_each` and then quantizes it, if it is to be `packed`: whole or a
-    layer at a time, unless that is `refused`."""
+    """The export in transformers: whole, or a layer at a time unless that is `refused`. The base is read in `bytes_each`, and quantized
+    afterwards if it is to be `packed`."""
     whole = _with_margin(bytes_each * sum(part.numel for part in model.parameters))
     needed = _with_margin(_stored(model.parameters, quant, bytes_each)) if packed else whole
     on_gpu, on_cpu = ProofPlace("gpu", needed, whole), ProofPlace("cpu", 0, whole)

@@ -69,7 +69,7 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
 
 def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: Store) -> Iterator[tuple[str, str]]:
     try:
-        found = locate(config, base, root, keep=False)
+        found = locate(config, base)
     except (ConfigError, DataError, StorageError):  # the sources are gone; what was compiled of them may be there
         found = {}
     if "eval" in found:

@@ -254,7 +254,7 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
 
 @dataclass(frozen=True)
 class _OfTheTranspose:
-    """An update where the files have the transpose of the weight: all of that as one row, since a row of the update is none of it."""
+    """An update for files that hold the transpose of the weight. All of it counts as one row, since a row of the update is no row of the transpose."""
 
     update: WeightUpdate
 

@@ -61,7 +61,7 @@ def _renamed(name: str, saved: Mapping[str, str | None]) -> str:
 def _left_out(
     described: dict[str, Any], weights: Mapping[str, torch.Tensor], loaded: PreTrainedModel, names: Collection[str]
 ) -> set[str]:
-    """Those of the `names` whose weights PEFT leaves out as it loads `weights`, and those that it makes of them and finds no place for."""
+    """The `names` whose weights PEFT leaves out as it loads `weights`. With them are the names that PEFT makes of others and finds no place for."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         # PEFT keeps what a base was loaded from in the settings, and takes no further note of it.

@@ -75,7 +75,7 @@ class Code(Protocol):
         ...
 
     def at_once(self, shape: tuple[int, int]) -> int:
-        """Elements of a matrix that are encoded together: any multiple of it may be."""
+        """A matrix may be encoded in portions of any multiple of so many elements."""
         ...
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:

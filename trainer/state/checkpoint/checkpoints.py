@@ -53,12 +53,14 @@ class CommitHooks:
     """The functions that a run has called as it saves.
 
     `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on rank 0
-    before each manifest is written, beside the training, and `after` after it, in the loop.
+    before each manifest is written, beside the training, and `after` after it, in the loop; `oldest` there beside the training, with the step of the
+    oldest checkpoint that stays.
     """
 
     record: Callable[..., None]
     before: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
+    oldest: Callable[[int], None] = lambda step: None
 
 
 @dataclass
@@ -261,6 +263,7 @@ class Checkpoints:
         try:
             removal = plan_removal(self.run, rules, proven=self._proven)
             remove(self.run, removal)
+            self.hooks.oldest(min(removal.kept))
         except StorageError as error:
             self.hooks.record("prune_failed", reason=str(error))
             return

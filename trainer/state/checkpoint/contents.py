@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trainer.state.checkpoint.division import Division, EvenDivision, Interval
+from trainer.state.checkpoint.division import EvenDivision, Interval
 from trainer.state.optimizer.optimizer import State
 
 
@@ -23,7 +23,7 @@ class Key(NamedTuple):
 class Contents:
     """The contents of `shards` shards, by the `division` of elements and each parameter's `states`."""
 
-    division: Division
+    division: EvenDivision
     states: Mapping[str, tuple[State, ...]]
     shards: int
 

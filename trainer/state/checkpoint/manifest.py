@@ -17,8 +17,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
+from trainer.run.evaluations import finite
 from trainer.state.checkpoint.contents import Contents
-from trainer.state.checkpoint.division import Division, EvenDivision, ListedDivision
+from trainer.state.checkpoint.division import EvenDivision
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
@@ -51,10 +52,6 @@ class TextHashes:
     template: _Sha256 | None
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @dataclass(frozen=True)
 class CheckpointManifest:
     """A committed checkpoint: the state after `step` updates."""
@@ -74,7 +71,7 @@ class CheckpointManifest:
     groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
     # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
-    eval_loss: Annotated[float | None, BeforeValidator(_finite)]
+    eval_loss: Annotated[float | None, BeforeValidator(finite)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
@@ -94,10 +91,9 @@ class CheckpointManifest:
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @cached_property
-    def division(self) -> Division:
+    def division(self) -> EvenDivision:
         """Which elements each of `shards` holds."""
-        listed = [shard.intervals for shard in self.shards if shard.intervals is not None]
-        return ListedDivision(self.numels, listed) if listed else EvenDivision(self.numels, len(self.shards))
+        return EvenDivision(self.numels, len(self.shards))
 
     @cached_property
     def contents(self) -> Contents:
@@ -115,12 +111,15 @@ class CheckpointManifest:
         states = ((state, self.numels[name]) for name, found in self.contents.states.items() for state in found)
         if self.size < sum(state.item * state.size(numel) for state, numel in states):
             return "its shards are too small for the parameters that it names"
-        return self.division.problem()
+        listed = ((number, shard.intervals) for number, shard in enumerate(self.shards) if shard.intervals is not None)
+        if any(intervals != self.division.intervals(number) for number, intervals in listed):
+            return "it lists other intervals than its shards hold"
+        return None
 
     def to_json(self) -> bytes:
-        body = asdict(self) | {"eval_loss": _finite(self.eval_loss)}
+        body = asdict(self) | {"eval_loss": finite(self.eval_loss)}
         for shard in body["shards"]:
-            assert shard.pop("intervals") is None, "only format 2 lists intervals"
+            del shard["intervals"]
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
         for name in ("text", "eval_data"):
@@ -180,9 +179,6 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         raise StorageError(
             f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version that wrote it."
         )
-    lists = number == _LISTING_FORMAT
-    if any((shard.intervals is not None) != lists for shard in manifest.shards):
-        raise Damaged(f"{where} is damaged: a manifest of format {number} {'lists' if lists else 'has no'} intervals.")
     if problem := manifest.problem():
         raise Damaged(f"{where} is damaged: {problem}.")
     return manifest

@@ -16,8 +16,10 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
+from trainer.base.describe.architecture_cache import read_adapter_paths
 from trainer.base.find.content import content_of
-from trainer.config import Config
+from trainer.base.find.locate import base_files, describe_base
+from trainer.config import Config, Model
 from trainer.config.paths import local_path
 from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.run import layout
@@ -100,7 +102,7 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
     place = config.tuning.start
     if place is None:
         return None
-    return _Search(open_run_store(config), config.run.name, place, method).adapter()
+    return _Search(open_run_store(config), config.run.name, place, method, config.model).adapter()
 
 
 def with_known_start(config: Config) -> Config:
@@ -120,12 +122,13 @@ def is_asked_for(there: str, place: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for the adapter at `place`, by the run of this name and method; a bare name is that of one of `runs`."""
+    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of `runs`."""
 
     runs: Store
     run: str
     place: str
     method: Method
+    model: Model
 
     def adapter(self) -> Beginning:
         return self._begun() or self._found(self.place)
@@ -148,7 +151,7 @@ class _Search:
     def _found(self, place: str) -> Beginning:
         folder, step = place_of(self.runs, place, SETTING)
         if folder.exists(SETTINGS):
-            return PeftFolder(place, folder, self.method)
+            return PeftFolder(place, folder, self.method, self.model)
         steps = committed_steps(folder)
         if step is not None and step not in steps:
             raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
@@ -241,12 +244,13 @@ class RunCheckpoint:
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """A LoRA adapter as PEFT saves it."""
+    """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it alone."""
 
     begun: ClassVar[bool] = False
     place: str
     folder: Store
     method: Method
+    model: Model
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -288,39 +292,60 @@ class PeftFolder:
         name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
         own = {key: value for key, value in method.identity.items() if key in given}
-        return list(_unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers(method, base)
+        return list(_unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers()
 
-    def _unlike_layers(self, method: SavedByPeft, base: Base) -> list[str]:
+    def _unlike_layers(self) -> list[str]:
         """A sentence where the file has other weights than the run's adapter."""
-        ours = {f"{PREFIX}{method.saved_name(name)}": shape for name, shape in method.shapes(base.architecture).items()}
-        theirs = {name: source.shape for name, source in self._tensors.items()}
+        ours, theirs = {self._saved[name]: shape for name, shape in self._shapes.items()}, self._tensors
         if ours.keys() == theirs.keys():
-            other = next((name for name, shape in ours.items() if theirs[name] != tuple(shape)), None)
+            other = next((name for name, shape in ours.items() if theirs[name].shape != tuple(shape)), None)
             return (
                 []
                 if other is None
                 else [
-                    f"{SETTING}: {shown(self.place)} is of another base: {other} has shape {list(theirs[other])}, and over model.base "
+                    f"{SETTING}: {shown(self.place)} is of another base: {other} has shape {list(theirs[other].shape)}, and over model.base "
                     f"{list(ours[other])}. Give its base as model.base."
                 ]
             )
-        layers = dict.fromkeys(re.sub(r"\.lora_.*", "", name).rpartition(".")[2] for name in theirs)
+        layers, targets = (dict.fromkeys(_layer(name).rpartition(".")[2] for name in names) for names in (theirs, ours))
+        if ours.keys() < theirs.keys() and layers.keys() == targets.keys():
+            outside = next(_layer(name) for name in theirs if name not in ours)
+            return [
+                f"{SETTING}: {shown(self.place)} has weights of {outside.removeprefix(PREFIX)}, which this run does not train: it takes the "
+                "linear layers of the language model. Begin from an adapter of these alone."
+            ]
         return [
             f"{SETTING}: {shown(self.place)} has {len(theirs)} weights, of {', '.join(layers)}, and tuning.targets would have "
             f"{len(ours)}. Set tuning.targets: [{', '.join(layers)}], or those of its layers that it has."
         ]
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.method.shapes(describe_base(self.model).architecture)
+
+    @cached_property
+    def _saved(self) -> Mapping[str, str]:
+        """The name in the file of each parameter that learns; where the file does not have it, that in the language model alone."""
+        alone = {name: f"{PREFIX}{cast(SavedByPeft, self.method).saved_name(name)}" for name in self._shapes}
+        if all(saved in self._tensors for saved in alone.values()):
+            return alone
+        layers = sorted({_layer(saved).removeprefix(PREFIX) for saved in alone.values()})
+        there = {_layer(name).removeprefix(PREFIX) for name in self._tensors}
+        paths = read_adapter_paths(base_files(self.model), self.model.layers, layers, self.model.base)
+        found = {layer: next((path for path in paths[layer] if path in there), layer) for layer in layers}
+        return {
+            name: f"{PREFIX}{found[_layer(saved).removeprefix(PREFIX)]}{saved.removeprefix(_layer(saved))}"
+            for name, saved in alone.items()
+        }
 
     def check(self) -> None:
         """Everything was read when it was found."""
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
         for name, (begin, end) in wanted.items():
-            source = self._tensors[self._saved(self.method, name)]
+            source = self._tensors[self._saved[name]]
             if begin < end:
                 yield Values(name, begin, end, source.dtype, source.read(begin, end))
-
-    def _saved(self, method: Method, name: str) -> str:
-        return f"{PREFIX}{cast(SavedByPeft, method).saved_name(name)}"
 
 
 @dataclass(frozen=True)
@@ -354,6 +379,11 @@ class Begun:
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
         return self._again.read(wanted)
+
+
+def _layer(saved: str) -> str:
+    """The path of the layer whose weight has this name in PEFT's file, with the prefix of the wrapped model's names."""
+    return saved.partition(".lora_")[0]
 
 
 def _unlike_settings(

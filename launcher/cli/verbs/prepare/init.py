@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -70,12 +71,12 @@ def init(
     )
     made = initial_config(answers, config)
     if not dry_run:
-        write_new(config, made.text)
+        write_new(config, made.config)
     if as_json:
-        print(json.dumps({**made.to_json(), "written": not dry_run}))
+        print(json.dumps({**asdict(made), "written": not dry_run}))
         return
     if dry_run:
-        print(made.text, end="")
+        print(made.config, end="")
     log(f"{'would write' if dry_run else 'wrote'} {config}")
     for line in made.lines():
         log(line)

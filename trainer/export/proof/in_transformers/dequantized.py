@@ -1,5 +1,5 @@
-"""A base in fewer bits as proofs compare with it: as transformers decodes FP8 and MXFP4, or, of a format that it needs another package
-for, as it is read here."""
+"""The values of a base in fewer bits that proofs compare with. transformers decodes FP8 and MXFP4; formats for which it needs another
+package are decoded as they are read here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

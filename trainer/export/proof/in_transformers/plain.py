@@ -49,9 +49,9 @@ def load_plain(
     values: dict[str, Tensor] | None = None,
     made: Any = AutoModelForCausalLM,
 ) -> Any:
-    """A model as transformers reads it, by the class `made`, ready to predict, its weights in `held`; `config` where it is not the folder's own. Where it
-    is to be `streamed`, it is on the device already, and its layers are read at their turns. `values` are what the files have, by name, where
-    transformers cannot read them.
+    """A model as transformers reads it, ready to predict. It is of the class `made`, its weights are in `held`, and `config` replaces the folder's
+    own settings. A model that is `streamed` is on the device already, and its layers are read at their turns. `values` are the weights by name,
+    for files that transformers cannot read.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -86,7 +86,8 @@ def load_plain(
 
 
 def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, options: dict[str, Any]) -> Any:
-    """By the class `alone`, or as a whole that sees or hears: the model of `config` with these values, as `from_pretrained` gives it where they are those of its files."""
+    """The model of `config` with these values, as `from_pretrained` makes it of files that hold them. Its class is `alone`, or without one
+    that of a whole model that sees or hears."""
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
     mapping = alone._model_mapping if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -133,8 +134,8 @@ def language_part(model: Any) -> Any:
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
-    """Give the buffers whose type follows the model's the values that they have in another type's model, `alike` by name; those
-    on `meta` there, which files hold, are rounded to its type.
+    """Give the buffers whose type follows the model's type the values that they have in a model of another type. `alike` has that model's
+    buffers by name; those on `meta` come from files, and are rounded to its type instead.
 
     That may be the model without what was put around its modules, and so without buffers that only these have, as quantized
     weights do.
@@ -238,8 +239,8 @@ def quantize(
     unpacked: tuple[str, ...] = (),
     streamed: StreamedLayers | None = None,
 ) -> None:
-    """bitsandbytes on every matrix of the `weights` by name, multiplied in `dtype`; those whose names end in one of `unpacked` get
-    the values that it leaves of them, and so do those in 8 bits and all that are `streamed`.
+    """Have bitsandbytes quantize every matrix among the `weights`, by name, and multiply in `dtype`. Some get the values that quantizing leaves
+    of them instead: names that end in one of `unpacked`, matrices in 8 bits, and all that are `streamed`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """

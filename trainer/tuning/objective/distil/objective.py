@@ -43,13 +43,13 @@ class Distil:
     measures: Sequence[str] = ()
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
-        self._given = part(given, DistilSettings)
+        self._given, self._teacher = part(given, DistilSettings), given.teacher
 
     @property
     def teacher(self) -> Teacher:
         given = self._given
-        name = given.teacher or given.teacher_run or ""  # mismatches() refuses that
-        return Teacher(name, given.teacher is None, given.teacher_quant, given.top_k, given.temperature)
+        name = self._teacher or given.teacher_run or ""  # mismatches() refuses that
+        return Teacher(name, self._teacher is None, given.teacher_quant, given.top_k, given.temperature)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -59,8 +59,8 @@ class Distil:
 
     def mismatches(self) -> list[str]:
         given, wrong = self._given, list[str]()
-        if (given.teacher is None) == (given.teacher_run is None):
-            both = given.teacher is not None
+        if (self._teacher is None) == (given.teacher_run is None):
+            both = self._teacher is not None
             wrong.append(
                 f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and distil has one teacher. "
                 f"{'Remove' if both else 'Set'} one of them."

@@ -6,14 +6,8 @@ from trainer.config.section import Section, setting
 
 
 class DistilSettings(Section):
-    """The teacher, and the divergence from it."""
+    """Other teachers than objective.teacher, and the divergence from it."""
 
-    teacher: str | None = setting(
-        None,
-        about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
-        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run.",
-        example="Qwen/Qwen3-235B-A22B",
-    )
     teacher_run: str | None = setting(
         None,
         about="distil: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI.",

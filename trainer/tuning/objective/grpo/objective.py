@@ -86,13 +86,17 @@ class Grpo:
             wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
         return wrong
 
-    def advantages(self, rewards: NDArray[Any]) -> NDArray[Any]:
+    @property
+    def judge(self) -> str | None:
+        return None
+
+    def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
         import numpy as np
 
         centred = rewards - rewards.mean(1, keepdims=True)
-        if self._given.advantage == "centred":
-            return centred
-        return centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
+        if self._given.advantage == "standardised":
+            centred = centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
+        return centred.reshape(-1).tolist()
 
     def weight(self, batch: MicroBatch) -> int:
         return batch.targets if self._given.mean_over == "tokens" else len(batch.documents)
@@ -146,4 +150,44 @@ class Grpo:
         raise AssertionError("the base is asked in the loss")
 
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo}
+_SHARED = ("ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
+
+
+class Opd(Grpo):
+    """On-policy distillation: what the model samples becomes as likely as a teacher has it.
+
+    The reverse divergence KL(model || teacher) = E[log p - log t], over answers that the model itself samples (Agarwal et al., arXiv:2306.13649; Gu et al.,
+    arXiv:2306.08543), has the gradient of GRPO's loss with the advantage log t - log p of each token, where log p is the sampler's. The teacher is a server
+    that gives its log-probabilities of the tokens; the reward is only measured.
+    """
+
+    settings: Collection[str] = ("teacher", *_SHARED)
+    defaults: Mapping[str, Any] = {"name": "sft", "teacher": None, **_DEFAULTS}
+
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        super().__init__(given, method)
+        self._teacher = given.teacher
+
+    @property
+    def judge(self) -> str | None:
+        return self._teacher
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "name": "opd", "teacher": self._teacher}
+
+    def mismatches(self) -> list[str]:
+        wrong = super().mismatches()
+        if not (self._teacher or "").startswith(("http://", "https://")):
+            wrong.append(
+                "objective.teacher: opd asks a server for its log-probabilities of each answer. Give the URL of a vLLM, with the model's name behind a "
+                "#. Example: http://gpu-3:8000#big."
+            )
+        return wrong
+
+    def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
+        assert gaps is not None
+        return gaps
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo, "opd": Opd}

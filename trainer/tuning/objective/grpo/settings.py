@@ -1,4 +1,4 @@
-"""The settings of the section `objective` that grpo alone reads."""
+"""The settings of the section `objective` that grpo reads, and opd some of."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ class GrpoSettings(Section):
 
     ratio: Literal["clipped", "truncated"] = setting(
         "clipped",
-        about="grpo: how the ratio of the model's probability to the sampler's enters. clipped: as in PPO, within [1 - clip_low, 1 + clip_high]. truncated: "
+        about="grpo and opd: how the ratio of the model's probability to the sampler's enters. clipped: as in PPO, within [1 - clip_low, 1 + clip_high]. truncated: "
         "as a weight without a gradient, at most 1 + clip_high, so that every token keeps one (CISPO, truncated importance sampling).",
         example="truncated",
     )
@@ -20,18 +20,18 @@ class GrpoSettings(Section):
         example="answer",
     )
     clip_low: float = setting(
-        0.2, about="grpo: how far below 1 a ratio is kept, with ratio: clipped.", example=0.1, gt=0, lt=1
+        0.2, about="grpo and opd: how far below 1 a ratio is kept, with ratio: clipped.", example=0.1, gt=0, lt=1
     )
-    clip_high: float = setting(0.2, about="grpo: how far above 1 a ratio is kept.", example=0.28, gt=0, le=1000)
+    clip_high: float = setting(0.2, about="grpo and opd: how far above 1 a ratio is kept.", example=0.28, gt=0, le=1000)
     mean_over: Literal["answers", "tokens", "constant"] = setting(
         "answers",
-        about="grpo: answers: the mean over the tokens of each answer, then over the answers. tokens: over all tokens (DAPO). constant: the sum over the "
+        about="grpo and opd: answers: the mean over the tokens of each answer, then over the answers. tokens: over all tokens (DAPO). constant: the sum over the "
         "tokens of each answer by longest_answer, then the mean over answers (Dr. GRPO).",
         example="constant",
     )
     longest_answer: int = setting(
         256,
-        about="grpo with mean_over: constant: the tokens that each answer's sum is divided by.",
+        about="grpo and opd with mean_over: constant: the tokens that each answer's sum is divided by.",
         example=1024,
         ge=1,
         unit="tokens",

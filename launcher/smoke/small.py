@@ -1,0 +1,84 @@
+"""The configuration of a smoke run: a user's own in small, or one for the sample that is made on the spot."""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from launcher.smoke.verdict import STEPS
+from trainer.config import Config, Data, Source, assignment, override, parse_config
+from trainer.data.source.files import expand
+from trainer.data.source.reading import rows
+from trainer.errors import DataError
+from trainer.processes.devices import local_gpus
+
+COMMIT_EVERY = 5
+SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
+ROWS_OF_A_SOURCE = 2000
+
+
+def config_of_sample(
+    base: str, train: Sequence[str], dtype: str, overrides: Sequence[str], store: str, layers: int | None = None
+) -> Config:
+    """That of the sample whose base, files of rows and type of numbers are given."""
+    tree = {
+        "run": {"name": "smoke"},
+        "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
+        # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of the time.
+        "data": {"train": [{"path": train[0]}], "sequence_length": SEQUENCE_LENGTH // 2},
+        "optim": {"lr": 5e-3, "warmup_steps": 2},
+        "train": {"steps": STEPS},
+    }
+    return scale_down(parse_config(json.dumps(tree), overrides), store, "", layers)
+
+
+def first_rows(data: Data, directory: Path) -> list[Source]:
+    """The first rows of each source, as files in `directory`: a smoke run need not tokenize a whole data set."""
+
+    def bad(error: DataError) -> None:
+        if data.on_bad_row == "fail":
+            raise error
+
+    small: list[Source] = []
+    for index, source in enumerate(data.train):
+        found = (row for file in expand([source], "data.train") for _, row in rows(file, bad))
+        # A table may have columns that JSON has no values for, such as dates.
+        lines = (json.dumps(row, default=str) + "\n" for row in islice(found, ROWS_OF_A_SOURCE))
+        target = directory / f"source-{index}.jsonl"
+        target.write_text("".join(lines), encoding="utf-8")
+        small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
+    return small
+
+
+def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
+    """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
+    workers = min(config.cluster.most_workers or 2, local_gpus() or 2, 2)
+    settings: dict[str, Any] = {
+        "run.store": store,
+        "train.steps": STEPS,
+        "train.epochs": None,
+        "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
+        "train.micro_batch": 1,
+        "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
+        "checkpoint.every_steps": COMMIT_EVERY,
+        "checkpoint.keep_last": STEPS,
+        "cluster.workers": workers,
+        "sharding.sequence_parallel": min(config.sharding.sequence_parallel, workers),
+        "cluster.gpus_per_worker": None,
+        "model.attention": "auto",
+        "optim.warmup_steps": min(config.optim.warmup_steps, 2),
+        "optim.warmup_ratio": None,
+        "train.sample_every": 0,
+        "train.deterministic": bool(local_gpus()),  # runs are compared, one that was killed with one that was not
+        "eval.every": 0,
+        "eval.sets": {},
+        "checkpoint.keep_best": 0,
+        "cluster.ray.address": ray_address or None,
+        "retry.failures": 0,
+        "retry.skip_bad_window": False,
+        "track.flush_seconds": 0.5,
+    }
+    if layers:
+        settings["model.layers"] = layers
+    return override(config, *(assignment(key, value) for key, value in settings.items()))
