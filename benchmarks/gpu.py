@@ -35,7 +35,7 @@ TOTAL = 480.0
 """Seconds for all parts: ten minutes of a card, less what it takes to get it and to fetch the results."""
 
 
-_SLOWER = 5.0
+_SLOWER = 15.0
 """A CPU that other work shares may take so much longer over what is tiny."""
 
 
@@ -56,11 +56,11 @@ PARTS = {
     "tiny": Part("trains tiny runs of every kind: losses and gradients beside those of a CPU", 70, "tiny.tiny"),
     "big": Part("trains a random base of 8B's shape: tokens/s, MFU, the device's peak beside the plan", 120, "big.big"),
     "rooflines": Part("times the seven products of a layer, attention and copies by themselves", 20, "big.rooflines"),
-    "ways": Part("times products in FP8, and LoRA's by other ways than the one that is taken", 10, "ways.ways"),
+    "ways": Part("times products in FP8, and LoRA's by other ways than the one that is taken", 15, "ways.ways"),
     "trace": Part("traces a step, and counts how often the host waits in it", 30, "big.trace"),
     "life": Part("kills a run, resumes it, exports it, and verifies that whole and a layer at a time", 70, "life.life"),
     "longest": Part("trains the longest row that the plan has for 24 GiB, on no more", 70, "big.longest"),
-    "trl": Part("trains the same base by TRL", 50, "big.trl"),
+    "trl": Part("trains the same base by TRL", 45, "big.trl"),
 }
 
 

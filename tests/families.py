@@ -8,8 +8,6 @@ and no two matrices of one layer have one shape by chance.
 from collections.abc import Container, Iterable
 from typing import Any
 
-import pytest
-
 # Families that together have every kind of layer and of storage, for those tests that are a table of families.
 QUICK = (
     *("llama", "phi3", "gemma2", "gpt-oss", "qwen3-next", "gemma4", "deepseek-v3", "nemotron-h", "llama4"),
@@ -23,6 +21,8 @@ def rows(values: Iterable[Any], quick: Container[Any] = QUICK) -> list[Any]:
 
 
 def _long(*values: Any) -> Any:
+    import pytest  # not on a machine that is lent for its card, where benchmarks/gpu.py takes the families below
+
     return pytest.param(*values, marks=pytest.mark.long)
 
 

@@ -59,7 +59,7 @@ _WITHOUT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "trl", "liger_kernel", "pyarrow", "datasets"):
+        if name.partition(".")[0] in ("ray", "trl", "liger_kernel", "pyarrow", "datasets", "pytest"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """

@@ -201,30 +201,23 @@ def join(
     if is_accelerator(device):
         torch.accelerator.set_device_index(device)
     if not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(device)
+        rank, world_size, store = 0, 1, dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         if "RANK" in os.environ:
             stay_on_loopback()
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = _meet(rank, world_size, meeting, is_gone)
             if device.type == "cuda":
                 take_gpu(store, device, rank)
-            dist.init_process_group(
-                backend,
-                timeout=timeout,
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                device_id=bound_device(device, world_size),
-            )
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
-            dist.init_process_group(
-                backend,
-                timeout=timeout,
-                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
-                rank=0,
-                world_size=1,
-            )
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=bound_device(device, world_size),
+        )
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
