@@ -204,8 +204,8 @@ def trl(folder: Path, seed: int, steps: int) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     train, held_out = (list(map(json.loads, (folder / f"{name}.jsonl").open())) for name in ("train", "held-out"))
 
-    def exact(completions: list[str], completion: list[str], **_: Any) -> list[float | None]:
-        return [float(said.strip() == right) for said, right in zip(completions, completion, strict=True)]
+    def exact(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        return [float(said.strip() == right) for said, right in zip(completions, answer, strict=True)]
 
     def answered(trained: Any) -> float:
         """The share of the held-out prompts whose likeliest answer is right."""
@@ -217,13 +217,14 @@ def trl(folder: Path, seed: int, steps: int) -> None:
         right = exact(said, [row["completion"] for row in held_out])
         return sum(map(bool, right)) / len(held_out)
 
+    known = [{"prompt": row["prompt"], "answer": row["completion"]} for row in train]
     options = GRPOConfig(
         output_dir=str(folder / "trl"), seed=seed, max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", report_to="none",
         per_device_train_batch_size=PROMPTS * ANSWERS, num_generations=ANSWERS, max_completion_length=ROOM, logging_steps=1, use_cpu=True,
         beta=0.0, loss_type="grpo", weight_decay=0.0, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[*TARGETS], task_type="CAUSAL_LM")
-    trainer = GRPOTrainer(model, exact, options, Dataset.from_list(train), processing_class=tokenizer, peft_config=lora)
+    trainer = GRPOTrainer(model, exact, options, Dataset.from_list(known), processing_class=tokenizer, peft_config=lora)
     before = answered(trainer.model)
     trainer.train()
     records = [{"reward": one["reward"]} for one in trainer.state.log_history if "reward" in one]

@@ -55,7 +55,7 @@ def begin(workshop: Workshop, config: Config) -> tuple[Store, tuple[Any, ...]]:
 
 def train(workshop: Workshop, config: Config, world_size: int = 1) -> dict[int, float]:
     run, given = begin(workshop, config)
-    outcomes = launch(world_size, *given)
+    outcomes = launch(world_size, *given, timeout=SECONDS)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}, outcomes
     return losses(run)
 
@@ -136,7 +136,7 @@ def _damaged(workshop: Workshop, run: Store, place: Store, steps: int, given: tu
     other, trainer = begin(workshop, config)
     for entry in run.list("rollouts/"):
         other.put(entry.key, run.get(entry.key))
-    outcome, learnt = launch(1, *trainer)[0], losses(other)
+    outcome, learnt = launch(1, *trainer, timeout=SECONDS)[0], losses(other)
     said = str(outcome)
     print(said, flush=True)
     wrong = max(learnt, default=0) != steps - 2 or outcome["outcome"] == "finished" or "columns" not in said

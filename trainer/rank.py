@@ -54,7 +54,7 @@ from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
 from trainer.train.stop_rules import open_stop_rules
 from trainer.train.supply import compiled, stored_teacher, supply_of
-from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.tuning.objective.rollouts import LearnsFromRollouts, unlike_sampler
 
 _print = partial(print, flush=True)
 
@@ -117,6 +117,8 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
             profile.reached(record["step"])
             if record["step"] == step + 1:
                 metrics.write("first_step", step=step + 1, seconds=start.elapsed.seconds)
+                if unlike := unlike_sampler(record):
+                    start.log(unlike)
             metrics.write("step", **record, **peak_memory(device), **power())
             start.starter.observe({**record, "restarts": start.generation - 1})
             last = record["step"]

@@ -1,4 +1,4 @@
-"""Rollouts: chapters that are committed once and checked, prompts in their order, rewards that fail in one sentence, and settings that do not fit."""
+"""Rollouts: chapters that are committed once and checked, prompts in their order, rewards and servers that fail in one sentence, and settings that do not fit."""
 
 import json
 from collections.abc import Callable
@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher.evaluate.answering import generate_answers
 from tests.material import Workshop
 from tests.unit.test_served import stub
-from trainer.config import override
+from trainer.config import dump_config, override
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
-from trainer.errors import CapstanError, Damaged
+from trainer.errors import CapstanError, ConfigError, Damaged
+from trainer.evaluate.generate import generate
+from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout import judging, serving
 from trainer.evaluate.rollout.prompts import Prompts
 from trainer.evaluate.rollout.rewards import BUILT_IN
@@ -27,7 +30,7 @@ from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
-from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches
+from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches, unlike_sampler
 
 GRPO = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")
 
@@ -193,6 +196,19 @@ def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
     assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"lag": 0, "log_ratio": 0.026}, True),  # a base in 4 bits that is served in 16
+        ({"lag": 0, "log_ratio": 0.004}, False),
+        ({"lag": 1, "log_ratio": 0.026}, False),  # the adapter is another one
+        ({"loss": 1.0}, False),
+    ],
+)
+def test_a_server_of_another_base_is_found(record: dict[str, float], said: bool) -> None:
+    assert (unlike_sampler(record) is not None) is said
+
+
 def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
     """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
     for name in ("adapter_config.json", "PUBLISHED"):
@@ -234,8 +250,9 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
             "without what vLLM gives",
         ),
         (lambda body: 404, "answered 404 to /v1/load_lora_adapter"),
+        (lambda body: b"loaded" if "lora_name" in body else 400, "answered 400 to /v1/completions"),
     ],
-    ids=["fails", "nothing", "no-adapters"],
+    ids=["fails", "nothing", "no-adapters", "too-long"],
 )
 def test_a_server_that_gives_nothing_is_one_sentence(
     answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -278,3 +295,28 @@ def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_pa
     run = open_store(str(tmp_path))
     commit(run, 0, [Rollout([7, 5], [9, 2], [-0.5, -0.75], advantages[0], {})], {})
     assert Rollouts(run, 1).read([0])[:, 1].tolist() == [0.25, -1.25]
+
+
+def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:
+    asked, told = list[dict[str, Any]](), list[dict[str, Any]]()
+    run = workshop.store.sub("first")
+    run.put(layout.CONFIG, dump_config(workshop.config("first")).encode())
+
+    def answer(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return choices(body)
+
+    with stub(answer, "base", "first") as url:
+        ask = Ask("generate", run.uri, sampling={"temperature": 0.5, "seed": 7}, server=url)
+        found = generate(ask, [[{"prompt": "ant? "}], [], [{"prompt": "bee? "}]], told.append)
+    assert [row["prompt"] for row in found["answers"]] == ["ant? ", "bee? "]
+    assert found["server"] == f"{url}#first"
+    assert told[0] == {"log": f"answers are those of first at {url}"}
+    assert [(body["model"], body["seed"], len(body["prompt"])) for body in asked] == [("first", 7, 5), ("first", 8, 5)]
+    assert 2 in asked[0]["stop_token_ids"]
+
+
+def test_a_server_is_asked_for_no_step(workshop: Workshop) -> None:
+    given: dict[str, Any] = {"sampling": {}, "log": print, "screen": None, "server": "http://gpu-1:8000"}
+    with pytest.raises(ConfigError, match="--step, --best and --base have no effect"):
+        generate_answers(workshop.store.sub("first"), (), (), step=3, base=False, **given)

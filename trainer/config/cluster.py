@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Seconds, Section, setting
 
 STARTS_HERE = "local"
 """The address of a Ray that a run starts for itself, as `ray.init` has it."""
@@ -20,19 +20,13 @@ class Ray(Section):
         "machine.",
         example="auto",
     )
-    start_timeout: float = setting(
+    start_timeout: Seconds = setting(
         300,
         about="How long to wait for room for the workers that were asked for, and then for their processes to begin.",
         example=600,
-        gt=0,
-        unit="seconds",
     )
-    resize_interval: float = setting(
-        60,
-        about="How often a run with cluster.workers: [fewest, most] looks for room for more ranks.",
-        example=300,
-        gt=0,
-        unit="seconds",
+    resize_interval: Seconds = setting(
+        60, about="How often a run with cluster.workers: [fewest, most] looks for room for more ranks.", example=300
     )
     cpus_per_worker: float = setting(1, about="CPUs that Ray books for each rank.", example=8, gt=0, unit="CPUs")
     memory_per_worker: float | None = setting(

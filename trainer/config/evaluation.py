@@ -6,7 +6,7 @@ from pydantic import field_validator, model_validator
 
 from trainer.config.data.data import Data
 from trainer.config.data.row_kinds import LIKELY, ROW_FORMATS, Format, kind_of
-from trainer.config.section import Section, setting
+from trainer.config.section import Section, Steps, TokenCount, setting
 
 UNNAMED = "eval"
 """The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""
@@ -50,12 +50,10 @@ class EvalSet(Section):
 class Evaluation(Section):
     """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
 
-    every: int = setting(
+    every: Steps = setting(
         0,
         about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end.",
         example=100,
-        ge=0,
-        unit="steps",
     )
     per_epoch: float = setting(
         0,
@@ -86,9 +84,7 @@ class Evaluation(Section):
         about="Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with one a line.",
         example="data/prompts.jsonl",
     )
-    max_tokens: int = setting(
-        128, about="Longest answer to a prompt while the run trains.", example=64, ge=1, le=2**20, unit="tokens"
-    )
+    max_tokens: TokenCount = setting(128, about="Longest answer to a prompt while the run trains.", example=64)
 
     @property
     def between(self) -> bool:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Seconds, Section, Seed, Steps, setting
 
 _SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
 
@@ -22,21 +22,17 @@ class Run(Section):
         about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
         example="s3://bucket/runs",
     )
-    store_retry: float = setting(
+    store_retry: Seconds = setting(
         120,
         about="How long a request to a failing bucket is tried again, with growing pauses, before it counts as failed.",
         example=600,
-        gt=0,
-        unit="seconds",
     )
-    store_timeout: float = setting(
+    store_timeout: Seconds = setting(
         60,
         about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
         example=300,
-        gt=0,
-        unit="seconds",
     )
-    seed: int = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+    seed: Seed = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7)
 
     @field_validator("name")
     @classmethod
@@ -51,12 +47,10 @@ class Run(Section):
 class Checkpoint(Section):
     """When training state is committed to the store."""
 
-    every_steps: int = setting(
+    every_steps: Steps = setting(
         100,
         about="Commit every so many steps; 0 turns this rule off, as per_epoch does where this is not given.",
         example=100,
-        ge=0,
-        unit="steps",
     )
     per_epoch: float = setting(
         0,
@@ -74,12 +68,8 @@ class Checkpoint(Section):
         unit="minutes",
     )
     keep_last: int = setting(3, about="Newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
-    keep_every: int = setting(
-        0,
-        about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.",
-        example=1000,
-        ge=0,
-        unit="steps",
+    keep_every: Steps = setting(
+        0, about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.", example=1000
     )
     keep_best: int = setting(
         0,
@@ -147,20 +137,12 @@ class Retry(Section):
 class Timeouts(Section):
     """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
 
-    meet: float = setting(
-        900,
-        about="For all ranks to come together after they are started by torchrun or srun.",
-        example=300,
-        gt=0,
-        unit="seconds",
+    meet: Seconds = setting(
+        900, about="For all ranks to come together after they are started by torchrun or srun.", example=300
     )
-    load: float = setting(
-        3600, about="For loading the model and restoring its checkpoint.", example=1800, gt=0, unit="seconds"
-    )
-    step: float = setting(
-        900, about="For one step, or one step's data, or one evaluation.", example=300, gt=0, unit="seconds"
-    )
-    save: float = setting(3600, about="For waiting until a checkpoint is committed.", example=900, gt=0, unit="seconds")
+    load: Seconds = setting(3600, about="For loading the model and restoring its checkpoint.", example=1800)
+    step: Seconds = setting(900, about="For one step, or one step's data, or one evaluation.", example=300)
+    save: Seconds = setting(3600, about="For waiting until a checkpoint is committed.", example=900)
 
 
 class Track(Section):
@@ -187,12 +169,10 @@ class Track(Section):
     )
     group: str | None = setting(None, about="Groups runs there.", example="rank-ablation", min_length=1, max_length=100)
     tags: list[str] = setting([], about="The run's tags there.", example=["lora", "8b"])
-    print_steps: int = setting(
+    print_steps: Steps = setting(
         10,
         about="Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0 prints none.",
         example=1,
-        ge=0,
-        unit="steps",
     )
     price_per_gpu_hour: float | None = setting(
         None,
@@ -201,12 +181,10 @@ class Track(Section):
         ge=0,
         unit="money",
     )
-    flush_seconds: float = setting(
+    flush_seconds: Seconds = setting(
         5.0,
         about="How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends less often.",
         example=10,
-        gt=0,
-        unit="seconds",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
@@ -66,10 +66,20 @@ def _kinds(annotation: Any) -> Iterator[type]:
 
 
 def setting(default: Any = ..., *, about: str, example: Any, unit: str | None = None, **constraints: Any) -> Any:
-    """One setting: what it is about, an example, its unit, and its bounds as pydantic knows them."""
-    extra: dict[str, Any] | None = {"unit": unit} if unit else None
-    return Field(default, description=about, examples=[example], json_schema_extra=extra, **constraints)
+    """One setting: what it is about, an example, and unless its type has them its unit and its bounds as pydantic knows them."""
+    if unit:
+        constraints["json_schema_extra"] = {"unit": unit}
+    return Field(default, description=about, examples=[example], **constraints)
 
+
+Seconds = Annotated[float, Field(gt=0, json_schema_extra={"unit": "seconds"})]
+Steps = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
+Rows = Annotated[int, Field(ge=1, json_schema_extra={"unit": "rows"})]
+TokenCount = Annotated[int, Field(ge=1, le=2**20, json_schema_extra={"unit": "tokens"})]
+Share = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "share"})]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Multiple = Annotated[float, Field(gt=0, le=1000)]
+Factor = Annotated[float, Field(gt=0, le=100)]
 
 SectionKind = TypeVar("SectionKind", bound=Section)
 PartKind = TypeVar("PartKind", bound=Section)

@@ -3,12 +3,18 @@
 from collections.abc import Iterable
 from typing import Any
 
+from trainer.base.find.locate import resolve_base
+from trainer.config.objective import HEADS
+from trainer.data.compile.inputs import as_trained
+from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.evaluate.classes import classes_of, refuse_writing
 from trainer.evaluate.measure.generation import Opening, Sampling, Told, continued
-from trainer.evaluate.measure.prompts import Prompt, asked
+from trainer.evaluate.measure.prompts import Prompt, Prompter, asked
 from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
+from trainer.export.proof.completions import CompletionsServer
+from trainer.run.folder import run_config
 from trainer.store.store import open_store
 from trainer.tuning.head import head_of
 
@@ -17,11 +23,15 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them. Collective.
     An empty list asks nothing: it ends the other ranks' wait before the time-out of their group does.
 
+    Where a server answers (`ask.server`), this process alone asks it, and loads no model.
+
     `tell` gets each piece of an answer of rank 0 as it is written, and the whole answers to a list when they are there.
 
     Raises:
         ConfigError: the base beside the adapter of a method that trains the base itself: the base is gone when the checkpoint is there.
     """
+    if ask.server:
+        return _by_server(ask, prompts, tell)
     opened = open_run(
         open_store(ask.run), ask.step, ask.overrides, base_alone=False, log=lambda text: tell({"log": text})
     )
@@ -53,6 +63,40 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
         sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
         every += _tell(given, sides, tell)
     return {"step": opened.manifest.step, "answers": every}
+
+
+def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
+    """The same by what a server has of the run, which is told by its name there."""
+    config = run_config(open_store(ask.run), ask.overrides)
+    if config.objective.name in HEADS:
+        raise ConfigError(
+            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
+        )
+    base, sampling = resolve_base(config.model), Sampling(**ask.sampling)
+    server = CompletionsServer.find("--server", ask.server, config.run.name)
+    prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
+    tell({"log": f"answers are those of {server.model} at {server.url}"})
+    tell({"ready": None, "chats": prompter.chats})
+    every = list[dict[str, Any]]()
+    for given in filter(None, prompts):
+        written = [
+            server.sample(
+                server.model,
+                tokens,
+                n=1,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=(sampling.seed + len(every) + number) % 2**31,
+                stop_token_ids=sorted(prompter.stops),
+            )
+            for number, tokens in enumerate(prompter.fitting(given, None))
+        ]
+        texts = [prompter.text(answers[0][0]) for answers in written]
+        for number, text in enumerate(texts):
+            tell({"piece": text, "number": number, "side": "adapter"})
+        every += _tell(given, {"adapter": texts}, tell)
+    return {"step": None, "server": f"{server.url}#{server.model}", "answers": every}
 
 
 def _tell(given: list[Prompt], sides: dict[str, list[str]], tell: Tell) -> list[dict[str, Any]]:

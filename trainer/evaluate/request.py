@@ -13,7 +13,7 @@ class Ask:
     """The request to every rank: evaluate or question the run at the URI `run`, or sample for the run there, or have a teacher write for the run of `config`, with the checkpoint of `step`. None is the newest whole one.
 
     `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
-    adapter's. `config` is the YAML text of the settings of a run that need not be there yet. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.evaluate.measure.generation.Sampling`.
+    adapter's. `config` is the YAML text of the settings of a run that need not be there yet. `server` is the URL of the one that answers in the place of the ranks. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.evaluate.measure.generation.Sampling`.
     """
 
     what: Literal["evaluate", "generate", "teach", "rollout"]
@@ -25,6 +25,7 @@ class Ask:
     on_cpu: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)
     config: str = ""
+    server: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

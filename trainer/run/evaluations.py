@@ -48,7 +48,7 @@ def other_settings(own: Config, given: Config) -> list[str]:
 
 
 def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:
-    """Keep `found`, and of what is kept of its step and the same base whatever it has not measured anew."""
+    """Keep `found`. Earlier findings of its step over the same base stay, as far as `found` has not measured them anew."""
     earlier = read_evaluation(folder, found["step"])
     if earlier.get("base") == found["base"]:
         found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}

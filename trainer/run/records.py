@@ -112,7 +112,8 @@ class Lifetime:
 
 
 class _Span:
-    """From the first moment, or so many seconds before that of the start's record, to the last one; all of one clock."""
+    """The time between the first and the last moment of one clock. The first is the one at which a start's record says that it began: its own moment
+    less the seconds that it took until then."""
 
     def __init__(self) -> None:
         self.first: float | None = None

@@ -1,4 +1,4 @@
-"""The process beside rank 0 that shows a run's records by one service; beside.py starts it, and says what it is to do.
+"""The process beside rank 0 that shows a run's records by one service; tracker_process.py starts it, and says what it is to do.
 
 It reads the records of all starts in the run's folder, so a service that was away, or is new to the run, gets what it lacks.
 It outlives a rank that is killed by a few seconds; the next start shows what is left over then.

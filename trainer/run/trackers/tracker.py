@@ -3,7 +3,7 @@
     rank 0   metrics.py ──►  jsonl.py         the records, which are the run's only history
                              tensorboard.py   curves in the run's folder
                              printed.py       lines in the rank's log
-                             beside.py ──►  companion.py, a process of its own ──►  wandb.py | mlflow.py | trackio.py
+                             tracker_process.py ──►  companion.py, a process of its own ──►  wandb.py | mlflow.py | trackio.py
 
 A service outside the run's folder may be slow, hang, or end the process that calls it. So its tracker runs in a process of
 its own, which reads the records in the run's folder as `capstan status` does: the training waits for nothing, an outage loses

@@ -38,6 +38,14 @@ def generate(
     step: StepOption = None,
     best: BestOption = False,
     base: Annotated[bool, typer.Option("--base", help="The base's answer too, before the checkpoint's.")] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default the run's.",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, callback=finite, help="0 takes the most likely token; 1 draws as the model says.")
@@ -78,6 +86,7 @@ def generate(
         asked,
         step=chosen,
         base=base,
+        server=server,
         sampling=sampling,
         log=log,
         screen=None if as_json else screen,
