@@ -28,7 +28,10 @@ from trainer.store.store import Store, open_store
 # The widest groups of a format are 128 columns, and AWQ packs eight rows.
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "head_dim": 16}
 EXPERTS = ("int4-32 experts", "nvfp4 experts", "fp4-scale experts")
-WITH_MAKERS = {"fp8 tiles": "llama", "mxfp4 gpt-oss": "gpt-oss"}
+WITH_MAKERS: dict[str, dict[str, Any]] = {
+    "fp8 tiles": {"kind": "llama", **SIZES},
+    "mxfp4 gpt-oss": {"kind": "gpt-oss", "hidden_size": 96, "intermediate_size": 64},
+}
 """Formats that are no matter of one matrix, and the kind of base that they are for."""
 
 NOT_ALONE = ("llm-int8", "fp4-scale")
@@ -38,7 +41,7 @@ NOT_ALONE = ("llm-int8", "fp4-scale")
 def stored_base(name: str, plain: Path, folder: Path) -> Path:
     """A base in the format `name`, with the same in 16 bits in its folder "decoded"."""
     if name in WITH_MAKERS:
-        base = make_base(plain, WITH_MAKERS[name], **({} if "gpt-oss" in name else SIZES))
+        base = make_base(plain, **WITH_MAKERS[name])
         return store_in_mxfp4(base, folder) if "gpt-oss" in name else store_in_fp8(base, folder, (128, 128))
     if name in EXPERTS:
         base = make_base(plain, "qwen3-moe", hidden_size=128, moe_intermediate_size=128)

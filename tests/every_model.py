@@ -1,6 +1,7 @@
 """Tries every type of causal language model that transformers builds, each in a process of its own: a release script.
 
     python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
+    python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the same is
 done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document alone. The reference
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from trainer.base.describe.trial.small import small_settings
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 
+RECORD = Path(__file__).with_suffix(".json")
+PROVEN, UNPACKED, REFUSED = "proven", "proven, unpacked", "refused"
 SECONDS = 240
 DOCUMENTS = (5, 23, 36)
 """Tokens of the documents of the row: one is longer than the windows of the tiny bases."""
@@ -186,7 +189,7 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     try:
         return _proven(kind, base, here)
     except ConfigError as refused:
-        return {"status": "refused", "reason": str(refused)}
+        return {"status": REFUSED, "reason": str(refused)}
     except Exception as error:
         return {
             "status": "crashed",
@@ -204,7 +207,7 @@ def _by_config_alone(kind: str, base: Path) -> dict[str, Any] | None:
     try:
         describe_base(Model(base=str(base)))
     except ConfigError as refused:
-        return {"status": "refused", "reason": str(refused)}
+        return {"status": REFUSED, "reason": str(refused)}
     return None
 
 
@@ -282,7 +285,7 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
             within["grad_norm"] = off["rounding"] = abs(found["grad_norm"] - exact) / exact
             off["from_fp64"] = abs(norm - exact) / exact
     good = all(off[key] <= most for key, most in within.items()) and off["effect"] > 1e-3 and not merged
-    status = ("proven" if packing else "proven, unpacked") if good else "wrong"
+    status = (PROVEN if packing else UNPACKED) if good else "wrong"
     layers = sum(part.numel for part in architecture.parameters if part.layer is not None)
     share = sum(part.numel for part in architecture.parameters if part.name in packed) / max(1, layers)
     whole = sorted(f"{name} ({why})" for name, why in architecture.whole())
@@ -323,9 +326,8 @@ def _plain(base: Path) -> Any:
     return getattr(transformers, name).from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
 
 
-def _in_whole(plain: Any, name: str) -> Any:
-    """The weight that the language model calls `name`, in the class that people load."""
-    parameters = dict(plain.named_parameters())
+def _in_whole(parameters: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight that the language model calls `name`, among those of the class that people load."""
     if name in parameters:
         return parameters[name]
     (found,) = (other for other in parameters if other.endswith(name.partition(".")[2]) and _IN_WHOLE.search(other))
@@ -336,10 +338,11 @@ def _reference(base: Path, adapter: Path, packed: set[str], computed: torch.dtyp
     from peft import PeftModel
 
     plain = _plain(base)
+    parameters, modules = dict(plain.named_parameters()), dict(plain.named_modules())
     with torch.no_grad():
         for name in packed:
-            value, path = _in_whole(plain, name), name.removesuffix(".weight")
-            if value.ndim == 2 and isinstance(dict(plain.named_modules()).get(path), Conv1D):
+            value, path = _in_whole(parameters, name), name.removesuffix(".weight")
+            if value.ndim == 2 and isinstance(modules.get(path), Conv1D):
                 value.data = dequantized(value.data.t().contiguous()).t().contiguous()
                 continue
             matrices = value.data if value.ndim == 3 else value.data[None]
@@ -406,6 +409,26 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
         print({key: value for key, value in found.items() if key != "trace"}, flush=True)
 
 
+def record(table: Path) -> None:
+    """Write `RECORD` from a table that has every type, each tried on the same commit."""
+    rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
+    commits = {found["commit"] for found in rows.values()}
+    missing = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - rows.keys()
+    open_ones = [kind for kind, found in rows.items() if found["status"] not in (PROVEN, UNPACKED, REFUSED)]
+    if missing or open_ones or len(commits) > 1:
+        sys.exit(f"{table}: lacks {sorted(missing)}, is of commits {sorted(commits)}, and is open for {open_ones}")
+    types = {kind: found["status"] for kind, found in sorted(rows.items()) if found["status"] != REFUSED}
+    refused = {kind: _clause(found["reason"]) for kind, found in sorted(rows.items()) if found["status"] == REFUSED}
+    content = {"transformers": transformers.__version__, "commit": commits.pop(), "trained": types, "refused": refused}
+    RECORD.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _clause(reason: str) -> str:
+    """A refusal without the place and the type of the base that was tried."""
+    said = re.sub(r"^model\.base: /\S* is an? \S+ model, ", "It is ", reason)
+    return said.replace("It is which", "It")
+
+
 def _commit() -> str:
     """The commit of the working tree, marked where it was changed."""
     asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -414,4 +437,7 @@ def _commit() -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "--record":
+        record(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:])

@@ -4,6 +4,7 @@ python -m tests.models_page            write the page
 python -m tests.models_page --check    exit 1 when the page is not what would be written
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 
 from launcher.config_docs import write_or_check
 from tests.dist import test_experts
+from tests.every_model import RECORD, UNPACKED
 from tests.families import FAMILIES, SIZES
 from tests.unit import test_documents
 from tests.unit.test_experts import FAMILIES as EXPERTS
@@ -101,6 +103,10 @@ have the whole class's logits on text to the last bit.
 
 GPT-2 and its kin (`gpt2`, GPT-SW3, `openai-gpt`) have layers whose weights files hold transposed: they are linear layers here, quantized as bitsandbytes does it, and an adapter has
 PEFT's `fan_in_fan_out`. Their merged models cannot be written in NF4 or FP8, and their adapters not for llama.cpp, each of which is refused.
+"""
+
+_EVERY = """\
+## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in a process of its own, against plain transformers
 and PEFT over weights that it decodes itself, each document alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
@@ -120,7 +126,30 @@ _GPUS = (1, 2, 4, *range(8, 129, 8))
 
 def render() -> str:
     """The whole page as Markdown."""
-    return "\n".join([_HEADER, _FAMILIES, *_family_rows(), "", _SIZES, *_size_rows(), "", _TRIED, _OTHERS])
+    return "\n".join(
+        [_HEADER, _FAMILIES, *_family_rows(), "", _SIZES, *_size_rows(), "", _TRIED, _EVERY, *_types(), "", _OTHERS]
+    )
+
+
+def _types() -> Iterator[str]:
+    """What became of every type of transformers, as tests/every_model.py has recorded it."""
+    found = json.loads(RECORD.read_text())
+    trained, refused = found["trained"], found["refused"]
+    alone = [kind for kind, status in trained.items() if status == UNPACKED]
+    yield (
+        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} types train and are proven so, {len(alone)} of them with each document in a row "
+        "of its own (`data.packing: false`), and the others are refused:\n"
+    )
+    yield f"- proven: {_listed([kind for kind in trained if kind not in alone])};"
+    yield f"- proven with `data.packing: false`: {_listed(alone)}.\n"
+    yield "| refused | the sentence |"
+    yield "|---|---|"
+    for sentence in dict.fromkeys(refused.values()):
+        yield f"| {_listed([kind for kind, other in refused.items() if other == sentence])} | {sentence} |"
+
+
+def _listed(kinds: list[str]) -> str:
+    return ", ".join(f"`{kind}`" for kind in kinds)
 
 
 def _family_rows() -> Iterator[str]:

@@ -61,7 +61,7 @@ def show_longest(found: Longest) -> RenderableType:
         f"{found.gpu.name or 'a GPU'}, {binary(ranks.memory)}" if found.gpu else f"{binary(ranks.memory)} of the host"
     )
     sentences = [
-        f"By the plan, which says 8 to 24 % more than was measured for small models on CPUs; ranks: {ranks.world_size}, each with {whose}."
+        f"By the plan, whose rows small models on CPUs had room for within 5 %; ranks: {ranks.world_size}, each with {whose}."
     ]
     longest = max(row.tokens for row in found.rows)
     if found.positions and longest > found.positions:

@@ -28,12 +28,13 @@ def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def _one(library: str, *arguments: Any) -> dict[str, Any]:
-    """How a run ended; with the inputs of layers that it `sent` to the host, where that waited, and where in the last step."""
-    before, sent, steps = _operations(library), list[None](), list[int]()
+    """How a run ended; with the inputs of layers that it `sent` to the host, in how many `places` there, where the host waited, and where in the last
+    step."""
+    before, sent, steps = _operations(library), list[int](), list[int]()
     waits.clear()
     with (
-        _noted(offload.Offload, "_send", lambda: sent.append(None)),
-        _noted(engine.Engine, "step", lambda: steps.append(len(waits))),
+        _noted(offload.Offload, "_send", lambda one: sent.append(one.there.data_ptr())),
+        _noted(engine.Engine, "step", lambda _: steps.append(len(waits))),
     ):
         try:
             ended = runs.run(*arguments)
@@ -42,18 +43,19 @@ def _one(library: str, *arguments: Any) -> dict[str, Any]:
         except Exception as error:
             ended = {"outcome": "raised", "message": next(iter(str(error).splitlines()), "") or type(error).__name__}
     of_step = waits[steps[-2] : steps[-1]] if len(steps) > 1 else []
-    found = {"operations": _operations(library) - before, "sent": len(sent), "waits": list(waits), "of_step": of_step}
-    return {**ended, **found}
+    found = {"operations": _operations(library) - before, "sent": len(sent), "places": len(set(sent))}
+    return {**ended, **found, "waits": list(waits), "of_step": of_step}
 
 
 @contextmanager
-def _noted(owner: Any, name: str, note: Callable[[], None]) -> Iterator[None]:
-    """Inside, `note` is called before each call of the owner's method."""
+def _noted(owner: Any, name: str, note: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, `note` is told what each call of the owner's method returns."""
     plain = getattr(owner, name)
 
     def noted(*arguments: Any, **given: Any) -> Any:
-        note()
-        return plain(*arguments, **given)
+        result = plain(*arguments, **given)
+        note(result)
+        return result
 
     setattr(owner, name, noted)
     try:

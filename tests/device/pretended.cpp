@@ -87,6 +87,7 @@ struct Device {
   std::vector<Leaving> leaving;
   std::vector<std::string> errors;  // of what must not throw: destructors
   int64_t operations = 0;
+  int64_t allocated = 0, peak = 0;  // bytes
 };
 
 Device& device() {
@@ -207,6 +208,7 @@ void release(void* memory) {
     for (auto& access : block.accesses)
       if (!access.at.before(owner) && !block.recorded.count(access.at.stream))
         device().errors.push_back(race("a reuse of freed memory", block.stream, access));
+    device().allocated -= block.size;
     blocks.erase(found);
   }
   std::free(memory);
@@ -220,6 +222,8 @@ struct Memory final : public c10::Allocator {
       TORCH_CHECK(!posix_memalign(&memory, 64, size), "out of memory");
       std::memset(memory, 0xff, size);
       device().blocks[static_cast<char*>(memory)] = Block{size, current, {}, {}};
+      device().allocated += size;
+      device().peak = std::max(device().peak, device().allocated);
     }
     return {memory, memory, &release, c10::Device(kDevice, 0)};
   }
@@ -691,7 +695,15 @@ std::tuple<std::vector<std::vector<at::Tensor>>, Works> allgather(const std::vec
   return {outs, work};
 }
 
+Works alltoall_base(at::Tensor& out, at::Tensor& in, const Group& group, std::vector<int64_t> outs, std::vector<int64_t> ins, bool async,
+                    int64_t timeout) {
+  return collective(group, {in}, {out}, "all-to-all", [&](auto backend, auto& from, auto& to) {
+    return backend->alltoall_base(to[0], from[0], outs, ins, c10d::AllToAllOptions{});
+  });
+}
+
 TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
+  m.impl("alltoall_base_", &alltoall_base);
   m.impl("_allgather_base_", &allgather_base);
   m.impl("allgather_into_tensor_coalesced_", &allgather_coalesced);
   m.impl("allreduce_", &allreduce);
@@ -703,9 +715,16 @@ TORCH_LIBRARY_IMPL(c10d, PrivateUse1, m) {
 int64_t operations() { return device().operations; }
 void finish() { Guard().synchronizeDevice(0); }
 
+// The most bytes that were allocated since the last call, and how many are now.
+std::tuple<int64_t, int64_t> peak() {
+  Lock lock(device().mutex);
+  return {std::exchange(device().peak, device().allocated), device().allocated};
+}
+
 TORCH_LIBRARY(pretended, m) {
   m.def("operations() -> int", &operations);
   m.def("finish() -> ()", &finish);
+  m.def("peak() -> (int, int)", &peak);
 }
 
 struct Registered {

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils import backend_registration
 
 NAME = "pretended"
+_OPERATIONS = torch.library.Library("aten", "IMPL")
 _SOURCE = Path(__file__).with_name("pretended.cpp")
 
 told: list[str] = []
@@ -100,6 +101,31 @@ def install(library: Path) -> None:
     import deepspeed.accelerator
 
     deepspeed.accelerator.set_accelerator(_accelerator())
+
+
+def peak() -> int:
+    """The most bytes of the device that were taken at one time since the last call."""
+    return torch.ops.pretended.peak()[0]
+
+
+def peak_from_here() -> int:
+    """Let the peak start again from the bytes that are taken now."""
+    peak()
+    return peak()
+
+
+def take_memory_as_cards_do() -> None:
+    """Have attention keep no matrix of scores, and SiLU's gradient come out of one operation, as on CPUs and cards: for a kind of device that it does
+    not know, PyTorch takes formulas of several operations."""
+
+    def attend(*states: Any, is_causal: bool = False, scale: float | None = None, **_: Any) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*states, is_causal=is_causal, scale=scale)[0]
+
+    def silu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=torch.empty_like(x))
+
+    torch.nn.functional.scaled_dot_product_attention = attend
+    _OPERATIONS.impl("silu_backward", silu_backward, "PrivateUse1")
 
 
 def _without_device(plain: Any) -> Any:

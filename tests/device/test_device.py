@@ -81,6 +81,7 @@ def test_runs_have_the_losses_that_they_have_on_cpus(trained: dict[str, Any]) ->
         if name.startswith("offloaded"):
             rows = there.train.global_batch // len(ends)
             assert {ended["sent"] for ended in ends} == {STEPS * LAYERS * rows}, "the input of each layer"
+            assert {ended["places"] for ended in ends} == {LAYERS}, "in memory that the next row uses again"
         if name == "alone":
             assert run_of(there).exists(layout.samples(STEPS))
 

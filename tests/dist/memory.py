@@ -2,23 +2,27 @@
 
 import gc
 from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from tests.device import pretended
 from tests.dist import runs
-from tests.dist.assembled import Assembled, assemble_run
+from tests.dist.assembled import assemble_run
+from tests.dist.shared_rows import received
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions import reading
-from trainer.config import parse_config
+from trainer.config import parse_config, training
 from trainer.data.order.position import Position
 from trainer.export.write import merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.model import nf4
+from trainer.model import tiled
 from trainer.model.attention import choose_attention
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.nf4 import FrozenLinear4bit
@@ -42,77 +46,78 @@ def load_memory(config_text: str) -> dict[str, Any]:
     return {"grown_bytes": _memory("VmHWM") - before, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
 
 
-def step_memory(config_text: str) -> dict[str, int]:
-    """Bytes by which a step raises this process's resident memory: as it is, and with every gathered weight kept to its end.
-
-    -> {"released", "kept", "packed": bytes of the packed weights, whole}
-    """
+def gathered_in_step(config_text: str) -> dict[str, int]:
+    """The most bytes of gathered weights that are there at one time in a step: as it is, and with each kept to its end."""
     here = assemble_run(parse_config(config_text))
-    _step_growth(here.engine)  # the first step finds out in which order parameters are used
-    # The less of two, as a library may take memory of its own in one of them.
-    released, plain = min(_step_growth(here.engine) for _ in range(2)), nf4.FrozenLinear4bit.dequantize
-    held: list[Tensor] = []
+    _most_gathered(here.engine)  # the first step finds out in which order parameters are used
+    return {"released": _most_gathered(here.engine), "kept": _most_gathered(here.engine, keep=list[Tensor]().append)}
 
-    def keeping(self: FrozenLinear4bit) -> Tensor:
-        held.append(self.weight.data)
+
+def _most_gathered(engine: Engine, keep: Callable[[Tensor], None] = lambda _: None) -> int:
+    gathered, bytes_there, plain = dict[StorageWeakRef, int](), list[int](), FrozenLinear4bit.dequantize
+
+    def noting(self: FrozenLinear4bit) -> Tensor:
+        keep(self.weight.data)
+        storage = self.weight.data.untyped_storage()
+        gathered[StorageWeakRef(storage)] = storage.nbytes()
+        bytes_there.append(sum(size for one, size in gathered.items() if not one.expired()))
         return plain(self)
 
-    nf4.FrozenLinear4bit.dequantize = keeping
-    kept = _step_growth(here.engine)
-    packed: list[Any] = [p for p in here.engine.model.parameters() if p.dtype == torch.uint8]
-    return {"released": released, "kept": kept, "packed": sum(parameter.ds_numel for parameter in packed)}
+    FrozenLinear4bit.dequantize = noting
+    try:
+        _pass_through(engine, 16)
+    finally:
+        FrozenLinear4bit.dequantize = plain
+    return max(bytes_there)
 
 
-def _step_growth(engine: Engine) -> int:
-    tokens, borders = torch.arange(16)[None], torch.tensor([0, 16], dtype=torch.int32)
-    batch = MicroBatch(tokens, tokens, tokens, borders, 16, 16, 16, (), ())
-    before = _peak_from_here()
-    engine.backward(engine.loss(batch), last=True)
-    engine.step(1e-4)
-    return _memory("VmHWM") - before
-
-
-def row_memory(config_text: str, lengths: list[int]) -> list[int]:
-    """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise the resident memory."""
-    config = parse_config(config_text)
+def row_memory(config_text: str, lengths: list[int], tile: int, library: str) -> list[tuple[int, int]]:
+    """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise the resident memory, or that
+    of the pretended device in `library`; and those that this rank receives of its peers in it. MLPs that are tiled take so many tokens at a time."""
+    config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
+    begin, highest = (pretended.peak_from_here, pretended.peak) if library else (_peak_from_here, _highest)
+    if library:
+        pretended.install(Path(library))
+        pretended.take_memory_as_cards_do()
     reading._GLIBC_DEFAULT_LIMIT = 2**20
     with reading.freed_memory_given_back():
-        here, parts, grown = assemble_run(config), config.sharding.sequence_parallel, list[int]()
+        here, parts, found = assemble_run(config), config.sharding.sequence_parallel, list[tuple[int, int]]()
+        mine = here.ranks.rank % parts, parts
         for length in (lengths[0], *lengths):  # the first pass finds out in which order parameters are used
-            before = _peak_from_here()
-            _pass_through(here, length, parts)
-            grown.append(_memory("VmHWM") - before)
-    return grown[1:]
+            before = begin()
+            with received() as bytes_of_peers:
+                _pass_through(here.engine, length, mine)
+            found.append((highest() - before, sum(bytes_of_peers)))
+    return found[1:]
 
 
-def longest_row(config_text: str, memory: int, longest: int) -> int:
+def longest_row(config_text: str, memory: int, longest: int, tile: int) -> int:
     """The longest document, of at most `longest` tokens, whose step this process can make with `memory` bytes beyond those that it has before the
-    base is loaded: bisected by steps, in 64ths of `longest`."""
-    config = parse_config(config_text)
+    base is loaded: bisected by steps, in 64ths of `longest`. MLPs that are tiled take so many tokens at a time."""
+    config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
     reading._GLIBC_DEFAULT_LIMIT = 2**20
     with reading.freed_memory_given_back():
         step = longest // 64
-        _pass_through(assemble_run(config), step, 1)  # whatever is imported on the way is there then
+        _pass_through(assemble_run(config).engine, step)  # whatever is imported on the way is there then
         gc.collect()
         before, here = _peak_from_here(), assemble_run(config)
 
         def is_too_long(steps: int) -> bool:
             _peak_from_here()
-            _pass_through(here, steps * step, 1)
+            _pass_through(here.engine, steps * step)
             return _memory("VmHWM") - before > memory
 
         return step * bisect_right(range(1, 65), False, key=is_too_long)
 
 
-def _pass_through(here: Assembled, length: int, parts: int) -> None:
-    """A step over one document of so many tokens, or this rank's slice of it."""
+def _pass_through(engine: Engine, length: int, mine: tuple[int, int] = (0, 1)) -> None:
+    """A step over one document of so many tokens, or over a slice of it: its number and how many there are."""
     tokens = torch.arange(length, dtype=torch.int32)[None] % 250
     borders = torch.tensor([0, length], dtype=torch.int32)
     positions = torch.arange(length, dtype=torch.int32)[None]
     row = MicroBatch(tokens, tokens, positions, borders, length, length, length, (), ())
-    mine = row if parts == 1 else row.cut(here.ranks.rank % parts, parts)
-    here.engine.backward(here.engine.loss(mine) / length, last=True)
-    here.engine.step(1e-6)
+    engine.backward(engine.loss(row if mine == (0, 1) else row.cut(*mine)) / length, last=True)
+    engine.step(1e-6)
 
 
 def training_memory(config_text: str, fingerprint: str) -> int:
@@ -147,6 +152,10 @@ def _peak_from_here() -> int:
     """Let the peak start again from the memory that is resident now, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
+
+
+def _highest() -> int:
+    return _memory("VmHWM")
 
 
 def _memory(what: str) -> int:

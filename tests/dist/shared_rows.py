@@ -1,6 +1,8 @@
 """What ranks that share rows exchange, and what steps over rows cost."""
 
-from statistics import median
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import process_time
 
 from torch import Tensor
 
@@ -11,23 +13,36 @@ from trainer.model.rows.peers import RankPeers
 from trainer.train.loop import train
 
 
-def exchanged(config_text: str, fingerprint: str) -> int:
-    """Bytes that this rank receives of its peers in the first step."""
-    received, swap = [0], RankPeers.swap
+@contextmanager
+def received() -> Iterator[list[int]]:
+    """The bytes that this rank receives of its peers inside, exchange by exchange."""
+    found, swap = list[int](), RankPeers.swap
 
     def counted(self: RankPeers, pieces: Tensor) -> Tensor:
-        received[0] += pieces.nbytes * (self.size - 1) // self.size
+        found.append(pieces.nbytes * (self.size - 1) // self.size)
         return swap(self, pieces)
 
     RankPeers.swap = counted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        RankPeers.swap = swap  # type: ignore[method-assign]
+
+
+def exchanged(config_text: str, fingerprint: str) -> int:
+    """Bytes that this rank receives of its peers in the first step."""
     here = assemble_run(parse_config(config_text), fingerprint)
-    next(train(here.training(), 0, Position()))
-    return received[0]
+    with received() as found:
+        next(train(here.training(), 0, Position()))
+    return sum(found)
 
 
-def step_costs(config_text: str, fingerprint: str) -> tuple[int, float]:
-    """The tokens of a step, and the median of the seconds that steps take behind the first."""
-    config = parse_config(config_text)
-    here = assemble_run(config, fingerprint)
-    records = [record for record in train(here.training(), 0, Position()) if "tokens" in record]
-    return records[0]["tokens"], median(record["seconds"] for record in records[1:])
+def pair_costs(config_text: str, fingerprint: str) -> tuple[float, float]:
+    """The tokens of a pair of answers, and the processor's seconds for it, in the steps behind the first."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    found = list[tuple[int, int, float]]()
+    for record in train(here.training(), 0, Position()):
+        if "tokens" in record:
+            found.append((record["tokens"], record[here.resolved.objective.unit], process_time()))
+    tokens, pairs = (sum(step[which] for step in found[1:]) for which in (0, 1))
+    return tokens / pairs, (found[-1][2] - found[0][2]) / pairs

@@ -104,6 +104,8 @@ def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None
         "bottleneck": ("tuning={method: bottleneck}",),
         "tokens": ("model.add_tokens=[he, ant]",),
         "modules": ("tuning.modules_to_save=[embed_tokens, lm_head]",),
+        "prompt": ("tuning={method: prompt, virtual_tokens: 4}",),
+        "prefix": ("tuning={method: prefix, virtual_tokens: 4}",),
     }
     steps = dict[int, list[float]]()
     for ranks in (1, 2):

@@ -197,6 +197,8 @@ def test_what_is_whole_and_what_reduces_is_counted():
     assert world.memory_per_gpu.gathered_layers == pytest.approx(max(3 * layer, head + layer), rel=1e-3)
     assert alone.memory_per_gpu.gradient_buckets == 4 * 50_000_000
     assert world.memory_per_gpu.gradient_buckets == 4 * (50_000_000 * 2 + 50_000_000 // 16)
+    host = plan_of(config("cluster.gpus_per_worker=0"), {**TINY, "model_type": "llama"}, 1, 1, None)
+    assert host.memory_per_gpu.gradient_buckets == 4 * host.parameters.trainable, "what is written to, on a CPU"
 
 
 @pytest.mark.parametrize(("rank", "whole"), [(16, 16 * 28672), (64, WHOLE)])

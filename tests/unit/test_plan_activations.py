@@ -73,7 +73,7 @@ def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
     assert [plan.shortfalls for plan in (whole, tiled, away)] == [[], [], []]
     tokens, value = 65536, 2
     mlp, queries, inputs = 4 * 14336, 4096, 32 * 4096
-    widest = 14336 - queries
+    widest = 14336 - (queries + queries + 2 * 1024) // 2
     assert whole.memory_per_gpu.activations - tiled.memory_per_gpu.activations == (
         value * (mlp * (tokens - 4096) + 2 * widest * tokens)
     )
@@ -110,11 +110,11 @@ def test_layers_by_ligers_kernels_keep_a_quarter_less():
 
 
 def test_pinned_memory_is_counted_as_torch_takes_it():
-    """In powers of two, an allocation for each layer."""
+    """In powers of two, of which inputs share one where that takes less than one for each layer."""
     header = Path(torch.__file__).parent / "include/ATen/core/CachingHostAllocator.h"
     assert "return c10::llvm::PowerOf2Ceil(size);" in header.read_text()
     away = ("train.activation_offload=true", "train.activation_checkpointing=all")
-    for length, gib in ((65536, 80), (65537, 160), (40000, 80)):
+    for length, gib in ((65536, 80), (65537, 88), (40000, 50)):
         plan = plan_of(config(f"data.sequence_length={length}", *away), LLAMA_70B, 1, 1, None)
         assert plan.memory_per_host.offloaded_activations == gib * GIB, length
 

@@ -133,4 +133,7 @@ def test_longrope_wants_rows_of_one_document(workshop: Workshop) -> None:
     longrope = [f"model.rope_scaling.{one}" for one in ("rope_type=longrope", "factor=4", *factors)]
     with pytest.raises(ConfigError, match="frequencies by the longest document of a row"):
         resolve(workshop.config("longrope", *longrope))
-    assert resolve(workshop.config("longrope", *longrope, "data.packing=false")).base.architecture.positions == 1024
+    base = resolve(workshop.config("longrope", *longrope, "data.packing=false")).base
+    assert base.architecture.positions == 1024
+    merged = json.loads(merged_config(base, []))["rope_parameters"]
+    assert (merged["rope_type"], merged["long_factor"]) == ("longrope", [1, 2, 2, 2, 3, 3, 4, 4])

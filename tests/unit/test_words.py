@@ -92,6 +92,7 @@ def test_a_base_of_the_hub_is_refused_soon_where_the_hub_cannot_be_reached(
         given_up.append(address)
         raise OSError
 
+    assert hub._PATIENCE_SECONDS < 3, "the wait without a network"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "getproxies", dict)

@@ -6,7 +6,7 @@ from pydantic import field_validator, model_validator
 
 from trainer.config.data.data import Data
 from trainer.config.data.row_kinds import LIKELY, ROW_FORMATS, Format, kind_of
-from trainer.config.section import Section, Steps, setting
+from trainer.config.section import Section, Steps, TokenCount, setting
 
 UNNAMED = "eval"
 """The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""
@@ -84,9 +84,7 @@ class Evaluation(Section):
         about="Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with one a line.",
         example="data/prompts.jsonl",
     )
-    max_tokens: int = setting(
-        128, about="Longest answer to a prompt while the run trains.", example=64, ge=1, le=2**20, unit="tokens"
-    )
+    max_tokens: TokenCount = setting(128, about="Longest answer to a prompt while the run trains.", example=64)
 
     @property
     def between(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainer.config.section import Seconds, Section, declared, setting, with_parts
+from trainer.config.section import Seconds, Section, Share, TokenCount, declared, setting, with_parts
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,11 @@ class ObjectiveSettings(Section):
         "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: such a URL.",
         example="Qwen/Qwen3-235B-A22B",
     )
-    label_smoothing: float = setting(
+    label_smoothing: Share = setting(
         0.0,
         about="sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of the "
         "pairs that are thought to be the wrong way round, below 0.5.",
         example=0.1,
-        ge=0,
-        lt=1,
-        unit="share",
     )
 
 
@@ -100,13 +97,10 @@ class Rollout(Section):
     answers: int = setting(
         8, about="Answers sampled to each prompt, which are compared with each other.", example=16, ge=2, le=4096
     )
-    max_tokens: int = setting(
+    max_tokens: TokenCount = setting(
         256,
         about="Longest answer. It is shorter where data.sequence_length has less room behind the prompt.",
         example=1024,
-        ge=1,
-        le=2**20,
-        unit="tokens",
     )
     temperature: float = setting(
         1.0,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Seconds, Section, Steps, setting
+from trainer.config.section import Seconds, Section, Seed, Steps, setting
 
 _SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
 
@@ -32,7 +32,7 @@ class Run(Section):
         about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
         example=300,
     )
-    seed: int = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7, ge=0, lt=2**32)
+    seed: Seed = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7)
 
     @field_validator("name")
     @classmethod

@@ -74,6 +74,12 @@ def setting(default: Any = ..., *, about: str, example: Any, unit: str | None = 
 
 Seconds = Annotated[float, Field(gt=0, json_schema_extra={"unit": "seconds"})]
 Steps = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
+Rows = Annotated[int, Field(ge=1, json_schema_extra={"unit": "rows"})]
+TokenCount = Annotated[int, Field(ge=1, le=2**20, json_schema_extra={"unit": "tokens"})]
+Share = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "share"})]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Multiple = Annotated[float, Field(gt=0, le=1000)]
+Factor = Annotated[float, Field(gt=0, le=100)]
 
 SectionKind = TypeVar("SectionKind", bound=Section)
 PartKind = TypeVar("PartKind", bound=Section)

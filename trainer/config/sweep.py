@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Section, Seed, setting
 
 GRID = "grid"
 LOG_UNIFORM = "log_uniform"
@@ -69,9 +69,7 @@ class Sweep(Section):
         ge=1,
         unit="trials",
     )
-    seed: int = setting(
-        0, about="Decides what is drawn. The order of the data is run.seed's.", example=7, ge=0, lt=2**32
-    )
+    seed: Seed = setting(0, about="Decides what is drawn. The order of the data is run.seed's.", example=7)
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Section, Steps, setting
+from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting
 
 MLP_TILE = 4096
 """Tokens that an MLP takes at a time where it is tiled."""
@@ -41,13 +41,7 @@ class Optim(Section):
         le=1,
         unit="share of steps",
     )
-    warmup_power: float = setting(
-        1.0,
-        about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.",
-        example=2.0,
-        gt=0,
-        le=100,
-    )
+    warmup_power: Factor = setting(1.0, about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.", example=2.0)
     min_lr_ratio: float = setting(
         0.1,
         about="Last learning rate, as a share of lr (not of constant, inverse_sqrt and one_cycle).",
@@ -59,7 +53,7 @@ class Optim(Section):
     cycles: int = setting(
         1, about="Falls of cosine_with_restarts, each from lr.", example=3, ge=1, le=10_000, unit="cycles"
     )
-    power: float = setting(1.0, about="Exponent of polynomial; 1 is linear.", example=2.0, gt=0, le=100)
+    power: Factor = setting(1.0, about="Exponent of polynomial; 1 is linear.", example=2.0)
     decay_ratio: float = setting(
         0.1,
         about="Share of all steps at the end over which wsd falls, along a cosine.",
@@ -81,12 +75,10 @@ class Optim(Section):
     weight_decay: float = setting(
         0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
     )
-    lora_plus_ratio: float = setting(
+    lora_plus_ratio: Multiple = setting(
         1.0,
         about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
         example=16,
-        gt=0,
-        le=1000,
     )
     grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
 
@@ -156,17 +148,13 @@ class Train(Section):
         le=10_000,
         unit="epochs",
     )
-    global_batch: int = setting(
+    global_batch: Rows = setting(
         8,
         about="Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not "
         "move with the number of GPUs.",
         example=64,
-        ge=1,
-        unit="rows",
     )
-    micro_batch: int = setting(
-        1, about="Packed rows a rank takes through the model at once.", example=1, ge=1, unit="rows"
-    )
+    micro_batch: Rows = setting(1, about="Packed rows a rank takes through the model at once.", example=1)
     activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
         "auto",
         about="Which decoder layers compute their activations again in the backward pass, which frees their memory and takes half "

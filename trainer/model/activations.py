@@ -24,7 +24,9 @@ def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
         model.disable_input_require_grads()  # only reentrant checkpointing needs a gradient of the embedding's output
     here = kind()
-    offload = Offload(torch.device(here)) if here and settings.activation_offload else None  # a CPU's are on the host
+    offload = (
+        Offload(torch.device(here), again) if here and settings.activation_offload else None
+    )  # a CPU's are on the host
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < again  # transformers' flag
         if offload is not None:

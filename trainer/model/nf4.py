@@ -229,10 +229,11 @@ class FrozenLinear4bit(Packed, nn.Linear):
 def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be gathered."""
     weight = weight_of(linear)
-    if not _is_in_fp8(linear):
-        return nn.functional.linear(x, weight, bias)
-    result = fp8.product(x, weight)
-    return result if bias is None else result.add_(bias)
+    if bias is None:
+        return fp8.product(x, weight) if _is_in_fp8(linear) else nn.functional.linear(x, weight)
+    result = fp8.product(x, weight).add_(bias) if _is_in_fp8(linear) else nn.functional.linear(x, weight, bias)
+    # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as Falcon's code does.
+    return torch.ops.aten._unsafe_view(result, result.shape)
 
 
 def multiply_back(grad: Tensor, linear: nn.Linear) -> Tensor:

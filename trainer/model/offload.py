@@ -19,8 +19,32 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from trainer.model.documents import recomputed
+from trainer.processes.pinned import blocks, place_bytes
 
 _LEAVING = 2  # inputs that are on the device though they are saved on the host
+
+
+class _Arena:
+    """Pinned memory for `count` inputs of layers, in places as large as the largest of them. All copies from and to it are a stream's, in their order: so
+    a place may be another input's at once when its own is gone."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._size = count, 0
+        self._free, self._blocks = list[Tensor](), list[int]()
+
+    def place_of(self, size: int) -> Tensor:
+        """A free one for a tensor of so many bytes, as bytes."""
+        if place_bytes(size) > self._size:
+            self._size = place_bytes(size)
+            self._free, self._blocks = [], blocks(self._size, self._count)
+        if not self._free:
+            places = self._blocks.pop() if self._blocks else 1
+            self._free.extend(torch.empty(places, self._size, dtype=torch.uint8, pin_memory=True).unbind())
+        return self._free.pop()
+
+    def give_back(self, place: Tensor) -> None:
+        if place.nbytes == self._size:
+            self._free.append(place)
 
 
 class _Input:
@@ -38,10 +62,10 @@ def _nothing() -> None:
 
 
 class Offload:
-    """Activation checkpointing whose saved inputs wait on the host."""
+    """Activation checkpointing of so many `layers`, whose saved inputs wait on the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.Stream(device)
+    def __init__(self, device: torch.device, layers: int) -> None:
+        self._device, self._stream, self._arena = device, torch.Stream(device), _Arena(layers)
         self._leaving: deque[_Input] = deque()
         self._newest: Callable[[], _Input | None] = _nothing  # what was saved last and is still needed
 
@@ -51,7 +75,9 @@ class Offload:
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputed)
 
     def _send(self, here: Tensor) -> _Input:
-        sent = _Input(here, torch.empty_like(here, device="cpu", pin_memory=True), self._newest)
+        place = self._arena.place_of(here.nbytes)
+        sent = _Input(here, place[: here.nbytes].view(here.dtype).view(here.shape), self._newest)
+        weakref.finalize(sent, self._arena.give_back, place)
         self._copy(sent, sent.there, here)
         self._newest = weakref.ref(sent)
         self._leaving.append(sent)
@@ -65,6 +91,8 @@ class Offload:
         here = self._call_back(wanted)
         self._wait_for(wanted)
         wanted.here, self._newest = None, wanted.before
+        if wanted in self._leaving:  # which would hold its place until the next forward pass
+            self._leaving.remove(wanted)
         if (following := wanted.before()) is not None:
             self._call_back(following)
         return here

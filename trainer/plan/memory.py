@@ -12,10 +12,10 @@ from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
     is_packed,
     multiplies_in_fp8,
-    pinned,
     stored_bytes,
     stored_layers,
 )
+from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
 # trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
@@ -158,10 +158,12 @@ def _gathered(given: Inputs) -> int:
 
 
 def _gradient_buckets(given: Inputs) -> int:
-    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to."""
+    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to. Of a CPU's memory it takes what
+    gradients are written to."""
     bucket = given.zero.get("reduce_bucket_size", 500_000_000)
-    reduced = min(bucket, given.trainable) if given.world_size > 1 else 0
-    return 4 * (bucket + reduced + ceil(reduced / given.world_size))
+    written = min(bucket, given.trainable)
+    reduced = written if given.world_size > 1 else 0
+    return 4 * ((bucket if given.on_gpu else written) + reduced + ceil(reduced / given.world_size))
 
 
 def _activations(given: Inputs) -> tuple[int, int]:
@@ -196,16 +198,18 @@ def _masks(given: Inputs) -> int:
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of host memory for the inputs of a rank's layers that are computed again, each of which is pinned memory of its own."""
-    return (
-        given.recomputed_layers * pinned(given.item * given.tokens * given.model.hidden) if given.offloads_inputs else 0
-    )
+    """Bytes of pinned host memory for the inputs of a rank's layers that are computed again, which lie together (trainer/model/offload.py)."""
+    if not given.offloads_inputs:
+        return 0
+    size = place_bytes(given.item * given.tokens * given.model.hidden)
+    return sum(pinned(places * size) for places in blocks(size, given.recomputed_layers))
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
+    kept += values.exchanged * (given.shared > 1)
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
     return kept, max(values.widest, tile * values.widest_mlp)

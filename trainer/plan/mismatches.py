@@ -10,7 +10,7 @@ from trainer.config import Config, Optim
 from trainer.config.objective import HEADS
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective.objective import Objective, segments_of
 from trainer.tuning.objective.rollouts import rollout_mismatches
 
 _SHARED_ROWS = "sharding.sequence_parallel"
@@ -131,7 +131,8 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
     """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
-    size, tokens = config.sharding.sequence_parallel, config.train.micro_batch * config.data.sequence_length
+    size, reserved = config.sharding.sequence_parallel, method.virtual.reserved * segments_of(config)
+    tokens = config.train.micro_batch * (config.data.sequence_length + reserved)
     if size == 1:
         return
     if model.fails_shared:
@@ -145,11 +146,8 @@ def _of_shared_rows(config: Config, model: Architecture, method: Method, objecti
     if uneven := sorted(count for count in heads if count % size):
         yield f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of {uneven[0]}."
     if tokens % size:
-        yield (
-            f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}."
-        )
-    if method.virtual.count:
-        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row with the virtual tokens of tuning.method: {config.tuning.method}. {_ALONE}"
+        less = f", less the {reserved} of tuning.virtual_tokens" if reserved else ""
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}{less}."
     if objective.survey is not None or config.objective.name in HEADS:
         yield f"{_SHARED_ROWS}: objective.name: {config.objective.name} looks at parts of a row by themselves, of which {size} ranks would have slices. {_ALONE}"
 

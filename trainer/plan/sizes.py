@@ -80,11 +80,6 @@ def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[Sto
     return [StoredParameter(count * size, 1) for size in (_code_bytes(weights, quant), *scales)]
 
 
-def pinned(size: int) -> int:
-    """Bytes of a block of pinned host memory of this size: torch rounds each up to a power of two (ATen/core/CachingHostAllocator.h)."""
-    return 2 ** (size - 1).bit_length() if size else 0
-
-
 def stored_layers(config: Config, model: Architecture) -> list[int]:
     """Bytes of the linear weights and experts of each decoder layer."""
     item = value_bytes(config)

@@ -160,8 +160,7 @@ def _distillation(keys: Keys) -> None:
         )
     if keys.given.get("kd_temperature") and not server:
         keys.attempt("kd_temperature", lambda: {"objective.temperature": to.number(keys.given["kd_temperature"])})
-    if keys.given.get("kd_online_topk"):
-        keys.attempt("kd_online_topk", lambda: {"objective.top_k": to.whole(keys.given["kd_online_topk"])})
+    keys.carry("kd_online_topk", "objective.top_k", to.whole)
     if keys.given.get("kd_beta") == 1:
         keys.put("objective.divergence", "reverse", "kd_beta")
     elif keys.given.get("kd_beta"):

@@ -55,12 +55,11 @@ def in_8_bits(keys: Keys, key: str) -> None:
 def uncertainty(keys: Keys, switch: str, tokens: str, scale: float) -> None:
     """`objective.eaft`, whose entropies the peer divides by `scale`."""
     if keys.asked(switch):
-        power, most = keys.given.get("eaft_alpha"), keys.given.get(tokens)
+        power = keys.given.get("eaft_alpha")
         keys.attempt(switch, lambda: {"objective.eaft": to.number(1.0 if power is None else power)})
         keys.put("objective.eaft", keys.settings.get("objective.eaft"), switch, "eaft_alpha")
         keys.put("objective.eaft_scale", scale, switch)
-        if most is not None:
-            keys.attempt(tokens, lambda: {"objective.eaft_tokens": to.whole(most)})
+        keys.carry(tokens, "objective.eaft_tokens", to.whole)
     else:
         for name in ("eaft_alpha", tokens):
             keys.need_not(name, f"It has no effect without {switch}.")
@@ -123,10 +122,7 @@ def betas(keys: Keys) -> None:
 
 def schedule(keys: Keys, key: str) -> None:
     """The settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
-    if keys.given.get("cosine_min_lr_ratio"):
-        keys.attempt(
-            "cosine_min_lr_ratio", lambda: {"optim.min_lr_ratio": to.number(keys.given["cosine_min_lr_ratio"])}
-        )
+    keys.carry("cosine_min_lr_ratio", "optim.min_lr_ratio", to.number)
     arguments = keys.given.get("lr_scheduler_kwargs")
     if isinstance(arguments, dict) and arguments:
         keys.attempt("lr_scheduler_kwargs", lambda: _arguments(arguments, keys.settings))

@@ -67,10 +67,8 @@ def _method(keys: Keys) -> None:
     if kind == "oft":
         _oft(keys)
     elif low_rank:
-        alpha = keys.given.get("lora_alpha")
         keys.put("tuning.alpha", 2.0 * keys.whole("lora_rank", 8), "lora_rank")
-        if alpha:
-            keys.attempt("lora_alpha", lambda: {"tuning.alpha": to.number(alpha)})
+        keys.carry("lora_alpha", "tuning.alpha", to.number)
     if low_rank and not bits and "quant.type" in keys.settings:  # accelerate's file has it
         return
     if not low_rank or not bits:
@@ -84,20 +82,15 @@ def _method(keys: Keys) -> None:
         keys.lose("quantization_bit", "The base is stored as bitsandbytes does it in 4 or 8 bits, or in 16. Here in 4.")
     keys.put("quant.type", str(keys.given.get("quantization_type") or "nf4"), "quantization_bit", "quantization_type")
     keys.put("quant.double", True, "quantization_bit")
-    if keys.given.get("double_quantization") is not None:
-        keys.attempt("double_quantization", lambda: {"quant.double": to.flag(keys.given["double_quantization"])})
+    keys.carry("double_quantization", "quant.double", to.flag)
 
 
 def _oft(keys: Keys) -> None:
     keys.put("tuning.method", "oft", "finetuning_type")
     for name in ("rank", "alpha", "dropout"):
         keys.spare(f"tuning.{name}", "tuning.method: oft has rotations, and no matrices of a rank.")
-    for key, setting, convert in (
-        ("oft_target", "tuning.targets", to.targets),
-        ("oft_block_size", "tuning.block", to.whole),
-    ):
-        if keys.given.get(key):
-            keys.attempt(key, lambda key=key, setting=setting, convert=convert: {setting: convert(keys.given[key])})
+    keys.carry("oft_target", "tuning.targets", to.targets)
+    keys.carry("oft_block_size", "tuning.block", to.whole)
 
 
 def _objective(keys: Keys) -> None:

@@ -48,9 +48,7 @@ def _method(keys: Keys) -> None:
     kind = str(keys.given.get("quant_config.quantization_type") or "nf4")
     keys.put("quant.type", kind, "quant_config.quantization_bit", "quant_config.quantization_type", "quant_config.name")
     keys.put("quant.double", True, "quant_config.quantization_bit")
-    if keys.given.get("quant_config.double_quantization") is not None:
-        name = "quant_config.double_quantization"
-        keys.attempt(name, lambda: {"quant.double": to.flag(keys.given[name])})
+    keys.carry("quant_config.double_quantization", "quant.double", to.flag)
 
 
 def _sources(keys: Keys, key: str, given: str, folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from launcher.init.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
-from trainer.config.peers.conversions import Inconvertible
+from trainer.config.peers.conversions import Conversion, Inconvertible
 from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupported
 from trainer.errors import ConfigError
 
@@ -124,6 +124,11 @@ class Keys:
             return
         for setting, value in made.items():
             self.put(setting, value, key)
+
+    def carry(self, key: str, setting: str, convert: Conversion) -> None:
+        """Put the value of `key`, converted, where it is given; beside other keys it counts last."""
+        if (value := self.given.get(key)) not in (None, ""):
+            self.attempt(key, lambda: {setting: convert(value)})
 
     def drop(self, setting: str, why: str) -> bool:
         """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`; returns whether one

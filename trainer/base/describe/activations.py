@@ -7,10 +7,10 @@ from trainer.base.architecture import Architecture, Parameter
 
 
 class LayerValues(NamedTuple):
-    """The values a token that a decoder layer keeps for its backward pass, and those that enter the widest of the last linear layers of
-    its blocks: those of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
+    """The values a token that a decoder layer keeps for its backward pass, and half of the gradients that are there at one time in the widest of its
+    blocks, as many as enter its last linear layer: those of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
     `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of what is kept `kept_whole` is for all tokens of a
-    row on each of the ranks that share it."""
+    row on each of the ranks that share it; these keep `exchanged` beside it, attention's results as their heads computed them and as their tokens have them."""
 
     kept: float
     widest: float
@@ -20,6 +20,7 @@ class LayerValues(NamedTuple):
     fused: float
     fused_in_mlps: float
     kept_whole: float
+    exchanged: float
 
 
 def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
@@ -39,12 +40,13 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
-    mlp_weights, kept_whole = 0, 0.0
+    mlp_weights, kept_whole, exchanged = 0, 0.0, 0.0
     for path, parts in blocks.items():
         last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
         entering = _values(last, model.hidden, entering=True)
-        own = entering * (1 if path in attention else 2)
-        own += sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        own, exchanged = entering * (1 if path in attention else 2), exchanged + entering * (path in attention)
+        leaving = sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        own += leaving
         if last.kind == "experts":  # what leaves them, which the weights of the routes multiply
             own += last.visits * last.shape[0] * model.hidden
         own += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
@@ -54,9 +56,10 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             mlp_weights = max(mlp_weights, sum(part.numel for part in parts))
             fused_in_mlps += entering
         else:
-            kept, widest = kept + own, max(widest, entering)
+            # Attention's gradients are those of its results, and of queries, keys and values.
+            kept, widest = kept + own, max(widest, (entering + leaving) / 2 if path in attention else entering)
             kept_whole += own if any(f"{path}.".startswith(f"{whole}.") for whole in model.computed_whole) else 0
-    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps, kept_whole)
+    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps, kept_whole, exchanged)
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:

@@ -18,7 +18,7 @@ from trainer.config.data.row_kinds import (
     most_segments,
 )
 from trainer.config.data.source import Source
-from trainer.config.section import Section, setting
+from trainer.config.section import Section, Seed, setting
 
 _TODAY = "2025-01-01"
 
@@ -58,7 +58,7 @@ class Data(Section):
         lt=1,
         unit="share of rows",
     )
-    held_out_seed: int = setting(0, about="Chooses other rows to hold out.", example=1, ge=0, lt=2**32)
+    held_out_seed: Seed = setting(0, about="Chooses other rows to hold out.", example=1)
     format: Format = setting(
         "auto",
         about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "

@@ -11,8 +11,8 @@ else on the CPU (trainer/export/proof/placement.py).
 A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
 weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 
-Before that every format compares the export's bytes with those of a second one (trainer/export/proof/same_bytes.py), and here its tokenizer and chat template
-must give the run's texts the tokens of the training (trainer/export/proof/rendering.py).
+Before that the export's bytes are compared with those of a second one (trainer/export/proof/same_bytes.py). Its tokenizer and chat template must
+give the run's texts the tokens of the training, too (trainer/export/proof/rendering.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence

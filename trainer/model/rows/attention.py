@@ -45,7 +45,7 @@ def attend_across(
     )
     if s_aux is not None:
         given["s_aux"] = s_aux.chunk(peers.size)[peers.part]
-    layer = _OfRank(module, heads, query.shape[1] // key.shape[1], peers)
+    layer = _OfRank(module, heads, kv_heads, peers)
     out, _ = attend(layer, query, key, value, attention_mask, **given)
     return to_tokens(out, peers), None
 
@@ -88,15 +88,20 @@ def causal(query: Tensor, key: Tensor) -> Tensor:
 
 class _OfRank:
     """A layer's attention as a kernel asks it for facts, with this rank's heads: the heads of queries for each head of keys, and the part of what
-    it has a value of for each head, such as sinks."""
+    it has a value of for each head, such as sinks, or keys and values of for each head of keys, such as prefixes (2, kv_heads, P, head)."""
 
-    def __init__(self, module: nn.Module, heads: int, groups: int, peers: Peers) -> None:
-        self._module, self._heads, self._peers, self.num_key_value_groups = module, heads, peers, groups
+    def __init__(self, module: nn.Module, heads: int, kv_heads: int, peers: Peers) -> None:
+        self._module, self._heads, self._kv_heads, self._peers = module, heads, kv_heads, peers
+        self._copies = copies_of_keys(heads, kv_heads, peers.size)
+        self.num_key_value_groups = heads // (kv_heads * self._copies)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        by_head = isinstance(value, Tensor) and value.shape == (self._heads,)
-        return value.chunk(self._peers.size)[self._peers.part] if by_head else value
+        value, peers = getattr(self._module, name), self._peers
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim == 4 and value.shape[1] == self._kv_heads:
+            return repeated(value, self._copies, 1).chunk(peers.size, dim=1)[peers.part]
+        return value.chunk(peers.size)[peers.part] if value.shape == (self._heads,) else value
 
 
 def repeated(heads: Tensor, times: int, dim: int) -> Tensor:

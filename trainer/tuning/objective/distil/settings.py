@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Factor, Section, Share, TokenCount, setting
 
 
 class DistilSettings(Section):
@@ -18,13 +18,10 @@ class DistilSettings(Section):
         about="distil: quant.type of the teacher's base. Default: that of this run. A run has its own.",
         example="nf4",
     )
-    top_k: int = setting(
+    top_k: TokenCount = setting(
         64,
         about="distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the tail.",
         example=16,
-        ge=1,
-        le=2**20,
-        unit="tokens",
     )
     divergence: Literal["forward", "reverse"] = setting(
         "forward",
@@ -32,20 +29,15 @@ class DistilSettings(Section):
         "keeps to what it holds likely.",
         example="reverse",
     )
-    temperature: float = setting(
+    temperature: Factor = setting(
         1.0,
         about="distil: divisor of the logits of both before they are compared. The divergence is multiplied by its square.",
         example=2.0,
-        gt=0,
-        le=100,
     )
-    next_tokens: float = setting(
+    next_tokens: Share = setting(
         0.0,
         about="distil: share of the loss that is the next token's, as in sft; the rest is the divergence.",
         example=0.5,
-        ge=0,
-        lt=1,
-        unit="share",
     )
 
 

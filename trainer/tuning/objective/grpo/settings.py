@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Multiple, Section, setting
 
 
 class GrpoSettings(Section):
@@ -22,7 +22,7 @@ class GrpoSettings(Section):
     clip_low: float = setting(
         0.2, about="grpo and opd: how far below 1 a ratio is kept, with ratio: clipped.", example=0.1, gt=0, lt=1
     )
-    clip_high: float = setting(0.2, about="grpo and opd: how far above 1 a ratio is kept.", example=0.28, gt=0, le=1000)
+    clip_high: Multiple = setting(0.2, about="grpo and opd: how far above 1 a ratio is kept.", example=0.28)
     mean_over: Literal["answers", "tokens", "constant"] = setting(
         "answers",
         about="grpo and opd: answers: the mean over the tokens of each answer, then over the answers. tokens: over all tokens (DAPO). constant: the sum over the "

@@ -1,20 +1,16 @@
 """The settings of the section `objective` that kto alone reads."""
 
-from trainer.config.section import Section, setting
+from trainer.config.section import Multiple, Section, setting
 
 
 class KtoSettings(Section):
     """The weights of the two kinds of answers."""
 
-    desirable_weight: float = setting(
-        1.0, about="kto: weight of the loss of a desired answer.", example=1.33, gt=0, le=1000
-    )
-    undesirable_weight: float = setting(
+    desirable_weight: Multiple = setting(1.0, about="kto: weight of the loss of a desired answer.", example=1.33)
+    undesirable_weight: Multiple = setting(
         1.0,
         about="kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be about equal.",
         example=0.5,
-        gt=0,
-        le=1000,
     )
 
 
