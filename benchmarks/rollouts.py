@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -54,6 +55,7 @@ def chance(prompts, completions, answer):
 
 
 SECONDS = 3600.0
+COMPILING = Lock()
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def settings(folder: Path, side: str, seed: int, steps: int) -> dict[str, Any]:
 def by_us(folder: Path, side: str, seed: int, steps: int) -> Curve:
     config = parse_config(yaml.safe_dump(settings(folder, side, seed, steps)))
     store = open_run_store(config)
-    run, data = store.sub(config.run.name), prepare(config, resolve_base(config.model), store)
+    run = store.sub(config.run.name)
+    with COMPILING:  # all runs have the same data, which the first one compiles
+        data = prepare(config, resolve_base(config.model), store)
     run.put(layout.CONFIG, dump_config(config).encode())
     (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
     assert ended["outcome"] == "finished", ended
