@@ -1,12 +1,11 @@
-"""Right answers before and after GRPO and on-policy distillation, sampled by a real vLLM, and by TRL's GRPOTrainer.
+"""Right answers before and after GRPO, sampled by the ranks themselves, and by TRL's GRPOTrainer.
 
-    python benchmarks/rollouts.py [--seeds 3] [--steps 40] [--own]
+    python benchmarks/rollouts.py [--seeds 3] [--steps 30]
 
 The base is a small Llama, made on the spot, that has learnt to answer three letters by themselves, and now and then by the same letters the other way
 round, which is what the reward asks for. Some prompts neither the base nor a run has seen. `chance` is the control: its reward is drawn, whatever the
-answer is. `opd` learns from what the adapter of a run of grpo says of its answers. TRL sees as many prompts and draws as many answers, over the same
-base, with the same LoRA, rate and form of the loss. The script fails unless, for every seed, the right answers become more on both kinds of prompts,
-by chance they do not, and they are no fewer than TRL's.
+answer is. TRL sees as many prompts and draws as many answers, over the same base, with the same LoRA, rate and form of the loss. The script fails unless, for
+every seed, the right answers become more on both kinds of prompts, by chance they do not, and they are no fewer than TRL's.
 """
 
 import argparse
@@ -18,27 +17,27 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
 
-from tests.cli.test_vllm import TARGETS, vllm
-from tests.dist import rollouts, runs
-from tests.dist.launch import running
+from tests.cli.test_vllm import TARGETS
+from tests.dist import runs
+from tests.dist.launch import launch
 from tests.material import make_base
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, parse_config
 from trainer.data.compile.prepare import prepare
-from trainer.export.proof.completions import CompletionsServer
 from trainer.processes import children
 from trainer.run import layout
 from trainer.store.store import open_run_store
 
 LETTERS, HELD_OUT = "abcdefgh", 48
-PROMPTS, ANSWERS, ROOM = 8, 8, 6  # a step, to each prompt, tokens of an answer
+PROMPTS, ANSWERS, ROOM = 8, 4, 6  # a step, to each prompt, tokens of an answer
 RATE, RANK = 3e-3, 8
 TURNED = 0.25  # of the base's answers
 NEAR = 0.1  # of the right answers, by which ours may be behind TRL's: two standard errors of the held-out prompts
@@ -55,8 +54,8 @@ def chance(prompts, completions, answer):
 """
 
 
-SERVED = ("--max-loras", "4", "--max-lora-rank", str(RANK))
 SECONDS = 3600.0
+COMPILING = Lock()
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,13 @@ def pretrain(base: Path, known: list[dict[str, str]], steps: int) -> None:
         stale.unlink()
 
 
-def settings(folder: Path, side: str, seed: int, steps: int, engine: Any, teacher: str) -> dict[str, Any]:
+def settings(folder: Path, side: str, seed: int, steps: int) -> dict[str, Any]:
     """The configuration of one of our runs."""
     return {
         "run": {"name": f"{side}-{seed}", "store": str(folder / "store"), "seed": seed},
         "model": {"base": str(folder / "base"), "dtype": "fp32"},
         "quant": {"type": "none"},
-        "objective": {"name": "opd", "teacher": teacher} if teacher else {"name": "grpo"},
+        "objective": {"name": "grpo"},
         "tuning": {"rank": RANK, "alpha": 2 * RANK, "targets": TARGETS},
         "data": {
             "train": [{"path": str(folder / "train.jsonl")}],
@@ -140,11 +139,9 @@ def settings(folder: Path, side: str, seed: int, steps: int, engine: Any, teache
         },
         "rollout": {
             "reward": "drawn:chance" if side == "chance" else "exact",
-            "engine": engine,
             "answers": ANSWERS,
             "max_tokens": ROOM,
             "held_out": HELD_OUT,
-            **({} if engine == "own" else {"max_lag": 0}),
         },
         "optim": {"lr": RATE, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},
         "train": {"steps": steps + 1, "global_batch": PROMPTS, "micro_batch": 4, "activation_checkpointing": False},
@@ -155,26 +152,17 @@ def settings(folder: Path, side: str, seed: int, steps: int, engine: Any, teache
     }
 
 
-def by_us(folder: Path, side: str, seed: int, steps: int, url: str | None, teacher: str = "") -> Curve:
-    """A whole run, with the process of `capstan rollout` beside it where a server samples."""
-    config = parse_config(yaml.safe_dump(settings(folder, side, seed, steps, [url] if url else "own", teacher)))
+def by_us(folder: Path, side: str, seed: int, steps: int) -> Curve:
+    config = parse_config(yaml.safe_dump(settings(folder, side, seed, steps)))
     store = open_run_store(config)
-    run, data = store.sub(config.run.name), prepare(config, resolve_base(config.model), store)
+    run = store.sub(config.run.name)
+    with COMPILING:  # all runs have the same data, which the first one compiles
+        data = prepare(config, resolve_base(config.model), store)
     run.put(layout.CONFIG, dump_config(config).encode())
-    with running(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS) as trainer:
-        beside = running(1, rollouts.sample, run.uri, timeout=SECONDS) if url else nullcontext()
-        with beside as sampler:
-            ended = [group.wait()[0] for group in (trainer, sampler) if group]
-    assert all(one["outcome"] == "finished" for one in ended), ended
+    (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
+    assert ended["outcome"] == "finished", ended
     records = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
     return curve_of([record for record in records if record["kind"] == "step"], "reward", "held_out_reward")
-
-
-def load_teacher(folder: Path, steps: int, url: str) -> str:
-    """Have the server take what the first seed's run of grpo has learnt; its address as a teacher."""
-    (published,) = (folder / "store/grpo-0/rollouts").glob(f"*/adapters/step-{steps:09d}")
-    CompletionsServer("--engine", url, "").load("teacher", str(published))
-    return f"{url}#teacher"
 
 
 @contextmanager
@@ -236,9 +224,8 @@ def trl(folder: Path, seed: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pretrain", type=int, default=300, help="steps of the base")
-    parser.add_argument("--own", action="store_true", help="the ranks sample, and no vLLM is needed; without opd")
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -253,19 +240,13 @@ def main() -> None:
         folder = Path(name)
         os.chdir(folder)  # where rewards are found
         make_material(folder, given.pretrain)
-        served = nullcontext(None) if given.own else vllm(folder / "base", folder / "vllm.log", *SERVED)
-        with trl_beside(folder, given.seeds, steps), served as url, ThreadPoolExecutor(2) as pool:
-
-            def ran(*sides: str, teacher: str = "") -> None:
-                these = [(side, seed) for seed in seeds for side in sides]
-                curves = pool.map(lambda one: by_us(folder, one[0], one[1], steps, url, teacher), these)
-                for one, curve in zip(these, curves, strict=True):
-                    found[one] = curve
-                    print(f"{one[0]}, seed {one[1]}: {curve}", flush=True)
-
-            ran("grpo", "chance")
-            if url:
-                ran("opd", teacher=load_teacher(folder, steps, url))
+        with trl_beside(folder, given.seeds, steps), ThreadPoolExecutor(2) as pool:
+            these = [(side, seed) for seed in seeds for side in ("grpo", "chance")]
+            for one, curve in zip(
+                these, pool.map(lambda one: by_us(folder, one[0], one[1], steps), these), strict=True
+            ):
+                found[one] = curve
+                print(f"{one[0]}, seed {one[1]}: {curve}", flush=True)
         for seed in seeds:
             found["trl", seed] = curve = Curve(**json.loads((folder / f"trl-{seed}.json").read_text()))
             print(f"trl, seed {seed}: {curve}", flush=True)

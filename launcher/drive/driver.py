@@ -127,7 +127,7 @@ def _shown(config: Config, folder: Store, *, live: bool, log: Callable[[str], No
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.drive.driver", description=__doc__)
     parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
-    parser.add_argument("--submission", help="the run's owner until now; by default the run is taken over")
+    parser.add_argument("--submission", required=True, help="the run's owner until now")
     parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
     parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
     given = parser.parse_args()

@@ -44,13 +44,13 @@ def claimed(
     if not (take_over or ours):
         check_idle(run, resume=resume, by_store=True)
     known = generations(run)
-    before = _contents(run, (*_WRITTEN, *map(layout.settings, known[-1:])))
+    before = _contents(run, _WRITTEN)
     opens = resume or (ours and layout.CONFIG in before)
     if not opens:
         check_name(run)
     owner = take(run, by, number, group=group, waits=waits)
     try:
-        _write(run, config, known, opens=opens, waits=waits, log=log)
+        _write(run, config, opens=opens, waits=waits, log=log)
         if code is not None:
             run.put(layout.SNAPSHOT, code.archive(dump_config(config)))
         if not ours:
@@ -68,34 +68,25 @@ def claimed(
         owner.end()
 
 
-def turn(
-    config: Config, submission: str | None, *, by: str, log: Callable[[str], None]
-) -> AbstractContextManager[Ownership]:
-    """`claimed` for a submitted job of `config` whose turn has come; a job of a version that did not tell its `submission`
-    takes the run over.
+def turn(config: Config, submission: str, *, by: str, log: Callable[[str], None]) -> AbstractContextManager[Ownership]:
+    """`claimed` for a submitted job of `config` whose turn has come.
 
     Raises:
         ConfigError: at once, when somebody else has taken the run since it was submitted.
     """
-    if submission:
-        check_turn(run_folder(config), submission)
-    again = {"group": submission, "again": submission, "take_over": submission is None}
-    return claimed(config, by=by, resume=True, code=None, log=log, **again)
+    check_turn(run_folder(config), submission)
+    return claimed(config, by=by, resume=True, code=None, log=log, group=submission, again=submission)
 
 
-def _write(
-    folder: Store, config: Config, known: list[int], *, opens: bool, waits: bool, log: Callable[[str], None]
-) -> None:
+def _write(folder: Store, config: Config, *, opens: bool, waits: bool, log: Callable[[str], None]) -> None:
     """config.yaml, or what stands for it until a submitted job's turn comes."""
     text = dump_config(config).encode()
     if opens:
         old = run_config(folder)
         for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
             log(change.sentence())
-        if not waits:
-            folder.put(layout.CONFIG, text)
-    else:
-        folder.put(layout.CONFIG, text)  # over that of a start that died before it had anything to lose
+    if not (opens and waits):  # a new run's over that of a start that died before it had anything to lose
+        folder.put(layout.CONFIG, text)
     if waits:
         folder.put(layout.SUBMITTED, text)
 
@@ -125,7 +116,7 @@ def _restore(folder: Store, before: dict[str, bytes], known: list[int]) -> None:
     new = [generation for generation in generations(folder) if generation not in known]
     if any(folder.exists(layout.settings(generation)) for generation in new) or (new and layout.CONFIG not in before):
         return
-    for key in (layout.CONFIG, layout.SNAPSHOT) if new else (*_WRITTEN, *map(layout.settings, known[-1:])):
+    for key in (layout.CONFIG, layout.SNAPSHOT) if new else _WRITTEN:
         if key in before:
             folder.put(key, before[key])
         else:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from launcher.view.status import read_generation
 from tests.cli.test_vllm import TARGETS, VLLM, vllm
@@ -13,6 +15,7 @@ from tests.dist.test_resume import losses
 from tests.material import Workshop
 from tests.needs import need
 from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
+from tests.unit.test_served import stub
 from trainer.data.dataset.rollouts import is_committed, read_figures
 from trainer.run import layout
 from trainer.store.store import Store
@@ -55,6 +58,29 @@ def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(wo
     # The losses are sums of advantages that cancel, so the gradients tell more.
     assert fed(workshop, run, "two", TEN, world_size=2) == pytest.approx(found, abs=2e-5)
     assert gradients(workshop.store.sub("two")) == pytest.approx(gradients(run), rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_what_a_teacher_holds_likely_becomes_so(workshop: Workshop) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(workshop.base)
+
+    def judge(body: dict[str, Any]) -> Any:
+        if "max_tokens" not in body:
+            return {"tokens": tokenizer.encode(body["prompt"], add_special_tokens=False)}
+        likely = [" " <= tokenizer.decode([token]) <= "~" for token in body["prompt"]]
+        places = [
+            {str(token): {"logprob": -4.6 if one else -9.0}} for token, one in zip(body["prompt"], likely, strict=True)
+        ]
+        return {"choices": [{"prompt_logprobs": places, "token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}}]}
+
+    with stub(judge, "big") as url:
+        config = config_of(workshop, "opd", TEN, f"objective={{name: opd, teacher: '{url}#big'}}")
+        train(workshop, config)
+    figures = [read_figures(place_of(workshop, config), step) for step in range(STEPS)]
+    divergences, rewards = ([figure[name] for figure in figures] for name in ("divergence", "reward"))
+    assert sum(divergences[-3:]) < sum(divergences[:3]) - 1.0, divergences
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
 
 
 @pytest.mark.long

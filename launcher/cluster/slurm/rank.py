@@ -19,7 +19,7 @@ def main() -> None:
     os.environ.update(slurm_rank(os.environ))
     rank = int(os.environ.get("RANK", 0))
     try:
-        run, submission = open_store(sys.argv[1]), (sys.argv[2] if len(sys.argv) > 2 else None)
+        run, submission = open_store(sys.argv[1]), sys.argv[2]
         _run(submitted_config(run), submission, rank)
     except CapstanError as error:
         _log(f"capstan: {error}")
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
 
 
-def _run(config: Config, submission: str | None, rank: int) -> None:
+def _run(config: Config, submission: str, rank: int) -> None:
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
     from trainer.rank import run_rank

@@ -54,7 +54,7 @@ class CommitHooks:
 
     `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on rank 0
     before each manifest is written, beside the training, and `after` after it, in the loop; `oldest` there beside the training, with the step of the
-    oldest checkpoint that stays.
+    oldest checkpoint that stays, when older ones were removed.
     """
 
     record: Callable[..., None]
@@ -263,7 +263,8 @@ class Checkpoints:
         try:
             removal = plan_removal(self.run, rules, proven=self._proven)
             remove(self.run, removal)
-            self.hooks.oldest(min(removal.kept))
+            if removal.steps:
+                self.hooks.oldest(min(removal.kept))
         except StorageError as error:
             self.hooks.record("prune_failed", reason=str(error))
             return
