@@ -60,9 +60,7 @@ def show_longest(found: Longest) -> RenderableType:
     whose = (
         f"{found.gpu.name or 'a GPU'}, {binary(ranks.memory)}" if found.gpu else f"{binary(ranks.memory)} of the host"
     )
-    sentences = [
-        f"By the plan, whose rows small models on CPUs had room for within 5 %; ranks: {ranks.world_size}, each with {whose}."
-    ]
+    sentences = [f"By the plan; ranks: {ranks.world_size}, each with {whose}."]
     longest = max(row.tokens for row in found.rows)
     if found.positions and longest > found.positions:
         factor = ceil(longest / found.positions)

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
 
 from tests.store.conftest import assert_one_line
@@ -199,6 +201,19 @@ def test_a_local_write_is_synced_with_every_folder_that_it_made(
     write(open_store(str(tmp_path / "store")), "a/b/key", b"x")
     made = [tmp_path / "store" / "a" / "b", tmp_path / "store" / "a", tmp_path / "store"]
     assert synced == [made[0] / "key", *made, tmp_path]
+
+
+def test_what_another_process_removes_at_once_was_written_nevertheless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = obstore.put
+
+    def put_and_removed(*given: Any, **named: Any) -> None:
+        plain(*given, **named)
+        (tmp_path / "data/progress.json").unlink()
+
+    monkeypatch.setattr(obstore, "put", put_and_removed)
+    open_store(str(tmp_path)).put("data/progress.json", b"{}")
 
 
 def test_what_a_killed_process_had_half_written_goes_with_its_folder(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -220,18 +220,20 @@ class Store:
     def _sync(self, key: str) -> None:
         """Make a local write survive a power cut: obstore renames into place, but does not fsync.
 
-        Every folder above is synced too, as the write may have made them.
+        Every folder above is synced too, as the write may have made them. What another process has removed since needs none: of two that
+        compile the same data, the first to end takes away how far they have come.
         """
         if not isinstance(self._backend, LocalStore):
             return
         path = self._path(key)
         depth = len(Path(self._prefix + key).parts)
         for target in (path, *list(path.parents)[:depth]):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with suppress(FileNotFoundError):
+                descriptor = os.open(target, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:
