@@ -9,7 +9,8 @@
 #   make bench      every benchmark            make bench ARGS=benchmarks/one.py
 
 PYTHON ?= python3
-WORKERS ?= 2
+# One more than two processors, as tests with Ray, Slurm or a killed rank wait for a good part of their time.
+WORKERS ?= 3
 BIN := .venv/bin
 # An environment for users, and the same with what tests and checks need besides.
 LEAN := .venv/.lean

@@ -68,4 +68,4 @@ def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monk
 
 def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:
     with given_up():
-        rank._run(config, None, rank=0)
+        rank._run(config, "1", rank=0)
