@@ -98,7 +98,9 @@ def test_a_rank_whose_agent_was_killed_while_it_started_ends(
 @pytest.mark.parametrize("ending", ["killed", "in order"])
 def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -> None:
     mark = f"CAPSTAN_TEST_{os.getpid()}"
-    own = "import subprocess; subprocess.Popen(['sleep', '20'], stdout=subprocess.DEVNULL, start_new_session=True)"
+    # The second has another environment, as one that has renamed itself, and is known by the first.
+    script = f"env -i {mark}=1 sleep 20 & sleep 20"
+    own = f"import subprocess; subprocess.Popen(['sh', '-c', {script!r}], stdout=subprocess.DEVNULL, start_new_session=True)"
     wait = "; print(flush=True); input()"
     program = f"from trainer.processes.children import guarded\nwith guarded():\n    {own}{wait}"
     environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
@@ -113,8 +115,10 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
     if ending == "killed":
         assert wait_until(lambda: not processes(mark), 5)
     else:
-        (left,) = processes(mark)
-        os.kill(left, signal.SIGKILL)
+        left = processes(mark)
+        assert len(left) == 3
+        for process in left:
+            os.kill(process, signal.SIGKILL)
 
 
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:

@@ -3,7 +3,7 @@
     python -I -S guard.py VARIABLE=VALUE < pipe
 
 It waits for the end of its input, which the head holds open. Unless the head has written a farewell, every process that has this
-variable in its environment is killed once it has had a moment to end by itself.
+variable in its environment, and what these have started, is killed once it has had a moment to end by itself.
 """
 
 import os
@@ -27,10 +27,39 @@ def family(*marks: bytes) -> list[int]:
     return found
 
 
+def descendants(heads: list[int]) -> dict[int, str]:
+    """`heads` and all that these and theirs have started, with the time at which each began."""
+    every = _processes()
+    found = {number: every[number][1] for number in heads if number in every}
+    while more := {
+        number: began for number, (parent, began) in every.items() if parent in found and number not in found
+    }:
+        found |= more
+    return found
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """Each process's parent, and the time at which it began in ticks since the machine did."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found[int(name)] = int(fields[1]), fields[19]
+    return found
+
+
 if __name__ == "__main__":
     if not sys.stdin.buffer.read():
+        mark = os.fsencode(sys.argv[1])
+        # One that renames itself, as Ray's agents do, may overwrite its environment. It is known by its parent, while that is there.
+        known = descendants(family(mark))
         time.sleep(PATIENCE_SECONDS)
-        for process in family(os.fsencode(sys.argv[1])):
+        now = _processes()
+        same = (number for number, began in known.items() if number in now and now[number][1] == began)
+        for process in {*family(mark), *same}:
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
