@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from trainer.config import Config
+from trainer.config.evaluation import split_of
 from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.chapters import open_chapters
@@ -153,7 +154,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     training = _training(start, engine, rows, checkpoints, datasets, _place(restored))
     step, total = _place(restored)[0], training.horizon.steps
     facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "attention": attention.name}
-    of_sets = {f"eval.sets.{name}": key for name, key in datasets.sets.items()}
+    of_sets = {split_of(name): key for name, key in datasets.sets.items()}
     record_start(start, report, **facts, data={"train": datasets.train, "eval": datasets.eval, **of_sets})
     if ranks.rank == 0:
         record_plan(start, settled)

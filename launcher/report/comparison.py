@@ -1,12 +1,13 @@
 """The page that compares several runs: how they ended side by side, the settings that differ, and their curves over each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from launcher.policy.trials import word
 from launcher.report.figures import RunFigures
 from launcher.report.page import measure_of, rendered
 from launcher.report.plots import Plot, Series, lines
+from trainer.config.evaluation import UNNAMED, split_of
 from trainer.run.settings import leaves
 
 _LOSS = "loss"
@@ -17,7 +18,7 @@ def comparison_page(runs: Sequence[RunFigures]) -> str:
     """The whole HTML file, for runs of any number."""
     names = distinct_names(runs)
     named = dict(zip(names, runs, strict=True))
-    held_out = sorted({of for run in runs for of in run.held_out.get(_LOSS, {})})
+    held_out = _held_out(runs)
     return rendered(
         "comparison.html.j2",
         {"runs": [run.to_json() for run in runs]},
@@ -27,6 +28,11 @@ def comparison_page(runs: Sequence[RunFigures]) -> str:
         differing=differing_settings(runs),
         plots=comparison_plots(named),
     )
+
+
+def _held_out(runs: Iterable[RunFigures]) -> list[str]:
+    """The names of the data that any of them has evaluated."""
+    return sorted({of for run in runs for of in run.held_out.get(_LOSS, {})})
 
 
 def distinct_names(runs: Sequence[RunFigures]) -> list[str]:
@@ -58,7 +64,7 @@ def _set(value: Any) -> Any:
 def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
     """The same measure of all runs in one plot: where a run has more steps than can be shown, its means."""
     plots = [_overlaid(some, _LOSS, words) for words, some in _by_objective(runs).items()]
-    for of in sorted({of for run in runs.values() for of in run.held_out.get(_LOSS, {})}):
+    for of in _held_out(runs.values()):
         # A named set has the likelihood of its tokens; the loss of the data without a name is the objective's.
         for words, some in ({"": runs} if of else _by_objective(runs)).items():
             for data, alike in _by_data(some, of).items():
@@ -71,7 +77,7 @@ def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
 
 def _by_data(runs: Mapping[str, RunFigures], of: str) -> dict[str, dict[str, RunFigures]]:
     """The runs whose set `of` has the same documents, by the first of them; without words where all are."""
-    split, groups = f"eval.sets.{of}" if of else "eval", dict[str, dict[str, RunFigures]]()
+    split, groups = split_of(of or UNNAMED), dict[str, dict[str, RunFigures]]()
     for name, run in runs.items():
         data = next((found.fingerprint for found in run.data if found.split == split), "")
         groups.setdefault(data, {})[name] = run

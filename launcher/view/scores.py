@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from launcher.policy.comparable import Metric
-from trainer.config.evaluation import UNNAMED
+from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import TRAIN
 from trainer.run import layout
 from trainer.run.records import Record, RunReader
@@ -25,7 +25,7 @@ class Scores:
         self._reader = RunReader(folder)
         self._losses: dict[int, float] = {}
         self._by_step: dict[int, float] = {}
-        self.of_data = metric.of if metric.of in (TRAIN, UNNAMED) else f"eval.sets.{metric.of}"
+        self.of_data = TRAIN if metric.of == TRAIN else split_of(metric.of)
         self.data: Mapping[str, str | None] = {}
         """The fingerprints of the data of the newest start, where they are known; the metric's own is that of `of_data`."""
 

@@ -71,7 +71,14 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
         "rank.py:run_rank",
         "rank.py:evaluated",  # of one of eval.sets
         *(
-            f"tuning/shared/initial_adapter.py:{name}"
-            for name in ("differences", "find_beginning", "starting_at", "with_known_start")
+            f"tuning/shared/{place}"
+            for place in (
+                "beginning.py:differences",
+                "peft_beginning.py:differences",
+                "initial_adapter.py:differences",
+                "initial_adapter.py:find_beginning",
+                "initial_adapter.py:starting_at",
+                "initial_adapter.py:with_known_start",
+            )
         ),
     }

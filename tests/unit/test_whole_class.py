@@ -21,7 +21,7 @@ from trainer.export.card import PLACE, peft_usage
 from trainer.export.write.whole_class import for_whole_class
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
-from trainer.tuning.shared.initial_adapter import PeftFolder
+from trainer.tuning.shared.peft_beginning import PeftFolder
 from trainer.tuning.shared.peft_folder import PREFIX, WEIGHTS
 
 TOKENS = torch.arange(5, 40)[None]

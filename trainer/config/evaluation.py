@@ -12,6 +12,11 @@ UNNAMED = "eval"
 """The name that the evaluation data of `data.eval` or `data.held_out` has beside those of `eval.sets`."""
 
 
+def split_of(name: str = UNNAMED) -> str:
+    """What records and manifests of data call the evaluation data of this name."""
+    return name if name == UNNAMED else f"eval.sets.{name}"
+
+
 class EvalSet(Section):
     """One named set: where its rows are, and how they are read where that differs from the training data."""
 

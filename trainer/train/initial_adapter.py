@@ -5,7 +5,7 @@ import torch
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.state.zero.engine import Engine
 from trainer.train.start import Start
-from trainer.tuning.shared.initial_adapter import Beginning
+from trainer.tuning.shared.beginning import Beginning
 
 
 def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:

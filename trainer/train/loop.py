@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config.evaluation import split_of
 from trainer.config.training import StopWhen
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
@@ -275,7 +276,7 @@ def _evaluate_if_due(run: Training, step: int, due: bool, stopping: Stop, routin
     # Backwards, so that the newest record is of the data whose loss decides what is kept.
     for name, stream in reversed(list(run.eval_sets.items())):
         loss, tokens = mean_loss(run.engine, stream, lambda _: _begin(run, "evaluate"))
-        measured = routing.evaluated(step, f"eval.sets.{name}")
+        measured = routing.evaluated(step, split_of(name))
         run.start.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
     if run.eval_stream is not None:
         evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.training import StopWhen
 from trainer.run.records import generations, read_records
 from trainer.train.start import Start
@@ -76,7 +77,7 @@ def _seen(start: Start, step: int, evaluated: str | None) -> _Seen:
         same = True
         for record in read_records(start.folder, generation):
             if record["kind"] == "start" and "data" in record:
-                same = record["data"].get("eval" if named is None else f"eval.sets.{named}") == evaluated
+                same = record["data"].get(split_of(named or UNNAMED)) == evaluated
             if record["kind"] not in ("step", "eval") or not 0 < record["step"] <= step:
                 continue
             if record["kind"] == "step":

@@ -13,15 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar
 
 from trainer.base.base import Base
-from trainer.base.describe.architecture_cache import read_adapter_paths
 from trainer.base.find.content import content_of
-from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
-from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
+from trainer.errors import ConfigError, StorageError, shown
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Key
 from trainer.state.checkpoint.division import Interval
@@ -30,66 +28,18 @@ from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, problems_of, readable_manifests
 from trainer.state.checkpoint.reading import read_elements
 from trainer.state.optimizer.optimizer import MASTER
-from trainer.store.safetensors_index import TensorSource, read_header
-from trainer.store.store import Buffer, Store, open_run_store, open_store
-from trainer.tuning.method import Method, SavedByPeft, method_of
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
-from trainer.tuning.shared.wrapper import Around
+from trainer.store.store import Store, open_run_store, open_store
+from trainer.tuning.method import Method, method_of
+from trainer.tuning.shared.beginning import SETTING, Beginning, Values, unlike, unlike_settings
+from trainer.tuning.shared.peft_beginning import PeftFolder
+from trainer.tuning.shared.peft_folder import SETTINGS
 
-SETTING = "tuning.start"
 _CHECKPOINT = re.compile(r"(.+)/checkpoints/step-(\d{9})")
 _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that do not belong to the weights.
 _FREE = {"dropout", "init"}
-# PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
-_BEYOND = (
-    "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
-    "layers_pattern arrow_config use_bdlora alora_invocation_tokens use_qalora monteclora_config kasa_config"
-).split()
-# PEFT's `init_lora_weights` that leave the base as it is. The others, such as pissa and olora, take a part out of its weights, which are another
-# base's then.
-_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-class Values(NamedTuple):
-    """Elements [begin, end) of a flattened parameter, as bytes of a `dtype` of safetensors."""
-
-    name: str
-    begin: int
-    end: int
-    dtype: str
-    data: Buffer
-
-
-class Beginning(Protocol):
-    """An adapter to begin from. `begun`: the run has done so, and its checkpoints have its weights."""
-
-    begun: ClassVar[bool]
-
-    @property
-    def place(self) -> str:
-        """The value of `tuning.start` that names this adapter at every later start, too."""
-        ...
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it; of a run the fingerprints of
-        the data that it has learnt from, `start_data`."""
-        ...
-
-    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
-        """A sentence for each setting that would make another adapter than it is."""
-        ...
-
-    def check(self) -> None:
-        """Raise `StorageError` where its files are not whole."""
-        ...
-
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
-        """The wanted elements of each parameter that learns, by its name in the model, each once."""
-        ...
 
 
 def find_beginning(config: Config, method: Method) -> Beginning | None:
@@ -222,10 +172,10 @@ class RunCheckpoint:
         except ConfigError as error:
             return [f"{SETTING}: {shown(self.place)} was trained over another base: {error}"]
         if theirs.get("add_tokens", []) != config.model.add_tokens:
-            return [_unlike("model.add_tokens", theirs.get("add_tokens", []), self.place)]
+            return [unlike("model.add_tokens", theirs.get("add_tokens", []), self.place)]
         shapes = {name: list(shape) for name, shape in method.shapes(base.architecture).items()}
         free = _FREE | ({"targets"} if shapes == self.manifest.shapes else set())
-        found = list(_unlike_settings(self.manifest.adapter, method.identity, method.defaults, free, self.place))
+        found = list(unlike_settings(self.manifest.adapter, method.identity, method.defaults, free, self.place))
         if not found and shapes != self.manifest.shapes:
             found.append(
                 f"{SETTING}: {shown(self.place)} has learnt other parameters than these settings of tuning have."
@@ -240,112 +190,6 @@ class RunCheckpoint:
         keys = {Key(name, MASTER): interval for name, interval in wanted.items()}
         for (key, begin, end), data in read_elements(self.run, self.manifest, keys):
             yield Values(key.name, begin, end, MASTER.dtype, data)
-
-
-@dataclass(frozen=True)
-class PeftFolder:
-    """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it alone."""
-
-    begun: ClassVar[bool] = False
-    place: str
-    folder: Store
-    method: Method
-    model: Model
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        try:
-            settings = json.loads(self.folder.get(SETTINGS))
-        except NOT_JSON as error:
-            raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no JSON ({error}).") from error
-        if not isinstance(settings, dict):
-            raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no description of an adapter.")
-        return settings
-
-    @cached_property
-    def _tensors(self) -> dict[str, TensorSource]:
-        if not self.folder.exists(WEIGHTS):
-            raise ConfigError(
-                f"{SETTING}: {shown(self.place)} has no {WEIGHTS}, and pickled weights are never read. Save the adapter again with PEFT."
-            )
-        return read_header(self.folder, WEIGHTS, self.folder.head(WEIGHTS).size)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"start": self.place, "start_weights": hashlib.sha256(self.folder.get(WEIGHTS)).hexdigest()}
-
-    def differences(self, config: Config, method: Method, base: Base) -> list[str]:
-        theirs, kind = self._settings, self._settings.get("peft_type")
-        if kind != "LORA" or isinstance(method, Around) or not isinstance(method, SavedByPeft):
-            return [
-                f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is {config.tuning.method}. Of "
-                "PEFT's folders those of lora, rslora and dora are read, without experts, modules_to_save or add_tokens; others begin "
-                "from a run."
-            ]
-        if beyond := [name for name in _BEYOND if theirs.get(name)]:
-            return [f"{SETTING}: {shown(self.place)} has {beyond[0]}, which cannot be begun from. Begin from a run."]
-        if (init := theirs.get("init_lora_weights")) not in _BESIDE_THE_BASE:
-            return [
-                f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has changed. Save it again with "
-                "path_initial_model_for_weight_conversion, or begin from a run."
-            ]
-        name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
-        given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
-        own = {key: value for key, value in method.identity.items() if key in given}
-        return list(_unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers()
-
-    def _unlike_layers(self) -> list[str]:
-        """A sentence where the file has other weights than the run's adapter."""
-        ours, theirs = {self._saved[name]: shape for name, shape in self._shapes.items()}, self._tensors
-        if ours.keys() == theirs.keys():
-            other = next((name for name, shape in ours.items() if theirs[name].shape != tuple(shape)), None)
-            return (
-                []
-                if other is None
-                else [
-                    f"{SETTING}: {shown(self.place)} is of another base: {other} has shape {list(theirs[other].shape)}, and over model.base "
-                    f"{list(ours[other])}. Give its base as model.base."
-                ]
-            )
-        layers, targets = (dict.fromkeys(_layer(name).rpartition(".")[2] for name in names) for names in (theirs, ours))
-        if ours.keys() < theirs.keys() and layers.keys() == targets.keys():
-            outside = next(_layer(name) for name in theirs if name not in ours)
-            return [
-                f"{SETTING}: {shown(self.place)} has weights of {outside.removeprefix(PREFIX)}, which this run does not train: it takes the "
-                "linear layers of the language model. Begin from an adapter of these alone."
-            ]
-        return [
-            f"{SETTING}: {shown(self.place)} has {len(theirs)} weights, of {', '.join(layers)}, and tuning.targets would have "
-            f"{len(ours)}. Set tuning.targets: [{', '.join(layers)}], or those of its layers that it has."
-        ]
-
-    @cached_property
-    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.method.shapes(describe_base(self.model).architecture)
-
-    @cached_property
-    def _saved(self) -> Mapping[str, str]:
-        """The name in the file of each parameter that learns; where the file does not have it, that in the language model alone."""
-        alone = {name: f"{PREFIX}{cast(SavedByPeft, self.method).saved_name(name)}" for name in self._shapes}
-        if all(saved in self._tensors for saved in alone.values()):
-            return alone
-        layers = sorted({_layer(saved).removeprefix(PREFIX) for saved in alone.values()})
-        there = {_layer(name).removeprefix(PREFIX) for name in self._tensors}
-        paths = read_adapter_paths(base_files(self.model), self.model.layers, layers, self.model.base)
-        found = {layer: next((path for path in paths[layer] if path in there), layer) for layer in layers}
-        return {
-            name: f"{PREFIX}{found[_layer(saved).removeprefix(PREFIX)]}{saved.removeprefix(_layer(saved))}"
-            for name, saved in alone.items()
-        }
-
-    def check(self) -> None:
-        """Everything was read when it was found."""
-
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
-        for name, (begin, end) in wanted.items():
-            source = self._tensors[self._saved[name]]
-            if begin < end:
-                yield Values(name, begin, end, source.dtype, source.read(begin, end))
 
 
 @dataclass(frozen=True)
@@ -379,24 +223,3 @@ class Begun:
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
         return self._again.read(wanted)
-
-
-def _layer(saved: str) -> str:
-    """The path of the layer whose weight has this name in PEFT's file, with the prefix of the wrapped model's names."""
-    return saved.partition(".lora_")[0]
-
-
-def _unlike_settings(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping[str, Any], free: set[str], place: str
-) -> Iterator[str]:
-    """A sentence for each setting of `tuning` that is another one than the adapter has; of another method for that alone."""
-    for key in sorted((theirs.keys() | ours.keys()) - free, key=lambda key: (key != "method", key)):
-        before, now = (values.get(key, defaults.get(key)) for values in (theirs, ours))
-        if before != now:
-            yield _unlike(f"tuning.{key}", before, place)
-            if key == "method":
-                return
-
-
-def _unlike(setting: str, theirs: Any, place: str) -> str:
-    return f"{setting}: {SETTING}: {shown(place)} has {theirs!r}. Set {setting}: {theirs!r}, or begin from another adapter."
