@@ -1,5 +1,7 @@
 """Ranks that share a row compute the loss and the gradients of one rank that has it whole, over the same data in the same order."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from tests.dist import gradients, runs, shared_rows
 from tests.dist.launch import launch, running
 from tests.dist.test_gradients import distance
 from tests.dist.test_resume import losses
-from tests.material import Workshop, make_pairs
+from tests.material import Workshop, make_classified, make_labelled, make_pairs, make_tagged
 from trainer.base.find.locate import describe_base
 from trainer.config import dump_config
 from trainer.plan.plan import make_plan
@@ -107,19 +109,55 @@ def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None
         "prompt": ("tuning={method: prompt, virtual_tokens: 4}",),
         "prefix": ("tuning={method: prefix, virtual_tokens: 4}",),
     }
+    assert_alike(workshop, tmp_path, ways)
+
+
+def assert_alike(workshop: Workshop, folder: Path, ways: Mapping[str, tuple[str, ...]]) -> None:
+    """One and two ranks that share rows have the same loss and gradients, with each of these settings."""
     steps = dict[int, list[float]]()
     for ranks in (1, 2):
         loads = list[tuple[str, str, str]]()
         for name, settings in ways.items():
-            shared = f"sharding.sequence_parallel={ranks}"
-            config = workshop.config(f"{name}-{ranks}", *settings, shared, "model.dtype=fp32", "train.global_batch=2")
+            shared = (f"sharding.sequence_parallel={ranks}", "model.dtype=fp32", "train.global_batch=2")
+            config = workshop.config(f"{name}-{ranks}", *shared, *settings)
             data = workshop.prepare(config).train
-            loads.append((dump_config(config), data, str(tmp_path / f"{name}-{ranks}.safetensors")))
+            loads.append((dump_config(config), data, str(folder / f"{name}-{ranks}.safetensors")))
         steps[ranks] = launch(ranks, gradients.first_steps, loads, timeout=600.0)[0]
     assert steps[2] == pytest.approx(steps[1], rel=TOLERANCE)
     for name in ways:
-        alone, shared = (load_file(tmp_path / f"{name}-{ranks}.safetensors") for ranks in (1, 2))
+        alone, shared = (load_file(folder / f"{name}-{ranks}.safetensors") for ranks in (1, 2))
         assert distance(shared, alone) < TOLERANCE, name
+
+
+@pytest.mark.long
+def test_so_have_two_with_objectives_that_look_at_parts_of_a_row_or_at_single_tokens(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    made = {"labelled": make_labelled, "preference": make_pairs, "classified": make_classified, "tagged": make_tagged}
+    files = {form: make(tmp_path / f"{form}.jsonl") for form, make in made.items()}
+    flags = (
+        {"text": json.loads(line)["text"], "labels": ["a", "b"][: number % 3]}
+        for number, line in enumerate(files["classified"].read_text().splitlines())
+    )
+    (tmp_path / "flags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flags))
+    of: dict[str, tuple[str, ...]] = {
+        "kto": ("labelled", "train.global_batch=4"),
+        "kto-prefix": ("labelled", "objective.name=kto", "data.share_prefix=true", "train.micro_batch=2"),
+        "reward": ("preference", "data.sequence_length=96"),
+        "classification": ("classified", "data.labels=[bad, good, so-so]"),
+        "token_classification": ("tagged", "data.labels=[B, O]", "data.format=auto"),
+        "multilabel_classification": ("flags", "data.labels=[a, b]", "data.format=auto"),
+    }
+    ways = {
+        name: (
+            f"objective.name={name}",
+            f"data.format={form}",
+            f"data.train=[{{path: {tmp_path / form}.jsonl}}]",
+            *settings,
+        )
+        for name, (form, *settings) in of.items()
+    }
+    assert_alike(workshop, tmp_path, ways)
 
 
 @pytest.mark.long

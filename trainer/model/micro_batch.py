@@ -5,6 +5,7 @@ from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
@@ -57,6 +58,7 @@ class MicroBatch:
         first: the place in the row of the slice's first token.
         prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its first token in the row,
             and its tokens, 0 for none. Empty where no segment has one.
+        uncut: the whole row on the host, for a slice of one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
 
@@ -80,7 +82,13 @@ class MicroBatch:
     parts: int = 1
     first: int = 0
     prefixes: tuple[tuple[int, int], ...] = ()
+    uncut: "MicroBatch | None" = None
     host: "MicroBatch | None" = None
+
+    @cached_property
+    def whole(self) -> "MicroBatch":
+        """The row with all of its tokens, also for a rank that has a slice of them to compute."""
+        return self if self.uncut is None else self.uncut.to(self.labels.device)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -101,7 +109,9 @@ class MicroBatch:
             values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.labels, self.position_ids)
         )
         counted: dict[str, Any] = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
-        sliced = replace(self, input_ids=ids, labels=labels, position_ids=positions, parts=parts, first=part * size)
+        sliced = replace(
+            self, input_ids=ids, labels=labels, position_ids=positions, parts=parts, first=part * size, uncut=self
+        )
         before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : part * size], labels))
         if self.taught is not None:
             counted["taught"] = self.taught.part(slice(before, before + targets))
@@ -127,28 +137,38 @@ class MicroBatch:
         )
 
     def part(self, segments: Literal["beginnings", "mismatched"]) -> "PartOfRow":
-        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from; the whole row where they are none, as a
-        pass needs tokens."""
-        row, device = self.host or self, self.labels.device
+        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and this rank's slice of them where the
+        row is shared; all that it has of the row where they are none, as a pass needs tokens."""
+        row, device = self.uncut or self.host or self, self.labels.device
         chosen: torch.Tensor = getattr(row, segments).long()
         if not len(chosen):
             rows = self.input_ids, self.labels, self.position_ids
-            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places, prefixes=self.prefixes)
+            there = self.parts, self.first, self.prefixes
+            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places, *there)
         begins, prefixes = row.cu_seqlens.tolist(), row.prefixes or ((0, 0),) * len(row.lengths)
         spans = [(prefixes[number], (begins[number], row.lengths[number])) for number in chosen.tolist()]
         places = torch.cat([torch.arange(begin, begin + size) for pair in spans for begin, size in pair])
-        sizes = torch.tensor([sum(size for _, size in pair) for pair in spans])
-        borders = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
-        there = onto(places, device)
-        ids, trained, positions = (part[:, there] for part in (self.input_ids, self.labels, self.position_ids))
-        targets = onto(_places(row.labels[:, places]), device)
-        longest = max(self.max_seqlen, int(sizes.max()))
-        return PartOfRow(ids, trained, positions, onto(borders, device), longest, _lengths(borders), targets)
+        sizes = [sum(size for _, size in pair) for pair in spans]
+        ids, labels, positions = (values[:, places] for values in (row.input_ids, row.labels, row.position_ids))
+        if uneven := -len(places) % self.parts:  # ranks share a row by as many tokens each: a last segment of padding
+            sizes.append(uneven)
+            ids, labels = F.pad(ids, (0, uneven)), F.pad(labels, (0, uneven), value=IGNORE)
+            positions = torch.cat([positions, torch.arange(uneven, dtype=positions.dtype)[None]], 1)
+        size = ids.shape[1] // self.parts
+        first = self.first // self.labels.shape[1] * size
+        mine = (values[:, first : first + size] for values in (ids, labels, positions))
+        ids, trained, positions = (onto(values.contiguous(), device).to(self.labels.dtype) for values in mine)
+        borders = F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
+        targets = onto(_places(labels[:, first : first + size]), device)
+        longest = max(self.max_seqlen, *sizes)
+        there = onto(borders, device), longest, tuple(sizes), targets, self.parts, first
+        return PartOfRow(ids, trained, positions, *there)
 
 
 @dataclass(frozen=True, eq=False)
 class PartOfRow:
-    """Some segments of a row, as `MicroBatch` has all of them; `max_seqlen` may be more than the longest."""
+    """Some segments of a row, as `MicroBatch` has all of them, and where ranks share it perhaps padding behind them; `max_seqlen` may be more than
+    the longest."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor

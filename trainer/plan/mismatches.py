@@ -25,7 +25,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
         *rollout_mismatches(config, objective, method),
-        *_of_shared_rows(config, base.architecture, method, objective),
+        *_of_shared_rows(config, base.architecture, method),
         *_of_shared_prefix(config, base.architecture, method),
     ]
     return [*base.mismatches(config), *own]
@@ -129,7 +129,7 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
     return wrong
 
 
-def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
+def _of_shared_rows(config: Config, model: Architecture, method: Method) -> Iterator[str]:
     """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
     size, reserved = config.sharding.sequence_parallel, method.virtual.reserved * segments_of(config)
     tokens = config.train.micro_batch * (config.data.sequence_length + reserved)
@@ -148,8 +148,6 @@ def _of_shared_rows(config: Config, model: Architecture, method: Method, objecti
     if tokens % size:
         less = f", less the {reserved} of tuning.virtual_tokens" if reserved else ""
         yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}{less}."
-    if objective.survey is not None or config.objective.name in HEADS:
-        yield f"{_SHARED_ROWS}: objective.name: {config.objective.name} looks at parts of a row by themselves, of which {size} ranks would have slices. {_ALONE}"
 
 
 def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.model.packed import PackedModel, PackedRow
+    from trainer.model.micro_batch import MicroBatch, PartOfRow
+    from trainer.model.packed import PackedModel
 
 
 MODULE = "score"
@@ -115,10 +116,14 @@ def head_of(method: Method) -> WithHead | None:
     return None
 
 
-def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
-    """The outputs of the head at these places of a packed row, (places, outputs) fp32."""
+def outputs(model: PackedModel, row: MicroBatch | PartOfRow, places: Tensor) -> Tensor:
+    """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row have the same of all of them, so
+    that one of them counts what follows."""
     hidden = model.hidden(row)[0]
-    return model.model.get_submodule(MODULE)(hidden.index_select(0, places.to(hidden.device))).float()
+    here = places.to(hidden.device) - row.first
+    mine = (here >= 0) & (here < len(hidden))
+    found = model.model.get_submodule(MODULE)(hidden.index_select(0, here.clamp(0, len(hidden) - 1))).float()
+    return model.total(found * mine[:, None], row)
 
 
 def with_head(method: Method, config: Config) -> Method:

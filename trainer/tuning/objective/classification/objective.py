@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import ObjectiveSettings
 from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
+from trainer.tuning.objective.answers import counted_once
 from trainer.tuning.objective.objective import Objective, Survey
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ class Classification:
         import torch
         from torch.nn.functional import cross_entropy, one_hot
 
-        logits = self.outputs(model, batch)
-        numbers, classes = batch.labels[0, batch.places], len(self.labels)
+        logits, row = self.outputs(model, batch), batch.whole
+        numbers, classes = row.labels[0, row.places], len(self.labels)
         loss = cross_entropy(logits, numbers, reduction="sum")
         taken, there = (one_hot(found, classes) for found in (logits.detach().argmax(-1), numbers))
-        return torch.cat([loss[None], *((counts.sum(0)) for counts in (taken * there, taken, there))])
+        counts = (some.sum(0) for some in (taken * there, taken, there))
+        return counted_once(torch.cat([loss[None], *counts]), batch)
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         raise AssertionError("classes have no reference")
@@ -112,14 +114,14 @@ class Several:
         import torch
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        classes = len(self.labels)
-        there = batch.labels[0, batch.places].view(-1, classes).float()  # the flags stand behind the text
-        logits = outputs(model, batch, batch.places.view(-1, classes)[:, 0])
+        classes, row = len(self.labels), batch.whole
+        there = row.labels[0, row.places].view(-1, classes).float()  # the flags stand behind the text
+        logits = outputs(model, batch, row.places.view(-1, classes)[:, 0])
         loss = binary_cross_entropy_with_logits(logits, there, reduction="sum")
         taken = (logits.detach() > 0).float()
         exact = (taken == there).all(-1).sum() * classes
         counts = (flags.sum(0) for flags in (taken * there, taken, there))
-        return torch.cat([loss[None], exact[None], *counts])
+        return counted_once(torch.cat([loss[None], exact[None], *counts]), batch)
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         raise AssertionError("classes have no reference")
@@ -136,14 +138,14 @@ def _scores(counts: Sequence[float], classes: int) -> tuple[list[float], float]:
 
 
 def _of_texts(model: PackedModel, batch: MicroBatch) -> Tensor:
-    return outputs(model, batch, batch.places)
+    return outputs(model, batch, batch.whole.places)
 
 
 def _of_words(model: PackedModel, batch: MicroBatch) -> Tensor:
     """The numbers of tags, which stand behind the text in a segment of its size, are not passed through the model."""
     import torch
 
-    texts, tags = batch.part("beginnings"), batch.places + 1
+    texts, tags = batch.part("beginnings"), batch.whole.places + 1
     segments = torch.searchsorted(batch.cu_seqlens, tags, right=True) - 1
     documents = torch.searchsorted(batch.mismatched, segments)
     return outputs(model, texts, texts.cu_seqlens[documents] + tags - batch.cu_seqlens[segments])

@@ -25,7 +25,7 @@ from trainer.config import ObjectiveSettings
 from trainer.config.registry import without_defaults
 from trainer.config.section import part
 from trainer.tuning.method import Method
-from trainer.tuning.objective.answers import read_segments
+from trainer.tuning.objective.answers import counted_once, read_segments
 from trainer.tuning.objective.kto.settings import KtoSettings
 from trainer.tuning.objective.objective import Objective, Survey
 
@@ -93,7 +93,7 @@ class Kto:
             (len(batch.desired) - desired).float(),
         )
         ratio = (mismatched - base[_owners(batch), 1]).sum()
-        return torch.cat([torch.stack([ratio, *counts]), base[:, 0]])
+        return torch.cat([counted_once(torch.stack([ratio, *counts]), batch), base[:, 0]])
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """The labelled answer of each document, and the mismatched one behind it, 0 where there is none."""
@@ -129,7 +129,8 @@ class Kto:
             z0 * len(ratio),
             ratio.detach().sum(),
         )
-        return torch.stack([losses.sum(), *measures, (lengths * of_desired).sum(), (lengths * of_undesired).sum()])
+        lengths_of_both = (lengths * of_desired).sum(), (lengths * of_undesired).sum()
+        return counted_once(torch.stack([losses.sum(), *measures, *lengths_of_both]), batch)
 
 
 def _owners(batch: MicroBatch) -> Tensor:

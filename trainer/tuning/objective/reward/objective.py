@@ -18,6 +18,7 @@ from trainer.config.registry import without_defaults
 from trainer.config.section import part
 from trainer.tuning.head import WithHead, head_of, outputs
 from trainer.tuning.method import Method
+from trainer.tuning.objective.answers import counted_once
 from trainer.tuning.objective.objective import Objective, Survey
 from trainer.tuning.objective.reward.settings import RewardSettings
 
@@ -59,19 +60,19 @@ class Reward:
         return []
 
     def weight(self, batch: MicroBatch) -> int:
-        return len(batch.rejected)
+        return len(batch.rejected) if batch.first == 0 else 0
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
         from torch.nn.functional import logsigmoid
 
-        places = last_places(batch, self._head.padding)
+        places = last_places(batch.whole, self._head.padding)
         both = torch.cat([places[batch.rejected - 1], places[batch.rejected]])
         rewards, pairs = outputs(model, batch, both)[:, 0], len(batch.rejected)
         chosen, rejected = rewards[:pairs], rewards[pairs:]
         losses = -logsigmoid(chosen - rejected - self._margin) + self._center * (chosen + rejected).square()
         measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float())
-        return torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)])
+        return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         raise AssertionError("rewards have no reference")
