@@ -16,7 +16,7 @@ from trainer.model.rows.row import Prefixes, lengths_known
 
 class PackedRow(Protocol):
     """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32, and
-    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part. Documents may go on from
+    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part, from the place `first` of the row on. Documents may go on from
     `prefixes`."""
 
     @property
@@ -32,6 +32,8 @@ class PackedRow(Protocol):
     @property
     def parts(self) -> int: ...
     @property
+    def first(self) -> int: ...
+    @property
     def prefixes(self) -> Prefixes: ...
 
 
@@ -43,6 +45,7 @@ class TextRow:
     position_ids: Tensor
     cu_seqlens: Tensor
     parts: int = 1
+    first: int = 0
     prefixes: Prefixes = ()
 
     @classmethod

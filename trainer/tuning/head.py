@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.model.micro_batch import MicroBatch, PartOfRow
-    from trainer.model.packed import PackedModel
+    from trainer.model.packed import PackedModel, PackedRow
 
 
 MODULE = "score"
@@ -116,7 +115,7 @@ def head_of(method: Method) -> WithHead | None:
     return None
 
 
-def outputs(model: PackedModel, row: MicroBatch | PartOfRow, places: Tensor) -> Tensor:
+def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
     """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row have the same of all of them, so
     that one of them counts what follows."""
     hidden = model.hidden(row)[0]
