@@ -1,11 +1,15 @@
-"""Right answers before and after GRPO, sampled by the ranks themselves, and by TRL's GRPOTrainer.
+"""Right answers before and after GRPO, sampled by the ranks themselves or by a real vLLM, and by TRL's GRPOTrainer; and after distillation from a teacher.
 
-    python benchmarks/rollouts.py [--seeds 3] [--steps 30]
+    python benchmarks/rollouts.py [--seeds 3] [--steps 30] [--server] [--folder FOLDER]
 
 The base is a small Llama, made on the spot, that has learnt to answer three letters by themselves, and now and then by the same letters the other way
 round, which is what the reward asks for. Some prompts neither the base nor a run has seen. `chance` is the control: its reward is drawn, whatever the
-answer is. TRL sees as many prompts and draws as many answers, over the same base, with the same LoRA, rate and form of the loss. The script fails unless, for
-every seed, the right answers become more on both kinds of prompts, by chance they do not, and they are no fewer than TRL's.
+answer is. TRL sees as many prompts and draws as many answers, over the same base, with the same LoRA, rate and form of the loss. With `--server` one vLLM
+(`make vllm`) samples for all of our runs, in turns with them: of GRPO (`served`), and of on-policy distillation (`opd`) from an adapter that was trained on the
+right answers (`teacher`), which the same server has. The script fails unless, for every seed, the right answers become more on both kinds of prompts, by
+chance they do not, and those of GRPO are no fewer than TRL's.
+
+Each figure is a line in FOLDER/figures.jsonl as soon as it is there, and what has one is not run again.
 """
 
 import argparse
@@ -13,11 +17,12 @@ import itertools
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
@@ -25,13 +30,16 @@ from typing import Any
 
 import yaml
 
-from tests.cli.test_vllm import TARGETS
-from tests.dist import runs
-from tests.dist.launch import launch
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
+
+from tests.cli.test_vllm import TARGETS, vllm
+from tests.dist import rollouts, runs
+from tests.dist.launch import launch, running
 from tests.material import make_base
 from trainer.base.find.locate import resolve_base
-from trainer.config import dump_config, parse_config
-from trainer.data.compile.prepare import prepare
+from trainer.config import Config, dump_config, parse_config
+from trainer.data.compile.prepare import Datasets, prepare
+from trainer.export.proof.completions import CompletionsServer
 from trainer.processes import children
 from trainer.run import layout
 from trainer.store.store import open_run_store
@@ -55,7 +63,7 @@ def chance(prompts, completions, answer):
 
 
 SECONDS = 3600.0
-COMPILING = Lock()
+LOCK = Lock()
 
 
 @dataclass(frozen=True)
@@ -123,13 +131,13 @@ def pretrain(base: Path, known: list[dict[str, str]], steps: int) -> None:
         stale.unlink()
 
 
-def settings(folder: Path, side: str, seed: int, steps: int) -> dict[str, Any]:
-    """The configuration of one of our runs."""
-    return {
+def settings(folder: Path, side: str, seed: int, steps: int, url: str | None) -> dict[str, Any]:
+    """The configuration of one of our runs, for which the server at `url` samples where there is one."""
+    tree: dict[str, Any] = {
         "run": {"name": f"{side}-{seed}", "store": str(folder / "store"), "seed": seed},
         "model": {"base": str(folder / "base"), "dtype": "fp32"},
         "quant": {"type": "none"},
-        "objective": {"name": "grpo"},
+        "objective": {"name": "opd", "teacher": f"{url}#teacher"} if side == "opd" else {"name": "grpo"},
         "tuning": {"rank": RANK, "alpha": 2 * RANK, "targets": TARGETS},
         "data": {
             "train": [{"path": str(folder / "train.jsonl")}],
@@ -142,6 +150,7 @@ def settings(folder: Path, side: str, seed: int, steps: int) -> dict[str, Any]:
             "answers": ANSWERS,
             "max_tokens": ROOM,
             "held_out": HELD_OUT,
+            **({"engine": [url], "max_lag": 0} if url else {}),
         },
         "optim": {"lr": RATE, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},
         "train": {"steps": steps + 1, "global_batch": PROMPTS, "micro_batch": 4, "activation_checkpointing": False},
@@ -150,19 +159,50 @@ def settings(folder: Path, side: str, seed: int, steps: int) -> dict[str, Any]:
         "cluster": {"gpus_per_worker": 0, "threads_per_worker": 1},
         "track": {"tensorboard": False},
     }
+    if side == "teacher":
+        del tree["rollout"]
+        tree["objective"] = {"name": "sft"}
+    return tree
 
 
-def by_us(folder: Path, side: str, seed: int, steps: int) -> Curve:
-    config = parse_config(yaml.safe_dump(settings(folder, side, seed, steps)))
+def prepared(folder: Path, side: str, seed: int, steps: int, url: str | None) -> tuple[Config, Datasets]:
+    """A run that begins anew, and its data, which all runs share and the first one compiles."""
+    config = parse_config(yaml.safe_dump(settings(folder, side, seed, steps, url)))
     store = open_run_store(config)
-    run = store.sub(config.run.name)
-    with COMPILING:  # all runs have the same data, which the first one compiles
-        data = prepare(config, resolve_base(config.model), store)
-    run.put(layout.CONFIG, dump_config(config).encode())
-    (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
+    store.delete_folder(f"{config.run.name}/")
+    store.sub(config.run.name).put(layout.CONFIG, dump_config(config).encode())
+    with LOCK:
+        return config, prepare(config, resolve_base(config.model), store)
+
+
+def by_us(folder: Path, side: str, seed: int, steps: int, url: str | None) -> Curve:
+    config, data = prepared(folder, side, seed, steps, url)
+    run = open_run_store(config).sub(config.run.name)
+    beside = running(1, rollouts.sample, run.uri, timeout=SECONDS) if url else nullcontext()
+    with beside:
+        (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
     assert ended["outcome"] == "finished", ended
     records = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
-    return curve_of([record for record in records if record["kind"] == "step"], "reward", "held_out_reward")
+    records = [record for record in records if record["kind"] == "step"]
+    if url:
+        worst = max(record["log_ratio"] for record in records)
+        print(f"{side}, seed {seed}: sampler and trainer differ by {worst:.1e} nats a token", flush=True)
+    return curve_of(records, "reward", "held_out_reward")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a vLLM that has the base and, as `teacher`, an adapter that was trained on the right answers."""
+    adapter = folder / "teacher"
+    if not (adapter / "adapter_config.json").exists():
+        config, data = prepared(folder, "teacher", 0, 120, None)
+        (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
+        assert ended["outcome"] == "finished", ended
+        export = ["-m", "launcher.cli", "export", config.run.name, str(adapter), "--store", config.run.store]
+        subprocess.run([sys.executable, *export], check=True, stdout=sys.stderr)
+    with vllm(folder / "base", folder / "vllm.log", "--max-loras", "2", "--max-cpu-loras", "4") as url:
+        CompletionsServer("--server", url, "").load("teacher", str(adapter))
+        yield url
 
 
 @contextmanager
@@ -178,8 +218,8 @@ def trl_beside(folder: Path, seeds: int, steps: int) -> Iterator[None]:
             process.kill()
 
 
-def trl(folder: Path, seed: int, steps: int) -> None:
-    """The same run by TRL: it draws by transformers' generate(), with the adapter as it is. Its curve goes into a file."""
+def by_trl(folder: Path, seed: int, steps: int) -> Curve:
+    """The same run by TRL: it draws by transformers' generate(), with the adapter as it is."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -217,8 +257,23 @@ def trl(folder: Path, seed: int, steps: int) -> None:
     trainer.train()
     records = [{"reward": one["reward"]} for one in trainer.state.log_history if "reward" in one]
     records = [{**records[0], "held_out": before}, *records[1:], {"held_out": answered(trainer.model)}]
-    found = curve_of(records, "reward", "held_out")
-    (folder / f"trl-{seed}.json").write_text(json.dumps(asdict(found)))
+    return curve_of(records, "reward", "held_out")
+
+
+class Figures:
+    """The curves by side and seed, each a line of a file as soon as it is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "figures.jsonl"
+
+    def found(self) -> dict[tuple[str, int], Curve]:
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        return {(one.pop("side"), one.pop("seed")): Curve(**one) for one in map(json.loads, lines)}
+
+    def add(self, side: str, seed: int, curve: Curve) -> None:
+        with LOCK, self._file.open("a") as file:
+            file.write(json.dumps({"side": side, "seed": seed, **asdict(curve)}) + "\n")
+        print(f"{side}, seed {seed}: {curve}", flush=True)
 
 
 def main() -> None:
@@ -226,31 +281,47 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pretrain", type=int, default=300, help="steps of the base")
+    parser.add_argument("--server", action="store_true", help="a vLLM samples")
+    parser.add_argument("--folder", type=Path, help="where everything is kept; by default nowhere")
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    seeds, steps = range(given.seeds), given.steps
     if given.trl:
-        for seed in seeds:
-            trl(given.trl, seed, steps)
+        figures = Figures(given.trl)
+        for seed in range(given.seeds):
+            if ("trl", seed) not in figures.found():
+                figures.add("trl", seed, by_trl(given.trl, seed, given.steps))
         return
-    found = dict[tuple[str, int], Curve]()
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as name:
-        folder = Path(name)
+        folder = (given.folder or Path(name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)  # where rewards are found
-        make_material(folder, given.pretrain)
-        with trl_beside(folder, given.seeds, steps), ThreadPoolExecutor(2) as pool:
-            these = [(side, seed) for seed in seeds for side in ("grpo", "chance")]
-            for one, curve in zip(
-                these, pool.map(lambda one: by_us(folder, one[0], one[1], steps), these), strict=True
-            ):
-                found[one] = curve
-                print(f"{one[0]}, seed {one[1]}: {curve}", flush=True)
-        for seed in seeds:
-            found["trl", seed] = curve = Curve(**json.loads((folder / f"trl-{seed}.json").read_text()))
-            print(f"trl, seed {seed}: {curve}", flush=True)
+        if not (folder / "made").exists():
+            make_material(folder, given.pretrain)
+            (folder / "made").touch()
+        found = compared(folder, given.seeds, given.steps, server=given.server)
     sys.exit("; ".join(wrong(found)) or 0)
+
+
+def compared(folder: Path, seeds: int, steps: int, *, server: bool) -> dict[tuple[str, int], Curve]:
+    """The curves of all runs, those of TRL beside ours."""
+    figures, sides = Figures(folder), ("served", "opd") if server else ("grpo", "chance")
+    known = figures.found()
+    these = [(side, seed) for seed in range(seeds) for side in sides if (side, seed) not in known]
+
+    def run(one: tuple[str, int], url: str | None) -> None:
+        figures.add(*one, by_us(folder, *one, steps, url))
+
+    with trl_beside(folder, seeds, steps):
+        if server and these:
+            with served(folder) as url:
+                for one in these:
+                    run(one, url)
+        else:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda one: run(one, None), these))
+    return figures.found()
 
 
 def wrong(found: dict[tuple[str, int], Curve]) -> Iterator[str]:
@@ -262,8 +333,10 @@ def wrong(found: dict[tuple[str, int], Curve]) -> Iterator[str]:
             continue
         if not (curve.last > curve.first + 0.2 and curve.held_out[1] > curve.held_out[0] + 0.2):
             yield f"{side} does not learn, with seed {seed}"
-    for seed in {seed for _, seed in found}:
-        ours, theirs = found["grpo", seed], found["trl", seed]
+    for (side, seed), ours in found.items():
+        theirs = found.get(("trl", seed))
+        if theirs is None or side not in ("grpo", "served"):
+            continue
         if ours.held_out[1] < theirs.held_out[1] - NEAR or ours.last < theirs.last - NEAR:
             yield f"TRL learns more, with seed {seed}"
 

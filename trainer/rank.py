@@ -169,8 +169,9 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
         return eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
 
     if isinstance(start.objective, LearnsFromRollouts):
-        place = rollouts_of(start.resolved, start.folder, datasets.train)
-        train = rollout_stream(config, Rollouts(place, config.train.steps or 0), rank, world_size)
+        place, judge = rollouts_of(start.resolved, start.folder, datasets.train), start.objective.judge
+        judged = judge is not None and not judge.is_server
+        train = rollout_stream(config, Rollouts(place, config.train.steps or 0, judged=judged), rank, world_size)
     else:
         train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():

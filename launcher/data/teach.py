@@ -1,4 +1,5 @@
-"""`capstan teach`: a teacher's log-probabilities beside a run's data, by ranks on this machine, or by this process as one of a group's."""
+"""`capstan teach`: a teacher's log-probabilities beside a run's data, or of the answers that a run samples, by ranks on this machine, or by this process as
+one of a group's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from launcher.start.check import anchored
 from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from trainer.base.find.locate import resolve_base
-from trainer.config import dump_config, load_config, override
+from trainer.config import Config, dump_config, load_config, override
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.store.store import open_run_store
-from trainer.tuning.objective.teacher import teacher_of
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,28 @@ class TaughtData:
         return f"would have {found['teacher']} write {what}, {found['bytes_a_target']} bytes a target, by {found['ranks']} ranks{there}"
 
 
-def teach(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> TaughtData:
-    """Compile the data of the run and have its teacher write what the store lacks.
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """The steps of a run whose answers the teacher has judged, and how many of them this process has; with `dry_run` the steps of the run."""
+
+    run: str
+    teacher: str
+    steps: int
+    made: int
+    dry_run: bool
+
+    def sentence(self) -> str:
+        if self.dry_run:
+            return (
+                f"would have {self.teacher} judge the answers of {self.steps} steps of {self.run}, as they are sampled"
+            )
+        return f"{self.teacher} has judged the answers of {self.steps} steps of {self.run}, {self.made} of them by this process"
+
+
+def teach(
+    path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]
+) -> TaughtData | JudgedAnswers:
+    """Compile the data of the run and have its teacher write what the store lacks, or judge its answers beside it.
 
     Raises:
         ConfigError: the run has no teacher, or settings do not fit together.
@@ -64,9 +86,11 @@ def teach(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[
     """
     config = anchored(load_config(path, overrides, log))
     resolved = resolve(config, resolve_base(config.model))
+    if isinstance(resolved.objective, LearnsFromRollouts) and resolved.objective.judge is not None:
+        return _judge(config, resolved.objective.judge, dry_run=dry_run, log=log)
     teacher = teacher_of(resolved.objective)
     if teacher is None:
-        raise ConfigError(f"objective.name: {config.objective.name} learns from no teacher. Set it to distil.")
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no teacher. Set it to distil or opd.")
     if teacher.is_server:
         if is_rank():
             raise ConfigError(
@@ -96,3 +120,18 @@ def teach(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[
     with bars(log) as hear:
         found = run_ranks(Ask("teach", config.run.store, config=dump_config(config)), config, (), hear)
     return TaughtData(found, dry_run=False)
+
+
+def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[str], None]) -> JudgedAnswers:
+    if teacher.is_server:
+        raise ConfigError(
+            f"{teacher.setting}: a server is asked by who samples, so nothing is left for capstan teach. Give a base or a run, or leave it out."
+        )
+    run = open_run_store(config).sub(config.run.name).uri
+    if dry_run:
+        return JudgedAnswers(run, teacher.name, config.train.steps or 0, 0, dry_run=True)
+    if not is_rank():
+        build_config(config, dry_run=False, log=log)
+    with bars(log) as hear:
+        found = run_ranks(Ask("judge", run, config=dump_config(config)), config, (), hear)
+    return JudgedAnswers(run, teacher.name, found["steps"], found["made"], dry_run=False)

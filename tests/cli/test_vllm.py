@@ -35,15 +35,15 @@ TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 @contextmanager
-def vllm(base: Path, log: Path, *options: str) -> Iterator[str]:
-    """The address of a server of `base` that takes adapters."""
+def vllm(base: Path, log: Path, *options: str, **variables: str) -> Iterator[str]:
+    """The address of a server of `base` that takes adapters; `variables` are some more of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     given = ["serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
     given += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora"]
     given += ["--lora-target-modules", *TARGETS, *options]
-    environment = {**os.environ, **ENVIRONMENT, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, **ENVIRONMENT, **variables, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
     with log.open("w") as out:
         process = children.start(
             [str(VLLM / "bin/vllm"), *given], stdout=out, stderr=out, env=environment, start_new_session=True

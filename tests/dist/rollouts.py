@@ -8,10 +8,16 @@ from typing import Any
 from tests.dist.runs import outcome_of
 from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout.serving import roll_out
+from trainer.evaluate.rollout.teaching import judge_answers
 
 
 def sample(run: str) -> dict[str, Any]:
     return outcome_of(lambda: roll_out(Ask("rollout", run), lambda told: None))
+
+
+def judge(config_text: str) -> dict[str, Any]:
+    """The pass of all ranks of `capstan teach`."""
+    return judge_answers(Ask("judge", "", config=config_text), lambda told: None)
 
 
 def serve(port: int) -> None:

@@ -1,24 +1,31 @@
 """Answers are sampled while a run learns, by its ranks or by servers; whatever is killed, each is trained on once, with the same losses."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import obstore
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.view.status import read_generation
+from tests.cli.conftest import ROOT
 from tests.cli.test_vllm import TARGETS, VLLM, vllm
 from tests.dist import rollouts
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
-from tests.material import Workshop
+from tests.material import Workshop, make_base
 from tests.needs import need
 from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
 from tests.unit.test_served import stub
-from trainer.data.dataset.rollouts import is_committed, read_figures
+from trainer.config import dump_config
+from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
 from trainer.run import layout
-from trainer.store.store import Store
+from trainer.store.store import Store, open_store
 
 STEPS = 10
 TEN = f"train.steps={STEPS}"
@@ -85,6 +92,38 @@ def test_what_a_teacher_holds_likely_becomes_so(workshop: Workshop) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+def test_a_teacher_on_ranks_of_its_own_judges_what_the_run_samples(workshop: Workshop) -> None:
+    """It is killed on the way and goes on at another number of ranks; what it says is its log p of each token."""
+    if not (teacher := workshop.folder / "teacher").exists():
+        make_base(teacher, intermediate_size=96)
+    learns = f"objective={{name: opd, teacher: {teacher}}}", "train.steps=6", "rollout.max_tokens=6"
+    config = config_of(workshop, "taught", *learns)
+    run, given = begin(workshop, config)
+    place = place_of(workshop, config)
+    with running(1, *given, timeout=900) as trainer:
+        with running(1, rollouts.judge, dump_config(config), timeout=900) as judge:
+            judge.wait_until(lambda: is_judged(place, 1))
+            judge.kill()
+        found = launch(2, rollouts.judge, dump_config(config), timeout=900)
+        assert trainer.wait()[0]["outcome"] == "finished"
+    assert found[0]["steps"] == 6
+    assert found[0]["made"] <= 4
+    divergences = [record["divergence"] for record in read_generation(run, 1)["step"]]
+    assert divergences[-1] < divergences[0] - 0.1, divergences
+    model, said = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), Rollouts(place, 6, judged=True)
+    data = said.chapters.get(5)
+    first, last = data.offsets[:2].tolist()
+    stored = data.read(np.array([0])).gather(np.array([0]))[first:last]
+    ids, trained = torch.from_numpy((stored & ID_BITS).astype(np.int64)), torch.from_numpy(stored & TARGET_BIT != 0)
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0][trained[1:]]
+    sampled, advantage = said.read([5 * 2**32]).T
+    assert sampled + advantage == pytest.approx(log_p.numpy(), abs=1e-4)
+    said.chapters.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_whatever_is_killed_each_chapter_is_trained_on_once(tmp_path: Path) -> None:
     assert kill(tmp_path, seed=5, kills=4) == []
 
@@ -92,17 +131,37 @@ def test_whatever_is_killed_each_chapter_is_trained_on_once(tmp_path: Path) -> N
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_real_server_samples_what_the_trainer_computes(tmp_path: Path) -> None:
+    """It takes the adapters of one run from a folder, and finds those of another in the store of that, as it has our plugin."""
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop = Workshop(tmp_path, hidden_size=128)  # vLLM wants heads of 32
-    with vllm(workshop.base, tmp_path / "vllm.log") as url:
-        targets = f"tuning.targets=[{', '.join(TARGETS)}]"
-        config = config_of(workshop, "real", f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=4", targets)
-        run, given = begin(workshop, config)
-        with running(1, *given, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as sampler:
-            assert trainer.wait()[0]["outcome"] == "finished"
-            assert sampler.wait()[0]["outcome"] == "finished"
-    records = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
-    steps = [record for record in records if record["kind"] == "step"]
-    assert [record["lag"] for record in steps] == [0] * 4
-    # Also of the later ones, whose adapter is no longer nothing.
-    assert all(record["log_ratio"] < 1e-4 and abs(record["ratio"] - 1) < 1e-3 for record in steps), steps
+    there, log = tmp_path / "there", tmp_path / "vllm.log"
+    plugin = {"PYTHONPATH": str(installed(tmp_path / "plugin")), "CAPSTAN_STORE": str(there)}
+    with vllm(workshop.base, log, **plugin) as url:
+        for name, store in (("folder", workshop.folder / "store"), ("store", there)):
+            given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=4", f"run.store={store}"
+            workshop.store = open_store(str(store))
+            config = config_of(workshop, name, *given, f"tuning.targets=[{', '.join(TARGETS)}]")
+            run, ranks = begin(workshop, config)
+            with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as rest:
+                assert trainer.wait()[0]["outcome"] == "finished"
+                assert rest.wait()[0]["outcome"] == "finished"
+            steps = read_generation(run, 1)["step"]
+            assert [record["lag"] for record in steps] == [0] * 4
+            # Also of the later ones, whose adapter is no longer nothing.
+            assert all(record["log_ratio"] < 1e-4 and abs(record["ratio"] - 1) < 1e-3 for record in steps), steps
+    said = log.read_text(errors="replace")
+    assert [said.count(what) for what in ("Loaded new LoRA adapter", "using StoreResolver")] == [4, 4]
+
+
+def installed(folder: Path) -> Path:
+    """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin needs."""
+    described = folder / "capstan_llm-0.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: capstan-llm\nVersion: 0\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (f"{name} = {found}\n" for name, found in project["entry-points"]["vllm.general_plugins"].items())
+    (described / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(lines))
+    assert obstore.__file__ is not None
+    for package in (ROOT / "trainer", Path(obstore.__file__).parent):
+        (folder / package.name).symlink_to(package)
+    return folder

@@ -1,5 +1,6 @@
 """Rollouts: chapters that are committed once and checked, prompts in their order, rewards and servers that fail in one sentence, and settings that do not fit."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.material import Workshop
 from tests.unit.test_served import stub
 from trainer.config import dump_config, override
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, is_committed, read_figures
+from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
@@ -22,9 +23,11 @@ from trainer.evaluate.generate import generate
 from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout import judging, serving
 from trainer.evaluate.rollout.prompts import Prompts
+from trainer.evaluate.rollout.published import name_of, named
 from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import Scoring
+from trainer.evaluate.rollout.vllm_plugin import StoreResolver
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
 from trainer.store.store import Store, open_store
@@ -209,11 +212,18 @@ def test_a_server_of_another_base_is_found(record: dict[str, float], said: bool)
     assert (unlike_sampler(record) is not None) is said
 
 
-def served(run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], prompts: int = 3) -> list[list[Drawn]]:
-    """The answers by two addresses of a server, which have the adapter of step 3 loaded."""
+def served(
+    run: Store, folder: Path, answer: Callable[[dict[str, Any]], Any], *, finds: bool = False
+) -> list[list[Drawn]]:
+    """The answers by two addresses of a server, which have the adapter of step 3 loaded. `finds`: they find it by its name."""
+    prompts = 3
+
+    def answered(body: dict[str, Any]) -> Any:
+        return ({"tokens": [5]} if finds else 404) if isinstance(body.get("prompt"), str) else answer(body)
+
     for name in ("adapter_config.json", "PUBLISHED"):
         run.put(f"adapters/step-000000003/{name}", b"{}")
-    with stub(answer) as url:
+    with stub(answered) as url:
         servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
         sampler = serving.ServerSampler(servers, run, folder)
         sampler.load(3)
@@ -236,9 +246,31 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
 
     found = served(open_store(str(tmp_path / "run")), tmp_path / "adapters", sometimes)
     assert found == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
-    loaded = {body["lora_path"] for body in asked if "lora_path" in body}
-    assert {Path(path).parent for path in loaded} == {tmp_path / "adapters"}, "each server is told"
+    loaded = [body["lora_path"] for body in asked if "lora_path" in body]
+    assert len(loaded) >= 2, "each server is told"
+    assert all(Path(path).is_relative_to(tmp_path / "adapters") for path in loaded)
     assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+
+
+def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: Path) -> None:
+    asked, run = list[dict[str, Any]](), open_store(str(tmp_path)).sub("first/rollouts/0123456789ab")
+
+    def answer(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return choices(body)
+
+    served(run, tmp_path / "adapters", answer, finds=True)
+    assert not any("lora_path" in body for body in asked)
+    assert not (tmp_path / "adapters").exists(), "nothing is copied to this machine"
+    (name,) = {body["model"] for body in asked if "model" in body}
+    resolver = StoreResolver(open_store(str(tmp_path)), dict)
+    request = asyncio.run(resolver.resolve_lora("base", name))
+    assert request["lora_name"] == name
+    assert (Path(request["lora_path"]) / "adapter_config.json").read_bytes() == b"{}"
+    absent = name.replace("000000003", "000000004")
+    for other in (absent, "first", name.replace("first", ".."), f"../{name}", name.replace("first", "x/first")):
+        assert asyncio.run(resolver.resolve_lora("base", other)) is None
+    assert named(name_of(run, 3, "0" * 8)) == ("first/rollouts/0123456789ab", 3, "0" * 8)
 
 
 @pytest.mark.parametrize(
@@ -268,11 +300,12 @@ OPD = ("objective={name: opd, teacher: 'http://teacher:8000#big'}", *GRPO[1:])
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("{name: opd}", "objective.teacher: opd asks a server"),
-        ("{name: opd, teacher: /models/big}", "objective.teacher: opd asks a server"),
+        ("{name: opd}", "objective.teacher and objective.teacher_run: none is set, and opd has one teacher"),
+        ("{name: opd, teacher: 'http://a', teacher_quant: nf4}", "objective.teacher_quant: a server as teacher"),
+        ("{name: opd, teacher_run: big, teacher_quant: nf4}", "objective.teacher_quant: has no effect"),
     ],
 )
-def test_a_judge_is_a_server(workshop: Workshop, given: str, sentence: str) -> None:
+def test_a_run_has_one_judge(workshop: Workshop, given: str, sentence: str) -> None:
     (said,) = find_objective(override(workshop.config("a", *OPD), f"objective={given}")).mismatches()
     assert said.startswith(sentence)
 
@@ -295,6 +328,26 @@ def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_pa
     run = open_store(str(tmp_path))
     commit(run, 0, [Rollout([7, 5], [9, 2], [-0.5, -0.75], advantages[0], {})], {})
     assert Rollouts(run, 1).read([0])[:, 1].tolist() == [0.25, -1.25]
+
+
+def test_a_chapter_is_ready_when_its_teacher_has_judged_it(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    commit(
+        run, 0, [Rollout([7, 5], [9, 2], [-0.5, -0.75], 0.0, {}), Rollout([7], [4], [-1.0], 0.0, {})], {"adapter": 0}
+    )
+    assert Rollouts(run, 1).is_ready(0)
+    judged = Rollouts(run, 1, judged=True)
+    assert not judged.is_ready(0)
+    said = np.array([-0.25, -1.75, -2.0], np.float32)
+    assert commit_judgement(run, 0, said, 0.5)
+    assert not commit_judgement(run, 0, said + 1, 0.25), "of two processes one commits"
+    assert judged.is_ready(0)
+    assert judged.figures(0) == {"adapter": 0, "divergence": 0.5}
+    assert judged.read([0, 1])[:, 1].tolist() == [0.25, -1.0, -1.0]
+    (key,) = (entry.key for entry in run.list() if "/judged-" in entry.key)
+    run.put(key, said.tobytes()[:-4] + b"abcd")
+    with pytest.raises(Damaged):
+        Rollouts(run, 1, judged=True).read([0])
 
 
 def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:

@@ -62,8 +62,18 @@ class ObjectiveSettings(Section):
     teacher: str | None = setting(
         None,
         about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
-        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: such a URL.",
+        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: the same, and the teacher judges sampled answers while the run learns.",
         example="Qwen/Qwen3-235B-A22B",
+    )
+    teacher_run: str | None = setting(
+        None,
+        about="distil and opd: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI.",
+        example="big@1200",
+    )
+    teacher_quant: str | None = setting(
+        None,
+        about="distil and opd: quant.type of the teacher's base. Default: that of this run. A run has its own.",
+        example="nf4",
     )
     label_smoothing: Share = setting(
         0.0,

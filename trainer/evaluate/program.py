@@ -33,6 +33,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
     from trainer.evaluate.rollout.serving import roll_out
+    from trainer.evaluate.rollout.teaching import judge_answers
     from trainer.evaluate.teach import teach
 
     say = tell if os.environ.get("RANK", "0") == "0" else _nothing
@@ -40,7 +41,9 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
         if ask.what == "generate":
             result = generate(ask, prompts, say)
         else:
-            result = {"evaluate": evaluate, "teach": teach, "rollout": roll_out}[ask.what](ask, say)
+            result = {"evaluate": evaluate, "teach": teach, "judge": judge_answers, "rollout": roll_out}[ask.what](
+                ask, say
+            )
     except CapstanError:
         _leave()
         raise

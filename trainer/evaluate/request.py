@@ -10,13 +10,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Ask:
-    """The request to every rank: evaluate or question the run at the URI `run`, or sample for the run there, or have a teacher write for the run of `config`, with the checkpoint of `step`. None is the newest whole one.
+    """The request to every rank: evaluate or question the run at the URI `run`, or sample for the run there, or have a teacher write for the run of `config`, or judge its answers, with the checkpoint of `step`. None is the newest whole one.
 
     `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
     adapter's. `config` is the YAML text of the settings of a run that need not be there yet. `server` is the URL of the one that answers in the place of the ranks. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.evaluate.measure.generation.Sampling`.
     """
 
-    what: Literal["evaluate", "generate", "teach", "rollout"]
+    what: Literal["evaluate", "generate", "teach", "judge", "rollout"]
     run: str
     step: int | None = None
     overrides: tuple[str, ...] = ()

@@ -58,13 +58,10 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     assert teacher is not None, "the launcher refuses other objectives"
     if teacher.is_server:
         return teach_by_server(config, teacher, tell)
-    store = open_run_store(config)
-    opened = partial(_open_run, store=store) if teacher.is_run else _open_base
-    model = opened(config, teacher, log=lambda text: tell({"log": text}))
+    store, base = open_run_store(config), resolve_base(config.model)
+    model = open_teacher(config, base, teacher, tell)
     ranks = model.ranks
-    base = resolve_base(config.model)
     key = ranks.on_first(lambda: prepare(config, base, store).train)
-    ranks.on_first(lambda: _check_tokenizer(teacher, model.base, base))
     vocabulary = min(base.architecture.vocabulary, model.base.architecture.vocabulary)
     dataset = open_dataset(store, key)
     folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
@@ -80,7 +77,7 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Model:
+class TeacherModel:
     """The teacher on this rank, with the settings that it computes under; of a run the checkpoint that was loaded."""
 
     config: Config
@@ -112,12 +109,21 @@ def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
     return {"step": manifest.step, "dataset": manifest.dataset, "shards": shards}
 
 
-def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> _Model:
+def open_teacher(config: Config, base: Base, teacher: Teacher, tell: Tell) -> TeacherModel:
+    """The teacher, sharded over these ranks, for a run over `base`. Collective. Raises `ConfigError` where its tokenizer is another."""
+    opened = partial(_open_run, store=open_run_store(config)) if teacher.is_run else _open_base
+    model = opened(config, teacher, log=lambda text: tell({"log": text}))
+    model.ranks.on_first(lambda: _check_tokenizer(teacher, model.base, base))
+    return model
+
+
+def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> TeacherModel:
     """The teacher's base, under the run's other settings, with an adapter that stays off."""
     quant = {} if teacher.quant is None else {"type": teacher.quant}
     config = override(
         config,
         assignment("objective", {}),
+        assignment("rollout", {}),
         assignment("tuning", {"rank": 1}),
         assignment("model", {"base": teacher.name, "dtype": config.model.dtype, "attention": config.model.attention}),
         assignment("sharding.sequence_parallel", 1),
@@ -129,10 +135,10 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
     check_same_base(resolved.base, ranks)
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
-    return _Model(resolved.config, resolved.base, ranks, engine, resolved)
+    return TeacherModel(resolved.config, resolved.base, ranks, engine, resolved)
 
 
-def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> _Model:
+def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> TeacherModel:
     """The run at the checkpoint that is asked for, or the newest."""
     run, step = place_of(store, teacher.name, teacher.setting)
     opened = open_run(
@@ -140,7 +146,7 @@ def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str
     )
     opened.load()
     resolved = opened.resolved
-    return _Model(resolved.config, resolved.base, opened.ranks, opened.engine, resolved, opened.manifest)
+    return TeacherModel(resolved.config, resolved.base, opened.ranks, opened.engine, resolved, opened.manifest)
 
 
 def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
@@ -162,7 +168,7 @@ def _number(token: int | None) -> str:
 class TeacherPass:
     """The pass of the teacher over the blocks of `dataset` that `folder` lacks, in rows of `order`, on this rank."""
 
-    model: _Model
+    model: TeacherModel
     dataset: Dataset
     folder: Store
     record: TeacherRecord

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config.objective import OWN
 from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.dataset import Reads
-from trainer.data.dataset.rollouts import Rollouts, is_committed, read_figures
+from trainer.data.dataset.rollouts import Rollouts, is_committed
 from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
 from trainer.errors import ConfigError, Stopped, shown
 from trainer.evaluate.rollout.adapters import publish
@@ -47,7 +47,7 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
     """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
     ranks = start.ranks
     if ranks.on_first(lambda: is_committed(rollouts.place, step)):
-        return _figures(start, rollouts, step)
+        return _ready(start, rollouts, step)
     began = time.monotonic()
 
     def first() -> Making:
@@ -58,18 +58,25 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
     sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
     drawn = [sampler.sample(one.request) for one in wanted]
     ranks.on_first(lambda: first().commit(step, step, wanted, drawn, began))
-    return _figures(start, rollouts, step)
+    return _ready(start, rollouts, step)
 
 
 def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> Mapping[str, Any]:
     """Publish what was learnt, and wait for the chapter that another process commits."""
-    ranks, told = start.ranks, time.monotonic()
     publish(rollouts.place, engine, start.resolved, step)
+    return _ready(start, rollouts, step)
+
+
+def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
+    """The figures of the chapter, once others have done with it what is theirs to do: sampled it, or judged it."""
+    ranks, told = start.ranks, time.monotonic()
     while True:
-        there = ranks.rank == 0 and is_committed(rollouts.place, step)
+        there = ranks.rank == 0 and rollouts.is_ready(step)
         rows = ranks.gather(there, start.stop.requested)
         if rows[0][0]:
-            return _figures(start, rollouts, step)
+            rollouts.chapters.look()
+            figures = ranks.on_first(lambda: rollouts.figures(step))
+            return {**figures, "lag": step - figures.pop("adapter")}
         if any(row[1] for row in rows):
             raise Stopped(f"stopped at step {step}, while answers were waited for")
         start.pulse("compile", step + 1)
@@ -77,12 +84,6 @@ def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> 
             told = time.monotonic()
             start.metrics.write("waiting", step=step, what="answers")
         time.sleep(_LOOK_SECONDS)
-
-
-def _figures(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
-    rollouts.chapters.look()
-    figures = start.ranks.on_first(lambda: read_figures(rollouts.place, step))
-    return {**figures, "lag": step - figures.pop("adapter")}
 
 
 def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:

@@ -5,8 +5,10 @@
         tokens-<attempt>.bin ...        its documents: each is a prompt and an answer, whose tokens are the targets
         columns-<attempt>.bin           fp32 (tokens, 2): of each answer's token the sampler's log p in nats and the advantage; NaN for a prompt's
         samples-<attempt>.jsonl         the figures of the chapter in the first line, then a line for each answer: texts, reward
+        judged.json                     where a teacher on ranks of its own judges the answers: the record of that, written last, with a create-only PUT
+        judged-<attempt>.bin            fp32 (targets,): its log p of each in nats
 
-Of two processes that sample the same chapter one commits. What is not committed when its process dies is sampled again.
+Of two processes that sample, or judge, the same chapter one commits. What is not committed when its process dies is sampled, or judged, again.
 """
 
 import json
@@ -28,16 +30,20 @@ from trainer.data.dataset.manifest import (
     Counters,
     DatasetManifest,
     FileRecord,
+    Record,
     ShardRecord,
     SourceRecord,
     read_manifest,
+    unsealed,
 )
 from trainer.errors import AlreadyExists
 from trainer.run import layout
 from trainer.store.store import Store
 
 _COLUMNS = np.dtype(("<f4", (2,)))
+_LOG_P = np.dtype("<f4")
 _BYTES = np.dtype("u1")
+_JUDGED = "judged.json"
 _NUMBERS = 2**32  # so far apart are the numbers of the documents of two chapters
 
 
@@ -104,6 +110,33 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
     return True
 
 
+class _Judgement(Record):
+    """The file of a teacher's log p of a chapter's targets, and the mean of the sampler's less these, in nats a token."""
+
+    file: FileRecord
+    divergence: float
+
+
+def is_judged(place: Store, number: int) -> bool:
+    return place.exists(f"{layout.dataset(layout.chapter_of_rollouts(number))}{_JUDGED}")
+
+
+def commit_judgement(place: Store, number: int, log_p: NDArray[np.float32], divergence: float) -> bool:
+    """Make this what the teacher says of the chapter's targets; False where another process was faster."""
+    folder, key = place.sub(layout.dataset(layout.chapter_of_rollouts(number))), f"judged-{secrets.token_hex(8)}.bin"
+    file = FileRecord.put(folder, key, log_p.astype(_LOG_P).tobytes())
+    try:
+        folder.create(_JUDGED, _Judgement(file=file, divergence=divergence).sealed())
+    except AlreadyExists:
+        folder.delete(key)
+        return False
+    return True
+
+
+def _judgement(folder: Store) -> _Judgement:
+    return unsealed(_Judgement, folder.get(_JUDGED), f"{folder.uri}/{_JUDGED}")
+
+
 def read_figures(place: Store, number: int) -> dict[str, Any]:
     """The figures of a committed chapter. Raises `Damaged` where it is not what was written."""
     name = layout.chapter_of_rollouts(number)
@@ -114,11 +147,23 @@ def read_figures(place: Store, number: int) -> dict[str, Any]:
 
 
 class Rollouts:
-    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents."""
+    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents. Where a teacher judges them (`judged`), a
+    chapter is ready when it has done so, and the advantage of a token is the teacher's log p less the sampler's."""
 
-    def __init__(self, place: Store, count: int) -> None:
-        self.place, self.chapters = place, Chapters(count, partial(_open, place))
+    def __init__(self, place: Store, count: int, *, judged: bool = False) -> None:
+        self.place, self.chapters, self._judged = place, Chapters(count, partial(_open, place)), judged
         self._columns = lru_cache(maxsize=4)(self._read_columns)
+
+    def is_ready(self, number: int) -> bool:
+        return (is_judged if self._judged else is_committed)(self.place, number)
+
+    def figures(self, number: int) -> dict[str, Any]:
+        """The figures of a chapter that is ready. Raises `Damaged` where it is not what was written."""
+        found = read_figures(self.place, number)
+        if self._judged:
+            folder = self.place.sub(layout.dataset(layout.chapter_of_rollouts(number)))
+            found["divergence"] = _judgement(folder).divergence
+        return found
 
     def read(self, documents: Sequence[int]) -> NDArray[np.float32]:
         """(targets, 2) of these documents, in their order: the sampler's log p in nats, and the advantage."""
@@ -143,7 +188,12 @@ class Rollouts:
         data = self.chapters.get(chapter)
         file = data.manifest.shards[0].columns_file
         assert file is not None
-        return data, data.reads.patiently(lambda: reader(data.store, _COLUMNS)(file))
+        every = data.reads.patiently(lambda: reader(data.store, _COLUMNS)(file))
+        if self._judged:
+            judged = data.reads.patiently(lambda: reader(data.store, _LOG_P)(_judgement(data.store).file))
+            every, targets = every.copy(), ~np.isnan(every[:, 0])
+            every[targets, 1] = judged - every[targets, 0]
+        return data, every
 
 
 def _open(place: Store, number: int) -> Dataset:

@@ -3,24 +3,17 @@
 <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from trainer.base.load.load import DTYPES
+from trainer.evaluate.rollout.published import published
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import onto
 from trainer.run import layout
 from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-
-
-def published(place: Store) -> list[int]:
-    """The updates whose adapters are there, rising."""
-    steps = (layout.published_step(entry.key) for entry in place.list(layout.ROLLOUT_ADAPTERS))
-    return sorted(step for step in steps if step is not None)
 
 
 def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
@@ -40,15 +33,6 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
                 place.delete_folder(layout.rollout_adapter(older))
 
     ranks.on_first(write)
-
-
-def fetch(place: Store, step: int, folder: Path) -> None:
-    """Copy a published adapter into a new folder of this machine. Raises `NotFound` where it was removed meanwhile."""
-    folder.mkdir(parents=True)
-    prefix = layout.rollout_adapter(step)
-    for entry in place.list(prefix):
-        (folder / entry.key.removeprefix(prefix)).write_bytes(place.get(entry.key))
-    place.get(layout.published(step))  # it was whole until now
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -51,15 +51,15 @@ class Judge:
 
 
 def judge_of(resolved: Resolved, asked: Asked) -> Judge | None:
-    """The judge of the run's objective, where it has one; `asked` is a prompt by which its tokenizer is seen.
+    """The judge of the run's objective, where that is a server; `asked` is a prompt by which its tokenizer is seen.
 
     Raises:
         ConfigError: nothing answers there, or it has another tokenizer.
     """
     objective = resolved.objective
     assert isinstance(objective, LearnsFromRollouts)
-    if objective.judge is None:
+    if objective.judge is None or not objective.judge.is_server:
         return None
-    server = CompletionsServer.find("objective.teacher", objective.judge)
+    server = CompletionsServer.find(objective.judge.setting, objective.judge.name)
     check_tokenizer(server, resolved.base, [*asked.prompt, *asked.reference])
     return Judge(server)

@@ -16,9 +16,9 @@ from trainer.data.compile.prepare import locate
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
 from trainer.evaluate.request import Ask, Tell
-from trainer.evaluate.rollout.adapters import fetch, published
 from trainer.evaluate.rollout.judging import patiently
 from trainer.evaluate.rollout.making import Making
+from trainer.evaluate.rollout.published import fetch, name_of, published
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import resolve
@@ -49,7 +49,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     servers = [
         CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
     ]
-    step, made, told = _oldest(run), 0, 0.0
+    step, made, told = oldest(run), 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
         sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
@@ -63,9 +63,9 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
                     tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
-                    if _has_finished(run):
+                    if has_finished(run):
                         break
-                step = max(step, _oldest(run))
+                step = max(step, oldest(run))
                 time.sleep(_LOOK_SECONDS)
                 continue
             try:
@@ -86,18 +86,19 @@ def _adapter_for(place: Store, step: int, lag: int) -> int | None:
     return newest if newest is not None and newest >= step - lag else None
 
 
-def _oldest(run: Store) -> int:
+def oldest(run: Store) -> int:
     """The step of the oldest checkpoint, before which there may be no chapters any more."""
     return min(committed_steps(run), default=0)
 
 
-def _has_finished(run: Store) -> bool:
+def has_finished(run: Store) -> bool:
     return any(record["kind"] == "end" and record.get("outcome") == "finished" for record in newest_records(run))
 
 
 @dataclass
 class ServerSampler:
-    """Servers of one base, each of which has the adapter loaded that was loaded last; `folder` is where they find it."""
+    """Servers of one base, each of which has the adapter loaded that was loaded last. Those that have Capstan's plugin take it from the store, and the
+    others find it below `folder`."""
 
     servers: list[CompletionsServer]
     place: Store
@@ -109,9 +110,11 @@ class ServerSampler:
         """Have every server take the adapter of this update. Raises `NotFound` where it was removed."""
         if self._loaded == adapter:
             return
-        name = f"{secrets.token_hex(4)}-{adapter}"
-        fetch(self.place, adapter, self.folder / name)
-        for server in self.servers:
+        name = name_of(self.place, adapter, secrets.token_hex(4))
+        lacking = [server for server in self.servers if not patiently(partial(server.has, name))]
+        if lacking:
+            fetch(self.place, adapter, self.folder / name)
+        for server in lacking:
             patiently(partial(server.load, name, str(self.folder / name)))
         self.forget()
         self._name, self._loaded = name, adapter

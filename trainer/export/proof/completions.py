@@ -4,7 +4,7 @@ import json
 import math
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
@@ -22,6 +22,10 @@ class Answer(NamedTuple):
     log_p: list[float]
     drawn: list[int]
     drawn_log_p: list[float]
+
+
+class NotServed(CapstanError):
+    """A server knows no such model, or no such request."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,14 @@ class CompletionsServer:
         """`text` as its tokenizer has it. Raises as `ask`."""
         asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return self._read("/tokenize", asked, lambda found: list(found["tokens"]))
+
+    def has(self, model: str) -> bool:
+        """Whether it knows a model of this name, or finds one (trainer/evaluate/rollout/vllm_plugin.py). Raises as `ask`."""
+        try:
+            replace(self, model=model).tokens_of("a")
+        except NotServed:
+            return False
+        return True
 
     def load(self, name: str, folder: str) -> None:
         """Have it take the adapter in the folder, which it sees, by this name. Raises as `ask`."""
@@ -130,7 +142,8 @@ def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
             text = answer.read(_LONGEST_ANSWER)
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-        raise CapstanError(
+        kind = NotServed if error.code == 404 else CapstanError
+        raise kind(
             f"{setting}: {url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
         ) from error
     except (OSError, HTTPException) as error:

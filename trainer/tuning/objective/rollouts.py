@@ -9,6 +9,7 @@ from trainer.config import Config
 from trainer.config.objective import OWN
 from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective.teacher import Teacher
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,13 +20,13 @@ class LearnsFromRollouts(Objective, Protocol):
     """An objective that finds each target's log p by the sampler, and its advantage, in `MicroBatch.sampled`."""
 
     @property
-    def judge(self) -> str | None:
-        """The URL of the server whose log-probabilities of each answer `advantages` is to have; None for an objective that asks nobody."""
+    def judge(self) -> Teacher | None:
+        """The teacher by whose log-probabilities of each answer the model learns; None for an objective that asks nobody."""
         ...
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
         """The advantage of each answer, or of each of its tokens, in the order of `rewards` (prompts, answers). `gaps` are the judge's log p of each token
-        less the sampler's, in nats."""
+        less the sampler's, in nats; None for a judge that is no server, which judges what is committed."""
         ...
 
 

@@ -1,5 +1,6 @@
-"""A teacher whose log-probabilities are stored beside the data: its settings, and which objectives have one. Without torch."""
+"""A teacher, whose log-probabilities of the data or of sampled answers are stored: its settings, and which objectives have one. Without torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,13 +10,13 @@ from trainer.tuning.objective.objective import Objective
 @dataclass(frozen=True)
 class Teacher:
     """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base, or the URL of a server. Of each target the
-    `top_k` likeliest tokens are stored, at `temperature`."""
+    `top_k` likeliest tokens are stored, at `temperature`; of sampled answers the token itself alone."""
 
     name: str
     is_run: bool
     quant: str | None
-    top_k: int
-    temperature: float
+    top_k: int = 0
+    temperature: float = 1.0
 
     @property
     def setting(self) -> str:
@@ -39,6 +40,25 @@ class Teacher:
             "top_k": self.top_k,
             "temperature": self.temperature,
         }
+
+
+def named_teacher(base: str | None, run: str | None, quant: str | None) -> Teacher:
+    """The teacher of `objective.teacher`, `teacher_run` and `teacher_quant`; without a name where `teacher_mismatches` refuses them."""
+    return Teacher(base or run or "", base is None, quant)
+
+
+def teacher_mismatches(objective: str, base: str | None, run: str | None, quant: str | None) -> Iterator[str]:
+    """A sentence for each setting by which `objective` has not just one teacher: `objective.teacher`, `teacher_run` and `teacher_quant`."""
+    if (base is None) == (run is None):
+        both = base is not None
+        yield (
+            f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and {objective} has one teacher. "
+            f"{'Remove' if both else 'Set'} one of them."
+        )
+    if run is not None and quant is not None:
+        yield "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
+    if base is not None and named_teacher(base, None, quant).is_server and quant is not None:
+        yield "objective.teacher_quant: a server as teacher has its own. Remove it."
 
 
 def id_bytes(vocabulary: int) -> int:

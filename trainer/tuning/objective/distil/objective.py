@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
@@ -11,7 +12,7 @@ from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.distil.settings import DistilSettings
 from trainer.tuning.objective.objective import Objective, Survey
-from trainer.tuning.objective.teacher import Teacher
+from trainer.tuning.objective.teacher import Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
+_TEACHER = {"teacher": None, "teacher_run": None, "teacher_quant": None}
 _DEFAULTS = {
-    "teacher": None,
-    "teacher_run": None,
-    "teacher_quant": None,
     "top_k": 64,
     "divergence": "forward",
     "temperature": 1.0,
@@ -34,8 +33,8 @@ class Distil:
     """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with sft, so
     held-out data need no teacher."""
 
-    settings: Collection[str] = tuple(_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    settings: Collection[str] = (*_TEACHER, *_DEFAULTS)
+    defaults: Mapping[str, Any] = {"name": "sft", **_TEACHER, **_DEFAULTS}
     formats: Collection[str] = ("chat", "prompt_completion", "text", "segments")
     reads_reference: bool = False
     survey: Survey | None = None
@@ -43,36 +42,26 @@ class Distil:
     measures: Sequence[str] = ()
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
-        self._given, self._teacher = part(given, DistilSettings), given.teacher
+        self._given, self._teacher = part(given, DistilSettings), {name: getattr(given, name) for name in _TEACHER}
 
     @property
     def teacher(self) -> Teacher:
-        given = self._given
-        name = self._teacher or given.teacher_run or ""  # mismatches() refuses that
-        return Teacher(name, self._teacher is None, given.teacher_quant, given.top_k, given.temperature)
+        return replace(
+            named_teacher(*self._teacher.values()), top_k=self._given.top_k, temperature=self._given.temperature
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
         return without_defaults(
-            {"name": "distil", **{name: getattr(self._given, name) for name in _DEFAULTS}}, self.defaults
+            {"name": "distil", **self._teacher, **{name: getattr(self._given, name) for name in _DEFAULTS}},
+            self.defaults,
         )
 
     def mismatches(self) -> list[str]:
-        given, wrong = self._given, list[str]()
-        if (self._teacher is None) == (given.teacher_run is None):
-            both = self._teacher is not None
+        wrong = list(teacher_mismatches("distil", *self._teacher.values()))
+        if self.teacher.is_server and self._given.temperature != 1:
             wrong.append(
-                f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and distil has one teacher. "
-                f"{'Remove' if both else 'Set'} one of them."
-            )
-        if given.teacher_run is not None and given.teacher_quant is not None:
-            wrong.append(
-                "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
-            )
-        if self.teacher.is_server and (given.temperature != 1 or given.teacher_quant is not None):
-            name = "temperature" if given.temperature != 1 else "teacher_quant"
-            wrong.append(
-                f"objective.{name}: a server as teacher has its own, and says its probabilities at 1. Remove it."
+                "objective.temperature: a server as teacher has its own, and says its probabilities at 1. Remove it."
             )
         return wrong
 

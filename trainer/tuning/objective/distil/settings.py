@@ -6,18 +6,8 @@ from trainer.config.section import Factor, Section, Share, TokenCount, setting
 
 
 class DistilSettings(Section):
-    """Other teachers than objective.teacher, and the divergence from it."""
+    """What is stored of a teacher, and the divergence from it."""
 
-    teacher_run: str | None = setting(
-        None,
-        about="distil: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI.",
-        example="big@1200",
-    )
-    teacher_quant: str | None = setting(
-        None,
-        about="distil: quant.type of the teacher's base. Default: that of this run. A run has its own.",
-        example="nf4",
-    )
     top_k: TokenCount = setting(
         64,
         about="distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the tail.",

@@ -23,6 +23,7 @@ from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import segments_of_targets
 from trainer.tuning.objective.grpo.settings import GrpoSettings
 from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.teacher import Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,7 +88,7 @@ class Grpo:
         return wrong
 
     @property
-    def judge(self) -> str | None:
+    def judge(self) -> Teacher | None:
         return None
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
@@ -151,6 +152,7 @@ class Grpo:
 
 
 _SHARED = ("ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
+_TEACHER = {"teacher": None, "teacher_run": None, "teacher_quant": None}
 
 
 class Opd(Grpo):
@@ -158,36 +160,30 @@ class Opd(Grpo):
 
     The reverse divergence KL(model || teacher) = E[log p - log t], over answers that the model itself samples (Agarwal et al., arXiv:2306.13649; Gu et al.,
     arXiv:2306.08543), has the gradient of GRPO's loss with the advantage log t - log p of each token, where log p is the sampler's. The teacher is a server
-    that gives its log-probabilities of the tokens; the reward is only measured.
+    that gives its log-probabilities of the tokens before they are committed, or it is sharded over ranks of its own (`capstan teach`), which give them after
+    that; the reward is only measured.
     """
 
-    settings: Collection[str] = ("teacher", *_SHARED)
-    defaults: Mapping[str, Any] = {"name": "sft", "teacher": None, **_DEFAULTS}
+    settings: Collection[str] = (*_TEACHER, *_SHARED)
+    defaults: Mapping[str, Any] = {"name": "sft", **_TEACHER, **_DEFAULTS}
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
         super().__init__(given, method)
-        self._teacher = given.teacher
+        self._teacher = {name: getattr(given, name) for name in _TEACHER}
 
     @property
-    def judge(self) -> str | None:
-        return self._teacher
+    def judge(self) -> Teacher | None:
+        return named_teacher(*self._teacher.values())
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**super().identity, "name": "opd", "teacher": self._teacher}
+        return {**super().identity, "name": "opd", **without_defaults(self._teacher, _TEACHER)}
 
     def mismatches(self) -> list[str]:
-        wrong = super().mismatches()
-        if not (self._teacher or "").startswith(("http://", "https://")):
-            wrong.append(
-                "objective.teacher: opd asks a server for its log-probabilities of each answer. Give the URL of a vLLM, with the model's name behind a "
-                "#. Example: http://gpu-3:8000#big."
-            )
-        return wrong
+        return [*super().mismatches(), *teacher_mismatches("opd", *self._teacher.values())]
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
-        assert gaps is not None
-        return gaps
+        return [0.0] * rewards.size if gaps is None else gaps
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo, "opd": Opd}

@@ -1,0 +1,44 @@
+"""The adapters that a run has published for the servers that sample, and the names by which these take them. Without torch: a server's process reads it."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.run import layout
+from trainer.store.store import Store
+
+_NAME = re.compile(r"((?!\.)[^/]+/rollouts/[0-9a-f]{12})/adapters/step-(\d{9})/([0-9a-f]{8})")
+
+
+class Published(NamedTuple):
+    """The adapter of the update `step` in the folder `place` of a store; `nonce` tells apart who had it loaded."""
+
+    place: str
+    step: int
+    nonce: str
+
+
+def name_of(place: Store, step: int, nonce: str) -> str:
+    """The name of an adapter in the folder of a run's rollouts, as a server hears it: from it and the store of the runs the adapter is found."""
+    return f"{'/'.join(place.uri.split('/')[-3:])}/{layout.rollout_adapter(step)}{nonce}"
+
+
+def named(name: str) -> Published | None:
+    """The adapter that is called so; None for the name of anything else."""
+    found = _NAME.fullmatch(name)
+    return Published(found[1], int(found[2]), found[3]) if found else None
+
+
+def published(place: Store) -> list[int]:
+    """The updates whose adapters are there, rising."""
+    steps = (layout.published_step(entry.key) for entry in place.list(layout.ROLLOUT_ADAPTERS))
+    return sorted(step for step in steps if step is not None)
+
+
+def fetch(place: Store, step: int, folder: Path) -> None:
+    """Copy a published adapter into a new folder of this machine. Raises `NotFound` where it was removed meanwhile."""
+    folder.mkdir(parents=True)
+    prefix = layout.rollout_adapter(step)
+    for entry in place.list(prefix):
+        (folder / entry.key.removeprefix(prefix)).write_bytes(place.get(entry.key))
+    place.get(layout.published(step))  # it was whole until now

@@ -1,0 +1,120 @@
+"""`capstan teach` for a run that learns from its own answers: the teacher, sharded over ranks of its own, judges each chapter as soon as it is committed.
+
+So it is in the memory of nobody who trains, and the process may be killed and started again at any time.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config, parse_config
+from trainer.data.compile.prepare import prepare
+from trainer.data.dataset.rollouts import Rollouts, commit_judgement, is_committed, is_judged
+from trainer.data.dataset.taught import TeacherRecord
+from trainer.data.order.stream import eval_stream
+from trainer.errors import NonFiniteLoss, shown
+from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.rollout.making import rollouts_of
+from trainer.evaluate.rollout.serving import has_finished, oldest
+from trainer.evaluate.taught_data import begun
+from trainer.evaluate.teach import TeacherModel, open_teacher
+from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch
+from trainer.model.packed import PackedModel
+from trainer.plan.resolve import resolve
+from trainer.store.store import open_run_store
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.tuning.objective.teacher import Teacher
+
+_LOOK_SECONDS = 0.5
+_SAY_SECONDS = 60.0
+
+
+def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
+    """Judge the answers of the run of `ask.config` until it has all of them or has finished. Collective.
+
+    Raises as `trainer.evaluate.teach.teach`.
+    """
+    config = parse_config(ask.config, name="the run's settings")
+    resolved = resolve(config, resolve_base(config.model))
+    objective, store = resolved.objective, open_run_store(config)
+    assert isinstance(objective, LearnsFromRollouts), "the launcher refuses other objectives"
+    teacher = objective.judge
+    assert teacher is not None
+    model = open_teacher(config, resolved.base, teacher, tell)
+    ranks, run = model.ranks, store.sub(config.run.name)
+    place = rollouts_of(resolved, run, ranks.on_first(lambda: prepare(config, resolved.base, store).train))
+    record = TeacherRecord(
+        settings=teacher.to_json(),
+        facts=ranks.on_first(model.facts),
+        k=0,
+        vocabulary=model.base.architecture.vocabulary,
+    )
+    ranks.on_first(lambda: begun(place.sub("teacher"), record, teacher))
+    rollouts = Rollouts(place, config.train.steps or 0)
+    step, made, told = ranks.on_first(lambda: oldest(run)), 0, 0.0
+    tell({"log": f"{teacher.name} judges the answers in {place.uri}"})
+    model.engine.evaluating(True)
+    with model.computing():
+        while step < rollouts.chapters.count:
+            judged, there = ranks.on_first(lambda at=step: (is_judged(place, at), is_committed(place, at)))
+            if judged:
+                step += 1
+            elif there:
+                made += _judge(model, rollouts, config, step, teacher)
+                tell({"log": f"the answers of step {step + 1} are judged"})
+            else:
+                if time.monotonic() - told > _SAY_SECONDS:
+                    told = time.monotonic()
+                    tell({"log": f"the answers of step {step + 1} are not there yet"})
+                if ranks.on_first(lambda: has_finished(run)):
+                    break
+                step = max(step, ranks.on_first(lambda: oldest(run)))
+                time.sleep(_LOOK_SECONDS)
+    return {"steps": step, "made": made}
+
+
+def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, step: int, teacher: Teacher) -> bool:
+    """Write what the teacher says of the chapter of the update behind `step`; False where another process was faster. Collective."""
+    ranks = model.ranks
+    with ranks.agreeing():
+        rollouts.chapters.look()
+        data = rollouts.chapters.get(step)
+    # What stands before each document is the teacher's, not the run's.
+    order = config.model_copy(update={"tuning": model.config.tuning})
+    mine = dict[int, Any]()
+    for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
+        for batch in batches:
+            values = model.engine.look(_log_p, batch).float().cpu().numpy()
+            mine.update(zip(batch.documents, _by_document(batch, values), strict=True))
+    every = {number: values for part in ranks.gather_objects(mine) for number, values in part.items()}
+
+    def write() -> bool:
+        numbers = sorted(every)
+        log_p = np.concatenate([every[number] for number in numbers])
+        if not np.isfinite(log_p).all():
+            raise NonFiniteLoss(
+                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {step + 1} no finite log-probability, so it cannot teach. Try "
+                "model.dtype: bf16, or another teacher."
+            )
+        divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())
+        return commit_judgement(rollouts.place, step, log_p, divergence)
+
+    return ranks.on_first(partial(write))
+
+
+def _log_p(model: PackedModel, batch: MicroBatch) -> Tensor:
+    """(targets,) in nats."""
+    return -model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
+
+
+def _by_document(batch: MicroBatch, values: Any) -> Sequence[Any]:
+    """The values of each document's targets; a document is one segment."""
+    trained = (batch.labels[0] != IGNORE).numpy()
+    ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
+    return [values[ends[segment] : ends[segment + 1]] for segment in batch.beginnings.tolist()]
