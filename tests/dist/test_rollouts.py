@@ -1,6 +1,7 @@
 """Answers are sampled while a run learns, by its ranks or by servers; whatever is killed, each is trained on once, with the same losses."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
 from trainer.run import layout
 from trainer.store.store import Store, open_store
+from trainer.tuning.objective.rollouts import unlike_sampler
 
 STEPS = 10
 TEN = f"train.steps={STEPS}"
@@ -151,6 +153,44 @@ def test_a_real_server_samples_what_the_trainer_computes(tmp_path: Path) -> None
             assert all(record["log_ratio"] < 1e-4 and abs(record["ratio"] - 1) < 1e-3 for record in steps), steps
     said = log.read_text(errors="replace")
     assert [said.count(what) for what in ("Loaded new LoRA adapter", "using StoreResolver")] == [4, 4]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("quantized", "alike"), [(True, True), (False, False)], ids=["as-quantized", "the-base"])
+def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool, alike: bool
+) -> None:
+    """By the program of docs/rollouts.md; a server over the base itself is found by the first step."""
+    need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
+    workshop = Workshop(tmp_path, hidden_size=128)
+    model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(0.5 if value.ndim == 2 else 1.0)  # random weights of the usual size exaggerate any rounding
+    model.save_pretrained(workshop.base)
+    for stale in (*workshop.base.glob("model-*"), *workshop.base.glob("*.index.json")):
+        stale.unlink()
+    monkeypatch.chdir(tmp_path)
+    if quantized:
+        (program,) = re.findall(
+            r"```python\n(import bitsandbytes.*?)```", (ROOT / "docs/rollouts.md").read_text(), re.S
+        )
+        exec(program, {})
+    with vllm(
+        tmp_path / ("as-quantized" if quantized else "base"), tmp_path / "vllm.log", "--dtype", "bfloat16"
+    ) as url:
+        given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=3", "quant.type=nf4", "model.dtype=bf16"
+        config = config_of(workshop, "nf4", *given, "rollout.max_tokens=8", f"tuning.targets=[{', '.join(TARGETS)}]")
+        run, ranks = begin(workshop, config)
+        with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as sampler:
+            assert trainer.wait()[0]["outcome"] == "finished"
+            assert sampler.wait()[0]["outcome"] == "finished"
+    steps = read_generation(run, 1)["step"]
+    gaps = [record["log_ratio"] for record in steps]
+    print(gaps)
+    assert all((gap < 0.015) is alike for gap in gaps), gaps
+    assert (unlike_sampler(steps[0]) is None) is alike, "it is said"
 
 
 def installed(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from launcher.evaluate.answering import generate_answers
 from tests.material import Workshop
+from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import dump_config, override
 from trainer.data.dataset.chapters import open_chapters
@@ -143,6 +145,9 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
         ("exact", " 12\n", "12", 1.0),
         ("exact", "12.", "12", 0.0),
         ("regex", "it is 12", r"\b12$", 1.0),
+        ("math", r"It is \boxed{\frac12}.", "0.5", 1.0),
+        ("math", "$1+x^2$", "x^2+1", 1.0),
+        ("math", "1", "x^2+1", 0.0),
         ("json_schema", '{"a": 1}', '{"required": ["a"]}', 1.0),
         ("json_schema", '{"b": 1}', '{"required": ["a"]}', 0.1),
         ("json_schema", "a", '{"required": ["a"]}', 0.0),
@@ -150,6 +155,8 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
     ],
 )
 def test_built_in_rewards(name: str, said: str, wanted: str, value: float) -> None:
+    if name == "math":
+        need(None if find_spec("math_verify") else "there is no math-verify: pip install math-verify")
     assert BUILT_IN[name](completions=[said], answer=[wanted]) == [value]
     assert set(BUILT_IN) == set(REWARDS)
 

@@ -94,7 +94,7 @@ class Rollout(Section):
 
     reward: str | None = setting(
         None,
-        about="What an answer is worth: exact, regex, json_schema or length, or your function as module:function, called as TRL calls one: with lists "
+        about="What an answer is worth: exact, regex, math, json_schema or length, or your function as module:function, called as TRL calls one: with lists "
         "prompts, completions and answer, by name; it returns a number for each.",
         example="rewards:correct",
     )

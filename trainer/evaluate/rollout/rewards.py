@@ -46,7 +46,25 @@ def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
     return [min(1.0, max(1, len(wanted)) / max(1, len(said))) for said, wanted in zip(completions, answer, strict=True)]
 
 
-BUILT_IN: dict[str, Reward] = {"exact": exact, "regex": regex, "json_schema": json_schema, "length": length}
+def math(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}, or the last of what is said."""
+    from math_verify import parse, verify
+
+    def value(said: str, wanted: str) -> float:
+        # An answer by itself has no dollars, without which a formula is taken for the last number in it.
+        right = parse(wanted if "$" in wanted or "\\boxed" in wanted else f"${wanted}$")
+        return float(verify(right, parse(said)))
+
+    return [value(said, wanted) for said, wanted in zip(completions, answer, strict=True)]
+
+
+BUILT_IN: dict[str, Reward] = {
+    "exact": exact,
+    "regex": regex,
+    "math": math,
+    "json_schema": json_schema,
+    "length": length,
+}
 
 
 def find_reward(name: str) -> Reward:

@@ -67,7 +67,7 @@ def rollout_mismatches(config: Config, objective: Objective, method: Method) -> 
 def _mismatches(config: Config, method: Method) -> Iterator[str]:
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
-        yield f"rollout.reward: {name} has each answer rewarded. Give exact, regex, json_schema, length, or module:function."
+        yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."
     elif ":" not in given.reward and given.reward not in REWARDS:
         yield f"rollout.reward: {given.reward!r} is not allowed. Allowed are {', '.join(REWARDS)}, or module:function."
     if given.engine == OWN and given.max_lag is not None:
@@ -95,5 +95,5 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
         yield f"data.share_prefix: is not possible with {name}. Remove it."
 
 
-REWARDS = ("exact", "regex", "json_schema", "length")
+REWARDS = ("exact", "regex", "math", "json_schema", "length")
 """The names that `rollout.reward` may have; trainer/evaluate/rollout/rewards.py has the functions."""
