@@ -20,7 +20,7 @@ from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judg
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
-from trainer.errors import CapstanError, ConfigError, Damaged
+from trainer.errors import CapstanError, ConfigError, Damaged, NotFound
 from trainer.evaluate.generate import generate
 from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout import judging, serving
@@ -344,7 +344,8 @@ def test_a_chapter_is_ready_when_its_teacher_has_judged_it(tmp_path: Path) -> No
     )
     assert Rollouts(run, 1).is_ready(0)
     judged = Rollouts(run, 1, judged=True)
-    assert not judged.is_ready(0)
+    with pytest.raises(NotFound):  # so nobody reads ahead what is not judged
+        judged._open(0)
     said = np.array([-0.25, -1.75, -2.0], np.float32)
     assert commit_judgement(run, 0, said, 0.5)
     assert not commit_judgement(run, 0, said + 1, 0.25), "of two processes one commits"

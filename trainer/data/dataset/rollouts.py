@@ -15,7 +15,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from trainer.data.dataset.manifest import (
     read_manifest,
     unsealed,
 )
-from trainer.errors import AlreadyExists
+from trainer.errors import AlreadyExists, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
 
@@ -151,7 +151,8 @@ class Rollouts:
     chapter is ready when it has done so, and the advantage of a token is the teacher's log p less the sampler's."""
 
     def __init__(self, place: Store, count: int, *, judged: bool = False) -> None:
-        self.place, self.chapters, self._judged = place, Chapters(count, partial(_open, place)), judged
+        self.place, self._judged = place, judged
+        self.chapters = Chapters(count, self._open)
         self._columns = lru_cache(maxsize=4)(self._read_columns)
 
     def is_ready(self, number: int) -> bool:
@@ -184,6 +185,13 @@ class Rollouts:
         for key in sorted(gone, key=lambda key: not key.endswith(MANIFEST)):
             self.place.delete(key)
 
+    def _open(self, number: int) -> Dataset:
+        """The chapter. Raises `NotFound` until it is ready, so that nobody reads ahead what is not."""
+        if not self.is_ready(number):
+            raise NotFound(f"{self.place.uri} has not yet all of {layout.chapter_of_rollouts(number)}.")
+        data = open_dataset(self.place, layout.chapter_of_rollouts(number))
+        return replace(data, first_document=number * _NUMBERS)
+
     def _read_columns(self, chapter: int) -> tuple[Dataset, NDArray[np.float32]]:
         data = self.chapters.get(chapter)
         file = data.manifest.shards[0].columns_file
@@ -194,7 +202,3 @@ class Rollouts:
             every, targets = every.copy(), ~np.isnan(every[:, 0])
             every[targets, 1] = judged - every[targets, 0]
         return data, every
-
-
-def _open(place: Store, number: int) -> Dataset:
-    return replace(open_dataset(place, layout.chapter_of_rollouts(number)), first_document=number * _NUMBERS)
