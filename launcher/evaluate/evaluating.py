@@ -8,9 +8,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from launcher.evaluate.ranks import Hear, run_ranks
 from launcher.evaluate.tables import Evaluated
+from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from launcher.view.console import Terminal, description, time_left
-from trainer.config import assignment
+from trainer.config import assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
@@ -53,10 +54,12 @@ def evaluate_run(
     best: bool,
     base: bool,
     chat: bool,
+    server: str | None,
     dry_run: bool,
     log: Log,
 ) -> Evaluated | str:
-    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`.
+    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`. A `server` that has its export may answer in the
+    place of ranks.
 
     Raises:
         CapstanError: there is no such checkpoint, nothing to evaluate, or what the ranks raise.
@@ -65,17 +68,26 @@ def evaluate_run(
         raise ConfigError(
             "--base evaluates the base alone, so --step and --best have no effect. Leave out one of them."
         )
+    if server and base:
+        raise ConfigError(f"--server: --base has no effect. Name the base behind a #: {server.partition('#')[0]}#NAME.")
+    if server and is_rank():
+        raise ConfigError("--server: one process asks it. Call capstan evaluate without torchrun or srun.")
     config = run_config(folder, overrides, say=log)
+    if server:
+        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
     step, every = chosen_step(folder, step, best=best), subjects(config)
-    if not base:
+    if not (base or server):
         check_step(folder, committed_steps(folder), step)
     if dry_run:
-        what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
+        newest = committed_steps(folder)[:1]
+        what = "the base" if base else server or f"step {newest[0] if step is None else step} beside its base"
         return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
-    ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat)
+    ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat, server=server or "")
     with bars(log) as hear:
         found = run_ranks(ask, config, (), hear)
-    return Evaluated(found, folder.uri, None if base else f"{folder.uri}/{layout.evaluation(found['step'])}")
+    return Evaluated(
+        found, folder.uri, None if base or found["step"] is None else f"{folder.uri}/{layout.evaluation(found['step'])}"
+    )
 
 
 def _ranks(count: int) -> str:

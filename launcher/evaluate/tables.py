@@ -1,6 +1,6 @@
 """An evaluation on the terminal: before and after side by side, and sentences about what is certain."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,22 @@ class Evaluated:
 
     def tables(self) -> Group:
         found, parts = self.found, list[Any]()
-        after = self.where is not None
         if found["sets"]:
-            parts.append(_sets(found["sets"], after=after))
+            parts.append(_sets(found["sets"]))
         if found["tasks"]:
-            parts.append(_tasks(found["tasks"], after=after))
+            parts.append(_tasks(found["tasks"]))
         if found["bias"]:
-            parts.append(_bias(found["bias"], after=after))
+            parts.append(_bias(found["bias"]))
         parts += [Text(sentence) for sentence in sentences(found["sets"])]
+        if server := found.get("server"):
+            parts.append(Text(f"by the server {server}, not by the run's own ranks"))
         if under := found.get("under"):
             parts.append(
                 Text(f"step {found['step']}, not kept in the run's folder: {', '.join(under)} is not what the run has")
+            )
+        elif found["step"] is None:
+            parts.append(
+                Text("not kept in the run's folder: --step N says which checkpoint the server has, and keeps it")
             )
         elif self.where:
             parts.append(Text(f"step {found['step']}, kept in {self.where}"))
@@ -75,8 +80,9 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no certain change, {found['difference']:+.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})."
 
 
-def _sets(sets: Mapping[str, Any], *, after: bool) -> FoldedTable:
+def _sets(sets: Mapping[str, Any]) -> FoldedTable:
     """A table of at most eighty columns: an arrow leads from each value of the base to that of the adapter."""
+    after = len(_sides(sets.values())) > 1
     table = FoldedTable("set", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("tokens", "loss", "perplexity", *(("change", "95 % interval") if after else ())):
         table.add_column(column, no_wrap=True, justify="right")
@@ -102,12 +108,14 @@ def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
     return "not finite" if loss is None else f"{loss:.4f}", "∞" if perplexity is None else f"{perplexity:,.4g}"
 
 
-def _sides(after: bool) -> list[str]:
-    return list(SIDES) if after else ["base"]
+def _sides(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of a server perhaps the model alone, and of a run without a checkpoint the base."""
+    seen = set[str]().union(*found)
+    return [side for side in SIDES if side in seen]
 
 
-def _tasks(tasks: Mapping[str, Any], *, after: bool) -> FoldedTable:
-    sides = _sides(after)
+def _tasks(tasks: Mapping[str, Any]) -> FoldedTable:
+    sides = _sides(of for metrics in tasks.values() for of in metrics.values())
     table = FoldedTable("task", "metric", *(SIDES[side] for side in sides), caption="± a standard error")
     for task, metrics in tasks.items():
         for metric, found in metrics.items():
@@ -122,8 +130,8 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _bias(groups: Mapping[str, Any], *, after: bool) -> FoldedTable:
-    sides = _sides(after)
+def _bias(groups: Mapping[str, Any]) -> FoldedTable:
+    sides = _sides(groups.values())
     heads = [f"{measure}, {SIDES[side]}" for side in sides for measure in ("mean gap", "spread")]
     table = FoldedTable(
         "pairs of", "pairs", *heads, caption="log p of the first sentence less that of the second, nats"

@@ -27,7 +27,8 @@ class Loss(BaseModel):
 
 class SetResult(BaseModel):
     """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one;
-    `data` is the fingerprint of its documents, of which so many were `trained_on`; earlier evaluations lack both."""
+    `data` is the fingerprint of its documents, of which so many were `trained_on`; earlier evaluations lack both. `server` is that which has answered in
+    the place of ranks."""
 
     data: str | None = None
     documents: int | None = None
@@ -37,15 +38,18 @@ class SetResult(BaseModel):
     adapter: Loss | None = None
     difference: Number = None
     interval: tuple[Number, Number] | None = None
+    server: str | None = None
 
 
 class MetricResult(BaseModel):
-    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack."""
+    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack; `server` as
+    of a set."""
 
     base: Number = None
     adapter: Number = None
     base_stderr: Number = None
     stderr: Number = None
+    server: str | None = None
 
 
 class Spread(BaseModel):
@@ -61,6 +65,7 @@ class BiasResult(BaseModel):
     pairs: int | None = None
     base: Spread | None = None
     adapter: Spread | None = None
+    server: str | None = None
 
 
 class EvaluationFigures(BaseModel):

@@ -1,7 +1,10 @@
 """`capstan evaluate` measures what plain transformers, PEFT and lm-evaluation-harness measure, on one rank and on two."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -18,8 +21,11 @@ from tests.dist import evaluating, runs
 from tests.dist.evaluating import adapted, write_rows
 from tests.dist.launch import launch
 from tests.material import Workshop, byte_tokenizer, commit, make_data
+from tests.unit.test_served import completing, stub
 from trainer.config import dump_config
-from trainer.evaluate.tasks import task_specs
+from trainer.evaluate.evaluate import evaluate
+from trainer.evaluate.request import Ask
+from trainer.evaluate.tasks.harness import task_specs
 from trainer.run import layout
 from trainer.run.evaluations import FEWEST
 from trainer.store.store import Store
@@ -178,6 +184,38 @@ def test_tasks_are_scored_as_by_the_harness_own_model_on_one_rank_and_on_two(
                 for side, name in (("base", "base_stderr"), ("adapter", "stderr")):
                     error = theirs[side][task][f"{metric}_stderr,none"]  # "N/A" where there is none
                     assert scores[name] == (None if error == "N/A" else pytest.approx(error)), (task, metric)
+
+
+def test_a_server_of_the_export_measures_what_the_ranks_do(
+    workshop: Workshop, found: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = workshop.store.sub("fp32")
+    ask, log = Ask("evaluate", run.uri, 4, server=""), list[dict[str, Any]]()
+    model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32).eval()
+    with adapted(model, run.uri, tmp_path / "adapter") as tuned:
+
+        def complete(asked: dict[str, Any]) -> Any:
+            with tuned.disable_adapter() if asked["model"] == "small" else nullcontext():
+                return completing(tuned)(asked)
+
+        alone = Lock()  # as the adapter is switched off for all
+        with stub(
+            lambda asked: [alone.acquire(), complete(asked), alone.release()][1], "small", "fp32", parent="small"
+        ) as url:
+            served = evaluate(replace(ask, server=url), log.append)
+    ours, name = found["fp32"], f"{url}#fp32"
+    assert {"log": f"the answers are those of small and fp32 at {url}"} in log
+    assert served["server"] == name
+    for part in ("sets", "bias"):
+        for of, one in served[part].items():
+            for side in ("base", "adapter"):
+                assert one[side] == pytest.approx(ours[part][of][side], rel=1e-4, abs=1e-4), (part, of, side)
+            assert one["server"] == name
+    assert served["sets"]["eval"]["interval"] == pytest.approx(ours["sets"]["eval"]["interval"], abs=1e-4)
+    for task, metrics in served["tasks"].items():
+        for metric, one in metrics.items():
+            assert one == pytest.approx({**ours["tasks"][task][metric], "server": name}, rel=1e-4), (task, metric)
+    assert json.loads(run.get(layout.evaluation(4)))["tasks"]["choice"]["acc"]["server"] == name
 
 
 def harness(model: Any, tasks: Path) -> dict[str, dict[str, float]]:

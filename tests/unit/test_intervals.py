@@ -11,7 +11,7 @@ from rich.console import Console
 
 from launcher.evaluate.tables import Evaluated, sentences
 from trainer.evaluate.measure.intervals import clusters_of, difference_interval
-from trainer.evaluate.measured import MeasuredSide, Work, _of_set
+from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set
 from trainer.run.evaluations import FEWEST
 
 SETS = 2000
@@ -77,12 +77,12 @@ def test_a_loss_that_is_no_number_is_said_and_has_no_interval(lost: float) -> No
     before, after = np.ones(9), np.ones(9)
     after[4] = lost
     assert difference_interval(before, after, np.ones(9), np.arange(9)) is None
-    stream: Any = None
+    none: Any = None
     sides = {
         "base": MeasuredSide({"a": (before, np.ones(9))}, {}),
         "adapter": MeasuredSide({"a": (after, np.ones(9))}, {}),
     }
-    found = {"a": _of_set("a", sides, Work({"a": (stream, np.arange(9))}, [], None))}
+    found = {"a": _of_set("a", sides, Work({"a": EvaluatedSet(none, none, np.arange(9))}, [], None))}
     assert (found["a"]["adapter"]["loss"], found["a"]["difference"]) == (None, None)
     assert list(sentences(found)) == ["a: the loss is no finite number (now), so nothing can be said of the change."]
     json.dumps(found, allow_nan=False)

@@ -29,12 +29,12 @@ Complete = Callable[[dict[str, Any]], Any]
 
 
 @contextmanager
-def stub(complete: Complete, *models: str) -> Iterator[str]:
-    """A server of these models that answers a request with what `complete` makes of it: JSON, bytes, or the number of an error."""
+def stub(complete: Complete, *models: str, parent: str | None = None) -> Iterator[str]:
+    """A server of these models, of which the others are adapters on `parent`, that answers a request with what `complete` makes of it: JSON, bytes, or the number of an error."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send({"data": [{"id": model} for model in models]})
+            self._send({"data": [{"id": model, "parent": None if model == parent else parent} for model in models]})
 
         def do_POST(self) -> None:
             self._send(complete(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
@@ -165,12 +165,16 @@ def completing(model: Any) -> Complete:
     @torch.no_grad()
     def complete(asked: dict[str, Any]) -> Any:
         prompt, drawn = asked["prompt"], list[int]()
-        for _ in range(asked["max_tokens"]):
+        while len(drawn) < asked["max_tokens"] and not (drawn and drawn[-1] in asked.get("stop_token_ids", ())):
             drawn.append(int(model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax()))
         tokens = [*prompt, *drawn]
         log_p = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)[:-1]
         values = log_p.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
-        places = [{str(token): {"logprob": value}} for token, value in zip(prompt[1:], values, strict=False)]
+        likeliest = [(str(int(row.argmax())), {"logprob": float(row.max())}) for row in log_p]
+        places = [
+            {first: best, str(token): {"logprob": value}}
+            for (first, best), token, value in zip(likeliest, prompt[1:], values, strict=False)
+        ]
         choice = {"prompt_logprobs": [None, *places], "token_ids": drawn}
         return {"choices": [{**choice, "logprobs": {"token_logprobs": values[len(prompt) - 1 :]}}]}
 

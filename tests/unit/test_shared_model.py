@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from trainer.evaluate import shared_model
 from trainer.evaluate.measure.scoring import Continued
-from trainer.evaluate.shared_model import PassFailed, SharedModel
+from trainer.evaluate.tasks import shared_model
+from trainer.evaluate.tasks.shared_model import PassFailed, SharedModel
 
 
 class _FirstOfTwo:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import Config
+from trainer.base.base import Base
+from trainer.config import Config, override
 from trainer.config.evaluation import UNNAMED
 from trainer.config.objective import HEADS
 from trainer.data.compile.inputs import config_of_set
@@ -24,11 +25,14 @@ from trainer.evaluate.measure import bias
 from trainer.evaluate.measure.bias import Gaps, SentencePair
 from trainer.evaluate.measure.intervals import clusters_of, difference_interval
 from trainer.evaluate.measure.losses import document_losses, objective_means
+from trainer.evaluate.measure.prompts import Prompter
 from trainer.evaluate.measure.scoring import Continued, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
+from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch
-from trainer.run.evaluations import finite
+from trainer.run.evaluations import finite, keep_evaluation, other_settings
+from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 
 Progress = Callable[[str, int, int], None]
@@ -42,12 +46,20 @@ Losses = tuple[Any, Any]
 """The nats and the tokens of each document of a set, in the set's order, as (documents,) fp64."""
 
 
+class EvaluatedSet(NamedTuple):
+    """A set under its settings, and of each of its documents the cluster."""
+
+    config: Config
+    dataset: Dataset
+    clusters: Clusters
+
+
 @dataclass(frozen=True)
 class Work:
-    """The things to measure: sets on this rank by name, with the cluster of each document; pairs of sentences, tasks. `trained_on`
-    is the number of documents of each set that are in the training data, where that is known."""
+    """The things to measure: sets by name, pairs of sentences, tasks. `trained_on` is the number of documents of each set that are in the training
+    data, where that is known."""
 
-    sets: Mapping[str, tuple[Stream, Clusters]]
+    sets: Mapping[str, EvaluatedSet]
     pairs: Sequence[SentencePair]
     tasks: Tasks | None
     trained_on: Mapping[str, int] = field(default_factory=dict)
@@ -65,43 +77,46 @@ class MeasuredSide:
 
 
 def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Work:
-    """The sets compiled, where the store has them not, and the pairs read. Collective.
-
-    Raises:
-        ConfigError: the pairs cannot be read.
-        DataError: a set's source is missing or unreadable.
-    """
+    """The sets compiled, where the store has them not, and the pairs read. Collective; raises as `evaluated`."""
     config, ranks = opened.resolved.config, opened.ranks
-
-    def compiling(what: str, now: Any) -> None:
-        progress(f"compiling {what}", now.bytes_done, now.bytes)
-
-    keys: dict[str, str] = ranks.on_first(
-        lambda: prepare_evaluated(config, opened.resolved.base, opened.store, progress=compiling)
-    )
+    keys = ranks.on_first(lambda: evaluated(config, opened.resolved.base, opened.store, progress))
     own = None if has_likelihood(config) else keys.pop(UNNAMED, None)
     of_head = None
     if own is not None and config.objective.name in HEADS:
         of_head = eval_stream(config, open_dataset(opened.store, own), ranks.rank, ranks.world_size)
-    sets = dict[str, tuple[Stream, Clusters]]()
-    for name, key in keys.items():
-        dataset, of_set = open_dataset(opened.store, key), config if name == UNNAMED else config_of_set(config, name)
-        clusters = _clusters(of_set, opened.store, dataset)
-        sets[name] = eval_stream(of_set, dataset, ranks.rank, ranks.world_size), clusters
     pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
-    return Work(sets, pairs, tasks, ranks.on_first(lambda: _trained_on(opened, keys)), keys, of_head)
+    known = ranks.on_first(lambda: trained_on(opened.store, opened.manifest, keys))
+    return Work(sets_of(config, opened.store, keys), pairs, tasks, known, keys, of_head)
 
 
-def _trained_on(opened: OpenedRun, keys: Mapping[str, str]) -> dict[str, int]:
+def evaluated(config: Config, base: Base, store: Store, progress: Progress) -> dict[str, str]:
+    """The sets by name, compiled where the store has them not. Raises `DataError` where a source is missing or unreadable."""
+
+    def compiling(what: str, now: Any) -> None:
+        progress(f"compiling {what}", now.bytes_done, now.bytes)
+
+    return prepare_evaluated(config, base, store, progress=compiling)
+
+
+def sets_of(config: Config, store: Store, keys: Mapping[str, str]) -> dict[str, EvaluatedSet]:
+    """The sets of these fingerprints, opened."""
+    sets = dict[str, EvaluatedSet]()
+    for name, key in keys.items():
+        dataset, of_set = open_dataset(store, key), config if name == UNNAMED else config_of_set(config, name)
+        sets[name] = EvaluatedSet(of_set, dataset, _clusters(of_set, store, dataset))
+    return sets
+
+
+def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[str, str]) -> dict[str, int]:
     """The documents of each set that are in the training data of the checkpoint, or of those that it began from (`tuning.start`): the most in one of
     these, as far as they are there to look at."""
-    manifest, found = opened.manifest, dict[str, int]()
+    found = dict[str, int]()
     if manifest is None:
         return found
     for dataset in (manifest.dataset, *manifest.base.get("start_data", [])):
         with suppress(StorageError):
             for name, key in keys.items():
-                if overlap := overlap_of(opened.store, dataset, key):
+                if overlap := overlap_of(store, dataset, key):
                     found[name] = max(overlap.shared, found.get(name, 0))
     return found
 
@@ -114,10 +129,7 @@ def _clusters(config: Config, store: Store, dataset: Dataset) -> Clusters:
 
 def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
     """All of `work`, by the model as it is now. Collective; `side` is its name in what `progress` is told."""
-    sets = {
-        name: _losses(opened, stream, len(clusters), partial(progress, f"{name}, {side}"))
-        for name, (stream, clusters) in work.sets.items()
-    }
+    sets = {name: _losses(opened, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
     tasks = work.tasks(opened, side) if work.tasks else {}
     if work.of_head is not None:
         tasks = {**tasks, UNNAMED: _measures(opened, work.of_head, partial(progress, f"{UNNAMED}, {side}"))}
@@ -141,8 +153,9 @@ def _measures(
     return {name: (value, None) for name, value in means.items()}
 
 
-def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[int, int], None]) -> Losses:
-    world = opened.ranks.world_size
+def _losses(opened: OpenedRun, of: EvaluatedSet, told: Callable[[int, int], None]) -> Losses:
+    world, documents = opened.ranks.world_size, len(of.clusters)
+    stream = eval_stream(of.config, of.dataset, opened.ranks.rank, world)
     mine = document_losses(opened.engine, stream, lambda done: told(min(documents, done * world), documents))
     every = opened.ranks.gather_objects(tuple(column.numpy() for column in mine))
     told(documents, documents)
@@ -154,12 +167,7 @@ def _losses(opened: OpenedRun, stream: Stream, documents: int, told: Callable[[i
 def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress: Progress) -> dict[str, Gaps]:
     if not pairs:
         return {}
-    begin = opened.prompter.text_begin
-    texts = [Continued([*begin, *opened.prompter.encode(text)]) for text in bias.sentences(pairs)]
-    if any(len(text.tokens) < 2 for text in texts):
-        raise DataError(
-            "eval.bias: a sentence is one token, and the base has no token before a text, so nothing predicts it."
-        )
+    texts = texts_of(pairs, opened.prompter)
     capacity, told = opened.resolved.config.data.sequence_length, partial(progress, f"pairs, {side}")
     found = likelihoods(
         opened.engine, texts, capacity, reserved=opened.reserved, told=lambda done: told(done, len(texts))
@@ -167,27 +175,42 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
     return bias.gaps(pairs, [likelihood.log_p for likelihood in found])
 
 
-def evaluation(opened: OpenedRun, work: Work, base: MeasuredSide, adapter: MeasuredSide | None) -> dict[str, Any]:
-    """Both sides, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every field."""
-    manifest, config = opened.manifest, opened.resolved.config
-    sides = {"base": base, **({"adapter": adapter} if adapter else {})}
+def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continued]:
+    """The sentences of the pairs in turn. Raises `DataError` for one that nothing predicts."""
+    texts = [Continued([*prompter.text_begin, *prompter.encode(text)]) for text in bias.sentences(pairs)]
+    if any(len(text.tokens) < 2 for text in texts):
+        raise DataError(
+            "eval.bias: a sentence is one token, and the base has no token before a text, so nothing predicts it."
+        )
+    return texts
+
+
+def evaluation(
+    config: Config, base: Base, step: int | None, work: Work, sides: Mapping[str, MeasuredSide]
+) -> dict[str, Any]:
+    """The sides by their names, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every field."""
+    one = next(iter(sides.values()))
     return {
-        "step": manifest.step if manifest else 0,
+        "step": step,
         "made": time.time(),
-        "base": {
-            "name": opened.resolved.base.name,
-            "fingerprint": opened.resolved.base.fingerprint,
-            "quant.type": config.quant.type,
-        },
-        "sets": {name: _of_set(name, sides, work) for name in base.sets},
-        "tasks": {task: _of_task(task, sides) for task in base.tasks},
+        "base": {"name": base.name, "fingerprint": base.fingerprint, "quant.type": config.quant.type},
+        "sets": {name: _of_set(name, sides, work) for name in one.sets},
+        "tasks": {task: _of_task(task, sides) for task in one.tasks},
         "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),
     }
 
 
+def keep(run: Store, config: Config, manifest: CheckpointManifest, found: dict[str, Any]) -> dict[str, Any]:
+    """Keep the evaluation of a checkpoint under `config` in the run's folder, unless these are other settings than the run's, which the result names."""
+    if under := other_settings(override(trained_config(run, manifest)), config):
+        return {**found, "under": under}
+    keep_evaluation(run, found)
+    return found
+
+
 def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[str, Any]:
-    clusters = work.sets[name][1]
-    tokens = sides["base"].sets[name][1]
+    clusters = work.sets[name].clusters
+    tokens = next(iter(sides.values())).sets[name][1]
     nats = {side: measured.sets[name][0] for side, measured in sides.items()}
     losses = {side: float(values.sum() / tokens.sum()) for side, values in nats.items()}
     found: dict[str, Any] = {
@@ -199,7 +222,7 @@ def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[st
     found |= {side: {"loss": finite(loss), "perplexity": _perplexity(loss)} for side, loss in losses.items()}
     if name in work.trained_on:
         found["trained_on"] = work.trained_on[name]
-    if "adapter" in nats:
+    if len(nats) > 1:
         found["difference"] = finite(losses["adapter"] - losses["base"])
         interval = difference_interval(nats["base"], nats["adapter"], tokens, clusters)
         found["interval"] = None if interval is None else list(interval)
@@ -212,12 +235,12 @@ def _perplexity(loss: float) -> float | None:
 
 
 def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
-    metrics = sides["base"].tasks[task]
+    last, before = list(sides.values())[-1].tasks[task], sides["base"].tasks[task] if "base" in sides else {}
     return {
         metric: {
             **{side: finite(measured.tasks[task][metric][0]) for side, measured in sides.items()},
-            "base_stderr": metrics[metric][1],
-            "stderr": list(sides.values())[-1].tasks[task][metric][1],
+            "base_stderr": before[metric][1] if before else None,
+            "stderr": error,
         }
-        for metric in metrics
+        for metric, (_, error) in last.items()
     }

@@ -39,15 +39,15 @@ class Words:
     """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were read."""
 
     def __init__(self, base: Base, data: Data) -> None:
-        self._base, self._data = base, data
+        self.base, self.data = base, data
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._base)
+        return load_tokenizer(self.base)
 
     @cached_property
     def prompter(self) -> Prompter:
-        return Prompter(self.tokenizer, self._data, self._base.directory)
+        return Prompter(self.tokenizer, self.data, self.base.directory)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
     config = _whole_rows(config)
     with ranks.agreeing():
         base = resolve_base(config.model)
-        if manifest is not None:  # the cache that keeps the tokenizer and the template is each machine's own
-            base = with_trained_tokenizer(folder, base, manifest)
-            config = config.model_copy(update={"data": with_trained_template(folder, config.data, manifest)})
+        config, base = as_it_read(folder, config, base, manifest)
         resolved = resolve(config, base)
         if manifest is not None:
             check_trained_shapes(resolved.method, config.model, manifest)
@@ -148,6 +146,14 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
     form = ranks.on_first(lambda: as_trained(config)).format
     words = Words(base, config.data.model_copy(update={"format": form}))
     return OpenedRun(folder, resolved, manifest, ranks, engine, words)
+
+
+def as_it_read(folder: Store, config: Config, base: Base, manifest: CheckpointManifest | None) -> tuple[Config, Base]:
+    """The settings and the base with the template and the tokenizer of the checkpoint, in the cache of this machine."""
+    if manifest is None:
+        return config, base
+    data = with_trained_template(folder, config.data, manifest)
+    return config.model_copy(update={"data": data}), with_trained_tokenizer(folder, base, manifest)
 
 
 def _whole_rows(config: Config) -> Config:

@@ -73,6 +73,18 @@ class CompletionsServer:
         asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top}
         return self._read("/v1/completions", asked, lambda found: _places(found["choices"][0], tokens, top))
 
+    def ranked(self, tokens: list[int]) -> list[tuple[float, bool]]:
+        """The log p of each of the tokens but the first, and whether it is the likeliest there. Raises as `ask`."""
+        asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 1}
+        return self._read("/v1/completions", asked, lambda found: _ranked(found["choices"][0], tokens))
+
+    def card(self) -> dict[str, Any]:
+        """Its own words on the model: of an adapter `parent` is the name of its base there. Raises as `ask`."""
+        every = _read(
+            self.setting, self.url, "/v1/models", None, lambda found: {one["id"]: one for one in found["data"]}
+        )
+        return every.get(self.model, {})
+
     def tokens_of(self, text: str) -> list[int]:
         """`text` as its tokenizer has it. Raises as `ask`."""
         asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
@@ -110,6 +122,14 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
         # The token that stands there is among them, also where it is not one of the likeliest.
         ranked = sorted(place.items(), key=lambda item: -item[1]["logprob"])[:top]
         found.append({int(token): _log_p(given["logprob"]) for token, given in ranked})
+    return found
+
+
+def _ranked(choice: Any, tokens: list[int]) -> list[tuple[float, bool]]:
+    found = list[tuple[float, bool]]()
+    for place, token in zip(choice["prompt_logprobs"][1:], tokens[1:], strict=True):
+        log_p = _log_p(place[str(token)]["logprob"])
+        found.append((log_p, log_p >= max(given["logprob"] for given in place.values())))
     return found
 
 

@@ -28,6 +28,15 @@ def evaluate(
     step: StepOption = None,
     best: BestOption = False,
     base: Annotated[bool, typer.Option("--base", help="The base alone, also of a run without a checkpoint.")] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default the run's. "
+            "--step or --best says which checkpoint that is.",
+        ),
+    ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=PATH", help="One more set, read as the training data.")
     ] = None,
@@ -50,7 +59,9 @@ def evaluate(
 
     folder = open_run(run, store)
     given = settings(overrides or (), sets or (), tasks or (), bias)
-    found = evaluate_run(folder, given, step=step, best=best, base=base, chat=chat, dry_run=dry_run, log=log)
+    found = evaluate_run(
+        folder, given, step=step, best=best, base=base, chat=chat, server=server, dry_run=dry_run, log=log
+    )
     if isinstance(found, str):
         put(json.dumps({"run": folder.uri, "dry_run": True, "what": found}) if as_json else found)
     elif not is_silent_rank():

@@ -1,10 +1,10 @@
-"""Tasks of lm-evaluation-harness on the sharded model, as its own model of transformers would do them (lm_eval/models/huggingface.py)."""
+"""Tasks of lm-evaluation-harness on the sharded model or a served one, as its own model of transformers would do them (lm_eval/models/huggingface.py)."""
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -14,12 +14,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trainer.config.paths import local_path
 from trainer.data.render.templates.template import chat_template
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.measure.generation import Sampling
-from trainer.evaluate.measure.scoring import Continued
+from trainer.evaluate.measure.scoring import Continued, Likelihood
 from trainer.evaluate.measured import TaskScores
-from trainer.evaluate.sharded_model import OpenedRun
-from trainer.evaluate.shared_model import OpenText, SharedModel
+from trainer.evaluate.sharded_model import Words
+from trainer.evaluate.tasks import shared_model
+from trainer.evaluate.tasks.shared_model import OpenText
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none
@@ -27,16 +28,24 @@ _DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none
 Told = Callable[[int, int], None]
 
 
-class ShardedLM(TemplateLM):
-    """The harness's view of the model of all ranks; `told` gets how many requests of a kind are done, and how many there are."""
+class Answering(Protocol):
+    """A model that the harness asks: of all ranks, or of a server."""
 
-    def __init__(self, model: SharedModel, opened: OpenedRun, told: Told) -> None:
+    def likelihoods(self, texts: Sequence[Continued], told: shared_model.Told) -> list[Likelihood]: ...
+
+    def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: shared_model.Told) -> list[list[int]]: ...
+
+
+class HarnessLM(TemplateLM):
+    """The harness's view of a model that takes texts of up to `longest` tokens; `told` gets how many requests of a kind are done, and how many there are."""
+
+    def __init__(self, model: Answering, words: Words, longest: int | None, told: Told) -> None:
         super().__init__()
-        self._model, self._opened, self._told = model, opened, told
-        self.tokenizer: Any = opened.tokenizer
+        self._model, self._words, self._told = model, words, told
+        self.tokenizer: Any = words.tokenizer
         with suppress(ConfigError):  # tasks without a chat need no template
-            self.tokenizer.chat_template = chat_template(opened.tokenizer, opened.resolved.config.data)
-        self.max_length = opened.longest or _DEFAULT_LENGTH
+            self.tokenizer.chat_template = chat_template(words.tokenizer, words.data)
+        self.max_length = longest or _DEFAULT_LENGTH
         self.max_gen_toks = 256
 
     @property
@@ -50,7 +59,7 @@ class ShardedLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._opened.resolved.base.name.replace("/", "__")
+        return self._words.base.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         if add_special_tokens is None:
@@ -111,40 +120,38 @@ class ShardedLM(TemplateLM):
                 texts, sampling, lambda done: self._told(min(done, len(requests)), len(requests))
             )
             for (number, until, _), tokens in zip(group, written, strict=True):
-                answers[number] = postprocess_generated_text(self._opened.prompter.text(tokens), until, None)
+                answers[number] = postprocess_generated_text(self._words.prompter.text(tokens), until, None)
         return answers
 
 
-def run_tasks(opened: OpenedRun, names: Sequence[str], *, chat: bool, told: Told) -> TaskScores:
-    """The scores of the tasks, by the model as it is now; on rank 0, nothing on the others. Collective.
+def run_tasks(
+    model: Answering, words: Words, longest: int | None, names: Sequence[str], *, chat: bool, told: Told
+) -> TaskScores:
+    """The scores of the tasks, by the model as it is now.
 
     `names` are tasks of the harness, YAML files or folders of them; `chat` asks under the chat template.
 
     Raises:
         ConfigError: a task does not exist, cannot be read, or its data is not here.
+        CapstanError: a server's.
     """
-
     evaluate: Any = simple_evaluate
     # The harness would fork a pool of processes for its bootstraps, from one that has the threads of a process group.
     os.environ["DISABLE_MULTIPROC"] = "1"
-
-    def ask(model: SharedModel) -> TaskScores:
-        try:
-            found = evaluate(
-                ShardedLM(model, opened, told),
-                tasks=task_specs(names),
-                task_manager=TaskManager(include_defaults=not all(map(_is_path, names))),
-                bootstrap_iters=_BOOTSTRAPS,
-                log_samples=False,
-                apply_chat_template=chat,
-            )
-        except ConfigError:
-            raise
-        except Exception as error:  # tasks are programs of their authors
-            raise ConfigError(f"eval.tasks: {', '.join(names)}: {type(error).__name__}: {error}") from error
-        return {task: _scores(metrics) for task, metrics in found["results"].items()}
-
-    return SharedModel(opened).serve(ask) or {}
+    try:
+        found = evaluate(
+            HarnessLM(model, words, longest, told),
+            tasks=task_specs(names),
+            task_manager=TaskManager(include_defaults=not all(map(_is_path, names))),
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+            apply_chat_template=chat,
+        )
+    except CapstanError:
+        raise
+    except Exception as error:  # tasks are programs of their authors
+        raise ConfigError(f"eval.tasks: {', '.join(names)}: {type(error).__name__}: {error}") from error
+    return {task: _scores(metrics) for task, metrics in found["results"].items()}
 
 
 def task_specs(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,131 @@
+"""`capstan evaluate --server`: the same sets, pairs and tasks by what a server has of a run, and where it has that too, by its base there."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.config.evaluation import UNNAMED
+from trainer.config.objective import HEADS
+from trainer.data.compile.inputs import as_trained
+from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import Dataset
+from trainer.errors import ConfigError
+from trainer.evaluate.measure import bias
+from trainer.evaluate.measured import (
+    EvaluatedSet,
+    Losses,
+    MeasuredSide,
+    Progress,
+    TaskScores,
+    Work,
+    evaluated,
+    evaluation,
+    keep,
+    sets_of,
+    texts_of,
+    trained_on,
+)
+from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.sharded_model import Words, as_it_read, settings_of
+from trainer.evaluate.subjects import has_likelihood, subjects
+from trainer.evaluate.tasks.served_model import ServedModel
+from trainer.export.proof.completions import CompletionsServer
+from trainer.store.store import open_run_store, open_store
+
+_OF_A_REQUEST = (
+    2  # tokens of the longest text that a request needs: one that it draws, and the last, which predicts nothing
+)
+
+
+def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
+    """Measure what the server has. `ask.step` is the checkpoint that this is of, as the user says: with it the result is kept in the run's folder.
+
+    Raises:
+        ConfigError: nothing answers there, it serves no such model, or the run's has a head.
+        CapstanError: the server answers with an error, or without log-probabilities.
+    """
+    run = open_store(ask.run)
+    config, manifest = settings_of(run, ask.step, ask.overrides, base_alone=ask.step is None)
+    if config.objective.name in HEADS:
+        raise ConfigError(
+            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
+        )
+    subjects(config)
+    config, base = as_it_read(run, config, resolve_base(config.model), manifest)
+    store, words = open_run_store(config), Words(base, as_trained(config))
+    keys = evaluated(config, base, store, progress)
+    if not has_likelihood(config):
+        keys.pop(UNNAMED, None)
+    pairs = bias.read_pairs(config.eval.bias) if config.eval.bias else []
+    work = Work(sets_of(config, store, keys), pairs, None, trained_on(store, manifest, keys), keys)
+    server = CompletionsServer.find("--server", ask.server, config.run.name)
+    parent = server.card().get("parent")
+    sides = {**({"base": replace(server, model=parent)} if parent else {}), "adapter": server}
+    tell({"log": f"the answers are those of {' and '.join(one.model for one in sides.values())} at {server.url}"})
+    longest = next(iter(sides.values())).card().get("max_model_len") or base.architecture.positions
+    measured = {
+        side: _measured(
+            ask, config, ServedModel(one, sorted(words.prompter.stops)), words, work, longest, side, progress
+        )
+        for side, one in sides.items()
+    }
+    found = _said_by(f"{server.url}#{server.model}", evaluation(config, base, ask.step, work, measured))
+    return found if manifest is None else keep(run, config, manifest, found)
+
+
+def _said_by(server: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """`found`, with the server beside each figure, as figures by others may be kept beside them."""
+    tasks = {
+        task: {metric: {**of, "server": server} for metric, of in metrics.items()}
+        for task, metrics in found["tasks"].items()
+    }
+    parts = {part: {name: {**of, "server": server} for name, of in found[part].items()} for part in ("sets", "bias")}
+    return {**found, **parts, "tasks": tasks, "server": server}
+
+
+def _measured(
+    ask: Ask,
+    config: Config,
+    model: ServedModel,
+    words: Words,
+    work: Work,
+    longest: int | None,
+    side: str,
+    progress: Progress,
+) -> MeasuredSide:
+    sets = {name: _losses(model, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
+    texts = texts_of(work.pairs, words.prompter) if work.pairs else []
+    log_p = [one.log_p for one in model.likelihoods(texts, lambda done: progress(f"pairs, {side}", done, len(texts)))]
+    tasks: TaskScores = {}
+    if config.eval.tasks:
+        from trainer.evaluate.tasks.harness import run_tasks
+
+        most, told = longest and longest - _OF_A_REQUEST, partial(progress, f"tasks, {side}")
+        tasks = run_tasks(model, words, most, config.eval.tasks, chat=ask.chat, told=told)
+    return MeasuredSide(sets, bias.gaps(work.pairs, log_p), tasks)
+
+
+def _losses(model: ServedModel, of: EvaluatedSet, told: Any) -> Losses:
+    """A document at a time, as a server packs by itself."""
+
+    def nats(stored: NDArray[np.uint32]) -> tuple[float, int]:
+        places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()
+        ranked = model.server.ranked((stored & ID_BITS).tolist()) if places else []
+        return -sum(ranked[place][0] for place in places), len(places)
+
+    documents = len(of.clusters)
+    found = np.array(model.each(nats, _documents(of.dataset), lambda done: told(done, documents)), np.float64)
+    return found[:, 0], found[:, 1]
+
+
+def _documents(dataset: Dataset) -> Iterator[NDArray[np.uint32]]:
+    for block, (begin, end) in enumerate(pairwise(dataset.blocks.tolist())):
+        read = dataset.read(np.array([block]))
+        yield from (read.gather(np.array([number])) for number in range(begin, end))
