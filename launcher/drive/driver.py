@@ -30,6 +30,7 @@ from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, st
 from launcher.report.report import keep_report
 from launcher.start.claim import turn
 from launcher.start.local_ranks import ranks_here, run_here
+from launcher.start.sampling import sampling_beside
 from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
@@ -93,7 +94,7 @@ def compile_and_train(
     owner.run.delete(layout.NO_MORE_DATA)
     compilation = Compilation(config, owner.run, log)
     datasets, rest = compilation.begin(on_cluster=dashboard is not None)
-    with compilation.beside(rest):
+    with compilation.beside(rest), sampling_beside(config, owner.run, journal.write):
         ranks = ranks_here(config) if dashboard is None else None
         if ranks is not None:
             run_here(config, datasets, owner, ranks=ranks, resume=resume, log=journal.write)

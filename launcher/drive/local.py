@@ -13,6 +13,7 @@ from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_ranks import ranks_here
+from launcher.start.sampling import sampling_beside
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
@@ -74,7 +75,8 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
         with compile_progress(log, bar=False) as show:
             datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:
-            _run_rank(config, datasets, resume=resume)
+            with sampling_beside(config, run_folder(config), log):
+                _run_rank(config, datasets, resume=resume)
         finally:
             keep_report(run_folder(config), log)
 

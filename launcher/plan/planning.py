@@ -165,8 +165,13 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
     if given.engine != OWN:
         size = decimal(plan.parameters.trainable * (4 if config.model.dtype == "fp32" else 2))
         learnt = "" if rate is None else f", here {rate.tokens_per_second * plan.batch.data_groups:,.0f},"
+        gpus = ""
+        if plan.device == "gpu":
+            base = decimal(plan.parameters.frozen * (4 if config.model.dtype == "fp32" else 2))
+            ranks = plan.batch.world_size
+            gpus = f" The ranks take {ranks} GPU{'' if ranks == 1 else 's'}; each server needs others, for a base of {base} in {config.model.dtype}."
         served = (
-            f" After each update an adapter of {size} is published. The run waits for no answer where the servers together sample as many tokens a second as "
+            f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers together sample as many tokens a second as "
             f"the ranks learn from{learnt} and rollout.max_lag is at least 1."
         )
     return (

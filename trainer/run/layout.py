@@ -73,6 +73,11 @@ def rank_log(generation: int, rank: int) -> str:
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
 
 
+def sampling_log(generation: int) -> str:
+    """The stream of what the process says that has servers sample for the run, from before this start's ranks on."""
+    return f"{LOGS}{generation:06d}/rollout.log"
+
+
 def owner(number: int) -> str:
     """The key that a start of the run creates to take it; `number` counts from 1 how often it was taken."""
     return f"{OWNERS}{number:06d}.json"

@@ -16,6 +16,7 @@ from launcher.cluster.ray.cluster import address_of, check_ray, first_line, refu
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
+from launcher.start.sampling import asks_servers
 from launcher.start.shared_folder import check_shared
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -36,6 +37,7 @@ class RaySubmission:
     runtime_env: dict[str, Any]
     snapshot: str
     config: dict[str, Any]
+    beside: str | None
     next: str
     dry_run: bool
 
@@ -47,9 +49,10 @@ class RaySubmission:
         where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
         if not self.dry_run:
             return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
+        beside = f"{self.beside}\n" if self.beside else ""
         return (
             f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
-            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
+            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n{beside}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
         )
 
 
@@ -85,6 +88,7 @@ def submit(
         runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
         snapshot=code.sentence(),
         config=config.model_dump(mode="json", exclude_defaults=True),
+        beside=asks_servers(config),
         next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )

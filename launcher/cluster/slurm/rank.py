@@ -5,13 +5,14 @@ import sys
 
 from launcher.start.claim import turn
 from launcher.start.group import slurm_rank
+from launcher.start.sampling import sampling_beside
 from launcher.start.waiting import wait_for_first_rank
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import CapstanError, Stopped
 from trainer.processes.devices import stay_on_cpu
-from trainer.run.folder import submitted_config
+from trainer.run.folder import run_folder, submitted_config
 from trainer.store.store import open_run_store, open_store
 
 
@@ -38,7 +39,8 @@ def _run(config: Config, submission: str, rank: int) -> None:
         return
     with turn(config, submission, by="capstan submit slurm", log=_log):
         datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
-        run_rank(config, datasets, resume=False)
+        with sampling_beside(config, run_folder(config), _log):
+            run_rank(config, datasets, resume=False)
 
 
 def _log(text: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.start.sampling import asks_servers
 from trainer.config import Config
 from trainer.errors import ConfigError
 
@@ -106,6 +107,7 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),
         "",
+        *([f"# {beside}"] if (beside := asks_servers(config)) else []),
         *(f"{name}={_shell(value)}" for name, value in values.items()),
         "",
     ]
