@@ -2,6 +2,8 @@
 
     material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size -> export -> verify
 
+A run that learns from what it samples is killed first, and the undisturbed one gets its answers.
+
 Each part is the real command in a process of its own, so the proof holds for the commands that a user runs.
 """
 
@@ -21,17 +23,27 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from launcher.cluster.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.command import Command
-from launcher.smoke.small import COMMIT_EVERY, ROWS_OF_A_SOURCE, config_of_sample, first_rows, scale_down
+from launcher.smoke.small import (
+    COMMIT_EVERY,
+    ROWS_OF_A_SOURCE,
+    config_of_sample,
+    first_rows,
+    learns_from_rollouts,
+    rows_with_regex,
+    scale_down,
+)
 from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
 from launcher.start.check import anchored
 from launcher.view.console import Terminal
 from launcher.view.status import read_generation
 from trainer.base.find.locate import describe_base
 from trainer.config import Config, dump_config, load_config, override, unsaid
-from trainer.errors import CapstanError, DoesNotFit
+from trainer.data.dataset.manifest import MANIFEST
+from trainer.errors import CapstanError, ConfigError, DoesNotFit
 from trainer.export.figures import Proof
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import local_gpus
+from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store, open_store
 
@@ -46,13 +58,19 @@ def run_smoke(
     say: Callable[[str], None] = unsaid,
     *,
     layers: int | None,
+    online: bool,
     directory: Path,
     show: bool,
 ) -> SmokeResult:
-    """Take one run through its life under `directory`. A failure in it is in the result, and not raised."""
+    """Take one run through its life under `directory`; without a configuration one that learns from rewards, if it is to be `online`. A failure in it is in
+    the result, and not raised."""
     started = time.monotonic()
     given = anchored(load_config(path, overrides, say)) if path is not None else None
-    life = _Life(directory.absolute(), SmokeResult(), show)
+    if online and given is not None:
+        raise ConfigError(
+            "--online: has no effect with a configuration, whose objective.name says what it learns from. Leave one of them out."
+        )
+    life = _Life(directory.absolute(), SmokeResult(), show, online=online)
     with life.progress:
         try:
             with _store(life), life.ray(given):
@@ -108,7 +126,8 @@ def _store(life: "_Life") -> Iterator[None]:
 class _Life:
     """The parts of the life in their order, with their progress and the results they fill in."""
 
-    def __init__(self, directory: Path, result: SmokeResult, show: bool) -> None:
+    def __init__(self, directory: Path, result: SmokeResult, show: bool, *, online: bool) -> None:
+        self.online = online
         self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
@@ -147,7 +166,9 @@ class _Life:
             with self.phase("data, tokenizer and base from the standard library's documentation"):
                 arguments = (str(self.directory / "sample"), "--json", "--store", self.store_uri, *overrides)
                 sample = json.loads(self.begin("launcher.smoke.sample", *arguments).output())
-            return config_of_sample(sample["base"], sample["train"], sample["dtype"], overrides, self.store_uri, layers)
+            train = [rows_with_regex(sample["train"][0], self.directory)] if self.online else sample["train"]
+            about = (sample["base"], train, sample["dtype"], overrides, self.store_uri, layers)
+            return config_of_sample(*about, online=self.online)
         with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
             small = first_rows(given.data, self.directory)
         data = given.data.model_copy(update={"train": small, "eval": []})
@@ -162,11 +183,19 @@ class _Life:
 
     def prove(self, config: Config, *, together: bool) -> None:
         """The undisturbed run, the killed one, its resumption and its export; `together`: the first beside the others."""
+        undisturbed_file = self.file(override(config, *ON_ONE_RANK), "undisturbed")
+        if learns_from_rollouts(config):
+            self.interrupt(config)
+            self.export()
+            self.hand_over_answers()
+            with self.begin("launcher.cli", "train", undisturbed_file) as command:
+                self.follow(
+                    command, self.runs.sub("undisturbed"), 1, "an undisturbed run on the same answers, to compare with"
+                )
+            self.compare()
+            return
         what = f"an undisturbed run{' beside the others' if together else ''}, to compare with"
-        with (
-            ThreadPoolExecutor(1) as pool,
-            self.begin("launcher.cli", "train", self.file(override(config, *ON_ONE_RANK), "undisturbed")) as command,
-        ):
+        with ThreadPoolExecutor(1) as pool, self.begin("launcher.cli", "train", undisturbed_file) as command:
             undisturbed = pool.submit(self.follow, command, self.runs.sub("undisturbed"), 1, what)
             if not together:
                 undisturbed.result()
@@ -187,6 +216,17 @@ class _Life:
         result.world_before, result.device = start["world_size"], start["device"]
         with self.begin("launcher.cli", "resume", run.uri, *ON_ONE_RANK) as command:
             self.follow(command, run, 2, "resumed on 1 rank")
+
+    def hand_over_answers(self) -> None:
+        """Give the undisturbed run what was sampled: what it would draw itself may differ by a rounding, on another number of ranks."""
+        run, other = self.runs.sub("smoke"), self.runs.sub("undisturbed")
+        for entry in run.list(layout.ROLLOUTS):
+            other.put(entry.key, run.get(entry.key))
+        chapters = [entry.key for entry in run.list(layout.ROLLOUTS) if entry.key.endswith(MANIFEST)]
+        rewards = {step["step"]: step["reward"] for number in (1, 2) for step in read_generation(run, number)["step"]}
+        every = [rewards[step] for step in sorted(rewards)]
+        self.result.chapters = len(chapters)
+        self.result.reward_first, self.result.reward_last = mean(every[:COMMIT_EVERY]), mean(every[-COMMIT_EVERY:])
 
     def compare(self) -> None:
         """The resumed run with the undisturbed one."""

@@ -12,17 +12,30 @@ from trainer.data.source.files import expand
 from trainer.data.source.reading import rows
 from trainer.errors import DataError
 from trainer.processes.devices import local_gpus
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 COMMIT_EVERY = 5
 SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
 ROWS_OF_A_SOURCE = 2000
+ANSWERS, ANSWER_TOKENS = 8, 4
+REGEX = "^[a-z]+"
 
 
 def config_of_sample(
-    base: str, train: Sequence[str], dtype: str, overrides: Sequence[str], store: str, layers: int | None = None
+    base: str,
+    train: Sequence[str],
+    dtype: str,
+    overrides: Sequence[str],
+    store: str,
+    layers: int | None = None,
+    *,
+    online: bool = False,
 ) -> Config:
-    """That of the sample whose base, files of rows and type of numbers are given."""
+    """That of the sample whose base, files of rows and type of numbers are given; `online` learns from rewards of what it samples."""
+    rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
     tree = {
+        **rewarded,
         "run": {"name": "smoke"},
         "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
         # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of the time.
@@ -31,6 +44,15 @@ def config_of_sample(
         "train": {"steps": STEPS},
     }
     return scale_down(parse_config(json.dumps(tree), overrides), store, "", layers)
+
+
+def rows_with_regex(rows: str, directory: Path) -> str:
+    """A file of the sample's rows of chat, whose answers are a regular expression that some of the base's own answers match."""
+    target, answer = directory / "rewarded.jsonl", {"role": "assistant", "content": REGEX}
+    questions = [json.loads(line)["messages"][0] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+    lines = (json.dumps({"messages": [question, answer]}) + "\n" for question in questions[:ROWS_OF_A_SOURCE])
+    target.write_text("".join(lines), encoding="utf-8")
+    return str(target)
 
 
 def first_rows(data: Data, directory: Path) -> list[Source]:
@@ -49,6 +71,10 @@ def first_rows(data: Data, directory: Path) -> list[Source]:
         target.write_text("".join(lines), encoding="utf-8")
         small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
     return small
+
+
+def learns_from_rollouts(config: Config) -> bool:
+    return isinstance(find_objective(config), LearnsFromRollouts)
 
 
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
@@ -79,6 +105,15 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "retry.skip_bad_window": False,
         "track.flush_seconds": 0.5,
     }
+    if learns_from_rollouts(config):
+        given = config.rollout
+        settings |= {
+            "rollout.engine": "own",
+            "rollout.max_lag": None,
+            "rollout.answers": min(given.answers, ANSWERS),
+            "rollout.max_tokens": min(given.max_tokens, ANSWER_TOKENS),
+            "rollout.held_out": 0,
+        }
     if layers:
         settings["model.layers"] = layers
     return override(config, *(assignment(key, value) for key, value in settings.items()))

@@ -55,6 +55,11 @@ class SmokeResult:
     resume_loss_gap: float | None = None
     proof: Proof | None = None  # of the exported adapter
     checkpoints: int | None = None
+    chapters: int | None = (
+        None  # steps whose answers were sampled, of a run that learns from those; and the mean reward of its first and last ones
+    )
+    reward_first: float | None = None
+    reward_last: float | None = None
     seconds: float | None = None
     store: str | None = None
     device: str | None = None
@@ -70,12 +75,7 @@ class SmokeResult:
             "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
         )
         return [
-            Finding(
-                "loss falls",
-                f"{_short(self.loss_first)} -> {_short(self.loss_last)} nats",
-                "last < first",
-                _less(self.loss_last, self.loss_first),
-            ),
+            self._learning(),
             Finding("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
             Finding("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
             Finding("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
@@ -93,6 +93,13 @@ class SmokeResult:
                 bool(self.checkpoints and self.checkpoints >= 2),
             ),
         ]
+
+    def _learning(self) -> Finding:
+        if self.chapters is None:
+            losses = f"{_short(self.loss_first)} -> {_short(self.loss_last)} nats"
+            return Finding("loss falls", losses, "last < first", _less(self.loss_last, self.loss_first))
+        rewards = f"of {self.chapters} steps, their reward {_short(self.reward_first)} -> {_short(self.reward_last)}"
+        return Finding("answers sampled", rewards, f"of each of {STEPS} once", self.chapters == STEPS)
 
     def _export_findings(self) -> list[Finding]:
         """The exported adapter in transformers + PEFT against the trained model, by either measure."""

@@ -18,6 +18,7 @@ RANKS_BEGUN = "RANKS-BEGUN"
 SETTINGS = "settings/"
 METRICS = "metrics/"
 LOGS = "logs/"
+ROLLOUTS = "rollouts/"
 DRIVER_LOG = "logs/driver.log"
 CHECKPOINTS = "checkpoints/"
 EVALUATIONS = "evaluations/"
@@ -142,7 +143,7 @@ def adapter(step: int) -> str:
 
 def rollouts(key: str) -> str:
     """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them but what was learnt."""
-    return f"rollouts/{key}"
+    return f"{ROLLOUTS}{key}"
 
 
 def chapter_of_rollouts(number: int) -> str:

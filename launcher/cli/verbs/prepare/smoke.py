@@ -16,6 +16,9 @@ def smoke(
     ] = None,
     overrides: Overrides = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Use only the first layers of your base.")] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Made on the spot, one that learns from the rewards of what it samples.")
+    ] = False,
     directory: Annotated[
         Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
     ] = Path("smoke"),
@@ -30,7 +33,9 @@ def smoke(
         planned = plan_smoke(config, overrides or (), say, layers=layers, directory=directory)
         emit(planned, as_json, lambda plan: plan.text())
         return
-    result = run_smoke(config, overrides or (), say, layers=layers, directory=directory, show=not as_json)
+    result = run_smoke(
+        config, overrides or (), say, layers=layers, online=online, directory=directory, show=not as_json
+    )
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)
 
