@@ -79,8 +79,9 @@ def evaluate_run(
     if not (base or server):
         check_step(folder, committed_steps(folder), step)
     if dry_run:
-        newest = committed_steps(folder)[:1]
-        what = "the base" if base else server or f"step {newest[0] if step is None else step} beside its base"
+        if server:
+            return f"would have {server} measure what it has of {folder.uri} on {', '.join(every)}"
+        what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
         return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
     ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat, server=server or "")
     with bars(log) as hear:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,10 @@ from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
+from tests.unit.test_served import stub
 from trainer.config import dump_config
+from trainer.run import layout
+from trainer.run.segments import read_stream
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import open_store
 
@@ -36,6 +40,35 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(tmp_path: Path):
     undisturbed = workshop.config("undisturbed", *settings, "checkpoint.every_steps=5")
     launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     assert losses(run, 1, 2) == losses(workshop.store.sub("undisturbed"), 1)
+
+
+def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):
+    workshop = Workshop(tmp_path)
+    run, loaded = open_store(str(tmp_path / "store")).sub("asking"), set[str]()
+
+    def answer(body: dict[str, Any]) -> Any:
+        if "lora_name" in body:
+            loaded.add(body["lora_name"])
+            return b"done"
+        length = body["max_tokens"]
+        choice = {"token_ids": [5] * length, "logprobs": {"token_logprobs": [-5.5] * length}}
+        return {"choices": [choice] * body["n"]} if body["model"] in loaded else 404
+
+    def asking() -> list[int]:
+        commands = ((int(path.parent.name), path.read_bytes()) for path in Path("/proc").glob("[0-9]*/cmdline"))
+        return [pid for pid, command in commands if b"\0rollout\0" + run.uri.encode() in command]
+
+    with stub(answer) as url:
+        settings = ("objective.name=grpo", "rollout.reward=length", f"rollout.engine=[{url}]", "rollout.max_tokens=3")
+        with Driver(tmp_path, "train", write(tmp_path, workshop, "asking", *settings, "train.steps=25")) as driver:
+            driver.wait_for(run, 1, step=3)
+            (first,) = asking()
+            os.kill(first, signal.SIGKILL)
+            assert driver.end() == 0, driver.log.read_text()
+    assert "capstan rollout ended with exit code -9" in driver.log.read_text()
+    assert asking() == []
+    said = read_stream(run, layout.LOGS, layout.sampling_log(1)).decode()
+    assert "the answers of step 25 are there" in said
 
 
 def test_a_run_stops_while_its_data_is_compiled_and_while_it_saves(tmp_path: Path):

@@ -26,6 +26,18 @@ REQUIRED = {
 
 
 @pytest.mark.timeout(600)
+def test_smoke_proves_the_life_of_a_run_that_learns_from_rewards(capstan: Capstan):
+    done = capstan("smoke", "--online", "--json", timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["ok"] is True
+    assert (result["chapters"], result["world_before"], result["world_after"]) == (15, 2, 1)
+    assert result["reward_last"] > result["reward_first"]
+    assert 0 < result["resumed_at_step"] <= result["killed_at_step"] < 15
+    assert Proof(**result["proof"]).holds
+
+
+@pytest.mark.timeout(600)
 def test_smoke_proves_the_whole_life_of_a_run(capstan: Capstan):
     done = capstan("smoke", "--json", timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
