@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.base import Base
@@ -164,6 +165,13 @@ def _number(token: int | None) -> str:
     return "no token" if token is None else f"token {token}"
 
 
+def by_document(batch: MicroBatch, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """The values (targets, ...) of each document, which is one segment."""
+    trained = (batch.labels[0] != IGNORE).numpy()
+    ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
+    return [values[ends[segment] : ends[segment + 1]] for segment in batch.beginnings.tolist()]
+
+
 @dataclass(frozen=True)
 class TeacherPass:
     """The pass of the teacher over the blocks of `dataset` that `folder` lacks, in rows of `order`, on this rank."""
@@ -207,7 +215,7 @@ class TeacherPass:
             else:
                 batch = padding = padding or stream.padding()
             values = self.model.engine.look(self._look, batch).cpu().numpy()
-            found.update(zip(batch.documents, self._by_document(batch, values), strict=True))
+            found.update(zip(batch.documents, map(self._likeliest, by_document(batch, values)), strict=True))
         return [found[number] for number in sorted(found)]
 
     def _look(self, model: PackedModel, batch: MicroBatch) -> Tensor:
@@ -215,15 +223,8 @@ class TeacherPass:
         asked = TopK(self.record.k, self.record.vocabulary, self.teacher.temperature)
         return model.head(model.hidden(batch), batch.labels, batch.places, top=asked)
 
-    def _by_document(self, batch: MicroBatch, values: Any) -> Sequence[Likeliest]:
-        trained = (batch.labels[0] != IGNORE).numpy()
-        ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
-        k = self.record.k
-        return [
-            Likeliest(part[:, :k].astype(np.int64), part[:, k:])
-            for segment in batch.beginnings.tolist()
-            for part in (values[ends[segment] : ends[segment + 1]],)
-        ]
+    def _likeliest(self, values: NDArray[np.float32]) -> Likeliest:
+        return Likeliest(values[:, : self.record.k].astype(np.int64), values[:, self.record.k :])
 
     def _write(self, block: int | None, documents: Sequence[Likeliest]) -> None:
         if block is None:

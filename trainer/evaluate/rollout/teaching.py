@@ -4,8 +4,6 @@ So it is in the memory of nobody who trains, and the process may be killed and s
 """
 
 import time
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,7 @@ from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.evaluate.rollout.serving import has_finished, oldest
 from trainer.evaluate.taught_data import begun
-from trainer.evaluate.teach import TeacherModel, open_teacher
-from trainer.model.head import IGNORE
+from trainer.evaluate.teach import TeacherModel, by_document, open_teacher
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.resolve import resolve
@@ -91,7 +88,7 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, step: int, t
     for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
         for batch in batches:
             values = model.engine.look(_log_p, batch).float().cpu().numpy()
-            mine.update(zip(batch.documents, _by_document(batch, values), strict=True))
+            mine.update(zip(batch.documents, by_document(batch, values), strict=True))
     every = {number: values for part in ranks.gather_objects(mine) for number, values in part.items()}
 
     def write() -> bool:
@@ -105,16 +102,9 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, step: int, t
         divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())
         return commit_judgement(rollouts.place, step, log_p, divergence)
 
-    return ranks.on_first(partial(write))
+    return ranks.on_first(write)
 
 
 def _log_p(model: PackedModel, batch: MicroBatch) -> Tensor:
     """(targets,) in nats."""
     return -model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
-
-
-def _by_document(batch: MicroBatch, values: Any) -> Sequence[Any]:
-    """The values of each document's targets; a document is one segment."""
-    trained = (batch.labels[0] != IGNORE).numpy()
-    ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
-    return [values[ends[segment] : ends[segment + 1]] for segment in batch.beginnings.tolist()]
