@@ -163,17 +163,17 @@ def passes(made: Any, given: argparse.Namespace) -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, tuple[float, Counter]]:
-    whole = experts.BUDGET
+    whole = FrozenStack4bit.at_once
     portion = given.experts // 4 * 2 * given.hidden * given.inner * DTYPES[given.dtype].itemsize
     made, taken, counters = sides(given), dict[str, list[float]](), dict[str, Counter]()
     for _ in range(given.repeats):
         for name, side in made.items():
-            experts.BUDGET = portion if "portions" in name else whole
+            FrozenStack4bit.at_once = portion if "portions" in name else whole
             started = time.process_time()
             passes(side, given)
             taken.setdefault(name, []).append(time.process_time() - started)
     for name, side in made.items():
-        experts.BUDGET = portion if "portions" in name else whole
+        FrozenStack4bit.at_once = portion if "portions" in name else whole
         with Counter() as counters[name]:
             passes(side, given)
     return {name: (min(times), counters[name]) for name, times in taken.items()}

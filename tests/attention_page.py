@@ -59,6 +59,11 @@ A package is looked for by its own name, not by the name that it is imported by,
 kernel is taken, its function's signature is compared with what will be asked of it. flash-attn-4 also runs on Hopper, but its backward
 pass there takes neither packed documents nor windows.
 
+PyPI has flash-attn as source alone, flash-attn-4 as wheels of betas, which pip takes only where one is asked for, and no flash-attn-3. The releases of
+flash-attn on GitHub have wheels for some builds of PyTorch, CUDA and Python: `capstan doctor` names the one for this machine, which pip finds or refuses
+at once. From the source pip looks for the same wheel, and where there is none it builds one, which takes an hour. The extra `gpu` has neither package: an
+extra can ask for a Python and a platform, and not for a build of PyTorch or a GPU.
+
 Each kernel is compared with eager attention, values and gradients: heads of 64 to 256, grouped heads, windows, one document and several,
 caps and sinks (`tests/unit/test_kernels.py`). On a CPU that holds for sdpa and for flex_attention's own plain operations; of the kernels
 for GPUs it tests the calls, with plain products behind the libraries' signatures, and PyTorch's own kernel on the meta device.

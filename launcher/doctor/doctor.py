@@ -45,12 +45,14 @@ _EXTRAS = {
 # Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
-from trainer.model.kernels.attention import KERNELS
+from trainer.model.kernels.attention import KERNELS, release_wheel
+cuda = torch.version.cuda
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
 capability = torch.cuda.get_device_capability(0) if gpus else None
 print(json.dumps({
-    "build": torch.version.cuda or torch.version.hip,
+    "build": cuda or torch.version.hip,
+    "wheel": cuda and release_wheel(torch.__version__, cuda, cxx11_abi=torch.compiled_with_cxx11_abi()),
     "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
     "bf16": bf16,
     "kernels": [kernel.name for kernel in KERNELS if not kernel.unavailable(capability, bf16)],
@@ -169,7 +171,13 @@ def _accelerator() -> Iterator[Check]:
     yield Check("attention kernels", "ok", ", ".join(facts["kernels"]))
     for kernel in KERNELS:
         if kernel.name in facts["packages"]:
-            yield check_package(Requirement(f"{kernel.distribution}"), "optional", kernel.install)
+            wheel = facts["wheel"] if kernel.distribution == "flash-attn" else None
+            install = (
+                f"pip install {wheel}, or where that is not found, which takes an hour, {kernel.install}"
+                if wheel
+                else kernel.install
+            )
+            yield check_package(Requirement(f"{kernel.distribution}"), "optional", install)
 
 
 def ask_torch() -> dict[str, Any] | str:

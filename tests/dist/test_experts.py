@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launcher.view.status import read_generation
-from tests.dist import gradients, proofs, runs
+from tests.dist import experts, gradients, proofs, runs
 from tests.dist.launch import launch
 from tests.dist.proofs import export_and_prove, one_start, proof_of
 from tests.dist.test_gradients import distance
@@ -230,3 +230,8 @@ def test_a_merge_is_proven_and_a_broken_file_is_caught(run: Store, tmp_path: Pat
         save_file(weights, file, metadata={"format": "pt"})
     (proof,) = launch(1, proofs.merge_proof, run.uri, 4, str(tmp_path / "merged"))
     assert not Proof(**proof).holds
+
+
+def test_the_host_waits_for_no_layers_experts_where_the_plan_has_room_for_all_of_them(workshop: Workshop) -> None:
+    for found in launch(2, experts.waits, dump_config(adapting(workshop, "qwen3-moe", "waits")), [2**20, 2**40]):
+        assert found == [2, 0], "one for each layer, and none"

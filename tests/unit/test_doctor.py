@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launcher.doctor import doctor
 from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
+from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
 
 
@@ -72,17 +73,55 @@ GPU = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bytes": 5 * 2**30}
 )
 def test_gpus_are_told_as_a_run_would_use_them(monkeypatch, setting, build, gpus, state, found):
     monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1"), ListedGpu("GPU-2")])
-    kernels = {"kernels": ["varlen", "sdpa"], "packages": ["flash_attention_2"] if gpus else []}
+    packages = ["flash_attention_2", "flash_attention_4"] if gpus else []
+    kernels = {"kernels": ["varlen", "sdpa"], "packages": packages, "wheel": "https://a.org/b.whl" if build else None}
     monkeypatch.setattr(doctor, "ask_torch", lambda: {"build": build, "gpus": gpus, "bf16": bool(gpus), **kernels})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if setting is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     report = diagnose(None)
-    assert any(check.name == "flash-attn" for check in report.checks) == bool(gpus)
+    fixes = {check.name: check.fix for check in report.checks}
+    assert ("flash-attn" in fixes) == bool(gpus)
+    if gpus:
+        assert fixes["flash-attn"].startswith("pip install https://a.org/b.whl, or where that is not found")
+        assert fixes["flash-attn-4"] == "pip install 'flash-attn-4>=4.0.0b36'", (
+            "pip takes no beta that is not asked for"
+        )
     (check,) = (check for check in report.checks if check.name == "GPUs")
     assert check.state == state
     assert found in check.found
     assert check.fix or state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("torch", "cuda", "abi", "python", "machine", "build"),
+    [
+        (
+            "2.13.0+cu130",
+            "13.0",
+            True,
+            ("3", "12", "1"),
+            "x86_64",
+            "cu13torch2.13cxx11abiTRUE-cp312-cp312-linux_x86_64",
+        ),
+        ("2.11.1", "12.8", True, ("3", "11", "9"), "aarch64", "cu12torch2.11cxx11abiTRUE-cp311-cp311-linux_aarch64"),
+        (
+            "2.14.0.dev20261101+cu132",
+            "13.2",
+            False,
+            ("3", "13", "0"),
+            "x86_64",
+            "cu13torch2.14cxx11abiFALSE-cp313-cp313-linux_x86_64",
+        ),
+    ],
+)
+def test_the_wheel_of_flash_attns_release_is_named_as_its_own_setup_looks_for_it(
+    monkeypatch, torch, cuda, abi, python, machine, build
+):
+    monkeypatch.setattr("platform.python_version_tuple", lambda: python)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    release = "https://github.com/Dao-AILab/flash-attention/releases/download/v2.8.3.post2"
+    assert release_wheel(torch, cuda, cxx11_abi=abi) == f"{release}/flash_attn-2.8.3.post2+{build}.whl"
 
 
 def test_the_verdict_comes_before_the_table():

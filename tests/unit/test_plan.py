@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
 from trainer.plan.longest import Ranks, longest_rows
-from trainer.plan.plan import Plan, make_plan
+from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
 from trainer.plan.sizes import most_whole, quantized_bytes
 from trainer.state.zero.policy import WHOLE
 
@@ -157,14 +158,27 @@ def test_targets_that_match_nothing_are_a_sentence_of_the_plan():
 
 
 def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():
-    from trainer.model import experts
-    from trainer.plan import memory
-
-    assert memory._EXPERTS_BYTES == experts.BUDGET
     given = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
     sizes = {"hidden_size": 4096, "intermediate_size": 14336}
     for changes, expected in ({}, 2 * 8 * 192 * 64), (sizes, 2**29), ({**sizes, "intermediate_size": 2**17}, 2**31):
         assert plan_of(config(), {**given, **changes}, 1, 1, None).memory_per_gpu.dequantized_weight == expected
+
+
+def test_all_experts_of_a_layer_are_dequantized_at_once_where_a_gpu_has_room_for_them_beside_all_else():
+    mixture = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    mixture |= {"hidden_size": 4096, "intermediate_size": 14336}
+    stack = 2 * 8 * 2 * 14336 * 4096
+    least = plan_of(config(), mixture, 1, 1, None).memory_per_gpu
+    assert least.dequantized_weight == 2**29
+    enough = math.ceil((least.total + stack - 2**29) / 0.85)
+    for memory, expected in ((enough, stack), (enough - 2**20, 2**29)):
+        kept = config("train.activation_checkpointing=all")
+        plan = plan_of(kept, mixture, 1, 1, memory)
+        assert plan.memory_per_gpu.dequantized_weight == expected
+        ranks_decide = choose_experts_at_once(kept, read_architecture(mixture), 1, 1, plan.scope, memory)
+        assert ranks_decide == expected, "by the size of their smallest GPU"
+    on_cpus = make_plan(config("cluster.gpus_per_worker=0"), describe(mixture, None), 1, 1, None, 2**40)
+    assert on_cpus.memory_per_gpu.dequantized_weight == 2**29
 
 
 def test_the_base_is_divided_by_the_ranks_that_share_a_copy():

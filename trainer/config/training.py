@@ -9,6 +9,8 @@ from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setti
 
 MLP_TILE = 4096
 """Tokens that an MLP takes at a time where it is tiled."""
+EXPERTS_AT_ONCE = 2**29
+"""Bytes of a mixture's experts that are dequantized at a time, unless the plan has room for more."""
 _LONG_ROW = 2**14 - 1
 
 

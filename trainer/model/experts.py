@@ -2,7 +2,7 @@
 
 It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of itself: has_gate,
 has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by expert (trainer/model/kernels/grouped.py)
-and multiplied in groups. A 4-bit stack is dequantized `BUDGET` bytes at a time, and again in the backward pass; one that fits costs no
+and multiplied in groups. A 4-bit stack is dequantized `at_once` bytes at a time, and again in the backward pass; one that fits costs no
 host synchronisation, a larger one costs one a pass for both of its products.
 """
 
@@ -18,7 +18,6 @@ from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
-BUDGET = 2**29  # bytes of dequantized matrices at a time; trainer/plan/memory.py counts with it
 _DOWN = "down_proj"
 
 
@@ -95,7 +94,7 @@ def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tens
     if not isinstance(stack, FrozenStack4bit):
         return groups.product(rows, stack.data if transposed else stack.data.mT)
     layout, columns = stack.layout, stack.slice_shape[transposed]
-    portion = max(1, BUDGET // (layout.numel * stack.format.dtype.itemsize))
+    portion = max(1, stack.at_once // (layout.numel * stack.format.dtype.itemsize))
     if portion >= layout.slices:
         matrices = stack.matrices(0, layout.slices)
         return groups.product(rows, matrices if transposed else matrices.mT)

@@ -23,6 +23,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
+from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.model.kernels import fp8
 
 NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
@@ -263,8 +264,10 @@ def weight_of(linear: nn.Linear) -> Tensor:
 
 class FrozenStack4bit(Packed):
     """Matrices in 4 bits where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
-    trainer/model/experts.py. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
+    trainer/model/experts.py and makes `at_once` bytes of them at a time. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
     """
+
+    at_once = EXPERTS_AT_ONCE
 
     def __init__(self, shape: tuple[int, int, int], form: Format) -> None:
         super().__init__()

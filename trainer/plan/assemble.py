@@ -19,14 +19,15 @@ from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
+from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
-from trainer.model.nf4 import multiply_in_fp8
+from trainer.model.nf4 import FrozenStack4bit, multiply_in_fp8
 from trainer.model.packed import PackedModel
 from trainer.model.rows.groups import uneven_ranks
 from trainer.model.rows.peers import Peers, RankPeers
-from trainer.plan.plan import choose_scope, idle_settings, settled
+from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
 from trainer.plan.sizes import most_whole
 from trainer.processes.accelerator import is_accelerator, kind
@@ -99,10 +100,12 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
 
 
 class Sharding(NamedTuple):
-    """How the model is divided: DeepSpeed's settings, and which ranks hold one copy of the frozen base together."""
+    """How the model is divided: DeepSpeed's settings, which ranks hold one copy of the frozen base together, and the bytes of a mixture's experts
+    that a rank dequantizes at once."""
 
     deepspeed: dict[str, Any]
     scope: Scope
+    experts_at_once: int = EXPERTS_AT_ONCE
 
 
 def choose_sharding(resolved: Resolved, ranks: Ranks, accumulation: int) -> Sharding:
@@ -116,7 +119,9 @@ def choose_sharding(resolved: Resolved, ranks: Ranks, accumulation: int) -> Shar
         whole=most_whole(config, architecture),
     )
     memory = ranks.least_device_memory() if ranks.have_even_nodes() else None
-    return Sharding(settings, choose_scope(config, architecture, ranks.world_size, ranks.ranks_per_node, memory))
+    sizes = config, architecture, ranks.world_size, ranks.ranks_per_node
+    scope = choose_scope(*sizes, memory)
+    return Sharding(settings, scope, choose_experts_at_once(*sizes, scope, memory))
 
 
 def assemble(
@@ -133,6 +138,8 @@ def assemble(
     """
     config, base, method = resolved.config, resolved.base, resolved.method
     model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
+    for stack in (module for module in model.modules() if isinstance(module, FrozenStack4bit)):
+        stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
         some, of = multiply_in_fp8(model, ranks.device)
         log(f"products: fp8 in {some} of {of} linear layers")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config
+from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.plan.mismatches import reference_of
 from trainer.plan.sizes import (
     StoredParameter,
@@ -21,7 +22,8 @@ from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the formulas. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value."""
+    """The inputs of the formulas. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value; so many bytes of a
+    mixture's experts are dequantized at once."""
 
     config: Config
     model: Architecture
@@ -30,6 +32,7 @@ class Inputs:
     ranks_per_node: int
     accumulation: int
     scope: Scope
+    experts_at_once: int = EXPERTS_AT_ONCE
 
     @property
     def shared(self) -> int:

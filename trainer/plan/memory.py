@@ -18,8 +18,6 @@ from trainer.plan.sizes import (
 from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
-# trainer/model/experts.py: bytes of a mixture's experts that are dequantized at once.
-_EXPERTS_BYTES = 2**29
 # trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
 _DECODING_BYTES = 16 * 2**23
 # trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a GPU.
@@ -114,7 +112,7 @@ def _dequantized(given: Inputs) -> int:
     """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as many of a mixture's
     experts as are multiplied at once; those that stay as they are stored are decoded in fp32, some at a time."""
     sizes = [
-        max(given.item * parameter.matrices[0], min(_EXPERTS_BYTES, given.item * parameter.numel))
+        max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
         for parameter in given.model.parameters
         if is_packed(parameter, given.config.quant)
     ]

@@ -43,7 +43,9 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
 def record_plan(start: Start, settled: Resolved) -> None:
     """Write what is planned for the `settled` settings on these ranks, beside what will be measured."""
     ranks = start.ranks
-    plan = make_plan(settled.config, settled.base.description, ranks.world_size, ranks.ranks_per_node, None)
+    plan = make_plan(
+        settled.config, settled.base.description, ranks.world_size, ranks.ranks_per_node, ranks.device_memory
+    )
     parts = (plan.parameters, plan.memory_per_gpu, plan.memory_per_host)
     names = ("parameters", "memory_per_gpu", "memory_per_host")
     start.metrics.write("plan", device=ranks.device.type, **dict(zip(names, map(asdict, parts), strict=True)))

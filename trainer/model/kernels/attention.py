@@ -5,6 +5,7 @@ row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/
 flash_attn/flash_attn_interface.py (2.8) of Dao-AILab/flash-attention, and torch/nn/attention of PyTorch 2.13.
 """
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 Capability = tuple[int, int]
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")  # by transformers' names
+_RELEASE = "2.8.3.post2"  # of flash-attn; PyPI has the source of it, and of flash-attn-4, which is written in Python, wheels of betas alone
 _LATENT = 192  # keys of latent attention, whose values are narrower and are widened to it (DeepSeek, Kimi)
 _OWN = "this base's attention is more than it computes"
 _OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
@@ -124,7 +126,7 @@ KERNELS = (
     _flash(
         "flash_attention_4",
         "flash-attn-4",
-        "pip install flash-attn-4",
+        "pip install 'flash-attn-4>=4.0.0b36'",
         "flash_attn.cute",
         since=(10, 0),
         until=(12, 0),
@@ -162,6 +164,15 @@ KERNELS = (
     Kernel("flex_attention", since=(8, 0), half=False, widest=256, masks=True, caps=True, sinks=True),
     Kernel("eager", half=False, masks=True, caps=True, sinks=True),
 )
+
+
+def release_wheel(torch: str, cuda: str, *, cxx11_abi: bool) -> str:
+    """Where flash-attn's release has its wheel for this Python and a build of torch of such a version for such a CUDA, by the scheme of its setup.py. Not
+    every release has one for each build, as only a request tells."""
+    torch, python = ".".join(torch.split(".")[:2]), f"cp{''.join(platform.python_version_tuple()[:2])}"
+    build = f"cu{cuda.partition('.')[0]}torch{torch}cxx11abi{str(cxx11_abi).upper()}"
+    wheel = f"flash_attn-{_RELEASE}+{build}-{python}-{python}-linux_{platform.machine()}.whl"
+    return f"https://github.com/Dao-AILab/flash-attention/releases/download/v{_RELEASE}/{wheel}"
 
 
 def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
