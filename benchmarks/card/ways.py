@@ -1,7 +1,7 @@
 """Other ways to compute a layer's products than the ones that are taken: counted for the shape of 8B, and timed beside them."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from trainer.model.kernels import fp8
 from trainer.tuning.lora import layer as lora
 
 RANK, SCALING, TOKENS = 16, 2.0, 8192
-_FREE = {"view", "_unsafe_view", "t", "transpose", "slice", "split", "split_with_sizes", "detach", "expand", "new_empty", "empty"}  # fmt: skip
+_FREE = {"alias", "view", "_unsafe_view", "t", "transpose", "slice", "split", "split_with_sizes", "detach", "expand", "new_empty", "empty"}  # fmt: skip
 
 
 def ways(given: argparse.Namespace) -> Iterator[Figure]:
@@ -58,13 +58,14 @@ def _layers(name: str, sizes: dict[str, int], tokens: int, where: str) -> Layers
 
 
 def _with_lora(name: str, counted: Layers, timed: Layers) -> Iterator[Figure]:
-    ways: dict[str, Callable[[Layers], Any]] = {
-        "each by itself": _apart,
-        "shared": partial(_together, within=False),
-        "shared, within the product": partial(_together, within=True),
+    ways: dict[str, tuple[Callable[[Layers], Sequence[Tensor]], Layers, Layers]] = {
+        "each by itself": (_apart, counted, timed),
+        "shared": (_together, counted, timed),
+        "shared, within the product": (_within, counted, timed),
+        "the same, of weights made with room for B": (_within_room, _with_room(counted), _with_room(timed)),
     }
     taken, launched, seconds = 0.0, 0, 0.0
-    for way, action in ways.items():
+    for way, (action, counted, timed) in ways.items():
         with _Counted() as found:
             _step(action, counted)
         took = seconds_of(partial(_step, action, timed), times=5)
@@ -77,54 +78,67 @@ def _with_lora(name: str, counted: Layers, timed: Layers) -> Iterator[Figure]:
         )
 
 
-def _step(action: Callable[[Layers], list[Tensor]], layers: Layers) -> None:
+def _step(action: Callable[[Layers], Sequence[Tensor]], layers: Layers) -> None:
     results = action(layers)
     torch.autograd.grad(results, [layers.rows, *layers.downs, *layers.ups], [result.detach() for result in results])
 
 
-def _apart(layers: Layers) -> list[Tensor]:
-    """The way that is taken: the product's own function."""
+def _adapted(layers: Layers, columns: int | None = None) -> list[lora.Adapted]:
+    parts = zip(layers.weights, layers.downs, layers.ups, strict=True)
     return [
-        lora._AdaptedMatmul.apply(layers.rows, None, down, up, None, SimpleNamespace(weight=weight), SCALING)
-        for weight, down, up in zip(*layers[1:], strict=True)
+        lora.Adapted(SimpleNamespace(weight=weight[:, :columns], bias=None), down, up, SCALING, None)  # type: ignore[arg-type]
+        for weight, down, up in parts
     ]
 
 
-def _together(layers: Layers, within: bool) -> list[Tensor]:
-    return list(_Together.apply(layers.rows, layers.weights, within, *layers.downs, *layers.ups))  # type: ignore[arg-type]
+def _apart(layers: Layers) -> list[Tensor]:
+    return [lora.multiply_adapted(layers.rows, None, [one])[0] for one in _adapted(layers)]
 
 
-class _Together(torch.autograd.Function):
-    """All layers at once: their rows are read once for all A, and the gradient of the rows is one sum."""
+def _together(layers: Layers) -> Sequence[Tensor]:
+    """The way that is taken on a GPU: the product's own function."""
+    return lora.multiply_adapted(layers.rows, None, _adapted(layers))
+
+
+def _within(layers: Layers) -> Sequence[Tensor]:
+    """[x, low] [W, sB]^T, for which x and W are copied."""
+    return _within_room(_with_room(layers))
+
+
+def _within_room(layers: Layers) -> Sequence[Tensor]:
+    """The same, where x alone is copied."""
+    return _Within.apply(layers.rows, None, _adapted(layers, layers.rows.shape[1]), layers, *layers.downs, *layers.ups)  # type: ignore[return-value]
+
+
+class _Within(torch.autograd.Function):
+    """The low-rank part within the product of the forward pass; the backward pass is that of the product's own function."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: list[Tensor], within: bool, *matrices: Tensor) -> tuple[Tensor, ...]:
-        downs, ups = torch.cat(matrices[: len(weights)]), matrices[len(weights) :]
-        low = rows @ downs.t()
+    def forward(
+        ctx: Any, rows: Tensor, _dropped: None, adapted: Any, layers: Layers, *_matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        low = rows @ torch.cat(layers.downs).t()
         ctx.save_for_backward(rows, low)
-        ctx.weights, ctx.downs, ctx.ups = weights, downs, ups
-        if not within:
-            parts = zip(weights, ups, low.split(RANK, 1), strict=True)
-            return tuple((rows @ weight.t()).addmm_(part, up.t(), alpha=SCALING) for weight, up, part in parts)
-        both, results = torch.cat([rows, low], 1), []
-        for number, (weight, up) in enumerate(zip(weights, ups, strict=True)):
-            beside = up.new_zeros(len(up), low.shape[1])
-            beside[:, number * RANK : (number + 1) * RANK] = up * SCALING
-            results.append(both @ torch.cat([weight, beside], 1).t())
-        return tuple(results)
+        ctx.layers, ctx.drops = adapted, False
+        both = torch.cat([rows, low], 1)
+        for number, (weight, up) in enumerate(zip(layers.weights, layers.ups, strict=True)):
+            beside = weight[:, rows.shape[1] :].zero_()
+            torch.mul(up.detach(), SCALING, out=beside[:, number * RANK : (number + 1) * RANK])
+        return tuple(both @ weight.t() for weight in layers.weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, low = ctx.saved_tensors
-        low_grad = torch.cat([grad @ up for grad, up in zip(grads, ctx.ups, strict=True)], 1).mul_(SCALING)
-        rows_grad = grads[0] @ ctx.weights[0]
-        for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
-            rows_grad.addmm_(grad, weight)
-        rows_grad.addmm_(low_grad, ctx.downs)
-        downs = (low_grad.t() @ rows).split(RANK)
-        scaled = low * SCALING
-        ups = [grad.t() @ part for grad, part in zip(grads, scaled.split(RANK, 1), strict=True)]
-        return rows_grad, None, None, *downs, *ups
+        taken = SimpleNamespace(
+            saved_tensors=ctx.saved_tensors, layers=ctx.layers, drops=False, needs_input_grad=[True] + 99 * [False]
+        )
+        of_rows, _, _, *learnt = lora._AdaptedMatmul.backward(taken, *grads)
+        return of_rows, None, None, None, *learnt[0::3], *learnt[1::3]
+
+
+def _with_room(layers: Layers) -> Layers:
+    """The same with weights (out, in + all ranks)."""
+    room = RANK * len(layers.ups)
+    return layers._replace(weights=[torch.cat([one, one.new_empty(len(one), room)], 1) for one in layers.weights])
 
 
 class _Counted(TorchDispatchMode):

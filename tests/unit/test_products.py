@@ -11,7 +11,7 @@ from tests.unit.test_plan import TINY, config, plan_of
 from trainer.errors import ConfigError
 from trainer.model.kernels import fp8
 from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8, quantize_blocks
-from trainer.tuning.lora.layer import _AdaptedMatmul
+from trainer.tuning.lora.layer import Adapted, multiply_adapted
 
 IN, OUT = 96, 80
 
@@ -32,7 +32,7 @@ def values(module: FrozenLinear4bit, adapter: bool) -> tuple[Tensor, Tensor]:
     torch.manual_seed(2)
     x = torch.randn(2, 50, IN, dtype=torch.bfloat16, requires_grad=True)
     down, up = (nn.Parameter(0.1 * torch.randn(*shape).bfloat16()) for shape in ((4, IN), (OUT, 4)))
-    y: Any = _AdaptedMatmul.apply(x, None, down, up, module.bias, module, 2.0) if adapter else module(x)
+    y: Any = multiply_adapted(x, None, [Adapted(module, down, up, 2.0, None)])[0] if adapter else module(x)
     y.backward(torch.randn_like(y))
     assert x.grad is not None
     return y.detach().float(), x.grad.float()

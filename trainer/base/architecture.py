@@ -103,7 +103,8 @@ class Architecture:
     runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
     packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
     ranks that share a row where `fails_shared` does, nor documents that share a prefix where `fails_prefix` does.
-    Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
+    Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of
+    each entry of `read_together` are called with one tensor, in this order, and are in one layer whose activations can be. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
     families but a few use.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
@@ -131,6 +132,7 @@ class Architecture:
     fails_shared: str | None = None
     fails_prefix: str | None = None
     tried: bool = True
+    read_together: tuple[tuple[str, ...], ...] = ()
     recomputes: bool = True
     rotary: bool = True
     taken_for_experts: tuple[str, ...] = ()
@@ -170,6 +172,7 @@ class Architecture:
             "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
             "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
             "mixing": tuple(_mixing(**layer) for layer in tree["mixing"]),
+            "read_together": tuple(tuple(paths) for paths in tree["read_together"]),
             "taken_for_experts": tuple(tree["taken_for_experts"]),
             "heads": tuple(tree["heads"]),
             "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},

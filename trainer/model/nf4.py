@@ -237,10 +237,14 @@ def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
-def multiply_back(grad: Tensor, linear: nn.Linear) -> Tensor:
-    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features)."""
+def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
+    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where that is given, to which it is added."""
     weight = weight_of(linear)
-    return fp8.product(grad, weight.t()) if _is_in_fp8(linear) else grad @ weight
+    if total is not None and not _is_in_fp8(linear):
+        total.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
+        return total
+    product = fp8.product(grad, weight.t()) if _is_in_fp8(linear) else grad @ weight
+    return product if total is None else total.add_(product.view_as(total))
 
 
 def _is_in_fp8(linear: nn.Linear) -> bool:

@@ -41,6 +41,7 @@ from trainer.base.describe.empty_model import TransposedLinear, meta_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
+from trainer.base.describe.trial.read_together import paths_together
 from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
@@ -161,6 +162,7 @@ class _Reader:
             fails_shared=self._fails_shared(trial),
             fails_prefix=trial.fails_prefix if trial else _NOT_TRIED,
             tried=trial is not None,
+            read_together=tuple(paths_together(self.model, trial.together)) if trial else (),
             recomputes=self.model.supports_gradient_checkpointing,
             rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
@@ -186,9 +188,7 @@ class _Reader:
     @cached_property
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or any(
-            name not in ("weight", "bias") for name, _ in head.named_parameters()
-        ):
+        if not isinstance(head, nn.Linear) or not {"weight", "bias"}.issuperset(dict(head.named_parameters())):
             raise ConfigError(self._refusal("has an output head that is no plain matrix"))
         return head
 

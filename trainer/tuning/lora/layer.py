@@ -2,10 +2,16 @@
 
 PEFT's is seven: a product with the scaling and a sum go over all of the result, and over its gradient. Here the scaling is taken
 where values are few, `rank` a token, and the second product is added to the first.
+
+On a GPU, layers that read one input are one function: the input is read once for all A, there and back, and its gradient is one sum.
+
+    q_proj(x)   computes x [A_q; A_k; A_v]^T and the results of all three
+    k_proj(x)   returns its result, which is there
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
@@ -15,65 +21,130 @@ from trainer.model.nf4 import multiply, multiply_back
 from trainer.processes.accelerator import is_accelerator
 
 
+class Adapted(NamedTuple):
+    """A frozen layer and its adapter: A (rank, inputs), B (outputs, rank), and what drops of the adapter's input."""
+
+    base: nn.Linear
+    down: nn.Parameter
+    up: nn.Parameter
+    scaling: float
+    dropout: nn.Dropout | None
+
+
+class _Made(NamedTuple):
+    """A layer's result, of an input that was of this version when it was made."""
+
+    x: Tensor
+    version: int
+    result: Tensor
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether `x` is the input, or a view of all of it as ZeRO-3's hooks hand to each layer, that nobody has changed in between."""
+        same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
+        return same and x._version == self.version
+
+
 class LoraLinear(Linear):
-    """PEFT's layer with another forward pass, for one adapter on a frozen layer."""
+    """PEFT's layer with another forward pass, for one adapter on a frozen layer. Those `beside` it are called with the same input after it, and
+    their parameters are whole when its own are."""
 
     computed_at_once = True  # see trainer/model/parts.py
+    beside: "tuple[LoraLinear, ...]" = ()
+    _made: _Made | None = None  # by the call of another layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
+        made, self._made = self._made, None
+        own = self._as_one_function(x)
+        if own is None:
+            return super().forward(x, *args, **kwargs)
+        if made is not None and made.is_of(x):
+            return made.result
+        dropped = None if own.dropout is None else own.dropout(x)
+        together = [(self, own)]
+        if dropped is None and _is_rounded_once(x):
+            others = ((layer, layer._as_one_function(x)) for layer in self.beside)
+            together += [(layer, other) for layer, other in others if other is not None and other.dropout is None]
+        results = multiply_adapted(x, dropped, [layer for _, layer in together])
+        for (layer, _), result in zip(together[1:], results[1:], strict=True):
+            layer._made = _Made(x, x._version, result)
+        return results[0]
+
+    def _as_one_function(self, x: Tensor) -> Adapted | None:
         base: Any = self.base_layer
         (name,) = self.active_adapters
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        if self.disable_adapters or self.merged or base.weight.requires_grad or x.dtype != down.dtype:
-            return super().forward(x, *args, **kwargs)
+        down: Any = self.lora_A[name].weight
+        up: Any = self.lora_B[name].weight
         dropout = self.lora_dropout[name]
-        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and self.training else None
-        return _AdaptedMatmul.apply(x, dropped, down, up, base.bias, base, self.scaling[name])  # type: ignore[return-value]
+        if self.disable_adapters or self.merged or base.weight.requires_grad or x.dtype != down.dtype:
+            return None
+        drops = dropout if isinstance(dropout, nn.Dropout) and self.training else None
+        return Adapted(base, down, up, self.scaling[name], drops)
+
+
+def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """x and `dropped`, which the adapters read if it is not x, (..., inputs) -> (..., outputs) of each layer. All parameters must be gathered."""
+    return _AdaptedMatmul.apply(
+        x, dropped, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
+    )  # type: ignore[return-value]
 
 
 class _AdaptedMatmul(torch.autograd.Function):
-    """Keeps what the adapter's gradients need, its inputs and A x, and never a gathered weight, as `_FrozenMatmul` does."""
+    """Keeps what the adapters' gradients need, their input and A x, and never a gathered weight, as `_FrozenMatmul` does."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        down: nn.Parameter,
-        up: nn.Parameter,
-        bias: Tensor | None,
-        base: nn.Linear,
-        scaling: float,
-    ) -> Tensor:
-        """x and `dropped`, which the adapter reads if it is not x, (..., inputs) -> (..., outputs)."""
+        ctx: Any, x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], *_parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """As `multiply_adapted`. The parameters of each layer, A, B and bias, are here for autograd."""
         inputs = x if dropped is None else dropped
-        result = multiply(x, base, bias)
-        low = nn.functional.linear(inputs, down)
+        results = tuple(multiply(x, layer.base, layer.base.bias) for layer in layers)
+        low = nn.functional.linear(inputs, _downs(layers))
         ctx.save_for_backward(inputs, low)
-        ctx.down, ctx.up, ctx.base, ctx.scaling, ctx.drops = down, up, base, scaling, dropped is not None
-        if _folds(scaling, result):
-            _add_product(result, low, up.t(), scaling)
-        else:
-            result += nn.functional.linear(low, up).mul_(scaling)
-        return result
+        ctx.layers, ctx.drops = layers, dropped is not None
+        for result, layer, part in zip(results, layers, _parts(low, layers), strict=True):
+            if _folds(layer.scaling, result):
+                _add_product(result, part, layer.up.t(), layer.scaling)
+            else:
+                result += nn.functional.linear(part, layer.up).mul_(layer.scaling)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers: Sequence[Adapted] = ctx.layers
         inputs, low = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
-        down, up, scaling = ctx.down.detach(), ctx.up.detach(), ctx.scaling
-        flat = scaled = grad.flatten(0, -2)
-        if _folds(scaling, grad):
-            low_grad, low = (flat @ up).mul_(scaling), low * scaling
-        else:
-            scaled = flat * scaling
-            low_grad = scaled @ up
-        x_grad = multiply_back(grad, ctx.base) if ctx.needs_input_grad[0] else None
-        dropped_grad = (low_grad @ down).view(*grad.shape[:-1], -1) if ctx.drops else None
-        if x_grad is not None and not ctx.drops:
-            _add_product(x_grad, low_grad, down)
-        bias = flat.sum(0) if ctx.needs_input_grad[4] else None
-        return x_grad, dropped_grad, low_grad.t() @ inputs, scaled.t() @ low, bias, None, None
+        downs, low_grads, of_ups, of_biases = _downs(layers), list[Tensor](), list[Tensor](), list[Tensor | None]()
+        flats = [grad.flatten(0, -2) for grad in grads]
+        for place, (flat, layer, part) in enumerate(zip(flats, layers, _parts(low, layers), strict=True)):
+            scaled, factor = (flat, layer.scaling) if _folds(layer.scaling, flat) else (flat * layer.scaling, 1.0)
+            low_grads.append(_product(scaled, layer.up.detach(), factor))
+            of_ups.append(_product(scaled.t(), part, factor))
+            of_biases.append(flat.sum(0) if ctx.needs_input_grad[3 * place + 5] else None)
+        low_grad, of_x = _joined(low_grads, 1), None
+        if ctx.needs_input_grad[0]:  # the last one's is first, as where each is a function of its own
+            of_x = multiply_back(grads[-1], layers[-1].base)
+            for flat, layer in list(zip(flats, layers, strict=True))[-2::-1]:
+                of_x = multiply_back(flat, layer.base, of_x)
+        if of_x is not None and not ctx.drops:
+            _add_product(of_x, low_grad, downs)
+        of_dropped = (low_grad @ downs).view(*grads[0].shape[:-1], -1) if ctx.drops else None
+        of_downs = (low_grad.t() @ inputs).split([len(layer.down) for layer in layers])
+        learnt = zip(of_downs, of_ups, of_biases, strict=True)
+        return of_x, of_dropped, None, *(of_one for of_layer in learnt for of_one in of_layer)
+
+
+def _downs(layers: Sequence[Adapted]) -> Tensor:
+    """All A, one below the other."""
+    return _joined([layer.down.detach() for layer in layers], 0)
+
+
+def _joined(parts: Sequence[Tensor], along: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), along)
+
+
+def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """What each layer's A has made (..., its rank) of what all have."""
+    return low.split([len(layer.down) for layer in layers], -1)
 
 
 def _folds(scaling: float, result: Tensor) -> bool:
@@ -89,9 +160,16 @@ def _is_rounded_once(total: Tensor) -> bool:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
-    """total (..., m) += factor * left (..., k) @ right (k, m); `total` and `left` are contiguous."""
+    """total (..., m) += factor * left (..., k) @ right (k, m); `total` is contiguous."""
     rows, total_rows = left.flatten(0, -2), total.flatten(0, -2)
     if _is_rounded_once(total):
         total_rows.addmm_(rows, right, alpha=factor)
     else:
         total_rows.add_(rows @ right, alpha=factor)
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor * left (n, k) @ right (k, m)."""
+    if _is_rounded_once(left):
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+    return (left @ right).mul_(factor)

@@ -93,6 +93,10 @@ class Lora(LinearAdapters):
         # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
+        for paths in architecture.read_together:
+            layers = [layer for path in paths if isinstance(layer := model.get_submodule(path), LoraLinear)]
+            for first in layers[:1]:
+                first.beside = tuple(layers[1:])
         self._begin(model, architecture, seed)
         for name, parameter in model.named_parameters():
             learns = ".lora_" in name

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.base.describe.trial.read_together import read_together
 from trainer.base.describe.trial.weight_readers import Place, place_of
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
@@ -33,7 +34,7 @@ _FORMAT = Format("nf4", 64, False, torch.float32)
 class Found(NamedTuple):
     """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether documents of a row are
     computed as each alone, and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be computed
-    with, if there are any."""
+    with, if there are any; and the linear layers that read one tensor."""
 
     looks_ahead: bool
     learns: bool
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     fails_shared: str | None
     fails_prefix: str | None
     fails_packed: str | None
+    together: set[tuple[Place, ...]]
 
 
 def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
@@ -70,7 +72,8 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
         prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
-        return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read))
+        together = read_together(inner, lambda: _hidden(inner, documents[1]))
+        return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read), together)
 
 
 test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
