@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import obstore
 import pytest
 import torch
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.view.status import read_generation
 from tests.cli.conftest import ROOT
 from tests.cli.test_vllm import TARGETS, VLLM, vllm
+from tests.composites import make_composite
 from tests.dist import rollouts
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
@@ -25,9 +28,12 @@ from tests.unit.test_served import stub
 from trainer.config import dump_config
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
+from trainer.export.write.adapter import export_adapter
+from trainer.export.write.per_expert import per_expert_files
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.tuning.objective.rollouts import unlike_sampler
+from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
 
 STEPS = 10
 TEN = f"train.steps={STEPS}"
@@ -128,6 +134,34 @@ def test_a_teacher_on_ranks_of_its_own_judges_what_the_run_samples(workshop: Wor
 @pytest.mark.timeout(1800)
 def test_whatever_is_killed_each_chapter_is_trained_on_once(tmp_path: Path) -> None:
     assert kill(tmp_path, seed=5, kills=4) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("qwen3-moe", ("tuning.experts=true",)), ("gemma3", ())], ids=["experts", "composite"]
+)
+def test_an_adapter_is_published_as_it_is_exported_for_vllm(
+    tmp_path: Path, kind: str, settings: tuple[str, ...]
+) -> None:
+    workshop = Workshop(tmp_path)
+    base = tmp_path / kind
+    make_composite(base, kind) if kind == "gemma3" else make_base(base, kind)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = f"model.base={base}", f"rollout.engine=[http://127.0.0.1:{port}]", "rollout.max_lag=0", "train.steps=2"
+    config = config_of(workshop, "served", *given, "checkpoint={every_steps: 1, keep_last: 9}", *settings)
+    run, ranks = begin(workshop, config)
+    with running(1, rollouts.serve, port), running(1, rollouts.sample, run.uri), running(1, *ranks) as trainer:
+        assert trainer.wait()[0]["outcome"] == "finished"
+    exported = open_store(str(tmp_path / "exported"))
+    export_adapter(run, exported, 1, arranged=per_expert_files)
+    published = place_of(workshop, config).sub(layout.rollout_adapter(1))
+    for name in (SETTINGS, WEIGHTS):
+        assert published.get(name) == exported.get(name)
+    names = load(published.get(WEIGHTS))
+    assert any((".experts.1." if settings else "language_model") in name for name in names), [*names][:3]
 
 
 @pytest.mark.long

@@ -1,19 +1,26 @@
-"""Adapters after each update, published in the folder of their run for the servers that sample, in the form that the method exports.
+"""Adapters after each update, published in the folder of their run for the servers that sample, as `capstan export` with layout=vllm writes them.
 
 <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
+
+import json
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from trainer.base.load.load import DTYPES
+from trainer.config import Model
 from trainer.evaluate.rollout.published import published
+from trainer.export.write.per_expert import per_expert_files
+from trainer.export.write.whole_class import for_whole_class
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import onto
 from trainer.run import layout
 from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
+from trainer.tuning.shared.peft_folder import SETTINGS
 
 
 def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
@@ -24,7 +31,7 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
     weights = _whole(engine, DTYPES[resolved.config.model.dtype])
 
     def write() -> None:
-        files = resolved.method.export(weights, resolved.config.model).files
+        files = as_served(resolved.method.export(weights, resolved.config.model).files, resolved.config.model)
         for name, content in files.items():
             place.put(f"{layout.rollout_adapter(step)}{name}", content)
         place.put(layout.published(step), b"")
@@ -33,6 +40,13 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
                 place.delete_folder(layout.rollout_adapter(older))
 
     ranks.on_first(write)
+
+
+def as_served(files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
+    """An adapter's files, name -> content, as a vLLM of the base `model` reads them."""
+    if SETTINGS in files and json.loads(files[SETTINGS]).get("target_parameters"):
+        files = per_expert_files(files, model)
+    return for_whole_class(files, model)
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
