@@ -171,7 +171,9 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     if isinstance(start.objective, LearnsFromRollouts):
         place, judge = rollouts_of(start.resolved, start.folder, datasets.train), start.objective.judge
         judged = judge is not None and not judge.is_server
-        train = rollout_stream(config, Rollouts(place, config.train.steps or 0, judged=judged), rank, world_size)
+        train = rollout_stream(
+            config, Rollouts(place, config.rollout.chapters(config.train.steps or 0), judged=judged), rank, world_size
+        )
     else:
         train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():
@@ -198,7 +200,8 @@ def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) ->
     ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
     hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=start.after_commit)
     if rollouts is not None:
-        hooks = replace(hooks, oldest=rollouts.forget_before)
+        chapter = resolved.config.rollout.chapter
+        hooks = replace(hooks, oldest=lambda step: rollouts.forget_before(chapter(step)))
     rules = resolved.config.checkpoint
     return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated)
 

@@ -160,6 +160,7 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
         if given.engine == OWN
         else f"{len(given.engine)} servers, with {adapter}"
     )
+    steps = "each step" if given.updates == 1 else f"one step of {given.updates}"
     most = decimal(12 * answers * config.data.sequence_length)
     served = ""
     if given.engine != OWN:
@@ -170,12 +171,13 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
             base = decimal(plan.parameters.frozen * (4 if config.model.dtype == "fp32" else 2))
             ranks = plan.batch.world_size
             gpus = f" The ranks take {ranks} GPU{'' if ranks == 1 else 's'}; each server needs others, for a base of {base} in {config.model.dtype}."
+        share = "" if given.updates == 1 else f" 1/{given.updates}"
         served = (
-            f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers together sample as many tokens a second as "
-            f"the ranks learn from{learnt} and rollout.max_lag is at least 1."
+            f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers together sample{share} as many tokens a second as "
+            f"the ranks learn from{learnt} and rollout.max_lag is at least {given.updates}."
         )
     return (
-        f"rollout: each step samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
+        f"rollout: {steps} samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
         f"step's are at most {most} in the store, until its checkpoints are gone.{served}"
     )
 

@@ -31,6 +31,7 @@ from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, rea
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.per_expert import per_expert_files
 from trainer.run import layout
+from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store, open_store
 from trainer.tuning.objective.rollouts import unlike_sampler
 from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
@@ -73,6 +74,28 @@ def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(wo
     # The losses are sums of advantages that cancel, so the gradients tell more.
     assert fed(workshop, run, "two", TEN, world_size=2) == pytest.approx(found, abs=2e-5)
     assert gradients(workshop.store.sub("two")) == pytest.approx(gradients(run), rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_several_updates_learn_from_the_same_answers_and_a_kill_changes_nothing(workshop: Workshop) -> None:
+    """The ratio is 1 in the first of them alone."""
+    settings = (TEN, "rollout.updates=2", "checkpoint.every_steps=3")
+    config = config_of(workshop, "twice", *settings)
+    found, place = train(workshop, config), place_of(workshop, config)
+    assert [read_figures(place, number)["adapter"] for number in range(5)] == [0, 2, 4, 6, 8]
+    assert not is_committed(place, 5)
+    steps = read_generation(workshop.store.sub("twice"), 1)["step"]
+    assert [step["lag"] for step in steps] == [0, 1] * 5
+    assert [abs(step["ratio"] - 1) < 1e-3 for step in steps] == [True, False] * 5, steps
+
+    again = config_of(workshop, "twice-killed", *settings)
+    killed, given = begin(workshop, again)
+    with running(1, *given) as group:
+        group.wait_until(lambda: 3 in committed_steps(killed))  # the middle of a chapter
+        group.kill()
+    assert launch(1, *given)[0]["outcome"] == "finished"
+    assert losses(killed) == found
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from tests.material import Workshop
 from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import dump_config, override
+from trainer.config.objective import Rollout as RolloutSettings
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
 from trainer.data.order.position import Position
@@ -82,6 +83,34 @@ def test_a_chapter_is_what_was_sampled(workshop: Workshop, tmp_path: Path) -> No
             assert np.array(columns) == pytest.approx(
                 np.array([[log_p, one.advantage] for log_p in one.log_p]), rel=1e-6
             )
+
+
+def test_several_updates_learn_from_a_chapter(workshop: Workshop, tmp_path: Path) -> None:
+    """Which chapter an update learns from is told by where it begins alone, also in the middle of one."""
+    run, config = open_store(str(tmp_path)), workshop.config("a", *GRPO, "rollout.updates=3", "train.steps=7")
+    for number in range(3):
+        commit(run, number, rollouts(number), {})
+    stream = rollout_stream(config, Rollouts(run, config.rollout.chapters(7)), 0, 1)
+    places = [Position()]
+    while len(places) < 7:
+        places.append(stream.advance(places[-1]))
+    assert [config.rollout.chapter(step) for step in range(7)] == [place.chapter for place in places]
+    assert (config.rollout.chapters(7), len(set(places))) == (3, 7)
+    stream.chapters.close()
+    again = rollout_stream(config, Rollouts(run, 3), 0, 1)
+    first, second = ([batch.input_ids.tolist() for batch in again.step(places[step])] for step in (3, 4))
+    assert first == second != [batch.input_ids.tolist() for batch in again.step(places[6])]
+    again.chapters.close()
+
+
+def test_the_newest_adapter_samples_that_the_chapter_allows(tmp_path: Path) -> None:
+    """Of chapters for three updates each that of number 2 is for the steps from 6 on."""
+    place, rules = open_store(str(tmp_path)), RolloutSettings(engine=["http://a:1"], updates=3, max_lag=1)
+    found = []
+    for step in (2, 4, 5, 6, 7, 9):
+        place.put(layout.published(step), b"")
+        found.append(serving._adapter_for(place, 2, rules))
+    assert found == [None, None, 5, 6, 7, 7]  # 7 is there first where the chapter was lost behind step 6
 
 
 def test_of_two_processes_one_commits(tmp_path: Path) -> None:
@@ -204,6 +233,8 @@ def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
     other = override(config, "rollout.reward=length", "rollout.max_lag=null")
     mine, theirs = (rollout_identity(given, find_objective(given)) for given in (config, other))
     assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
+    twice = override(config, "rollout.updates=2")
+    assert rollout_identity(twice, find_objective(twice)) == {**mine, "rollout.updates": 2}
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,6 @@ class ObjectiveSettings(Section):
 
 
 OWN = "own"
-LAG = 1
-"""The updates of `max_lag`, where servers sample and nothing is said."""
 
 
 class Rollout(Section):
@@ -122,11 +120,19 @@ class Rollout(Section):
     max_lag: int | None = setting(
         None,
         about="Updates that an answer's adapter may be behind the update that learns from it; the trainer waits for newer answers. 0 samples and "
-        "trains in turns. Not with engine: own, which always does. Default: 1.",
+        "trains in turns. Not with engine: own, which always does. Default: rollout.updates, so that both are done at once.",
         example=0,
         ge=0,
         le=1000,
         unit="updates",
+    )
+    updates: int = setting(
+        1,
+        about="Updates that learn from the same answers, one after the other; TRL's num_iterations. From the second on the ratio is one between the model as it "
+        "sampled and as it has become, which is what objective.clip_low and clip_high bound.",
+        example=2,
+        ge=1,
+        le=64,
     )
     held_out: int = setting(
         0,
@@ -139,9 +145,17 @@ class Rollout(Section):
     )
     reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
 
+    def chapter(self, step: int) -> int:
+        """The number of the answers that the update behind `step` learns from."""
+        return step // self.updates
+
+    def chapters(self, steps: int) -> int:
+        """How many of them a run of `steps` updates has."""
+        return -(-steps // self.updates)
+
     @property
     def lag(self) -> int:
-        return 0 if self.engine == OWN else LAG if self.max_lag is None else self.max_lag
+        return 0 if self.engine == OWN else self.updates if self.max_lag is None else self.max_lag
 
     @field_validator("engine")
     @classmethod

@@ -25,6 +25,7 @@ raises `Stopped` where a stop was asked for meanwhile."""
 
 _LOOK_SECONDS = 0.2
 _SAY_SECONDS = 30.0
+_ONCE = ("sampling_seconds", "reward_seconds", "held_out_reward")
 
 
 def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
@@ -33,7 +34,7 @@ def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
 
 
 def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
-    """The supply of rollouts, of which the update behind step s takes chapter s. Collective."""
+    """The supply of rollouts, of which each chapter is for one update, or for `rollout.updates` of them. Collective."""
     if start.config.rollout.engine != OWN:
         return partial(_by_servers, start, rollouts)
     making = None
@@ -46,7 +47,8 @@ def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
 def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
     """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
     ranks = start.ranks
-    if ranks.on_first(lambda: is_committed(rollouts.place, step)):
+    chapter = start.config.rollout.chapter(step)
+    if ranks.on_first(lambda: is_committed(rollouts.place, chapter)):
         return _ready(start, rollouts, step)
     began = time.monotonic()
 
@@ -54,10 +56,10 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
         assert making is not None
         return making
 
-    wanted, longest = ranks.on_first(lambda: (first().wanted(step), first().longest))
+    wanted, longest = ranks.on_first(lambda: (first().wanted(chapter), first().longest))
     sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
     drawn = [sampler.sample(one.request) for one in wanted]
-    ranks.on_first(lambda: first().commit(step, step, wanted, drawn, began))
+    ranks.on_first(lambda: first().commit(chapter, step, wanted, drawn, began))
     return _ready(start, rollouts, step)
 
 
@@ -68,14 +70,18 @@ def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> 
 
 
 def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
-    """The figures of the chapter, once others have done with it what is theirs to do: sampled it, or judged it."""
-    ranks, told = start.ranks, time.monotonic()
+    """The figures of the step's chapter, once others have done with it what is theirs to do: sampled it, or judged it."""
+    ranks, told, chapter = start.ranks, time.monotonic(), start.config.rollout.chapter(step)
     while True:
-        there = ranks.rank == 0 and rollouts.is_ready(step)
+        there = ranks.rank == 0 and rollouts.is_ready(chapter)
         rows = ranks.gather(there, start.stop.requested)
         if rows[0][0]:
             rollouts.chapters.look()
-            figures = ranks.on_first(lambda: rollouts.figures(step))
+            figures = ranks.on_first(lambda: rollouts.figures(chapter))
+            if (
+                step % start.config.rollout.updates
+            ):  # what it took to sample it stands in the record of the first update
+                figures = {name: value for name, value in figures.items() if name not in _ONCE}
             return {**figures, "lag": step - figures.pop("adapter")}
         if any(row[1] for row in rows):
             raise Stopped(f"stopped at step {step}, while answers were waited for")

@@ -75,6 +75,7 @@ class Stream:
     reference: NDArray[np.float32] | None = None
     teacher: StoredTeacher | None = None
     rollouts: Rollouts | None = None
+    updates: int = 1  # that learn from a chapter
 
     def __init__(
         self,
@@ -174,7 +175,11 @@ class Stream:
                 for window in range(plan.num_windows)
                 for k in range(plan.window(window).num_bins)
             ]
-            return whole_chapter, Position(epoch, chapter=chapter + 1)
+            # Several updates may learn from a chapter, and the place counts those before.
+            again = place + 1 < self.updates
+            return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter) if again else Position(
+                epoch, chapter=chapter + 1
+            )
         taken: list[Position] = []
         # A step that is full does not wait for the chapter behind it.
         while chapter < self.chapters.count and len(taken) < self._global_batch:
@@ -358,11 +363,11 @@ def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int)
 
 
 def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: int) -> Stream:
-    """The stream of a run's sampled answers, a chapter a step."""
+    """The stream of a run's sampled answers, a chapter for each step or for several that follow each other."""
     order = replace(train_order(config), weights=(1.0,), fractions=())
     batches = config.train.global_batch, config.train.micro_batch
     stream = Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1)
-    stream.rollouts = rollouts
+    stream.rollouts, stream.updates = rollouts, config.rollout.updates
     return stream
 
 

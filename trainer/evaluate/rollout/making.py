@@ -89,12 +89,12 @@ class Making:
             judge_of(resolved, prompts.of(0)[0]),
         )
 
-    def wanted(self, step: int) -> list[Wanted]:
-        """The answers that the chapter of the update behind `step` needs: to its prompts, and where that is due to those that are held out."""
+    def wanted(self, chapter: int) -> list[Wanted]:
+        """The answers that the chapter needs: to its prompts, and where that is due in one of its steps to those that are held out."""
         config, rollout = self.resolved.config, self.resolved.config.rollout
-        every, seed = config.eval.every, seed_of(config.run.seed, step)
-        trained = self._request(self.prompts.of(step), rollout.answers, rollout.temperature, seed)
-        due = self.held_out and every and step % every == 0
+        every, seed = config.eval.every, seed_of(config.run.seed, chapter)
+        trained = self._request(self.prompts.of(chapter), rollout.answers, rollout.temperature, seed)
+        due = self.held_out and every and -(chapter * rollout.updates) % every < rollout.updates
         return [trained, *([self._request(self.held_out, 1, 0.0, seed)] if due else [])]
 
     def _request(self, asked: Sequence[Asked], answers: int, temperature: float, seed: int) -> Wanted:
@@ -114,13 +114,13 @@ class Making:
 
     def commit(
         self,
-        step: int,
+        chapter: int,
         adapter: int,
         wanted: Sequence[Wanted],
         drawn: Sequence[Sequence[Sequence[Drawn]]],
         began: float,
     ) -> bool:
-        """Reward the answers that the adapter of the update `adapter` has given, and make them the chapter of the update behind `step`; False where
+        """Reward the answers that the adapter of the update `adapter` has given, and make them the chapter of this number; False where
         another process was faster. `began` is when sampling did, by `time.monotonic`."""
         objective = self.resolved.objective
         assert isinstance(objective, LearnsFromRollouts)
@@ -144,7 +144,7 @@ class Making:
             "sampling_seconds": round(sampled - began, 3),
             "reward_seconds": round(time.monotonic() - sampled, 3),
         }
-        return commit(self.place, step, rollouts, figures)
+        return commit(self.place, chapter, rollouts, figures)
 
     def _scored(self, wanted: Wanted, drawn: Sequence[Sequence[Drawn]]) -> _Scored:
         text, n = self.prompter.text, wanted.request.answers

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.find.locate import resolve_base
+from trainer.config.objective import Rollout
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
@@ -49,23 +50,25 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     servers = [
         CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
     ]
-    step, made, told = oldest(run), 0, 0.0
+    rules, total = config.rollout, config.rollout.chapters(config.train.steps or 0)
+    chapter, made, told = rules.chapter(oldest(run)), 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
         sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
         stack.callback(sampler.forget)
-        while step < (config.train.steps or 0):
-            if is_committed(place, step):
-                step += 1
+        while chapter < total:
+            if is_committed(place, chapter):
+                chapter += 1
                 continue
-            adapter = _adapter_for(place, step, config.rollout.lag)
+            answers = f"the answers of step {chapter * rules.updates + 1}"
+            adapter = _adapter_for(place, chapter, rules)
             if adapter is None:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
-                    tell({"log": f"the answers of step {step + 1} wait for a newer adapter"})
+                    tell({"log": f"{answers} wait for a newer adapter"})
                     if has_finished(run):
                         break
-                step = max(step, oldest(run))
+                chapter = max(chapter, rules.chapter(oldest(run)))
                 time.sleep(_LOOK_SECONDS)
                 continue
             try:
@@ -73,17 +76,18 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
             except NotFound:  # the run is further already
                 continue
             began = time.monotonic()
-            wanted = making.wanted(step)
+            wanted = making.wanted(chapter)
             drawn = [sampler.sample(one.request) for one in wanted]
-            made += making.commit(step, adapter, wanted, drawn, began)
-            tell({"log": f"the answers of step {step + 1} are there, by the adapter of step {adapter}"})
-    return {"steps": step, "made": made}
+            made += making.commit(chapter, adapter, wanted, drawn, began)
+            tell({"log": f"{answers} are there, by the adapter of step {adapter}"})
+    return {"steps": min(chapter * rules.updates, config.train.steps or 0), "made": made}
 
 
-def _adapter_for(place: Store, step: int, lag: int) -> int | None:
-    """The newest adapter, where it is new enough for the chapter of `step`."""
-    newest = next((update for update in reversed(published(place)) if update <= step), None)
-    return newest if newest is not None and newest >= step - lag else None
+def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
+    """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where the chapter was lost behind the first."""
+    first = chapter * rules.updates
+    newest = next((update for update in reversed(published(place)) if update < first + rules.updates), None)
+    return newest if newest is not None and newest >= first - rules.lag else None
 
 
 def oldest(run: Store) -> int:

@@ -53,35 +53,38 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
         vocabulary=model.base.architecture.vocabulary,
     )
     ranks.on_first(lambda: begun(place.sub("teacher"), record, teacher))
-    rollouts = Rollouts(place, config.train.steps or 0)
-    step, made, told = ranks.on_first(lambda: oldest(run)), 0, 0.0
+    rollouts = Rollouts(place, config.rollout.chapters(config.train.steps or 0))
+    rules = config.rollout
+    chapter, made, told = ranks.on_first(lambda: rules.chapter(oldest(run))), 0, 0.0
     tell({"log": f"{teacher.name} judges the answers in {place.uri}"})
     model.engine.evaluating(True)
     with model.computing():
-        while step < rollouts.chapters.count:
-            judged, there = ranks.on_first(lambda at=step: (is_judged(place, at), is_committed(place, at)))
+        while chapter < rollouts.chapters.count:
+            judged, there = ranks.on_first(lambda at=chapter: (is_judged(place, at), is_committed(place, at)))
             if judged:
-                step += 1
-            elif there:
-                made += _judge(model, rollouts, config, step, teacher)
-                tell({"log": f"the answers of step {step + 1} are judged"})
+                chapter += 1
+                continue
+            answers = f"the answers of step {chapter * rules.updates + 1}"
+            if there:
+                made += _judge(model, rollouts, config, chapter, teacher)
+                tell({"log": f"{answers} are judged"})
             else:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
-                    tell({"log": f"the answers of step {step + 1} are not there yet"})
+                    tell({"log": f"{answers} are not there yet"})
                 if ranks.on_first(lambda: has_finished(run)):
                     break
-                step = max(step, ranks.on_first(lambda: oldest(run)))
+                chapter = max(chapter, ranks.on_first(lambda: rules.chapter(oldest(run))))
                 time.sleep(_LOOK_SECONDS)
-    return {"steps": step, "made": made}
+    return {"steps": min(chapter * rules.updates, config.train.steps or 0), "made": made}
 
 
-def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, step: int, teacher: Teacher) -> bool:
-    """Write what the teacher says of the chapter of the update behind `step`; False where another process was faster. Collective."""
+def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int, teacher: Teacher) -> bool:
+    """Write what the teacher says of the chapter; False where another process was faster. Collective."""
     ranks = model.ranks
     with ranks.agreeing():
         rollouts.chapters.look()
-        data = rollouts.chapters.get(step)
+        data = rollouts.chapters.get(chapter)
     # What stands before each document is the teacher's, not the run's.
     order = config.model_copy(update={"tuning": model.config.tuning})
     mine = dict[int, Any]()
@@ -96,11 +99,11 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, step: int, t
         log_p = np.concatenate([every[number] for number in numbers])
         if not np.isfinite(log_p).all():
             raise NonFiniteLoss(
-                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {step + 1} no finite log-probability, so it cannot teach. Try "
+                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {chapter * config.rollout.updates + 1} no finite log-probability, so it cannot teach. Try "
                 "model.dtype: bf16, or another teacher."
             )
         divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())
-        return commit_judgement(rollouts.place, step, log_p, divergence)
+        return commit_judgement(rollouts.place, chapter, log_p, divergence)
 
     return ranks.on_first(write)
 

@@ -50,7 +50,9 @@ def rollout_identity(config: Config, objective: Objective) -> dict[str, Any]:
     """The settings of rollouts that a checkpoint must share to be continued; none for an objective without any."""
     if not isinstance(objective, LearnsFromRollouts):
         return {}
-    names = ("reward", "answers", "max_tokens", "temperature")
+    # A checkpoint from before this setting is of one update.
+    updates = ("updates",) if config.rollout.updates > 1 else ()
+    names = ("reward", "answers", "max_tokens", "temperature", *updates)
     return {f"rollout.{name}": getattr(config.rollout, name) for name in names}
 
 
