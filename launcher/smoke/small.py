@@ -18,7 +18,7 @@ from trainer.tuning.objective.rollouts import LearnsFromRollouts
 COMMIT_EVERY = 5
 SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
 ROWS_OF_A_SOURCE = 2000
-ANSWERS, ANSWER_TOKENS = 16, 2
+ANSWERS, ANSWER_TOKENS = 8, 4
 REGEX = "^[a-z]+"
 
 
@@ -33,7 +33,9 @@ def config_of_sample(
     online: bool = False,
 ) -> Config:
     """That of the sample whose base, files of rows and type of numbers are given; `online` learns from rewards of what it samples."""
+    rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
     tree = {
+        **rewarded,
         "run": {"name": "smoke"},
         "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
         # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of the time.
@@ -41,9 +43,6 @@ def config_of_sample(
         "optim": {"lr": 5e-3, "warmup_steps": 2},
         "train": {"steps": STEPS},
     }
-    if online:  # a few answers of a few tokens teach little, so each is to change much
-        rollout = {"reward": "regex", "answers": ANSWERS, "max_tokens": ANSWER_TOKENS}
-        tree |= {"objective": {"name": "grpo"}, "rollout": rollout, "optim": {"lr": 1e-2, "schedule": "constant"}}
     return scale_down(parse_config(json.dumps(tree), overrides), store, "", layers)
 
 
