@@ -183,7 +183,7 @@ def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer
     shutil.copytree(stores / f"{name}-same", stores / f"{name}-other")
     assert train(workshop, f"{name}-same", 10, ranks=2, how="resume", overrides=overrides) == straight
     resumed = train(workshop, f"{name}-other", 10, ranks=3, how="resume", overrides=overrides)
-    assert resumed == pytest.approx(straight, abs=1e-3)
+    assert resumed == pytest.approx(straight, abs=3e-3 if optimizer == "adamw" else 1e-3)
     runs = [workshop.store.sub(f"{name}-{how}") for how in ("same", "straight")]
     manifests = [read_manifest(run, 10) for run in runs]
     same, whole = (master_weights(run, manifest) for run, manifest in zip(runs, manifests, strict=True))

@@ -106,7 +106,7 @@ class Architecture:
     Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of
     each entry of `read_together` are called with one tensor, in this order, and are in one layer whose activations can be. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
     experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
-    families but a few use.
+    families but a few use. `tokenizer` is the class that transformers reads its tokenizer by whatever the tokenizer's own settings name; None where it goes by these.
     With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
     c * tanh(z / c).
     """
@@ -137,6 +137,7 @@ class Architecture:
     rotary: bool = True
     taken_for_experts: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    tokenizer: str | None = None
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None

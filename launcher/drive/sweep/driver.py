@@ -40,7 +40,7 @@ from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.base.load.cache import MANIFEST as BASE_MANIFEST
 from trainer.base.load.cache import cache_key
 from trainer.config import Config, Model, dump_config, override
-from trainer.data.compile.fingerprint import hash_tokenizer
+from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
@@ -119,7 +119,7 @@ def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
     seen = dict[str, int]()
     for trial in plan.trials if tried else ():
         model = plan.config_of(config, trial).model
-        key = json.dumps(hash_tokenizer(base_files(model), model.tokens), sort_keys=True)
+        key = json.dumps(hash_tokens(base_files(model), model), sort_keys=True)
         if len(seen | {key: trial.number}) > 1:
             raise ConfigError(
                 f"sweep.settings: {tried[0]!r} gives trials {next(iter(seen.values()))} and {trial.number} different tokenizers, so their "

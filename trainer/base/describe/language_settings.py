@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import tokenization_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -75,3 +76,11 @@ def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[Pretrain
         setattr(config, SHARED, max(0, shared + layers - count))
     config.num_hidden_layers = layers
     return whole, count
+
+
+def own_tokenizer(kind: str) -> str | None:
+    """The class that transformers reads the tokenizer of a base of this type by, as what such tokenizers name for themselves is known to be wrong;
+    None where it goes by the tokenizer. Its lists of these are private."""
+    if kind not in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        return None
+    return tokenization_auto.TOKENIZER_MAPPING_NAMES.get(kind)

@@ -38,7 +38,7 @@ from trainer.base.architecture import (
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
 from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.empty_model import TransposedLinear, meta_model
-from trainer.base.describe.language_settings import SHARED, causal, first_layers, unknown
+from trainer.base.describe.language_settings import SHARED, causal, first_layers, own_tokenizer, unknown
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.read_together import paths_together
@@ -98,7 +98,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         config, stored_layers = first_layers(config, layers)
         model = meta_model(config)
         reader = _Reader(model, config.get_text_config(), name, whole)
-        return reader.architecture(stored_layers).to_json()
+        return {**reader.architecture(stored_layers).to_json(), "tokenizer": own_tokenizer(kind)}
 
 
 @cache

@@ -3,17 +3,20 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.base.find.small_files import tokenizer_content
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
-from trainer.config.model import Tokens
+from trainer.config.model import Model, Tokens
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
 from trainer.data.render.templates.template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
 from trainer.data.source.held_out import EVERYTHING, Part
+from trainer.errors import NOT_JSON
 
 _DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
 _OWN = Tokens()
@@ -33,6 +36,24 @@ def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
     return {**hashes, _DATED: "data.today"} if dated else hashes
 
 
+def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
+    """What decides the tokens of a text in a run over `model`, whose small files are in `directory`: `hash_tokenizer`, and the tokenizer's class where
+    config.json has a say in it. The same files give Qwen2's class and the general one other tokens.
+
+    Raises:
+        ConfigError: config.json is of a kind that is not supported.
+    """
+    hashes = hash_tokenizer(directory, model.tokens)
+    config, settings = read_config(model.base, directory), directory / "tokenizer_config.json"
+    with suppress(FileNotFoundError, *NOT_JSON, AttributeError):  # whoever reads the tokenizer says so in a sentence
+        named = json.loads(settings.read_bytes()).get("tokenizer_class")
+        forced = read_architecture(config, model.layers, name=model.base).tokenizer
+        taken = forced or named or config.get("tokenizer_class") or config["model_type"]
+        if taken.removesuffix("Fast") != (named or "").removesuffix("Fast"):
+            hashes["class"] = taken
+    return hashes
+
+
 def fingerprint(
     data: Data,
     files: Sequence[SourceFile],
@@ -41,7 +62,7 @@ def fingerprint(
 ) -> str:
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
-    `tokenizer_files` comes from `hash_tokenizer`. The sources' weights and packing belong to the epoch's plan and are not in it.
+    `tokenizer_files` comes from `hash_tokens`. The sources' weights and packing belong to the epoch's plan and are not in it.
 
     Raises:
         ConfigError: `data.template` cannot be read.

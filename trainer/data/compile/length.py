@@ -6,7 +6,7 @@ from math import ceil
 from pathlib import Path
 
 from trainer.config import Config, Source
-from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.compile.fingerprint import fingerprint, hash_tokens
 from trainer.data.compile.inputs import find_train
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import kept_bins, total
@@ -55,7 +55,7 @@ def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) ->
     if store is None or tokenizer is None:
         return _estimated(config, files)
     try:
-        return _compiled(config, store, fingerprint(data, files, hash_tokenizer(tokenizer, config.model.tokens), part))
+        return _compiled(config, store, fingerprint(data, files, hash_tokens(tokenizer, config.model), part))
     except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
 

@@ -18,7 +18,7 @@ from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
 from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.encode import refusals
-from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokenizer
+from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokens
 from trainer.data.compile.inputs import Input, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import open_chapter
@@ -182,7 +182,7 @@ def _is_compiled(store: Store, key: str) -> bool:
 
 def locate(config: Config, base: Base, inputs: Mapping[str, Input] | None = None) -> dict[str, str]:
     """The fingerprint of each of the data sets of `find`: known before anything is compiled. Raises as `find`."""
-    tokenizer = hash_tokenizer(base.directory, base.tokens)
+    tokenizer = hash_tokens(base.directory, config.model)
     found = find(config) if inputs is None else inputs
     return {what: fingerprint(data, files, tokenizer, part) for what, (files, part, data) in found.items()}
 
