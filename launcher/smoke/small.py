@@ -113,6 +113,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
             "rollout.answers": min(given.answers, ANSWERS),
             "rollout.max_tokens": min(given.max_tokens, ANSWER_TOKENS),
             "rollout.held_out": 0,
+            "rollout.updates": 1,
         }
     if layers:
         settings["model.layers"] = layers

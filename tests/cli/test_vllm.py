@@ -1,5 +1,7 @@
-"""A real vLLM serves an export beside its base, and `export --verify --server` finds it right, and the base alone beside it."""
+"""A real vLLM serves an export beside its base: `export --verify --server` finds it right, and the base alone beside it, and `evaluate --server` measures
+what the ranks do."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import ROOT, Capstan
-from tests.material import Workshop, commit
+from tests.dist.test_evaluate import write_tasks
+from tests.material import Workshop, commit, make_data
 from tests.needs import need
 from trainer.processes import children
 
@@ -74,7 +77,8 @@ def _is_ready(url: str) -> bool:
 def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan) -> None:
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop = Workshop(tmp_path, hidden_size=128)  # vLLM wants heads of 32
-    config = workshop.config("done", f"tuning.targets=[{', '.join(TARGETS)}]")
+    exact = ("model.dtype=fp32", "quant.type=none")
+    config = workshop.config("done", f"tuning.targets=[{', '.join(TARGETS)}]", *exact)
     commit(workshop.store.sub("done"), config, dataset=workshop.prepare(config).train)
     export = ("export", "done", str(tmp_path / "adapter"), f"--store={workshop.folder}/store")
     assert capstan(*export, timeout=600).returncode == 0
@@ -85,3 +89,23 @@ def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan
         alone = capstan(*export, "--verify", "--server", f"{url}#base", timeout=600)
         assert alone.returncode == 1
         assert "It answers as the base alone" in alone.stderr
+        make_data(tmp_path / "task.jsonl", documents=7, seed=8)
+        write_tasks(tmp_path / "tasks")
+        evaluate = (
+            "evaluate",
+            "done",
+            export[-1],
+            f"--set=task={tmp_path}/task.jsonl",
+            f"--tasks={tmp_path}/tasks",
+            "--json",
+        )
+        theirs, ours = (capstan(*evaluate, *more, timeout=600) for more in (("--server", url, "--step=4"), ()))
+    assert theirs.returncode == ours.returncode == 0, theirs.stderr + ours.stderr
+    served, here = json.loads(theirs.stdout), json.loads(ours.stdout)
+    assert served["server"] == f"{url}#done"
+    for side in ("base", "adapter"):
+        assert served["sets"]["task"][side]["loss"] == pytest.approx(here["sets"]["task"][side]["loss"], abs=1e-4)
+        for task, metrics in served["tasks"].items():
+            for metric, one in metrics.items():
+                assert one[side] == pytest.approx(here["tasks"][task][metric][side], rel=1e-3), (task, metric, side)
+    assert abs(served["sets"]["task"]["difference"]) > 0.01
