@@ -84,6 +84,8 @@ class _Sampling:
         with self._starting:
             if self._over.is_set():
                 return None
-            environment = {name: value for name, value in os.environ.items() if name not in children.OF_A_RANK}
+            # It is no rank of the group that torchrun or srun may have made of this process.
+            group = {name for name in os.environ if name in children.OF_A_RANK or name.startswith("SLURM_")}
+            environment = {name: value for name, value in os.environ.items() if name not in group}
             self._process = children.start(command, env=environment, **quiet)
             return self._process

@@ -34,11 +34,14 @@ def test_it_is_started_again_and_ends_with_the_run(workshop: Workshop, monkeypat
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         commands.append(command)
+        assert not options["env"].keys() & {"RANK", "SLURM_PROCID"}
         started.append(real([sys.executable, "-c", next(programs)], **options))
         if len(started) == 3:
             stays.set()
         return started[-1]
 
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setattr(sampling.children, "start", start)
     monkeypatch.setattr(sampling, "AGAIN_SECONDS", 0.01)
     with sampling_beside(workshop.config("first", *SERVERS), run, told.append):
