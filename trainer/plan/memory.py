@@ -207,10 +207,12 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
     """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
-    kept += values.exchanged * (given.shared > 1)
+    exchanged = values.exchanged * (given.shared > 1)
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
-    return kept, max(values.widest, tile * values.widest_mlp)
+    # In attention's own backward pass one of the two copies of its results is gone.
+    attention = values.widest_attention - exchanged / 2
+    return kept + exchanged, max(values.widest, attention, tile * values.widest_mlp)
 
 
 def _tile(given: Inputs, place: int) -> float:

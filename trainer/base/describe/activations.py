@@ -8,12 +8,13 @@ from trainer.base.architecture import Architecture, Parameter
 
 class LayerValues(NamedTuple):
     """The values a token that a decoder layer keeps for its backward pass, and half of the gradients that are there at one time in the widest of its
-    blocks, as many as enter its last linear layer: those of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
+    blocks, as many as enter its last linear layer: those of attention and of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
     `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of what is kept `kept_whole` is for all tokens of a
     row on each of the ranks that share it; these keep `exchanged` beside it, attention's results as their heads computed them and as their tokens have them."""
 
     kept: float
     widest: float
+    widest_attention: float
     kept_in_mlps: float
     widest_mlp: float
     mlp_weights: int
@@ -39,7 +40,7 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
             kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
-    widest = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
+    widest = widest_attention = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
     mlp_weights, kept_whole, exchanged = 0, 0.0, 0.0
     for path, parts in blocks.items():
         last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
@@ -56,10 +57,14 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             mlp_weights = max(mlp_weights, sum(part.numel for part in parts))
             fused_in_mlps += entering
         else:
-            # Attention's gradients are those of its results, and of queries, keys and values.
-            kept, widest = kept + own, max(widest, (entering + leaving) / 2 if path in attention else entering)
+            kept += own
+            if path in attention:  # whose gradients are those of its results, and of queries, keys and values
+                widest_attention = max(widest_attention, (entering + leaving) / 2)
+            else:
+                widest = max(widest, entering)
             kept_whole += own if any(f"{path}.".startswith(f"{whole}.") for whole in model.computed_whole) else 0
-    return LayerValues(kept, widest, kept_in_mlps, widest_mlp, mlp_weights, fused, fused_in_mlps, kept_whole, exchanged)
+    apart = widest, widest_attention, kept_in_mlps, widest_mlp
+    return LayerValues(kept, *apart, mlp_weights, fused, fused_in_mlps, kept_whole, exchanged)
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:
