@@ -82,11 +82,12 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors meanwhile."""
-    folders = ["slurm", "ray", "cli", "dist"]
+    """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors meanwhile. A file that takes
+    minutes comes before those that take seconds, or it would end alone."""
+    first = ["slurm", "ray", "cli", "test_gpu_kernels.py", "device", "dist", "test_extending.py", "test_trackers.py"]
 
     def place(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return folders.index(folder) if folder in folders else len(folders)
+        found = [first.index(name) for name in (item.path.parent.name, item.path.name) if name in first]
+        return min(found, default=len(first))
 
     items.sort(key=place)

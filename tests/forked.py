@@ -16,7 +16,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 _IMPORT_TIMEOUT = 500.0
 # Libraries read these when they are imported, which the server does.
@@ -208,6 +208,18 @@ def run_module(
     if check:
         done.check_returncode()
     return done
+
+
+def start_module(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: IO[bytes], before: str = ""
+) -> subprocess.Popen[Any]:
+    """`python -m arguments` in `folder`, as a process to signal and wait for; both streams go to `output`.
+
+    What it starts itself is forked as well, and does not end with it where it is killed.
+    """
+    server()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+    return _Forked([sys.executable, "-m", *arguments], before=before, cwd=folder, env=environment, **streams)
 
 
 class _Forked(subprocess.Popen[Any]):

@@ -5,19 +5,20 @@ A module that is missing here costs each of them its import, and one that is no 
 
 import gc
 import pkgutil
+import sys
 from contextlib import suppress
 from importlib import import_module
 
 import launcher
 import trainer
 
-# Ray is left out, as a process that is forked from one that has imported it cannot rely on it.
-ROOMS = {trainer: (), launcher: ("ray", "drive", "smoke", "sweep")}
+# Ray is left out: it reads the environment of its processes when it is imported, and here that is the server's.
+WITHOUT = ("launcher.cluster.ray", "launcher.drive", "launcher.smoke")
 PACKAGES = [
     f"{root.__name__}.{room.name}"
-    for root, without in ROOMS.items()
+    for root in (trainer, launcher)
     for room in pkgutil.iter_modules(root.__path__)
-    if room.ispkg and room.name not in without
+    if room.ispkg
 ]
 MODULES = (
     "trainer.rank",
@@ -41,10 +42,12 @@ found = [
     module.name
     for package in PACKAGES
     for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}.")
+    if not module.name.startswith(WITHOUT)
 ]
 for name in (*MODULES, *found):
     with suppress(ImportError):  # of a library that this machine does not have
         import_module(name)
+assert "ray" not in sys.modules
 # The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as nobody writes.
 gc.collect()
 gc.freeze()

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from launcher.smoke.local_s3 import free_ports
 from launcher.view.logs import read_log
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
+from tests.forked import run_command, start_module
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.run import layout
@@ -32,9 +32,8 @@ def rank(tmp_path: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]
     (port,) = free_ports(1)
     group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = {**ENVIRONMENT, **group, "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
     with (tmp_path / "output").open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path, env=environment)
+        process = start_module(["launcher.cli", *map(str, arguments)], tmp_path, environment, output)
         try:
             yield process
         finally:
@@ -77,13 +76,6 @@ def test_records_up_to_a_commit_survive_a_kill_and_all_starts_are_read_as_one(
     assert sum(json.loads(line)["kind"] == "step" for line in lines) == 60 - committed
     assert "attention:" in read_log(folder, 0, generation=2)
     assert b"<svg" in folder.get(layout.REPORT)
-    shown = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "status", folder.uri, "--json"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-    )
+    shown = run_command(["status", folder.uri, "--json"], tmp_path, ENVIRONMENT, 300)
     status = json.loads(shown.stdout)
     assert (status["state"], status["step"], status["generation"]) == ("finished", 60, 2)

@@ -39,9 +39,9 @@ def export_proof(run_uri: str, step: int, adapter: str) -> dict[str, float]:
     return asdict(prove_adapter(open_store(run_uri), step, open_store(adapter)))
 
 
-def proof_of(run: Store, adapter: Path) -> Proof:
-    """The proof of an adapter of step 4, by a process of its own."""
-    (proof,) = launch(1, export_proof, run.uri, 4, str(adapter))
+def proof_of(run: Store, adapter: Path, step: int = 4) -> Proof:
+    """The proof of an adapter, by a process of its own."""
+    (proof,) = launch(1, export_proof, run.uri, step, str(adapter))
     return Proof(**proof)
 
 

@@ -62,8 +62,7 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or
 
 
 @pytest.mark.long
-@each("local", "s3")
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize(("uri", "kind"), [("s3", "adapter"), ("local", "merged")], indirect=["uri"])
 def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(
     uri: str, tmp_path: Path, kind: str
 ) -> None:
@@ -73,10 +72,14 @@ def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_load
     assert launch(1, export_faults.after_killed_exports, uri, kind, killed) == [[]]
 
 
-@each(*STORES)
 @pytest.mark.parametrize(
-    ("kind", "last"),
-    [("adapter", "adapter_config.json"), pytest.param("merged", "config.json", marks=pytest.mark.long)],
+    ("uri", "kind", "last"),
+    [
+        ("local", "adapter", "adapter_config.json"),
+        pytest.param("memory", "merged", "config.json", marks=pytest.mark.long),
+        pytest.param("s3", "merged", "config.json", marks=pytest.mark.long),
+    ],
+    indirect=["uri"],
 )
 def test_an_export_survives_a_fault_at_each_operation(uri: str, tmp_path: Path, kind: str, last: str) -> None:
     (result,) = launch(1, export_faults.exports, uri, str(tmp_path), kind)

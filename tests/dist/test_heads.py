@@ -8,10 +8,10 @@ import pytest
 
 from tests.dist import evaluating, heads, runs
 from tests.dist.launch import launch
+from tests.dist.proofs import proof_of
 from tests.material import Workshop, make_classified, make_pairs, make_tagged
 from trainer.config import Config, dump_config
 from trainer.data.compile.inputs import with_labels
-from trainer.export.proof.verify import prove_adapter
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
@@ -86,9 +86,8 @@ def test_several_classes_of_a_text_have_the_losses_of_transformers_and_are_expor
     lines = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
     last = [record for record in lines if record["kind"] == "step"][-1]
     assert last["micro_f1"] > 0.7
-    destination = open_store(str(tmp_path / "out"))
-    export_adapter(run, destination)
-    proof = prove_adapter(run, 40, destination)
+    export_adapter(run, open_store(str(tmp_path / "out")))
+    proof = proof_of(run, tmp_path / "out", step=40)
     assert proof.holds, proof
     loaded = by_its_card(tmp_path / "out")
     assert loaded["model"].config.problem_type == "multi_label_classification"
@@ -173,9 +172,8 @@ def finished(workshop: Workshop, config: Config) -> Store:
 @pytest.mark.long
 def test_a_tagger_is_exported_and_proven(workshop: Workshop, tmp_path: Path) -> None:
     run = finished(workshop, tagging(workshop, "tags", "train.steps=20", "optim.lr=0.01"))
-    destination = open_store(str(tmp_path / "out"))
-    export_adapter(run, destination)
-    proof = prove_adapter(run, 20, destination)
+    export_adapter(run, open_store(str(tmp_path / "out")))
+    proof = proof_of(run, tmp_path / "out", step=20)
     assert proof.holds, proof
 
 
@@ -186,9 +184,8 @@ def test_a_reward_model_is_exported_and_proven(workshop: Workshop, tmp_path: Pat
     last = [record for record in lines if record["kind"] == "step"][-1]
     assert last["reward_accuracy"] > 0.7
     assert last["reward_margin"] > 0
-    destination = open_store(str(tmp_path / "out"))
-    export_adapter(run, destination)
-    proof = prove_adapter(run, 20, destination)
+    export_adapter(run, open_store(str(tmp_path / "out")))
+    proof = proof_of(run, tmp_path / "out", step=20)
     assert proof.holds, proof
     assert "num_labels=1" in (tmp_path / "out" / "README.md").read_text()
 
@@ -220,9 +217,9 @@ def test_a_run_learns_the_classes_of_its_data_and_is_evaluated(workshop: Worksho
 
 @pytest.mark.long
 def test_the_export_is_proven(workshop: Workshop, trained: Config, tmp_path: Path) -> None:
-    run, destination = workshop.store.sub("trained"), open_store(str(tmp_path / "out"))
-    export_adapter(run, destination)
-    proof = prove_adapter(run, 30, destination)
+    run = workshop.store.sub("trained")
+    export_adapter(run, open_store(str(tmp_path / "out")))
+    proof = proof_of(run, tmp_path / "out", step=30)
     assert proof.holds, proof
 
 

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,46 +13,49 @@ from ray.cluster_utils import Cluster
 
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
+from tests.forked import start_module
 from tests.material import Workshop
+from tests.ray.worker_server import forked_workers
 from trainer.store.store import Store
 
 Records = dict[str, list[dict[str, Any]]]
 
 
+class _Forking(Cluster):
+    """A cluster whose workers are forked."""
+
+    def __init__(self, setup_worker: str, **head: Any) -> None:
+        self._setup_worker = setup_worker
+        super().__init__(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
+
+    def add_node(self, *args: Any, **given: Any) -> Any:
+        little = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
+        return super().add_node(*args, **little, setup_worker_path=self._setup_worker, **given)
+
+
 @contextmanager
 def ray_cluster(nodes: int, cpus: int = 2, **head: Any) -> Iterator[Cluster]:
     """A head without room for ranks, where drivers live, and `nodes` machines with room for `cpus` ranks each."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20, **head},
-    )
-    try:
-        for _ in range(nodes):
-            add_machine(cluster, cpus)
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
-def add_machine(cluster: Cluster, cpus: int = 2) -> Any:
-    return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+    with forked_workers() as setup_worker:
+        cluster = _Forking(setup_worker, **head)
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=cpus)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 PATIENCE = 600.0  # seconds; a restart takes 20 of them on an idle machine
 
 
 class Driver:
-    """A `capstan` process; leaving the context kills it."""
+    """A `capstan` process, which runs the code `before` first; leaving the context kills it."""
 
-    def __init__(
-        self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, module: str = "launcher.cli"
-    ) -> None:
+    def __init__(self, folder: Path, *arguments: str, module: str = "launcher.cli", before: str = "") -> None:
         self.log = folder / "driver.log"
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", module, *arguments]
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**ENVIRONMENT, **(environment or {})}, cwd=folder
-            )
+            self.process = start_module([module, *arguments], folder, ENVIRONMENT, log, before)
 
     def __enter__(self) -> "Driver":
         return self

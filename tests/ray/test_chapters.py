@@ -61,8 +61,7 @@ def held(workshop: Workshop, folder: Path, data: Path, step: int, *settings: str
     settings = (*settings, f"run.store={store}", f"data.train=[{{path: {data}}}]", f"train.steps={STEPS}")
     what = [write(folder, workshop, "held", *settings)] if command == "train" else ["held", "--store", str(store)]
     arguments = (str(store / "held"), str(step), command, *what)
-    here = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return Driver(folder, *arguments, environment=here, module="tests.ray.held_compilation")
+    return Driver(folder, *arguments, module="tests.ray.held_compilation")
 
 
 def test_training_begins_with_the_first_chapter_and_goes_on_as_on_data_compiled_ahead(

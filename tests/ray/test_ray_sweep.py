@@ -7,8 +7,9 @@ before it when ASHA looks at it, and is stopped at its first look; the second ma
 import json
 import signal
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import yaml
 from launcher.view.status import read_generation, read_status
 from launcher.view.sweep import SweepStatus, read_sweep
 from tests.cli.conftest import ENVIRONMENT
+from tests.forked import run_command
 from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, write
+from tests.ray.worker_server import forked_workers
 from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]  # a minute on an idle machine of two cores
@@ -29,8 +32,15 @@ STEPS, GRACE = 60, 4
 
 
 def capstan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=600)
+    return run_command(arguments, folder, ENVIRONMENT, timeout=600)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """A `capstan` process whose own Ray has forked workers."""
+    with forked_workers() as setup_worker:
+        before = f"from ray._private import ray_constants; ray_constants.SETUP_WORKER_FILENAME = {setup_worker!r}"
+        yield partial(Driver, tmp_path, before=before)
 
 
 def sweep_file(folder: Path, workshop: Workshop) -> str:
@@ -72,27 +82,27 @@ def states(status: SweepStatus) -> list[str]:
 
 
 def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, tmp_path: Path, driver: Callable[..., Driver]
 ) -> None:
     config, store = sweep_file(tmp_path, workshop), open_store(str(tmp_path / "store"))
     folder, runs = store.sub("rates"), [store.sub(f"rates-{number}") for number in range(1, len(RATES) + 1)]
     first, second = runs[:2]
 
-    with Driver(tmp_path, "sweep", config) as driver:
-        driver.wait_for(first, 1, GRACE + 2)
-        driver.signal(signal.SIGKILL)
-        driver.end()
+    with driver("sweep", config) as running:
+        running.wait_for(first, 1, GRACE + 2)
+        running.signal(signal.SIGKILL)
+        running.end()
     assert read_sweep(folder).state == "silent"
     again = capstan(tmp_path, "sweep", config)
     assert (again.returncode, "continues it; a new sweep needs another name" in again.stderr) == (2, True), again.stderr
 
-    with Driver(tmp_path, "resume", "rates", "--store", "store") as driver:
-        driver.wait_until(first, 2, lambda seen: seen.get("start"), "the second start")
+    with driver("resume", "rates", "--store", "store") as running:
+        running.wait_until(first, 2, lambda seen: seen.get("start"), "the second start")
         alive = capstan(tmp_path, "resume", "rates", "--store", "store")
         assert (alive.returncode, "is in use by `capstan sweep`" in alive.stderr) == (2, True), alive.stderr
-        driver.wait_until(second, 1, lambda seen: seen.get("start"), "the second trial")
-        driver.signal(signal.SIGINT)
-        assert driver.end() == 75, driver.log.read_text()
+        running.wait_until(second, 1, lambda seen: seen.get("start"), "the second trial")
+        running.signal(signal.SIGINT)
+        assert running.end() == 75, running.log.read_text()
     stopped = read_sweep(folder)
     trial = stopped.trials[1]
     # It may have got to its first look before the request came.
@@ -101,7 +111,7 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     assert f"stopped at step {trial.step} {words}" in trial.reason
     assert trial.last_commit_step == trial.step < STEPS
     over = 1 if trial.state == "stopped" else 2
-    assert f"stopped by SIGINT; {over} of {len(RATES)} trials are over" in driver.last_line("capstan: ")
+    assert f"stopped by SIGINT; {over} of {len(RATES)} trials are over" in running.last_line("capstan: ")
 
     other = capstan(
         tmp_path,
@@ -115,8 +125,8 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     )
     assert (other.returncode, "its search does not change" in other.stderr) == (2, True), other.stderr
 
-    with Driver(tmp_path, "resume", "rates", "--store", "store", "sweep.concurrent=2", "--json") as driver:
-        assert driver.end(2 * PATIENCE) == 0, driver.log.read_text()  # three trials
+    with driver("resume", "rates", "--store", "store", "sweep.concurrent=2", "--json") as running:
+        assert running.end(2 * PATIENCE) == 0, running.log.read_text()  # three trials
     done = read_sweep(folder)
     assert states(done) == ["finished", *["stopped early"] * (len(RATES) - 1)]
     assert (done.state, done.best) == ("finished", 1)
@@ -127,8 +137,8 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
         assert trial.last_commit_step == trial.step
         assert "early, as other trials of the sweep were better at step" in trial.reason
         assert "early, as other trials of the sweep were better at step" in read_status(run).reason
-    assert "Traceback" not in driver.log.read_text()
-    (printed,) = (json.loads(line) for line in driver.log.read_text().splitlines() if line.startswith('{"sweep"'))
+    assert "Traceback" not in running.log.read_text()
+    (printed,) = (json.loads(line) for line in running.log.read_text().splitlines() if line.startswith('{"sweep"'))
     assert printed == asdict(done)
     assert json.loads(folder.get("sweep.json"))["result"] == asdict(done)
     page = folder.get("report.html").decode()

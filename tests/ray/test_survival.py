@@ -13,7 +13,7 @@ from launcher.view.status import read_generation, read_status
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
-from tests.ray.cluster import Driver, add_machine, alive, ray_cluster, steps, write
+from tests.ray.cluster import Driver, alive, ray_cluster, steps, write
 from trainer.config import dump_config
 from trainer.store.store import Store, open_store
 
@@ -62,7 +62,7 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
             # The run goes on with what is left, and grows when a machine comes.
             fourth = driver.wait_for(run, 4, step=36)["start"][0]
             assert fourth["world_size"] == 1
-            added = add_machine(cluster, cpus=1)
+            added = cluster.add_node(num_cpus=1)
             fifth = driver.wait_for(run, 5, step=46)["start"][0]
             assert fifth["world_size"] == 2
 
