@@ -54,18 +54,18 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        made, self._made = self._made, None
+        made = vars(self).pop("_made", None)  # torch's own way to an attribute takes longer than a small product
         own = self._as_one_function(x)
         if own is None:
             return super().forward(x, *args, **kwargs)
         if made is not None and made.is_of(x):
             return made.result
         dropped = None if own.dropout is None else own.dropout(x)
-        together = [(self, own)]
-        if dropped is None and _is_rounded_once(x):
-            others = ((layer, layer._as_one_function(x)) for layer in self.beside)
-            together += [(layer, other) for layer, other in others if other is not None and other.dropout is None]
-        results = multiply_adapted(x, dropped, [layer for _, layer in together])
+        if not self.beside or dropped is not None or not _is_rounded_once(x):
+            return multiply_adapted(x, dropped, [own])[0]
+        others = [(layer, layer._as_one_function(x)) for layer in self.beside]
+        together = [(self, own), *((layer, other) for layer, other in others if other and other.dropout is None)]
+        results = multiply_adapted(x, None, [layer for _, layer in together])
         for (layer, _), result in zip(together[1:], results[1:], strict=True):
             layer._made = _Made(x, x._version, result)
         return results[0]
@@ -144,7 +144,7 @@ def _joined(parts: Sequence[Tensor], along: int) -> Tensor:
 
 def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """What each layer's A has made (..., its rank) of what all have."""
-    return low.split([len(layer.down) for layer in layers], -1)
+    return (low,) if len(layers) == 1 else low.split([len(layer.down) for layer in layers], -1)
 
 
 def _folds(scaling: float, result: Tensor) -> bool:
@@ -172,4 +172,4 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """factor * left (n, k) @ right (k, m)."""
     if _is_rounded_once(left):
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
-    return (left @ right).mul_(factor)
+    return left @ right if factor == 1 else (left @ right).mul_(factor)
