@@ -36,7 +36,7 @@ def run(
 
     hold: after the first commit showed up, no rank finishes another step; resume_hold: so after the second in a run that goes on.
     terminate: rank 1 alone gets SIGTERM in its third step.
-    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number.
+    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number; poison_chapter: that of the fourth chapter of answers.
     stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by collectives
     that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
     """
@@ -47,8 +47,8 @@ def run(
         _hold_after(open_store(config.run.store).sub(config.run.name), step=every if how == "hold" else 2 * every)
     if how == "terminate" and os.environ["RANK"] == "1":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    if how == "poison":
-        _poison(26)
+    if how.startswith("poison"):
+        _poison(Position(0, 0, 26) if how == "poison" else Position(0, 0, 0, chapter=3))
     if how == "stuck" and os.environ["RANK"] == "1":
         _in_step(3, lambda: threading.Event().wait())
     if how == "stuck_inside" and os.environ["RANK"] == "1":
@@ -121,10 +121,10 @@ def _in_layer_of_step(number: int, strike: Callable[[], object]) -> None:
     _in_step(number - 1, arm)
 
 
-def _poison(number: int) -> None:
+def _poison(place: Position) -> None:
     plain = Engine.loss
 
     def poisoned(self: Engine, row: Any) -> Tensor:
-        return plain(self, row) * (float("nan") if Position(0, 0, number) in row.bins else 1.0)
+        return plain(self, row) * (float("nan") if place in row.bins else 1.0)
 
     Engine.loss = poisoned

@@ -77,6 +77,15 @@ def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(wo
 
 
 @pytest.mark.long
+def test_a_loss_over_answers_that_is_not_finite_ends_every_start(workshop: Workshop) -> None:
+    """No rows are left out, as the answers of a step are made for it."""
+    config = config_of(workshop, "poisoned", TEN)
+    _, given = begin(workshop, config)
+    for _ in range(2):
+        assert launch(1, *given, "poison_chapter", timeout=120.0)[0]["outcome"] == "NonFiniteLoss"
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_several_updates_learn_from_the_same_answers_and_a_kill_changes_nothing(workshop: Workshop) -> None:
     """The ratio is 1 in the first of them alone."""

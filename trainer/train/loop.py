@@ -145,10 +145,12 @@ def _update(
     every, totals = exchange()
     weight = sum(rank.weight for rank in every)
     loss, *measures = (total / weight for total in totals)
+    # Answers are sampled for one update, so that there are no others in their place.
+    window = None if run.stream.rollouts else position
     if not math.isfinite(loss):
-        raise _not_finite("loss", step + 1, loss, position)
+        raise _not_finite("loss", step + 1, loss, window)
     if not math.isfinite(grad_norm):
-        raise _not_finite("gradient", step + 1, grad_norm, position)
+        raise _not_finite("gradient", step + 1, grad_norm, window)
     figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
     return _Update(every, figures, {objective.unit: int(weight), **measured(objective, measures)})
 
@@ -332,10 +334,10 @@ def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
     )
 
 
-def _not_finite(what: str, step: int, value: float, position: Position) -> NonFiniteLoss:
+def _not_finite(what: str, step: int, value: float, window: Position | None) -> NonFiniteLoss:
     return NonFiniteLoss(
         f"the {what} of step {step} is {value}. Resume from the last checkpoint with a lower optim.lr.",
-        position.to_json(),
+        None if window is None else window.to_json(),
     )
 
 
