@@ -2,8 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ from trainer.data.compile.prepare import prepare
 from trainer.data.compile.shards import hash_documents
 from trainer.data.dataset.overlap import refuse_overlaps
 from trainer.errors import DataError
-from trainer.evaluate.measured import _trained_on
-from trainer.evaluate.sharded_model import OpenedRun
+from trainer.evaluate.measured import trained_on
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
 
@@ -100,5 +97,5 @@ def test_an_evaluation_counts_documents_of_which_the_run_that_was_begun_from_has
     commit(shop.store.sub("second"), config, dataset=shop.prepare(config).train)
     seen = evaluated_on(shop, "seen", rows_of(shop.data)[:9])
     key = prepare(override(seen, f"data.train=[{{path: {other}}}]"), resolve_base(seen.model), shop.store).eval
-    opened = SimpleNamespace(manifest=read_manifest(shop.store.sub("second"), 4), store=shop.store)
-    assert _trained_on(cast(OpenedRun, opened), {"eval": str(key)}) == {"eval": 9}
+    manifest = read_manifest(shop.store.sub("second"), 4)
+    assert trained_on(shop.store, manifest, {"eval": str(key)}) == {"eval": 9}
