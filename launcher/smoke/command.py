@@ -13,7 +13,10 @@ _POLL_SECONDS = 0.5
 
 
 class Command:
-    """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it."""
+    """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it.
+
+    What it reads from stdin, if it reads, is `output`'s `said`.
+    """
 
     def __init__(self, log: Path, module: str, *arguments: str) -> None:
         self._log = log
@@ -21,7 +24,7 @@ class Command:
         with log.open("ab") as stderr:
             self._process = children.start(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
             )
@@ -43,11 +46,11 @@ class Command:
             return True
         return False
 
-    def output(self) -> str:
-        """Its output, once it has ended well."""
+    def output(self, said: str = "") -> str:
+        """Its output, once it has ended well. It reads what is `said` to it."""
         with self:
             try:
-                out, _ = self._process.communicate(timeout=_LONGEST_SECONDS)
+                out, _ = self._process.communicate(said.encode(), timeout=_LONGEST_SECONDS)
             except subprocess.TimeoutExpired:
                 raise CapstanError(f"no end after {_LONGEST_SECONDS:.0f} s: {self.last_words()}") from None
         self.check()

