@@ -22,6 +22,9 @@ from trainer.state.optimizer.optimizer import find_optimizer
 _DECODING_BYTES = 16 * 2**23
 # trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
+# Gradients of a hidden state that the backward pass of a norm has at one time, by the bytes of a value, and where the norm is one kernel. PyTorch
+# computes it in fp32: of 16-bit values it has five of four bytes, of fp32 ones four, as some are the same tensor (benchmarks/length.py --device).
+_NORM_GRADIENTS, _FUSED_NORM_GRADIENTS = {2: 10, 4: 4}, 2
 # trainer/state/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
 # CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
@@ -208,11 +211,15 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
     exchanged = values.exchanged * (given.shared > 1)
+    norms = _NORM_GRADIENTS[given.item]
     if given.on_gpu and given.config.model.kernels == "liger":
         kept -= values.fused + tile * values.fused_in_mlps
+        norms = _FUSED_NORM_GRADIENTS
     # In attention's own backward pass one of the two copies of its results is gone.
     attention = values.widest_attention - exchanged / 2
-    return kept + exchanged, max(values.widest, attention, tile * values.widest_mlp)
+    # Where MLPs are tiled, that of the norm before one is wider than the MLP's.
+    norm = norms * given.model.hidden / 2 if tile < 1 else 0
+    return kept + exchanged, max(values.widest, attention, norm, tile * values.widest_mlp)
 
 
 def _tile(given: Inputs, place: int) -> float:
