@@ -72,8 +72,9 @@ def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
     away = planned(65536, "train.activation_offload=true", "train.activation_checkpointing=all")
     assert [plan.shortfalls for plan in (whole, tiled, away)] == [[], [], []]
     tokens, value = 65536, 2
-    mlp, queries, inputs = 4 * 14336, 4096, 32 * 4096
-    widest = 14336 - (queries + queries + 2 * 1024) // 2
+    mlp, inputs = 4 * 14336, 32 * 4096
+    # Tiled, the gradients of the norm before the MLP are the widest: five of a hidden state in fp32.
+    widest = 14336 - (5 * 2 * 4096 - mlp * 4096 // tokens) // 2
     assert whole.memory_per_gpu.activations - tiled.memory_per_gpu.activations == (
         value * (mlp * (tokens - 4096) + 2 * widest * tokens)
     )
@@ -85,7 +86,7 @@ def test_a_row_of_64k_tokens_of_an_8b_base_fits_on_one_80_gb_card():
     by_default, whole = (
         planned(131072, *again, *more).memory_per_gpu.total for more in ((), ("train.tiled_mlp=false",))
     )
-    assert by_default < 60e9 < 70e9 < whole, "tiles are the default in so long a row"
+    assert by_default < 65e9 < 70e9 < whole, "tiles are the default in so long a row"
 
 
 def test_the_matrices_of_an_mlp_are_dequantized_together_where_it_is_tiled():

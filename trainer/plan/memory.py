@@ -217,8 +217,8 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
         norms = _FUSED_NORM_GRADIENTS
     # In attention's own backward pass one of the two copies of its results is gone.
     attention = values.widest_attention - exchanged / 2
-    # Where MLPs are tiled, that of the norm before one is wider than the MLP's.
-    norm = norms * given.model.hidden / 2 if tile < 1 else 0
+    # In that of the norm before an MLP what the MLP kept is gone; where it is tiled that is next to nothing.
+    norm = (norms * given.model.hidden - tile * values.kept_in_mlps) / 2 if values.kept_in_mlps else 0
     return kept + exchanged, max(values.widest, attention, norm, tile * values.widest_mlp)
 
 
