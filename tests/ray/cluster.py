@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,12 +52,20 @@ PATIENCE = 600.0  # seconds; a restart takes 20 of them on an idle machine
 
 
 class Driver:
-    """A `capstan` process, which runs the code `before` first; leaving the context kills it."""
+    """A `capstan` process, which runs the code `before` first; leaving the context kills it. Unless it is `real`, it and what it starts are forked."""
 
-    def __init__(self, folder: Path, *arguments: str, module: str = "launcher.cli", before: str = "") -> None:
+    process: "subprocess.Popen[bytes]"
+
+    def __init__(
+        self, folder: Path, *arguments: str, module: str = "launcher.cli", before: str = "", real: bool = False
+    ) -> None:
         self.log = folder / "driver.log"
         with self.log.open("ab") as log:
-            self.process = start_module([module, *arguments], folder, ENVIRONMENT, log, before)
+            if real:
+                command = [sys.executable, "-m", module, *arguments]
+                self.process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
+            else:
+                self.process = start_module([module, *arguments], folder, ENVIRONMENT, log, before)
 
     def __enter__(self) -> "Driver":
         return self
