@@ -25,9 +25,9 @@ REQUIRED = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_smoke_proves_the_life_of_a_run_that_learns_from_rewards(capstan: Capstan):
-    done = capstan("smoke", "--online", "--json", timeout=580)
+    done = capstan("smoke", "--online", "--json", timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert result["ok"] is True
