@@ -204,9 +204,9 @@ def test_ranks_scalings_and_biases_may_differ() -> None:
     ("kind", "expected"),
     [
         ("llama", {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}),
-        pytest.param("gpt_neox", set[tuple[str, ...]](), marks=pytest.mark.long),
+        pytest.param("phi3", set[tuple[str, ...]](), marks=pytest.mark.long),
         pytest.param(
-            "deepseek_v3", {("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")}, marks=pytest.mark.long
+            "deepseek-v3", {("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")}, marks=pytest.mark.long
         ),
     ],
 )
