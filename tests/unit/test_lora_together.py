@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.families import KINDS, SIZES
+from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.model import tiled
@@ -211,6 +211,6 @@ def test_ranks_scalings_and_biases_may_differ() -> None:
     ],
 )
 def test_layers_that_read_one_input_are_found_by_their_use(kind: str, expected: set[tuple[str, ...]]) -> None:
-    found = read_architecture({**SIZES, **KINDS[kind]}).read_together
+    found = read_architecture({**SIZES, **(KINDS | FAMILIES)[kind]}).read_together
     assert {tuple(path.rpartition(".")[2] for path in paths) for paths in found} == expected
     assert {path.rpartition(".")[0] for path in found[0]} if found else not expected
