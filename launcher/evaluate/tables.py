@@ -109,7 +109,7 @@ def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _sides(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Of a server perhaps the model alone, and of a run without a checkpoint the base."""
+    """The sides that were measured: of a server perhaps the model alone, and of a run without a checkpoint the base."""
     seen = set[str]().union(*found)
     return [side for side in SIDES if side in seen]
 

@@ -19,6 +19,7 @@ from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
+from trainer.plan.sizes import value_bytes
 from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.processes.patience import patiently
 from trainer.run import layout
@@ -164,11 +165,11 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
     most = decimal(12 * answers * config.data.sequence_length)
     served = ""
     if given.engine != OWN:
-        size = decimal(plan.parameters.trainable * (4 if config.model.dtype == "fp32" else 2))
+        size = decimal(plan.parameters.trainable * value_bytes(config))
         learnt = "" if rate is None else f", here {rate.tokens_per_second * plan.batch.data_groups:,.0f},"
         gpus = ""
         if plan.device == "gpu":
-            base = decimal(plan.parameters.frozen * (4 if config.model.dtype == "fp32" else 2))
+            base = decimal(plan.parameters.frozen * value_bytes(config))
             ranks = plan.batch.world_size
             gpus = f" The ranks take {ranks} GPU{'' if ranks == 1 else 's'}; each server needs others, for a base of {base} in {config.model.dtype}."
         share = "" if given.updates == 1 else f" 1/{given.updates}"

@@ -32,7 +32,7 @@ def config_of_sample(
     *,
     online: bool = False,
 ) -> Config:
-    """That of the sample whose base, files of rows and type of numbers are given; `online` learns from rewards of what it samples."""
+    """The configuration of the sample whose base, files of rows and type of numbers are given; `online` learns from rewards of what it samples."""
     rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
     tree = {
         **rewarded,

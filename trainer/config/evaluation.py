@@ -13,7 +13,7 @@ UNNAMED = "eval"
 
 
 def split_of(name: str = UNNAMED) -> str:
-    """What records and manifests of data call the evaluation data of this name."""
+    """The name that records and manifests of data have for the evaluation data of this name."""
     return name if name == UNNAMED else f"eval.sets.{name}"
 
 

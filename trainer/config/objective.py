@@ -149,6 +149,10 @@ class Rollout(Section):
         """The number of the answers that the update behind `step` learns from."""
         return step // self.updates
 
+    def first_step(self, chapter: int) -> int:
+        """The step behind which the first update is that learns from the answers of this number."""
+        return chapter * self.updates
+
     def chapters(self, steps: int) -> int:
         """How many of them a run of `steps` updates has."""
         return -(-steps // self.updates)

@@ -191,9 +191,12 @@ def choose_experts_at_once(
 
 def _experts_at_once(given: Inputs, gpu_memory: int | None) -> int:
     stacks = [given.item * one.numel for one in given.model.parameters if one.kind == "experts"]
-    whole = replace(given, experts_at_once=max(stacks, default=0))
-    has_room = gpu_memory is not None and memory_of(whole).total <= _KEPT_SHARE * gpu_memory
-    return max(EXPERTS_AT_ONCE, whole.experts_at_once if has_room else 0)
+    largest = max(stacks, default=0)
+    # A smaller stack asks for no more, so that most plans, of which `--longest` makes many, need no second sum.
+    if gpu_memory is None or largest <= EXPERTS_AT_ONCE:
+        return EXPERTS_AT_ONCE
+    has_room = memory_of(replace(given, experts_at_once=largest)).total <= _KEPT_SHARE * gpu_memory
+    return largest if has_room else EXPERTS_AT_ONCE
 
 
 def _inputs(

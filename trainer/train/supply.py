@@ -78,9 +78,8 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
         if rows[0][0]:
             rollouts.chapters.look()
             figures = ranks.on_first(lambda: rollouts.figures(chapter))
-            if (
-                step % start.config.rollout.updates
-            ):  # what it took to sample it stands in the record of the first update
+            # What it took to sample the chapter stands in the record of the first update alone.
+            if step % start.config.rollout.updates:
                 figures = {name: value for name, value in figures.items() if name not in _ONCE}
             return {**figures, "lag": step - figures.pop("adapter")}
         if any(row[1] for row in rows):

@@ -37,8 +37,8 @@ def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
 
 
 def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
-    """What decides the tokens of a text in a run over `model`, whose small files are in `directory`: `hash_tokenizer`, and the tokenizer's class where
-    config.json has a say in it. The same files give Qwen2's class and the general one other tokens.
+    """The facts that decide the tokens of a text in a run over `model`, whose small files are in `directory`: `hash_tokenizer`, and the tokenizer's class
+    where config.json has a say in it. The same files give Qwen2's class and the general one other tokens.
 
     Raises:
         ConfigError: config.json is of a kind that is not supported.

@@ -58,14 +58,18 @@ class Rollout:
     shown: Mapping[str, Any]
 
 
+def _folder(place: Store, number: int) -> Store:
+    return place.sub(layout.dataset(layout.chapter_of_rollouts(number)))
+
+
 def is_committed(place: Store, number: int) -> bool:
-    return place.exists(f"{layout.dataset(layout.chapter_of_rollouts(number))}{MANIFEST}")
+    return _folder(place, number).exists(MANIFEST)
 
 
 def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
     """Make these the chapter of this number in the folder of the rollouts; False where another process was faster."""
     name = layout.chapter_of_rollouts(number)
-    folder, attempt = place.sub(layout.dataset(name)), secrets.token_hex(8)
+    folder, attempt = _folder(place, number), secrets.token_hex(8)
     tokens, columns = list[NDArray[np.uint32]](), list[NDArray[np.float32]]()
     for one in rollouts:
         answer = np.array(one.answer, TOKEN) | TARGET_BIT
@@ -118,12 +122,12 @@ class _Judgement(Record):
 
 
 def is_judged(place: Store, number: int) -> bool:
-    return place.exists(f"{layout.dataset(layout.chapter_of_rollouts(number))}{_JUDGED}")
+    return _folder(place, number).exists(_JUDGED)
 
 
 def commit_judgement(place: Store, number: int, log_p: NDArray[np.float32], divergence: float) -> bool:
     """Make this what the teacher says of the chapter's targets; False where another process was faster."""
-    folder, key = place.sub(layout.dataset(layout.chapter_of_rollouts(number))), f"judged-{secrets.token_hex(8)}.bin"
+    folder, key = _folder(place, number), f"judged-{secrets.token_hex(8)}.bin"
     file = FileRecord.put(folder, key, log_p.astype(_LOG_P).tobytes())
     try:
         folder.create(_JUDGED, _Judgement(file=file, divergence=divergence).sealed())
@@ -162,8 +166,7 @@ class Rollouts:
         """The figures of a chapter that is ready. Raises `Damaged` where it is not what was written."""
         found = read_figures(self.place, number)
         if self._judged:
-            folder = self.place.sub(layout.dataset(layout.chapter_of_rollouts(number)))
-            found["divergence"] = _judgement(folder).divergence
+            found["divergence"] = _judgement(_folder(self.place, number)).divergence
         return found
 
     def read(self, documents: Sequence[int]) -> NDArray[np.float32]:

@@ -176,10 +176,9 @@ class Stream:
                 for k in range(plan.window(window).num_bins)
             ]
             # Several updates may learn from a chapter, and the place counts those before.
-            again = place + 1 < self.updates
-            return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter) if again else Position(
-                epoch, chapter=chapter + 1
-            )
+            if place + 1 < self.updates:
+                return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter)
+            return whole_chapter, Position(epoch, chapter=chapter + 1)
         taken: list[Position] = []
         # A step that is full does not wait for the chapter behind it.
         while chapter < self.chapters.count and len(taken) < self._global_batch:

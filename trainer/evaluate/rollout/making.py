@@ -94,7 +94,7 @@ class Making:
         config, rollout = self.resolved.config, self.resolved.config.rollout
         every, seed = config.eval.every, seed_of(config.run.seed, chapter)
         trained = self._request(self.prompts.of(chapter), rollout.answers, rollout.temperature, seed)
-        due = self.held_out and every and -(chapter * rollout.updates) % every < rollout.updates
+        due = self.held_out and every and -rollout.first_step(chapter) % every < rollout.updates
         return [trained, *([self._request(self.held_out, 1, 0.0, seed)] if due else [])]
 
     def _request(self, asked: Sequence[Asked], answers: int, temperature: float, seed: int) -> Wanted:

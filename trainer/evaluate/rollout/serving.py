@@ -60,7 +60,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
             if is_committed(place, chapter):
                 chapter += 1
                 continue
-            answers = f"the answers of step {chapter * rules.updates + 1}"
+            answers = f"the answers of step {rules.first_step(chapter) + 1}"
             adapter = _adapter_for(place, chapter, rules)
             if adapter is None:
                 if time.monotonic() - told > _SAY_SECONDS:
@@ -80,12 +80,12 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
             drawn = [sampler.sample(one.request) for one in wanted]
             made += making.commit(chapter, adapter, wanted, drawn, began)
             tell({"log": f"{answers} are there, by the adapter of step {adapter}"})
-    return {"steps": min(chapter * rules.updates, config.train.steps or 0), "made": made}
+    return {"steps": min(rules.first_step(chapter), config.train.steps or 0), "made": made}
 
 
 def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
     """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where the chapter was lost behind the first."""
-    first = chapter * rules.updates
+    first = rules.first_step(chapter)
     newest = next((update for update in reversed(published(place)) if update < first + rules.updates), None)
     return newest if newest is not None and newest >= first - rules.lag else None
 

@@ -64,7 +64,7 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
             if judged:
                 chapter += 1
                 continue
-            answers = f"the answers of step {chapter * rules.updates + 1}"
+            answers = f"the answers of step {rules.first_step(chapter) + 1}"
             if there:
                 made += _judge(model, rollouts, config, chapter, teacher)
                 tell({"log": f"{answers} are judged"})
@@ -76,7 +76,7 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
                     break
                 chapter = max(chapter, ranks.on_first(lambda: rules.chapter(oldest(run))))
                 time.sleep(_LOOK_SECONDS)
-    return {"steps": min(chapter * rules.updates, config.train.steps or 0), "made": made}
+    return {"steps": min(rules.first_step(chapter), config.train.steps or 0), "made": made}
 
 
 def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int, teacher: Teacher) -> bool:
@@ -85,7 +85,7 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
     with ranks.agreeing():
         rollouts.chapters.look()
         data = rollouts.chapters.get(chapter)
-    # What stands before each document is the teacher's, not the run's.
+    # The virtual tokens before each document are those of the teacher, and not of the run.
     order = config.model_copy(update={"tuning": model.config.tuning})
     mine = dict[int, Any]()
     for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
@@ -99,7 +99,7 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
         log_p = np.concatenate([every[number] for number in numbers])
         if not np.isfinite(log_p).all():
             raise NonFiniteLoss(
-                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {chapter * config.rollout.updates + 1} no finite log-probability, so it cannot teach. Try "
+                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {config.rollout.first_step(chapter) + 1} no finite log-probability, so it cannot teach. Try "
                 "model.dtype: bf16, or another teacher."
             )
         divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())

@@ -143,7 +143,7 @@ def _joined(parts: Sequence[Tensor], along: int) -> Tensor:
 
 
 def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """What each layer's A has made (..., its rank) of what all have."""
+    """The results of each layer's A (..., its rank), as parts of those of all."""
     return (low,) if len(layers) == 1 else low.split([len(layer.down) for layer in layers], -1)
 
 

@@ -1,4 +1,4 @@
-"""What an adapter to begin from is, and how a setting that would make another one is told."""
+"""The protocol of an adapter to begin from, and the sentence for a setting that would make another one."""
 
 from __future__ import annotations
 

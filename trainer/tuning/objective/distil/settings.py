@@ -6,7 +6,7 @@ from trainer.config.section import Factor, Section, Share, TokenCount, setting
 
 
 class DistilSettings(Section):
-    """What is stored of a teacher, and the divergence from it."""
+    """The settings of what is stored of a teacher, and of the divergence from it."""
 
     top_k: TokenCount = setting(
         64,
