@@ -1,6 +1,7 @@
 """axolotl's keys that make settings together: the method, the objective, the data sets with their types."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,9 @@ from launcher.init.importing.sources import sections, source_paths, sources_at, 
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 
-_SHARING = ("tensor_parallel_size", "context_parallel_size", "context_parallel.size", "sequence_parallel_degree")
 _THINKING = ("field_thinking", "template_thinking_key")
+_TEMPLATED = ("system", "user", "assistant", "tool")
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
-_USER = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
-_USER_PAIR = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-_USER_LABEL = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
 
 
 def join(keys: Keys, folder: Path) -> None:
@@ -23,26 +21,13 @@ def join(keys: Keys, folder: Path) -> None:
     joint_settings.workers(keys, "ray_num_workers")
     _method(keys)
     _objective(keys)
-    joint_settings.batch(keys, "micro_batch_size")
-    joint_settings.divided(keys, *_SHARING)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
-    joint_settings.training_arguments(keys, folder, "lr_scheduler")
+    joint_settings.training_arguments(keys, folder)
     if keys.asked("lr_quadratic_warmup") and keys.settings.get("optim.schedule") == "cosine":
         keys.put("optim.warmup_power", 2, "lr_quadratic_warmup")
     else:
         keys.need_not("lr_quadratic_warmup", "axolotl reads it beside lr_scheduler: cosine alone.")
-    joint_settings.early_end(keys, "early_stopping_patience")
-    joint_settings.pairs(keys, "sequence_len")
-    joint_settings.without_dropout(keys, "lora_dropout")
-    joint_settings.head(keys)
-    services = {
-        "wandb": ("use_wandb", "wandb_project"),
-        "mlflow": ("use_mlflow", "mlflow_experiment_name"),
-        "trackio": ("use_trackio", "trackio_project_name"),
-    }
-    names = ("wandb_name", "wandb_run_name", "mlflow_run_name", "trackio_run_name", "run_name")
-    joint_settings.tracking(keys, services, names, ("wandb_project", "mlflow_experiment_name", "trackio_project_name"))
     if keys.settings["tuning.method"] == "full":
         keys.need_not("dp_replicate_size", "A base that learns itself is divided over all ranks; no result changes.")
     elif keys.whole("dp_replicate_size", 1) > 1:
@@ -140,7 +125,7 @@ def _objective(keys: Keys) -> None:
         keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
     elif losses and losses[0] != "sigmoid":
         keys.put("objective.loss_type", losses[0], "dpo_loss_type")
-    joint_settings.uncertainty(keys, "use_eaft", "eaft_k", scale=1.0)
+    joint_settings.uncertainty(keys, "use_eaft", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
         keys.put("data.loss_on", "all", "train_on_inputs")
     if asked:
@@ -274,9 +259,7 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         for name in ("format", "no_input_format", "system_prompt", "system_format"):
             if kind.get(name):
                 keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
-        return "alpaca", {
-            ours: str(kind[theirs]) for theirs, ours in _USER.items() if kind.get(theirs) not in (None, ours)
-        }
+        return "alpaca", _named(kind, "instruction", "input", "output", "system")
     name = str(kind or "chat_template")
     first = name.split(":")[0]
     known = keys.peer.tables["formats"]
@@ -333,24 +316,22 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
     if str(kind).startswith("bradley_terry."):  # a question in `input`, and nothing beside it
         return "preference_alpaca", {"instruction": "input", "input": "nothing"}
     if isinstance(kind, dict):
-        table = _USER_LABEL if labelled else _USER_PAIR
         for name in ("field_system", "prompt_format", "chosen_format", "rejected_format", "completion_format"):
             if kind.get(name):
                 keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
-        fields = {ours: str(kind[theirs]) for theirs, ours in table.items() if kind.get(theirs) not in (None, ours)}
-        return "labelled" if labelled else "preference", fields
+        if labelled:
+            return "labelled", _named(kind, "prompt", "completion", "label")
+        return "preference", _named(kind, "prompt", "chosen", "rejected")
     if str(kind) == "chat_template.default" and not labelled:
-        renamed = {"messages": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
-        return "preference_sharegpt", {"messages": "messages"} | {
-            ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs)
-        }
+        renamed = ("messages", "chosen", "rejected")
+        named = {name: str(given[f"field_{name}"]) for name in renamed if given.get(f"field_{name}")}
+        return "preference_sharegpt", {"messages": "messages"} | named
     fields = dict(keys.peer.tables["answers"].get(str(kind).rpartition(".")[2], {}))
     if str(kind).startswith("chat_template."):  # ORPO's read prompt, chosen and rejected as messages
         fields = {}
     if labelled:
         fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
-    renamed = {"prompt": "field_messages", "chosen": "field_chosen", "rejected": "field_rejected"}
-    fields |= {ours: str(given[theirs]) for ours, theirs in renamed.items() if given.get(theirs) not in (None, ours)}
+    fields |= _named({**given, "field_prompt": given.get("field_messages")}, "prompt", "chosen", "rejected")
     form = "labelled" if labelled else "preference"
     if fields and str(kind).rpartition(".")[2] in (
         "intel",
@@ -360,6 +341,11 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
         completion = {"completion": "completion"} if labelled else {}
         return f"{form}_alpaca", {alpaca.get(ours, ours): theirs for ours, theirs in {**completion, **fields}.items()}
     return form if fields else None, fields
+
+
+def _named(given: Mapping[str, Any], *fields: str) -> dict[str, str]:
+    """The names of these fields in the rows, as `field_NAME` has them, where they are others than ours."""
+    return {name: str(given[f"field_{name}"]) for name in fields if given.get(f"field_{name}") not in (None, name)}
 
 
 def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
@@ -382,16 +368,9 @@ def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
             )
     if ends == "none":
         keys.put("data.train_on.end", False, f"{place}.train_on_eos", f"{place}.train_on_eot")
-    mapped = given.get("roles") or {}
-    usual = {
-        "user": {"human", "user"},
-        "assistant": {"gpt", "assistant", "model"},
-        "system": {"system"},
-        "tool": {"tool", "observation"},
-    }
-    if isinstance(mapped, dict) and any(
-        set(to.names(names)) - usual.get(role, set()) for role, names in mapped.items()
-    ):
+    mapped = given["roles"] if isinstance(given.get("roles"), dict) else {}
+    asked = [(role, name) for role, names in mapped.items() for name in to.names(names)]
+    if any(role not in _TEMPLATED or known.get(name, name) != role for role, name in asked):
         keys.lose(
             f"{place}.roles",
             "Roles are named system, user (human), assistant (gpt) and tool (observation) in the rows.",

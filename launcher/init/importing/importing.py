@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
-from launcher.init.importing.mapping import Keys, Outcome, counts_of
+from launcher.init.importing.mapping import Keys, Outcome, Status
 from launcher.init.importing.reading import COMPUTED, detect, read_peer_file
+from launcher.view.wrapped_table import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer
@@ -56,30 +54,28 @@ class Imported:
             "to_do": list(self.to_do),
         }
 
-    def table(self) -> Table:
-        """A line a key; those that are lost come first."""
-        order = ("not supported", "unknown", "mapped", "not needed")
-        table = Table()
-        for heading in (" and ".join(self.peers), "here"):
-            table.add_column(heading, overflow="fold")
-        alike = groupby(sorted(self.keys, key=lambda found: (order.index(found.status), _place(found))), key=_likeness)
-        for _, group in alike:
+    def table(self) -> FoldedTable:
+        """A line a key; those that are lost come first, and those that are not needed for one reason share a line."""
+
+        def place(outcome: Outcome) -> tuple[int, str]:
+            order = ("not supported", "unknown", "mapped", "not needed")
+            return order.index(outcome.status), outcome.why if outcome.status == "not needed" else ""
+
+        table = FoldedTable(" and ".join(self.peers), "here")
+        for _, group in groupby(sorted(self.keys, key=place), key=lambda found: place(found)[1] or found.key):
             outcomes = list(group)
             first = outcomes[0]
             made = "\n".join(f"{name}: {_short(value)}" for name, value in first.settings.items())
             keys = ", ".join(outcome.key for outcome in outcomes)
             theirs = f"{keys}: {_short(first.value)}" if len(outcomes) == 1 else keys
-            table.add_row(
-                Text(theirs),
-                Text("\n".join(filter(None, (made or f"{first.status}: {first.why}", made and first.why)))),
-            )
+            ours = (made, first.why) if made else (f"{first.status}: {first.why}",)
+            table.add_row(theirs, "\n".join(filter(None, ours)))
         return table
 
     def sentence(self) -> str:
-        counts = counts_of(self.keys)
-        return f"{len(self.keys)} keys of {' and '.join(self.peers)}: " + ", ".join(
-            f"{count} {name}" for name, count in counts.items()
-        )
+        statuses = [outcome.status for outcome in self.keys]
+        counts = (f"{statuses.count(status)} {status}" for status in get_args(Status))
+        return f"{len(self.keys)} keys of {' and '.join(self.peers)}: {', '.join(counts)}"
 
 
 def import_files(
@@ -215,16 +211,6 @@ def _text(
     foot = ["", "Not carried over:"] if lost else []
     foot += [f"  {outcome.key}: {_short(outcome.value)}   {outcome.why}" for outcome in lost]
     return yaml_text(settings, origins, head, foot)
-
-
-def _place(outcome: Outcome) -> str:
-    """Keys that are not needed are put together by their reasons; the others keep the file's order."""
-    return outcome.why if outcome.status == "not needed" else ""
-
-
-def _likeness(outcome: Outcome) -> Any:
-    """Keys that are not needed for one reason are one row of the table; each of the others has its own."""
-    return outcome.why if outcome.status == "not needed" else outcome.key
 
 
 def _short(value: Any) -> str:

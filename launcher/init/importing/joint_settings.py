@@ -38,9 +38,9 @@ def world(keys: Keys) -> int:
     return max(1, int(keys.settings.get("cluster.workers") or 1))
 
 
-def batch(keys: Keys, micro: str, accumulation: str = "gradient_accumulation_steps") -> None:
+def batch(keys: Keys, micro: str) -> None:
     """`train.global_batch`: rows a device, times accumulation, times devices."""
-    devices = world(keys)
+    devices, accumulation = world(keys), "gradient_accumulation_steps"
     keys.put("train.global_batch", keys.whole(micro, 1) * keys.whole(accumulation, 1) * devices, micro, accumulation)
     if devices > 1:
         keys.origins["train.global_batch"].append(f"on {devices} GPUs")
@@ -52,16 +52,30 @@ def in_8_bits(keys: Keys, key: str) -> None:
     keys.note(key, "A scale for 64 weights, where bitsandbytes has one for a row; and activations stay in 16 bits.")
 
 
-def uncertainty(keys: Keys, switch: str, tokens: str, scale: float) -> None:
+def in_bits(keys: Keys, section: str, bnb: bool, *others: str) -> None:
+    """`quant.type` and `quant.double` of a base in the bits that LLaMA-Factory's `section` asks for; with `bnb` as bitsandbytes has them. `others` are
+    keys that say no more than that."""
+    bits, kind = f"{section}quantization_bit", f"{section}quantization_type"
+    if keys.whole(bits) == 8 and bnb:
+        in_8_bits(keys, bits)
+        return
+    if keys.whole(bits) != 4 or not bnb:
+        keys.lose(bits, "The base is stored as bitsandbytes does it in 4 or 8 bits, or in 16. Here in 4.")
+    keys.put("quant.type", str(keys.given.get(kind) or "nf4"), bits, kind, *others)
+    keys.put("quant.double", True, bits)
+    keys.carry(f"{section}double_quantization", "quant.double", to.flag)
+
+
+def uncertainty(keys: Keys, switch: str, scale: float) -> None:
     """`objective.eaft`, whose entropies the peer divides by `scale`."""
     if keys.asked(switch):
         power = keys.given.get("eaft_alpha")
         keys.attempt(switch, lambda: {"objective.eaft": to.number(1.0 if power is None else power)})
         keys.put("objective.eaft", keys.settings.get("objective.eaft"), switch, "eaft_alpha")
         keys.put("objective.eaft_scale", scale, switch)
-        keys.carry(tokens, "objective.eaft_tokens", to.whole)
+        keys.carry("eaft_k", "objective.eaft_tokens", to.whole)
     else:
-        for name in ("eaft_alpha", tokens):
+        for name in ("eaft_alpha", "eaft_k"):
             keys.need_not(name, f"It has no effect without {switch}.")
 
 
@@ -153,35 +167,30 @@ def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     return made
 
 
-def evaluation(keys: Keys) -> None:
-    """`eval.every` or `eval.per_epoch`: peers count steps, shares of all steps, or times an epoch."""
-    strategies = [name for name in ("eval_strategy", "evaluation_strategy") if keys.given.get(name)]
-    if any(keys.given[name] == "epoch" for name in strategies):
-        keys.put("eval.per_epoch", 1, *strategies)
-    elif keys.given.get("evals_per_epoch"):
-        keys.attempt("evals_per_epoch", lambda: {"eval.per_epoch": to.passes(keys.given["evals_per_epoch"])})
-    elif keys.given.get("eval_steps") and not any(keys.given[name] == "no" for name in strategies):
-        keys.attempt("eval_steps", lambda: _rhythm(keys, "eval_steps", "eval.every", "eval.per_epoch"))
-
-
-def saving(keys: Keys) -> None:
-    """`checkpoint.every_steps` or `per_epoch`, and `keep_best`."""
-    strategy = keys.given.get("save_strategy")
-    if strategy == "no":
+def evaluating_and_saving(keys: Keys) -> None:
+    """`eval.every` or `eval.per_epoch`, `checkpoint.every_steps` or `per_epoch`, and `keep_best`."""
+    _rhythm(keys, ("eval_strategy", "evaluation_strategy"), "eval", "eval.every", "eval.per_epoch")
+    if keys.given.get("save_strategy") == "no":
         keys.put("checkpoint.every_steps", 0, "save_strategy")
-    elif strategy == "epoch":
-        keys.put("checkpoint.per_epoch", 1, "save_strategy")
-    elif keys.given.get("saves_per_epoch"):
-        keys.attempt("saves_per_epoch", lambda: {"checkpoint.per_epoch": to.passes(keys.given["saves_per_epoch"])})
-    elif keys.given.get("save_steps"):
-        keys.attempt(
-            "save_steps", lambda: _rhythm(keys, "save_steps", "checkpoint.every_steps", "checkpoint.per_epoch")
-        )
+    else:
+        _rhythm(keys, ("save_strategy",), "save", "checkpoint.every_steps", "checkpoint.per_epoch")
     if keys.asked("load_best_model_at_end"):
         keys.put("checkpoint.keep_best", 1, "load_best_model_at_end")
 
 
-def _rhythm(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
+def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_epoch: str) -> None:
+    """How often `what` is done: peers count steps, shares of all steps, or times an epoch."""
+    steps, times = f"{what}_steps", f"{what}s_per_epoch"
+    given = [name for name in strategies if keys.given.get(name)]
+    if any(keys.given[name] == "epoch" for name in given):
+        keys.put(by_epoch, 1, *given)
+    elif keys.given.get(times):
+        keys.attempt(times, lambda: {by_epoch: to.passes(keys.given[times])})
+    elif keys.given.get(steps) and not any(keys.given[name] == "no" for name in given):
+        keys.attempt(steps, lambda: _in_steps(keys, steps, by_steps, by_epoch))
+
+
+def _in_steps(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
     """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is given."""
     value = to.number(keys.given[key])
     if not 0 < value < 1:
@@ -291,30 +300,40 @@ def _deepspeed(given: Any, folder: Path) -> Any:
         return given
 
 
-def tracking(keys: Keys, services: Mapping[str, Sequence[str]], names: Sequence[str], projects: Sequence[str]) -> None:
-    """`track.trackers`, and what the run and its project are called there. `services`: the keys that ask for each service."""
+def tracking(keys: Keys) -> None:
+    """`track.trackers`, and what the run and its project are called there, by the peer's table of keys."""
+    table = keys.peer.tables["tracking"]
     asked = list(keys.settings.get("track.trackers", []))
-    for service, switches in services.items():
-        used = [switch for switch in switches if keys.asked(switch)]
+    for service, switches in table.get("services", {}).items():
+        used = [switch for switch in switches.split() if keys.asked(switch)]
         if used and keys.given.get(f"use_{service}") is not False:
             asked += [service] if service not in asked else []
             keys.put("track.trackers", asked, *used)
-    for setting, candidates in (("track.name", names), ("track.project", projects)):
-        key = next((name for name in candidates if keys.given.get(name)), None)
+    for setting in ("track.name", "track.project"):
+        key = next((name for name in table[setting].split() if keys.given.get(name)), None)
         if key:
             keys.put(setting, str(keys.given[key])[:100], key)
 
 
-def training_arguments(keys: Keys, folder: Path, course: str = "lr_scheduler_type") -> None:
-    """The most of the above, for peers that take transformers' `TrainingArguments`; `course` is the key of the schedule."""
+def training_arguments(keys: Keys, folder: Path) -> None:
+    """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are known. The peer's table has the keys."""
+    table = keys.peer.tables["joint"]
+    batch(keys, table["batch"])
+    divided(keys, *table.get("sharing", "").split())
     duration(keys)
     betas(keys)
-    evaluation(keys)
-    saving(keys)
+    evaluating_and_saving(keys)
     offloading(keys, folder)
     if "optim.warmup_steps" in keys.settings and "optim.warmup_ratio" in keys.settings:
         if keys.settings["optim.warmup_steps"]:
             keys.spare("optim.warmup_ratio", "Steps of warm-up are given, which go before a ratio.")
         else:
             keys.spare("optim.warmup_steps", "0 steps of warm-up leave it to the ratio.")
-    schedule(keys, course)
+    schedule(keys, table["schedule"])
+    if "patience" in table:
+        early_end(keys, table["patience"])
+    pairs(keys, table["length"])
+    if "dropout" in table:
+        without_dropout(keys, table["dropout"])
+    head(keys)
+    tracking(keys)

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import MEDIA, Keys, no_training
-from launcher.init.importing.sources import source_paths, sources_at
+from launcher.init.importing.sources import looked_for, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError
@@ -23,16 +23,11 @@ def join(keys: Keys, folder: Path) -> None:
         raise no_training("a file for chats, predictions or merges")
     _method(keys)
     _objective(keys)
-    joint_settings.batch(keys, "per_device_train_batch_size")
-    joint_settings.divided(keys, "tensor_model_parallel_size", "pipeline_model_parallel_size")
     joint_settings.training_arguments(keys, folder)
     if keys.asked("use_kt"):
         keys.note(
             "use_kt", "The base stays in the host's memory; there its experts are computed there too, here on the GPU."
         )
-    joint_settings.early_end(keys, "early_stopping_steps")
-    joint_settings.pairs(keys, "cutoff_len")
-    joint_settings.head(keys)
     joint_settings.template(keys, "template", keys.given.get("template"))
     if keys.asked("use_muon"):
         keys.put("optim.name", "muon", "use_muon")
@@ -41,7 +36,6 @@ def join(keys: Keys, folder: Path) -> None:
             "tuning.start",
             "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
         )
-    joint_settings.tracking(keys, {}, ("run_name",), ("project",))
     tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
     if tokens:
         keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
@@ -75,14 +69,7 @@ def _method(keys: Keys) -> None:
         keys.put("quant.type", "none", "quantization_bit", "finetuning_type")
         return
     of_bnb = str(keys.given.get("quantization_method") or "bnb").lower() in ("bnb", "bitsandbytes")
-    if keys.whole("quantization_bit") == 8 and of_bnb:
-        joint_settings.in_8_bits(keys, "quantization_bit")
-        return
-    if keys.whole("quantization_bit") != 4 or not of_bnb:
-        keys.lose("quantization_bit", "The base is stored as bitsandbytes does it in 4 or 8 bits, or in 16. Here in 4.")
-    keys.put("quant.type", str(keys.given.get("quantization_type") or "nf4"), "quantization_bit", "quantization_type")
-    keys.put("quant.double", True, "quantization_bit")
-    keys.carry("double_quantization", "quant.double", to.flag)
+    joint_settings.in_bits(keys, "", of_bnb)
 
 
 def _oft(keys: Keys) -> None:
@@ -107,7 +94,7 @@ def _objective(keys: Keys) -> None:
         keys.lose("pref_loss", f"{loss} is none of sigmoid, hinge, ipo, orpo and simpo. Left at sigmoid.")
     if keys.settings["objective.name"] == "simpo":
         joint_settings.simpo(keys)
-    joint_settings.uncertainty(keys, "use_eaft_loss", "eaft_k", scale=3.0)
+    joint_settings.uncertainty(keys, "use_eaft_loss", scale=3.0)
     packed = [name for name in ("packing", "neat_packing") if keys.asked(name)]
     asked = bool(packed) or (stage == "pt" and keys.given.get("packing") is None)
     keys.put("data.packing", asked and keys.settings["objective.name"] == "sft", *(packed or ["packing"]))
@@ -143,7 +130,7 @@ def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
     given = keys.given.get("dataset_dir") or "data"
     if isinstance(given, dict):
         return given, folder
-    for place in (Path(str(given)), *(above / str(given) for above in (folder, *folder.absolute().parents))):
+    for place in looked_for(str(given), folder):
         try:
             return json.loads((place / "dataset_info.json").read_text()), place
         except (OSError, *NOT_JSON):

@@ -5,8 +5,7 @@ from typing import Any
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
-from launcher.init.importing.sources import source_paths, sources_at
-from trainer.config.peers import conversions as to
+from launcher.init.importing.sources import looked_for, source_paths, sources_at
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
@@ -39,27 +38,15 @@ def _method(keys: Keys) -> None:
     bits = keys.whole("quant_config.quantization_bit")
     if method == "full" or not bits:
         keys.put("quant.type", "none", "quant_config.quantization_bit")
-        return
-    if bits == 8:
-        joint_settings.in_8_bits(keys, "quant_config.quantization_bit")
-        return
-    if bits != 4:
-        keys.lose("quant_config.quantization_bit", "The base is stored in 4, 8 or 16 bits. Here in 4.")
-    kind = str(keys.given.get("quant_config.quantization_type") or "nf4")
-    keys.put("quant.type", kind, "quant_config.quantization_bit", "quant_config.quantization_type", "quant_config.name")
-    keys.put("quant.double", True, "quant_config.quantization_bit")
-    keys.carry("quant_config.double_quantization", "quant.double", to.flag)
+    else:
+        joint_settings.in_bits(keys, "quant_config.", True, "quant_config.name")
 
 
 def _sources(keys: Keys, key: str, given: str, folder: Path) -> list[dict[str, Any]]:
     """The data sets of a YAML file that names them, or the one that the key names."""
     if not given.endswith(".yaml"):
         return [{"path": path} for path in source_paths(given)]
-    found = [
-        place
-        for place in (Path(given), *(above / given for above in (folder, *folder.absolute().parents)))
-        if place.is_file()
-    ]
+    found = [place for place in looked_for(given, folder) if place.is_file()]
     if not found:
         keys.lose(
             key,

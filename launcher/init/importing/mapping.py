@@ -1,7 +1,7 @@
 """The keys of a peer's file, the settings that they make together, and each key's outcome."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from launcher.init.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Conversion, Inconvertible
-from trainer.config.peers.table import Needless, Peer, Row, To, Together, Unsupported
+from trainer.config.peers.table import Needless, Peer, Row, To, Unsupported
 from trainer.errors import ConfigError
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
@@ -54,14 +54,10 @@ class Keys:
     def row(self, key: str) -> Row | None:
         return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
 
-    def get(self, *keys: str) -> Any:
-        """The first value that is given, or the peer's default of one of these keys."""
-        given = next((self.given[key] for key in keys if self.given.get(key) is not None), None)
-        return (
-            given
-            if given is not None
-            else next((self.peer.defaults[key] for key in keys if key in self.peer.defaults), None)
-        )
+    def get(self, key: str) -> Any:
+        """The value that is given, or the peer's default."""
+        given = self.given.get(key)
+        return self.peer.defaults.get(key) if given is None else given
 
     def asked(self, key: str) -> bool:
         """Whether a switch is given and on."""
@@ -93,10 +89,9 @@ class Keys:
         for key in keys:
             self._made.setdefault(key, []).append(setting)
 
-    def assume(self, setting: str, value: Any, why: str, *keys: str) -> None:
-        """Set `setting` to what the peer does by itself; `keys` are those that would say otherwise."""
-        self.put(setting, value, *keys)
-        self.origins[setting] = [why]
+    def assume(self, setting: str, value: Any, why: str) -> None:
+        """Set `setting` to what the peer does by itself."""
+        self.settings[setting], self.origins[setting] = value, [why]
 
     def lose(self, key: str, why: str) -> None:
         """The key is given and cannot be carried over as it is."""
@@ -180,8 +175,7 @@ class Keys:
             return became("not needed", row.why)
         if isinstance(row, Unsupported) or value is None:
             return became("not needed", "With this value it asks for nothing.")
-        about = row.setting if isinstance(row, To | Together) else ""
-        return became("not needed", f"With this value it asks for nothing beyond what {about} is already.")
+        return became("not needed", f"With this value it asks for nothing beyond what {row.setting} is already.")
 
 
 def _settings(row: To, value: Any) -> dict[str, Any]:
@@ -200,9 +194,3 @@ def no_training(what: str) -> ConfigError:
         f"{what}: this is no training of ours. docs/preference.md and docs/heads.md list those: nothing is generated while training, of a base that "
         "sees or hears the language model learns on texts, and `capstan export` and `generate` merge and answer. Nothing was written."
     )
-
-
-def counts_of(keys: Sequence[Outcome]) -> dict[str, int]:
-    """How many keys became what."""
-    statuses: tuple[Status, ...] = ("mapped", "not needed", "not supported", "unknown")
-    return {status: sum(outcome.status == status for outcome in keys) for status in statuses}

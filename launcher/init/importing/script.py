@@ -9,72 +9,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from trainer.config.peers.table import read_peer
 from trainer.errors import ConfigError
 
-# The configuration class of each trainer, by the beginning of its script's name; transformers' own trainer has none.
-_ARGUMENTS = {
-    **{f"{name.upper()}Config": name for name in ("sft", "dpo", "kto", "orpo", "cpo")},
-    "RewardConfig": "reward",
-    "TrainingArguments": "",
-}
-_OF_TRANSFORMERS = {"learning_rate": 5e-5, "gradient_checkpointing": False}
+_TABLES = read_peer("trl").tables["script"]
 # Those of other trainings, and classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)Config|\bSeq2SeqTrainingArguments|\bFastVisionModel|"
     r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
 )
 _REFUSED = "this is no training of ours. docs/preference.md and docs/heads.md list those. Nothing was written."
-_HEADS = {
-    "AutoModelForSequenceClassification": "classification",
-    "AutoModelForTokenClassification": "token_classification",
-}
 _REGRESSION = "a head of one number"
-_LORA = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "target_parameters": "lora_target_parameters",
-    "modules_to_save": "lora_modules_to_save",
-    "layers_to_transform": "lora_layers_to_transform",
-    "init_lora_weights": "init_lora_weights",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
-_PEFTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
-_NEEDLESS_OF_LORA = ("task_type", "inference_mode", "fan_in_fan_out", "use_gradient_checkpointing", "max_seq_length")
-_QUANTIZATION = {
-    "load_in_4bit": "load_in_4bit",
-    "load_in_8bit": "load_in_8bit",
-    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
-}
-_BASE = {
-    "attn_implementation": "attn_implementation",
-    "dtype": "dtype",
-    "torch_dtype": "torch_dtype",
-    "revision": "model_revision",
-}
-_UNSLOTHS = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "use_bnb_nested_quant": True,
-    "max_length": 2048,
-}
-_UNSLOTHS_LORA = {
-    "lora_r": 16,
-    "lora_alpha": 16,
-    "lora_dropout": 0.0,
-    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-# Arguments that trainers of earlier versions took themselves.
-_TRAINERS = {
-    **{
-        name: name
-        for name in ("packing", "dataset_text_field", "beta", "max_length", "loss_type", "neftune_noise_alpha")
-    },
-    "max_seq_length": "max_length",
-}
 
 
 def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -94,7 +39,9 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
         reader.read(call)
     if reader.script is None:
-        raise ConfigError(f"{path} calls none of {', '.join(_ARGUMENTS)}, so it is no training script of TRL's.")
+        raise ConfigError(
+            f"{path} calls none of {', '.join(_TABLES['trainings'])}, so it is no training script of TRL's."
+        )
     script = reader.script or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
@@ -130,16 +77,17 @@ class _Reader:
     def read(self, call: ast.Call) -> None:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-        if name in _ARGUMENTS:
-            self.script = self.script or _ARGUMENTS[name]
-            self.arguments |= {**({} if _ARGUMENTS[name] else _OF_TRANSFORMERS), **dict(self._given(call))}
+        if name in _TABLES["trainings"]:
+            trainer = _TABLES["trainings"][name]
+            self.script = self.script or trainer
+            self.arguments |= {**({} if trainer else _TABLES["transformers"]), **dict(self._given(call))}
         elif name == "LoraConfig":
-            self._adapter(call, _PEFTS)
+            self._adapter(call, _TABLES["peft"])
         elif name == "get_peft_model" and of.startswith("Fast"):
-            self._adapter(call, _UNSLOTHS_LORA)
+            self._adapter(call, _TABLES["unsloth_lora"])
             self.beside |= dict(self._given(call, {"random_state": "seed"}))
         elif name == "BitsAndBytesConfig":
-            self.keys |= {"bnb_4bit_quant_type": "fp4", **dict(self._given(call, _QUANTIZATION))}
+            self.keys |= {"bnb_4bit_quant_type": "fp4", **dict(self._given(call, _TABLES["quantization"]))}
         elif name == "load_dataset" and "dataset_name" not in self.keys:
             self._data(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of):
@@ -147,18 +95,18 @@ class _Reader:
         elif name == "from_pretrained" and of.startswith("Fast"):
             self._unsloth(call)
         elif name == "from_pretrained" and "Model" in of:
-            self._base(call.args, dict(self._given(call, _BASE)))
+            self._base(call.args, dict(self._given(call, _TABLES["base"])))
             self._head(of, dict(self._given(call, {name: name for name in ("num_labels", "problem_type")})))
         elif name.endswith("Trainer"):
             given = [word.value for word in call.keywords if word.arg == "model"] or call.args
             self._base(given, {})
-            self.beside |= dict(self._given(call, _TRAINERS))
+            self.beside |= dict(self._given(call, _TABLES["trainer"]))
             made = [word for word in call.keywords if word.arg == "formatting_func"]
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
-        self.keys |= {"use_peft": True, **defaults, **dict(self._given(call, _LORA))}
-        others = {word.arg or "" for word in call.keywords} - {*_LORA, *_NEEDLESS_OF_LORA, "random_state"}
+        self.keys |= {"use_peft": True, **defaults, **dict(self._given(call, _TABLES["lora"]))}
+        others = {word.arg or "" for word in call.keywords} - {*_TABLES["lora"], *_TABLES["needless_of_lora"].split()}
         given = dict(self._given(call, {name: f"LoraConfig.{name}" for name in others}))
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
 
@@ -169,7 +117,7 @@ class _Reader:
 
     def _head(self, of: str, given: Mapping[str, Any]) -> None:
         """A head in the place of the language model's; that of a reward is said by its trainer's own class."""
-        kind = _HEADS.get(of)
+        kind = _TABLES["heads"].get(of)
         if kind == "classification" and given.get("num_labels") == 1:
             kind = _REGRESSION
         elif kind == "classification" and given.get("problem_type") == "multi_label_classification":
@@ -177,8 +125,13 @@ class _Reader:
         self.head = self.head or kind
 
     def _unsloth(self, call: ast.Call) -> None:
-        names = {**_QUANTIZATION, "max_seq_length": "max_length", "model_name": "model_name_or_path", **_BASE}
-        given = {**_UNSLOTHS, **dict(self._given(call, names))}
+        names = {
+            **_TABLES["quantization"],
+            **_TABLES["base"],
+            "max_seq_length": "max_length",
+            "model_name": "model_name_or_path",
+        }
+        given = {**_TABLES["unsloth"], **dict(self._given(call, names))}
         if given.get("load_in_8bit") or dict(self._given(call, {"full_finetuning": "full"})).get("full"):
             given["load_in_4bit"] = False
         self._base(call.args, {})

@@ -46,6 +46,11 @@ def sources_at(
     ]
 
 
+def looked_for(path: str, folder: Path) -> list[Path]:
+    """The places of a relative `path` in a configuration that lies in `folder`: here, beside the configuration, and above it."""
+    return [Path(path), *(above / path for above in (folder, *folder.absolute().parents))]
+
+
 def _plain(path: str) -> str:
     """A path as ours are written; a folder is read by its files."""
     return path.removeprefix("file://")

@@ -19,12 +19,7 @@ def join(keys: Keys, folder: Path) -> None:
         joint_settings.workers(keys, name)
     _objective(keys)
     _method(keys)
-    joint_settings.batch(keys, "per_device_train_batch_size")
     joint_settings.training_arguments(keys, folder)
-    joint_settings.pairs(keys, "max_length")
-    joint_settings.without_dropout(keys, "lora_dropout")
-    joint_settings.head(keys)
-    joint_settings.tracking(keys, {}, ("run_name",), ("project",))
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
             "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
