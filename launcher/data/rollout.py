@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launcher.evaluate.evaluating import bars
-from launcher.evaluate.ranks import run_ranks
-from launcher.start.group import is_rank
-from trainer.config import override
+from launcher.evaluate.evaluating import run_with_bars
+from launcher.evaluate.ranks import for_server
 from trainer.config.objective import OWN
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
@@ -46,13 +44,8 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
         raise ConfigError(
             "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000]."
         )
-    if is_rank():
-        raise ConfigError(
-            "rollout.engine: servers are asked by one process. Call capstan rollout without torchrun or srun."
-        )
+    alone = for_server(config, "rollout.engine", "rollout")
     if dry_run:
         return RolledOut(run.uri, config.rollout.engine, config.train.steps or 0, 0, dry_run=True)
-    alone = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
-    with bars(log) as hear:
-        found = run_ranks(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, (), hear)
+    found = run_with_bars(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, log)
     return RolledOut(run.uri, config.rollout.engine, found["steps"], found["made"], dry_run=False)

@@ -9,13 +9,13 @@ from typing import Any
 from rich.filesize import decimal
 
 from launcher.data.build import build_config
-from launcher.evaluate.evaluating import bars
-from launcher.evaluate.ranks import run_ranks
+from launcher.evaluate.evaluating import run_with_bars
+from launcher.evaluate.ranks import for_server
 from launcher.start.check import anchored
 from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config, dump_config, load_config, override
+from trainer.config import Config, dump_config, load_config
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
@@ -92,11 +92,7 @@ def teach(
     if teacher is None:
         raise ConfigError(f"objective.name: {config.objective.name} learns from no teacher. Set it to distil or opd.")
     if teacher.is_server:
-        if is_rank():
-            raise ConfigError(
-                f"{teacher.setting}: a server is asked by one process. Call capstan teach without torchrun or srun."
-            )
-        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+        config = for_server(config, teacher.setting, "teach")
     if dry_run:
         key, manifest = build_config(config, dry_run=True, log=log).splits["train"]
         folder = teacher_folder(open_run_store(config).sub(layout.dataset(key)), teacher.to_json())
@@ -117,8 +113,7 @@ def teach(
         return TaughtData(found, dry_run=True)
     if not is_rank():  # else rank 0 does so, while the others wait
         build_config(config, dry_run=False, log=log)
-    with bars(log) as hear:
-        found = run_ranks(Ask("teach", config.run.store, config=dump_config(config)), config, (), hear)
+    found = run_with_bars(Ask("teach", config.run.store, config=dump_config(config)), config, log)
     return TaughtData(found, dry_run=False)
 
 
@@ -132,6 +127,5 @@ def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[st
         return JudgedAnswers(run, teacher.name, config.train.steps or 0, 0, dry_run=True)
     if not is_rank():
         build_config(config, dry_run=False, log=log)
-    with bars(log) as hear:
-        found = run_ranks(Ask("judge", run, config=dump_config(config)), config, (), hear)
+    found = run_with_bars(Ask("judge", run, config=dump_config(config)), config, log)
     return JudgedAnswers(run, teacher.name, found["steps"], found["made"], dry_run=False)

@@ -18,8 +18,8 @@ ranks (start/stopping.py).
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 from launcher.cluster.ray.cluster import address_of, joined_ray
@@ -35,6 +35,7 @@ from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.errors import CapstanError, Stopped, Superseded
+from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
@@ -66,8 +67,14 @@ def drive(
         with joined_ray(cluster) if cluster else nullcontext() as dashboard:
             compile_and_train(config, owner, journal, resume=resume, dashboard=dashboard, log=log)
 
+    def show(done: threading.Event) -> None:
+        if live:
+            watch(run, done.is_set)
+        else:
+            follow_lines(run, done.is_set, config.track.print_steps, log)
+
     try:
-        with stop_on_signals(owner), _shown(config, run, live=live, log=log):
+        with stop_on_signals(owner), helper_thread(show, "progress", patience=5):
             journal = Journal(run, log)  # whoever sees its first line may send a signal
             with journal.to_the_end():
                 beside_main_thread(partial(work, journal))
@@ -105,24 +112,6 @@ def compile_and_train(
 def _forget_own_stop(folder: Store) -> None:
     forget_stop_by_signal(folder)
     forget_stop_by_compilation(folder)
-
-
-@contextmanager
-def _shown(config: Config, folder: Store, *, live: bool, log: Callable[[str], None]) -> Iterator[None]:
-    """Show the run's progress from its folder while ranks work: on a terminal `live`, else as lines of the log."""
-    done = threading.Event()
-    show = (
-        partial(watch, folder, done.is_set)
-        if live
-        else partial(follow_lines, folder, done.is_set, config.track.print_steps, log)
-    )
-    viewer = threading.Thread(target=show, name="progress", daemon=True)
-    viewer.start()
-    try:
-        yield
-    finally:
-        done.set()
-        viewer.join(timeout=5)
 
 
 def main() -> None:

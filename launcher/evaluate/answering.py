@@ -5,46 +5,44 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from launcher.evaluate.ranks import run_ranks
+from launcher.evaluate.ranks import for_server, run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from launcher.view.terminal import put
-from trainer.config import Config, override
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
 from trainer.evaluate.request import Ask
-from trainer.run.folder import run_config
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import check_step
 from trainer.store.store import Store
 
 
 def generate_answers(
+    ask: Ask,
     folder: Store,
-    overrides: Sequence[str],
+    config: Config,
     prompts: Iterable[list[Prompt]],
-    *,
-    step: int | None,
-    base: bool,
-    server: str | None,
-    sampling: dict[str, Any],
     log: Callable[[str], None],
     screen: "Screen | None",
 ) -> dict[str, Any]:
-    """The answers of a checkpoint, or of the `server` that has the run, to lists of prompts, and its step; `screen` shows them as they come.
+    """The answers of a checkpoint of the run in `folder`, or of the server that has it, to lists of prompts, and its step; `screen` shows them as
+    they come.
 
     Raises:
         ConfigError: the server is asked for a checkpoint or for the base.
         CapstanError: as the ranks do.
     """
-    if server and (base or step is not None):
+    if ask.server and (ask.base or ask.step is not None):
         raise ConfigError(
             "--server: answers are by what the server has, so --step, --best and --base have no effect. Leave them out, or name a model behind a #: "
-            f"{server.partition('#')[0]}#NAME."
+            f"{ask.server.partition('#')[0]}#NAME."
         )
-    if server and is_rank():
-        raise ConfigError("--server: one process asks it. Call capstan generate without torchrun or srun.")
+    if ask.server:
+        config = for_server(config, "--server", "generate")
+    else:
+        check_step(folder, committed_steps(folder), ask.step)
 
     def hear(told: dict[str, Any]) -> None:
         if "log" in told:
@@ -56,12 +54,6 @@ def generate_answers(
         elif screen is not None and "answers" in told:
             screen.answers(told["answers"])
 
-    config = run_config(folder, overrides)
-    if server:
-        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
-    else:
-        check_step(folder, committed_steps(folder), step)
-    ask = Ask("generate", folder.uri, step, tuple(overrides), base, sampling=sampling, server=server or "")
     return run_ranks(ask, config, prompts, hear)
 
 

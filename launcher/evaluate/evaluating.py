@@ -6,12 +6,11 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from launcher.evaluate.ranks import Hear, run_ranks
+from launcher.evaluate.ranks import Hear, for_server, run_ranks
 from launcher.evaluate.tables import Evaluated
-from launcher.start.group import is_rank
 from launcher.start.local_group import count_ranks
 from launcher.view.console import Terminal, description, time_left
-from trainer.config import assignment, override
+from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
@@ -70,11 +69,9 @@ def evaluate_run(
         )
     if server and base:
         raise ConfigError(f"--server: --base has no effect. Name the base behind a #: {server.partition('#')[0]}#NAME.")
-    if server and is_rank():
-        raise ConfigError("--server: one process asks it. Call capstan evaluate without torchrun or srun.")
     config = run_config(folder, overrides, say=log)
     if server:
-        config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+        config = for_server(config, "--server", "evaluate")
     step, every = chosen_step(folder, step, best=best), subjects(config)
     if not (base or server):
         check_step(folder, committed_steps(folder), step)
@@ -84,8 +81,7 @@ def evaluate_run(
         what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
         return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
     ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat, server=server or "")
-    with bars(log) as hear:
-        found = run_ranks(ask, config, (), hear)
+    found = run_with_bars(ask, config, log)
     return Evaluated(
         found, folder.uri, None if base or found["step"] is None else f"{folder.uri}/{layout.evaluation(found['step'])}"
     )
@@ -95,8 +91,14 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'' if count == 1 else 's'}"
 
 
+def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:
+    """`run_ranks` for what needs no prompts, with its progress on the terminal."""
+    with _bars(log) as hear:
+        return run_ranks(ask, config, (), hear)
+
+
 @contextmanager
-def bars(log: Log) -> Iterator[Hear]:
+def _bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
     console = Terminal(stderr=True)
     columns = (

@@ -7,19 +7,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
 from launcher.start.local_group import count_ranks, end_together, places
 from launcher.view.terminal import put
-from trainer.config import Config
-from trainer.errors import CapstanError
+from trainer.config import Config, override
+from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.program import answer
 from trainer.evaluate.request import Ask
 from trainer.processes import children
+from trainer.processes.helper_thread import helper_thread
 
 Hear = Callable[[dict[str, Any]], None]
 
@@ -51,6 +52,13 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
         error.exit_code = result["exit_code"]
         raise error
     return result["result"]
+
+
+def for_server(config: Config, setting: str, verb: str) -> Config:
+    """`config` for the one process that asks a server, which needs no GPU. Raises `ConfigError` where torchrun or srun has started several."""
+    if is_rank():
+        raise ConfigError(f"{setting}: one process asks a server. Call capstan {verb} without torchrun or srun.")
+    return override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
 
 
 @contextmanager
@@ -100,22 +108,14 @@ def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]]
     return None
 
 
-@contextmanager
-def _kept_awake(pipe: IO[str]) -> Iterator[None]:
+def _kept_awake(pipe: IO[str]) -> AbstractContextManager[None]:
     """While a person thinks, the ranks get an empty list every few minutes: their group would not wait for an hour."""
-    done = threading.Event()
 
-    def keep() -> None:
+    def keep(done: threading.Event) -> None:
         while not done.wait(_AWAKE_SECONDS):
             _hand_over(pipe, [])
 
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return helper_thread(keep, "awake")
 
 
 def _hand_over(pipe: IO[str] | None, prompts: list[Prompt] | None) -> None:

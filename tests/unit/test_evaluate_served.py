@@ -73,5 +73,5 @@ def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.M
         evaluate_run(workshop.store.sub("first"), (), base=True, server="http://gpu-1:8000", **given)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process asks it"):
+    with pytest.raises(ConfigError, match="one process asks a server"):
         evaluate_run(workshop.store.sub("first"), (), base=False, server="http://gpu-1:8000", **given)

@@ -410,6 +410,7 @@ def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:
 
 
 def test_a_server_is_asked_for_no_step(workshop: Workshop) -> None:
-    given: dict[str, Any] = {"sampling": {}, "log": print, "screen": None, "server": "http://gpu-1:8000"}
+    run = workshop.store.sub("first")
+    ask = Ask("generate", run.uri, 3, server="http://gpu-1:8000")
     with pytest.raises(ConfigError, match="--step, --best and --base have no effect"):
-        generate_answers(workshop.store.sub("first"), (), (), step=3, base=False, **given)
+        generate_answers(ask, run, workshop.config("first"), (), print, None)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from trainer.processes.helper_thread import helper_thread
+
 _FIRST_SECONDS, _NEXT_SECONDS = 3.0, 10.0
 
 
@@ -17,18 +19,13 @@ def _to_stderr(line: str) -> None:
 @contextmanager
 def patiently(doing: str, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Around what may take long: says what is `doing` once that has taken 3 seconds, and now and then that it goes on."""
-    began, done = time.monotonic(), threading.Event()
+    began = time.monotonic()
 
-    def tell() -> None:
+    def tell(done: threading.Event) -> None:
         pause = _FIRST_SECONDS
         while not done.wait(pause):
             say(f"{doing}: {time.monotonic() - began:.0f} s so far")
             pause = _NEXT_SECONDS
 
-    teller = threading.Thread(target=tell, name=doing, daemon=True)
-    teller.start()
-    try:
+    with helper_thread(tell, doing):
         yield
-    finally:
-        done.set()
-        teller.join()

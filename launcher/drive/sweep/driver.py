@@ -7,7 +7,6 @@ the others.
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -44,6 +43,7 @@ from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
+from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import command, run_config, run_folder
@@ -165,7 +165,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     folder = run_folder(config)
     with _taken(config, plan, resume=resume, take_over=take_over, log=log) as owner, stop_on_signals(owner):
         search = _Search(config, plan, owner)
-        with _shown(config, live, log):
+        with helper_thread(lambda done: watch_sweep(folder, done.wait, live, log), "live", patience=10):
             beside_main_thread(search.run)
     who = stop_requester(folder)
     forget_stop_by_signal(folder)
@@ -211,20 +211,6 @@ def _taken(
     finally:
         if not owner.lost:
             owner.end()
-
-
-@contextmanager
-def _shown(config: Config, live: bool, log: Callable[[str], None]) -> Iterator[None]:
-    """Show the trials while they train: as a table on a terminal, else a line whenever one changes."""
-    done = threading.Event()
-    arguments = (run_folder(config), done.wait, live, log)
-    viewer = threading.Thread(target=watch_sweep, args=arguments, name="live", daemon=True)
-    viewer.start()
-    try:
-        yield
-    finally:
-        done.set()
-        viewer.join(timeout=10)
 
 
 class _Search:

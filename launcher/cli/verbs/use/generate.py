@@ -60,6 +60,7 @@ def generate(
     """Answer prompts with a checkpoint, under the chat template that was trained: a file of them, a pipe, or a chat."""
     from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
     from launcher.start.group import is_rank, is_silent_rank
+    from trainer.evaluate.request import Ask
     from trainer.run.folder import run_config
     from trainer.state.checkpoint.choice import chosen_step
 
@@ -80,17 +81,9 @@ def generate(
     screen = Screen(sys.stdout, both=base, streams=chats or all(len(turn) == 1 for turn in turns))
     asked = screen.conversation() if chats else turns if as_json else screen.shown(turns)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    result = generate_answers(
-        folder,
-        overrides or (),
-        asked,
-        step=chosen,
-        base=base,
-        server=server,
-        sampling=sampling,
-        log=log,
-        screen=None if as_json else screen,
-    )
+    settings = tuple(overrides or ())
+    ask = Ask("generate", folder.uri, chosen, settings, base, sampling=sampling, server=server or "")
+    result = generate_answers(ask, folder, config, asked, log, None if as_json else screen)
     if as_json and not is_silent_rank():
         print(json.dumps({"run": folder.uri, **result}))
 
