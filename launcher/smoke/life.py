@@ -139,9 +139,7 @@ class _Life:
         name = f"smoke-{time.time_ns():x}"
         try:
             if sample is not None:
-                self.making = self.begin(
-                    "launcher.smoke.sample", str(self.directory / "sample"), "--json", "--begin", *sample
-                )
+                self.making = self.begin("launcher.smoke.sample", str(self.directory / "sample"), *sample)
             if server is None:
                 self.store_uri = str(self.directory / "store" / name)
                 self.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"

@@ -3,17 +3,19 @@
 The data is the documentation of the running Python's standard library, as questions and answers. The base is an ordinary Hugging Face directory of the Llama architecture,
 trained for some seconds on the library's source code, so that it knows something and has something to learn.
 
-Run it as a process of its own (`python -m launcher.smoke.sample DIR`): it imports torch, and hundreds of stdlib modules.
+It is a process of its own, as it imports torch, and hundreds of stdlib modules:
+
+    python -m launcher.smoke.sample DIR [key=value ...]
+
+prints the sample as one JSON object, and begins what a run with these settings needs in the store that stdin names.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,29 +68,23 @@ class Sample:
     base: str
     train: list[str]
     eval: list[str]
-    train_pairs: int
-    eval_pairs: int
-    vocabulary: int
-    parameters: int
     loss_before: float
     loss_after: float
     dtype: str  # to train in on this machine's CPU
-    seconds: dict[str, float]
 
 
 def make_sample(
-    directory: Path, seed: int = 0, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
+    directory: Path, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Sample:
     """Make what is missing under `directory`; `sample.json`, written last, says that it is complete.
 
-    The same Python, seed and sizes give the same data and tokenizer, and on the same machine the same base.
+    The same Python and sizes give the same data and tokenizer, and on the same machine the same base.
     """
     sizes = sizes or Sizes()
     directory = directory.absolute()
     made_with = {
         "directory": str(directory),
         "python": sys.version,
-        "seed": seed,
         "sizes": asdict(sizes),
         "fields": [field.name for field in fields(Sample)],
     }
@@ -98,45 +94,17 @@ def make_sample(
         return Sample(**record["sample"])
     done.unlink(missing_ok=True)
 
-    seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def part(name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        seconds[name] = round(time.monotonic() - start, 2)
-
-    with part("data"):
-        train, held_out = split(pairs())
-        train_files = [
-            _write_jsonl(directory / "data" / f"train-{shard:05d}.jsonl", train[shard::_SHARDS])
-            for shard in range(_SHARDS)
-        ]
-        eval_file = _write_jsonl(directory / "data" / "eval.jsonl", held_out)
-    report(f"data: {len(train):,} + {len(held_out):,} question-answer pairs, {seconds['data']} s")
-
+    train, held_out = split(pairs())
+    train_files = [
+        _write_jsonl(directory / "data" / f"train-{shard:05d}.jsonl", train[shard::_SHARDS]) for shard in range(_SHARDS)
+    ]
+    eval_file = _write_jsonl(directory / "data" / "eval.jsonl", held_out)
+    report(f"data: {len(train):,} + {len(held_out):,} question-answer pairs")
     base = directory / "base"
-    with part("tokenizer"):
-        vocabulary = _make_tokenizer(base, train, sizes.vocabulary)
-    report(f"tokenizer: {vocabulary:,} tokens, {seconds['tokenizer']} s")
-
-    with part("base"):
-        parameters, loss_before, loss_after = _make_base(base, sizes, seed)
-    report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats, {seconds['base']} s")
-
-    sample = Sample(
-        base=str(base),
-        train=train_files,
-        eval=[eval_file],
-        train_pairs=len(train),
-        eval_pairs=len(held_out),
-        vocabulary=vocabulary,
-        parameters=parameters,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        dtype=_fast_dtype(),
-        seconds=seconds,
-    )
+    report(f"tokenizer: {_make_tokenizer(base, train, sizes.vocabulary):,} tokens")
+    parameters, loss_before, loss_after = _make_base(base, sizes)
+    report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats")
+    sample = Sample(str(base), train_files, [eval_file], loss_before, loss_after, _fast_dtype())
     unfinished = done.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"made_with": made_with, "sample": asdict(sample)}, indent=2))
     unfinished.replace(done)
@@ -192,30 +160,14 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
 
 def _fast_tokenizer(model: bytes) -> Any:
     """The same tokenizer in the `tokenizers` library, which gives offsets into the text."""
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter
 
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
-    scores = {piece: processor.get_score(index) for piece, index in pieces.items()}
-    # A BPE model is its vocabulary and the order of its merges; sentencepiece keeps the order as falling scores.
-    merges = sorted(
-        (
-            (-scores[piece], piece[:cut], piece[cut:])
-            for piece, index in pieces.items()
-            if not (processor.is_byte(index) or processor.is_control(index) or processor.is_unknown(index))
-            for cut in range(1, len(piece))
-            if piece[:cut] in pieces and piece[cut:] in pieces
-        ),
-        key=lambda merge: (merge[0], pieces[merge[1]], pieces[merge[2]]),
-    )
-    backend = Tokenizer(
-        BPE(pieces, [merge[1:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    proto = ModelProto.FromString(model)
+    pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    backend = SpmConverter.build_tokenizer_from_spm_proto(proto, pieces)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -241,7 +193,7 @@ def _fast_dtype() -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
-def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
+def _make_base(base: Path, sizes: Sizes) -> tuple[int, float, float]:
     """Train a small Llama on the library's source code and write it in bf16.
 
     Returns (parameters, mean loss of the first and of the last tenth of the steps).
@@ -251,7 +203,7 @@ def _make_base(base: Path, sizes: Sizes, seed: int) -> tuple[int, float, float]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     config = LlamaConfig(
@@ -326,28 +278,15 @@ def _begin_runs(config: Config) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launcher.smoke.sample", description="Make the smoke run's material."
-    )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the sample as one JSON object")
-    parser.add_argument(
-        "--begin", action="store_true", help="begin what the smoke runs need in the store that stdin names"
-    )
-    parser.add_argument("overrides", nargs="*", help="settings of these runs")
-    arguments = parser.parse_args()
+    directory, *overrides = sys.argv[1:]
     # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Terminal(stderr=True, highlight=False)
-    # Imported libraries print to stdout, which belongs to --json.
+    # Imported libraries print to stdout, which belongs to the sample.
     with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
-        sample = make_sample(arguments.directory, arguments.seed, report=console.print)
-        if arguments.begin:
-            store = sys.stdin.read()
-            _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, arguments.overrides, store))
-    if arguments.json:
-        print(json.dumps(asdict(sample)))
+        sample = make_sample(Path(directory), report=console.print)
+        _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, overrides, sys.stdin.read()))
+    print(json.dumps(asdict(sample)))
 
 
 if __name__ == "__main__":
