@@ -188,16 +188,11 @@ def check_idle(folder: Store, *, resume: bool, by_store: bool = False) -> None:
 
 def in_use(folder: Store, *, by_store: bool = False) -> str | None:
     """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
-    now = time.time()
-    if owner := read_owner(folder):
-        alive = owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS)
-        return owner.sentence(now) if alive else None
-    # Nobody wrote down who has it: an earlier version started it, or it has ended. Only its records tell, and not exactly.
-    status = read_status(folder)
-    if status.state not in ("running", "restarting") and not (status.state == "starting" and status.generation):
+    owner, now = read_owner(folder), time.time()
+    if owner is None:
         return None
-    quiet = status.quiet_seconds or 0.0
-    return f"its start {status.generation}, which wrote {quiet:.0f} s ago" if quiet < SILENT_SECONDS else None
+    alive = owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS)
+    return owner.sentence(now) if alive else None
 
 
 def check_name(folder: Store) -> None:

@@ -202,10 +202,3 @@ def test_a_run_whose_owner_came_after_its_last_end_is_starting(run: Store) -> No
     assert (status.state, status.reason.startswith("`capstan resume` (process")) == ("starting", True)
     own.end()
     assert read_status(run).state == "stopped"
-
-
-def test_a_run_of_before_is_known_by_its_records(run: Store) -> None:
-    for generation, quiet in ((1, 5.0), (2, 500.0)):
-        facts = {"kind": "start", "step": 0, "total_steps": 9, "world_size": 1, "time": time.time() - quiet}
-        run.put(layout.metrics(generation), json.dumps(facts).encode() + b"\n")
-        assert (in_use(run) is None) == (quiet > 100)

@@ -4,7 +4,6 @@ import errno
 import shlex
 import socket
 import threading
-import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -20,7 +19,7 @@ from launcher.evaluate import evaluating
 from launcher.export.export import lines
 from launcher.report import report
 from launcher.start import local_ranks
-from launcher.start.check import check_idle, checked
+from launcher.start.check import checked
 from launcher.start.shared_folder import warn_of_place
 from launcher.view.console import Terminal
 from launcher.view.status import read_status
@@ -67,12 +66,6 @@ def test_a_report_that_finds_no_room_leaves_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
     report.write_report([run], page)
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def test_a_run_without_an_owner_is_in_use_in_a_whole_sentence(run: Store) -> None:
-    write(run, 1, {**start(1), "time": time.time()}, {**step(1, 2.0), "time": time.time()})
-    with pytest.raises(ConfigError, match=r"is in use by its start 1, which wrote \d+ s ago\. `capstan stop"):
-        check_idle(run, resume=True)
 
 
 def test_a_run_that_is_not_going_on_has_no_time_left(run: Store) -> None:
