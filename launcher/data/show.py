@@ -1,9 +1,8 @@
 """`capstan data show`: rows as the model sees them, on the terminal or as JSON."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -27,9 +26,6 @@ class Shown:
 
     split: str
     rows: list[SeenRow]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"split": self.split, "rows": list(map(asdict, self.rows))}
 
 
 def show(

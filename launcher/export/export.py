@@ -101,9 +101,7 @@ def export_run(
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     chosen += ["--server", server] if server else []
     with _bar("merging" if form.whole_model else "exporting") as progress:
-        made = _module(
-            "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
-        )
+        made = _export(folder.uri, destination, *options, "--format", format, *chosen, progress=progress)
     proof = (ServedProof if server else Proof)(**made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
@@ -161,12 +159,12 @@ def lines(title: str, say: Callable[[str], None], clock: Callable[[], float] = t
     return line
 
 
-def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:
-    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
+def _export(*arguments: str, progress: ExportProgress) -> dict[str, Any]:
+    """Run `trainer.export`, which prints a JSON object; its error and exit code become ours.
 
     `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".
     """
-    command = [sys.executable, "-m", name, *arguments]
+    command = [sys.executable, "-m", "trainer.export", *arguments]
     last = ""
     with tempfile.TemporaryFile("w+") as errors:
         with children.start(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -186,7 +184,7 @@ def _module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, A
         _, expected, sentence = said.rpartition("capstan: ")
         if not expected:
             put(said, file=sys.stderr)
-            raise CapstanError(f"{name} ended with exit code {process.returncode}; its output is above.")
+            raise CapstanError(f"trainer.export ended with exit code {process.returncode}; its output is above.")
         error = CapstanError(sentence.strip())
         error.exit_code = process.returncode
         raise error

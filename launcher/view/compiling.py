@@ -19,6 +19,7 @@ _LOG_SECONDS = 10.0
 def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
     """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
     first: tuple[float, int] | None = None
+    next_line, tasks = 0.0, dict[str, TaskID]()
 
     def describe(what: str, now: Progress) -> str:
         nonlocal first
@@ -28,37 +29,23 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
         speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
         return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
 
-    if not bar:
-        next_line = 0.0
+    columns = description(), BarColumn(20), time_left()
+    with Bars(*columns, console=Terminal(stderr=True), disable=not bar) as bars:
 
-        def line(what: str, now: Progress) -> None:
+        def show(what: str, now: Progress) -> None:
             nonlocal next_line
-            log_forms(log, what, now)
-            if time.monotonic() >= next_line:
+            for sentence in (*now.forms, *now.notes):  # how the rows of each source are read, where that was found out
+                log(f"{what} data: {sentence}")
+            if bar and what not in tasks:
+                tasks[what] = bars.add_task(what)
+            if bar:
+                bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
+            elif time.monotonic() >= next_line:
                 log(f"{describe(what, now)} ({100 * now.bytes_done / max(now.bytes, 1):.0f} %)")
                 next_line = time.monotonic() + _LOG_SECONDS
             log_left_out(log, what, now)
 
-        yield line
-        return
-    columns = description(), BarColumn(20), time_left()
-    with Bars(*columns, console=Terminal(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def draw(what: str, now: Progress) -> None:
-            log_forms(log, what, now)
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], description=describe(what, now), completed=now.bytes_done, total=now.bytes)
-            log_left_out(log, what, now)
-
-        yield draw
-
-
-def log_forms(log: Callable[[str], None], what: str, now: Progress) -> None:
-    """Say how the rows of each source are read, where that was found out, and what is noted of them."""
-    for sentence in (*now.forms, *now.notes):
-        log(f"{what} data: {sentence}")
+        yield show
 
 
 def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:

@@ -41,9 +41,6 @@ class RaySubmission:
     next: str
     dry_run: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def text(self) -> str:
         """For people: the run and the next command; of a dry run everything."""
         where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"

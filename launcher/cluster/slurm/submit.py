@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.cluster.ray.cluster import check_ray
@@ -48,9 +47,6 @@ class SlurmSubmission:
     snapshot: str
     next: str
     dry_run: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def text(self) -> str:
         """For people: the job, the run and the next command; of a dry run the batch file, ready for sbatch."""

@@ -1,6 +1,7 @@
 """Verbs about training data: compile it, check it, show it."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ def data_show(
 
     shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
     # Its colours are control characters of its own, and it shows those of the rows.
-    print(json.dumps(shown.to_json()) if as_json else render(shown))
+    print(json.dumps(asdict(shown)) if as_json else render(shown))
 
 
 VERBS = {

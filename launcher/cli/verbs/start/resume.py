@@ -1,16 +1,7 @@
 """The verb that goes on with a run or a sweep."""
 
 from launcher.cli.command import Command
-from launcher.cli.options import (
-    DryRun,
-    Json,
-    Overrides,
-    RunName,
-    StoreOption,
-    TakeOver,
-    open_run,
-    say,
-)
+from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, TakeOver, open_run, say
 from launcher.cli.verbs.start.train import start_run
 
 

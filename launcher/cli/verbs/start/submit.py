@@ -5,16 +5,7 @@ from typing import Annotated
 import typer
 
 from launcher.cli.command import Command
-from launcher.cli.options import (
-    ConfigFile,
-    DryRun,
-    Json,
-    Overrides,
-    TakeOver,
-    emit,
-    log,
-    say,
-)
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, TakeOver, emit, log, say
 
 
 def submit_ray(

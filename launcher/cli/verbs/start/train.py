@@ -5,15 +5,7 @@ import sys
 from typing import Any
 
 from launcher.cli.command import Command
-from launcher.cli.options import (
-    ConfigFile,
-    DryRun,
-    Json,
-    Overrides,
-    emit,
-    log,
-    say,
-)
+from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log, say
 from launcher.view.terminal import put
 from trainer.errors import CapstanError
 
