@@ -160,7 +160,7 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
 
 def _fast_tokenizer(model: bytes) -> Any:
     """The same tokenizer in the `tokenizers` library, which gives offsets into the text."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SpmConverter
