@@ -62,6 +62,23 @@ start_ray() {
   done
 }
 
+# The run's servers, a step of their own on the last nodes, beside the ranks where these are there, too. It is started again where a task of it is killed.
+serve() {
+  local over='' task=
+  trap 'over=yes; kill "$task" 2>/dev/null' TERM
+  while [ -z "$over" ]; do
+    srun --overlap --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" --nodelist="$(list "${nodes[@]: -$SERVER_NODES}")" \
+      --ntasks="$SERVERS" --ntasks-per-node="$(((SERVERS + SERVER_NODES - 1) / SERVER_NODES))" --cpus-per-task=1 \
+      "${python[@]}" launcher.cluster.slurm.server "$RUN_URI" &
+    task=$!
+    until wait "$task"; do
+      kill -0 "$task" 2>/dev/null || break # else a signal has interrupted the wait
+    done
+    [ -n "$over" ] || sleep 5
+  done
+}
+list() { local IFS=,; echo "$*"; }
+
 # Its exit code is in $code. A signal interrupts `wait`, whose status is then the signal's and not the driver's.
 wait_for_driver() {
   while
@@ -79,10 +96,16 @@ if [ "${verdict:-}" != run ]; then exit "${code:-1}"; fi
 
 say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 step=
+serving=
 code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
+  if [ -n "${SERVERS:-}" ]; then
+    serve &
+    serving=$!
+  fi
   # Its rank 0 is on this node; a container need not have scontrol to say so.
-  MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$((RANKS_PER_NODE * SLURM_NNODES))" \
+  MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none --nodes="$RANK_NODES" \
+    --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
     "${python[@]}" launcher.cluster.slurm.rank "$RUN_URI" "$SUBMISSION" &
   driver=$!
@@ -94,6 +117,10 @@ elif start_ray; then
   wait_for_driver
 fi
 driver=
+if [ -n "$serving" ]; then
+  kill "$serving"
+  wait "$serving"
+fi
 
 # The kind of end (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script

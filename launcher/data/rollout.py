@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from launcher.evaluate.evaluating import run_with_bars
 from launcher.evaluate.ranks import for_server
-from trainer.config.objective import OWN
+from trainer.config.objective import OWN, SERVE
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
 from trainer.run.folder import run_config
@@ -42,10 +42,12 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
         raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo or opd.")
     if config.rollout.engine == OWN:
         raise ConfigError(
-            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000]."
+            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000], or serve."
         )
+    given = config.rollout.engine
+    servers = ["the servers that start with the run"] if given == SERVE else list(given)
     alone = for_server(config, "rollout.engine", "rollout")
     if dry_run:
-        return RolledOut(run.uri, config.rollout.engine, config.train.steps or 0, 0, dry_run=True)
+        return RolledOut(run.uri, servers, config.train.steps or 0, 0, dry_run=True)
     found = run_with_bars(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, log)
-    return RolledOut(run.uri, config.rollout.engine, found["steps"], found["made"], dry_run=False)
+    return RolledOut(run.uri, servers, found["steps"], found["made"], dry_run=False)

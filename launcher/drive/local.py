@@ -9,17 +9,19 @@ from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
+from launcher.start.beside import beside_here
 from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
+from launcher.start.local_group import check_servers_here
 from launcher.start.local_ranks import ranks_here
-from launcher.start.sampling import sampling_beside
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
+from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_run_store
@@ -67,6 +69,7 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
 def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]) -> None:
     group, again = group_name(os.environ), restarted_as(os.environ)
     check_local_device(config)
+    check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
     resolved = check(config, resume=resume, take_over=take_over, again=again)
     config = pinned(config, resolved)
     by, code = _command(resume), keep_code(log)
@@ -75,7 +78,8 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
         with compile_progress(log, bar=False) as show:
             datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:
-            with sampling_beside(config, run_folder(config), log):
+            run_folder(config).delete(layout.NO_MORE_DATA)
+            with beside_here(config, run_folder(config), log):
                 _run_rank(config, datasets, resume=resume)
         finally:
             keep_report(run_folder(config), log)

@@ -109,6 +109,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         given = config.rollout
         settings |= {
             "rollout.engine": "own",
+            "rollout.serve": {},
             "rollout.max_lag": None,
             "rollout.answers": min(given.answers, ANSWERS),
             "rollout.max_tokens": min(given.max_tokens, ANSWER_TOKENS),

@@ -47,6 +47,11 @@ def anchored(config: Config) -> Config:
             changes[key] = absolute(path, key)
     if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
         changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
+    serve = config.rollout.serve
+    if "/" in serve.command[0]:
+        changes["rollout.serve.command"] = [absolute(serve.command[0], "rollout.serve.command"), *serve.command[1:]]
+    if serve.base and local_path(serve.base, "rollout.serve.base").exists():
+        changes["rollout.serve.base"] = absolute(serve.base, "rollout.serve.base")
     teacher = teacher_of(find_objective(config))
     if (
         teacher

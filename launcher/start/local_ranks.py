@@ -12,12 +12,13 @@ from typing import Any
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
-from launcher.start.local_group import count_ranks, end_together, places
+from launcher.start.local_group import check_servers_here, count_ranks, end_together, places
 from trainer import errors
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
 from trainer.processes import children
+from trainer.processes.devices import visible_gpus
 from trainer.run.owner import Ownership
 from trainer.store.scratch import scratch_folder
 
@@ -26,11 +27,12 @@ _WORDS = 300
 
 def ranks_here(config: Config) -> int | None:
     """How many ranks a run that joins no cluster has on this machine. None where it asks for what Ray gives: resources by name, or more
-    GPUs than this machine has, which Ray refuses with what is missing."""
+    GPUs than this machine has, which Ray refuses with what is missing. Raises `ConfigError` where there is no room for its servers."""
     cluster = config.cluster
     if cluster.ray.starts_here or cluster.ray.resources:
         return None
-    ranks = count_ranks(config)
+    check_servers_here(config, cluster.fewest_workers or 1)
+    ranks = count_ranks(config, config.rollout.serving_gpus)
     return ranks if ranks >= (cluster.fewest_workers or 1) else None
 
 
@@ -61,7 +63,7 @@ def _attempt(attempts: Attempts, ranks: int) -> retry.Failure | None:
     with scratch_folder("start") as folder:
         given = Path(folder, "task.json")
         given.write_text(json.dumps(task), encoding="utf-8")
-        with _started(given, ranks) as group:
+        with _started(given, ranks, attempts.config.rollout.serving_gpus) as group:
             # Those that were killed had waited for one that is gone, and have nothing to tell.
             killed = end_together([rank.process for rank in group], Watch(attempts).look)
             ended = {number: rank for number, rank in enumerate(group) if number not in killed}
@@ -105,9 +107,10 @@ class _Rank:
 
 
 @contextmanager
-def _started(task: Path, ranks: int) -> Iterator[Sequence[_Rank]]:
-    """The ranks' processes, which have ended when the block has."""
+def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
+    """The ranks' processes, which have ended when the block has. They do not see the last GPUs, which are `serving`."""
     group = list[_Rank]()
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:-serving])} if serving else {}
     try:
         for number, place in enumerate(places(ranks)):
             outcome, said = (task.with_name(f"{name}-{number}") for name in ("outcome.json", "said"))
@@ -115,7 +118,7 @@ def _started(task: Path, ranks: int) -> Iterator[Sequence[_Rank]]:
                 # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
                 process = children.start(
                     [sys.executable, "-m", "launcher.start.local_rank", str(task), str(outcome)],
-                    env={**os.environ, **place},
+                    env={**os.environ, **place, **devices},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=output,

@@ -90,6 +90,7 @@ SUBMISSION=0a1b2c3d
 PYTHON=/opt/capstan/bin/python
 CONTAINER=(apptainer exec --nv '/images/my image.sif')
 LAUNCH=ray
+RANK_NODES=2
 RANKS_PER_NODE=8
 CPUS_PER_NODE=96
 RAY_CPUS=8
@@ -190,7 +191,7 @@ def test_ranks_of_a_job_that_asks_for_gpus_compute_on_nothing_else() -> None:
 
 def test_the_example_divides_its_ranks_over_its_nodes() -> None:
     example = load_config(Path(__file__).parents[2] / "examples/70b-slurm.yaml")
-    assert shape(example) == Shape(nodes=2, ranks_per_node=8, cpus_per_node=64)
+    assert shape(example) == Shape(nodes=2, ranks=16, rank_nodes=2, ranks_per_node=8, cpus_per_node=64)
 
 
 @pytest.mark.parametrize(

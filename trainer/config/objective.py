@@ -83,7 +83,58 @@ class ObjectiveSettings(Section):
     )
 
 
-OWN = "own"
+OWN, SERVE = "own", "serve"
+_CHOSEN = ("--host", "--port", "--served-model-name", "--api-key")
+"""Options of vLLM that Capstan gives, or that keep it from asking the server."""
+
+
+class Serve(Section):
+    """The servers of rollout.engine: serve, which start and end with the run, on GPUs of their own."""
+
+    replicas: int = setting(1, about="Servers, each of the whole base.", example=2, ge=1, le=1024, unit="servers")
+    gpus: int = setting(
+        1,
+        about="GPUs of each server, all of one machine; several share the base (--tensor-parallel-size). 0 serves on CPUs.",
+        example=4,
+        ge=0,
+        le=64,
+        unit="GPUs",
+    )
+    command: list[str] = setting(
+        ["vllm", "serve"],
+        about="The program and its first words, by its path where it is in an environment of its own. Behind them come the base and vLLM's options for "
+        "adapters, the address, model.dtype, and data.sequence_length as the longest text.",
+        example=["/opt/vllm/bin/vllm", "serve"],
+    )
+    options: list[str] = setting(
+        [],
+        about="More options, behind those; the last one counts where vLLM is given an option twice.",
+        example=["--gpu-memory-utilization=0.95"],
+    )
+    base: str | None = setting(
+        None,
+        about="The base that is served, as a folder or on the Hub, where that is not model.base: what the 4 bits of quant.type stand for, in 16.",
+        example="/models/as-quantized",
+    )
+    start_seconds: Seconds = setting(
+        1800, about="How long a server may take until it answers, and how long it may be silent.", example=3600
+    )
+
+    @field_validator("command")
+    @classmethod
+    def _some_program(cls, command: list[str]) -> list[str]:
+        if not command or not command[0].strip():
+            raise ValueError("rollout.serve.command: names no program. Example: [vllm, serve].")
+        return command
+
+    @field_validator("options")
+    @classmethod
+    def _not_those_that_are_given(cls, options: list[str]) -> list[str]:
+        if found := [option for option in options if option.partition("=")[0].replace("_", "-") in _CHOSEN]:
+            raise ValueError(
+                f"rollout.serve.options: {found[0]} is not allowed, as Capstan chooses the address and asks without a key. Leave it out."
+            )
+        return options
 
 
 class Rollout(Section):
@@ -96,12 +147,13 @@ class Rollout(Section):
         "prompts, completions and answer, by name; it returns a number for each.",
         example="rewards:correct",
     )
-    engine: Literal["own"] | list[str] = setting(
+    engine: Literal["own", "serve"] | list[str] = setting(
         OWN,
-        about="Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is needed. Or URLs of vLLM "
-        "servers of the same base, which `capstan rollout` asks beside the run.",
-        example=["http://gpu-1:8000"],
+        about="Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is needed. serve: vLLM servers that are started "
+        "with the run (rollout.serve). Or URLs of vLLM servers of the same base. Servers are asked by `capstan rollout`, beside the run.",
+        example="serve",
     )
+    serve: Serve = Serve()
     answers: int = setting(
         8, about="Answers sampled to each prompt, which are compared with each other.", example=16, ge=2, le=4096
     )
@@ -158,6 +210,11 @@ class Rollout(Section):
         return -(-steps // self.updates)
 
     @property
+    def serving_gpus(self) -> int:
+        """GPUs of the servers that start with the run."""
+        return self.serve.replicas * self.serve.gpus if self.engine == SERVE else 0
+
+    @property
     def lag(self) -> int:
         return 0 if self.engine == OWN else self.updates if self.max_lag is None else self.max_lag
 
@@ -168,6 +225,6 @@ class Rollout(Section):
             not engine or any(not url.startswith(("http://", "https://")) for url in engine)
         ):
             raise ValueError(
-                f"rollout.engine: {engine} is not allowed. Give own, or a list of URLs. Example: [http://gpu-1:8000]."
+                f"rollout.engine: {engine} is not allowed. Give own, serve, or a list of URLs. Example: [http://gpu-1:8000]."
             )
         return engine

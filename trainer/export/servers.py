@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 VLLM, SGLANG = "vLLM", "SGLang"
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_USUAL_RANK = 16
 _MATRIX = re.compile(r"\.lora_[AB]\.weight$")
 _STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
@@ -46,8 +46,8 @@ def _of_both(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
 
 
 def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
-    if (rank := _largest_rank(settings)) > _VLLM_RANKS[-1]:
-        yield f"its largest rank is {_VLLM_RANKS[-1]}, and this has {rank}"
+    if (rank := _largest_rank(settings)) > VLLM_RANKS[-1]:
+        yield f"its largest rank is {VLLM_RANKS[-1]}, and this has {rank}"
     if any(_STACK.search(name) for name in names):
         yield (
             "it wants each expert's matrices by their own names where the base's files have them so: export with layout=vllm, or start it "
@@ -72,7 +72,7 @@ def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list
     lines = [f"{server} would refuse it beside its base: {'; '.join(why)}." for server, why in found.items() if why]
     rank = _largest_rank(settings)
     if not found[VLLM] and rank > _VLLM_USUAL_RANK:
-        lines.append(f"vLLM takes it with --max-lora-rank {next(size for size in _VLLM_RANKS if size >= rank)}.")
+        lines.append(f"vLLM takes it with --max-lora-rank {next(size for size in VLLM_RANKS if size >= rank)}.")
     if any(found.values()) and settings.get("task_type", "CAUSAL_LM") == "CAUSAL_LM":
         lines.append("Every server takes the merged model: --format merged.")
     return lines

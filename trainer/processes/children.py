@@ -10,11 +10,12 @@ The command dies with the *thread* that starts it: start it from a thread that w
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,61 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
 def guarded() -> Iterator[None]:
     """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by whomever, ends within
     seconds when this process is killed."""
-    mark = secrets.token_hex(8)
-    environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
-    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
-    # In a session of its own: what ends the family, such as Ctrl-C twice, must not end its guard before.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
+    with _guard() as mark:
         os.environ[_FAMILY] = mark
         try:
             yield
         finally:
             os.environ.pop(_FAMILY, None)
+
+
+@contextmanager
+def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A command that starts processes in its own way, such as vLLM. It and they end with the body, SIGTERM first and after `patience` seconds
+    SIGKILL, or within seconds when this process is killed. Raises `FileNotFoundError`."""
+    given: dict[str, str] = options.pop("env", dict(os.environ))
+    with _guard() as mark:
+        # Without the leash: the guard has to find the command alive to know what it has started.
+        process = subprocess.Popen(
+            [_found(command[0]), *command[1:]], env={**given, _FAMILY: mark}, start_new_session=True, **options
+        )
+        try:
+            yield process
+        finally:
+            name = os.fsencode(f"{_FAMILY}={mark}")
+            if process.poll() is None:
+                guard.end(name, process.pid, patience=patience)
+            else:  # what it has left behind has nobody to end for
+                guard.end(name, patience=0)
+            with suppress(ProcessLookupError):  # what a command has left that was killed itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def _guard() -> Iterator[str]:
+    """A process that ends the family of the mark where this one is killed in the body."""
+    mark = secrets.token_hex(8)
+    environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
+    # In a session of its own: what ends the family, such as Ctrl-C twice, must not end its guard before.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
+        try:
+            yield mark
+        finally:
             process.communicate(b"over")
 
 
 def _tied(command: Sequence[str]) -> list[str]:
-    program = shutil.which(command[0])
-    if program is None:  # the leash would find that out too late for the caller
-        raise FileNotFoundError(f"{command[0]}: not found")
+    program = _found(command[0])  # the leash would find out too late for the caller
     return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *command[1:]]
+
+
+def _found(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        raise FileNotFoundError(f"{program}: not found")
+    return path
 
 
 def end_with_parent() -> None:

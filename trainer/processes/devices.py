@@ -35,6 +35,12 @@ def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
 
 
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The words by which CUDA_VISIBLE_DEVICES leaves each of these GPUs to a process."""
+    count, setting = local_gpus(environment), environment.get("CUDA_VISIBLE_DEVICES")
+    return (list(map(str, range(count))) if setting is None else [word.strip() for word in setting.split(",")])[:count]
+
+
 def listed_gpus() -> list[ListedGpu]:
     """All GPUs of this machine in the driver's order, whatever CUDA_VISIBLE_DEVICES leaves of them."""
     listing = _told_by_driver("--list-gpus")

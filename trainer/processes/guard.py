@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 PATIENCE_SECONDS = 3.0
 
@@ -47,20 +48,38 @@ def _processes() -> dict[int, tuple[int, str]]:
                 fields = stat.read().rpartition(")")[2].split()
         except OSError:
             continue
-        found[int(name)] = int(fields[1]), fields[19]
+        if fields[0] != "Z":  # which has ended, and waits for its parent to look
+            found[int(name)] = int(fields[1]), fields[19]
     return found
+
+
+def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
+    """End the family with this mark: those that are `asked` get SIGTERM, and all that is left after `patience` seconds SIGKILL."""
+    # One that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. It is known by its parent, while that is there.
+    known = descendants(family(mark))
+    _signal(asked, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while left := {*family(mark), *_same(known)}:
+        if time.monotonic() > deadline:
+            _signal(left, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _same(known: dict[int, str]) -> list[int]:
+    """Those of the processes that are there still."""
+    now = _processes()
+    return [number for number, began in known.items() if number in now and now[number][1] == began]
+
+
+def _signal(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            continue
 
 
 if __name__ == "__main__":
     if not sys.stdin.buffer.read():
-        mark = os.fsencode(sys.argv[1])
-        # One that renames itself, as Ray's agents do, may overwrite its environment. It is known by its parent, while that is there.
-        known = descendants(family(mark))
-        time.sleep(PATIENCE_SECONDS)
-        now = _processes()
-        same = (number for number, began in known.items() if number in now and now[number][1] == began)
-        for process in {*family(mark), *same}:
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        end(os.fsencode(sys.argv[1]))

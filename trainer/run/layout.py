@@ -19,6 +19,7 @@ SETTINGS = "settings/"
 METRICS = "metrics/"
 LOGS = "logs/"
 ROLLOUTS = "rollouts/"
+SERVERS = "servers/"
 DRIVER_LOG = "logs/driver.log"
 CHECKPOINTS = "checkpoints/"
 EVALUATIONS = "evaluations/"
@@ -74,9 +75,14 @@ def rank_log(generation: int, rank: int) -> str:
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
 
 
-def sampling_log(generation: int) -> str:
-    """The stream of what the process says that has servers sample for the run, from before this start's ranks on."""
-    return f"{LOGS}{generation:06d}/rollout.log"
+def beside_log(generation: int, name: str) -> str:
+    """The stream of what a process beside the ranks says: `rollout`, which has servers sample, or `server-1` and so on. It begins before this start's ranks."""
+    return f"{LOGS}{generation:06d}/{name}.log"
+
+
+def server(name: str) -> str:
+    """The key with the URL of a server of the run that answers, and that it is called by in the run."""
+    return f"{SERVERS}{name}"
 
 
 def owner(number: int) -> str:

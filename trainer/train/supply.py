@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.objective import OWN
 from trainer.data.compile.prepare import Datasets
+from trainer.data.dataset.chapters import given_up
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.rollouts import Rollouts, is_committed
 from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
@@ -16,6 +17,7 @@ from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.sampling import OwnSampler
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
+from trainer.store.store import Store
 from trainer.train.start import Start
 from trainer.tuning.objective.teacher import teacher_of
 
@@ -84,11 +86,18 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
             return {**figures, "lag": step - figures.pop("adapter")}
         if any(row[1] for row in rows):
             raise Stopped(f"stopped at step {step}, while answers were waited for")
+        ranks.on_first(lambda: _check_given_up(start.folder))
         start.pulse("compile", step + 1)
         if time.monotonic() - told > _SAY_SECONDS:
             told = time.monotonic()
             start.metrics.write("waiting", step=step, what="answers")
         time.sleep(_LOOK_SECONDS)
+
+
+def _check_given_up(folder: Store) -> None:
+    """Raise why there will be no more answers, where those have said so who start the servers."""
+    if error := given_up(folder):
+        raise error
 
 
 def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:

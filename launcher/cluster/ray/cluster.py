@@ -193,11 +193,12 @@ def lost_nodes(before: Mapping[str, str], within: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Need:
-    """A run's demand on the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names."""
+    """A run's demand on the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names; its servers have `serving` GPUs already."""
 
     fewest: int
     most: int
     each: dict[str, float]
+    serving: int = 0
 
     @property
     def gpus(self) -> int:
@@ -209,13 +210,14 @@ def need(config: Config) -> Need:
     import ray
 
     rules = config.cluster.ray
-    available = int(ray.cluster_resources().get("GPU", 0))
+    available = int(ray.cluster_resources().get("GPU", 0)) - config.rollout.serving_gpus
     gpus = config.cluster.gpus_per_worker if config.cluster.gpus_per_worker is not None else int(available > 0)
     each: dict[str, float] = {"CPU": rules.cpus_per_worker, **({"GPU": float(gpus)} if gpus else {}), **rules.resources}
     if rules.memory_per_worker:
         each["memory"] = rules.memory_per_worker * 2**30
     whole = max(1, available) if gpus else 1
-    return Need(config.cluster.fewest_workers or whole, config.cluster.most_workers or whole, each)
+    fewest, most = config.cluster.fewest_workers or whole, config.cluster.most_workers or whole
+    return Need(fewest, most, each, config.rollout.serving_gpus)
 
 
 def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
@@ -278,8 +280,10 @@ def wait_for_room(
                 seen, changed = found, now
             if found >= wanted.most or (found >= wanted.fewest and now - changed >= _SETTLE_SECONDS):
                 return wanted, found
-            total = ray.cluster_resources()
+            total = dict[str, float](ray.cluster_resources())
+            total["GPU"] = total.get("GPU", 0.0) - wanted.serving
             short = shortage(wanted.fewest, wanted.each, total)
+            short += f", beside the {wanted.serving} GPUs of its servers" if wanted.serving else ""
             if found < wanted.fewest and (now - began >= timeout or not (can_grow or _enough(wanted, total))):
                 waited = f" after {timeout:.0f} seconds (cluster.ray.start_timeout)" if can_grow else ""
                 raise ConfigError(

@@ -14,9 +14,9 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, first_line, refused_token
 from launcher.start import snapshot
+from launcher.start.beside import beside_sentence
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
-from launcher.start.sampling import asks_servers
 from launcher.start.shared_folder import check_shared
 from trainer.config import Config
 from trainer.errors import ConfigError
@@ -85,7 +85,7 @@ def submit(
         runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
         snapshot=code.sentence(),
         config=config.model_dump(mode="json", exclude_defaults=True),
-        beside=asks_servers(config),
+        beside=beside_sentence(config),
         next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )

@@ -11,11 +11,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from launcher.cluster.ray.beside import beside_on_ray, gpus_for_servers
 from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
@@ -65,7 +67,13 @@ def run_on_ray(
     # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
     attempts = Attempts(config, datasets, owner, resume)
-    with nullcontext() if joined else local_ray(config.cluster.most_workers or 1):
+    with ExitStack() as stack:
+        if not joined:
+            stack.enter_context(local_ray(config.cluster.most_workers or 1))
+        # Before the ranks have theirs, and for all attempts: none of them may take the servers' GPUs.
+        stop = partial(stop_if_asked, owner.run, "while the run was starting")
+        group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
+        stack.enter_context(beside_on_ray(config, owner.run, group, log))
         keep_trying(attempts, lambda: _start(attempts, dashboard, log), log)
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 
 from launcher.cluster.slurm.queue import attempts
 from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
+from launcher.start.beside import forget_servers
 from launcher.start.check import check_turn
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config
@@ -53,6 +54,8 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
         lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
         _record(run, lost)
         record_end(run, _LOST, crash=True)
+    run.delete(layout.NO_MORE_DATA)
+    forget_servers(run)  # before its steps, of which one may have servers
     # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
     take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
     number = 1 + max((attempt.number for attempt in every), default=0)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.start.sampling import asks_servers
+from launcher.start.beside import beside_sentence
 from trainer.config import Config
+from trainer.config.objective import SERVE
 from trainer.errors import ConfigError
 
 _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
@@ -20,29 +21,45 @@ _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 
 @dataclass(frozen=True)
 class Shape:
-    """The nodes of a job, and the ranks and CPUs of each."""
+    """The nodes of a job; all ranks, their nodes, and the ranks and CPUs of each. The last nodes are those of the servers that srun starts."""
 
     nodes: int
+    ranks: int
+    rank_nodes: int
     ranks_per_node: int
     cpus_per_node: int
+    server_nodes: int = 0
 
 
 def shape(config: Config) -> Shape:
-    """The layout of the run's ranks over the job's nodes.
+    """The layout of the run's ranks and servers over the job's nodes.
 
     Raises:
-        ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks.
+        ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks, or no room is left for the servers.
     """
     slurm, workers = config.cluster.slurm, config.cluster.most_workers
     if workers is None and not slurm.gpus_per_node:
         raise ConfigError(
             "cluster.workers: missing. Set it, or cluster.slurm.gpus_per_node, which gives every GPU a rank."
         )
-    ranks = workers or slurm.nodes * (slurm.gpus_per_node or 0)
-    per_node, rest = divmod(ranks, slurm.nodes)
+    serving = config.rollout.serving_gpus
+    server_nodes = _server_nodes(config)
+    # On their own nodes where there are several; else the servers have the last GPUs of the nodes. Ray finds room for them by itself.
+    apart = serving and slurm.launch == "direct" and slurm.nodes > 1
+    nodes = slurm.nodes - server_nodes if apart else slurm.nodes
+    gpus = nodes * (slurm.gpus_per_node or 0) - (0 if apart else serving)
+    ranks = workers or gpus
+    if slurm.gpus_per_node and (gpus < 1 or (serving and ranks > gpus and config.cluster.gpus_per_worker != 0)):
+        raise ConfigError(
+            f"rollout.serve: {config.rollout.serve.replicas} x {config.rollout.serve.gpus} GPUs for servers leave {max(gpus, 0)} of cluster.slurm.nodes: {slurm.nodes} x "
+            f"gpus_per_node: {slurm.gpus_per_node} for {workers or 'the'} ranks. Ask for more nodes, or lower rollout.serve.replicas or cluster.workers."
+        )
+    per_node, rest = divmod(ranks, nodes)
+    if rest and serving and slurm.launch == "ray":
+        per_node, rest = per_node + 1, 0
     if rest:
         raise ConfigError(
-            f"cluster.workers: {ranks} ranks do not divide over cluster.slurm.nodes: {slurm.nodes}. Use a multiple of it."
+            f"cluster.workers: {ranks} ranks do not divide over cluster.slurm.nodes: {nodes}. Use a multiple of it."
         )
     if slurm.gpus_per_node and per_node > slurm.gpus_per_node:
         raise ConfigError(
@@ -53,7 +70,19 @@ def shape(config: Config) -> Shape:
     cpus = slurm.cpus_per_node or math.ceil(per_node * each)
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")
-    return Shape(slurm.nodes, per_node, cpus)
+    return Shape(slurm.nodes, ranks, nodes, per_node, cpus, server_nodes)
+
+
+def _server_nodes(config: Config) -> int:
+    """The nodes that the run's servers take. Raises `ConfigError` where none has room for one."""
+    serve, gpus = config.rollout.serve, config.cluster.slurm.gpus_per_node or 0
+    if config.rollout.engine != SERVE:
+        return 0
+    if serve.gpus > gpus:
+        raise ConfigError(
+            f"rollout.serve.gpus: {serve.gpus} GPUs for a server are more than cluster.slurm.gpus_per_node: {gpus}. Lower the one (0 serves on CPUs) or raise the other."
+        )
+    return math.ceil(serve.replicas / (gpus // serve.gpus)) if serve.gpus else 1
 
 
 def options(config: Config, output: str, dependencies: list[str]) -> dict[str, str | None]:
@@ -98,16 +127,19 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
         "PYTHON": slurm.python or sys.executable,
         "CONTAINER": slurm.container,
         "LAUNCH": slurm.launch,
+        "RANK_NODES": node.rank_nodes,
         "RANKS_PER_NODE": node.ranks_per_node,
         "CPUS_PER_NODE": node.cpus_per_node,
         "RAY_CPUS": math.ceil(node.ranks_per_node * config.cluster.ray.cpus_per_worker),
         "LOCAL_DIR": slurm.local_dir,
     }
+    if node.server_nodes and slurm.launch == "direct":
+        values |= {"SERVERS": config.rollout.serve.replicas, "SERVER_NODES": node.server_nodes}
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),
         "",
-        *([f"# {beside}"] if (beside := asks_servers(config)) else []),
+        *([f"# {beside}"] if (beside := beside_sentence(config)) else []),
         *(f"{name}={_shell(value)}" for name, value in values.items()),
         "",
     ]

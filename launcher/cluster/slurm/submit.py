@@ -114,7 +114,7 @@ def inside_a_job(config: Config) -> Config:
     """The run's settings with those that its job decides. Raises `ConfigError` as `script.shape` does."""
     job_shape, cluster = script.shape(config), config.cluster
     if cluster.workers is None:
-        config = override(config, f"cluster.workers={job_shape.nodes * job_shape.ranks_per_node}")
+        config = override(config, f"cluster.workers={job_shape.ranks}")
     if cluster.slurm.gpus_per_node and cluster.gpus_per_worker is None:
         # On a node that shows them no GPU the ranks would else compute on its CPUs.
         config = override(config, "cluster.gpus_per_worker=1")

@@ -110,16 +110,17 @@ def open_chapters(store: Store, fingerprint: str, folder: Store) -> Chapters:
         return open_chapter(store, fingerprint, chapter)
 
     count = read_manifest(store, fingerprint, chapter=0).chapters
-    return Chapters(count, open_one, lambda: _given_up(folder))
+    return Chapters(count, open_one, lambda: given_up(folder))
 
 
 def give_up(folder: Store, error: BaseException) -> None:
-    """Tell the ranks of `folder` that no more of its data will be compiled, as they may be waiting for it."""
+    """Tell the ranks of `folder` that no more of its data will be compiled, or sampled, as they may be waiting for it."""
     reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
     folder.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 
 
-def _given_up(folder: Store) -> CapstanError | None:
+def given_up(folder: Store) -> CapstanError | None:
+    """Why no more of its data comes; None where some may."""
     try:
         given = json.loads(folder.get(layout.NO_MORE_DATA))
         return (Stopped if given["stopped"] else DataError)(given["reason"])

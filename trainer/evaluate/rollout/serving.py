@@ -3,6 +3,7 @@
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.find.locate import resolve_base
-from trainer.config.objective import Rollout
+from trainer.config.objective import SERVE, Rollout
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
@@ -23,6 +24,7 @@ from trainer.evaluate.rollout.published import fetch, name_of, published
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import resolve
+from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
 from trainer.state.checkpoint.listing import committed_steps
@@ -47,25 +49,22 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
     keys = locate(resolved.config, base)
     making = Making.of(resolved, run, keys["train"], keys.get("eval"))
     place = making.place
-    servers = [
-        CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in config.rollout.engine
-    ]
     rules, total = config.rollout, config.rollout.chapters(config.train.steps or 0)
     chapter, made, told = rules.chapter(oldest(run)), 0, 0.0
     with ExitStack() as stack:
         stack.callback(making.scoring.close)
-        sampler = ServerSampler(servers, place, Path(stack.enter_context(scratch_folder("rollout"))))
+        sampler = ServerSampler(place, Path(stack.enter_context(scratch_folder("rollout"))))
         stack.callback(sampler.forget)
         while chapter < total:
             if is_committed(place, chapter):
                 chapter += 1
                 continue
             answers = f"the answers of step {rules.first_step(chapter) + 1}"
-            adapter = _adapter_for(place, chapter, rules)
-            if adapter is None:
+            adapter, sampler.servers = _adapter_for(place, chapter, rules), _servers(rules, run)
+            if adapter is None or not sampler.servers:
                 if time.monotonic() - told > _SAY_SECONDS:
                     told = time.monotonic()
-                    tell({"log": f"{answers} wait for a newer adapter"})
+                    tell({"log": f"{answers} wait for a {'server' if adapter is not None else 'newer adapter'}"})
                     if has_finished(run):
                         break
                 chapter = max(chapter, rules.chapter(oldest(run)))
@@ -81,6 +80,17 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
             made += making.commit(chapter, adapter, wanted, drawn, began)
             tell({"log": f"{answers} are there, by the adapter of step {adapter}"})
     return {"steps": min(rules.first_step(chapter), config.train.steps or 0), "made": made}
+
+
+def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:
+    """Those of the settings; or those that start with the run, as far as they answer now."""
+    urls = list(rules.engine)
+    if rules.engine == SERVE:
+        urls = list[str]()
+        for entry in run.list(layout.SERVERS):
+            with suppress(NotFound):  # it has just died
+                urls.append(run.get(entry.key).decode())
+    return [CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in urls]
 
 
 def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
@@ -104,15 +114,16 @@ class ServerSampler:
     """Servers of one base, each of which has the adapter loaded that was loaded last. Those that have Capstan's plugin take it from the store, and the
     others find it below `folder`."""
 
-    servers: list[CompletionsServer]
     place: Store
     folder: Path
+    servers: Sequence[CompletionsServer] = ()
     _name: str | None = None
     _loaded: int | None = None
+    _having: frozenset[CompletionsServer] = frozenset()
 
     def load(self, adapter: int) -> None:
         """Have every server take the adapter of this update. Raises `NotFound` where it was removed."""
-        if self._loaded == adapter:
+        if self._loaded == adapter and self._having.issuperset(self.servers):
             return
         name = name_of(self.place, adapter, secrets.token_hex(4))
         lacking = [server for server in self.servers if not patiently(partial(server.has, name))]
@@ -121,12 +132,12 @@ class ServerSampler:
         for server in lacking:
             patiently(partial(server.load, name, str(self.folder / name)))
         self.forget()
-        self._name, self._loaded = name, adapter
+        self._name, self._loaded, self._having = name, adapter, frozenset(self.servers)
 
     def forget(self) -> None:
         """Have the servers drop the adapter; one that has gone has none."""
         if self._name is not None:
-            for server in self.servers:
+            for server in self._having:
                 with suppress(CapstanError):
                     server.unload(self._name)
             shutil.rmtree(self.folder / self._name, ignore_errors=True)
@@ -135,22 +146,28 @@ class ServerSampler:
     def sample(self, request: Request) -> list[list[Drawn]]:
         numbers = range(len(request.prompts))
         with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
-            return list(pool.map(partial(self._ask, request), numbers, islice(cycle(self.servers), len(numbers))))
+            return list(pool.map(partial(self._ask, request), numbers))
 
-    def _ask(self, request: Request, number: int, server: CompletionsServer) -> list[Drawn]:
-        """The answers to the prompt of this number."""
-        name = self._name
+    def _ask(self, request: Request, number: int) -> list[Drawn]:
+        """The answers to the prompt of this number, by one of the servers; each attempt asks another."""
+        name, turns = self._name, islice(cycle(self.servers), number % len(self.servers), None)
         assert name is not None
-        asked = partial(
-            server.sample,
-            name,
-            list(request.prompts[number]),
-            n=request.answers,
-            max_tokens=request.room[number],
-            temperature=request.temperature,
-            seed=(request.seed + number) % 2**31,
-            stop_token_ids=sorted(request.stops),
-        )
-        # A server that was started again has no adapter.
-        found = patiently(asked, between=partial(server.load, name, str(self.folder / name)))
-        return [Drawn(*one) for one in found]
+        server = next(turns)
+
+        def ask() -> list[tuple[list[int], list[float]]]:
+            return server.sample(
+                name,
+                list(request.prompts[number]),
+                n=request.answers,
+                max_tokens=request.room[number],
+                temperature=request.temperature,
+                seed=(request.seed + number) % 2**31,
+                stop_token_ids=sorted(request.stops),
+            )
+
+        def turn() -> None:
+            nonlocal server
+            server = next(turns)
+            server.load(name, str(self.folder / name))  # one that was started again has no adapter
+
+        return [Drawn(*one) for one in patiently(ask, between=turn)]

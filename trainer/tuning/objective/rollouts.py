@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config
-from trainer.config.objective import OWN
+from trainer.config.objective import OWN, SERVE, Serve
 from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
 from trainer.tuning.objective.teacher import Teacher
@@ -76,6 +76,8 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
         yield "rollout.max_lag: has no effect with rollout.engine: own, which samples and trains in turns. Remove it."
     if given.engine != OWN and method.exports_model:
         yield f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
+    if given.engine != SERVE and given.serve != Serve():
+        yield "rollout.serve: has no effect without rollout.engine: serve. Set that, or remove it."
     if given.max_tokens >= config.data.sequence_length:
         yield (
             f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length: {config.data.sequence_length}. Change one "

@@ -1,0 +1,122 @@
+"""The processes beside a run's ranks as actors of Ray. The GPUs of its servers are reserved in one placement group before its ranks ask for theirs."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from launcher.cluster.ray.cluster import first_line, shortage
+from launcher.start.beside import Beside, Child, beside
+from trainer.config import Config
+from trainer.errors import CapstanError, ConfigError
+from trainer.store.store import Store
+
+_LOOK_SECONDS = 0.5
+_END_SECONDS = 15.0
+
+
+def beside_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
+    """`beside` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a bundle each."""
+    return beside(besides(config), run, lambda one: _Actor(one, run, group), log)
+
+
+@contextmanager
+def gpus_for_servers(
+    config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
+) -> Iterator[Any]:
+    """A placement group with a bundle for each of the run's servers; None where they need no GPUs. `stop` may raise to end the wait for it.
+
+    Raises:
+        ConfigError: there is no room within cluster.ray.start_timeout, or with not `can_grow` there never will be.
+    """
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    serve = config.rollout.serve
+    if not config.rollout.serving_gpus:
+        yield None
+        return
+    began, told, patience = time.monotonic(), False, config.cluster.ray.start_timeout
+    ranks = (config.cluster.fewest_workers or 1) if config.cluster.gpus_per_worker != 0 else 0
+    bundles = [{"GPU": float(serve.gpus)}] * serve.replicas
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        while not group.wait(_LOOK_SECONDS):
+            stop()
+            total = ray.cluster_resources()
+            short = shortage(serve.replicas, bundles[0], total)
+            never = not can_grow and total.get("GPU", 0.0) < config.rollout.serving_gpus + ranks
+            if never or time.monotonic() - began >= patience:
+                waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
+                raise ConfigError(
+                    f"rollout.serve: {serve.replicas} servers of {serve.gpus} GPUs beside {ranks} ranks find no room{waited}: {short}. Lower rollout.serve.replicas or "
+                    "rollout.serve.gpus (0 serves on CPUs), or free some."
+                )
+            if not told:
+                told = True
+                log(f"waiting for room for {serve.replicas} servers of {serve.gpus} GPUs: {short}")
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+class _Keeper:
+    """The actor: it has the process as a child, and says what that says."""
+
+    def __init__(self, folder: str, variables: dict[str, str]) -> None:
+        self._folder, self._variables = folder, variables
+        self._child: Child | None = None
+        self._over = False
+
+    def words(self, one: Beside, run: str) -> Iterator[str]:
+        import ray.util
+
+        from trainer.store.store import open_store
+
+        folder = self._folder if os.path.isdir(self._folder) else None
+        command = one.command(open_store(run), ray.util.get_node_ip_address())
+        self._child = child = Child(command, self._variables, folder)
+        if self._over:
+            child.end()
+        yield from child.words()
+
+    def end(self) -> None:
+        self._over = True
+        if self._child is not None:
+            self._child.end()
+
+
+class _Actor:
+    """A process beside the ranks, kept by an actor."""
+
+    def __init__(self, one: Beside, run: Store, group: Any) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+        where: Any = "DEFAULT"
+        if one.is_near:
+            where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        elif group is not None:
+            where = PlacementGroupSchedulingStrategy(group, int(one.name.rpartition("-")[2]) - 1)
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": one.gpus, "scheduling_strategy": where}
+        # A worker has its machine's environment; what is near has this process's.
+        given = (os.getcwd(), dict(os.environ) if one.is_near else {})
+        # One thread for its words, and one in which it is told to end.
+        self._actor: Any = ray.remote(_Keeper).options(max_concurrency=2, **options).remote(*given)
+        self._one, self._run = one, run
+
+    def words(self) -> Iterator[str]:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            for word in self._actor.words.options(num_returns="streaming").remote(self._one, self._run.uri):
+                yield ray.get(word)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, CapstanError):
+                raise error.cause from None
+            raise CapstanError(f"its actor was lost ({first_line(error)})") from error
+
+    def end(self) -> None:
+        self._actor.end.remote()

@@ -1,0 +1,248 @@
+"""The processes beside the ranks of a run that learns from what servers sample: `capstan rollout`, which asks the servers, and with rollout.engine: serve
+the servers. Each is a command, which is placed on this machine, by cluster/ray/beside.py as an actor of Ray, or by slurm/run.sh as a task of srun:
+
+    python -m launcher.start.beside RUN_URI NAME ADDRESS
+
+It keeps its process alive, says what becomes of it to stdout, a line each, and ends with it at SIGTERM. ADDRESS is that of its machine, as the others reach it.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import NamedTuple, Protocol
+
+from launcher.start.local_group import gpus_of_server
+from launcher.start.server import Program, keep_server
+from trainer.config import Config
+from trainer.config.objective import OWN, SERVE
+from trainer.data.dataset.chapters import give_up
+from trainer.errors import CapstanError, StorageError
+from trainer.processes import children
+from trainer.processes.devices import visible_gpus
+from trainer.run import layout
+from trainer.run.folder import submitted_config
+from trainer.store.store import Store, open_store
+from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
+
+AGAIN_SECONDS = 15.0
+"""Until `capstan rollout` is started again: a server may be starting, or a run that was finished goes on."""
+_ASKING = "rollout"
+_PLACED_AGAIN_SECONDS = 5.0
+_END_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+
+
+class Beside(NamedTuple):
+    """A process beside the ranks, by its name, and its GPUs. One that `is_near` has the driver's folder and machine."""
+
+    name: str
+    gpus: int
+    is_near: bool
+
+    def command(self, run: Store, address: str) -> list[str]:
+        return [sys.executable, "-m", "launcher.start.beside", run.uri, self.name, address]
+
+
+def besides(config: Config, *, servers: bool = True) -> list[Beside]:
+    """All of the run, or without the `servers`; none where it asks no servers. The reward is a function of the folder that the run was started in."""
+    if not isinstance(find_objective(config), LearnsFromRollouts) or config.rollout.engine == OWN:
+        return []
+    serve = config.rollout.serve
+    count = serve.replicas if config.rollout.engine == SERVE and servers else 0
+    first = [Beside(server_name(number), serve.gpus, is_near=False) for number in range(count)]
+    return [*first, Beside(_ASKING, 0, is_near=True)]
+
+
+def server_name(number: int) -> str:
+    """The name of the server of this number, from 0."""
+    return f"server-{number + 1}"
+
+
+def beside_sentence(config: Config) -> str | None:
+    """A sentence about them, for whoever submits the run."""
+    if not besides(config):
+        return None
+    engine, serve = config.rollout.engine, config.rollout.serve
+    again = "and is started again when it dies"
+    if engine != SERVE:
+        return (
+            f"beside the ranks, where the run is driven: capstan rollout, which has {', '.join(engine)} sample, {again}"
+        )
+    gpus = f"{serve.gpus} GPU{'' if serve.gpus == 1 else 's'}" if serve.gpus else "CPUs"
+    return (
+        f"beside the ranks: {serve.replicas} server{'' if serve.replicas == 1 else 's'} ({shlex.join(serve.command)}) on {gpus}{' each' if serve.replicas > 1 else ''}, and "
+        f"capstan rollout, which has them sample; each ends with the run, {again}"
+    )
+
+
+class Placed(Protocol):
+    """A process beside the ranks that was placed somewhere."""
+
+    def words(self) -> Iterator[str]:
+        """What it says, until it ends as it should. Raises `CapstanError` where it is lost."""
+        ...
+
+    def end(self) -> None:
+        """Have it end, within seconds."""
+        ...
+
+
+@contextmanager
+def beside(
+    every: Sequence[Beside], run: Store, place: Callable[[Beside], Placed], log: Callable[[str], None]
+) -> Iterator[None]:
+    """Inside, the run has these processes beside its ranks, where `place` places them, again where they are lost. `log` gets what they say."""
+    if len(every) > 1:
+        forget_servers(run)
+    tended = [_Tended(one, place, log) for one in every]
+    # A command dies with the thread that starts it.
+    threads = [threading.Thread(target=one.tend, name="beside", daemon=True) for one in tended]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for one in tended:
+            one.end()
+        for thread in threads:
+            thread.join(_END_SECONDS)
+
+
+def forget_servers(run: Store) -> None:
+    """Those of a start that was killed."""
+    for entry in run.list(layout.SERVERS):
+        run.delete(entry.key)
+
+
+class _Tended:
+    def __init__(self, one: Beside, place: Callable[[Beside], Placed], log: Callable[[str], None]) -> None:
+        self._one, self._place, self._log = one, place, log
+        self._over, self._placing = threading.Event(), threading.Lock()
+        self._placed: Placed | None = None
+
+    def tend(self) -> None:
+        while (placed := self._begun()) is not None:
+            try:
+                for line in placed.words():
+                    self._log(line)
+                return
+            except CapstanError as error:
+                if not self._over.is_set():
+                    self._log(f"{self._one.name}: {error}; it is started again")
+            self._over.wait(_PLACED_AGAIN_SECONDS)
+
+    def _begun(self) -> Placed | None:
+        with self._placing:
+            if not self._over.is_set():
+                self._placed = self._place(self._one)
+                return self._placed
+        return None
+
+    def end(self) -> None:
+        with self._placing:
+            self._over.set()
+        if self._placed is not None:
+            self._placed.end()
+
+
+def beside_here(
+    config: Config, run: Store, log: Callable[[str], None], *, servers: bool = True
+) -> AbstractContextManager[None]:
+    """`beside` on this machine, whose last GPUs are the servers'."""
+    every = besides(config, servers=servers)
+
+    def place(one: Beside) -> Placed:
+        devices = {}
+        if config.rollout.serving_gpus:
+            devices["CUDA_VISIBLE_DEVICES"] = gpus_of_server(every.index(one), one.gpus, visible_gpus())
+        return Child(one.command(run, "127.0.0.1"), devices)
+
+    return beside(every, run, place, log)
+
+
+class Child:
+    """A process beside the ranks as a child of this one. It starts with the first of its words."""
+
+    def __init__(self, command: list[str], variables: dict[str, str], folder: str | None = None) -> None:
+        # It is no rank of the group that torchrun or srun may have made of this process.
+        group = {name for name in os.environ if name in children.OF_A_RANK or name.startswith("SLURM_")}
+        self._environment = {name: value for name, value in os.environ.items() if name not in group} | variables
+        self._command, self._folder = command, folder
+        self._process: subprocess.Popen[str] | None = None
+        self._over = False
+        self._starting = threading.Lock()
+
+    def words(self) -> Iterator[str]:
+        with self._starting:
+            if self._over:
+                return
+            # In a session of its own: the driver says when it ends, and not Ctrl-C.
+            self._process = process = children.start(
+                self._command,
+                env=self._environment,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        assert process.stdout is not None
+        yield from map(str.rstrip, process.stdout)
+        if process.wait():
+            raise CapstanError(f"the process that keeps it ended with exit code {process.returncode}")
+
+    def end(self) -> None:
+        with self._starting:
+            self._over = True
+        if self._process is not None:
+            self._process.terminate()
+
+
+def _keep_asking(run: Store, over: threading.Event, tell: Callable[[str], None]) -> None:
+    """Have `capstan rollout` run, and tell how it ended where that is news."""
+    told = ""
+    with Program(run, _ASKING) as program:
+        while not over.is_set():
+            with program.running(
+                [sys.executable, "-m", "launcher.cli", "rollout", run.uri], dict(os.environ)
+            ) as process:
+                while process.poll() is None and not over.wait(_LOOK_SECONDS):
+                    program.keep()
+            how = f"capstan rollout ended with exit code {process.returncode}: {program.last_words(1)}"
+            if process.returncode and how != told and not over.is_set():
+                told = how
+                tell(f"{how}; it is started again every {AGAIN_SECONDS:g} s")
+            over.wait(AGAIN_SECONDS)
+
+
+def main(uri: str, name: str, address: str) -> None:
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    run = open_store(uri)
+
+    def tell(line: str) -> None:
+        with suppress(OSError):  # nobody hears it any more, and the end is near
+            print(line, flush=True)
+
+    if name == _ASKING:
+        _keep_asking(run, over, tell)
+        return
+    try:
+        keep_server(submitted_config(run), run, name, address, over, tell)
+    except CapstanError as error:
+        tell(f"{error} The run commits and ends.")
+        while not over.is_set():  # however long the store is out of reach
+            with suppress(StorageError):
+                give_up(run, error)
+                return
+            over.wait(_PLACED_AGAIN_SECONDS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
