@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from launcher.cluster.ray.cluster import first_line, shortage
-from launcher.start.beside import Beside, Child, beside
+from launcher.start.beside import Beside, Child, beside, besides
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
 from trainer.store.store import Store
