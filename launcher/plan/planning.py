@@ -10,7 +10,7 @@ from launcher.plan.measured import measured_rate
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
-from trainer.config.objective import OWN
+from trainer.config.objective import OWN, SERVE
 from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
@@ -156,11 +156,11 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
     each of its prompt."""
     given, batch = config.rollout, config.train.global_batch
     answers, adapter = batch * given.answers, f"an adapter at most {given.lag} updates old"
-    who = (
-        "the ranks themselves, between updates"
-        if given.engine == OWN
-        else f"{len(given.engine)} servers, with {adapter}"
-    )
+    who = f"{len(given.engine)} servers, with {adapter}"
+    if given.engine == OWN:
+        who = "the ranks themselves, between updates"
+    elif given.engine == SERVE:
+        who = f"{_several(given.serve.replicas, 'server')} that start with the run, with {adapter}"
     steps = "each step" if given.updates == 1 else f"one step of {given.updates}"
     most = decimal(12 * answers * config.data.sequence_length)
     served = ""
@@ -170,8 +170,14 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
         gpus = ""
         if plan.device == "gpu":
             base = decimal(plan.parameters.frozen * value_bytes(config))
-            ranks = plan.batch.world_size
-            gpus = f" The ranks take {ranks} GPU{'' if ranks == 1 else 's'}; each server needs others, for a base of {base} in {config.model.dtype}."
+            ranks = _several(plan.batch.world_size, "GPU")
+            gpus = f" The ranks take {ranks}; each server needs others, for a base of {base} in {config.model.dtype}."
+            if given.engine == SERVE:
+                all_gpus = _several(plan.batch.world_size + given.serving_gpus, "GPU")
+                gpus = (
+                    f" The ranks take {ranks} and the servers {given.serving_gpus}, {all_gpus} together; each server has {_several(given.serve.gpus, 'GPU')} for a base of {base} in "
+                    f"{config.model.dtype}, and what vLLM keeps beside it."
+                )
         share = "" if given.updates == 1 else f" 1/{given.updates}"
         served = (
             f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers together sample{share} as many tokens a second as "
@@ -181,6 +187,10 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
         f"rollout: {steps} samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
         f"step's are at most {most} in the store, until its checkpoints are gone.{served}"
     )
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _answering_store(config: Config) -> Store | None:
@@ -213,6 +223,7 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
     """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as few as can be."""
     slurm = config.cluster.slurm
-    asked = config.cluster.most_workers or slurm.nodes * (slurm.gpus_per_node or 0)
-    world_size = asked or local_gpus or config.sharding.sequence_parallel
+    serving = config.rollout.serving_gpus
+    asked = config.cluster.most_workers or max(0, slurm.nodes * (slurm.gpus_per_node or 0) - serving)
+    world_size = asked or max(0, local_gpus - serving) or config.sharding.sequence_parallel
     return world_size, ranks_per_node or min(world_size, slurm.gpus_per_node or world_size)

@@ -219,6 +219,7 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
         (["train.epochs=1"], "train.epochs: objective.name: grpo has a step for"),
         (["sharding.sequence_parallel=2"], "sharding.sequence_parallel: 2 is not possible"),
         (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),
+        (["rollout.serve.replicas=2"], "rollout.serve: has no effect without rollout.engine: serve"),
         (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),
     ],
 )
@@ -263,7 +264,7 @@ def served(
         run.put(f"adapters/step-000000003/{name}", b"{}")
     with stub(answered) as url:
         servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
-        sampler = serving.ServerSampler(servers, run, folder)
+        sampler = serving.ServerSampler(run, folder, servers)
         sampler.load(3)
         request = Request([[5, 6]] * prompts, 2, [4] * prompts, 1.0, 7, frozenset({2}))
         return sampler.sample(request)
@@ -289,6 +290,24 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
     assert len(loaded) >= 2, "each server is told"
     assert all(Path(path).is_relative_to(tmp_path / "adapters") for path in loaded)
     assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+
+
+def test_what_a_server_that_has_died_was_asked_another_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    run = open_store(str(tmp_path / "run"))
+    for name in ("adapter_config.json", "PUBLISHED"):
+        run.put(f"adapters/step-000000003/{name}", b"{}")
+
+    def loads(body: dict[str, Any]) -> Any:
+        return 404 if isinstance(body.get("prompt"), str) else choices(body)
+
+    with stub(loads) as living:
+        with stub(loads) as dying:
+            servers = [CompletionsServer("rollout.engine", url, "") for url in (living, dying)]
+            sampler = serving.ServerSampler(run, tmp_path / "adapters", servers)
+            sampler.load(3)
+        request = Request([[5, 6]] * 3, 2, [4] * 3, 1.0, 7, frozenset({2}))
+        assert sampler.sample(request) == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
 
 
 def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: Path) -> None:

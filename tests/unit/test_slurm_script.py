@@ -195,6 +195,63 @@ def test_the_example_divides_its_ranks_over_its_nodes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("launch", "nodes", "serve", "expected"),
+    [
+        ("direct", 3, "{replicas: 2, gpus: 4}", Shape(3, 16, 2, 8, 64, 1)),
+        ("direct", 3, "{replicas: 2, gpus: 5}", Shape(3, 8, 1, 8, 64, 2)),
+        ("direct", 1, "{replicas: 2, gpus: 1}", Shape(1, 6, 1, 6, 48, 1)),
+        ("direct", 2, "{replicas: 2, gpus: 0}", Shape(2, 16, 2, 8, 64, 1)),
+        ("ray", 2, "{replicas: 1, gpus: 3}", Shape(2, 13, 2, 7, 56, 1)),
+    ],
+)
+def test_servers_have_nodes_or_gpus_of_their_own(launch: str, nodes: int, serve: str, expected: Shape) -> None:
+    of_job = (f"cluster.slurm={{nodes: {nodes}, gpus_per_node: 8, launch: {launch}}}", f"rollout.serve={serve}")
+    assert shape(config("rollout.engine=serve", *of_job)) == expected
+
+
+@pytest.mark.parametrize(
+    ("serve", "message"),
+    [
+        ("{gpus: 9}", r"rollout\.serve\.gpus: 9 GPUs for a server are more than cluster\.slurm\.gpus_per_node: 8"),
+        ("{replicas: 2, gpus: 8}", r"rollout\.serve: 2 x 8 GPUs for servers leave 0 of cluster\.slurm\.nodes: 2 x gpus_per_node: 8 for the ranks"),
+        ("{replicas: 9, gpus: 8}", r"rollout\.serve: 9 x 8 GPUs for servers leave 0 of"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("launch", ["ray", "direct"])
+def test_a_job_without_room_for_servers_is_refused(launch: str, serve: str, message: str) -> None:
+    of_job = (f"cluster.slurm={{nodes: 2, gpus_per_node: 8, launch: {launch}}}", f"rollout.serve={serve}")
+    with pytest.raises(ConfigError, match=message):
+        shape(config("rollout.engine=serve", *of_job))
+
+
+def test_the_batch_file_of_srun_says_the_servers() -> None:
+    served = ("rollout.engine=serve", "rollout.serve={replicas: 2, gpus: 4}", "objective.name=grpo")
+    of_job = "cluster.slurm={nodes: 3, gpus_per_node: 8, launch: direct, python: /opt/capstan/bin/python}"
+    header, _ = header_and_body(script(config(*served, of_job)))
+    assert (
+        header.partition("#SBATCH --requeue\n")[2]
+        == """\
+
+# beside the ranks: 2 servers (vllm serve) on 4 GPUs each, and capstan rollout, which has them sample; each ends with the run, and is started again when it dies
+RUN_NAME=big
+RUN_URI=s3://bucket/runs/big
+SUBMISSION=0a1b2c3d
+PYTHON=/opt/capstan/bin/python
+CONTAINER=()
+LAUNCH=direct
+RANK_NODES=2
+RANKS_PER_NODE=8
+CPUS_PER_NODE=64
+RAY_CPUS=8
+LOCAL_DIR=/tmp
+SERVERS=2
+SERVER_NODES=1
+
+"""
+    )
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         (
