@@ -193,7 +193,8 @@ class Child:
                 start_new_session=True,
             )
         assert process.stdout is not None
-        yield from map(str.rstrip, process.stdout)
+        for line in process.stdout:  # no `yield from`: Ray sends values in
+            yield line.rstrip()
         if process.wait():
             raise CapstanError(f"the process that keeps it ended with exit code {process.returncode}")
 

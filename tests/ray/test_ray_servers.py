@@ -128,7 +128,7 @@ def test_a_cluster_that_cannot_hold_both_is_a_sentence(workshop: Workshop, tmp_p
     settings = (f"cluster.ray.address={address}", *SERVE, "cluster.ray.start_timeout=2")
     three = write(tmp_path, workshop, "crowded", *settings, "rollout.serve.replicas=3")
     said = refusal(run_command(["train", three], tmp_path, ENVIRONMENT, PATIENCE))
-    assert "rollout.serve: 3 servers of 1 GPUs beside 0 ranks find no room after 2 seconds" in said
+    assert "rollout.serve: 3 x 1 GPUs for servers and 0 for ranks find no room after 2 seconds" in said
     assert "asked for 3 GPUs, the cluster has 2" in said
     both = write(tmp_path, workshop, "crowded", *settings, "rollout.serve.replicas=2", "cluster.gpus_per_worker=1")
     said = refusal(run_command(["train", both], tmp_path, ENVIRONMENT, PATIENCE))

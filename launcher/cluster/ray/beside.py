@@ -13,7 +13,7 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.store.store import Store
 
 _LOOK_SECONDS = 0.5
-_END_SECONDS = 15.0
+_SAY_SECONDS = 5.0
 
 
 def beside_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
@@ -50,12 +50,12 @@ def gpus_for_servers(
             if never or time.monotonic() - began >= patience:
                 waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
                 raise ConfigError(
-                    f"rollout.serve: {serve.replicas} servers of {serve.gpus} GPUs beside {ranks} ranks find no room{waited}: {short}. Lower rollout.serve.replicas or "
+                    f"rollout.serve: {serve.replicas} x {serve.gpus} GPUs for servers and {ranks} for ranks find no room{waited}: {short}. Lower rollout.serve.replicas or "
                     "rollout.serve.gpus (0 serves on CPUs), or free some."
                 )
-            if not told:
+            if not told and time.monotonic() - began >= _SAY_SECONDS:
                 told = True
-                log(f"waiting for room for {serve.replicas} servers of {serve.gpus} GPUs: {short}")
+                log(f"waiting for room for servers, {serve.replicas} x {serve.gpus} GPUs: {short}")
         yield group
     finally:
         remove_placement_group(group)
@@ -114,9 +114,8 @@ class _Actor:
             for word in self._actor.words.options(num_returns="streaming").remote(self._one, self._run.uri):
                 yield ray.get(word)
         except RayError as error:
-            if isinstance(error, RayTaskError) and isinstance(error.cause, CapstanError):
-                raise error.cause from None
-            raise CapstanError(f"its actor was lost ({first_line(error)})") from error
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise CapstanError(f"its actor ended ({first_line(cause)})") from error
 
     def end(self) -> None:
         self._actor.end.remote()
