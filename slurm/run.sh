@@ -64,18 +64,22 @@ start_ray() {
 
 # The run's servers, a step of their own on the last nodes, beside the ranks where these are there, too. It is started again where a task of it is killed.
 serve() {
-  local over='' task=
+  local over='' task='' each=$(((SERVERS + SERVER_NODES - 1) / SERVER_NODES))
   trap 'over=yes; kill "$task" 2>/dev/null' TERM
-  while [ -z "$over" ]; do
-    srun --overlap --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" --nodelist="$(list "${nodes[@]: -$SERVER_NODES}")" \
-      --ntasks="$SERVERS" --ntasks-per-node="$(((SERVERS + SERVER_NODES - 1) / SERVER_NODES))" --cpus-per-task=1 \
+  for _ in {1..10}; do
+    srun --overlap --overcommit --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" \
+      --nodelist="$(list "${nodes[@]: -$SERVER_NODES}")" --ntasks="$SERVERS" --ntasks-per-node="$each" \
+      --cpus-per-task="$((CPUS_PER_NODE > each ? CPUS_PER_NODE / each : 1))" \
       "${python[@]}" launcher.cluster.slurm.server "$RUN_URI" &
     task=$!
-    until wait "$task"; do
-      kill -0 "$task" 2>/dev/null || break # else a signal has interrupted the wait
-    done
-    [ -n "$over" ] || sleep 5
+    if wait "$task"; then return; fi # a server that is given up has told the run so
+    if [ -n "$over" ]; then
+      wait "$task"
+      return
+    fi
+    sleep 5
   done
+  kill -s USR1 $$
 }
 list() { local IFS=,; echo "$*"; }
 

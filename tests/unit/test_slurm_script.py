@@ -199,9 +199,9 @@ def test_the_example_divides_its_ranks_over_its_nodes() -> None:
     [
         ("direct", 3, "{replicas: 2, gpus: 4}", Shape(3, 16, 2, 8, 64, 1)),
         ("direct", 3, "{replicas: 2, gpus: 5}", Shape(3, 8, 1, 8, 64, 2)),
-        ("direct", 1, "{replicas: 2, gpus: 1}", Shape(1, 6, 1, 6, 48, 1)),
+        ("direct", 1, "{replicas: 2, gpus: 1}", Shape(1, 6, 1, 6, 64, 1)),
         ("direct", 2, "{replicas: 2, gpus: 0}", Shape(2, 16, 2, 8, 64, 1)),
-        ("ray", 2, "{replicas: 1, gpus: 3}", Shape(2, 13, 2, 7, 56, 1)),
+        ("ray", 2, "{replicas: 1, gpus: 3}", Shape(2, 13, 2, 7, 64, 1)),
     ],
 )
 def test_servers_have_nodes_or_gpus_of_their_own(launch: str, nodes: int, serve: str, expected: Shape) -> None:

@@ -67,7 +67,7 @@ def shape(config: Config) -> Shape:
             f"{slurm.gpus_per_node}. Lower the one or raise the other."
         )
     each = max(config.cluster.threads_per_worker or slurm.cpus_per_rank, config.cluster.ray.cpus_per_worker)
-    cpus = slurm.cpus_per_node or math.ceil(per_node * each)
+    cpus = slurm.cpus_per_node or math.ceil(each * (slurm.gpus_per_node or per_node if serving else per_node))
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")
     return Shape(slurm.nodes, ranks, nodes, per_node, cpus, server_nodes)
