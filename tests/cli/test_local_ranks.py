@@ -13,6 +13,7 @@ from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
+from tests.served_runs import ENDS_SECONDS, SERVE, base_of, beside, servers, until
 from tests.unit.test_served import stub
 from trainer.config import dump_config
 from trainer.run import layout
@@ -72,6 +73,29 @@ def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):
     assert asking() == []
     said = read_stream(run, layout.LOGS, layout.beside_log(1, "rollout")).decode()
     assert "the answers of step 25 are there" in said
+
+
+def test_servers_start_and_end_with_the_run(tmp_path: Path):
+    """One is killed, and then the driver; the run goes on and ends, and leaves nothing."""
+    workshop = Workshop(tmp_path)
+    run = open_store(str(tmp_path / "store")).sub("served")
+    settings = (*SERVE, "rollout.serve.gpus=0", "rollout.serve.replicas=2", base_of(run), "train.steps=60")
+    config = write(tmp_path, workshop, "served", *settings)
+    with Driver(tmp_path, "train", config, real=True) as driver:
+        driver.wait_for(run, 1, step=3)
+        first, _ = until(lambda: len(found := servers(run)) == 2 and found)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: len(found := servers(run)) == 2 and first not in found)
+        driver.process.kill()
+        driver.process.wait()
+        until(lambda: not beside(run), ENDS_SECONDS)
+    assert "ended with exit code -9" in driver.log.read_text()
+    with Driver(
+        tmp_path, "resume", "served", "--store", str(tmp_path / "store"), "cluster.workers=1", real=True
+    ) as driver:
+        assert driver.end() == 0, driver.log.read_text()
+    assert beside(run) == {}
+    assert read_status(run).state == "finished"
 
 
 def test_a_run_stops_while_its_data_is_compiled_and_while_it_saves(tmp_path: Path):

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher.view.status import read_generation
 from tests.cli.conftest import ROOT, Capstan
 from tests.dist.test_evaluate import write_tasks
 from tests.material import Workshop, commit, make_data
 from tests.needs import need
-from trainer.processes import children
+from tests.ray.cluster import Driver, alive, write
+from tests.served_runs import beside, until
+from trainer.processes import children, guard
+from trainer.store.store import open_store
 
 VLLM = ROOT / ".servers/vllm"
 # Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without turning, the compilation of
@@ -109,3 +113,42 @@ def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan
             for metric, one in metrics.items():
                 assert one[side] == pytest.approx(here["tasks"][task][metric][side], rel=1e-3), (task, metric, side)
     assert abs(served["sets"]["task"]["difference"]) > 0.01
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(tmp_path: Path) -> None:
+    """The trainer computes what it samples, and of neither of its starts a process is left: not of its engine, which renames itself, either."""
+    need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
+    workshop, run = Workshop(tmp_path, hidden_size=128), open_store(str(tmp_path / "store")).sub("served")
+    inside = [f"{name}={value}" for name, value in ENVIRONMENT.items() if name != "VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
+    command = ["env", *inside, str(VLLM / "bin/vllm"), "serve"]
+    options = ["--enforce-eager", "--lora-target-modules", *TARGETS]
+    settings = (
+        *("objective.name=grpo", "rollout.reward=length", "rollout.max_tokens=3", "rollout.engine=serve"),
+        *(f"rollout.serve.command={json.dumps(command)}", f"rollout.serve.options={json.dumps(options)}"),
+        *("rollout.serve.gpus=0", f"tuning.targets=[{', '.join(TARGETS)}]", "model.dtype=fp32", "quant.type=none"),
+        *("cluster.gpus_per_worker=0", "cluster.workers=1", "train.steps=12", "rollout.max_lag=0"),
+    )
+
+    def family() -> list[int]:
+        heads = [number for number, command in beside(run).items() if "launcher.start.beside" in command]
+        return [*guard.descendants(heads)]
+
+    with Driver(tmp_path, "train", write(tmp_path, workshop, "served", *settings), real=True) as driver:
+        driver.wait_for(run, 1, step=3)
+        first, log = family(), run.uri.removeprefix("file://")
+        (server,) = [
+            number for number in first if b"/bin/vllm\0serve\0" in Path(f"/proc/{number}/cmdline").read_bytes()
+        ]
+        engines = [*guard.descendants([server])]
+        assert len(engines) > 1, log
+        os.kill(server, 9)
+        until(lambda: not any(map(alive, engines)), 30)
+        until(lambda: driver.log.read_text().count("server-1 answers at http://127.0.0.1:") == 2)
+        last = family()
+        assert driver.end() == 0, driver.log.read_text()
+    assert not any(map(alive, [*first, *last]))
+    steps = read_generation(run, 1)["step"]
+    assert [step["step"] for step in steps] == list(range(1, 13))
+    assert steps[0]["log_ratio"] < 1e-3

@@ -2,34 +2,24 @@
 
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.view.status import read_generation, read_status
 from tests.cli.conftest import ENVIRONMENT
-from tests.dist import stub_server
 from tests.forked import run_command
 from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, ray_cluster, write
 from tests.ray.test_ray_train import refusal
+from tests.served_runs import ENDS_SECONDS, SERVE, base_of, beside, servers, until
 from trainer.run import layout
 from trainer.run.requests import request_stop
 from trainer.run.segments import read_stream
-from trainer.store.store import Store, open_store
+from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
-
-ENDS_SECONDS = 30.0
-SERVE = (
-    *("objective.name=grpo", "rollout.reward=length", "rollout.max_tokens=3", "rollout.engine=serve"),
-    *(f"rollout.serve.command=[{sys.executable}, {stub_server.__file__}]", "rollout.serve.options=[--engine]"),
-    "cluster.gpus_per_worker=0",
-)
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +28,6 @@ def address() -> Iterator[str]:
     with ray_cluster(0) as cluster:
         cluster.add_node(num_cpus=3, num_gpus=2)
         yield str(cluster.address)
-
-
-def beside(run: Store) -> dict[int, str]:
-    """The processes of this run beside its ranks, with what is left of its servers: their commands by their numbers."""
-    found = dict[int, str]()
-    marks = (b"\0" + run.uri.encode() + b"\0", run.uri.encode() + b"/served-base")
-    for number in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            command = Path(f"/proc/{number}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if any(mark in command for mark in marks):
-            found[number] = command.replace(b"\0", b" ").decode()
-    return found
-
-
-def servers(run: Store) -> list[int]:
-    """Those that answer, without the engines that they start."""
-    return [number for number, command in beside(run).items() if stub_server.__file__ in command]
-
-
-def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def base_of(run: Store) -> str:
-    """A name of the served base by which the servers of this run are known; the stub opens none."""
-    return f"rollout.serve.base={run.uri}/served-base"
 
 
 def test_servers_are_actors_with_gpus_of_their_own(workshop: Workshop, tmp_path: Path, address: str) -> None:

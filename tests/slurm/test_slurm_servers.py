@@ -2,23 +2,19 @@
 
 import os
 import signal
-import sys
 
 import pytest
 
 from launcher.view.status import read_status
 from tests.dist import stub_server
+from tests.served_runs import SERVE
 from tests.slurm.site import Site
 from trainer.run import layout
 from trainer.run.segments import read_stream
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
-SERVE = (
-    *("objective.name=grpo", "rollout.reward=length", "rollout.max_tokens=3", "rollout.engine=serve"),
-    *(f"rollout.serve.command=[{sys.executable}, {stub_server.__file__}]", "rollout.serve.options=[--engine]"),
-    *("cluster.slurm.gpus_per_node=4", "cluster.gpus_per_worker=0"),
-)
+OF_JOB = (*SERVE, "cluster.slurm.gpus_per_node=4")
 
 
 def servers(site: Site) -> dict[int, str]:
@@ -36,7 +32,7 @@ def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
     settings = (f"cluster.slurm.launch={launch}", "cluster.slurm.nodes=3", "train.steps=60", "rollout.serve.gpus=2")
     replicas = "rollout.serve.replicas=2"
     name = f"served-{launch}"
-    config = site.config(name, *SERVE, *settings, replicas)
+    config = site.config(name, *OF_JOB, *settings, replicas)
     shown = site.capstan("submit", "slurm", config, "--dry-run").stdout
     assert "# beside the ranks: 2 servers (" in shown
     assert ("SERVERS=2\nSERVER_NODES=1\n" in shown) == (launch == "direct")
@@ -58,7 +54,7 @@ def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
 
 def test_a_job_that_is_cancelled_leaves_no_server(site: Site) -> None:
     settings = ("cluster.slurm.launch=direct", "rollout.serve.gpus=1", "train.steps=5000", "cluster.workers=1")
-    job = site.submit(site.config("cancelled", *SERVE, *settings))
+    job = site.submit(site.config("cancelled", *OF_JOB, *settings))
     site.wait_for_step("cancelled", generation=1, step=3)
     site.cluster.run("scancel", str(job))
     site.assert_ends("cancelled", job, "CANCELLED")
@@ -67,7 +63,7 @@ def test_a_job_that_is_cancelled_leaves_no_server(site: Site) -> None:
 
 def test_a_server_that_does_not_start_ends_the_job_with_its_words(site: Site) -> None:
     settings = ("cluster.slurm.launch=direct", "rollout.serve.options=[--broken]", "cluster.workers=1")
-    job = site.submit(site.config("broken", *SERVE, *settings))
+    job = site.submit(site.config("broken", *OF_JOB, *settings))
     site.assert_ends("broken", job, "FAILED", exit_code=3)
     site.assert_nothing_is_left()
     (attempt,) = site.attempts("broken")

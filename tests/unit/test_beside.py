@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from launcher.cluster.slurm import script
+from launcher.plan.planning import plan_run
 from launcher.start import beside as module
 from launcher.start import local_group, server
 from launcher.start.beside import Beside, Child, beside, beside_sentence, besides
@@ -244,6 +245,14 @@ def test_the_last_gpus_of_this_machine_are_the_servers(workshop: Workshop, monke
         check_servers_here(config, 2)
     with pytest.raises(ConfigError, match="rollout.serve.command: 'vllm' is not found on"):
         check_servers_here(override(config, "rollout.serve.command=[vllm, serve]"), 1)
+
+
+def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
+    serve = "rollout.serve={replicas: 2, gpus: 4}"
+    given = (*SERVERS, "rollout.engine=serve", serve, "cluster.workers=8", "cluster.gpus_per_worker=1", "train.steps=5")
+    (said,) = [note for note in plan_run(workshop.config("p", *given), "80GB", None).plan.notes if "rollout: " in note]
+    assert "by 2 servers that start with the run, with an adapter at most 1 updates old" in said
+    assert "The ranks take 8 GPUs and the servers 8, 16 GPUs together; each server has 4 GPUs for a base of" in said
 
 
 @pytest.mark.parametrize(
