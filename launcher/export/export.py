@@ -100,8 +100,10 @@ def export_run(
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     chosen += ["--server", server] if server else []
-    with _bar("merging" if form.whole_model else "exporting") as progress:
-        made = _export(folder.uri, destination, *options, "--format", format, *chosen, progress=progress)
+    with bar("merging" if form.whole_model else "exporting") as progress:
+        made = run_module(
+            "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
+        )
     proof = (ServedProof if server else Proof)(**made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
@@ -121,7 +123,7 @@ def planned_checkpoint(folder: Store, step: int | None) -> CheckpointManifest:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[ExportProgress]:
+def bar(title: str) -> Iterator[ExportProgress]:
     """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and bytes in all;
     sentences go above it."""
     columns = (
@@ -159,12 +161,12 @@ def lines(title: str, say: Callable[[str], None], clock: Callable[[], float] = t
     return line
 
 
-def _export(*arguments: str, progress: ExportProgress) -> dict[str, Any]:
-    """Run `trainer.export`, which prints a JSON object; its error and exit code become ours.
+def run_module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:
+    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
 
     `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".
     """
-    command = [sys.executable, "-m", "trainer.export", *arguments]
+    command = [sys.executable, "-m", name, *arguments]
     last = ""
     with tempfile.TemporaryFile("w+") as errors:
         with children.start(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -184,7 +186,7 @@ def _export(*arguments: str, progress: ExportProgress) -> dict[str, Any]:
         _, expected, sentence = said.rpartition("capstan: ")
         if not expected:
             put(said, file=sys.stderr)
-            raise CapstanError(f"trainer.export ended with exit code {process.returncode}; its output is above.")
+            raise CapstanError(f"{name} ended with exit code {process.returncode}; its output is above.")
         error = CapstanError(sentence.strip())
         error.exit_code = process.returncode
         raise error

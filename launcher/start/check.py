@@ -59,6 +59,8 @@ def anchored(config: Config) -> Config:
         and (local_path(teacher.name, teacher.setting).exists() or (teacher.is_run and "/" in teacher.name))
     ):
         changes[teacher.setting] = absolute(teacher.name, teacher.setting)
+    if (python := config.rollout.reward_python) and "/" in python:  # else it is found by PATH
+        changes["rollout.reward_python"] = absolute(python, "rollout.reward_python")
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):

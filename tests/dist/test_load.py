@@ -15,6 +15,7 @@ from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
 from trainer.config import dump_config
+from trainer.export.write.as_quantized import write_as_quantized
 from trainer.store.store import open_store
 
 # World size, and ranks of one "node" where the base is sharded inside a node only.
@@ -169,6 +170,23 @@ def test_logits_are_those_of_transformers_and_bitsandbytes(
         difference = float((logits - expected.logits[kind]).abs().max())
         assert torch.equal(logits, expected.logits[kind]), f"{kind}: largest difference {difference}"
         assert len({fact["digest"] for fact in loaded.facts[kind]}) == 1, f"{kind}: ranks disagree"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["2-ranks-nf4", "3-ranks-fp4-double", "3-ranks-int8"])
+def test_a_base_that_is_written_as_it_is_quantized_has_the_same_logits_to_the_bit(
+    load: Callable[[str], Loaded], workshop: Workshop, bases: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    """`capstan dequantize`: what it writes is what the ranks make of their packed weights, in every family."""
+    kind, double = STORED[CASES[case].stored]
+    given = f"quant={{type: {kind}, double: {str(double).lower()}}}"
+    for name in CASES[case].kinds:
+        config = workshop.config("written", f"model.base={bases[name]}", given)
+        write_as_quantized(config, open_store(str(tmp_path / name)), lambda done, total: None)
+    places, plain = [str(tmp_path / name) for name in CASES[case].kinds], dump_config(workshop.config("load"))
+    launch(1, loading.loaded_logits, plain, places, ["quant.type=none"], str(tmp_path))
+    for name, logits in load(case).logits.items():
+        assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["logits"], logits), name
 
 
 @pytest.mark.parametrize("name", cases_of(CASES))

@@ -1,7 +1,6 @@
 """Answers are sampled while a run learns, by its ranks or by servers; whatever is killed, each is trained on once, with the same losses."""
 
 import json
-import re
 import socket
 import tomllib
 from pathlib import Path
@@ -29,6 +28,7 @@ from trainer.config import dump_config
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
 from trainer.export.write.adapter import export_adapter
+from trainer.export.write.as_quantized import write_as_quantized
 from trainer.export.write.per_expert import per_expert_files
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
@@ -226,9 +226,9 @@ def test_a_real_server_samples_what_the_trainer_computes(tmp_path: Path) -> None
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("quantized", "alike"), [(True, True), (False, False)], ids=["as-quantized", "the-base"])
 def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool, alike: bool
+    tmp_path: Path, quantized: bool, alike: bool
 ) -> None:
-    """By the program of docs/rollouts.md; a server over the base itself is found by the first step."""
+    """As `capstan dequantize` writes it; a server over the base itself is found by the first step."""
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop = Workshop(tmp_path, hidden_size=128)
     model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)
@@ -238,16 +238,13 @@ def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(
     model.save_pretrained(workshop.base)
     for stale in (*workshop.base.glob("model-*"), *workshop.base.glob("*.index.json")):
         stale.unlink()
-    monkeypatch.chdir(tmp_path)
+    in_4_bits = "quant.type=nf4", "model.dtype=bf16"
+    served = tmp_path / ("as-quantized" if quantized else "base")
     if quantized:
-        (program,) = re.findall(
-            r"```python\n(import bitsandbytes.*?)```", (ROOT / "docs/rollouts.md").read_text(), re.S
-        )
-        exec(program, {})
-    with vllm(
-        tmp_path / ("as-quantized" if quantized else "base"), tmp_path / "vllm.log", "--dtype", "bfloat16"
-    ) as url:
-        given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=3", "quant.type=nf4", "model.dtype=bf16"
+        config = workshop.config("nf4", *in_4_bits)
+        write_as_quantized(config, open_store(str(served)), lambda done, total: None)
+    with vllm(served, tmp_path / "vllm.log", "--dtype", "bfloat16") as url:
+        given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=3", *in_4_bits
         config = config_of(workshop, "nf4", *given, "rollout.max_tokens=8", f"tuning.targets=[{', '.join(TARGETS)}]")
         run, ranks = begin(workshop, config)
         with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as sampler:

@@ -144,7 +144,7 @@ class Rollout(Section):
     reward: str | None = setting(
         None,
         about="What an answer is worth: exact, regex, math, json_schema or length, or your function as module:function, called as TRL calls one: with lists "
-        "prompts, completions and answer, by name; it returns a number for each.",
+        "prompts, completions and answer, by name; it returns a number for each. Or verifiers:TASKSET, for an environment of verifiers.",
         example="rewards:correct",
     )
     engine: Literal["own", "serve"] | list[str] = setting(
@@ -196,6 +196,11 @@ class Rollout(Section):
         unit="prompts",
     )
     reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
+    reward_python: str | None = setting(
+        None,
+        about="The Python that runs the reward, for one that has an environment of its own. Default: the one that runs Capstan.",
+        example="/envs/verifiers/bin/python",
+    )
 
     def chapter(self, step: int) -> int:
         """The number of the answers that the update behind `step` learns from."""

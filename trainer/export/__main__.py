@@ -18,9 +18,9 @@ from rich.filesize import decimal
 from trainer.base.find.content import check_whole
 from trainer.errors import CapstanError
 from trainer.export.figures import Proof, ServedProof
-from trainer.export.folder import BytesWritten, DestinationTaken
+from trainer.export.folder import DestinationTaken
 from trainer.export.format import ExportFormat, find_format
-from trainer.export.outcome import ExportProgress, Written
+from trainer.export.outcome import ExportProgress, Written, print_bytes
 from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.run.background import Every
@@ -32,23 +32,11 @@ from trainer.tuning.method import method_of
 _SAY_SECONDS = 30.0
 
 
-def _print_bytes() -> BytesWritten:
-    last = 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.2 or done == total:
-            last = time.monotonic()
-            print("progress", done, total, flush=True)
-
-    return report
-
-
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made later."""
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
-    progress = ExportProgress(_print_bytes(), lambda sentence: print("say", sentence, flush=True))
+    progress = ExportProgress(print_bytes(), lambda sentence: print("say", sentence, flush=True))
     newest = newest_commit(run) if arguments.step is None else None
     try:
         written = form.write(run, destination, arguments.step, progress)

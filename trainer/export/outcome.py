@@ -1,5 +1,6 @@
 """The functions by which a writer of exports reports progress, and the result that it returns."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,19 @@ class ExportProgress(NamedTuple):
 
     written: BytesWritten
     say: Callable[[str], None]
+
+
+def print_bytes() -> BytesWritten:
+    """Prints them now and then, in lines that the launcher reads."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2 or done == total:
+            last = time.monotonic()
+            print("progress", done, total, flush=True)
+
+    return report
 
 
 @dataclass(frozen=True)

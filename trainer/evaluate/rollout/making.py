@@ -84,7 +84,7 @@ class Making:
             rollouts_of(resolved, run, train),
             prompts,
             prompter,
-            Scoring(rollout.reward, rollout.reward_seconds),
+            Scoring(rollout.reward, rollout.reward_seconds, rollout.reward_python),
             found,
             judge_of(resolved, prompts.of(0)[0]),
         )

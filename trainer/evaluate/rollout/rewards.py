@@ -1,4 +1,4 @@
-"""The built-in rewards, and how one is found by its name: `exact`, or `module:function` of the user's.
+"""The built-in rewards, and how one is found by its name: `exact`, `module:function` of the user's, or `verifiers:TASKSET`.
 
 Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them (`completions`), and of the answers that the
 data has (`answer`); it returns a number for each. Without torch.
@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
+
+from trainer.evaluate.rollout.taskset import reward_of
 
 Reward = Callable[..., Sequence[float]]
 
@@ -71,6 +73,8 @@ def find_reward(name: str) -> Reward:
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, _, function = name.partition(":")
+    if module == "verifiers":
+        return reward_of(function)
     return getattr(import_module(module), function)
 
 

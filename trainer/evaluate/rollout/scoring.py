@@ -10,20 +10,31 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
+import trainer
 from trainer.errors import CapstanError
 from trainer.processes import children
 
 ATTEMPTS = 3
 _LONGEST_REASON = 300
+_PROGRAM = "trainer.evaluate.rollout.reward_program"
+# A Python of another environment gets the package `trainer`, and nothing that lies beside it.
+_ELSEWHERE = f"""
+import runpy, sys, types
+trainer = sys.modules["trainer"] = types.ModuleType("trainer")
+trainer.__path__ = [{str(Path(trainer.__file__).parent)!r}]
+runpy.run_module({_PROGRAM!r}, run_name="__main__")
+"""
 
 
 class Scoring:
-    """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the first, and is kept."""
+    """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the first, and is kept; it is of
+    the interpreter `python`, where one is named."""
 
-    def __init__(self, name: str, seconds: float) -> None:
-        self._name, self._seconds = name, seconds
+    def __init__(self, name: str, seconds: float, python: str | None = None) -> None:
+        self._name, self._seconds, self._python = name, seconds, python
         self._process: subprocess.Popen[bytes] | None = None
 
     def rewards(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -52,8 +63,11 @@ class Scoring:
     def _asked(self, line: bytes) -> list[float] | str:
         """The numbers, or a phrase that says why there are none."""
         if self._process is None:
-            command = [sys.executable, "-m", "trainer.evaluate.rollout.reward_program", self._name]
-            self._process = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            program = [self._python, "-c", _ELSEWHERE] if self._python else [sys.executable, "-m", _PROGRAM]
+            try:
+                self._process = children.start([*program, self._name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                return f"cannot be run ({error}; rollout.reward_python)"
         process, deadline = self._process, time.monotonic() + self._seconds
         assert process.stdin is not None
         assert process.stdout is not None

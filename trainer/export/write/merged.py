@@ -12,7 +12,7 @@ config.json is written last: nothing loads a model without it, so a merge that w
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
 from trainer.base.rows.packed_parts import Weight
-from trainer.base.rows.parameters import find_all_weights
+from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.base.rows.transposed import Transposed
 from trainer.config import Config
 from trainer.data.render.templates.template import template_text
@@ -55,6 +55,8 @@ from trainer.tuning.method import WeightUpdate, method_of
 
 _CONFIG = "config.json"
 _SMALL_FILES = ("generation_config.json",)
+OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
+"""The files of a model but for the last one, as patterns."""
 
 
 def export_merged(
@@ -78,7 +80,7 @@ def mergeable_checkpoint(folder: Store, destination: Store, step: int | None) ->
 
     Raises as `export_merged`, but for a base that is not here or another.
     """
-    check_destination(destination, "*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
+    check_destination(destination, *OURS)
     trained = trained_checkpoint(folder, step)
     check_mergeable_run(trained.config, describe_base(trained.config.model))
     return trained
@@ -99,7 +101,13 @@ def write_model(
         "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
     )
     destination.put(CARD, model_card(folder, config, manifest, content))
-    changed = changed_files(folder, manifest, config, base)
+    write_files(base, config, changed_files(folder, manifest, config, base), destination, report)
+
+
+def write_files(
+    base: Base, config: Config, changed: Sequence["ChangedFile"], destination: Store, report: BytesWritten
+) -> None:
+    """Write the base with these files of weights in the place of its own."""
     total, done = sum(file.size for file in changed), 0
     with freed_memory_given_back():
         for file in changed:
@@ -213,11 +221,16 @@ class ChangedFile:
 
 def changed_files(folder: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
     """The base's files of weights as they are after the training; no weight is read yet."""
-    learnt, weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype]), find_all_weights(base)
+    learnt = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
+    return files_with(base, find_all_weights(base), method_of(config).updates(learnt, base.architecture))
+
+
+def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUpdate]) -> list[ChangedFile]:
+    """The base's files of weights, which are found there, with these updates of parameters."""
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
         change
-        for name, update in method_of(config).updates(learnt, base.architecture).items()
+        for name, update in updates.items()
         for source in (weights.sources[name], *weights.copies.get(name, ()))
         for change in _changes(base, name, source, update, update.shape[0] - shapes[name][0])
     ]

@@ -7,23 +7,28 @@ import typer
 from launcher.cli.command import Command
 from launcher.cli.options import (
     BestOption,
+    ConfigFile,
     DryRun,
     FormatOption,
     FormatOptions,
     Json,
+    Overrides,
     RunName,
     StepOption,
     StoreOption,
     chosen_format,
     emit,
+    log,
     open_run,
 )
 from trainer.errors import ConfigError
 
+Destination = Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")]
+
 
 def export(
     run: RunName,
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")],
+    destination: Destination,
     options: FormatOptions = None,
     store: StoreOption = "runs",
     form: FormatOption = None,
@@ -69,6 +74,21 @@ def export(
     emit(result, as_json, lambda exported: exported.sentence())
 
 
+def dequantize(
+    config: ConfigFile,
+    destination: Destination,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model: what servers serve that sample for the run."""
+    from launcher.export.as_quantized import dequantize as dequantized
+
+    found = dequantized(config, destination, overrides or (), dry_run=dry_run, log=log)
+    emit(found, as_json, lambda result: result.sentence())
+
+
 VERBS = {
     "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+    "dequantize": Command(dequantize, "dequantize sums.yaml as-quantized/", 155),
 }

@@ -1,0 +1,106 @@
+"""The base as a run in 4 or 8 bits computes with it, as an ordinary model: for servers that sample for the run.
+
+    python -m trainer.export.write.as_quantized CONFIG DEST
+
+CONFIG is the text of the run's settings. The files are made as those of a merge (trainer/export/write/merged.py), and have the names, shapes and types of
+the base's own. It tells its progress as `trainer.export` does; the last line is a JSON object with the bytes that were written.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import DTYPES
+from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
+from trainer.base.partitions.reading import cut
+from trainer.base.rows.parameters import find_all_weights
+from trainer.base.stored.shared.cached_values import LastMade
+from trainer.config import Config, parse_config
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.outcome import print_bytes
+from trainer.export.write.decoded import as_plain
+from trainer.export.write.merged import OURS, files_with, write_files
+from trainer.model.nf4 import Format, dequantize_absmax, dequantize_blocks, quantize_absmax, quantize_blocks
+from trainer.store.safetensors_index import StoredTensor
+from trainer.store.store import Store, open_store
+
+_KEPT = 16  # matrices whose scales stay, as pieces of several are in flight
+
+
+def write_as_quantized(config: Config, destination: Store, report: BytesWritten) -> None:
+    """Raises `ConfigError` where the base is not here, the destination is taken, or the base's files cannot hold what the run computes with."""
+    base, quant, dtype = as_plain(resolve_base(config.model)), config.quant, DTYPES[config.model.dtype]
+    weights, updates, scales = find_all_weights(base), dict[str, AsQuantized](), LastMade[Tensor]()
+    for name, shape in base.architecture.quantizable().items() if quant.quantizes else ():
+        source = weights.sources[name]
+        if dtype == torch.float32 != SOURCE_DTYPES[source.dtype]:
+            raise ConfigError(
+                f"model.dtype: fp32 computes with weights that {base.name} has no room for in its type, {source.dtype.lower()}. Set model.dtype: bf16."
+            )
+        form = Format(quant.type, quant.block_size, quant.double, dtype)  # type: ignore[arg-type]  # `quantizes` says that it is one
+        updates[name] = AsQuantized(name, source, shape, form, scales)  # type: ignore[arg-type]  # nothing in a plain base is packed
+    check_destination(destination, *OURS)
+    destination.put(
+        CARD, f"{base.name} as a model computes with it that is {TRAINED} over it {quant.in_words}.\n".encode()
+    )
+    write_files(base, config, files_with(base, weights, updates), destination, report)
+
+
+@dataclass(frozen=True)
+class AsQuantized:
+    """The weight `name` as packed layers make it (trainer/model/nf4.py): each of its matrices is quantized by itself and dequantized."""
+
+    name: str
+    source: StoredTensor
+    shape: tuple[int, ...]
+    form: Format
+    scales: LastMade[Tensor] = field(repr=False, compare=False)
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        """Replace these rows. What they are made of is read again in whole blocks, which rows need not be."""
+        begin, size = first * self.shape[-1], prod(self.shape[-2:])
+        for matrix in range(begin // size, -(-(begin + len(rows)) // size)):
+            start = matrix * size
+            here, there = max(begin, start), min(begin + len(rows), start + size)
+            rows[here - begin : there - begin] = self._values(start, here - start, there - start)
+
+    def _values(self, start: int, begin: int, end: int) -> Tensor:
+        """Elements [begin, end) of the matrix that begins with the element `start`."""
+        block = self.form.block_size
+        first, last = begin // block, -(-end // block)
+        before, behind = first * block, min(last * block, prod(self.shape[-2:]))
+        packed, absmax = self._quantized(start, before, behind)
+        if self.form.double:
+            absmax = self.scales.get((self.name, start), _KEPT, lambda: self._double(start))[first:last]
+        values = dequantize_blocks(packed, absmax, behind - before, self.form).view(-1)
+        return values[begin - before : end - before]
+
+    def _quantized(self, start: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        values = as_tensor(self.source.read(start + begin, start + end), self.source).to(self.form.dtype)
+        return quantize_blocks(values, self.form.quant_type, self.form.block_size)
+
+    def _double(self, start: int) -> Tensor:
+        """fp32 scales of a matrix, which are quantized together."""
+        pieces = cut(self.source, 0, prod(self.shape[-2:]), self.form.block_size)
+        codes, nested, mean = quantize_absmax(torch.cat([self._quantized(start, *piece)[1] for piece in pieces]))
+        return dequantize_absmax(codes, nested) + mean
+
+
+def main() -> None:
+    try:
+        destination = open_store(sys.argv[2], setting="DEST")
+        write_as_quantized(parse_config(sys.argv[1]), destination, print_bytes())
+    except CapstanError as error:
+        print(f"capstan: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps({"bytes": sum(entry.size for entry in destination.list())}))
+
+
+if __name__ == "__main__":
+    main()
