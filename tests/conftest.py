@@ -84,7 +84,8 @@ def _without_surrogates(value: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors meanwhile. A file that takes
     minutes comes before those that take seconds, or it would end alone."""
-    first = ["slurm", "ray", "cli", "test_gpu_kernels.py", "device", "dist", "test_extending.py", "test_trackers.py"]
+    first = ["slurm", "ray", "cli", "test_rollouts.py", "test_gpu_kernels.py", "device", "test_families.py", "dist"]
+    first += ["test_extending.py", "test_trackers.py"]
 
     def place(item: pytest.Item) -> int:
         found = [first.index(name) for name in (item.path.parent.name, item.path.name) if name in first]
