@@ -118,7 +118,7 @@ def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eva
 
 def tuning_misfits(config: Config, architecture: Architecture) -> list[str]:
     """The sentences about the method that the settings name."""
-    return tuning_mismatches(config, method_of(config), architecture)
+    return list(tuning_mismatches(config, method_of(config), architecture))
 
 
 def make_pairs(path: Path, pairs: int = 12, seed: int = 6) -> Path:

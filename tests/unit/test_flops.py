@@ -16,7 +16,8 @@ from trainer.model.attention import choose_attention
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
-from trainer.plan.flops import AttentionWork, StepWork, peak_flops, work_of
+from trainer.plan.flops import AttentionWork, StepWork, work_of
+from trainer.plan.gpus import find_gpu
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 
@@ -116,7 +117,8 @@ def test_padding_is_no_work_and_a_window_bounds_what_a_token_sees() -> None:
     ],
 )
 def test_a_gpus_peak_is_known_by_its_name_or_not_at_all(name: str, teraflops: int | None) -> None:
-    assert peak_flops(name) == (teraflops and teraflops * 1e12)
+    gpu = find_gpu(name)
+    assert (gpu and gpu.flops) == (teraflops and teraflops * 1e12)
 
 
 def test_utilisation_is_said_where_the_peak_is_known() -> None:

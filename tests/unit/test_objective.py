@@ -28,7 +28,7 @@ def config(*overrides: str) -> Config:
 
 
 def misfits(given: Config) -> list[str]:
-    return objective_mismatches(given, find_objective(given), method_of(given))
+    return list(objective_mismatches(given, find_objective(given), method_of(given)))
 
 
 def reference(given: Config) -> str | None:

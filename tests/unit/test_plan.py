@@ -146,7 +146,7 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
         first, second = itertools.islice(head._parts(hidden, weight), 2)
         assert second.start % 512 == 0
         base = {**TINY, "model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 8192}
-        given, _ = plan._inputs(config("data.sequence_length=8192"), read_architecture(base), 1, 1, "world")
+        given = plan._inputs(config("data.sequence_length=8192"), read_architecture(base), 1, 1, "world")
         logits = min(8192, first.stop) * vocabulary
         assert memory._logits(given) == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
 

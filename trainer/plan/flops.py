@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Operations a second at the peak of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None for one that is not known."""
-    gpu = find_gpu(device_name)
-    return gpu.flops if gpu else None
-
-
 @dataclass(frozen=True)
 class AttentionWork:
     """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one sees at most."""
@@ -98,7 +92,7 @@ def _documents(batch: MicroBatch) -> Iterator[int]:
 
 def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
     """The work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
-    method = method_of(config)
+    method, gpu = method_of(config), find_gpu(device_name)
     objective = find_objective(config, method)
     survey, reference = objective.survey, reference_of(config, objective, method)
     learning, products = method.shapes(model), _products(model)
@@ -121,7 +115,7 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
         attention=tuple(_attention(model)),
         # A backward pass has twice as many products as a forward pass: both inputs of each have gradients.
         passes=(1 - surveyed) * (3 + recomputed) + surveyed + referred,
-        peak=peak_flops(device_name) if config.model.dtype == "bf16" else None,
+        peak=gpu.flops if gpu and config.model.dtype == "bf16" else None,
     )
 
 

@@ -47,6 +47,7 @@ _GPUS: dict[str, tuple[int, float | None]] = {
     "MI325X": (262128, 1307),
     "MI355X": (294896, 2300),
 }
+_DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6, "tib": 2**40, "tb": 1e12}
 # Words of a device's name that say nothing of which card it is.
@@ -82,9 +83,12 @@ def find_gpu(name: str) -> Gpu | None:
         return None
     known = {known: _words(known) for known in _GPUS}
     named = [known for known, own in known.items() if own <= words]
-    short = [known for known, own in known.items() if words <= own] if any(map(_has_digit, words)) else []
+    short = [known for known, own in known.items() if words <= own] if any(map(_DIGIT.search, words)) else []
     found = max(named, key=lambda known: len(_words(known)), default=short[0] if short else None)
-    return _gpu(found) if found else None
+    if found is None:
+        return None
+    mebibytes, teraflops = _GPUS[found]
+    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12)
 
 
 def read_gpu(text: str, option: str) -> Gpu:
@@ -110,17 +114,8 @@ def read_gpu(text: str, option: str) -> Gpu:
     )
 
 
-def _gpu(name: str) -> Gpu:
-    mebibytes, teraflops = _GPUS[name]
-    return Gpu(name, mebibytes * 2**20, teraflops and teraflops * 1e12)
-
-
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"^rtx(?=\d)", "rtx ", name.strip().lower())
     # A100-40G and A100 40GiB are those that makers call A100 40GB.
     words = (re.sub(r"^(\d+)gi?b?$", r"\1gb", word) for word in re.findall(r"[a-z0-9]+", spaced))
     return frozenset(words) - _IDLE_WORDS
-
-
-def _has_digit(word: str) -> bool:
-    return any(map(str.isdigit, word))

@@ -22,17 +22,21 @@ from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the formulas. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or 32-bit value; so many bytes of a
-    mixture's experts are dequantized at once."""
+    """The inputs of the formulas, `deepspeed` its dictionary among them. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or
+    32-bit value; so many bytes of a mixture's experts are dequantized at once."""
 
     config: Config
     model: Architecture
-    zero: dict[str, Any]
+    deepspeed: dict[str, Any]
     world_size: int
     ranks_per_node: int
     accumulation: int
     scope: Scope
     experts_at_once: int = EXPERTS_AT_ONCE
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return self.deepspeed["zero_optimization"]
 
     @property
     def shared(self) -> int:

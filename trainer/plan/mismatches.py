@@ -20,7 +20,8 @@ _SHARED_PREFIX = "data.share_prefix"
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
     """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
-    own = [
+    return [
+        *base.mismatches(config),
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
@@ -28,7 +29,6 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *_of_shared_rows(config, base.architecture, method),
         *_of_shared_prefix(config, base.architecture, method),
     ]
-    return [*base.mismatches(config), *own]
 
 
 def base_trained_by(config: Config) -> str:
@@ -37,96 +37,91 @@ def base_trained_by(config: Config) -> str:
     return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
 
 
-def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> list[str]:
+def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
     """A sentence for each setting of the run or fact of the base that does not suit `method`, which is the run's."""
-    wrong = method.mismatches(architecture)
+    yield from method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
         if name not in method.settings and getattr(config.optim, field) != Optim.model_fields[field].default:
-            wrong.append(f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it.")
+            yield f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it."
     if method.trains_base and config.sharding.scope == "node":
-        wrong.append(
+        yield (
             f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
             "sharding.scope: world."
         )
     if method.exports_model and config.checkpoint.adapters:
-        wrong.append(
+        yield (
             f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter to write "
             "beside a commit. Set it to false; capstan export writes the whole model."
         )
     if method.exports_model and config.quant.type != "none":
-        wrong.append(
+        yield (
             f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
             "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
-    return [*wrong, *_of_virtual_tokens(config, method.virtual, architecture)]
+    yield from _of_virtual_tokens(config, method.virtual, architecture)
 
 
-def _of_stored(config: Config, method: Method, stored: StoredFormat) -> list[str]:
+def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:
     """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
-    if not method.exports_model or not stored.unmergeable:
-        return []
-    return [
-        f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
-        f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
-    ]
+    if method.exports_model and stored.unmergeable:
+        yield (
+            f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
+            f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
+        )
 
 
-def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> list[str]:
+def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> Iterator[str]:
     """A sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
     if not virtual.count:
-        return []
+        return
     method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
-    needed, window, kernel, wrong = length + virtual.count, architecture.sliding_window, config.model.attention, []
+    needed, window, kernel = length + virtual.count, architecture.sliding_window, config.model.attention
     if config.data.on_too_long == "split":
-        wrong.append(
+        yield (
             f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual tokens "
             "before a text's beginning. Set it to truncate, drop or fail."
         )
     if architecture.positions and length <= architecture.positions < needed:
-        wrong.append(
+        yield (
             f"tuning.virtual_tokens: {virtual.count} before {length} tokens (data.sequence_length) exceed the base's "
             f"{architecture.positions} positions (config.json). Lower one of them."
         )
     if window and not virtual.in_row:
-        wrong.append(
+        yield (
             f"{method} gives each layer keys and values that every token sees, and layers of this base see {window} tokens back "
             "only (a sliding window). Choose another method, such as prompt or lora."
         )
     elif window and window < needed:
-        wrong.append(
+        yield (
             f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back only (a "
             f"sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length. Lower these, or "
             "choose another method."
         )
     if kernel in virtual.refused_kernels:
-        wrong.append(
-            f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto."
-        )
-    return wrong
+        yield (f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto.")
 
 
-def objective_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
+def objective_mismatches(config: Config, objective: Objective, method: Method) -> Iterator[str]:
     """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
-    name, wrong = config.objective.name, objective.mismatches()
-    reference = reference_of(config, objective, method)
+    name, reference = config.objective.name, reference_of(config, objective, method)
+    yield from objective.mismatches()
     if config.data.format != "auto" and config.data.kind not in objective.formats:
-        wrong.append(
+        yield (
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
     if config.train.sample_every and name in HEADS:
-        wrong.append(f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it.")
+        yield f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it."
     if reference == "adapter_off" and method.trains_base:
-        wrong.append(
+        yield (
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
             "switched off. Set it to stored."
         )
     elif reference == "adapter_off" and config.tuning.start:
-        wrong.append(
+        yield (
             "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
         )
-    return wrong
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method) -> Iterator[str]:

@@ -33,10 +33,14 @@ class WholeWeights:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step. `data_groups` are the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share theirs. `empty_rows` are computed without targets, as global_batch does not divide evenly.
-    `reference_time_percent` is the time of the objective's passes through the reference, as a share of the others'. Where
-    the reference is stored there are none, but one pass over all data before the first step: `stored_reference_percent` of
-    the time of an epoch."""
+    """One optimizer step.
+
+    Attributes:
+        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share theirs.
+        empty_rows: rows that are computed without targets, as global_batch does not divide evenly.
+        reference_time_percent: the time of the objective's passes through the reference, as a share of the others'.
+        stored_reference_percent: where the reference is stored, the time of the one pass before the first step, as a share of an epoch's.
+    """
 
     world_size: int
     data_groups: int
@@ -111,12 +115,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run, and in `shortfalls` one sentence for each thing that does not fit.
+    """The needs of a run.
 
-    `mismatches` are those of them that ask more of the base than it has, on any machine. `scope` is `sharding.scope`,
-    with auto decided, and `recomputed_layers` so many of the `layers`, from the first on, as are computed again in the backward pass.
-    `notes` are sentences on settings without an effect, `whole` are matrices that the quantization leaves as they are, `unrecognised` sentences on what config.json names and the sizes lack: then nobody can
-    say whether it fits. `left_out` are the parts of the base's files that are not trained, where the files are at hand. `device` is what the ranks are planned for: the CPU only where `cluster.gpus_per_worker` is 0.
+    Attributes:
+        scope: `sharding.scope`, with auto decided.
+        recomputed_layers: so many of the `layers`, from the first on, are computed again in the backward pass.
+        device: what the ranks are planned for; the CPU only where `cluster.gpus_per_worker` is 0.
+        shortfalls: a sentence for each thing that does not fit.
+        mismatches: those of them that ask more of the base than it has, on any machine.
+        left_out: the parts of the base's files that are not trained, where the files are at hand.
+        notes: sentences on settings without an effect.
+        whole: the matrices that the quantization leaves as they are.
+        unrecognised: sentences on what config.json names and the sizes lack; with any of them nobody can say whether the run fits.
     """
 
     parameters: Parameters

@@ -6,9 +6,9 @@ function.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
-from typing import Any
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
@@ -51,7 +51,7 @@ def make_plan(
     asked, memory_of_rank = config, gpu_memory or host_memory
     config = settled(config, base.architecture, world_size, ranks_per_node, memory_of_rank)
     scope = choose_scope(config, base.architecture, world_size, ranks_per_node, gpu_memory)
-    given, deepspeed = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
+    given = _inputs(config, base.architecture, world_size, ranks_per_node, scope)
     given = replace(given, experts_at_once=_experts_at_once(given, gpu_memory))
     memory = memory_of(given)
     wrong = mismatches(asked, base, given.method, given.objective)
@@ -66,7 +66,7 @@ def make_plan(
         layers=given.model.layers,
         recomputed_layers=given.recomputed_layers,
         device="cpu" if config.cluster.gpus_per_worker == 0 else "gpu",
-        deepspeed=deepspeed,
+        deepspeed=given.deepspeed,
         mismatches=wrong,
         shortfalls=[*wrong, *_shortfalls(given, memory.total, gpu_memory)],
         notes=[
@@ -80,13 +80,12 @@ def make_plan(
     )
 
 
-def _untried(model: Architecture) -> list[str]:
-    if model.tried:
-        return []
-    return [
-        "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not see each other, and that it "
-        "computes with weights in 4 bits, is not known."
-    ]
+def _untried(model: Architecture) -> Iterator[str]:
+    if not model.tried:
+        yield (
+            "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not see each other, and that it "
+            "computes with weights in 4 bits, is not known."
+        )
 
 
 def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
@@ -106,7 +105,7 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
     if memory is not None and _counts_all_activations(config, model):
         room = _KEPT_SHARE * memory
         scope = choose_scope(config, model, world_size, ranks_per_node, memory)
-        given, _ = _inputs(config, model, world_size, ranks_per_node, scope)
+        given = _inputs(config, model, world_size, ranks_per_node, scope)
 
         def is_too_much(layers: int) -> bool:
             return memory_of(replace(given, config=_keeping(config, layers))).total > room
@@ -115,41 +114,37 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
     return _keeping(config, kept)
 
 
-def idle_settings(asked: Config, decided: Config, model: Architecture) -> list[str]:
+def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterator[str]:
     """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of this run."""
     if not asked.train.activation_offload:
-        return []
+        return
     if asked.cluster.gpus_per_worker == 0:
-        return ["train.activation_offload: has no effect on CPUs, whose memory is the host's."]
-    if asked.train.activation_checkpointing == "auto" and decided.train.kept_layers(model.layers) == model.layers:
-        return [
+        yield "train.activation_offload: has no effect on CPUs, whose memory is the host's."
+    elif asked.train.activation_checkpointing == "auto" and decided.train.kept_layers(model.layers) == model.layers:
+        yield (
             f"train.activation_offload: has no effect, as there is room for the activations of all {model.layers} layers and "
             "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
-        ]
-    return []
+        )
 
 
-def _products(config: Config, model: Architecture) -> list[str]:
+def _products(config: Config, model: Architecture) -> Iterator[str]:
     """A sentence on what is multiplied in FP8, where that is asked for."""
-    if config.train.products != "fp8":
-        return []
-    linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
-    some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
-    return [
-        f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11. The time below is that of plain "
-        "products where no run of this GPU was measured."
-    ]
+    if config.train.products == "fp8":
+        linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
+        some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
+        yield (
+            f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11. The time below is that of plain "
+            "products where no run of this GPU was measured."
+        )
 
 
-def _undecided(asked: Config, model: Architecture, memory: int | None) -> list[str]:
+def _undecided(asked: Config, model: Architecture, memory: int | None) -> Iterator[str]:
     """A sentence where the run will decide by a memory that the plan does not know."""
-    auto = asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model)
-    if not auto:
-        return []
-    return [
-        "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is not known. The run computes "
-        "none again that it has room for, which is faster."
-    ]
+    if asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model):
+        yield (
+            "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is not known. The run computes "
+            "none again that it has room for, which is faster."
+        )
 
 
 def _counts_all_activations(config: Config, model: Architecture) -> bool:
@@ -177,7 +172,7 @@ def choose_scope(
         return "world"
     if gpu_memory is None or world_size <= ranks_per_node or world_size % ranks_per_node:
         return "world"
-    given, _ = _inputs(config, model, world_size, ranks_per_node, "node")
+    given = _inputs(config, model, world_size, ranks_per_node, "node")
     return "node" if memory_of(given).total <= gpu_memory else "world"
 
 
@@ -186,7 +181,7 @@ def choose_experts_at_once(
 ) -> int:
     """Bytes of a mixture's experts to dequantize at once, for settings that are `settled`: the largest stack of a layer, for which the host need not
     wait to learn which experts are visited, where there is room for it beside all else."""
-    return _experts_at_once(_inputs(config, model, world_size, ranks_per_node, scope)[0], gpu_memory)
+    return _experts_at_once(_inputs(config, model, world_size, ranks_per_node, scope), gpu_memory)
 
 
 def _experts_at_once(given: Inputs, gpu_memory: int | None) -> int:
@@ -199,16 +194,12 @@ def _experts_at_once(given: Inputs, gpu_memory: int | None) -> int:
     return largest if has_room else EXPERTS_AT_ONCE
 
 
-def _inputs(
-    config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope
-) -> tuple[Inputs, dict[str, Any]]:
-    """The formulas' inputs, and DeepSpeed's dictionary."""
+def _inputs(config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope) -> Inputs:
     groups = max(1, world_size // config.sharding.sequence_parallel)
     accumulation = ceil(config.train.global_batch / (groups * config.train.micro_batch))
     on_gpu = config.cluster.gpus_per_worker != 0
     deepspeed = build_deepspeed_config(config, world_size, accumulation, on_gpu, most_whole(config, model))
-    zero = deepspeed["zero_optimization"]
-    return Inputs(config, model, zero, world_size, ranks_per_node, accumulation, scope), deepspeed
+    return Inputs(config, model, deepspeed, world_size, ranks_per_node, accumulation, scope)
 
 
 def _parameters(given: Inputs) -> Parameters:
@@ -290,20 +281,19 @@ def _exchanged(given: Inputs) -> int:
     return ceil(given.item * passes * given.tokens * values * (given.shared - 1) / given.shared)
 
 
-def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> list[str]:
-    uneven = uneven_ranks(given.shared, given.world_size, given.ranks_per_node)
-    found = [uneven] if uneven else list[str]()
+def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> Iterator[str]:
+    if uneven := uneven_ranks(given.shared, given.world_size, given.ranks_per_node):
+        yield uneven
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
-        found.append(
+        yield (
             f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
             f"{given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
         )
     if gpu_memory is not None and needed > gpu_memory:
-        found.append(
+        yield (
             f"memory: {needed / 2**30:.1f} GiB are needed on each GPU, {gpu_memory / 2**30:.1f} GiB are there. "
             f"{_remedy(given)}"
         )
-    return found
 
 
 def _remedy(given: Inputs) -> str:

@@ -16,18 +16,16 @@ _WHOLE_BYTES = 2**29
 
 
 def quantized_bytes(numel: int, quant: Quant) -> int:
-    """Bytes of one quantized matrix: its codes, two weights a byte or one in int8, and the scales.
+    """Bytes of one quantized matrix: its parts, and under double quantization the fp32 mean of the scales."""
+    return sum(_quantized_parts(numel, quant)) + 4 * quant.double
 
-    One fp32 scale for each `block_size` weights; under double quantization one byte instead, an fp32 scale for each 256
-    of those, and one fp32 mean (QLoRA, arXiv:2305.14314, section 3).
-    """
+
+def _quantized_parts(numel: int, quant: Quant) -> list[int]:
+    """Bytes of a quantized matrix's codes, two weights a byte or one in int8, and of its scales: an fp32 one for each `block_size` weights, or
+    under double quantization a byte, and an fp32 one for each 256 of those (QLoRA, arXiv:2305.14314, section 3)."""
     blocks = ceil(numel / quant.block_size)
-    scales = blocks + 4 * ceil(blocks / _NESTED_BLOCK) + 4 if quant.double else 4 * blocks
-    return _code_bytes(numel, quant) + scales
-
-
-def _code_bytes(numel: int, quant: Quant) -> int:
-    return numel if quant.type == "int8" else ceil(numel / 2)
+    scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
+    return [numel if quant.type == "int8" else ceil(numel / 2), *scales]
 
 
 def value_bytes(config: Config) -> int:
@@ -74,10 +72,8 @@ def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[Sto
         assert parameter.kept is not None
         sizes = parameter.kept.sizes(*parameter.shape[-2:]).values()
         return [StoredParameter(len(parameter.matrices) * size, 1) for size in sizes]
-    count, weights = len(parameter.matrices), parameter.matrices[0]
-    blocks = ceil(weights / quant.block_size)
-    scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
-    return [StoredParameter(count * size, 1) for size in (_code_bytes(weights, quant), *scales)]
+    parts = _quantized_parts(parameter.matrices[0], quant)
+    return [StoredParameter(len(parameter.matrices) * size, 1) for size in parts]
 
 
 def stored_layers(config: Config, model: Architecture) -> list[int]:
