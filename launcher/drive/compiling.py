@@ -47,6 +47,7 @@ class Compilation:
         Raises `Stopped`, there and here, when that is asked for.
         """
         stop_if_asked(self._run, "before it started")
+        # The two functions below are called for the first chapter here, and for the rest beside the ranks, when this is true.
         beside = False
         # Lines, also on a terminal: the run's live view is there already.
         with compile_progress(self._log, bar=False) as show:

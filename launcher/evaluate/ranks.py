@@ -84,7 +84,7 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
                 process.kill()
             raise
         finally:
-            watch.join()
+            watch.join()  # the ranks still write to the file until they have ended
             errors.seek(0)
             said.append(errors.read())
             for pipe in filter(None, (processes[0].stdin, processes[0].stdout)):

@@ -64,7 +64,7 @@ def choose(
             settings = {**given, **storage, **_rows(length, gpus, 1, tokens), **_ranks(machine, gpus)}
             plan = _least_plan(settings, base, machine, gpus)
             total = plan.memory_per_gpu.total
-            wrong = plan.mismatches
+            wrong = plan.mismatches  # of the last candidate: what no candidate can have is in every plan
             if not wrong and _holds(machine, total, storage):
                 found = _widened(Choice(settings, plan, gpus), length, base, machine, tokens)
                 return replace(found, plan=_plan(found.settings, base, machine, gpus))

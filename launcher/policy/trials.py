@@ -93,7 +93,7 @@ def planned(config: Config) -> SearchPlan:
     trials: list[Trial] = []
     seen, combinations = set[str](), list(itertools.product(*grids.values()))
     for _ in range(samples):
-        for values in list(combinations):
+        for values in list(combinations):  # a copy, as those without new values are removed
             fixed = dict(zip(grids, values, strict=True))
             chosen = _new(
                 ({**fixed, **{name: next(draw) for name, draw in streams.items()}} for _ in range(_TRIES)), seen

@@ -80,6 +80,7 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
     for record in records:
         kind, step = record["kind"], record.get("step")
         if kind in ("start", "step") and start.step is None and step is not None:
+            # A start whose own record is lost went on from the state before its first step.
             begun = step - (kind == "step")
             start.step = begun
             _go_on_from(history, begun)
@@ -102,6 +103,7 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
 def _go_on_from(history: History, step: int) -> None:
     """Take back the steps after `step`, and what was measured or committed in them."""
     taken = history.steps.cut(step)
+    # The newest start is asked first, as each has only the steps after the state that it went on from.
     for earlier in reversed(history.starts[:-1]):
         lost = taken.cut(earlier.step or 0)
         earlier.lost_steps += len(lost.steps)

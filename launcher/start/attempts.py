@@ -58,6 +58,7 @@ def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None],
         try:
             attempts.owner.check()
             attempts.before = max(generations(run), default=0)
+            # Both are of the attempt before: its request to begin anew, and its sign that the ranks had begun.
             run.delete(layout.RESTART)
             run.delete(layout.RANKS_BEGUN)
             end = attempt()

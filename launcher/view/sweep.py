@@ -155,6 +155,7 @@ class SweepFollower:
         first = dict[tuple[str, ...], str]()
 
         def is_of_other(trial: TrialStatus, scores: Scores) -> bool:
+            # Trials that try settings of the data have other data by intention, so each such choice has a first trial of its own.
             asked = (
                 f"{name} {word(value)}" for name, value in trial.settings.items() if not name.startswith(_SAME_DATA)
             )

@@ -165,7 +165,7 @@ def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[
 def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
     """Take out what our own checks refuse, with their sentence as the reason. Returns what is for the user to do."""
     to_do: list[str] = []
-    while True:
+    while True:  # a check that refuses one setting may keep another from being seen
         try:
             config = parse_config(yaml_text(settings, {}, ()))
             for check in (method_of, find_objective):

@@ -318,6 +318,7 @@ def tracking(keys: Keys) -> None:
 def training_arguments(keys: Keys, folder: Path) -> None:
     """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are known. The peer's table has the keys."""
     table = keys.peer.tables["joint"]
+    # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is doubled once.
     batch(keys, table["batch"])
     divided(keys, *table.get("sharing", "").split())
     duration(keys)

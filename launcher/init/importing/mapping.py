@@ -46,6 +46,7 @@ class Keys:
         self.origins = origins
         self.to_do: list[str] = []
         self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, where it is named apart
+        # By key: the settings that it made; why it is lost; what is different where it is carried over; why it is not needed.
         self._made: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
         self._notes: dict[str, str] = {}
@@ -105,6 +106,7 @@ class Keys:
     def convert(self) -> None:
         """Make the settings of all keys that need no other, those of defaults among them."""
         given = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
+        # Defaults come first, so that of two keys for one setting the given one counts, and of two given ones the later.
         for key, value in {**self.peer.defaults, **given}.items():
             row = self.row(key)
             if isinstance(row, To) and value is not None:
