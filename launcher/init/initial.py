@@ -12,7 +12,6 @@ from launcher.init.commented import yaml_text
 from launcher.init.goals import GOALS
 from launcher.init.importing.sources import is_hub_id
 from launcher.init.templates import template_for
-from trainer.base.base import Description
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources, find_train
@@ -80,6 +79,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     goal = GOALS[answers.goal]
     at_hand = base_at_hand(Model(base=answers.base))
     base, files = at_hand.description, at_hand.directory
+    is_large = base.architecture.weights("embedding", "head", "linear", "experts", "small") > _LARGE
     machine = _machine(answers)
     given: dict[str, Setting] = {
         "run.name": (_name(answers), "the run's folder in the store"),
@@ -87,13 +87,14 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "model.base": (answers.base, "a directory, a bucket's URI or a Hub id"),
         **goal.settings,
         "data.train": ([{"path": _source(answers.data)}], goal.data),
-        "optim.lr": (goal.rates[_weights(base) > _LARGE], f"{goal.rate_source}; `capstan sweep` finds a better one"),
+        "optim.lr": (goal.rates[is_large], f"{goal.rate_source}; `capstan sweep` finds a better one"),
         "optim.warmup_ratio": (0.03, "of all steps"),
         "train.epochs": (1, "passes over the data"),
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
     given |= template_for(parsed(given), files) if files else {}
-    tokens = _tokens_of_epoch(parsed(given), files)
+    # By the size of its files; None where that cannot be seen from here.
+    tokens = found.tokens if (found := epoch_length(parsed(given), files, None)) else None
     given["data.held_out"] = (
         (_FEW_HELD_OUT, "so much of it is evaluated and never trained on; as there is little, more than usual")
         if tokens and tokens < _LITTLE
@@ -118,12 +119,6 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         next=_next(answers, path),
         missing=(*([at_hand.said] if at_hand.said else []), *_refused(parsed(settings), files)),
     )
-
-
-def _tokens_of_epoch(config: Config, files: Path | None) -> int | None:
-    """About how many tokens the data has, by the size of its files; None where that cannot be seen from here."""
-    found = epoch_length(config, files, None)
-    return found.tokens if found else None
 
 
 def _longest_document(config: Config) -> int | None:
@@ -221,7 +216,3 @@ def _name(answers: InitAnswers) -> str:
 
 def _source(data: str) -> str:
     return f"hf://{data}" if "://" not in data and is_hub_id(data) else data
-
-
-def _weights(base: Description) -> int:
-    return base.architecture.weights("embedding", "head", "linear", "experts", "small")

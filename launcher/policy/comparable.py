@@ -90,7 +90,7 @@ def _changes(name: str, metric: Metric, trials: Sequence[Config]) -> Iterator[st
     if section == "data" and _decides_tokens(name, metric.of, trials[0]):
         yield (
             f"sweep.settings: {name!r} changes the tokens that {metric.name} is a mean over, so the trials do not compare. Remove it"
-            f"{_other_metric(name)}."
+            f"{_WITH_DATA if name in _KEEP_THE_TOKENS else ''}."
         )
     elif name == "eval.sets" and metric.of not in (UNNAMED, TRAIN):
         yield f"sweep.settings: 'eval.sets' changes the data that {metric.name} is measured on. Remove it."
@@ -133,10 +133,6 @@ def _decides_tokens(name: str, of: str, config: Config) -> bool:
 def _compares(config: Config) -> bool:
     """Whether the figures of the objective are differences to the base without what learns."""
     return find_objective(config).reads_reference
-
-
-def _other_metric(name: str) -> str:
-    return _WITH_DATA if name in _KEEP_THE_TOKENS else ""
 
 
 def _by_formula(metric: Metric, trials: Sequence[Config]) -> bool:

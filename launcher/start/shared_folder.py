@@ -10,21 +10,7 @@ from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError
 
-_OF_ONE_MACHINE = {
-    "ext2",
-    "ext3",
-    "ext4",
-    "xfs",
-    "btrfs",
-    "zfs",
-    "overlay",
-    "tmpfs",
-    "ramfs",
-    "f2fs",
-    "apfs",
-    "vfat",
-    "exfat",
-}
+_OF_ONE_MACHINE = "ext2 ext3 ext4 xfs btrfs zfs overlay tmpfs ramfs f2fs apfs vfat exfat".split()
 """Types of file systems that no other machine has; an export of one by NFS has another type there, and its server may say file://."""
 
 

@@ -171,7 +171,8 @@ class Follower:
         for number, records in self._reader.read(found):
             self._generations.setdefault(number, Summary()).add(records)
         if not self._generations:
-            return self._before_its_first_records()
+            state, reason = before_records(self._folder, self._clock())
+            return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
@@ -220,10 +221,6 @@ class Follower:
             cost=gpu_hours * price if gpu_hours and price is not None else None,
             next=next_command(self._folder, state, committed=commit is not None),
         )
-
-    def _before_its_first_records(self) -> RunStatus:
-        state, reason = before_records(self._folder, self._clock())
-        return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
 
     def _newest_first(self) -> list[Summary]:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -150,17 +151,12 @@ def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus:
     follower, ended = Follower(folder), 0
     with Live(console=Terminal(stderr=True), auto_refresh=False) as live:
         while True:
-            try:
+            with suppress(StorageError):  # the run has its own patience with the store; the view must not end first
                 status = follower.read()
-            except StorageError:
-                time.sleep(
-                    poll_seconds(folder)
-                )  # the run has its own patience with the store; the view must not end first
-                continue
-            live.update(render(status), refresh=True)
-            ended = ended + 1 if status.state in ENDED else 0
-            if over() if over else ended == 2:  # between an end and a restart there is a moment
-                return status
+                live.update(render(status), refresh=True)
+                ended = ended + 1 if status.state in ENDED else 0
+                if over() if over else ended == 2:  # between an end and a restart there is a moment
+                    return status
             time.sleep(poll_seconds(folder))
 
 

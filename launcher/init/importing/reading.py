@@ -129,16 +129,12 @@ def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tu
             yield key, value
 
 
-def known_keys(tree: dict[str, Any], peer: Peer) -> int:
-    """How many of the tree's own keys the peer's table has."""
-    return sum(peer.row(str(key)) is not None or peer.opens(str(key)) for key in tree)
-
-
 def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
     """The peer that knows most of the keys. Raises `ConfigError` where none does, or two know as many."""
     if {"run", "model", "data", "train"} <= set(tree):
         raise ConfigError(f"{path} is a configuration of Capstan already: capstan plan {path} says what it needs.")
-    counts = [(known_keys(tree, peer), peer) for peer in peers]
+    keys = list(map(str, tree))
+    counts = [(sum(peer.row(key) is not None or peer.opens(key) for key in keys), peer) for peer in peers]
     best = max(count for count, _ in counts)
     found = [peer for count, peer in counts if count == best]
     names = ", ".join(peer.name for peer in peers)
