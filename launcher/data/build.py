@@ -28,10 +28,13 @@ class Built:
     splits: dict[str, tuple[str, DatasetManifest | None]]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            what: {"fingerprint": key, "compiled": manifest is not None, **(_to_json(manifest) if manifest else {})}
-            for what, (key, manifest) in self.splits.items()
-        }
+        found = dict[str, Any]()
+        for what, (key, manifest) in self.splits.items():
+            found[what] = {"fingerprint": key, "compiled": manifest is not None}
+            if manifest:
+                left_out = {name: rows.model_dump() for name, rows in (manifest.left_out or {}).items()}
+                found[what] |= {**_figures(manifest), "left_out": left_out}
+        return found
 
     def table(self) -> FoldedTable:
         table = FoldedTable("", *self.splits)
@@ -43,17 +46,12 @@ class Built:
         return table
 
 
-def _to_json(manifest: DatasetManifest) -> dict[str, Any]:
-    left_out = {name: found.model_dump() for name, found in (manifest.left_out or {}).items()}
-    return {**_figures(manifest), "left_out": left_out}
-
-
 def _figures(manifest: DatasetManifest) -> dict[str, int]:
-    shards, counters = manifest.shards, manifest.counters
+    counters = manifest.counters
     return {
-        "documents": sum(shard.documents for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "targets": sum(shard.targets for shard in shards),
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "targets": manifest.targets,
         "truncated": counters.truncated,
         "split": counters.split,
         "dropped": counters.dropped,

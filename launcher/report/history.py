@@ -92,7 +92,8 @@ def _read(history: History, start: Start, records: Iterable[Record]) -> None:
         elif kind == "first_step":
             start.seconds["first step"] = record["seconds"]
         elif kind == "change":
-            start.changes.append(_sentence(record))
+            change = Change(str(record.get("setting")), record.get("old"), record.get("new"))
+            start.changes.append(change.sentence())
         elif kind == "end":
             start.outcome, start.reason = record["outcome"], record["reason"]
         if kind != "step":
@@ -119,7 +120,3 @@ def _add_facts(start: Start, record: Record) -> None:
     for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:
             start.seconds[part] = took
-
-
-def _sentence(record: Record) -> str:
-    return Change(str(record.get("setting")), record.get("old"), record.get("new")).sentence()

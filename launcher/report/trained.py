@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -204,15 +203,11 @@ def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManife
     if settings.key is None:
         return None
     return Repeat(
-        command=f"capstan train run.yaml run.name={_again(name_of(folder))}",
+        command=f"capstan train run.yaml run.name={name_of(folder).removesuffix('-again')}-again",
         config=yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
         versions=dict(manifest.versions) if manifest else _versions(folder),
         snapshot=layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,
     )
-
-
-def _again(name: str) -> str:
-    return f"{re.sub(r'-again$', '', name)}-again"
 
 
 def _versions(folder: Store) -> dict[str, str]:
