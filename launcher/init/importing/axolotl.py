@@ -239,9 +239,7 @@ def _flat(given: dict[str, Any]) -> list[str]:
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """The sources of one data set: one for each of its files."""
     form, fields = _format(keys, place, given)
-    split, take, sliced = split_of(given.get("split"))
-    if sliced:
-        keys.lose(f"{place}.split", sliced)
+    split, take = split_of(keys, f"{place}.split", given.get("split"))
     taken: dict[str, Any] = {"take": take}
     if (shards := keys.whole(f"{place}.shards")) > 1:
         taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}

@@ -6,7 +6,7 @@ without running the script, and is left out with a sentence.
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config.peers.table import read_peer
@@ -80,14 +80,14 @@ class _Reader:
         if name in _TABLES["trainings"]:
             trainer = _TABLES["trainings"][name]
             self.script = self.script or trainer
-            self.arguments |= {**({} if trainer else _TABLES["transformers"]), **dict(self._given(call))}
+            self.arguments |= {**({} if trainer else _TABLES["transformers"]), **self._given(call)}
         elif name == "LoraConfig":
             self._adapter(call, _TABLES["peft"])
         elif name == "get_peft_model" and of.startswith("Fast"):
             self._adapter(call, _TABLES["unsloth_lora"])
-            self.beside |= dict(self._given(call, {"random_state": "seed"}))
+            self.beside |= self._given(call, {"random_state": "seed"})
         elif name == "BitsAndBytesConfig":
-            self.keys |= {"bnb_4bit_quant_type": "fp4", **dict(self._given(call, _TABLES["quantization"]))}
+            self.keys |= {"bnb_4bit_quant_type": "fp4", **self._given(call, _TABLES["quantization"])}
         elif name == "load_dataset" and "dataset_name" not in self.keys:
             self._data(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of):
@@ -95,19 +95,19 @@ class _Reader:
         elif name == "from_pretrained" and of.startswith("Fast"):
             self._unsloth(call)
         elif name == "from_pretrained" and "Model" in of:
-            self._base(call.args, dict(self._given(call, _TABLES["base"])))
-            self._head(of, dict(self._given(call, {name: name for name in ("num_labels", "problem_type")})))
+            self._base(call.args, self._given(call, _TABLES["base"]))
+            self._head(of, self._given(call, {name: name for name in ("num_labels", "problem_type")}))
         elif name.endswith("Trainer"):
             given = [word.value for word in call.keywords if word.arg == "model"] or call.args
             self._base(given, {})
-            self.beside |= dict(self._given(call, _TABLES["trainer"]))
+            self.beside |= self._given(call, _TABLES["trainer"])
             made = [word for word in call.keywords if word.arg == "formatting_func"]
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
-        self.keys |= {"use_peft": True, **defaults, **dict(self._given(call, _TABLES["lora"]))}
+        self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}
         others = {word.arg or "" for word in call.keywords} - {*_TABLES["lora"], *_TABLES["needless_of_lora"].split()}
-        given = dict(self._given(call, {name: f"LoraConfig.{name}" for name in others}))
+        given = self._given(call, {name: f"LoraConfig.{name}" for name in others})
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
 
     def _base(self, given: Sequence[ast.expr], settings: Mapping[str, Any]) -> None:
@@ -131,8 +131,8 @@ class _Reader:
             "max_seq_length": "max_length",
             "model_name": "model_name_or_path",
         }
-        given = {**_TABLES["unsloth"], **dict(self._given(call, names))}
-        if given.get("load_in_8bit") or dict(self._given(call, {"full_finetuning": "full"})).get("full"):
+        given = {**_TABLES["unsloth"], **self._given(call, names)}
+        if given.get("load_in_8bit") or self._given(call, {"full_finetuning": "full"}).get("full"):
             given["load_in_4bit"] = False
         self._base(call.args, {})
         self.beside["max_length"] = given.pop("max_length")
@@ -141,12 +141,14 @@ class _Reader:
     def _data(self, call: ast.Call) -> None:
         """`load_dataset(path, name, split=..., data_files=...)`."""
         values = [self._value(argument) for argument in call.args] + [None, None]
-        given = dict(self._given(call, {name: name for name in ("path", "name", "split", "data_files")}))
+        given = self._given(call, {name: name for name in ("path", "name", "split", "data_files")})
         source = {"path": given.pop("path", values[0]), "name": given.pop("name", values[1]), **given}
         if isinstance(source["path"], str):
             self.keys["datasets"] = [{key: value for key, value in source.items() if value is not None}]
 
-    def _given(self, call: ast.Call, names: Mapping[str, str] | None = None) -> Iterator[tuple[str, Any]]:
+    def _given(self, call: ast.Call, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The values of these arguments of a call by the names that they have as keys, or of all by their own."""
+        found: dict[str, Any] = {}
         for word in call.keywords:
             key = word.arg if names is None else names.get(word.arg or "")
             if not key:
@@ -155,7 +157,8 @@ class _Reader:
             if value is _COMPUTED:
                 self.computed.append(f"{key}: {ast.unparse(word.value)}")
             else:
-                yield key, value
+                found[key] = value
+        return found
 
     def _value(self, node: ast.expr) -> Any:
         """The value of a plain expression, or of a name that has one; of `torch.bfloat16` its last part."""

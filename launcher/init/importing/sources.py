@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.init.importing.mapping import Keys
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
 _FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # of a split the first so many rows, or per cent of them
@@ -68,18 +70,14 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
 
 
-def split_of(given: Any) -> tuple[str | None, int | float | None, str | None]:
-    """The name of a split; what is taken of it, as `data.train[].take` has it; and a sentence for what is not read as it is asked for."""
+def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, int | float | None]:
+    """The name of a split, and what is taken of it, as `data.train[].take` has it. Where `key` asks for more than that, it is said to be lost."""
     if not given:
-        return None, None, None
+        return None, None
     if (found := _FIRST.fullmatch(str(given).strip())) is not None:
         amount, percent = int(found[2]), found[3]
-        return found[1], (amount / 100 if amount < 100 else None) if percent else amount or None, None
+        return found[1], (amount / 100 if amount < 100 else None) if percent else amount or None
     name = re.split(r"[\[+]", str(given))[0].strip()
     if name != str(given):
-        return (
-            name,
-            None,
-            f"{given}: a part that does not begin with the first row, or several splits. It is read whole.",
-        )
-    return name, None, None
+        keys.lose(key, f"{given}: a part that does not begin with the first row, or several splits. It is read whole.")
+    return name, None

@@ -195,9 +195,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
         )
     if form == "prompt_completion" or form == "preference":
         fields = {ours: column for ours, column in fields.items() if ours != column}
-    split, take, sliced = split_of(given.get("split"))
-    if sliced:
-        keys.lose(f"{place}.split", sliced)
+    split, take = split_of(keys, f"{place}.split", given.get("split"))
     paths = source_paths(str(given.get("source") or read.get("source") or "FILL-IN"), given.get("data_files"))
     subset = given.get("name") or given.get("subset")
     return sources_at(paths, {"format": form, "fields": fields, "take": take}, subset, split)

@@ -133,8 +133,6 @@ def _data(keys: Keys) -> None:
 
 
 def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    split, take, sliced = split_of(given.get("split"))
-    if sliced:
-        keys.lose(key, sliced)
+    split, take = split_of(keys, key, given.get("split"))
     paths = source_paths(str(given.get("path", "")), given.get("data_files"))
     return sources_at(paths, {"take": take}, given.get("name"), split)
