@@ -65,9 +65,9 @@ start_ray() {
 # The run's servers, a step of their own on the last nodes, beside the ranks where these are there, too. It is started again where a task of it is killed.
 serve() {
   local over='' task='' each=$(((SERVERS + SERVER_NODES - 1) / SERVER_NODES))
-  trap 'over=yes; kill "$task" 2>/dev/null' TERM
+  trap 'over=yes; end_servers "$task"' TERM
   for _ in {1..10}; do
-    srun --overlap --overcommit --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" \
+    srun --job-name=servers --overlap --overcommit --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" \
       --nodelist="$(list "${nodes[@]: -$SERVER_NODES}")" --ntasks="$SERVERS" --ntasks-per-node="$each" \
       --cpus-per-task="$((CPUS_PER_NODE > each ? CPUS_PER_NODE / each : 1))" \
       "${python[@]}" launcher.cluster.slurm.server "$RUN_URI" &
@@ -80,6 +80,13 @@ serve() {
     sleep 5
   done
   kill -s USR1 $$
+}
+# A signal to srun would kill them at once, and say so as if that were an error.
+end_servers() {
+  local id
+  id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format="%i %j" | awk '$2 == "servers" { print $1; exit }')
+  scancel --signal=TERM "$id"
+  timeout 30 tail --pid="$1" -f /dev/null || kill "$1"
 }
 list() { local IFS=,; echo "$*"; }
 

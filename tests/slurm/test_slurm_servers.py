@@ -29,7 +29,8 @@ def servers(site: Site) -> dict[int, str]:
 
 @pytest.mark.parametrize("launch", ["direct", "ray"])
 def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
-    settings = (f"cluster.slurm.launch={launch}", "cluster.slurm.nodes=3", "train.steps=60", "rollout.serve.gpus=2")
+    nodes = {"direct": 3, "ray": 2}[launch]
+    settings = (f"cluster.slurm.launch={launch}", f"cluster.slurm.nodes={nodes}", "train.steps=40", "rollout.serve.gpus=2")
     replicas = "rollout.serve.replicas=2"
     name = f"served-{launch}"
     config = site.config(name, *OF_JOB, *settings, replicas)
@@ -37,7 +38,7 @@ def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
     assert "# beside the ranks: 2 servers (" in shown
     assert ("SERVERS=2\nSERVER_NODES=1\n" in shown) == (launch == "direct")
     job = site.submit(config)
-    site.wait_for_step(name, generation=1, step=3)
+    site.wait_for_step(name, generation=1, step=2)
     (first, node), (_, other) = servers(site).items()
     assert launch == "ray" or (node, other) == ("n3", "n3")
     os.kill(first, signal.SIGKILL)
