@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ class Journal:
     def __init__(self, folder: Store, log: Callable[[str], None]) -> None:
         self._run, self._log = folder, log
         self._harmless = Harmless("keeping the driver's log")
-        self._text = ""
+        self._text, self._keeping = "", threading.Lock()
         with suppress(NotFound):
             self._text = folder.get(layout.DRIVER_LOG).decode(errors="replace")
         self.keep(f"driver of process {os.getpid()} on {socket.gethostname()}")
@@ -38,5 +39,6 @@ class Journal:
         self.keep("finished")
 
     def keep(self, line: str) -> None:
-        self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
-        self._harmless(lambda: self._run.put(layout.DRIVER_LOG, self._text.encode()))
+        with self._keeping:  # what is beside the ranks has threads of its own
+            self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+            self._harmless(lambda: self._run.put(layout.DRIVER_LOG, self._text.encode()))

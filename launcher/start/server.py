@@ -89,6 +89,7 @@ def keep_server(
         DataError: it dies again and again.
     """
     deaths, port = 0, 0
+    run.delete(layout.server(name))  # that of a keeper which was killed
     longest = _longest_text(config)
     with Program(run, name) as program:
         while not over.is_set():

@@ -30,7 +30,12 @@ def servers(site: Site) -> dict[int, str]:
 @pytest.mark.parametrize("launch", ["direct", "ray"])
 def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
     nodes = {"direct": 3, "ray": 2}[launch]
-    settings = (f"cluster.slurm.launch={launch}", f"cluster.slurm.nodes={nodes}", "train.steps=40", "rollout.serve.gpus=2")
+    settings = (
+        f"cluster.slurm.launch={launch}",
+        f"cluster.slurm.nodes={nodes}",
+        "train.steps=40",
+        "rollout.serve.gpus=2",
+    )
     replicas = "rollout.serve.replicas=2"
     name = f"served-{launch}"
     config = site.config(name, *OF_JOB, *settings, replicas)
