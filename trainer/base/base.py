@@ -1,4 +1,4 @@
-"""A base as the other rooms see it: what it is made of, and a protocol for the ways in which its files store that.
+"""A base as the other rooms see it: what it is made of, and the class of the ways in which its files store that.
 
 The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
 hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places them
@@ -7,11 +7,12 @@ knows nothing of it. A file of trainer/base/stored, or the `format.py` of a fold
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
@@ -22,9 +23,15 @@ from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTens
 from trainer.store.store import Store
 
 
-class StoredFormat(Protocol):
-    """How the files of a base store its weights. What is not said of a format is so of most."""
+@dataclass(frozen=True)
+class StoredFormat(ABC):
+    """How the files of a base store its weights. What is not said of a format is so of most. It is made from the
+    quantization_config of config.json, {} where there is none."""
 
+    quantization: dict[str, Any]
+
+    readable: ClassVar[str]
+    """The words for it in a sentence that lists what can be read."""
     unmergeable: ClassVar[str | None] = None
     """Why no weights with an adapter merged in can be written in this format, as a clause; None if they can."""
     quantized: ClassVar[bool] = False
@@ -33,6 +40,11 @@ class StoredFormat(Protocol):
     """Whether they are stored in fewer bits and become 16-bit values as they are read."""
     dequantizes: ClassVar[bool] = False
     """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here otherwise."""
+
+    @staticmethod
+    @abstractmethod
+    def stores(quantization: dict[str, Any]) -> bool:
+        """Whether this quantization_config is of the format; at most one format says so."""
 
     def mismatches(self, config: Config) -> list[str]:
         """A sentence for each setting that does not suit what config.json says of the format."""
@@ -43,31 +55,15 @@ class StoredFormat(Protocol):
         asks the tensors themselves."""
         return None
 
+    @abstractmethod
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
         """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer bits and
         its scales are one. Reads headers, and facts beside weights, but no weight. Raises `ConfigError` where a part of one is
         missing, or has another shape or type than it should."""
-        ...
 
-    def check(self, base: "Base", config: Config) -> None:
+    # Most formats have one form, so there is nothing to check.
+    def check(self, base: "Base", config: Config) -> None:  # noqa: B027
         """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no weight."""
-
-
-class QuantizedBy(Protocol):
-    """A class of `StoredFormat`, as `STORED` names it. It is made from the quantization_config of config.json, {} where there
-    is none."""
-
-    @property
-    def readable(self) -> str:
-        """The words for it in a sentence that lists what can be read."""
-        ...
-
-    def __call__(self, quantization: dict[str, Any]) -> StoredFormat: ...
-
-    @staticmethod
-    def stores(quantization: dict[str, Any]) -> bool:
-        """Whether this quantization_config is of the format; at most one format says so."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The formats that bases are stored in, a file or a folder each, found by being here; trainer/base/base.py has their protocol."""
+"""The formats that bases are stored in, a file or a folder each, found by being here; trainer/base/base.py has the class of all."""

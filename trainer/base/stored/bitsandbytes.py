@@ -8,10 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
@@ -28,12 +27,8 @@ _SCALES_KEPT = 32
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
-@dataclass(frozen=True)
 class BitsAndBytes4bit(StoredFormat):
-    """Linear layers in 4 bits, and a mixture's experts where they are such; all else as in a plain base. `quantization` is what
-    config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Linear layers in 4 bits, and a mixture's experts where they are such; all else as in a plain base."""
 
     readable: ClassVar[str] = "4 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
@@ -42,7 +37,6 @@ class BitsAndBytes4bit(StoredFormat):
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
 
     def mismatches(self, config: Config) -> list[str]:
@@ -82,19 +76,15 @@ class BitsAndBytes4bit(StoredFormat):
                 )
 
 
-@dataclass(frozen=True)
 class BitsAndBytes8bit(StoredFormat):
     """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is `SCB`, the largest
     value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's 1/127, as bitsandbytes dequantizes them."""
-
-    quantization: dict[str, Any]
 
     readable: ClassVar[str] = "8 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 8 bits by bitsandbytes, where no merged weight fits"
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_8bit"))
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
@@ -188,4 +178,4 @@ def _bytes(base: Base, name: str, size: int) -> TensorSource:
     return TensorSource(source.store, source.key, "U8", (size,), source.offset)
 
 
-STORED: dict[str, QuantizedBy] = {"bitsandbytes": BitsAndBytes4bit, "bitsandbytes in 8 bits": BitsAndBytes8bit}
+STORED: dict[str, type[StoredFormat]] = {"bitsandbytes": BitsAndBytes4bit, "bitsandbytes in 8 bits": BitsAndBytes8bit}

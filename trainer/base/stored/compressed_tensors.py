@@ -21,7 +21,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
@@ -48,17 +48,13 @@ _BESIDE = re.compile(
 )
 
 
-@dataclass(frozen=True)
 class CompressedTensors(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Linear layers in 4 or 8 bits, all else as in a plain base."""
 
     readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         sparsity = quantization.get("sparsity_config")
         sparse = bool(sparsity) and not (isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense")
         known = quantization.get("format") in _FORMATS
@@ -192,4 +188,4 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
     )
 
 
-STORED: dict[str, QuantizedBy] = {"compressed-tensors": CompressedTensors}
+STORED: dict[str, type[StoredFormat]] = {"compressed-tensors": CompressedTensors}

@@ -15,11 +15,10 @@ for a number of equal tiles, which is another tile for 192 rows (two of 96), and
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
@@ -37,18 +36,14 @@ _FP4_TILE = (1, 32)
 _EXPERTS = ("fp8", "fp4")
 
 
-@dataclass(frozen=True)
 class Fp8(StoredFormat):
-    """Matrices in FP8, all else as in a plain base; `quantization` is what config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Matrices in FP8, all else as in a plain base."""
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
     dequantizes: ClassVar[bool] = True
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "fp8" and quantization.get("expert_dtype", "fp8") in _EXPERTS
 
     def mismatches(self, config: Config) -> list[str]:
@@ -140,4 +135,4 @@ def _of_inputs(name: str) -> tuple[str, ...]:
     return tuple(f"{module}{other}" for other in ("activation_scale", "input_scale", "qscale_act"))
 
 
-STORED: dict[str, QuantizedBy] = {"fp8": Fp8}
+STORED: dict[str, type[StoredFormat]] = {"fp8": Fp8}

@@ -11,11 +11,10 @@ Weights are read in the type of their scales: (code - zero) * scale, rounded onc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
@@ -29,17 +28,13 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-@dataclass(frozen=True)
 class Gptq(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Linear layers in 4 or 8 bits, all else as in a plain base."""
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "gptq" and quantization.get("bits") in (4, 8)
 
     def mismatches(self, config: Config) -> list[str]:
@@ -57,17 +52,13 @@ class Gptq(StoredFormat):
         return _weights(base, self.quantization, along_outputs=False, more=more)
 
 
-@dataclass(frozen=True)
 class Awq(StoredFormat):
-    """Linear layers in 4 bits, all else as in a plain base; `quantization` is what config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Linear layers in 4 bits, all else as in a plain base."""
 
     readable: ClassVar[str] = "AWQ"
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         version = str(quantization.get("version", "gemm")).lower()
         return (quantization.get("quant_method"), quantization.get("bits"), version) == ("awq", 4, "gemm")
 
@@ -134,4 +125,4 @@ def _columns(
     )
 
 
-STORED: dict[str, QuantizedBy] = {"gptq": Gptq, "awq": Awq}
+STORED: dict[str, type[StoredFormat]] = {"gptq": Gptq, "awq": Awq}

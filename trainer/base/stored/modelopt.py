@@ -6,12 +6,11 @@ the product in fp32, rounded once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
@@ -26,17 +25,13 @@ _BESIDE = ("weight_scale", "weight_scale_2", "input_scale")
 _CACHE = ("k_scale", "v_scale")
 
 
-@dataclass(frozen=True)
 class ModelOpt(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base; `quantization` is what config.json says of it."""
-
-    quantization: dict[str, Any]
+    """Linear layers in 4 or 8 bits, all else as in a plain base."""
 
     readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "modelopt" and quantization.get("quant_algo") in ("NVFP4", "FP8")
 
     def kept(self, parameter: Parameter) -> Kept | None:
@@ -80,4 +75,4 @@ def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -
     )
 
 
-STORED: dict[str, QuantizedBy] = {"modelopt": ModelOpt}
+STORED: dict[str, type[StoredFormat]] = {"modelopt": ModelOpt}

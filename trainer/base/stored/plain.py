@@ -1,18 +1,14 @@
 """Bases stored as they compute, in 16 or 32 bits."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.store.safetensors_index import StoredTensor
 
 
-@dataclass(frozen=True)
 class Plain(StoredFormat):
     """Every weight is a tensor of its own, which is quantized on the way into memory, if at all."""
-
-    quantization: dict[str, Any]
 
     readable: ClassVar[str] = "16 and 32 bits"
     decoded: ClassVar[bool] = False
@@ -26,4 +22,4 @@ class Plain(StoredFormat):
         return base.tensors
 
 
-STORED: dict[str, QuantizedBy] = {"plain": Plain}
+STORED: dict[str, type[StoredFormat]] = {"plain": Plain}

@@ -10,11 +10,10 @@ it, and an expert is read whole.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Parameter
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
@@ -28,18 +27,14 @@ if TYPE_CHECKING:
 _READS_KEPT = 4
 
 
-@dataclass(frozen=True)
 class Mxfp4(StoredFormat):
     """Experts in MXFP4, all else as in a plain base."""
-
-    quantization: dict[str, Any]
 
     readable: ClassVar[str] = "MXFP4"
     dequantizes: ClassVar[bool] = True
 
     @staticmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether a quantization_config is of this format."""
         return quantization.get("quant_method") == "mxfp4"
 
     def kept(self, parameter: Parameter) -> Kept | None:
@@ -86,4 +81,4 @@ def _parts(name: str) -> tuple[str, str]:
     return f"{name}_blocks", f"{name}_scales"
 
 
-STORED: dict[str, QuantizedBy] = {"mxfp4": Mxfp4}
+STORED: dict[str, type[StoredFormat]] = {"mxfp4": Mxfp4}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trainer.base.base import Base, QuantizedBy, StoredFormat
+from trainer.base.base import Base, StoredFormat
 from trainer.store.safetensors_index import StoredTensor
 
 
@@ -28,10 +28,7 @@ class Doubled:
         return bytearray(struct.pack(f"<{count}f", *(2 * value for value in values)))
 
 
-@dataclass(frozen=True)
 class Halves(StoredFormat):
-    quantization: dict[str, Any]
-
     readable: ClassVar[str] = "halves"
     unmergeable: ClassVar[str | None] = "stored in halves, where no new weight fits"
 
@@ -43,4 +40,4 @@ class Halves(StoredFormat):
         return {name: Doubled(tensor) for name, tensor in base.tensors.items()}
 
 
-STORED: dict[str, QuantizedBy] = {"halves": Halves}
+STORED: dict[str, type[StoredFormat]] = {"halves": Halves}
