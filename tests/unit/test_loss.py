@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from trainer.config import ObjectiveSettings
 from trainer.model import head as loss_module
 from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
 from trainer.tuning.objective.sft.noise import noise_on
 from trainer.tuning.objective.sft.objective import NextTokens
-from trainer.tuning.objective.sft.settings import SftSettings
 
 T, H, V = 50, 12, 31
 TERMS = {
@@ -83,7 +83,7 @@ def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHea
     logits = head(hidden)[labels != IGNORE]
     chosen = logits.log_softmax(-1).gather(1, labels[labels != IGNORE][:, None])
     expected = -(chosen.detach().exp() * chosen).sum()
-    objective: Any = NextTokens(own=SftSettings(dft=True))
+    objective: Any = NextTokens(ObjectiveSettings.model_validate({"dft": True}))
     found = objective.loss(model, batch)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))
@@ -105,7 +105,8 @@ def test_entropy_adaptive_fine_tuning_weighs_each_target_by_the_entropy_of_the_l
     nats = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="none")
     p = logits.detach().topk(7, -1).values.softmax(-1)
     expected = (nats * (-(p * p.log()).sum(-1) / scale) ** power).sum()
-    objective: Any = NextTokens(own=SftSettings(eaft=power, eaft_tokens=7, eaft_scale=scale))
+    given = {"eaft": power, "eaft_tokens": 7, "eaft_scale": scale}
+    objective: Any = NextTokens(ObjectiveSettings.model_validate(given))
     found = objective.loss(model, batch)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))

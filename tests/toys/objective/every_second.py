@@ -5,12 +5,12 @@ One file, as trainer/tuning/objective/objective.py wants it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
 from trainer.tuning.method import Method
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,21 +21,14 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-class EverySecond:
-    settings: Collection[str] = ()
-    defaults: Mapping[str, Any] = {"name": "sft"}
-    formats: Collection[str] = ("prompt_completion",)
-    reads_reference: bool = False
-    survey: Survey | None = None
-    unit: str = "targets"
-    measures: Sequence[str] = ("rows",)
+class EverySecond(Objective):
+    formats = ("prompt_completion",)
+    unit = "targets"
+    measures = ("rows",)
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"name": "every_second"}
-
-    def mismatches(self) -> list[str]:
-        return []
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -44,9 +37,6 @@ class EverySecond:
         labels[:, 1::2] = IGNORE
         loss = model.head(model.hidden(batch), labels)
         return torch.stack([loss, torch.ones_like(loss)])
-
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("it has none")
 
     def weight(self, batch: MicroBatch) -> int:
         return int((batch.labels[:, ::2] != IGNORE).sum())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config, ObjectiveSettings
 from trainer.config.data.row_kinds import most_segments
-from trainer.config.registry import chosen, kinds, refuse_unread
+from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.tuning.method import Method, method_of
 
 if TYPE_CHECKING:
@@ -41,42 +41,22 @@ class Survey:
 
 class Objective(Protocol):
     """Something to minimise, with the settings of one run: the sum of the loss over the sum of `weight`, both over all rows
-    of the global batch."""
+    of the global batch. A class of it says what is not so of most."""
 
-    @property
-    def settings(self) -> Collection[str]:
-        """The settings of the section `objective` that it reads. A value for any other is refused, as it would be ignored."""
-        ...
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        """The meaning of a key that an identity lacks; see `trainer.tuning.method.Method.defaults`."""
-        ...
-
-    @property
-    def formats(self) -> Collection[str]:
-        """The kinds of rows that it can learn from; see `RowFormat.kind` in trainer/data/format/row_format.py."""
-        ...
-
-    @property
-    def reads_reference(self) -> bool:
-        """Whether the loss compares with the base without what learns, by the values of `reference`; see trainer/plan/mismatches.py."""
-        ...
-
-    @property
-    def survey(self) -> Survey | None:
-        """The survey before the losses of a step, for an objective that needs one."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """The thing that `weight` counts, as records name it: targets, pairs or answers."""
-        ...
-
-    @property
-    def measures(self) -> Sequence[str]:
-        """Names of further figures, which records show as means over the global batch beside the loss."""
-        ...
+    settings: Collection[str] = ()
+    """The settings of the section `objective` that it reads. A value for any other is refused, as it would be ignored."""
+    defaults: Mapping[str, Any] = {"name": "sft"}
+    """The meaning of a key that an identity lacks; see `trainer.tuning.method.Method.defaults`."""
+    formats: Collection[str]
+    """The kinds of rows that it can learn from; see `RowFormat.kind` in trainer/data/format/row_format.py."""
+    reads_reference: bool = False
+    """Whether the loss compares with the base without what learns, by the values of `reference`; see trainer/plan/mismatches.py."""
+    survey: Survey | None = None
+    """The survey before the losses of a step, for an objective that needs one."""
+    unit: str
+    """The thing that `weight` counts, as records name it: targets, pairs or answers."""
+    measures: Sequence[str] = ()
+    """Names of further figures, which records show as means over the global batch beside the loss."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,7 +65,7 @@ class Objective(Protocol):
 
     def mismatches(self) -> list[str]:
         """A sentence for each setting that contradicts another one of the section."""
-        ...
+        return []
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """The sums of one packed row, fp32 on the model's device: () the loss with its graph; with `measures`, (1 + measures,)
@@ -96,11 +76,23 @@ class Objective(Protocol):
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the order of
         `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in `batch.reference`."""
-        ...
+        raise AssertionError("nobody asks for a reference that the loss does not read")
 
     def weight(self, batch: MicroBatch) -> int:
         """How much the row counts in the means; 0 for a row of padding. Known without the model."""
-        ...
+        return batch.targets
+
+
+class OfSettings(Objective):
+    """An objective whose identity are its settings. A beta that is not `given` is that of its `defaults`."""
+
+    def __init__(self, given: ObjectiveSettings) -> None:
+        self.beta: float = given.beta or self.defaults.get("beta", 0.0)
+        self.given = given.model_copy(update={"beta": self.beta})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return without_defaults({name: getattr(self.given, name) for name in self.defaults}, self.defaults)
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from trainer.config import ObjectiveSettings
 from trainer.tuning.objective.objective import Objective
 
 
@@ -42,22 +43,26 @@ class Teacher:
         }
 
 
-def named_teacher(base: str | None, run: str | None, quant: str | None) -> Teacher:
-    """The teacher of `objective.teacher`, `teacher_run` and `teacher_quant`; without a name where `teacher_mismatches` refuses them."""
-    return Teacher(base or run or "", base is None, quant)
+TEACHER = {"teacher": None, "teacher_run": None, "teacher_quant": None}
+"""The settings that name a teacher, and their defaults."""
 
 
-def teacher_mismatches(objective: str, base: str | None, run: str | None, quant: str | None) -> Iterator[str]:
-    """A sentence for each setting by which `objective` has not just one teacher: `objective.teacher`, `teacher_run` and `teacher_quant`."""
-    if (base is None) == (run is None):
-        both = base is not None
+def named_teacher(given: ObjectiveSettings) -> Teacher:
+    """The teacher that the settings name; without a name where `teacher_mismatches` refuses them."""
+    return Teacher(given.teacher or given.teacher_run or "", given.teacher is None, given.teacher_quant)
+
+
+def teacher_mismatches(given: ObjectiveSettings) -> Iterator[str]:
+    """A sentence for each setting by which the objective has not just one teacher."""
+    if (given.teacher is None) == (given.teacher_run is None):
+        both = given.teacher is not None
         yield (
-            f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and {objective} has one teacher. "
+            f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and {given.name} has one teacher. "
             f"{'Remove' if both else 'Set'} one of them."
         )
-    if run is not None and quant is not None:
+    if given.teacher_run is not None and given.teacher_quant is not None:
         yield "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
-    if base is not None and named_teacher(base, None, quant).is_server and quant is not None:
+    if given.teacher is not None and named_teacher(given).is_server and given.teacher_quant is not None:
         yield "objective.teacher_quant: a server as teacher has its own. Remove it."
 
 

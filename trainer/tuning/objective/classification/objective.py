@@ -3,15 +3,15 @@ hidden state of the text's last token, or of the word's first, and W the head; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config import ObjectiveSettings
 from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import counted_once
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """The formula of the module's docstring. `outputs` are those of the head where a row has a class, in the order of its labels. Accuracy and F1 are of the
     texts or words that are looked at, macro F1 is the mean over the classes that these have or are taken for, as in scikit-learn."""
 
@@ -31,21 +31,11 @@ class Classification:
     unit: str
     outputs: Callable[[PackedModel, MicroBatch], Tensor]
 
-    settings: Collection[str] = ()
-    reads_reference: bool = False
-    survey: Survey | None = None
-    measures: Sequence[str] = ("accuracy", "macro_f1")
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        return {"name": "sft"}
+    measures: ClassVar[Sequence[str]] = ("accuracy", "macro_f1")
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "labels": list(self.labels)}
-
-    def mismatches(self) -> list[str]:
-        return []
 
     @property
     def sums(self) -> int:
@@ -67,38 +57,22 @@ class Classification:
         counts = (some.sum(0) for some in (taken * there, taken, there))
         return counted_once(torch.cat([loss[None], *counts]), batch)
 
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("classes have no reference")
-
-    def weight(self, batch: MicroBatch) -> int:
-        return batch.targets
-
 
 @dataclass(frozen=True)
-class Several:
+class Several(Objective):
     """Each text has any of the classes: the loss is the mean over texts and classes of -log s(o) or -log(1 - s(o)), with o the class's output and s the
     logistic function. Accuracy is the share of texts with all of their classes and no other; F1 is of all decisions (micro), or the mean over the
     classes that texts have or are taken for (macro), as in scikit-learn."""
 
     labels: Sequence[str]
 
-    settings: Collection[str] = ()
-    formats: Collection[str] = ("multilabel",)
-    reads_reference: bool = False
-    survey: Survey | None = None
-    unit: str = "decisions"
-    measures: Sequence[str] = ("accuracy", "micro_f1", "macro_f1")
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        return {"name": "sft"}
+    formats = ("multilabel",)
+    unit = "decisions"
+    measures = ("accuracy", "micro_f1", "macro_f1")
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"name": "multilabel_classification", "labels": list(self.labels)}
-
-    def mismatches(self) -> list[str]:
-        return []
 
     @property
     def sums(self) -> int:
@@ -122,12 +96,6 @@ class Several:
         exact = (taken == there).all(-1).sum() * classes
         counts = (flags.sum(0) for flags in (taken * there, taken, there))
         return counted_once(torch.cat([loss[None], exact[None], *counts]), batch)
-
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("classes have no reference")
-
-    def weight(self, batch: MicroBatch) -> int:
-        return batch.targets
 
 
 def _scores(counts: Sequence[float], classes: int) -> tuple[list[float], float]:

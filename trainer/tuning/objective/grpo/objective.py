@@ -17,13 +17,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.config.registry import without_defaults
 from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import segments_of_targets
 from trainer.tuning.objective.grpo.settings import GrpoSettings
-from trainer.tuning.objective.objective import Objective, Survey
-from trainer.tuning.objective.teacher import Teacher, named_teacher, teacher_mismatches
+from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,15 +44,13 @@ _DEFAULTS = {
 _LEAST_SPREAD = 1e-4  # as TRL has it
 
 
-class Grpo:
+class Grpo(OfSettings):
     """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own answers, so it needs no rollouts."""
 
     settings: Collection[str] = tuple(_DEFAULTS)
     defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
-    formats: Collection[str] = ("chat", "prompt_completion")
-    reads_reference: bool = False
-    survey: Survey | None = None
-    measures: Sequence[str] = (
+    formats = ("chat", "prompt_completion")
+    measures = (
         "ratio",  # the mean over the tokens, as of the next ones
         "log_ratio",  # its absolute value, in nats
         "clipped",  # the share without a gradient, or with a truncated weight
@@ -63,27 +60,19 @@ class Grpo:
     sums: int = 6
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
-        self._given, self._method = part(given, GrpoSettings), method
-        self._beta = given.beta or 0.0
-
-    @property
-    def unit(self) -> str:
-        return "targets" if self._given.mean_over == "tokens" else "answers"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        own = {name: getattr(self._given, name) for name in _DEFAULTS if name != "beta"}
-        return without_defaults({"name": "grpo", "beta": self._beta, **own}, self.defaults)
+        super().__init__(given)
+        self._own, self._method = part(self.given, GrpoSettings), method
+        self.unit = "targets" if self._own.mean_over == "tokens" else "answers"
 
     def mismatches(self) -> list[str]:
-        given, wrong = self._given, list[str]()
+        given, wrong = self._own, list[str]()
         if given.mean_over != "constant" and given.longest_answer != _DEFAULTS["longest_answer"]:
             wrong.append(
                 f"objective.longest_answer: has no effect with objective.mean_over: {given.mean_over}. Remove it."
             )
         if given.ratio == "truncated" and given.clip_low != _DEFAULTS["clip_low"]:
             wrong.append("objective.clip_low: has no effect with objective.ratio: truncated. Remove it.")
-        if self._beta and self._method.trains_base:
+        if self.beta and self._method.trains_base:
             wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
         return wrong
 
@@ -95,18 +84,18 @@ class Grpo:
         import numpy as np
 
         centred = rewards - rewards.mean(1, keepdims=True)
-        if self._given.advantage == "standardised":
+        if self._own.advantage == "standardised":
             centred = centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
         return centred.reshape(-1).tolist()
 
     def weight(self, batch: MicroBatch) -> int:
-        return batch.targets if self._given.mean_over == "tokens" else len(batch.documents)
+        return batch.targets if self._own.mean_over == "tokens" else len(batch.documents)
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
 
         base = None
-        if batch.sampled is not None and self._beta:
+        if batch.sampled is not None and self.beta:
             with torch.no_grad(), self._method.switched_off(model.model):
                 base = self._log_p(model, batch)
         log_p = self._log_p(model, batch)
@@ -117,16 +106,14 @@ class Grpo:
         empty = torch.zeros(len(batch.cu_seqlens) - 1, device=log_p.device)
         length = empty.index_add(0, owner, ones.detach())[owner]  # of the answer that each token is in
         gap = log_p - sampled
-        if self._given.ratio_of == "answer":
+        if self._own.ratio_of == "answer":
             gap = empty.index_add(0, owner, gap)[owner] / length
         losses, clipped = self._policy(log_p, gap, advantage)
         kl = torch.zeros_like(log_p)
         if base is not None:
             kl = (base - log_p).exp() - (base - log_p) - 1
-            losses = losses + self._beta * kl
-        share = {"answers": length, "tokens": ones, "constant": ones * self._given.longest_answer}[
-            self._given.mean_over
-        ]
+            losses = losses + self.beta * kl
+        share = {"answers": length, "tokens": ones, "constant": ones * self._own.longest_answer}[self._own.mean_over]
         measures = (ones, gap.exp(), gap.abs(), clipped.float(), -sampled, kl)
         return torch.stack([(losses / share).sum(), *(measure.detach().sum() for measure in measures)])
 
@@ -134,8 +121,8 @@ class Grpo:
         """(targets,) each: the loss by the advantage alone, and whether the ratio, whose log is `gap`, is bounded there."""
         import torch
 
-        low, high, ratio = 1 - self._given.clip_low, 1 + self._given.clip_high, gap.exp()
-        if self._given.ratio == "truncated":
+        low, high, ratio = 1 - self._own.clip_low, 1 + self._own.clip_high, gap.exp()
+        if self._own.ratio == "truncated":
             return -ratio.detach().clamp(max=high) * advantage * log_p, ratio > high
         losses = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         return losses, ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
@@ -147,12 +134,8 @@ class Grpo:
         tokens, *others = means
         return [value / tokens if tokens else 0.0 for value in others]
 
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("the base is asked in the loss")
-
 
 _SHARED = ("ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
-_TEACHER = {"teacher": None, "teacher_run": None, "teacher_quant": None}
 
 
 class Opd(Grpo):
@@ -164,23 +147,15 @@ class Opd(Grpo):
     that; the reward is only measured.
     """
 
-    settings: Collection[str] = (*_TEACHER, *_SHARED)
-    defaults: Mapping[str, Any] = {"name": "sft", **_TEACHER, **_DEFAULTS}
-
-    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
-        super().__init__(given, method)
-        self._teacher = {name: getattr(given, name) for name in _TEACHER}
+    settings: Collection[str] = (*TEACHER, *_SHARED)
+    defaults: Mapping[str, Any] = {"name": "sft", **TEACHER, **_DEFAULTS}
 
     @property
     def judge(self) -> Teacher | None:
-        return named_teacher(*self._teacher.values())
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity, "name": "opd", **without_defaults(self._teacher, _TEACHER)}
+        return named_teacher(self.given)
 
     def mismatches(self) -> list[str]:
-        return [*super().mismatches(), *teacher_mismatches("opd", *self._teacher.values())]
+        return [*super().mismatches(), *teacher_mismatches(self.given)]
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
         return [0.0] * rewards.size if gaps is None else gaps

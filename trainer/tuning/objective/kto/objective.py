@@ -18,16 +18,15 @@ on to the loss, whose pass is over the labelled answers alone. In tokens that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.config.registry import without_defaults
 from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import counted_once, read_segments
 from trainer.tuning.objective.kto.settings import KtoSettings
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective, OfSettings, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +37,15 @@ if TYPE_CHECKING:
 _DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 
 
-class Kto:
+class Kto(OfSettings):
     """The formulas of the module's docstring. A reward is beta r(x, y)."""
 
-    settings: Collection[str] = tuple(_DEFAULTS)
+    settings = tuple(_DEFAULTS)
     defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
-    formats: Collection[str] = ("labelled",)
-    reads_reference: bool = True
-    unit: str = "answers"
-    measures: Sequence[str] = (
+    formats = ("labelled",)
+    reads_reference = True
+    unit = "answers"
+    measures = (
         "reward_desired",  # the mean over the desired answers, as the next over the others
         "reward_undesired",
         "reward_margin",
@@ -57,25 +56,11 @@ class Kto:
     )
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
-        self._beta = _DEFAULTS["beta"] if given.beta is None else given.beta
-        own = part(given, KtoSettings)
-        self._weights = own.desirable_weight, own.undesirable_weight
-        self._method = method
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        weights = dict(zip(("desirable_weight", "undesirable_weight"), self._weights, strict=True))
-        return without_defaults({"name": "kto", "beta": self._beta, **weights}, self.defaults)
-
-    def mismatches(self) -> list[str]:
-        return []
+        super().__init__(given)
+        self._method, self.survey = method, Survey(4, 0.5, self._survey)
 
     def weight(self, batch: MicroBatch) -> int:
         return len(batch.documents)
-
-    @property
-    def survey(self) -> Survey:
-        return Survey(4, 0.5, self._survey)
 
     def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""
@@ -112,15 +97,16 @@ class Kto:
         answers = read_segments(model, batch.part("beginnings"))
         ratio = answers.log_p[: len(batch.beginnings)] - batch.survey[4:]
         z0 = (ratios / mismatched.clamp(min=1)).clamp(min=0)
-        gain = self._beta * (ratio - z0)
-        for_desired, for_undesired = self._weights
+        own = part(self.given, KtoSettings)
+        gain = self.beta * (ratio - z0)
+        for_desired, for_undesired = own.desirable_weight, own.undesirable_weight
         losses = torch.where(batch.desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
 
         # A mean over one kind of answers, as a mean over all of them: the step's sums are divided by the number of all.
         total = desired + undesired
         of_desired = batch.desired * total / desired.clamp(min=1)
         of_undesired = ~batch.desired * total / undesired.clamp(min=1)
-        rewards, lengths = self._beta * ratio.detach(), answers.tokens[: len(batch.beginnings)]
+        rewards, lengths = self.beta * ratio.detach(), answers.tokens[: len(batch.beginnings)]
         reward_desired, reward_undesired = (rewards * of_desired).sum(), (rewards * of_undesired).sum()
         measures = (
             reward_desired,

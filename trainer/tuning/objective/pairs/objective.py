@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.config import ObjectiveSettings
-from trainer.config.registry import kinds, without_defaults
+from trainer.config.registry import kinds
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import Answers, counted_once, read_segments
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.pairs.pair_loss import PairLoss
 
 if TYPE_CHECKING:
@@ -39,45 +38,17 @@ def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answer
     )
 
 
-@dataclass(frozen=True)
-class Preference:
+class Preference(OfSettings):
     """An objective over pairs. The reference is the model with what learns switched off, or stored beforehand."""
 
-    given: ObjectiveSettings  # with the loss's own default where beta is not set
-    pair_loss: PairLoss
-    method: Method
+    formats = ("preference",)
+    unit = "pairs"
 
-    @property
-    def formats(self) -> Collection[str]:
-        return ("preference",)
-
-    @property
-    def unit(self) -> str:
-        return "pairs"
-
-    @property
-    def settings(self) -> Collection[str]:
-        return tuple(self.pair_loss.defaults)
-
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        return {"name": "sft", **self.pair_loss.defaults}
-
-    @property
-    def survey(self) -> Survey | None:
-        return None
-
-    @property
-    def reads_reference(self) -> bool:
-        return self.pair_loss.reads_reference
-
-    @property
-    def measures(self) -> Sequence[str]:
-        return (*_MEASURES, *self.pair_loss.more)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return without_defaults({name: getattr(self.given, name) for name in self.defaults}, self.defaults)
+    def __init__(self, pair_loss: PairLoss, given: ObjectiveSettings, method: Method) -> None:
+        self.settings, self.defaults = tuple(pair_loss.defaults), {"name": "sft", **pair_loss.defaults}
+        self.reads_reference, self.measures = pair_loss.reads_reference, (*_MEASURES, *pair_loss.more)
+        self.pair_loss, self.method = pair_loss, method
+        super().__init__(given)
 
     def mismatches(self) -> list[str]:
         return self.pair_loss.mismatches(self.given)
@@ -105,11 +76,7 @@ class Preference:
         return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
 
 
-def _make(loss: PairLoss, given: ObjectiveSettings, method: Method) -> Preference:
-    beta = loss.defaults.get("beta") if given.beta is None else given.beta
-    return Preference(given.model_copy(update={"beta": beta}), loss, method)
-
-
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
-    name: partial(_make, loss) for name, loss in kinds("trainer.tuning.objective.pairs.losses", "PAIR_LOSSES").items()
+    name: partial(Preference, loss)
+    for name, loss in kinds("trainer.tuning.objective.pairs.losses", "PAIR_LOSSES").items()
 }

@@ -10,16 +10,15 @@ and averaged over the pairs of the global batch (arXiv:2204.05862; the second te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.config.registry import without_defaults
 from trainer.config.section import part
-from trainer.tuning.head import WithHead, head_of, outputs
+from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import counted_once
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.reward.settings import RewardSettings
 
 if TYPE_CHECKING:
@@ -31,33 +30,25 @@ if TYPE_CHECKING:
 _DEFAULTS = {"margin": 0.0, "center_rewards": 0.0}
 
 
-class Reward:
+class Reward(OfSettings):
     """The formula of the module's docstring."""
 
-    settings: Collection[str] = tuple(_DEFAULTS)
+    settings = tuple(_DEFAULTS)
     defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
-    formats: Collection[str] = ("preference",)
-    reads_reference: bool = False
-    survey: Survey | None = None
-    unit: str = "pairs"
-    measures: Sequence[str] = (
+    formats = ("preference",)
+    unit = "pairs"
+    measures = (
         "reward_chosen",
         "reward_rejected",
         "reward_margin",
         "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
     )
 
-    def __init__(self, given: ObjectiveSettings, head: WithHead) -> None:
-        own = part(given, RewardSettings)
-        self._margin, self._center, self._head = own.margin, own.center_rewards, head
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        given = {"name": "reward", "margin": self._margin, "center_rewards": self._center}
-        return without_defaults(given, self.defaults)
-
-    def mismatches(self) -> list[str]:
-        return []
+    def __init__(self, given: ObjectiveSettings, method: Method) -> None:
+        super().__init__(given)
+        head = head_of(method)
+        assert head is not None
+        self._head = head
 
     def weight(self, batch: MicroBatch) -> int:
         return len(batch.rejected) if batch.first == 0 else 0
@@ -66,16 +57,14 @@ class Reward:
         import torch
         from torch.nn.functional import logsigmoid
 
+        own = part(self.given, RewardSettings)
         places = last_places(batch.whole, self._head.padding)
         both = torch.cat([places[batch.rejected - 1], places[batch.rejected]])
         rewards, pairs = outputs(model, batch, both)[:, 0], len(batch.rejected)
         chosen, rejected = rewards[:pairs], rewards[pairs:]
-        losses = -logsigmoid(chosen - rejected - self._margin) + self._center * (chosen + rejected).square()
+        losses = -logsigmoid(chosen - rejected - own.margin) + own.center_rewards * (chosen + rejected).square()
         measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float())
         return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
-
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("rewards have no reference")
 
 
 def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
@@ -91,10 +80,4 @@ def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
     return batch.cu_seqlens[:-1].long().scatter_reduce(0, owner, counted, "amax")
 
 
-def _make(given: ObjectiveSettings, method: Method) -> Reward:
-    head = head_of(method)
-    assert head is not None
-    return Reward(given, head)
-
-
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": _make}
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": Reward}

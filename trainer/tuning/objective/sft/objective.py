@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
-from trainer.config.registry import without_defaults
 from trainer.config.section import part
 from trainer.tuning.method import Method
-from trainer.tuning.objective.objective import Objective, Survey
+from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.sft.settings import SftSettings
 
 if TYPE_CHECKING:
@@ -19,17 +18,16 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
+_PLAIN = ObjectiveSettings()
 
-_NOTHING = SftSettings()
 
-
-class NextTokens:
+class NextTokens(OfSettings):
     """Mean of -log p over the targets, in nats; in training with the terms of `trainer.model.head.LossTerms`.
 
     An evaluation is without them, so that its loss is a likelihood and comparable between runs.
     """
 
-    settings: Collection[str] = ("label_smoothing", *SftSettings.model_fields)
+    settings = ("label_smoothing", *SftSettings.model_fields)
     defaults: Mapping[str, Any] = {
         "name": "sft",
         "label_smoothing": 0.0,
@@ -40,29 +38,19 @@ class NextTokens:
         "eaft_scale": 3.0,
         "neftune_alpha": 0.0,
     }
-    formats: Collection[str] = ("chat", "prompt_completion", "text", "segments", "answers")
-    reads_reference: bool = False
-    survey: Survey | None = None
-    unit: str = "targets"
-    measures: Sequence[str] = ()
+    formats = ("chat", "prompt_completion", "text", "segments", "answers")
+    unit = "targets"
 
-    def __init__(self, label_smoothing: float = 0.0, own: SftSettings = _NOTHING) -> None:
-        self._label_smoothing, self._own = label_smoothing, own
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        given = {
-            "label_smoothing": self._label_smoothing,
-            **self._own.model_dump(include=set(SftSettings.model_fields)),
-        }
-        return without_defaults(given, self.defaults)
+    def __init__(self, given: ObjectiveSettings = _PLAIN) -> None:
+        super().__init__(given)
+        self._own = part(self.given, SftSettings)
 
     @property
     def _weighing(self) -> list[str]:
         return [name for name in ("dft", "eaft") if getattr(self._own, name)]
 
     def mismatches(self) -> list[str]:
-        others = {"label_smoothing": self._label_smoothing, "z_loss": self._own.z_loss, "eaft": self._own.eaft}
+        others = {"label_smoothing": self.given.label_smoothing, "z_loss": self._own.z_loss, "eaft": self._own.eaft}
         wrong = [
             f"objective.{name}: has no effect with objective.{self._weighing[0]}, which weighs the plain loss of a target. Remove one of them."
             for name, given in others.items()
@@ -82,7 +70,7 @@ class NextTokens:
             return model.head(model.hidden(batch), batch.labels, batch.places)
         hidden = self._hidden(model, batch)
         if not self._weighing:
-            terms = LossTerms(self._label_smoothing, self._own.z_loss)
+            terms = LossTerms(self.given.label_smoothing, self._own.z_loss)
             return model.head(hidden, batch.labels, batch.places, terms=terms)
         weights = self._uncertainty(model.head, hidden, batch) if self._own.eaft else None
         nats = model.head(hidden, batch.labels, batch.places, per_target=True)
@@ -109,13 +97,7 @@ class NextTokens:
         entropy = -(log_p.exp() * log_p).sum(-1)
         return (entropy / self._own.eaft_scale) ** self._own.eaft
 
-    def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        raise AssertionError("next tokens have no reference")
-
-    def weight(self, batch: MicroBatch) -> int:
-        return batch.targets
-
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
-    "sft": lambda given, method: NextTokens(given.label_smoothing, part(given, SftSettings))
+    "sft": lambda given, _method: NextTokens(given)
 }
