@@ -28,7 +28,7 @@ from trainer.tuning.method import find_method
 from trainer.tuning.objective.sft.objective import NextTokens
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
-from trainer.tuning.shared.linear_adapters import flagged
+from trainer.tuning.shared.of_settings import flagged
 
 METHODS = ("prompt", "prefix")
 P = 5

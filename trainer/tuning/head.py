@@ -18,7 +18,7 @@ from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, Model, Optim
 from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, SavedByPeft, WeightUpdate
+from trainer.tuning.method import ExportedFiles, Method, SavedByPeft
 from trainer.tuning.shared.linear_adapters import with_peft_files
 from trainer.tuning.shared.peft_folder import LABELS
 from trainer.tuning.shared.wrapper import Around
@@ -69,9 +69,9 @@ class WithHead(Around):
             )
         return found
 
-    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         bias: dict[str, tuple[int, ...]] = {_BIAS: (self.outputs,)} if self.head.biased else {}
-        return {**self.method.shapes(architecture), _WEIGHT: (self.outputs, architecture.hidden), **bias}
+        return {_WEIGHT: (self.outputs, architecture.hidden), **bias}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """The head begins as transformers' does: normal, with the family's deviation."""
@@ -92,18 +92,13 @@ class WithHead(Around):
         head = list(model.get_submodule(MODULE).parameters())
         return [*self.method.groups(model, optim), {"name": "head", "lr_ratio": 1.0, "params": head}]
 
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder of the method, with the head in it, and the names of its outputs beside it."""
-        ours = {name: values for name, values in weights.items() if name in (_WEIGHT, _BIAS)}
-        theirs = self.method.export({name: values for name, values in weights.items() if name not in ours}, model)
+    def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
+        """With the head in it, and the names of its outputs beside it."""
         settings = {"modules_to_save": [MODULE], "task_type": self.head.task}
         exported = with_peft_files(theirs, ours, **settings)
         names = json.dumps(dict(enumerate(self.labels)), indent=2, ensure_ascii=False).encode()
         beside = {LABELS: names} if self.labels else {}
         return replace(exported, what=f"{self.head.what}'s head and LoRA adapter", files={**beside, **exported.files})
-
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
-        raise AssertionError(self.unmergeable)
 
 
 def head_of(method: Method) -> WithHead | None:

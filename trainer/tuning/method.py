@@ -99,19 +99,19 @@ class VirtualTokens:
 
 
 class Method(Protocol):
-    """One way to fine-tune, with the settings of one run."""
+    """One way to fine-tune, with the settings of one run. A class of it says what is not so of most."""
 
-    settings: ClassVar[Collection[str]]
+    settings: ClassVar[Collection[str]] = ()
     """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for any
     other of them is refused, as it would be ignored. So are settings of what learns beside a method, see `method_of`."""
-    defaults: ClassVar[Mapping[str, Any]]
+    defaults: ClassVar[Mapping[str, Any]] = {}
     """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
     checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
-    trains_base: ClassVar[bool]
+    trains_base: ClassVar[bool] = False
     """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
-    uncounted_activations: ClassVar[bool]
+    uncounted_activations: ClassVar[bool] = False
     """Whether a layer keeps much more for its backward pass than `plan` counts."""
-    exports_model: ClassVar[bool]
+    exports_model: ClassVar[bool] = False
     """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same and
     `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
 
@@ -120,19 +120,19 @@ class Method(Protocol):
         """The settings that a checkpoint must share to be continued, as JSON; values as in `defaults` are left out."""
         ...
 
-    unmergeable: ClassVar[str | None]
+    unmergeable: ClassVar[str | None] = None
     """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
-    file_names: ClassVar[Collection[str]]
+    file_names: ClassVar[Collection[str]] = ()
     """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one counts as half."""
 
     @property
     def virtual(self) -> VirtualTokens:
-        """The virtual tokens that it adds; most methods have none, which is `VirtualTokens()`."""
-        ...
+        """The virtual tokens that it adds; most methods have none."""
+        return VirtualTokens()
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         """A sentence for each setting that asks more of the base than it has."""
-        ...
+        return []
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Name in the model -> shape of every parameter that learns."""
@@ -157,7 +157,7 @@ class Method(Protocol):
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
-        ...
+        raise AssertionError(self.unmergeable)
 
 
 @runtime_checkable

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from trainer.base.architecture import Architecture, Parameter
-from trainer.base.find.locate import describe_base
-from trainer.config import Config, Model, Optim
+from trainer.config import Config, Optim
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, TrainedWeight, WeightUpdate
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method, TrainedWeight
 from trainer.tuning.shared.linear_adapters import with_peft_files
-from trainer.tuning.shared.wrapper import Around, SomeWeights
+from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
@@ -57,18 +56,15 @@ class WithModules(Around):
                 )
         return found
 
-    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return _own(_matching(architecture, self.names))
-
-    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        return {**self.method.shapes(architecture), **self._own(architecture)}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         from trainer.state.zero.partition import let_learn
 
         self.method.attach(model, architecture, dtype, seed)
         parameters = dict(model.named_parameters())
-        for name in self._own(architecture):
+        for name in self.own(architecture):
             let_learn(parameters[name], dtype)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
@@ -84,20 +80,14 @@ class WithModules(Around):
         raise ConfigError(f"{SETTING}: what the base was cannot be switched on, as modules of it learn. Remove it.")
         yield
 
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder of the method, with the modules in it."""
-        architecture = describe_base(model).architecture
-        own = self._own(architecture)
-        theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
-        ours = {name: values for name, values in weights.items() if name in own}
+    def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
+        """With the modules in it, a tied one under both of its names."""
         ours |= {alias: ours[name].clone() for alias, name in architecture.tied.items() if name in ours}
         paths = sorted({name.rpartition(".")[0] for name in ours})
         return with_peft_files(theirs, ours, modules_to_save=paths)
 
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
-        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
-        ours = {name: TrainedWeight(weights, name, shape) for name, shape in self._own(architecture).items()}
-        return {**theirs, **ours}
+    def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, TrainedWeight]:
+        return {name: TrainedWeight(weights, name, shape) for name, shape in self.own(architecture).items()}
 
 
 def _modules(architecture: Architecture) -> dict[str, list[Parameter]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.tuning.method import ExportedFiles, Method, VirtualTokens, WeightUpdate
+from trainer.tuning.method import ExportedFiles, Method
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Biases:
-    settings: ClassVar[Collection[str]] = ()
-    defaults: ClassVar[Mapping[str, Any]] = {}
+class Biases(Method):
     trains_base: ClassVar[bool] = True
-    uncounted_activations: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a toy cannot be merged"
-    file_names: ClassVar[Collection[str]] = ()
-    virtual = VirtualTokens()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,9 +49,6 @@ class Biases:
         from safetensors.torch import save
 
         return ExportedFiles("transformers", "The biases of a model", {"biases.safetensors": save(weights)})
-
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, WeightUpdate]:
-        raise AssertionError(self.unmergeable)
 
 
 METHODS: dict[str, Callable[[Tuning], Method]] = {"biases": lambda settings: Biases()}

@@ -8,7 +8,7 @@ one block; where the base normalises what leaves a block, as Gemma does, the ada
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.bottleneck.settings import BottleneckSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights, VirtualTokens, WeightUpdate
-from trainer.tuning.shared.linear_adapters import flagged
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.shared.of_settings import OfSettings, flagged
 
 if TYPE_CHECKING:
     import torch
@@ -31,23 +31,12 @@ _WEIGHTS, _LOADER, _SETTINGS = "bottleneck.safetensors", "load_bottleneck.py", "
 
 
 @dataclass(frozen=True)
-class BottleneckAdapters:
+class BottleneckAdapters(OfSettings):
     """Adapters of `tuning.reduction` times fewer units than the hidden size."""
 
-    tuning: Tuning
-
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    trains_base: ClassVar[bool] = False
-    uncounted_activations: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
     file_names: ClassVar[Collection[str]] = (_WEIGHTS, _LOADER)
-    virtual = VirtualTokens()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.tuning.model_dump(mode="json", include={"method", *self.settings})
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         found = list[str]()
@@ -89,11 +78,6 @@ class BottleneckAdapters:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [{"name": "adapters", "lr_ratio": 1.0, "params": learning}]
 
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        from trainer.tuning.bottleneck.layer import Bottleneck
-
-        return flagged([module for module in model.modules() if isinstance(module, Bottleneck)], "active", False)
-
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """The weights by their names in the model, the settings, and the code that loads both."""
         from safetensors.torch import save
@@ -119,9 +103,6 @@ class BottleneckAdapters:
         from trainer.tuning.bottleneck.load_in_transformers import load_bottleneck
 
         return flagged(load_bottleneck(model, folder), "active", False)
-
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        raise AssertionError(self.unmergeable)
 
     @property
     def _given(self) -> BottleneckSettings:

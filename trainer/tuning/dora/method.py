@@ -7,7 +7,6 @@ The weight becomes magnitude * (W + scaling * B @ A) / |W + scaling * B @ A|, ro
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,6 @@ from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
     LinearAdapters,
-    flagged,
     lora_config,
     peft_files,
     taken_for_experts,
@@ -114,11 +112,6 @@ class Dora(LinearAdapters):
             {"name": kind, "lr_ratio": ratio, "params": [part for name, part in trainable if name.endswith(f".{kind}")]}
             for kind, ratio in ratios.items()
         ]
-
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        from trainer.tuning.dora.layer import DoraLinear
-
-        return flagged([module for module in model.modules() if isinstance(module, DoraLinear)], "active", False)
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from trainer.base.architecture import Architecture, Parameter
-from trainer.base.find.locate import describe_base
-from trainer.config import Config, Model, Optim, Tuning
+from trainer.config import Config, Optim, Tuning
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, WeightUpdate
-from trainer.tuning.shared.linear_adapters import flagged, with_peft_files
-from trainer.tuning.shared.wrapper import Around, SomeWeights
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method
+from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.tuning.shared.of_settings import flagged
+from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
@@ -95,10 +95,7 @@ class WithExperts(Around):
             )
         return found
 
-    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        return {**self.method.shapes(architecture), **self._own(architecture)}
-
-    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for stack in architecture.stacks().values():
             experts, rows, columns = stack.shape
@@ -115,7 +112,7 @@ class WithExperts(Around):
         from trainer.tuning.experts.layer import ExpertLora
 
         self.method.attach(model, architecture, dtype, seed)
-        generator, shapes = torch.Generator().manual_seed(seed), self._own(architecture)
+        generator, shapes = torch.Generator().manual_seed(seed), self.own(architecture)
         for name, stack in architecture.stacks().items():
             path, _, leaf = name.rpartition(".")
             experts: Any = model.get_submodule(path)
@@ -145,16 +142,13 @@ class WithExperts(Around):
         with self.method.switched_off(model), flagged(_adapters(model), "active", False):
             yield
 
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder of the method, with the experts' adapters in it."""
-        architecture = describe_base(model).architecture
-        own = self._own(architecture)
-        theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
+    def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
+        """With the experts' adapters in it."""
         named: dict[str, Tensor] = {}
         for name, saved in saved_as(architecture).items():
-            ours = _names(architecture.stacks()[name])
-            named[f"{saved.a}.weight"] = weights[ours.a].flatten(0, 1)
-            named[f"{saved.b}.weight"] = weights[ours.b].permute(1, 2, 0).flatten(1)
+            a, b = (ours[part] for part in _names(architecture.stacks()[name]))
+            named[f"{saved.a}.weight"] = a.flatten(0, 1)
+            named[f"{saved.b}.weight"] = b.permute(1, 2, 0).flatten(1)
         return with_peft_files(theirs, named, **self.described(architecture))
 
     def described(self, architecture: Architecture) -> dict[str, Any]:
@@ -167,14 +161,13 @@ class WithExperts(Around):
             described |= {"r": self.rank, "rank_pattern": {rf"{no_stack}[^.]+": self.method.tuning.rank}}
         return described
 
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
-        updates: dict[str, WeightUpdate] = {}
+    def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, StackUpdate]:
+        updates: dict[str, StackUpdate] = {}
         for name, stack in architecture.stacks().items():
             a, b = (weights[part].float() for part in _names(stack))
             up, down = (a.mT, b.mT) if stack.transposed else (b, a)
             updates[name] = StackUpdate(up, down, self.method.scaling_of(self.rank))
-        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
-        return {**theirs, **updates}
+        return updates
 
 
 def _names(stack: Parameter) -> _Names:

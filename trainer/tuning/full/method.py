@@ -19,7 +19,8 @@ from trainer.config.reading.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
 from trainer.tuning.full.settings import FullSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight, VirtualTokens
+from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight
+from trainer.tuning.shared.of_settings import OfSettings
 
 if TYPE_CHECKING:
     import torch
@@ -28,25 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(OfSettings):
     """The base learns itself; `tuning.train` are patterns of the names of those parameters that do."""
-
-    tuning: Tuning
 
     settings: ClassVar[Collection[str]] = ("train",)
     defaults: ClassVar[Mapping[str, Any]] = {"train": "all"}
     trains_base: ClassVar[bool] = True
-    uncounted_activations: ClassVar[bool] = False
     exports_model: ClassVar[bool] = True
-    unmergeable: ClassVar[str | None] = None
     # config.json, without which nothing loads, is in none but a whole export.
     file_names: ClassVar[Collection[str]] = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
-    virtual = VirtualTokens()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        train = part(self.tuning, FullSettings).train
-        return {"method": self.tuning.method, **({} if train == "all" else {"train": train})}
 
     @property
     def _patterns(self) -> list[str]:

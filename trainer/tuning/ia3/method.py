@@ -7,7 +7,6 @@ scales what enters. These are PEFT's shapes and names.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +19,6 @@ from trainer.tuning.method import ExportedFiles
 from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
     Targets,
-    flagged,
-    layer_names,
     matching,
     peft_files,
     shortest_ends,
@@ -78,7 +75,7 @@ class Ia3(LinearAdapters):
             return [
                 *found,
                 f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no {', '.join(missing)}. "
-                f"Name layers of it: {layer_names(architecture)}.",
+                f"Name layers of it: {', '.join(architecture.linear_names)}.",
             ]
         return [*found, *super().mismatches(architecture)]
 
@@ -119,11 +116,6 @@ class Ia3(LinearAdapters):
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         vectors = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_VECTOR}")]
         return [{"name": _VECTOR, "lr_ratio": 1.0, "params": vectors}]
-
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        from trainer.tuning.ia3.layer import ScaledLinear
-
-        return flagged([module for module in model.modules() if isinstance(module, ScaledLinear)], "active", False)
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

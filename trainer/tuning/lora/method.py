@@ -23,10 +23,10 @@ from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_SETTINGS,
     LinearAdapters,
     as_peft_reads,
-    flagged,
     lora_config,
     peft_files,
 )
+from trainer.tuning.shared.of_settings import flagged
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,6 @@ on the inputs, so that a frozen weight in few bits stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +16,7 @@ from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.method import ExportedFiles
 from trainer.tuning.oft.settings import OftSettings
-from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters, flagged, peft_files
+from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters, peft_files
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +85,6 @@ class Oft(LinearAdapters):
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         learning = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_SKEW}")]
         return [{"name": "oft_R", "lr_ratio": 1.0, "params": learning}]
-
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        from trainer.tuning.oft.layer import RotatedLinear
-
-        return flagged([module for module in model.modules() if isinstance(module, RotatedLinear)], "active", False)
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

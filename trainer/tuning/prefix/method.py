@@ -15,12 +15,12 @@ from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.model.kernels.attention import FLASH
 from trainer.tuning.method import ExportedFiles, VirtualTokens
-from trainer.tuning.shared.linear_adapters import flagged, peft_files
+from trainer.tuning.shared.linear_adapters import peft_files
+from trainer.tuning.shared.of_settings import flagged
 from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
 
 if TYPE_CHECKING:
     import torch
-    from peft import PrefixTuningConfig
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -84,27 +84,22 @@ class PrefixTuning(BesideBase):
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return flagged(_attention_layers(model), "attends_to_prefix", False)
 
-    def peft_config(self, layers: int, key_value_heads: int, head_size: int) -> PrefixTuningConfig:
-        """PEFT's description of the prefixes."""
-        from peft import PrefixTuningConfig
-
-        return PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.tuning.virtual_tokens,
-            num_layers=layers,
-            num_attention_heads=key_value_heads,
-            token_dim=key_value_heads * head_size,
-            num_transformer_submodules=1,
-        )
-
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder, whose one matrix is (virtual_tokens, layers * 2 * kv_heads * head)."""
         import torch
+        from peft import PrefixTuningConfig
 
         every = torch.stack([weights[name] for name in sorted(weights, key=_layer)])
         layers, _, heads, tokens, size = every.shape
         matrix = every.permute(3, 0, 1, 2, 4).reshape(tokens, -1).contiguous()
-        config = self.peft_config(layers, heads, size)
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.tuning.virtual_tokens,
+            num_layers=layers,
+            num_attention_heads=heads,
+            token_dim=heads * size,
+            num_transformer_submodules=1,
+        )
         return ExportedFiles("peft", "A prefix", peft_files(config, {PEFT_TENSOR: matrix}, model, prefix=""))
 
 

@@ -7,19 +7,17 @@ their own prompt as they see their own tokens, whatever the attention kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.tuning.method import ExportedFiles, VirtualTokens
-from trainer.tuning.shared.linear_adapters import flagged, peft_files
+from trainer.tuning.shared.linear_adapters import peft_files
 from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
 
 if TYPE_CHECKING:
     import torch
-    from peft import PromptTuningConfig
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -54,24 +52,17 @@ class PromptTuning(BesideBase):
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         return [{"name": "prompt", "lr_ratio": 1.0, "params": [model.get_parameter(_WEIGHT)]}]
 
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        return flagged([model.get_submodule("prompt")], "active", False)
-
-    def peft_config(self, hidden: int) -> PromptTuningConfig:
-        """PEFT's description of the prompt."""
-        from peft import PromptTuningConfig
-
-        return PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=self.tuning.virtual_tokens,
-            token_dim=hidden,
-            num_transformer_submodules=1,
-        )
-
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
+        from peft import PromptTuningConfig
+
         (weight,) = weights.values()
-        config = self.peft_config(weight.shape[1])
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.tuning.virtual_tokens,
+            token_dim=weight.shape[1],
+            num_transformer_submodules=1,
+        )
         return ExportedFiles("peft", "A prompt", peft_files(config, {PEFT_TENSOR: weight}, model, prefix=""))
 
 

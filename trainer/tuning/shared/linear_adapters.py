@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +17,8 @@ from trainer.config import Model, Tuning
 from trainer.config.reading.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles, VirtualTokens
+from trainer.tuning.method import ExportedFiles
+from trainer.tuning.shared.of_settings import OfSettings
 from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
@@ -55,23 +55,14 @@ LOW_RANK_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class LinearAdapters:
+class LinearAdapters(OfSettings):
     """The part of a method that is the same whatever it adds to the linear layers of a frozen base.
 
     `auto` is what `tuning.targets: auto` means for the method.
     """
 
-    tuning: Tuning
-
-    settings: ClassVar[Collection[str]]
-    defaults: ClassVar[Mapping[str, Any]]
     auto: ClassVar[Targets] = ALL_LINEAR
-    trains_base: ClassVar[bool] = False
-    uncounted_activations: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
-    unmergeable: ClassVar[str | None] = None
     file_names: ClassVar[Collection[str]] = PEFT_FILES
-    virtual = VirtualTokens()
 
     @property
     def targets(self) -> Targets:
@@ -80,8 +71,7 @@ class LinearAdapters:
     @property
     def identity(self) -> dict[str, Any]:
         """`targets` as they are understood, whatever the configuration calls them."""
-        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
-        return without_defaults({**given, "targets": self.targets}, self.defaults)
+        return without_defaults({**super().identity, "targets": self.targets}, self.defaults)
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         layers, found = self.tuning.layers, unknown_targets(architecture, self.targets)
@@ -127,7 +117,7 @@ def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
     return [
         f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has {', '.join(paths)}."
         if is_pattern(target)
-        else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {layer_names(architecture)}."
+        else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {', '.join(architecture.linear_names)}."
         for target in ([] if targets == ALL_LINEAR else targets)
         if not matching(architecture, [target])
     ]
@@ -156,11 +146,6 @@ def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[st
                 break
         ends |= found
     return sorted(ends)
-
-
-def layer_names(architecture: Architecture) -> str:
-    """The last names of the base's linear layers, for messages."""
-    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in architecture.linear_layers()))
 
 
 def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) -> LoraConfig:
@@ -228,16 +213,3 @@ def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **setti
         SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
     return replace(exported, files=files)
-
-
-@contextmanager
-def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
-    """Every layer's attribute `flag` is `value` inside, and the opposite afterwards."""
-    layers = list(layers)
-    for layer in layers:
-        setattr(layer, flag, value)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            setattr(layer, flag, not value)

@@ -9,49 +9,29 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture
 from trainer.base.unreadable import read_by_transformers
-from trainer.config import Tuning
-from trainer.config.registry import without_defaults
 from trainer.errors import ConfigError
 from trainer.tuning.shared.linear_adapters import PEFT_FILES
+from trainer.tuning.shared.of_settings import OfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from trainer.tuning.method import LearntWeights, WeightUpdate
 
 # The one tensor of PEFT's file, whichever of the methods made it.
 PEFT_TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
-class BesideBase:
+class BesideBase(OfSettings):
     """The part of a method that is the same wherever its virtual tokens enter the base."""
-
-    tuning: Tuning
 
     settings: ClassVar[Collection[str]] = ("virtual_tokens", "init_text")
     defaults: ClassVar[Mapping[str, Any]] = {"init_text": None}
-    trains_base: ClassVar[bool] = False
-    uncounted_activations: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = (
         "virtual tokens stand before a document's own, and no weight of the base can hold them"
     )
     file_names: ClassVar[Collection[str]] = PEFT_FILES
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
-        return without_defaults(given, self.defaults)
-
-    def mismatches(self, architecture: Architecture) -> list[str]:
-        return []
-
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        raise AssertionError(self.unmergeable)
 
     def first_tokens(self, model: PreTrainedModel, seed: int) -> Tensor:
         """The ids of the tokens that the virtual ones start from, (virtual_tokens,) int64: the same on every rank.

@@ -17,9 +17,10 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.tokenizer import TokenRow, find_rows
 from trainer.config import Config, Model, Optim
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, WeightUpdate
-from trainer.tuning.shared.linear_adapters import flagged, with_peft_files
-from trainer.tuning.shared.wrapper import Around, SomeWeights
+from trainer.tuning.method import ExportedFiles, LearntWeights, Method
+from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.tuning.shared.of_settings import flagged
+from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
@@ -59,13 +60,10 @@ class WithTokens(Around):
     def _ids(self) -> list[int]:
         return [row.row for row in self._rows]
 
-    def _own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shape = len(self.model.add_tokens), architecture.hidden
         weights = [architecture.embedding] + ([] if architecture.head_is_embedding else [architecture.head])
         return {f"{weight.removesuffix('.weight')}.{_ROWS}": shape for weight in weights}
-
-    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        return {**self.method.shapes(architecture), **self._own(architecture)}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
         """Embedding and head are gathered once, one after the other, so every rank has the same start."""
@@ -98,26 +96,22 @@ class WithTokens(Around):
         with self.method.switched_off(model), flagged(layers, "active", False):
             yield
 
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder of the method, with the rows in it."""
-        ours = {name: rows for name, rows in weights.items() if name.endswith(f".{_ROWS}")}
-        exported = self.method.export({name: w for name, w in weights.items() if name not in ours}, model)
+    def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
+        """With the rows in it."""
         paths = {name: name.removesuffix(f".{_ROWS}") for name in ours}
         indices = {path.rpartition(".")[2]: self._ids for path in paths.values()}
         named = {f"{paths[name]}.{_SAVED_AS}": rows for name, rows in ours.items()}
-        return with_peft_files(exported, named, trainable_token_indices=indices)
+        return with_peft_files(theirs, named, trainable_token_indices=indices)
 
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
+    def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, RowsUpdate]:
         import torch
 
-        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
         ids = torch.tensor(self._ids)
         shape = max(architecture.vocabulary, int(ids.max()) + 1), architecture.hidden
-        ours = {
+        return {
             name.replace(f".{_ROWS}", ".weight"): RowsUpdate(shape, ids, weights[name].float())
-            for name in self._own(architecture)
+            for name in self.own(architecture)
         }
-        return {**theirs, **ours}
 
 
 def _means(layer: Any, rows: Sequence[TokenRow]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,8 @@ from trainer.tuning.some_biases.settings import SomeBiasesSettings  # pyright: i
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, VirtualTokens, WeightUpdate
+from trainer.tuning.method import ExportedFiles, Method
+from trainer.tuning.shared.of_settings import OfSettings
 
 if TYPE_CHECKING:
     import torch
@@ -21,25 +22,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SomeBiases:
-    tuning: Tuning
-
+class SomeBiases(OfSettings):
     settings: ClassVar[Collection[str]] = ("biases_of",)
-    defaults: ClassVar[Mapping[str, Any]] = {}
     trains_base: ClassVar[bool] = True
-    uncounted_activations: ClassVar[bool] = False
-    exports_model: ClassVar[bool] = False
     unmergeable: ClassVar[str | None] = "a toy cannot be merged"
-    file_names: ClassVar[Collection[str]] = ()
-    virtual = VirtualTokens()
 
     @property
     def _ends(self) -> tuple[str, ...]:
         return tuple(f"{name}.bias" for name in part(self.tuning, SomeBiasesSettings).biases_of)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"method": "some_biases", "biases_of": list(part(self.tuning, SomeBiasesSettings).biases_of)}
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         return [] if self.shapes(architecture) else [f"tuning.biases_of: the base has none of {', '.join(self._ends)}."]
@@ -64,9 +54,6 @@ class SomeBiases:
         from safetensors.torch import save
 
         return ExportedFiles("transformers", "Some biases of a model", {"biases.safetensors": save(weights)})
-
-    def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        raise AssertionError(self.unmergeable)
 
 
 METHODS: dict[str, Callable[[Tuning], Method]] = {"some_biases": SomeBiases}
