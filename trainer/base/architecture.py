@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from trainer.config import Config
 from trainer.model.rows.heads import Exchange
 from trainer.store.codes import Kept
@@ -167,18 +169,9 @@ class Architecture:
         return asdict(self)
 
     @staticmethod
-    def from_json(tree: dict[str, Any]) -> "Architecture":
-        """Raises `TypeError`, `KeyError` or `AttributeError` for a tree that `to_json` has not made."""
-        rest: dict[str, Any] = {
-            "parameters": tuple(_parameter(**part) for part in tree["parameters"]),
-            "attention": tuple(AttentionLayer(**layer) for layer in tree["attention"]),
-            "mixing": tuple(_mixing(**layer) for layer in tree["mixing"]),
-            "read_together": tuple(tuple(paths) for paths in tree["read_together"]),
-            "taken_for_experts": tuple(tree["taken_for_experts"]),
-            "heads": tuple(tree["heads"]),
-            "buffers": {name: tuple(shape) for name, shape in tree["buffers"].items()},
-        }
-        return Architecture(**{**tree, **rest})
+    def from_json(tree: Any) -> "Architecture":
+        """Raises `ValueError` for a tree that `to_json` has not made."""
+        return TypeAdapter(Architecture).validate_python(tree)
 
     def weights(self, *kinds: Kind) -> int:
         """Elements of all parameters of these kinds."""
@@ -240,14 +233,6 @@ class Architecture:
                 before, number, rest = parameter.name.partition(f".{parameter.layer}.")
                 found.setdefault(parameter.layer, {})[before + number + rest.partition(".")[0]] = None
         return {layer: list(paths) for layer, paths in found.items()}
-
-
-def _mixing(exchanges: list[list[int]], **facts: Any) -> MixingLayer:
-    return MixingLayer(exchanges=tuple(Exchange(*counts) for counts in exchanges), **facts)
-
-
-def _parameter(shape: list[int], **facts: Any) -> Parameter:
-    return Parameter(shape=tuple(shape), **facts)
 
 
 def mismatches(config: Config, model: Architecture) -> list[str]:

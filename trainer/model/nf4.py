@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
 import torch
@@ -67,23 +67,6 @@ class Layout:
         return self.slices * self.slice_nested_blocks
 
 
-class Form(Protocol):
-    """How weights are held that are made as a layer computes, in `dtype`; `double` says that a mean belongs to each slice."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def double(self) -> bool: ...
-
-    def linear(self, in_features: int, out_features: int) -> "FrozenLinear4bit":
-        """A linear layer over such a weight."""
-        ...
-
-    def stack(self, shape: tuple[int, int, int]) -> "FrozenStack4bit":
-        """A mixture's experts over such weights."""
-        ...
-
-
 @dataclass(frozen=True)
 class Format:
     """How weights are stored in 4 or 8 bits, and the type that they are multiplied in."""
@@ -96,14 +79,6 @@ class Format:
     @property
     def weights_a_byte(self) -> int:
         return 1 if self.quant_type == "int8" else 2
-
-    def linear(self, in_features: int, out_features: int) -> "FrozenLinear4bit":
-        """A linear layer over such a weight."""
-        return FrozenLinear4bit(in_features, out_features, self)
-
-    def stack(self, shape: tuple[int, int, int]) -> "FrozenStack4bit":
-        """A mixture's experts over such weights."""
-        return FrozenStack4bit(shape, self)
 
 
 class Packed(nn.Module):

@@ -42,15 +42,7 @@ class StoredFormat:
 
     kept: Kept
     dtype: torch.dtype
-    double = False
-
-    def linear(self, in_features: int, out_features: int) -> "StoredLinear":
-        """A linear layer over such a weight."""
-        return StoredLinear(in_features, out_features, self)  # type: ignore[arg-type]  # `_pack` takes it
-
-    def stack(self, shape: tuple[int, int, int]) -> "StoredStack":
-        """A mixture's experts over such weights."""
-        return StoredStack(shape, self)  # type: ignore[arg-type]
+    double = False  # no mean belongs to a slice
 
 
 class StoredWeights(Packed):

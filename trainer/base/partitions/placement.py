@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from trainer.base.partitions.exchanged import exchanged
 from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.partitions.reading import Job
 from trainer.config import Quant
-from trainer.model.nf4 import Form, Format, Packed
-from trainer.model.stored import StoredFormat
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
+from trainer.model.stored import StoredFormat, StoredLinear, StoredStack
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
@@ -101,7 +102,7 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(module, name, new)
 
 
-def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Form | None:
+def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | StoredFormat | None:
     """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32 bits."""
     if kept is not None:
         return StoredFormat(kept.kept, dtype)
@@ -110,17 +111,18 @@ def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Form | 
     return Format(quant.type, quant.block_size, quant.double, dtype)
 
 
-def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Form) -> Packed:
+def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Format | StoredFormat) -> Packed:
     """The packed module put in place of a linear layer or a mixture's experts."""
     path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner, stays = model.get_submodule(path), isinstance(form, StoredFormat)
+    given: Any = form  # each class takes its own kind
     if isinstance(owner, nn.Linear):
-        layer = form.linear(owner.in_features, owner.out_features)
+        layer = (StoredLinear if stays else FrozenLinear4bit)(owner.in_features, owner.out_features, given)
         layer.bias = owner.bias  # still on meta; it is a parameter of its own
         model.set_submodule(path, layer)
         return layer
     experts, rows, columns = parameter.shape
-    stack = form.stack((experts, rows, columns))
+    stack = (StoredStack if stays else FrozenStack4bit)((experts, rows, columns), given)
     delattr(owner, leaf)
     owner.add_module(leaf, stack)
     return stack

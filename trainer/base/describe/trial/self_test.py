@@ -210,7 +210,7 @@ def _packed_layers(model: PreTrainedModel, read: Collection[Place]) -> Iterator[
             or place_of(model.get_submodule(around), name) in read
         ):
             continue
-        layer = _FORMAT.linear(module.in_features, module.out_features)
+        layer = FrozenLinear4bit(module.in_features, module.out_features, _FORMAT)
         _pack(layer, module.weight.data[None])
         yield path, layer, layer.dequantize()
 
@@ -222,7 +222,7 @@ def _packed_experts(model: PreTrainedModel) -> Iterator[tuple[Any, str, FrozenSt
             if matrices.ndim != 3:
                 continue
             count, rows, columns = matrices.shape
-            stack = _FORMAT.stack((count, rows, columns))
+            stack = FrozenStack4bit((count, rows, columns), _FORMAT)
             _pack(stack, matrices.data)
             matrices.data = stack.matrices(0, count)
             yield experts, name, stack
