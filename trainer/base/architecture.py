@@ -209,8 +209,8 @@ class Architecture:
 
     @property
     def linear_names(self) -> list[str]:
-        """The last names of all linear layers, as tools that adapt them are told, sorted."""
-        return sorted({path.rpartition(".")[2] for path in self.linear_layers()})
+        """The last names of all linear layers that can be adapted, in the model's order."""
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.linear_layers()))
 
     def linear_layers(self) -> dict[str, Linear]:
         """Path in the model -> every linear layer that can be adapted, in the model's order."""
