@@ -19,7 +19,7 @@ from trainer.data.dataset.dataset import Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.labelled import Labelled, LabelledRenderer
+from trainer.data.render.labelled import Labelled, labelled_renderer
 from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
@@ -32,7 +32,7 @@ def settings(**options: Any) -> Data:
 
 
 def rendered(*rows: dict[str, Any], template: str | None = CHATML, **options: Any) -> list[Labelled]:
-    found = LabelledRenderer(tokenizer(template), settings(**options)).encode(rows)
+    found = labelled_renderer(tokenizer(template), settings(**options)).encode(rows)
     for answer in found:
         if isinstance(answer, DataError):
             raise answer
@@ -42,11 +42,10 @@ def rendered(*rows: dict[str, Any], template: str | None = CHATML, **options: An
 def words(labelled: Labelled) -> list[str]:
     """The answer and the mismatched one, trained tokens in capitals."""
     text = []
-    for document in (labelled.answer, labelled.mismatched):
-        if document:
-            names = tokenizer().convert_ids_to_tokens(document.tokens.tolist())
-            shown = [name.upper() if target else name for name, target in zip(names, document.targets, strict=True)]
-            text.append(" ".join(shown).replace("\n", "/"))
+    for document in labelled.answers:
+        names = tokenizer().convert_ids_to_tokens(document.tokens.tolist())
+        shown = [name.upper() if target else name for name, target in zip(names, document.targets, strict=True)]
+        text.append(" ".join(shown).replace("\n", "/"))
     return text
 
 
@@ -56,7 +55,7 @@ def test_messages_train_the_completion_and_are_mismatched_with_the_row_before() 
         {"prompt": [USER, YO, AGAIN], "completion": [BRIEF], "label": False},
     )
     first, second = rendered(*rows)
-    assert (first.desired, second.desired) == (True, False)
+    assert [bool(one.stored()[0] & DESIRED_BIT) for one in (first, second)] == [True, False]
     hi = "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / "
     bye = f"{hi}yo yo <|im_end|> / <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / "
     assert [text.removesuffix(" /") for text in words(first)] == [f"{hi}YO YO <|IM_END|>", f"{hi}BE BRIEF <|IM_END|>"]

@@ -18,7 +18,7 @@ from trainer.data.dataset.dataset import Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.render.pairs import Pair, pair_renderer
 from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
@@ -36,7 +36,7 @@ def settings(**options: Any) -> Data:
 
 
 def one(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> Pair:
-    (pair,) = PairRenderer(tokenizer(template), settings(**options)).encode([row])
+    (pair,) = pair_renderer(tokenizer(template), settings(**options)).encode([row])
     if isinstance(pair, DataError):
         raise pair
     return pair
@@ -45,7 +45,7 @@ def one(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> P
 def words(pair: Pair) -> list[str]:
     """Both documents, trained tokens in capitals."""
     text = []
-    for document in (pair.chosen, pair.rejected):
+    for document in pair.answers:
         names = tokenizer().convert_ids_to_tokens(document.tokens.tolist())
         shown = [name.upper() if target else name for name, target in zip(names, document.targets, strict=True)]
         text.append(" ".join(shown).replace("\n", "/"))
@@ -97,10 +97,10 @@ def test_messages_and_strings_may_stand_in_one_file() -> None:
         {"chosen": [USER, YO], "rejected": [USER, BRIEF]},
         {"chosen": 3},
     ]
-    found = PairRenderer(tokenizer(), settings()).encode(rows)
+    found = pair_renderer(tokenizer(), settings()).encode(rows)
     assert [type(pair) for pair in found] == [Pair, Pair, DataError]
     with pytest.raises(ConfigError, match=r"data\.template: not set"):
-        PairRenderer(tokenizer(None), settings()).encode(rows)
+        pair_renderer(tokenizer(None), settings()).encode(rows)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_answers_that_do_not_fit_into_one_row_begin_another_one(
     assert encoded.counters.truncated == 0
 
 
+@pytest.mark.parametrize("format", ["preference", "labelled", "answers"])
+def test_a_prompt_that_is_longer_than_a_row_leaves_nothing_to_train(tmp_path: Path, format: str) -> None:
+    answers = {"chosen": "600", "rejected": "700", "completion": "600", "label": True, "answers": ["600", "700"]}
+    rows = [{"prompt": numbers(0, 20) + " ", **{name: answers[name] for name in ROWS[format][0] if name != "prompt"}}]
+    data = settings(write(tmp_path / "a.jsonl", rows), format, True, sequence_length=14)
+    (batch,) = batches(expand(data.train, "data.train")[0])
+    encoded = Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    assert encoded.lengths.tolist() == []
+    assert (encoded.counters.truncated, encoded.counters.without_targets) == (1, 1)
+
+
 def test_what_cannot_share_a_prompt_is_refused_by_a_sentence() -> None:
     def wrong(base: dict[str, Any], *more: str) -> list[str]:
         given = ("data.share_prefix=true", "data.format=preference", "objective.name=dpo", "data.sequence_length=64")

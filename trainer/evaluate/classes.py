@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.render.classified import Classified, ClassifiedRenderer
+from trainer.data.render.classified import ClassifiedRenderer
 from trainer.data.render.tagged import TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measure.prompts import Prompt
@@ -70,7 +70,7 @@ def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     (found,) = TaggedRenderer(opened.tokenizer, data).encode([{"words": words, "tags": [head.labels[0]] * len(words)}])
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
-    return _Asked(found.text.tolist(), found.has_tag.nonzero()[0].tolist(), words)
+    return _Asked(found.text.tolist(), found.trained.nonzero()[0].tolist(), words)
 
 
 def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
@@ -81,6 +81,5 @@ def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     (found,) = ClassifiedRenderer(opened.tokenizer, data).encode([{**row, "label": names[0]}])
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
-    assert isinstance(found, Classified)
-    tokens = found.text.tokens.tolist()
+    tokens = found.text.tolist()
     return _Asked(tokens, [len(tokens) - 1], [])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,12 @@ from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
-from trainer.data.render.alternatives import Alternatives, AlternativesRenderer
+from trainer.data.render.alternatives import Alternatives, alternatives_renderer
+from trainer.data.render.answers import AnswersRenderer
 from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.data.render.classified import Classified, ClassifiedRenderer
-from trainer.data.render.labelled import Labelled, LabelledRenderer, one_kind
-from trainer.data.render.pairs import Pair, PairRenderer
+from trainer.data.render.labelled import Labelled, labelled_renderer, one_kind
+from trainer.data.render.pairs import Pair, pair_renderer
 from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
@@ -53,14 +54,14 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
 
 
 _RENDERERS = {
-    "preference": PairRenderer,
-    "labelled": LabelledRenderer,
+    "preference": pair_renderer,
+    "labelled": labelled_renderer,
     "classified": ClassifiedRenderer,
     "multilabel": ClassifiedRenderer,
     "tagged": TaggedRenderer,
-    "answers": AlternativesRenderer,
+    "answers": alternatives_renderer,
 }
-_RowRenderer = AlternativesRenderer | Renderer | PairRenderer | LabelledRenderer | ClassifiedRenderer | TaggedRenderer
+_RowRenderer = Renderer | AnswersRenderer[Any] | ClassifiedRenderer | TaggedRenderer
 Document = Alternatives | Example | Pair | Labelled | Classified | Tagged
 """A row, tokenized."""
 

@@ -1,35 +1,39 @@
-"""Encodes answers to prompts, of messages or of strings, which formats with one or two answers a row have in common."""
+"""Encodes rows that have answers to a prompt, of messages or of strings: what those with one, two or several answers have in common."""
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from trainer.config import Data
+from trainer.data.format.formats import or_error
 from trainer.data.format.messages import Message, read_messages
-from trainer.data.render.chat import Example, Renderer
+from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Row = dict[str, Any]
+Document = TypeVar("Document")
 
-class AnswerRenderer:
-    """Encodes rows that are either of the format chat or of prompt_completion, with the chat template or without."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
+class EitherRenderer:
+    """Encodes rows of messages, with the chat template, and rows of strings without: each kind by a renderer of the settings `messages` or
+    `texts`, which is made when its first rows come. `ends` is that of `Renderer`."""
 
-    @cached_property
-    def _messages(self) -> Renderer:
-        settings = {"format": "chat", "loss_on": "assistant", "fields": {}}
-        return Renderer(self._tokenizer, self._data.model_copy(update=settings))
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: Data,
+        messages: Mapping[str, Any],
+        texts: Mapping[str, Any],
+        *,
+        ends: bool = True,
+    ) -> None:
+        self._tokenizer, self._ends = tokenizer, ends
+        self._settings = {True: data.model_copy(update=messages), False: data.model_copy(update=texts)}
+        self._renderers: dict[bool, Renderer] = {}
 
-    @cached_property
-    def _texts(self) -> Renderer:
-        settings = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
-        return Renderer(self._tokenizer, self._data.model_copy(update=settings))
-
-    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
+    def encode(self, rows: Sequence[Row]) -> list[Example | DataError]:
         """Each row's tokens and targets, or what is wrong with it; a row with `messages` is a conversation.
 
         Raises:
@@ -39,9 +43,63 @@ class AnswerRenderer:
         for in_messages in (True, False):
             mine = [number for number, row in enumerate(rows) if ("messages" in row) == in_messages]
             if mine:
-                renderer = self._messages if in_messages else self._texts
-                found |= zip(mine, renderer.encode([rows[number] for number in mine]), strict=True)
+                encoded = self._renderer(in_messages).encode([rows[number] for number in mine])
+                found |= zip(mine, encoded, strict=True)
         return [found[number] for number in range(len(rows))]
+
+    def turns(self, row: Row) -> list[Turn]:
+        """The turns of a row. Raises `DataError` as `chat.Renderer.turns`."""
+        return self._renderer("messages" in row).turns(row)
+
+    def _renderer(self, in_messages: bool) -> Renderer:
+        if in_messages not in self._renderers:
+            self._renderers[in_messages] = Renderer(self._tokenizer, self._settings[in_messages], ends=self._ends)
+        return self._renderers[in_messages]
+
+
+class ReadRow(NamedTuple):
+    """A row as one of chat or of prompt_completion for each of its answers; its turns; and whether its answer is desired, where it says so."""
+
+    rows: list[Row]
+    turns: list[Turn]
+    desired: bool = False
+
+
+Encoded = tuple[ReadRow, list[Example | DataError]]
+"""A row with the examples of its answers."""
+
+
+class AnswersRenderer(Generic[Document]):
+    """Encodes rows of one kind with one tokenizer. `read` takes a row apart, and raises `DataError` where it is none of this kind. `documents`
+    makes of the rows that are encoded together a document each, or says what is wrong with the row."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        data: Data,
+        read: Callable[[Row, Data], ReadRow],
+        documents: Callable[[list[Encoded], Data], list[Document | DataError]],
+    ) -> None:
+        self._data, self._read, self._documents = data, read, documents
+        messages = {"format": "chat", "loss_on": "assistant", "fields": {}}
+        texts = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
+        self._answers = EitherRenderer(tokenizer, data, messages, texts)
+
+    def encode(self, rows: Sequence[Row]) -> list[Document | DataError]:
+        """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as `EitherRenderer`."""
+        read = [or_error(self._read_row, row) for row in rows]
+        whole = [row for row in read if isinstance(row, ReadRow)]
+        examples = iter(self._answers.encode([answer for row in whole for answer in row.rows]))
+        encoded = [(row, [next(examples) for _ in row.rows]) for row in whole]
+        documents = iter(self._documents(encoded, self._data))
+        return [row if isinstance(row, DataError) else next(documents) for row in read]
+
+    def turns(self, row: Row) -> list[Turn]:
+        """The turns of the prompt, then those of each answer. Raises `DataError` where the row is none of this kind."""
+        return self._read_row(row).turns
+
+    def _read_row(self, row: Row) -> ReadRow:
+        return self._read(row, self._data)
 
 
 def messages_of(given: Any, name: str) -> list[Message]:

@@ -4,7 +4,7 @@ The document is rendered and tokenized once, as a whole, exactly as the model wi
 that are, which `chat_text` finds in a conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
-from trainer.data.format.messages import read_messages, text_of, without_system
+from trainer.data.format.messages import Message, read_messages, text_of, without_system
 from trainer.data.format.spans import joined
 from trainer.data.render.chat_text import ChatText, Rendered
 from trainer.data.render.spelling import Spelling, overlapping
@@ -145,7 +145,7 @@ class Renderer:
         """
         match self._data.format:
             case "chat":
-                return self._chat.render(self._field(row, "messages"), row.get(self._data.fields.get("tools", "tools")))
+                return self._chat.render(self._field(row, "messages"), tools_of(row, self._data))
             case "segments":
                 return _joined_segments(self._field(row, "segments"))
             case "prompt_completion":
@@ -165,8 +165,7 @@ class Renderer:
         match self._data.format:
             case "chat":
                 messages = read_messages(self._field(row, "messages"))
-                messages = without_system(messages) if self._data.drop_system else messages
-                return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
+                return turns_of(without_system(messages) if self._data.drop_system else messages)
             case "segments":
                 parts = _segments(self._field(row, "segments"))
                 return [Turn("assistant" if trained else "user", text) for text, trained in parts]
@@ -246,6 +245,15 @@ def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
     if called not in row:
         raise missing_field(row, name, called, data.format)
     return row[called]
+
+
+def tools_of(row: dict[str, Any], data: Data) -> Any:
+    """The tools of a row, if it has any."""
+    return row.get(data.fields.get("tools", "tools"))
+
+
+def turns_of(messages: Iterable[Message]) -> list[Turn]:
+    return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
 
 
 def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | None, int]:

@@ -6,9 +6,8 @@ numbers as tokens too, but behind all that counts: in a causal model nothing bef
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,8 @@ from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.classified import label_name
-from trainer.data.render.chat import Example, Renderer, Turn, field_of
+from trainer.data.render.answers import EitherRenderer
+from trainer.data.render.chat import Example, Turn, field_of
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,39 +25,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Classified:
-    """A text and the number of its class, or the flags of all classes."""
+class Numbered:
+    """A text's tokens, (n,) uint32, and behind them `numbers`, (m,) uint32; those that are `trained`, (m,) bool, are to be predicted."""
 
-    text: Example
-    numbers: tuple[int, ...]
+    text: NDArray[np.uint32]
+    numbers: NDArray[np.uint32]
+    trained: NDArray[np.bool_]
+    left_out: Sequence[str] = ()
 
     @property
     def tokens(self) -> NDArray[np.uint32]:
-        return np.append(self.text.tokens, np.array(self.numbers, np.uint32))
+        return np.concatenate([self.text, self.numbers])
 
     @property
     def targets(self) -> NDArray[np.bool_]:
-        return np.repeat([False, True], [len(self.text.tokens), len(self.numbers)])
+        return np.concatenate([np.zeros(len(self.text), np.bool_), self.trained])
 
-    @property
-    def left_out(self) -> Sequence[str]:
-        return self.text.left_out
+    def pieces(self, limit: int) -> list[Self]:
+        """Itself: a text is never split from what is said of it."""
+        return [self]
+
+    def stored(self) -> NDArray[np.uint32]:
+        """The tokens as a data set holds them, (n + m,)."""
+        return self.tokens | self.targets * TARGET_BIT
+
+
+class Classified(Numbered):
+    """A text and the number of its class, or the flags of all classes."""
 
     @property
     def teaches(self) -> bool:
         """Whether there is a text to tell the class from."""
-        return len(self.text.tokens) > 0
+        return len(self.text) > 0
 
     def cut(self, limit: int) -> "Classified":
         """The beginning of the text, with its class `limit` tokens. Nothing is left where there are more classes."""
-        return Classified(self.text.cut(max(0, limit - len(self.numbers))), self.numbers)
-
-    def pieces(self, limit: int) -> "list[Classified]":
-        """Itself: a text with classes is never split."""
-        return [self]
-
-    def stored(self) -> NDArray[np.uint32]:
-        return self.tokens | self.targets * TARGET_BIT
+        return replace(self, text=self.text[: max(0, limit - len(self.numbers))])
 
 
 class ClassifiedRenderer:
@@ -69,44 +72,19 @@ class ClassifiedRenderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._numbers = {name: number for number, name in enumerate(data.labels or ())}
-
-    @cached_property
-    def _messages(self) -> Renderer:
-        return Renderer(self._tokenizer, self._data.model_copy(update={"format": "chat", "loss_on": "all"}))
-
-    @cached_property
-    def _texts(self) -> Renderer:
-        settings = {"format": "text", "template": None, "fields": {"text": self._data.fields.get("text", "text")}}
-        return Renderer(self._tokenizer, self._data.model_copy(update=settings), ends=False)
+        texts = {"format": "text", "template": None, "fields": {"text": data.fields.get("text", "text")}}
+        messages = {"format": "chat", "loss_on": "all"}
+        self._examples = EitherRenderer(tokenizer, data, messages, texts, ends=False)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Classified | DataError]:
-        """Each row's text with its class, or what is wrong with it.
-
-        Raises:
-            ConfigError: the tokenizer cannot serve rows of messages, or of texts, as `chat.Renderer` says.
-        """
+        """Each row's text with its class, or what is wrong with it. Raises `ConfigError` as `EitherRenderer`."""
         numbers = [or_error(self._numbers_of, row) for row in rows]
-        found = dict[int, Classified | DataError]()
-        for in_messages in (True, False):
-            mine = [place for place, row in enumerate(rows) if ("messages" in row) == in_messages]
-            if mine:
-                renderer = self._messages if in_messages else self._texts
-                examples = renderer.encode([rows[place] for place in mine])
-                found |= {
-                    place: self._classified(example, numbers[place])
-                    for place, example in zip(mine, examples, strict=True)
-                }
-        return [found[place] for place in range(len(rows))]
+        return list(map(self._classified, self._examples.encode(rows), numbers))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The turns of the conversation; a text is a user's turn.
-
-        Raises:
-            DataError: the row is none of this kind.
-        """
-        if "messages" in row:
-            return self._messages.turns(row)
-        return [Turn("user", turn.content) for turn in self._texts.turns(row)]
+        """The turns of the conversation; a text is a user's turn. Raises `DataError` where the row is none of this kind."""
+        turns = self._examples.turns(row)
+        return turns if "messages" in row else [Turn("user", turn.content) for turn in turns]
 
     def _numbers_of(self, row: dict[str, Any]) -> tuple[int, ...]:
         given = field_of(row, "label", self._data)
@@ -122,13 +100,10 @@ class ClassifiedRenderer:
             return example
         if isinstance(numbers, DataError):
             return numbers
-        kept = np.flatnonzero(example.tokens != (-1 if self._padding is None else self._padding))
-        return Classified(example.cut(int(kept[-1]) + 1 if len(kept) else 0), numbers)
-
-    @property
-    def _padding(self) -> int | None:
         padding: Any = self._tokenizer.pad_token_id
-        return padding
+        kept = np.flatnonzero(example.tokens != (-1 if padding is None else padding))
+        text = example.tokens[: int(kept[-1]) + 1 if len(kept) else 0]
+        return Classified(text, np.array(numbers, np.uint32), np.ones(len(numbers), np.bool_), example.left_out)
 
 
 def number_of(value: Any, numbers: Mapping[str, int]) -> int:

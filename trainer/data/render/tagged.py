@@ -5,57 +5,38 @@ The text is the words with a space between them, as the tokenizer frames it. The
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import Data
-from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.binary import MISMATCHED_BIT
 from trainer.data.format.formats import or_error
 from trainer.data.render.chat import Turn, field_of
-from trainer.data.render.classified import number_of
+from trainer.data.render.classified import Numbered, number_of
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, eq=False)
-class Tagged:
-    """`text` (n,) uint32, the number of each token's tag, (n,) uint32, and which tokens have one, (n,) bool."""
-
-    text: NDArray[np.uint32]
-    numbers: NDArray[np.uint32]
-    has_tag: NDArray[np.bool_]
-    left_out: Sequence[str] = ()
-
-    @property
-    def tokens(self) -> NDArray[np.uint32]:
-        return np.concatenate([self.text, self.numbers])
-
-    @property
-    def targets(self) -> NDArray[np.bool_]:
-        return np.concatenate([np.zeros(len(self.text), np.bool_), self.has_tag])
+class Tagged(Numbered):
+    """A text and the number of each token's tag, of which those are trained that begin a word."""
 
     @property
     def teaches(self) -> bool:
         """Whether any token has a tag."""
-        return bool(self.has_tag.any())
+        return bool(self.trained.any())
 
     def cut(self, limit: int) -> "Tagged":
         """The beginning of the text, with its tags at most `limit` tokens."""
         kept = limit // 2
-        return Tagged(self.text[:kept], self.numbers[:kept], self.has_tag[:kept])
-
-    def pieces(self, limit: int) -> "list[Tagged]":
-        """Itself: a text with tags is never split."""
-        assert len(self.tokens) <= limit
-        return [self]
+        return Tagged(self.text[:kept], self.numbers[:kept], self.trained[:kept])
 
     def stored(self) -> NDArray[np.uint32]:
-        stored = self.tokens | self.targets * TARGET_BIT
+        """The tokens as a data set holds them; the numbers are a segment of their own."""
+        stored = super().stored()
         stored[len(self.text)] |= MISMATCHED_BIT
         return stored
 
