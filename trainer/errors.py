@@ -5,15 +5,24 @@ given, what is allowed, what to do) and the command line prints it without a tra
 `AssertionError` and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
 # The errors that json.loads raises: the second for text that nests too deep.
 NOT_JSON = (ValueError, RecursionError)
 _LONGEST_SHOWN = 100
+_MOST_NAMES = 8
 
 
 def shown(value: object) -> str:
     """`value` as a message quotes it: on one line, and cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+def few(names: Sequence[str]) -> str:
+    """`names` as a message lists them: the first ones, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return (", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
 
 
 class CapstanError(Exception):

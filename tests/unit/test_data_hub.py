@@ -124,8 +124,8 @@ def test_data_sets_are_read_through_the_cache_and_from_it_alone_when_offline(tmp
     # Of these the cache has a part: it is known which, and where another program has filled it, by the names.
     part = {"path": "hf://ann/parts"}
     (known,) = read([part], tmp_path, HF_HUB_OFFLINE="1")
-    assert "data/train-00000-of-00002.jsonl: not in the cache" in known
-    (listing,) = tmp_path.glob("hub/datasets--ann--parts/.listings/*.json")
+    assert "1 file(s) are missing (data/train-00000-of-00002.jsonl)" in known
+    (listing,) = tmp_path.glob("hub/datasets--ann--parts/trees/*.json")
     listing.unlink()
     (guessed,) = read([part], tmp_path, HF_HUB_OFFLINE="1")
     assert "the cache has 1 of the 2 parts of data/train, and HF_HUB_OFFLINE" in guessed

@@ -9,10 +9,9 @@ from trainer.config.data.row_kinds import ROW_FORMATS
 from trainer.data.format.formats import Row, RowForm, detect, lost_fields, wider_form
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import rows
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, few
 
 _ROWS = 64
-_NAMES = 8  # so many are named in a line
 
 
 def with_forms(
@@ -51,10 +50,7 @@ def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[Source
 
 
 def _unread(form: RowForm | None) -> str:
-    if form is None or not form.unread:
-        return ""
-    more = len(form.unread) - _NAMES
-    return f"; not read: {', '.join(form.unread[:_NAMES])}{f' and {more} more' if more > 0 else ''}"
+    return f"; not read: {few(form.unread)}" if form and form.unread else ""
 
 
 def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collection[str], name: str) -> RowForm:

@@ -7,7 +7,6 @@ its README.md, else the names of the files, as `datasets` takes them (datasets/d
 
 import fnmatch
 import glob
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from trainer.errors import DataError
+from trainer.errors import DataError, few
 from trainer.store.hub import hub_answers
 
 SCHEME = "hf"
@@ -25,8 +24,6 @@ _PATH = re.compile(r"hf://(?:datasets/)?(?!datasets/)([\w.-]+/[\w.-]+?)(?:@(refs
 _CARD = "README.md"
 # Files about a data set, which `datasets` does not take for data either (FILES_TO_IGNORE in its data_files.py).
 _ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# Beside the snapshots in huggingface_hub's cache: the names of all files of each revision that was asked for.
-_LISTINGS = ".listings"
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 # Words in the names of files and folders that stand for a split.
 _SPLITS = {
@@ -73,21 +70,18 @@ def find_hub_files(
     repo, revision, pattern = match[1], unquote(match[2]) if match[2] else None, match[3]
 
     def fetch(chosen: list[str]) -> Path:
-        if offline:
-            return _complete(_cached(repo, revision or "main"), chosen)
         patterns = [glob.escape(key) for key in chosen]
-        return Path(
-            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=offline
         )
+        return Path(folder)
 
     with _explained(repo, name):
+        known = True
         if offline:
-            keys, known = _listed_before(_cached(repo, revision or "main"))
+            keys, known = _listed_before(repo, revision)
         else:
-            known, keys = (
-                True,
-                sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)),
-            )
+            keys = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision))
         if pattern is None:
             card = _read_card(fetch([_CARD]) / _CARD, repo, name) if _CARD in keys else {}
             chosen = _of_split(keys, card, subset, split or "train", repo, name, endings)
@@ -96,52 +90,21 @@ def find_hub_files(
         else:
             chosen = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
         if not chosen:
-            raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {_few(keys)}.")
+            raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {few(keys)}.")
         folder = fetch(chosen)
-        if not offline:
-            _keep_listing(folder, keys)
     return [HubFile(f"hf://datasets/{repo}/{key}", folder / key, (folder / key).resolve().name) for key in chosen]
 
 
-def _cached(repo: str, revision: str) -> Path:
-    """The folder of the revision in the cache, which may lack files that nobody asked for. Raises `OSError` where there is none."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+def _listed_before(repo: str, revision: str | None) -> tuple[list[str], bool]:
+    """The names of a revision's files by the cache, and whether they are all: an earlier huggingface_hub has kept no list of them, and then those
+    that it has fetched are what is known. Raises `OSError` where there are none."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    try:
-        there = [found for found in scan_cache_dir().repos if (found.repo_type, found.repo_id) == ("dataset", repo)]
-    except CacheNotFound:
-        there = []
-    for found in (each for known in there for each in known.revisions):
-        if revision in (found.commit_hash, *found.refs):
-            return found.snapshot_path
-    raise FileNotFoundError(f"it is not in the cache, and HF_HUB_OFFLINE forbids to ask for it, revision {revision}")
-
-
-def _listing(folder: Path) -> Path:
-    return folder.parent.parent / _LISTINGS / f"{folder.name}.json"
-
-
-def _keep_listing(folder: Path, keys: list[str]) -> None:
-    """Note what a revision has, for a time without the Hub, when its folder in the cache has what was asked for and no more."""
-    with suppress(OSError):  # a cache of somebody else's
-        _listing(folder).parent.mkdir(exist_ok=True)
-        _listing(folder).write_text(json.dumps(keys), encoding="utf-8")
-
-
-def _listed_before(folder: Path) -> tuple[list[str], bool]:
-    """The names of a revision's files, and whether they are all: those in the cache are what is known of one that another
-    program has fetched."""
-    try:
-        return json.loads(_listing(folder).read_text(encoding="utf-8")), True
-    except (OSError, ValueError):
-        return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()), False
-
-
-def _complete(folder: Path, chosen: list[str]) -> Path:
-    """The folder, which must have all these files. Raises `OSError` where it has not."""
-    if lacking := [key for key in chosen if not (folder / key).is_file()]:
-        raise FileNotFoundError(f"{_few(lacking)}: not in the cache, and HF_HUB_OFFLINE forbids to ask for it")
-    return folder
+    with suppress(CachedRepoTreeNotFoundError):
+        return sorted(file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=revision)), True
+    folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()), False
 
 
 def _check_parts(chosen: list[str]) -> None:
@@ -185,14 +148,14 @@ def _of_split(
     configs = {called: entry for called, entry in configs.items() if entry.get("data_files") or entry.get("data_dir")}
     if subset is not None and subset not in configs:
         raise DataError(
-            f"{name.replace('.path', '.subset')}: the data set {repo} has no {subset!r}, but {_few(list(configs))}."
+            f"{name.replace('.path', '.subset')}: the data set {repo} has no {subset!r}, but {few(list(configs))}."
         )
     if not configs:
         return _by_name(data, split, repo, name)
     default = next((called for called, config in configs.items() if config.get("default")), None)
     if subset is None and default is None and len(configs) > 1 and "default" not in configs:
         raise DataError(
-            f"{name.replace('.path', '.subset')}: the data set {repo} has the subsets {_few(list(configs))}. Name one."
+            f"{name.replace('.path', '.subset')}: the data set {repo} has the subsets {few(list(configs))}. Name one."
         )
     config = configs[subset or default or ("default" if "default" in configs else next(iter(configs)))]
     folder = f"{str(config['data_dir']).strip('/')}/" if config.get("data_dir") else ""
@@ -245,12 +208,8 @@ def _has_word(key: str, words: Sequence[str]) -> bool:
 
 def _no_split(split: str, splits: list[str], repo: str, name: str) -> DataError:
     return DataError(
-        f"{name.replace('.path', '.split')}: the data set {repo} has no split {split!r}, but {_few(splits)}."
+        f"{name.replace('.path', '.split')}: the data set {repo} has no split {split!r}, but {few(splits)}."
     )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "") if names else "none"
 
 
 @contextmanager
