@@ -1,43 +1,27 @@
 """Values of peers as values of ours. Each function raises `Inconvertible` for a value that has no counterpart."""
 
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from trainer.config.model import SCALINGS
 
 Conversion = Callable[[Any], Any]
-_OPTIMIZERS = {
-    "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused adamw_anyprecision "
-    "paged_adamw paged_adamw_32bit optimi_adamw flash_adamw pagedadamw",
-    "adamw_8bit": "adamw_8bit adamw_bnb_8bit paged_adamw_8bit ao_adamw_8bit ao_adamw_4bit ao_adamw_fp8 adamw_torch_8bit adamw_torch_4bit "
-    "adamw_torch_4bit_fused pagedadamw8bit adamw8bit",
-    "lion": "lion lion_32bit lion_8bit paged_lion paged_lion_32bit paged_lion_8bit lion_pytorch optimi_lion",
-    "muon": "muon",
-    "adafactor": "adafactor",
-}
-_SCHEDULES: dict[str, dict[str, Any]] = {
-    "cosine": {"optim.schedule": "cosine", "optim.min_lr_ratio": 0.0},
-    "cosine_with_min_lr": {"optim.schedule": "cosine"},
-    "linear": {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0},
-    "polynomial": {"optim.schedule": "polynomial", "optim.min_lr_ratio": 0.0},
-    "cosine_with_restarts": {"optim.schedule": "cosine_with_restarts", "optim.min_lr_ratio": 0.0},
-    "inverse_sqrt": {"optim.schedule": "inverse_sqrt"},
-    **{key: {"optim.schedule": "wsd", "optim.min_lr_ratio": 0.0} for key in ("wsd", "warmup_stable_decay")},
-    "one_cycle": {"optim.schedule": "one_cycle"},
-    "constant": {"optim.schedule": "constant"},
-    "constant_with_warmup": {"optim.schedule": "constant"},
-}
 _LARGEST = 2**32
-_ATTENTION = {
-    **dict.fromkeys(("flash_attention_2", "fa2", "flash_attn_2", "flash_attention", "flash"), "flash_attention_2"),
-    **dict.fromkeys(("sdpa", "eager", "auto"), None),
-    "disabled": "eager",
-}
 
 
 class Inconvertible(ValueError):
     """The value has no counterpart among our settings; the text is a sentence that says why, and what holds instead."""
+
+
+@cache
+def _words(table: str) -> dict[str, Any]:
+    """Our word for each of the peers' in a table of words.yaml."""
+    tables = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+    return {name: ours for ours, theirs in tables[table].items() for name in theirs.split()}
 
 
 def text(value: Any) -> str:
@@ -154,28 +138,30 @@ def warmup_ratio(value: Any) -> dict[str, Any]:
 
 def schedule(value: Any) -> dict[str, Any]:
     """The course of the learning rate; those of the peers end at 0."""
+    known = {name: {"optim.schedule": ours} for name, ours in _words("schedules").items()}
+    for name, ours in _words("schedules_to_zero").items():
+        known[name] = {"optim.schedule": ours, "optim.min_lr_ratio": 0.0}
     otherwise = "docs/configuration.md lists those of optim.schedule. Left at cosine."
-    return dict(one_of(_SCHEDULES, otherwise)(getattr(value, "value", value)))
+    return one_of(known, otherwise)(getattr(value, "value", value))
 
 
 def optimizer(value: Any) -> str:
     """The optimizer with the same update, whatever its implementation."""
-    by_name = {name: ours for ours, theirs in _OPTIMIZERS.items() for name in theirs.split()}
-    return one_of(by_name, "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(value)
+    return one_of(_words("optimizers"), "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(
+        value
+    )
 
 
 def attention(value: Any) -> dict[str, Any]:
     """The attention kernel. Kernels of others are left to model.attention: auto, which takes the fastest that can run."""
-    name = str(value).lower()
-    kernel = _ATTENTION.get(name, "auto") or name
-    return {} if kernel == "auto" else {"model.attention": kernel}
+    kernel = _words("attention").get(str(value).lower())
+    return {"model.attention": kernel} if kernel else {}
 
 
 def dtype(value: Any) -> str:
     """The type of activations."""
     name = str(value).removeprefix("torch.").lower()
-    known = {"bf16": "bf16", "bfloat16": "bf16", "auto": "bf16", "float32": "fp32", "fp32": "fp32"}
-    return one_of(known, "model.dtype is bf16 or fp32. Left at bf16.")(name)
+    return one_of(_words("dtypes"), "model.dtype is bf16 or fp32. Left at bf16.")(name)
 
 
 def targets(value: Any) -> str | list[str]:
