@@ -11,6 +11,11 @@ STARTS_HERE = "local"
 """The address of a Ray that a run starts for itself, as `ray.init` has it."""
 
 
+def _check_line(setting: str, value: str | int) -> None:
+    if not str(value).isprintable() or not str(value).strip():
+        raise ValueError(f"{setting}: {value!r} is not allowed. It is one line of printable text, and not empty.")
+
+
 class Ray(Section):
     """The Ray cluster that runs the workers."""
 
@@ -150,10 +155,8 @@ class Slurm(Section):
     def _one_line_each(self) -> "Slurm":
         for name, given in self:
             for value in given if isinstance(given, list) else [given]:
-                if isinstance(value, str) and (not value.strip() or not value.isprintable()):
-                    raise ValueError(
-                        f"cluster.slurm.{name}: {value!r} is not allowed. It is one line of printable text, and not empty."
-                    )
+                if isinstance(value, str):
+                    _check_line(f"cluster.slurm.{name}", value)
         for option in self.extra:
             if not re.match(r"^-(-[a-z][a-z-]*|[A-Za-z])(=|$)", option):
                 raise ValueError(
@@ -205,10 +208,7 @@ class Cluster(Section):
                     f"cluster.nccl: {name!r} is not allowed. It takes NCCL's own variables by their names, such as "
                     "NCCL_SOCKET_IFNAME."
                 )
-            if not str(value).isprintable() or not str(value).strip():
-                raise ValueError(
-                    f"cluster.nccl.{name}: {value!r} is not allowed. It is one line of printable text, and not empty."
-                )
+            _check_line(f"cluster.nccl.{name}", value)
         return given
 
     @model_validator(mode="before")

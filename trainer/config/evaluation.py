@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from trainer.config.data.data import Data
-from trainer.config.data.row_kinds import LIKELY, ROW_FORMATS, Format, kind_of
+from trainer.config.data.row_kinds import LIKELY, Format, check_fields, kind_of
 from trainer.config.section import Section, Steps, TokenCount, setting
 
 UNNAMED = "eval"
@@ -111,13 +111,7 @@ class Evaluation(Section):
                     f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not {UNNAMED!r}, which "
                     "is the data of data.eval."
                 )
-            known = ROW_FORMATS[given.format].fields if given.format in ROW_FORMATS else ()
-            wrong = [field for field in given.fields if known and field not in known]
-            if wrong:
-                raise ValueError(
-                    f"eval.sets.{name}.fields: {wrong[0]!r} is not a field of format: {given.format}. Allowed there: "
-                    f"{', '.join(known)}."
-                )
+            check_fields(f"eval.sets.{name}.fields", given.format or "auto", given.fields)
         return sets
 
     def mismatches(self, data: Data) -> list[str]:

@@ -85,29 +85,17 @@ class Optim(Section):
     grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
 
     @model_validator(mode="after")
-    def _course(self) -> "Optim":
+    def _consistent(self) -> "Optim":
         for name, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial"), ("decay_ratio", "wsd")):
             if self.schedule != schedule and getattr(self, name) != Optim.model_fields[name].default:
                 raise ValueError(
                     f"optim.{name}: has no effect with optim.schedule: {self.schedule}. Remove it, or set optim.schedule: {schedule}."
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> "Optim":
         if self.warmup_steps and self.warmup_ratio is not None:
             raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
-        return self
-
-    @model_validator(mode="after")
-    def _rise(self) -> "Optim":
         if self.warmup_power != 1 and (self.schedule == "one_cycle" or not (self.warmup_steps or self.warmup_ratio)):
             why = "with optim.schedule: one_cycle" if self.schedule == "one_cycle" else "without warm-up"
             raise ValueError(f"optim.warmup_power: has no effect {why}. Remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _moments(self) -> "Optim":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
                 f"optim.betas: {list(self.betas)} is not allowed. Both must be in [0, 1). Example: [0.9, 0.95]."
@@ -205,16 +193,6 @@ class Train(Section):
         unit="steps",
     )
 
-    @model_validator(mode="after")
-    def _traced(self) -> "Train":
-        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= (self.steps or math.inf):
-            most = f", at most train.steps: {self.steps}" if self.steps else ""
-            raise ValueError(
-                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace, counted from 1{most}. "
-                "Example: [10, 12]."
-            )
-        return self
-
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
     def _layers(cls, given: Any) -> str | int:
@@ -246,16 +224,18 @@ class Train(Section):
         return MLP_TILE if self.tiled_mlp else None
 
     @model_validator(mode="after")
-    def _offloads_something(self) -> "Train":
+    def _consistent(self) -> "Train":
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= (self.steps or math.inf):
+            most = f", at most train.steps: {self.steps}" if self.steps else ""
+            raise ValueError(
+                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace, counted from 1{most}. "
+                "Example: [10, 12]."
+            )
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "train.activation_offload: has no effect with train.activation_checkpointing: none, which computes no layer again. "
                 "Remove one of them."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _length(self) -> "Train":
         if (self.steps is None) == (self.epochs is None):
             given = "both" if self.steps else "neither"
             raise ValueError(

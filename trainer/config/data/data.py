@@ -234,25 +234,17 @@ class Data(Section):
         return labels
 
     @model_validator(mode="after")
-    def _room(self) -> "Data":
+    def _consistent(self) -> "Data":
         if self.min_length > self.sequence_length:
             raise ValueError(
                 f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that nothing is left. Lower it."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _said_once(self) -> "Data":
         if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
             raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
         if self.train_on.roles == "all" and self.train_on.turns != "all":
             raise ValueError("data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.")
         if self.train_on.roles == []:
             raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _held_out(self) -> "Data":
         if self.held_out and self.eval:
             raise ValueError("data.held_out and data.eval: both given. Set one of them.")
         if self.held_out_seed and not self.held_out:

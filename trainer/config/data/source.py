@@ -58,7 +58,7 @@ class Source(Section):
     )
 
     @model_validator(mode="after")
-    def _taken(self) -> "Source":
+    def _consistent(self) -> "Source":
         if self.take is not None and self.take > 1 and self.take % 1:
             raise ValueError(
                 f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
@@ -67,23 +67,11 @@ class Source(Section):
             raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
         if self.take_seed is not None and self.take is None:
             raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _of_the_hub(self) -> "Source":
         for name in ("subset", "split"):
             if getattr(self, name) is not None and not self.path.startswith("hf://"):
                 raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
-        return self
-
-    @model_validator(mode="after")
-    def _known_fields(self) -> "Source":
         if self.format:
             check_fields("fields", self.format, self.fields)
-        return self
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> "Source":
         if self.fraction is not None and self.weight != 1.0:
             raise ValueError("weight and fraction: both given. Set one of them.")
         return self
