@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded
-from trainer.data.dataset.binary import HASH, ID_BITS, OFFSET, TOKEN
-from trainer.data.dataset.dataset import SHARD_TOKENS, describe_blocks
+from trainer.data.dataset.binary import HASH, ID_BITS
+from trainer.data.dataset.dataset import SHARD_TOKENS, write_shard
 from trainer.data.dataset.manifest import (
     Count,
     Counters,
@@ -127,13 +127,7 @@ class ShardWriter:
             documents=len(lengths),
             tokens=len(tokens),
             targets=sum(batch.targets for batch in self._batches),
-            tokens_file=FileRecord.put(self._folder, f"tokens-{number:05d}.bin", tokens.astype(TOKEN).tobytes()),
-            documents_file=FileRecord.put(
-                self._folder, f"documents-{number:05d}.bin", offsets.astype(OFFSET).tobytes()
-            ),
-            blocks_file=FileRecord.put(
-                self._folder, f"blocks-{number:05d}.bin", describe_blocks(tokens, offsets).tobytes()
-            ),
+            **write_shard(self._folder, f"{number:05d}", tokens, offsets),
             hashes_file=FileRecord.put(self._folder, f"hashes-{number:05d}.bin", self._hashes().tobytes()),
         )
 

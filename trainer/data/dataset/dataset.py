@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,8 +259,17 @@ def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64],
         raise damaged(f"{folder.uri}/{shard.documents_file.key}", "its documents or blocks do not follow each other")
 
 
-def describe_blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
-    """The blocks of a shard, (blocks,) of `BLOCK`; `offsets` (documents + 1,) say where its documents begin."""
+def write_shard(folder: Store, suffix: str, tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> dict[str, Any]:
+    """Write the files that every shard has; their records by the fields of `ShardRecord`. `offsets` (documents + 1,) say where its documents begin."""
+    contents = {"tokens": tokens.astype(TOKEN), "documents": offsets.astype(OFFSET), "blocks": _blocks(tokens, offsets)}
+    return {
+        f"{kind}_file": FileRecord.put(folder, f"{kind}-{suffix}.bin", values.tobytes())
+        for kind, values in contents.items()
+    }
+
+
+def _blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """The blocks of a shard, (blocks,) of `BLOCK`."""
     firsts = [0]
     while firsts[-1] < len(offsets) - 1:
         fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1

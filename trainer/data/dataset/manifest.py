@@ -191,22 +191,6 @@ class DatasetManifest(Record):
         return self
 
 
-def parse_manifest(data: bytes, where: str, fingerprint: str) -> DatasetManifest:
-    """The manifest of the data set `fingerprint`.
-
-    Raises:
-        Damaged: it is not what was written, or that of another data set.
-        StorageError: it is of another format.
-    """
-    tree = _tree(data, where)
-    if isinstance(tree.get("format"), int) and tree["format"] != FORMAT:
-        raise StorageError(f"{where}: has format {tree['format']}, but {FORMAT} is needed. Delete it.")
-    manifest = _record(DatasetManifest, tree, where)
-    if manifest.fingerprint != fingerprint:
-        raise damaged(where, f"it is the manifest of the data set {manifest.fingerprint!r}")
-    return manifest
-
-
 def chapter_key(chapter: int) -> str:
     """The manifest up to and with `chapter`, while later ones are still compiled."""
     return f"chapter-{chapter:05d}.json"
@@ -221,12 +205,19 @@ def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) ->
         StorageError: it is of another format.
     """
     folder = store.sub(layout.dataset(fingerprint))
-
-    def read(key: str) -> DatasetManifest:
-        return parse_manifest(folder.get(key), f"{folder.uri}/{key}", fingerprint)
-
     if chapter is not None:
         for key in (MANIFEST, chapter_key(chapter)):
             with contextlib.suppress(NotFound):
-                return read(key)
-    return read(MANIFEST)  # also where it was written between the two looks, and the chapter's own removed
+                return _parsed(folder.get(key), f"{folder.uri}/{key}", fingerprint)
+    # Also where it was written between the two looks, and the chapter's own removed.
+    return _parsed(folder.get(MANIFEST), f"{folder.uri}/{MANIFEST}", fingerprint)
+
+
+def _parsed(data: bytes, where: str, fingerprint: str) -> DatasetManifest:
+    tree = _tree(data, where)
+    if isinstance(tree.get("format"), int) and tree["format"] != FORMAT:
+        raise StorageError(f"{where}: has format {tree['format']}, but {FORMAT} is needed. Delete it.")
+    manifest = _record(DatasetManifest, tree, where)
+    if manifest.fingerprint != fingerprint:
+        raise damaged(where, f"it is the manifest of the data set {manifest.fingerprint!r}")
+    return manifest

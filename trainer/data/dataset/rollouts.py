@@ -13,7 +13,7 @@ Of two processes that sample, or judge, the same chapter one commits. What is no
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset.binary import OFFSET, TARGET_BIT, TOKEN
+from trainer.data.dataset.binary import TARGET_BIT, TOKEN
 from trainer.data.dataset.chapters import Chapters
-from trainer.data.dataset.dataset import Dataset, describe_blocks, open_dataset, reader
+from trainer.data.dataset.dataset import Dataset, open_dataset, reader, write_shard
 from trainer.data.dataset.manifest import (
     FORMAT,
     MANIFEST,
@@ -79,16 +79,9 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
     every = np.concatenate(tokens)
     offsets = np.cumsum([0, *(len(one.prompt) + len(one.answer) for one in rollouts)])
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (figures, *(one.shown for one in rollouts)))
-    contents = {
-        f"tokens-{attempt}.bin": every.astype(TOKEN).tobytes(),
-        f"documents-{attempt}.bin": offsets.astype(OFFSET).tobytes(),
-        f"blocks-{attempt}.bin": describe_blocks(every, offsets).tobytes(),
-        f"columns-{attempt}.bin": np.concatenate(columns).tobytes(),
-        f"samples-{attempt}.jsonl": lines.encode(),
-    }
-    files: dict[str, Any] = {
-        f"{key.partition('-')[0]}_file": FileRecord.put(folder, key, content) for key, content in contents.items()
-    }
+    files = write_shard(folder, attempt, every, offsets)
+    files["columns_file"] = FileRecord.put(folder, f"columns-{attempt}.bin", np.concatenate(columns).tobytes())
+    files["samples_file"] = FileRecord.put(folder, f"samples-{attempt}.jsonl", lines.encode())
     counts: dict[str, Any] = {
         "documents": len(rollouts),
         "tokens": len(every),
@@ -105,11 +98,16 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
         counters=Counters(rows=len(rollouts)),
         bad_rows=[],
     )
+    return _commit(folder, MANIFEST, manifest, files.values())
+
+
+def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]) -> bool:
+    """Create the record by which the files count; False where another process was faster, and then the files are removed."""
     try:
-        folder.create(MANIFEST, manifest.sealed())
+        folder.create(key, record.sealed())
     except AlreadyExists:
-        for key in contents:
-            folder.delete(key)
+        for file in files:
+            folder.delete(file.key)
         return False
     return True
 
@@ -129,12 +127,7 @@ def commit_judgement(place: Store, number: int, log_p: NDArray[np.float32], dive
     """Make this what the teacher says of the chapter's targets; False where another process was faster."""
     folder, key = _folder(place, number), f"judged-{secrets.token_hex(8)}.bin"
     file = FileRecord.put(folder, key, log_p.astype(_LOG_P).tobytes())
-    try:
-        folder.create(_JUDGED, _Judgement(file=file, divergence=divergence).sealed())
-    except AlreadyExists:
-        folder.delete(key)
-        return False
-    return True
+    return _commit(folder, _JUDGED, _Judgement(file=file, divergence=divergence), [file])
 
 
 def _judgement(folder: Store) -> _Judgement:

@@ -16,6 +16,8 @@ from trainer.errors import DataError
 Row = dict[str, Any]
 Values = Mapping[str, Any]
 """The values of a row by the names that fields have here, without those that the row lacks."""
+MESSAGES = ("messages", "conversations", "conversation")
+"""The names that data sets give the field of a conversation."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def shared_beginning(one: str, other: str) -> int:
     """How many characters both begin with."""
+    if other.startswith(one):  # most often, and much faster than a look at each character
+        return len(one)
     return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 

@@ -150,20 +150,10 @@ def _lines(
 ) -> Iterator[Batch]:
     source = buffered(file)
     stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
-    number, lines, size, before = 1, [], 0, 0
-
-    def read() -> int:
+    lines = ((line, len(line)) for line in _bounded_lines(stream))
+    for first, part, read in _portions(lines):
         # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
-        return source.tell() if compression else before + size
-
-    for line in _bounded_lines(stream):
-        lines.append(line)
-        size += len(line)
-        if len(lines) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield Batch(file.uri, number, content(lines, number == 1), read())
-            number, before, lines, size = number + len(lines), before + size, [], 0
-    if lines:
-        yield Batch(file.uri, number, content(lines, number == 1), read())
+        yield Batch(file.uri, first, content(part, first == 1), source.tell() if compression else read)
 
 
 @dataclass(frozen=True)
@@ -212,15 +202,21 @@ def _record(header: list[str], values: list[str]) -> Row | DataError:
 
 def _gathered(file: SourceFile, source: io.BufferedReader, elements: Iterable[tuple[Any, int]]) -> Iterator[Batch]:
     """The elements, each with its size, in batches; `source` knows how much of the file they took, or a little more."""
-    first, gathered, size = 1, [], 0
-    for element, characters in elements:
-        gathered.append(element)
-        size += characters
-        if len(gathered) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield Batch(file.uri, first, Decoded(gathered), source.tell())
-            first, gathered, size = first + len(gathered), [], 0
-    if gathered:
-        yield Batch(file.uri, first, Decoded(gathered), source.tell())
+    for first, part, _ in _portions(elements):
+        yield Batch(file.uri, first, Decoded(part), source.tell())
+
+
+def _portions(items: Iterable[tuple[Any, int]]) -> Iterator[tuple[int, list[Any], int]]:
+    """The items, each with its size, in portions for a batch: the number of the first one from 1, the portion, and the size of all by its end."""
+    first, portion, size, before = 1, [], 0, 0
+    for item, more in items:
+        portion.append(item)
+        size += more
+        if len(portion) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield first, portion, before + size
+            first, before, portion, size = first + len(portion), before + size, [], 0
+    if portion:
+        yield first, portion, before + size
 
 
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:

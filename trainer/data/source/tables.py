@@ -1,6 +1,6 @@
 """Rows in Arrow's form: which can be looked at safely, how they travel, and how they are decoded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,42 +41,32 @@ def _as_stored(column: pyarrow.Array) -> pyarrow.Array:
 
 def _stored(kind: Any) -> Any:
     """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and times."""
-    types = pyarrow.types
+    return next((make(kind) for is_one, make in _STORED if is_one(kind)), kind)
 
-    def inside(field: pyarrow.Field) -> pyarrow.Field:
-        return field.with_type(_stored(field.type))
 
-    if types.is_string(kind):
-        return pyarrow.binary()
-    if types.is_large_string(kind):
-        return pyarrow.large_binary()
-    if types.is_string_view(kind):
-        return pyarrow.binary_view()
-    if types.is_date(kind) or types.is_time(kind):
-        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
-    if types.is_decimal(kind):
-        return pyarrow.binary(kind.bit_width // 8)
-    if types.is_dictionary(kind):
-        return pyarrow.dictionary(kind.index_type, _stored(kind.value_type))
-    if types.is_struct(kind):
-        return pyarrow.struct([inside(field) for field in kind])
-    if types.is_map(kind):
-        return pyarrow.map_(inside(kind.key_field), inside(kind.item_field), kind.keys_sorted)
-    if types.is_fixed_size_list(kind):
-        return pyarrow.list_(inside(kind.value_field), kind.list_size)
-    if types.is_union(kind):
-        return pyarrow.union([inside(field) for field in kind], kind.mode, kind.type_codes)
-    if types.is_run_end_encoded(kind):
-        return pyarrow.run_end_encoded(kind.run_end_type, _stored(kind.value_type))
-    for is_one, make in (
-        (types.is_list, pyarrow.list_),
-        (types.is_large_list, pyarrow.large_list),
-        (types.is_list_view, pyarrow.list_view),
-        (types.is_large_list_view, pyarrow.large_list_view),
-    ):
-        if is_one(kind):
-            return make(inside(kind.value_field))
-    return kind
+def _inside(field: pyarrow.Field) -> pyarrow.Field:
+    return field.with_type(_stored(field.type))
+
+
+_TYPES = pyarrow.types
+_STORED: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
+    (_TYPES.is_string, lambda kind: pyarrow.binary()),
+    (_TYPES.is_large_string, lambda kind: pyarrow.large_binary()),
+    (_TYPES.is_string_view, lambda kind: pyarrow.binary_view()),
+    (_TYPES.is_date, lambda kind: pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()),
+    (_TYPES.is_time, lambda kind: pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()),
+    (_TYPES.is_decimal, lambda kind: pyarrow.binary(kind.bit_width // 8)),
+    (_TYPES.is_dictionary, lambda kind: pyarrow.dictionary(kind.index_type, _stored(kind.value_type))),
+    (_TYPES.is_struct, lambda kind: pyarrow.struct([_inside(field) for field in kind])),
+    (_TYPES.is_map, lambda kind: pyarrow.map_(_inside(kind.key_field), _inside(kind.item_field), kind.keys_sorted)),
+    (_TYPES.is_fixed_size_list, lambda kind: pyarrow.list_(_inside(kind.value_field), kind.list_size)),
+    (_TYPES.is_union, lambda kind: pyarrow.union([_inside(field) for field in kind], kind.mode, kind.type_codes)),
+    (_TYPES.is_run_end_encoded, lambda kind: pyarrow.run_end_encoded(kind.run_end_type, _stored(kind.value_type))),
+    (_TYPES.is_list, lambda kind: pyarrow.list_(_inside(kind.value_field))),
+    (_TYPES.is_large_list, lambda kind: pyarrow.large_list(_inside(kind.value_field))),
+    (_TYPES.is_list_view, lambda kind: pyarrow.list_view(_inside(kind.value_field))),
+    (_TYPES.is_large_list_view, lambda kind: pyarrow.large_list_view(_inside(kind.value_field))),
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Rows of a text, or of a conversation, and its class."""
 
+from collections.abc import Callable
 from typing import Any
 
-from trainer.data.format.row_format import Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
+from trainer.data.format.row_format import MESSAGES, Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
 from trainer.errors import DataError
 
 
@@ -27,37 +28,31 @@ def _read_messages(values: Values) -> Row:
     return {"messages": with_system(values, talk(values)), "tools": tools(values), "label": values["label"]}
 
 
+def _of_texts(kind: str, fits: Callable[[Any], bool], place: int) -> RowFormat:
+    return RowFormat(
+        ("text", "label"),
+        kind,
+        lambda values: is_text(values.get("text")) and fits(values.get("label")),
+        names={"text": ("text", "sentence"), "label": ("label", "labels")},
+        place=place,
+    )
+
+
+def _of_messages(kind: str, fits: Callable[[Any], bool], place: int) -> RowFormat:
+    return RowFormat(
+        ("messages", "label", "system", "tools"),
+        kind,
+        lambda values: is_talk(values.get("messages")) and fits(values.get("label")),
+        _read_messages,
+        ("messages", "label"),
+        {"messages": MESSAGES, "label": ("label", "labels")},
+        place=place,
+    )
+
+
 ROW_FORMATS = {
-    "classified": RowFormat(
-        ("text", "label"),
-        "classified",
-        lambda values: is_text(values.get("text")) and _is_class(values.get("label")),
-        names={"text": ("text", "sentence"), "label": ("label", "labels")},
-        place=140,
-    ),
-    "classified_messages": RowFormat(
-        ("messages", "label", "system", "tools"),
-        "classified",
-        lambda values: is_talk(values.get("messages")) and _is_class(values.get("label")),
-        _read_messages,
-        ("messages", "label"),
-        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
-        place=150,
-    ),
-    "multilabel": RowFormat(
-        ("text", "label"),
-        "multilabel",
-        lambda values: is_text(values.get("text")) and _are_classes(values.get("label")),
-        names={"text": ("text", "sentence"), "label": ("label", "labels")},
-        place=152,
-    ),
-    "multilabel_messages": RowFormat(
-        ("messages", "label", "system", "tools"),
-        "multilabel",
-        lambda values: is_talk(values.get("messages")) and _are_classes(values.get("label")),
-        _read_messages,
-        ("messages", "label"),
-        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "labels")},
-        place=154,
-    ),
+    "classified": _of_texts("classified", _is_class, 140),
+    "classified_messages": _of_messages("classified", _is_class, 150),
+    "multilabel": _of_texts("multilabel", _are_classes, 152),
+    "multilabel_messages": _of_messages("multilabel", _are_classes, 154),
 }

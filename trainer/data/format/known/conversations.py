@@ -2,6 +2,7 @@
 ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
 
 from trainer.data.format.row_format import (
+    MESSAGES,
     Row,
     RowFormat,
     Values,
@@ -54,7 +55,7 @@ ROW_FORMATS = {
         lambda values: is_talk(values.get("messages")) and is_label(values.get("label")),
         _read_labelled_messages,
         ("messages", "label"),
-        {"messages": ("messages", "conversations", "conversation"), "label": ("label", "kto_tag")},
+        {"messages": MESSAGES, "label": ("label", "kto_tag")},
         place=110,
     ),
 }
