@@ -5,10 +5,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
-
 from trainer.base.base import Base
 from trainer.base.find.locate import resolve_base
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
@@ -42,7 +41,7 @@ class Words:
         self.base, self.data = base, data
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.base)
 
     @cached_property
@@ -79,7 +78,7 @@ class OpenedRun:
         self.engine.refresh(manifest.updates)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         return self.words.tokenizer
 
     @property

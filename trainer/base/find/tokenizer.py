@@ -8,18 +8,16 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.base.find.locate import base_files
 from trainer.base.find.small_files import CHAT_TEMPLATE, NAMED_TEMPLATES, tokenizer_content, write_files
+from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError
 from trainer.store.scratch import scratch_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SETTINGS = "tokenizer_config.json"
 _OWN = Tokens()
@@ -27,7 +25,7 @@ _MOST_NAMED = 8
 _TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
-def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> "PreTrainedTokenizerBase":
+def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokenizer:
     """The tokenizer in the directory of the base `name`, with the run's own `tokens`. Raises `ConfigError` when it cannot be read, or has
     no token of a name."""
     from transformers import AddedToken, AutoTokenizer
@@ -57,7 +55,7 @@ def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> "PreTra
     return tokenizer
 
 
-def _listed(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _listed(tokenizer: Tokenizer) -> str:
     """The first of the tokens that are found whole."""
     found = [token.content for token in tokenizer.added_tokens_decoder.values()]
     return ", ".join([*found[:_MOST_NAMED], *(["..."] if len(found) > _MOST_NAMED else [])])

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.compile.encode import Encoder, nothing_to_train
 from trainer.data.compile.fingerprint import count_chapters
@@ -28,9 +28,6 @@ from trainer.data.source.rows import Batch
 from trainer.errors import AlreadyExists, DataError
 from trainer.run import layout
 from trainer.store.store import Store
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Progress:
 def compile_chapters(
     data: Data,
     files: Sequence[SourceFile],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     store: Store,
     fingerprint: str,
     part: Part = EVERYTHING,

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
@@ -21,9 +22,6 @@ from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BAD_ROWS_SHOWN = 20
 
@@ -73,7 +71,7 @@ class RowEncoder:
         ConfigError: the tokenizer cannot serve `data.format`.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._renderers: dict[RowForm, _RowRenderer] = {}
         if data.format != "auto":
@@ -111,7 +109,7 @@ class Encoder:
         ConfigError: the tokenizer cannot serve `data.format`.
     """
 
-    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+    def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
         self._data = data
         self._rows = RowEncoder(tokenizer, data)
         self._part = part

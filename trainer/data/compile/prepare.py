@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
 
 from trainer.base.base import Base
 from trainer.base.find.tokenizer import read_tokenizer
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
@@ -33,9 +33,6 @@ from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import readable_manifests
 from trainer.store.store import Store
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def _compile(
         yield chapter
 
 
-def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
+def load_tokenizer(base: Base) -> Tokenizer:
     """The run's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
     return read_tokenizer(base.directory, base.name, base.tokens)
 

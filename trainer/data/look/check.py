@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals, row_tokens
 from trainer.data.compile.inputs import Input
@@ -25,9 +26,6 @@ from trainer.data.source.held_out import Part
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import BadRow, Batch, at
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _EXAMPLES = 5
 _SHORTEST = 256  # of the lengths that losses are counted at
@@ -113,7 +111,7 @@ class DataReport:
 
 def check_data(
     config: Config,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
     mapper: Mapper | None = None,
@@ -168,7 +166,7 @@ class _Inspected:
 class _Inspector:
     """Looks at batches one by one, in whatever process."""
 
-    def __init__(self, data: Data, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+    def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
         self._data = data
         self._rows = RowEncoder(tokenizer, data)
         self._part = part

@@ -6,17 +6,19 @@ of the first documents alone: a run packs those of a whole window (`order`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
 from trainer.data.compile.encode import Encoded, Encoder, RowEncoder
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
+from trainer.data.format.spans import shared_beginning
 from trainer.data.format.unrendered import in_words
 from trainer.data.order.pack import best_fit_decreasing
 from trainer.data.order.settings import train_order
@@ -24,9 +26,6 @@ from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch, Decoded, printable
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _PACKED_ROWS = 4  # as many are filled, or fewer with the most rows that are looked at
 _MOST_ROWS = 1024
@@ -76,7 +75,7 @@ class Viewer:
         ConfigError: the tokenizer cannot serve the rows.
     """
 
-    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", given: Input) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, given: Input) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._given = given
         self._encoder = Encoder(given.data, tokenizer, EVERYTHING)
@@ -186,15 +185,9 @@ class Viewer:
         for (is_trained, special), places in groupby(range(len(tokens)), kind):
             end = max(places) + 1
             text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-            yield TextPiece(text[len(_shared(before, text)) :], is_trained, special is not None)
+            # The end of a piece may be half a character, which is decoded otherwise once it is whole.
+            yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
             before = text
-
-
-def _shared(one: str, other: str) -> str:
-    """The beginning that both have: the end of a piece may be half a character, which is decoded otherwise once it is whole."""
-    if other.startswith(one):
-        return one
-    return "".join(a for a, _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 
 def _split(encoded: Encoded) -> list[NDArray[np.uint32]]:

@@ -1,19 +1,17 @@
 """Turns a row of one prompt and several answers into a document for each of them, or into one in which all share their prompt."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.format.messages import text_of, untrained
 from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, messages_of
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Alternatives(Answers):
@@ -43,7 +41,7 @@ class Alternatives(Answers):
         return [replace(self, answers=group) for group in groups]
 
 
-def alternatives_renderer(tokenizer: "PreTrainedTokenizerBase", data: Data) -> AnswersRenderer[Alternatives]:
+def alternatives_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Alternatives]:
     """The renderer of rows of the kind answers."""
     return AnswersRenderer(tokenizer, data, _read, _documents)
 

@@ -1,16 +1,14 @@
 """Encodes rows that have answers to a prompt, of messages or of strings: what those with one, two or several answers have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.format.formats import or_error
 from trainer.data.format.messages import Message, read_messages
 from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 Document = TypeVar("Document")
@@ -22,7 +20,7 @@ class EitherRenderer:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Tokenizer,
         data: Data,
         messages: Mapping[str, Any],
         texts: Mapping[str, Any],
@@ -75,7 +73,7 @@ class AnswersRenderer(Generic[Document]):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Tokenizer,
         data: Data,
         read: Callable[[Row, Data], ReadRow],
         documents: Callable[[list[Encoded], Data], list[Document | DataError]],

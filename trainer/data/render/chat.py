@@ -7,11 +7,12 @@ that are, which `chat_text` finds in a conversation.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
@@ -21,9 +22,6 @@ from trainer.data.format.spans import joined
 from trainer.data.render.chat_text import ChatText, Rendered
 from trainer.data.render.spelling import Spelling, overlapping
 from trainer.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +77,19 @@ class Renderer:
             end-of-text token.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data, *, ends: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data, *, ends: bool = True) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
                 "model.base: its tokenizer is not a fast one, so the place of a token in the text is unknown. "
                 "Use a base with a tokenizer.json."
             )
         self._tokenizer = tokenizer
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer as Backend
 
         # A call of the tokenizer would switch both off too: a tokenizer.json may ask for them.
         with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
             backend: Any = tokenizer.backend_tokenizer
-            self._backend: Any = Tokenizer.from_str(backend.to_str())
+            self._backend: Any = Backend.from_str(backend.to_str())
             self._backend.no_truncation()
             self._backend.no_padding()
             # It frames texts, which is done here, and may leave a token's white space out of its offsets.
@@ -256,7 +254,7 @@ def turns_of(messages: Iterable[Message]) -> list[Turn]:
     return [Turn(message["role"], message["content"], "tool_calls" in message) for message in messages]
 
 
-def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | None, int]:
+def framing(tokenizer: Tokenizer, data: Data) -> tuple[int | None, int]:
     """The begin token, where the tokenizer itself puts one before a text, and the end token."""
     eos: Any = tokenizer.eos_token_id
     if eos is None:
@@ -269,6 +267,6 @@ def framing(tokenizer: "PreTrainedTokenizerBase", data: Data) -> tuple[int | Non
     return bos if adds_bos else None, eos
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: Any = tokenizer(text)["input_ids"]
     return ids

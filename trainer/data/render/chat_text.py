@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.base.find.small_files import NAMED_TEMPLATES
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.format.messages import THOUGHTS, Message, is_trained, read_messages, read_tools, without_system
 from trainer.data.format.spans import Span, joined, without
@@ -33,9 +34,6 @@ from trainer.data.render.thinking import (
     without_thinking,
 )
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Stands for a thought. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0f2"
@@ -59,9 +57,7 @@ class Rendered:
 class ChatText:
     """Conversations as text, by one tokenizer's template. `added` are its added tokens by number, and those of `special` end turns."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", data: Data, added: Mapping[int, str], special: set[int]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data, added: Mapping[int, str], special: set[int]) -> None:
         self._data, self._wanted = data, data.wanted
         self._template = conversation_template(tokenizer, data)
         self._template.check_prompt()

@@ -7,11 +7,12 @@ numbers as tokens too, but behind all that counts: in a causal model nothing bef
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import or_error
@@ -19,9 +20,6 @@ from trainer.data.format.known.classified import label_name
 from trainer.data.render.answers import EitherRenderer
 from trainer.data.render.chat import Example, Turn, field_of
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ class ClassifiedRenderer:
     Tokens of padding at the end are left out: transformers' classifiers look at the last token that is none.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._numbers = {name: number for number, name in enumerate(data.labels or ())}
         texts = {"format": "text", "template": None, "fields": {"text": data.fields.get("text", "text")}}

@@ -6,10 +6,10 @@ read together, with another prompt; before the first comes the last. So the pair
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.format.messages import text_of, untrained
@@ -17,9 +17,6 @@ from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, 
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Tables of text have no other values.
 _WRITTEN = {"true": True, "True": True, "false": False, "False": False}
@@ -33,7 +30,7 @@ class Labelled(Answers):
         return self if len(self.tokens) <= limit else replace(self, answers=(self.answers[0].cut(limit),))
 
 
-def labelled_renderer(tokenizer: "PreTrainedTokenizerBase", data: Data) -> AnswersRenderer[Labelled]:
+def labelled_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Labelled]:
     """The renderer of rows of the kind labelled."""
     return AnswersRenderer(tokenizer, data, _read, _documents)
 

@@ -7,10 +7,10 @@ what chosen and rejected have in common at their beginning. It is never trained.
 import re
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import REJECTED_BIT
 from trainer.data.format.messages import Message, text_of, untrained
@@ -19,9 +19,6 @@ from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, 
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MARKS = (np.uint32(0), REJECTED_BIT)
 
@@ -45,7 +42,7 @@ class Pair(Answers):
         return replace(self, answers=(chosen, rejected.cut(limit - len(chosen.tokens) + shared)))
 
 
-def pair_renderer(tokenizer: "PreTrainedTokenizerBase", data: Data) -> AnswersRenderer[Pair]:
+def pair_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Pair]:
     """The renderer of rows of the kind preference."""
     return AnswersRenderer(tokenizer, data, _read, _pairs)
 

@@ -5,20 +5,18 @@ The text is the words with a space between them, as the tokenizer frames it. The
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import MISMATCHED_BIT
 from trainer.data.format.formats import or_error
 from trainer.data.render.chat import Turn, field_of
 from trainer.data.render.classified import Numbered, number_of
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Tagged(Numbered):
@@ -44,7 +42,7 @@ class Tagged(Numbered):
 class TaggedRenderer:
     """Encodes rows of the kind tagged with one tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._numbers = {name: number for number, name in enumerate(data.labels or ())}
 

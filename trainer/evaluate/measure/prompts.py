@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
@@ -12,9 +13,6 @@ from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
 from trainer.data.render.templates.template import conversation_template
 from trainer.errors import NOT_JSON, ConfigError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Prompt = Mapping[str, Any]
 """A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer."""
@@ -65,7 +63,7 @@ class Prompter:
     those of the base's generation_config.json, and in a chat the token that the template puts behind an assistant's turn.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: Data, directory: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data, directory: Path) -> None:
         self._tokenizer, self._data = tokenizer, data
         eos: Any = tokenizer.eos_token_id
         self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}

@@ -7,17 +7,15 @@ token's number, which of them are special, and the template's own text.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.base.find.tokenizer import read_tokenizer
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
 from trainer.data.render.templates.template import template_text
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.proof.source_rows import SourceRow, documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 _CHARACTERS = 'Zoë paid 1,234.50 € at 12:05.\n\n\tdef f(x):\r\n    return x ** 2  # "ok"\n東京は今日も晴れ。 Привет, мир! नमस्ते مرحبا 👩‍👩‍👧 ﬁ Å A\u030a'
@@ -35,7 +33,7 @@ _CONVERSATIONS = (
 class Texts:
     """The tokens of texts by one tokenizer, and by its chat template or the one in its place."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", instead: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, instead: str | None = None) -> None:
         self.tokenizer, self._instead = tokenizer, instead
 
     @property
@@ -113,7 +111,7 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
         yield "its added tokens are found or shown otherwise"
 
 
-def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[Any, ...]]:
+def _flags(tokenizer: Tokenizer) -> dict[int, tuple[Any, ...]]:
     """Each added token, how it is found in a text, and whether an answer is shown without it."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {
@@ -122,7 +120,7 @@ def _flags(tokenizer: "PreTrainedTokenizerBase") -> dict[int, tuple[Any, ...]]:
     }
 
 
-def _other_rows(ours: Texts, theirs: "PreTrainedTokenizerBase", sources: Sequence[SourceRow]) -> Iterator[str]:
+def _other_rows(ours: Texts, theirs: Tokenizer, sources: Sequence[SourceRow]) -> Iterator[str]:
     expected, found = documents(ours.tokenizer, sources, own=False), documents(theirs, sources, own=True)
     for source, before, after in zip(sources, expected, found, strict=True):
         if before != after:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.encode import RowEncoder, documents_of
 from trainer.data.compile.inputs import Input, find_evaluated, find_train
@@ -12,9 +13,6 @@ from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import Row, RowForm, explicit_form
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROWS = 40
 """Rows of each data set, at most."""
@@ -51,9 +49,7 @@ def _first_rows(given: Input) -> Iterator[SourceRow]:
             yield SourceRow(where, given.data, form, row)
 
 
-def documents(
-    tokenizer: "PreTrainedTokenizerBase", sources: Sequence[SourceRow], *, own: bool
-) -> Iterator[list[list[int]] | str]:
+def documents(tokenizer: Tokenizer, sources: Sequence[SourceRow], *, own: bool) -> Iterator[list[list[int]] | str]:
     """Compiles each row: its documents, trained tokens marked, or the sentence that refuses it. With `own` by the
     tokenizer's own chat template, whatever `data.template` says."""
     encoders = dict[int, RowEncoder]()

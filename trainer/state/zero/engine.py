@@ -12,7 +12,6 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from trainer.processes.accelerator import kind
 
@@ -81,18 +80,17 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
     def release(_module: nn.Module, _arguments: Any, _output: Any) -> None:
         held.close()
 
-    hooks = [hook for module in modules for hook in _around(module, gather, release)]
+    hooks = [
+        hook
+        for module in modules
+        for hook in (module.register_forward_pre_hook(gather), module.register_forward_hook(release))
+    ]
     try:
         yield
     finally:
         held.close()
         for hook in hooks:
             hook.remove()
-
-
-def _around(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[RemovableHandle]:
-    yield module.register_forward_pre_hook(before)
-    yield module.register_forward_hook(after)
 
 
 class DeviceRow(Protocol):

@@ -8,16 +8,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.data.format.messages import Message, text_of
 from trainer.data.format.spans import Span, joined, shared_beginning
 from trainer.data.render.thinking import ThinkingForm, find_form
 from trainer.errors import ConfigError, DataError
 from trainer.processes.time_limit import OutOfTime, time_limit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -32,7 +30,7 @@ Tools = list[dict[str, Any]] | None
 class ChatTemplate:
     """The template `text` with a tokenizer's special tokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self._tokenizer, self._template = tokenizer, text
         self.tagged = _GENERATION.search(text) is not None
         self._forms: dict[bool, ThinkingForm | None] = {}

@@ -5,16 +5,14 @@ from collections.abc import Collection
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.config.paths import check_file
 from trainer.data.render.templates.chat_template import ChatTemplate
 from trainer.data.render.templates.named_templates import NAMED
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CLOCK = "strftime_now"
 """The function by which a template asks for today's date."""
@@ -23,12 +21,12 @@ _FOR_TOOLS = "tool_use"
 _DIRECTIVES = "aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
-def conversation_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> ChatTemplate:
+def conversation_template(tokenizer: Tokenizer, data: Data) -> ChatTemplate:
     """The template that the run's conversations are rendered by. Raises `ConfigError` as `chat_template`."""
     return ChatTemplate(tokenizer, chat_template(tokenizer, data))
 
 
-def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
+def chat_template(tokenizer: Tokenizer, data: Data) -> str:
     """The text of the run's chat template, in which it is always the day of `data.today`.
 
     Raises:
@@ -43,7 +41,7 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str:
     return dated(own, date.fromisoformat(data.today))
 
 
-def template_for_tools(tokenizer: "PreTrainedTokenizerBase", data: Data) -> str | None:
+def template_for_tools(tokenizer: Tokenizer, data: Data) -> str | None:
     """The name of the tokenizer's other template, by which programs render conversations with tools, where the run has none of its own."""
     named = tokenizer.chat_template
     return _FOR_TOOLS if data.template is None and isinstance(named, dict) and _FOR_TOOLS in named else None
