@@ -10,7 +10,15 @@ from tests.cli.conftest import ENVIRONMENT, ROOT, Installed
 
 pytestmark = pytest.mark.long
 
-PACKAGED = ("trainer/**/*.py", "launcher/**/*.py", "ds_configs/*.json", "slurm/*.sh", "slurm/*.md")
+PACKAGED = (
+    "trainer/**/*.py",
+    "launcher/**/*.py",
+    "ds_configs/*.json",
+    "slurm/*.sh",
+    "slurm/*.md",
+    "trainer/**/*.yaml",
+    "trainer/**/*.jinja",
+)
 # Kernels in Triton, which PyTorch's builds for CUDA bring, are a module of their own.
 IMPORT_ALL = """
 import importlib, importlib.util, pkgutil, launcher, trainer

@@ -65,11 +65,8 @@ Document = Alternatives | Example | Pair | Labelled | Classified | Tagged
 
 
 class RowEncoder:
-    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come.
-
-    Raises:
-        ConfigError: the tokenizer cannot serve `data.format`.
-    """
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come; it raises `ConfigError` where the
+    tokenizer cannot serve the form."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
@@ -84,11 +81,7 @@ class RowEncoder:
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
     def turns(self, form: RowForm, row: Row) -> list[Turn]:
-        """The turns of a row, in any format.
-
-        Raises:
-            DataError: the row is not of this form.
-        """
+        """The turns of a row. Raises `DataError` where it is not of this form."""
         return self._renderer(form).turns(form.read(row))
 
     def _renderer(self, form: RowForm) -> _RowRenderer:
@@ -103,11 +96,7 @@ class _Fatal(Exception):
 
 
 class Encoder:
-    """Turns batches into documents as the settings say, and counts what did not become one.
-
-    Raises:
-        ConfigError: the tokenizer cannot serve `data.format`.
-    """
+    """Turns batches into documents as the settings say, and counts what did not become one. Raises `ConfigError` as `RowEncoder`."""
 
     def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
         self._data = data

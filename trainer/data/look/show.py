@@ -69,11 +69,7 @@ class _Read(NamedTuple):
 
 
 class Viewer:
-    """Shows rows of one split of a run's data.
-
-    Raises:
-        ConfigError: the tokenizer cannot serve the rows.
-    """
+    """Shows rows of one split of a run's data. Raises `ConfigError` as `RowEncoder`."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, given: Input) -> None:
         self._config, self._tokenizer = config, tokenizer
@@ -83,22 +79,14 @@ class Viewer:
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
-        """`count` rows from the `first` on, from 1, of those that can be read.
-
-        Raises:
-            DataError: there are not so many.
-        """
+        """`count` rows from the `first` on, from 1, of those that can be read. Raises `DataError` where there are not so many."""
         shown = [self._seen(row) for row in islice(self._read(), first - 1, first - 1 + count)]
         if not shown:
             raise DataError(f"--row: there is no row {first} in this data, or none before it can be read.")
         return shown
 
     def packed(self, number: int) -> SeenRow:
-        """The packed row of this number, from 1, of those that the first documents fill.
-
-        Raises:
-            DataError: there are not so many.
-        """
+        """The packed row of this number, from 1, of those that the first documents fill. Raises `DataError` where there are not so many."""
         order, places, stored = train_order(self._config), list[str](), list[NDArray[np.uint32]]()
         for row in islice(self._read(), _MOST_ROWS):
             documents = _split(self._encoded(row))
