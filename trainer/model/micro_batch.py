@@ -93,7 +93,7 @@ class MicroBatch:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each segment."""
-        return _lengths((self.host or self).cu_seqlens)
+        return tuple((self.host or self).cu_seqlens.diff().tolist())
 
     @cached_property
     def places(self) -> torch.Tensor:
@@ -180,10 +180,6 @@ class PartOfRow:
     parts: int = 1
     first: int = 0
     prefixes: tuple[tuple[int, int], ...] = ()
-
-
-def _lengths(borders: torch.Tensor) -> tuple[int, ...]:
-    return tuple(borders.diff().tolist())
 
 
 def _places(labels: torch.Tensor) -> torch.Tensor:

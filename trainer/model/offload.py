@@ -57,17 +57,13 @@ class _Input:
         self.copied = torch.Event(here.device)
 
 
-def _nothing() -> None:
-    return None
-
-
 class Offload:
     """Activation checkpointing of so many `layers`, whose saved inputs wait on the host."""
 
     def __init__(self, device: torch.device, layers: int) -> None:
         self._device, self._stream, self._arena = device, torch.Stream(device), _Arena(layers)
         self._leaving: deque[_Input] = deque()
-        self._newest: Callable[[], _Input | None] = _nothing  # what was saved last and is still needed
+        self._newest: Callable[[], _Input | None] = lambda: None  # what was saved last and is still needed
 
     def checkpoint(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         """As torch.utils.checkpoint, for transformers' layers."""

@@ -98,12 +98,5 @@ class PackedModel:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
-        tokens = nn.functional.pad(tokens, (self.reserved, 0))
-        length = tokens.shape[1]
-        hidden = body(self.model)(
-            input_ids=tokens,
-            position_ids=torch.arange(length, device=tokens.device)[None],
-            use_cache=False,
-            **self.attention.arguments(torch.tensor([0, length], dtype=torch.int32, device=tokens.device), length),
-        )[0]
-        return self.head(hidden[:, self.reserved :])
+        row = TextRow.of(nn.functional.pad(tokens, (self.reserved, 0))).to(tokens.device)
+        return self.head(self.hidden(row)[:, self.reserved :])

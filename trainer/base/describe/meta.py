@@ -42,7 +42,7 @@ from trainer.base.describe.language_settings import SHARED, causal, first_layers
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.read_together import paths_together
-from trainer.base.describe.trial.self_test import Found, takes_positions, test_family
+from trainer.base.describe.trial.self_test import Found, takes_positions, try_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
 from trainer.base.unreadable import read_by_transformers
@@ -295,7 +295,7 @@ class _Reader:
         if self._small is None:
             return None
         try:
-            return test_family(*self._small)
+            return try_family(*self._small)
         except Exception as error:
             why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
             raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error

@@ -4,7 +4,7 @@ Everything here is read without torch in this process and before any rank starts
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
@@ -15,8 +15,7 @@ from trainer.config.paths import local_path
 from trainer.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class LeftOutPart:
+class LeftOutPart(NamedTuple):
     """A part of the files that the language model is without: the path that the names of its tensors begin with."""
 
     path: str

@@ -173,11 +173,10 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
     return source
 
 
-def left_out_of(model: dict[str, Any]) -> list[list[Any]]:
-    """The `left_out` of the base of the settings `model`, as JSON for processes without torch.
+def left_out_of(model: dict[str, Any]) -> list[LeftOutPart]:
+    """The `left_out` of the base of the settings `model`, for processes without torch.
 
     Raises as `find_all_weights` and `resolve_base`.
     """
     settings = Model(**model)
-    found = find_all_weights(resolve_base(settings), settings.layers).left_out
-    return [[part.path, part.tensors, part.weights] for part in found]
+    return find_all_weights(resolve_base(settings), settings.layers).left_out

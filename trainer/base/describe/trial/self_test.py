@@ -45,7 +45,7 @@ class Found(NamedTuple):
     together: set[tuple[Place, ...]]
 
 
-def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
+def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
     """`model` is small and is not of use to anybody afterwards; the linear layers at the places `read` stay plain.
 
     Raises whatever its forward pass raises with plain weights and one document.
@@ -74,9 +74,6 @@ def test_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
         together = read_together(inner, lambda: _hidden(inner, documents[1]))
         return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read), together)
-
-
-test_family.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
 
 
 class ThreadPeers:
