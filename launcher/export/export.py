@@ -24,8 +24,7 @@ from trainer.config.paths import local_path
 from trainer.errors import CapstanError, StorageError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten
-from trainer.export.format import find_format
-from trainer.export.outcome import ExportProgress
+from trainer.export.format import ExportProgress, find_format
 from trainer.export.trained import trained_config
 from trainer.processes import children
 from trainer.state.checkpoint.listing import committed_steps

@@ -12,7 +12,7 @@ from launcher.start.shared_folder import warn_of_place
 from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights
 from trainer.base.find.content import hub_commit
-from trainer.base.find.locate import base_at_hand, is_hub_id
+from trainer.base.find.locate import base_at_hand, on_the_hub
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
@@ -122,7 +122,7 @@ def pinned(config: Config, resolved: Resolved) -> Config:
     found = resolved.config
     config = config.model_copy(update={"quant": found.quant, "tuning": found.tuning, "data": found.data})
     commit = hub_commit(resolved.base.directory)
-    if commit is None or not is_hub_id(config.model.base) or local_path(config.model.base, "model.base").is_dir():
+    if commit is None or not on_the_hub(config.model.base):
         return config
     return override(config, assignment("model.revision", commit))
 

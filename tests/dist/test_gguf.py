@@ -17,10 +17,9 @@ from tests.dist.launch import launch
 from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export.format import find_format
+from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
-from trainer.export.outcome import ExportProgress, Written
 from trainer.export.proof import models
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

@@ -67,7 +67,9 @@ def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that cannot be done."""
     words = str(prompt.get("prompt", "")).split()
     data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
-    (found,) = TaggedRenderer(opened.tokenizer, data).encode([{"words": words, "tags": [head.labels[0]] * len(words)}])
+    (found,) = TaggedRenderer(opened.words.tokenizer, data).encode(
+        [{"words": words, "tags": [head.labels[0]] * len(words)}]
+    )
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
     return _Asked(found.text.tolist(), found.trained.nonzero()[0].tolist(), words)
@@ -78,7 +80,7 @@ def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     names = list(head.labels) or [_ANY]
     data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
     row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}
-    (found,) = ClassifiedRenderer(opened.tokenizer, data).encode([{**row, "label": names[0]}])
+    (found,) = ClassifiedRenderer(opened.words.tokenizer, data).encode([{**row, "label": names[0]}])
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
     tokens = found.text.tolist()

@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
-from trainer.config.objective import HEADS
 from trainer.data.compile.inputs import as_trained
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.dataset import Dataset
-from trainer.errors import ConfigError
 from trainer.evaluate.measure import bias
 from trainer.evaluate.measured import (
     EvaluatedSet,
@@ -36,12 +34,11 @@ from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import Words, as_it_read, settings_of
 from trainer.evaluate.subjects import has_likelihood, subjects
 from trainer.evaluate.tasks.served_model import ServedModel
-from trainer.export.proof.completions import CompletionsServer
+from trainer.export.proof.completions import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store
 
-_OF_A_REQUEST = (
-    2  # tokens of the longest text that a request needs: one that it draws, and the last, which predicts nothing
-)
+# Tokens of the longest text that a request itself needs: one that it draws, and the last, which predicts nothing.
+_OF_A_REQUEST = 2
 
 
 def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
@@ -53,10 +50,7 @@ def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
     """
     run = open_store(ask.run)
     config, manifest = settings_of(run, ask.step, ask.overrides, base_alone=ask.step is None)
-    if config.objective.name in HEADS:
-        raise ConfigError(
-            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
-        )
+    refuse_head(config)
     subjects(config)
     config, base = as_it_read(run, config, resolve_base(config.model), manifest)
     store, words = open_run_store(config), Words(base, as_trained(config))

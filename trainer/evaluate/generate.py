@@ -1,10 +1,10 @@
 """`capstan generate` on one rank: answers of the checkpoint, and beside them on request those of its base."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from trainer.base.find.locate import resolve_base
-from trainer.config.objective import HEADS
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError
@@ -13,7 +13,9 @@ from trainer.evaluate.measure.generation import Opening, Sampling, Told, continu
 from trainer.evaluate.measure.prompts import Prompt, Prompter, asked
 from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
-from trainer.export.proof.completions import CompletionsServer
+from trainer.evaluate.tasks.served_model import ServedModel
+from trainer.evaluate.tasks.shared_model import OpenText
+from trainer.export.proof.completions import CompletionsServer, refuse_head
 from trainer.run.folder import run_config
 from trainer.store.store import open_store
 from trainer.tuning.head import head_of
@@ -44,7 +46,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     if (head := head_of(opened.resolved.method)) is not None:
         refuse_writing(ask, opened.resolved.config)
     opened.load()
-    tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.prompter.chats)})
+    tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.words.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
         if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
@@ -56,7 +58,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
                 tell({"piece": said, "number": number, "side": "adapter"})
             every += _tell(given, sides, tell)
             continue
-        openings = opened.ranks.on_first(lambda given=given: opened.prompter.fitting(given, opened.longest))
+        openings = opened.ranks.on_first(lambda given=given: opened.words.prompter.fitting(given, opened.longest))
         if ask.base:
             with opened.as_base() as base:
                 sides["base"] = _answers(base, openings, sampling, "base", tell)
@@ -68,31 +70,18 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
 def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
     """The same by what a server has of the run, which is told by its name there."""
     config = run_config(open_store(ask.run), ask.overrides)
-    if config.objective.name in HEADS:
-        raise ConfigError(
-            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
-        )
+    refuse_head(config)
     base, sampling = resolve_base(config.model), Sampling(**ask.sampling)
     server = CompletionsServer.find("--server", ask.server, config.run.name)
     prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
+    model = ServedModel(server, sorted(prompter.stops))
     tell({"log": f"answers are those of {server.model} at {server.url}"})
     tell({"ready": None, "chats": prompter.chats})
     every = list[dict[str, Any]]()
     for given in filter(None, prompts):
-        written = [
-            server.sample(
-                server.model,
-                tokens,
-                n=1,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=(sampling.seed + len(every) + number) % 2**31,
-                stop_token_ids=sorted(prompter.stops),
-            )
-            for number, tokens in enumerate(prompter.fitting(given, None))
-        ]
-        texts = [prompter.text(answers[0][0]) for answers in written]
+        openings = [OpenText(tokens) for tokens in prompter.fitting(given, None)]
+        drawing = replace(sampling, seed=sampling.seed + len(every))
+        texts = [prompter.text(answer) for answer in model.continued(openings, drawing, lambda done: None)]
         for number, text in enumerate(texts):
             tell({"piece": text, "number": number, "side": "adapter"})
         every += _tell(given, {"adapter": texts}, tell)
@@ -109,7 +98,7 @@ def _tell(given: list[Prompt], sides: dict[str, list[str]], tell: Tell) -> list[
 
 
 def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:
-    prompter = opened.prompter
+    prompter = opened.words.prompter
     openings = [Opening(prompt, prompter.ended) for prompt in tokens]
     told = _pieces(opened, side, tell)
     written = continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=told)
@@ -122,7 +111,7 @@ def _pieces(opened: OpenedRun, side: str, tell: Tell) -> Told:
 
     def told(number: int, token: int) -> None:
         written.setdefault(number, []).append(token)
-        text = opened.prompter.text(written[number])
+        text = opened.words.prompter.text(written[number])
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > shown.get(number, 0):
             tell({"piece": text[shown.get(number, 0) :], "number": number, "side": side})
             shown[number] = len(text)

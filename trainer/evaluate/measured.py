@@ -167,7 +167,7 @@ def _losses(opened: OpenedRun, of: EvaluatedSet, told: Callable[[int, int], None
 def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress: Progress) -> dict[str, Gaps]:
     if not pairs:
         return {}
-    texts = texts_of(pairs, opened.prompter)
+    texts = texts_of(pairs, opened.words.prompter)
     capacity, told = opened.resolved.config.data.sequence_length, partial(progress, f"pairs, {side}")
     found = likelihoods(
         opened.engine, texts, capacity, reserved=opened.reserved, told=lambda done: told(done, len(texts))
@@ -177,7 +177,8 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
 
 def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continued]:
     """The sentences of the pairs in turn. Raises `DataError` for one that nothing predicts."""
-    texts = [Continued([*prompter.text_begin, *prompter.encode(text)]) for text in bias.sentences(pairs)]
+    sentences = (sentence for pair in pairs for sentence in (pair.first, pair.second))
+    texts = [Continued([*prompter.text_begin, *prompter.encode(sentence)]) for sentence in sentences]
     if any(len(text.tokens) < 2 for text in texts):
         raise DataError(
             "eval.bias: a sentence is one token, and the base has no token before a text, so nothing predicts it."

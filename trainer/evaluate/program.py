@@ -9,7 +9,7 @@ the result or an error with its exit code.
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainer.errors import CapstanError
@@ -36,14 +36,15 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     from trainer.evaluate.rollout.teaching import judge_answers
     from trainer.evaluate.teach import teach
 
-    say = tell if os.environ.get("RANK", "0") == "0" else _nothing
+    work: dict[str, Callable[[Ask, Tell], dict[str, Any]]] = {
+        "evaluate": evaluate,
+        "generate": lambda ask, say: generate(ask, prompts, say),
+        "teach": teach,
+        "judge": judge_answers,
+        "rollout": roll_out,
+    }
     try:
-        if ask.what == "generate":
-            result = generate(ask, prompts, say)
-        else:
-            result = {"evaluate": evaluate, "teach": teach, "judge": judge_answers, "rollout": roll_out}[ask.what](
-                ask, say
-            )
+        result = work[ask.what](ask, tell if os.environ.get("RANK", "0") == "0" else _nothing)
     except CapstanError:
         _leave()
         raise

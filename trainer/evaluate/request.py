@@ -10,10 +10,17 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Ask:
-    """The request to every rank: evaluate or question the run at the URI `run`, or sample for the run there, or have a teacher write for the run of `config`, or judge its answers, with the checkpoint of `step`. None is the newest whole one.
+    """The request to every rank.
 
-    `overrides` are settings as on the command line. `base`: of an evaluation the base alone, of answers the base's beside the
-    adapter's. `config` is the YAML text of the settings of a run that need not be there yet. `server` is the URL of the one that answers in the place of the ranks. `chat`: tasks are asked under the chat template. `sampling` are the arguments of `trainer.evaluate.measure.generation.Sampling`.
+    Attributes:
+        what: evaluate the run at the URI `run`, generate its answers, sample for it (rollout), or have a teacher write for it or judge its answers.
+        step: the step of the checkpoint; None is the newest whole one.
+        overrides: settings as on the command line.
+        base: evaluate the base alone, or generate its answers beside the adapter's.
+        chat: the tasks are asked under the chat template.
+        sampling: the arguments of `trainer.evaluate.measure.generation.Sampling`.
+        config: the settings as YAML, for a teacher, whose run need not be there yet.
+        server: the URL of a server that answers in the place of the ranks.
     """
 
     what: Literal["evaluate", "generate", "teach", "judge", "rollout"]

@@ -78,14 +78,6 @@ class OpenedRun:
         self.engine.refresh(manifest.updates)
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.words.tokenizer
-
-    @property
-    def prompter(self) -> Prompter:
-        return self.words.prompter
-
-    @property
     def store(self) -> Store:
         return open_run_store(self.resolved.config)
 

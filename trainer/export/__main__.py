@@ -7,9 +7,6 @@ base itself was tuned, what the format found out, and with --verify the proof.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -19,11 +16,10 @@ from trainer.base.find.content import check_whole
 from trainer.errors import CapstanError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import DestinationTaken
-from trainer.export.format import ExportFormat, find_format
-from trainer.export.outcome import ExportProgress, Written, print_bytes
+from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
 from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.run.background import Every
+from trainer.processes.patience import patiently
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.store import Store, open_store
@@ -60,7 +56,10 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         with getting_ready():
             get_ready("trainer.export.proof.models")
             progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
-            with _patience(progress.say):
+            progress.say(
+                "--verify: compares the export's predictions with the trained model's, both of which are loaded for that"
+            )
+            with patiently("--verify", progress.say, _SAY_SECONDS):
                 result["proof"] = asdict(_prove(arguments, form, run, step, destination))
     return result
 
@@ -76,18 +75,6 @@ def _prove(
     from trainer.export.proof.served import prove_served
 
     return prove_served(run, step, destination, arguments.server, whole_model=form.whole_model)
-
-
-@contextmanager
-def _patience(say: Callable[[str], None]) -> Iterator[None]:
-    """Around a proof, which loads the trained model and the export: says so, and now and then that it goes on."""
-    say("--verify: compares the export's predictions with the trained model's, both of which are loaded for that")
-    began = time.monotonic()
-    still = Every(_SAY_SECONDS, lambda: say(f"still comparing, after {time.monotonic() - began:.0f} s"), "saying so")
-    try:
-        yield
-    finally:
-        still.stop()
 
 
 def main() -> None:

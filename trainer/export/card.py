@@ -8,13 +8,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from trainer.base.find.locate import base_files, is_hub_id
+from trainer.base.find.locate import base_files, on_the_hub
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.source.hub import repository
@@ -116,8 +115,8 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
     data = [name for source in config.data.train if (name := repository(source.path)) is not None]
     return ModelCardData(
         library_name=content.library,
-        base_model=base if _on_the_hub(base) else None,
-        base_model_relation=content.relation if _on_the_hub(base) else None,
+        base_model=base if on_the_hub(base) else None,
+        base_model_relation=content.relation if on_the_hub(base) else None,
         license=_base_licence(config),
         datasets=data or None,
         pipeline_tag=head.pipeline if head else "text-generation",
@@ -125,14 +124,10 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
     )
 
 
-def _on_the_hub(base: str) -> bool:
-    return is_hub_id(base) and not Path(base).is_dir()
-
-
 def _named(place: str) -> str:
     """A base or data as a reader of the card may see it: by its Hub id, or else by the last part of its path alone, as the others
     tell of the machine or the bucket that it lies on."""
-    if place.startswith(_HUB_DATA) or _on_the_hub(place):
+    if place.startswith(_HUB_DATA) or on_the_hub(place):
         return place
     return place.rstrip("/").rpartition("/")[2]
 

@@ -5,17 +5,49 @@ format, given on the command line as `key=value`. Importing the file loads no to
 for its name; code that handles tensors imports torch when it is called.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from trainer.base.base import Description
 from trainer.config import Config, parse_options
 from trainer.config.registry import chosen, kinds
 from trainer.export.figures import Proof
-from trainer.export.outcome import ExportProgress, Written
+from trainer.export.folder import BytesWritten
+from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 
 WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are the same)"
+
+
+class ExportProgress(NamedTuple):
+    """`written` is told of bytes done and bytes in all, `say` of what begins now, in a sentence."""
+
+    written: BytesWritten
+    say: Callable[[str], None]
+
+
+def print_bytes() -> BytesWritten:
+    """Prints them now and then, in lines that the launcher reads."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2 or done == total:
+            last = time.monotonic()
+            print("progress", done, total, flush=True)
+
+    return report
+
+
+@dataclass(frozen=True)
+class Written:
+    """An export that was written: the checkpoint it is of, and what its format found out, as JSON and in sentences."""
+
+    manifest: CheckpointManifest
+    facts: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 class ExportFormat(Protocol):

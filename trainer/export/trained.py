@@ -12,7 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
 from trainer.base.find.content import content_of, hub_commit
-from trainer.base.find.locate import base_files, check_mergeable, describe_base, in_bucket, is_hub_id, resolve_base
+from trainer.base.find.locate import (
+    base_files,
+    check_mergeable,
+    describe_base,
+    in_bucket,
+    is_hub_id,
+    on_the_hub,
+    resolve_base,
+)
 from trainer.base.find.small_files import CHAT_TEMPLATE, TOKENIZER_FILES, cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
@@ -52,7 +60,9 @@ def trained_checkpoint(folder: Store, step: int | None) -> TrainedCheckpoint:
     """
     manifest = whole_checkpoint(folder, step)
     config = trained_config(folder, manifest)
-    return TrainedCheckpoint(manifest, config, trained_method(config, manifest))
+    method = method_of(config)
+    check_trained_shapes(method, config.model, manifest)
+    return TrainedCheckpoint(manifest, config, method)
 
 
 def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
@@ -133,13 +143,6 @@ def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest
                 )
 
 
-def trained_method(config: Config, manifest: CheckpointManifest) -> Method:
-    """The method of `config`, which is that of `trained_config`. Raises as `check_trained_shapes`."""
-    method = method_of(config)
-    check_trained_shapes(method, config.model, manifest)
-    return method
-
-
 def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManifest) -> None:
     """Raises `Damaged` when other parameters were trained than `method` has over the base of `model`."""
     expected = {name: list(shape) for name, shape in method.shapes(describe_base(model).architecture).items()}
@@ -154,8 +157,14 @@ def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManif
 
 
 def check_mergeable_run(config: Config, base: Description) -> None:
-    """Raises `ConfigError` for a run that has no whole model: what it has learnt cannot become part of this base's weights."""
+    """Raises `ConfigError` for a run that has no whole model: it has a part of its base only, or what it has learnt cannot become part of the
+    base's weights."""
     method = method_of(config)
+    if method.exports_model and config.model.layers:
+        raise ConfigError(
+            f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
+            "all. Only a run of the whole base can be exported as a model."
+        )
     if not method.exports_model:
         check_mergeable(config.model, base)
     if method.unmergeable:
@@ -203,7 +212,7 @@ def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
 def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
     """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its commit."""
     directory = base_files(model)
-    if _on_the_hub(model.base):
+    if on_the_hub(model.base):
         check_content(manifest, {"name": model.base, "commit": hub_commit(directory)})
     elif in_bucket(model.base) or any(directory.glob("*.safetensors")):
         check_trained_base(resolve_base(model), manifest)
@@ -235,12 +244,8 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
     if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
         check_trained_base(resolve_base(given), manifest)
         return {}
-    pinned = manifest.base.get("commit") if _on_the_hub(name) else None
+    pinned = manifest.base.get("commit") if on_the_hub(name) else None
     return {"base": name, "revision": pinned or revision}
-
-
-def _on_the_hub(base: str) -> bool:
-    return is_hub_id(base) and not local_path(base, "model.base").is_dir()
 
 
 def _tuning(manifest: CheckpointManifest) -> Tuning:

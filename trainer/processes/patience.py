@@ -17,15 +17,15 @@ def _to_stderr(line: str) -> None:
 
 
 @contextmanager
-def patiently(doing: str, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
-    """Around what may take long: says what is `doing` once that has taken 3 seconds, and now and then that it goes on."""
+def patiently(doing: str, say: Callable[[str], None] = _to_stderr, every: float | None = None) -> Iterator[None]:
+    """Around what may take long: says what is `doing` once that has taken 3 seconds, and now and then that it goes on, or both `every` so many."""
     began = time.monotonic()
 
     def tell(done: threading.Event) -> None:
-        pause = _FIRST_SECONDS
+        pause = every or _FIRST_SECONDS
         while not done.wait(pause):
             say(f"{doing}: {time.monotonic() - began:.0f} s so far")
-            pause = _NEXT_SECONDS
+            pause = every or _NEXT_SECONDS
 
     with helper_thread(tell, doing):
         yield

@@ -45,6 +45,11 @@ _RESULT = re.compile(r"(?:evaluations|samples)/step-(\d{9})\.jsonl?")
 _RECORDS = re.compile(r"metrics/(\d{6})\.jsonl(\.added-.+)?")
 
 
+def _number(pattern: re.Pattern[str], key: str) -> int | None:
+    match = pattern.fullmatch(key)
+    return int(match[1]) if match else None
+
+
 def metrics(generation: int) -> str:
     """The stream (trainer/run/segments.py) of the records of a start, one JSON object a line.
 
@@ -55,8 +60,7 @@ def metrics(generation: int) -> str:
 
 def generation_of(key: str) -> int | None:
     """The generation that `key` claims, or None for any other key: one key a generation."""
-    match = _GENERATION.fullmatch(key)
-    return int(match[1]) if match else None
+    return _number(_GENERATION, key)
 
 
 def added_record(generation: int, name: str) -> str:
@@ -66,8 +70,7 @@ def added_record(generation: int, name: str) -> str:
 
 def records_of(stream: str) -> int | None:
     """The generation that the records of a stream belong to, or None for a stream of something else."""
-    match = _RECORDS.fullmatch(stream)
-    return int(match[1]) if match else None
+    return _number(_RECORDS, stream)
 
 
 def rank_log(generation: int, rank: int) -> str:
@@ -92,8 +95,7 @@ def owner(number: int) -> str:
 
 def owner_of(key: str) -> int | None:
     """The number of the owner that `key` is of, or None for any other key."""
-    match = _OWNER.fullmatch(key)
-    return int(match[1]) if match else None
+    return _number(_OWNER, key)
 
 
 def settings(generation: int) -> str:
@@ -133,8 +135,7 @@ def shard(step: int, attempt: str, rank: int) -> str:
 
 def shard_step(key: str) -> int | None:
     """The step of whose checkpoint `key` is a shard, or None for any other key."""
-    match = _SHARD.fullmatch(key)
-    return int(match[1]) if match else None
+    return _number(_SHARD, key)
 
 
 def manifest(step: int) -> str:
@@ -169,8 +170,7 @@ def published(step: int) -> str:
 
 def published_step(key: str) -> int | None:
     """The step whose adapter `key` says to be there, or None for any other key."""
-    match = _PUBLISHED.fullmatch(key)
-    return int(match[1]) if match else None
+    return _number(_PUBLISHED, key)
 
 
 def damaged_manifest(step: int, generation: int) -> str:
@@ -200,8 +200,7 @@ def kept_text(sha256: str) -> str:
 
 def step_of_result(key: str) -> int | None:
     """The step whose evaluation or samples `key` holds, or None for any other key."""
-    match = _RESULT.fullmatch(key)
-    return int(match[1]) if match else None
+    return _number(_RESULT, key)
 
 
 def bases(fingerprint: str) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -249,6 +249,16 @@ def header_bytes(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
+    """The bytes before the data of a file whose tensors (name, dtype, shape) lie one behind the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in tensors:
+        begin, position = position, position + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, position]}
+    return header_bytes(header)
 
 
 def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_size: int) -> TensorSource:

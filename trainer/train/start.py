@@ -19,8 +19,12 @@ from trainer.tuning.objective.objective import Objective
 class Starter:
     """The values that only the program which started the ranks knows.
 
-    They are facts for the start's record, the name of this machine, whether a machine of the run is about to leave, a
-    function that gets the record of each step on rank 0, and when the start began, in seconds since 1970.
+    Attributes:
+        facts: for the start's record.
+        machine: the name of this machine.
+        preempted: tells whether a machine of the run is about to leave.
+        observe: gets the record of each step on rank 0.
+        began: when the start did, in seconds since 1970.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -9,6 +9,8 @@ from trainer.config.training import StopWhen
 from trainer.run.records import generations, read_records
 from trainer.train.start import Start
 
+_NONE: Mapping[int, float] = {}
+
 
 class StopRules:
     """The rules of a run, and what they have seen; every rank sees the same. Of earlier starts `evaluated` are the losses of evaluations, and
@@ -18,11 +20,11 @@ class StopRules:
     """Why the run has ended, as a clause; empty while it goes on."""
 
     def __init__(
-        self, rules: StopWhen, evaluated: Mapping[int, float] | None = None, losses: Mapping[int, float] | None = None
+        self, rules: StopWhen, evaluated: Mapping[int, float] = _NONE, losses: Mapping[int, float] = _NONE
     ) -> None:
-        self._rules, self._evaluated, self._high = rules, dict(evaluated or {}), 0
-        for step in sorted(losses or {}):
-            self._count((losses or {})[step])
+        self._rules, self._evaluated, self._high = rules, dict(evaluated), 0
+        for step in sorted(losses):
+            self._count(losses[step])
 
     def end(self, step: int, loss: float, evaluated: float | None) -> bool:
         """Whether the run ends with the state at `step`. `loss` is that of the update, `evaluated` that of the evaluation after it, if

@@ -1,4 +1,5 @@
-"""The parts of a run's data that are not compiled rows: what a stored teacher says of them, and answers that are sampled from what the run has learnt."""
+"""The parts of a run's data that no compilation makes: what a stored teacher says of the rows, and the answers that are sampled while the run
+learns."""
 
 import time
 from collections.abc import Callable, Mapping

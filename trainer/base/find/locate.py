@@ -138,6 +138,11 @@ def in_bucket(base: str) -> bool:
     return base.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
+def on_the_hub(base: str) -> bool:
+    """Whether `base` is a Hub id, and no directory of this machine."""
+    return is_hub_id(base) and not local_path(base, "model.base").is_dir()
+
+
 def is_hub_id(base: str) -> bool:
     """Whether `base` has the form of a Hub id. A directory of that name goes first."""
     return bool(_HUB_ID.fullmatch(base))

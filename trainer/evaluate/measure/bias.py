@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,15 +56,9 @@ def gaps(pairs: Sequence[SentencePair], log_p: Sequence[float]) -> dict[str, Gap
     return {group: Gaps(statistics.fmean(values), statistics.pstdev(values)) for group, values in found.items()}
 
 
-def sentences(pairs: Sequence[SentencePair]) -> list[str]:
-    return [sentence for pair in pairs for sentence in (pair.first, pair.second)]
-
-
 def to_json(pairs: Sequence[SentencePair], sides: Mapping[str, Mapping[str, Gaps]]) -> dict[str, object]:
     """`sides` are the gaps before and after, by their names."""
-    counts = {pair.group: 0 for pair in pairs}
-    for pair in pairs:
-        counts[pair.group] += 1
+    counts = Counter(pair.group for pair in pairs)
     return {
         group: {"pairs": count, **{side: found[group]._asdict() for side, found in sides.items()}}
         for group, count in counts.items()

@@ -15,11 +15,14 @@ _KEPT = ("cache", "past_key_values", "cache_params")
 
 @dataclass(eq=False)
 class GrowingText:
-    """The `tokens` (1, T) int64 of one text; `kept` is what the layers keep of the first `read` of them, keys and values or
-    states, by transformers' name for it. A base that keeps nothing reads the whole text again for each token.
+    """One text. A base that keeps nothing reads the whole of it again for each token.
 
-    `keeps`: whether anything may be kept. With virtual tokens in the row that are switched off nothing is: they are documents of
-    their own then, and keys that are kept do not know that.
+    Attributes:
+        tokens: (1, T) int64.
+        keeps: whether the layers may keep anything. They may not where virtual tokens in the row are switched off: these are documents of
+            their own then, which keys that are kept would not show.
+        read: so many of the tokens have been read.
+        kept: what the layers keep of them, keys and values or states, with transformers' name for it.
     """
 
     tokens: Tensor

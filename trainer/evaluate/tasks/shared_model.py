@@ -82,7 +82,7 @@ class SharedModel:
         return continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=count)
 
     def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        prompter = self._opened.prompter
+        prompter = self._opened.words.prompter
 
         def ended(written: Sequence[int]) -> bool:
             return prompter.ended(written) or any(end in prompter.text(written) for end in until)

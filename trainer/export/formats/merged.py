@@ -6,8 +6,7 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section
 from trainer.export.figures import Proof
-from trainer.export.format import WHOLE_MODEL
-from trainer.export.outcome import ExportProgress, Written
+from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
 from trainer.store.store import Store
 

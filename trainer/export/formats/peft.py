@@ -9,8 +9,7 @@ from trainer.config import Config, Model
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
-from trainer.export.format import WHOLE_MODEL
-from trainer.export.outcome import ExportProgress, Written
+from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.servers import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store

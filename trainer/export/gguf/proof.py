@@ -100,14 +100,13 @@ def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof
     return replace(proof, compared="its predictions in llama.cpp against the merged model's in transformers")
 
 
-def _with_fewer_places(row: ProbeRow) -> ProbeRow:
-    """The same row with places at even distances, the last one among them."""
-    kept = torch.linspace(len(row.places) - 1, 0, min(_PLACES, len(row.places))).long().flip(0)
-    return ProbeRow(row.tokens, row.places[kept], row.targets[kept])
-
-
 def _rows(trained: Trained) -> list[ProbeRow]:
-    return [_with_fewer_places(row) for row in trained.probe.rows]
+    """The rows with fewer places, at even distances, the last one among them."""
+    rows = list[ProbeRow]()
+    for row in trained.probe.rows:
+        kept = torch.linspace(len(row.places) - 1, 0, min(_PLACES, len(row.places))).long().flip(0)
+        rows.append(ProbeRow(row.tokens, row.places[kept], row.targets[kept]))
+    return rows
 
 
 def _in_transformers(trained: Trained, folder: str) -> list[Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any, NamedTuple
 
+from trainer.config import Config
+from trainer.config.objective import HEADS
 from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
 _SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
@@ -53,7 +55,7 @@ class CompletionsServer:
             )
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{setting}: {shown(given)} is no URL of a server. Example: http://127.0.0.1:8000.")
-        models = [model["id"] for model in _read(setting, url, "/v1/models", None, lambda found: found["data"])]
+        models = list(cls(setting, url, "")._models())
         chosen = wanted or (name if name in models else models[0] if len(models) == 1 else None)
         if chosen is None or chosen not in models:
             what = f"no model called {shown(wanted or name)}"
@@ -64,26 +66,23 @@ class CompletionsServer:
 
     def ask(self, tokens: list[int], draws: int) -> Answer:
         """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without log-probabilities."""
-        asked = {"model": self.model, "prompt": tokens, "max_tokens": draws, "temperature": 1.0, "seed": 0}
-        asked |= {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
-        return self._read("/v1/completions", asked, lambda found: _answer(found["choices"][0], tokens))
+        wanted = {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
+        drawing = {"max_tokens": draws, "temperature": 1.0, "seed": 0}
+        return self._complete(tokens, lambda choices: _answer(choices[0], tokens), **drawing, **wanted)
 
     def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
         """Its `top` likeliest tokens in the place of each of these but the first, by their numbers, the likeliest first. Raises as `ask`."""
-        asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top}
-        return self._read("/v1/completions", asked, lambda found: _places(found["choices"][0], tokens, top))
+        return self._complete(
+            tokens, lambda choices: _places(choices[0], tokens, top), max_tokens=1, prompt_logprobs=top
+        )
 
     def ranked(self, tokens: list[int]) -> list[tuple[float, bool]]:
         """The log p of each of the tokens but the first, and whether it is the likeliest there. Raises as `ask`."""
-        asked = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 1}
-        return self._read("/v1/completions", asked, lambda found: _ranked(found["choices"][0], tokens))
+        return self._complete(tokens, lambda choices: _ranked(choices[0], tokens), max_tokens=1, prompt_logprobs=1)
 
     def card(self) -> dict[str, Any]:
         """Its own words on the model: of an adapter `parent` is the name of its base there. Raises as `ask`."""
-        every = _read(
-            self.setting, self.url, "/v1/models", None, lambda found: {one["id"]: one for one in found["data"]}
-        )
-        return every.get(self.model, {})
+        return self._models().get(self.model, {})
 
     def tokens_of(self, text: str) -> list[int]:
         """`text` as its tokenizer has it. Raises as `ask`."""
@@ -108,11 +107,49 @@ class CompletionsServer:
 
     def sample(self, model: str, tokens: list[int], **sampling: Any) -> list[tuple[list[int], list[float]]]:
         """Answers of the model called so to a prompt of these tokens: the tokens of each, and the log p of each of them before the temperature. Raises as `ask`."""
-        asked = {"model": model, "prompt": tokens, "logprobs": 0, "return_token_ids": True, **sampling}
-        return self._read("/v1/completions", asked, lambda found: [_drawn(choice) for choice in found["choices"]])
+        wanted = {"logprobs": 0, "return_token_ids": True, **sampling}
+        return self._complete(tokens, lambda choices: [_drawn(choice) for choice in choices], model, **wanted)
+
+    def _models(self) -> dict[str, Any]:
+        """Its words on each of its models, by their names."""
+        return self._read("/v1/models", None, lambda found: {one["id"]: one for one in found["data"]})
+
+    def _complete(self, prompt: list[int], read: Any, model: str = "", **options: Any) -> Any:
+        """What `read` finds in the choices of its answer to a prompt of these tokens, by another `model` where one is named."""
+        asked = {"model": model or self.model, "prompt": prompt, **options}
+        return self._read("/v1/completions", asked, lambda found: read(found["choices"]))
 
     def _read(self, path: str, body: Any, read: Any) -> Any:
-        return _read(self.setting, self.url, path, body, read)
+        """What `read` finds in the JSON of an answer; without it the answer is words."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                text = answer.read(_LONGEST_ANSWER)
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
+            kind = NotServed if error.code == 404 else CapstanError
+            raise kind(
+                f"{self.setting}: {self.url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise ConfigError(
+                f"{self.setting}: {self.url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
+            ) from error
+        try:
+            return read and read(json.loads(text))
+        except (*NOT_JSON, LookupError, TypeError) as error:
+            raise CapstanError(
+                f"{self.setting}: {self.url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
+            ) from error
+
+
+def refuse_head(config: Config) -> None:
+    """Raises `ConfigError` for a run whose head gives no next tokens, as a server is asked for these alone."""
+    if config.objective.name in HEADS:
+        raise ConfigError(
+            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
+        )
 
 
 def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
@@ -151,28 +188,3 @@ def _log_p(value: Any) -> float:
     if not math.isfinite(found) or found > _ROUNDING:
         raise ValueError(f"{found} is no log-probability")  # a server may be set to give logits in its place
     return found
-
-
-def _read(setting: str, url: str, path: str, body: Any, read: Any) -> Any:
-    """What `read` finds in the JSON of an answer; without it the answer is words."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            text = answer.read(_LONGEST_ANSWER)
-    except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-        kind = NotServed if error.code == 404 else CapstanError
-        raise kind(
-            f"{setting}: {url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
-        ) from error
-    except (OSError, HTTPException) as error:
-        raise ConfigError(
-            f"{setting}: {url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
-        ) from error
-    try:
-        return read and read(json.loads(text))
-    except (*NOT_JSON, LookupError, TypeError) as error:
-        raise CapstanError(
-            f"{setting}: {url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
-        ) from error

@@ -5,16 +5,12 @@ a setting that only long texts meet, or a token that no row has.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from trainer.errors import CapstanError, NotFound
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.folder import CARD
-from trainer.export.outcome import ExportProgress
+from trainer.export.format import ExportFormat, ExportProgress
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store
-
-if TYPE_CHECKING:
-    from trainer.export.format import ExportFormat
 
 
 class ComparedStore(Store):
@@ -70,7 +66,7 @@ def _parts(chunk: Buffer) -> Iterable[memoryview]:
     return (view[begin : begin + PART_BYTES] for begin in range(0, len(view), PART_BYTES))
 
 
-def check_again(form: "ExportFormat", folder: Store, step: int, destination: Store) -> None:
+def check_again(form: ExportFormat, folder: Store, step: int, destination: Store) -> None:
     """Raises `CapstanError` where `destination` is not the export of `step` in this form, file by file and byte by byte."""
     compared = ComparedStore(destination)
     form.write(folder, compared, step, ExportProgress(_silent, _silent))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.export.figures import ServedProof
-from trainer.export.proof.completions import Answer, CompletionsServer
+from trainer.export.proof.completions import Answer, CompletionsServer, refuse_head
 from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, plain_model
 from trainer.export.proof.rows import ProbeRow
@@ -32,10 +32,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
         ConfigError, CapstanError: as the server is asked, or the run has a head.
     """
     trained = Trained.at(folder, step)
-    if trained.head is not None:
-        raise ConfigError(
-            f"--server: objective.name: {trained.config.objective.name} has a head that gives no next tokens. Leave --server out."
-        )
+    refuse_head(trained.config)
     server = CompletionsServer.find("--server", given, trained.config.run.name)
     probe = trained.probe.rows
     answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]

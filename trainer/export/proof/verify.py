@@ -15,8 +15,8 @@ Before that the export's bytes are compared with those of a second one (trainer/
 give the run's texts the tokens of the training, too (trainer/export/proof/rendering.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -168,24 +168,10 @@ def make_proof(
     rounding_kl: float | None = None,
 ) -> Proof:
     """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the training."""
-    return Proof(
-        kl=found.kl,
-        kl_allowed=allowed.kl,
-        kl_effect=effect.kl,
-        log_prob=found.log_prob,
-        log_prob_allowed=allowed.log_prob,
-        log_prob_effect=effect.log_prob,
-        computed_in=computed_in,
-        rows=probe.origin,
-        trained_kl=trained_kl,
-        rounding_kl=rounding_kl,
-    )
+    kl = found.kl, allowed.kl, effect.kl
+    log_prob = found.log_prob, allowed.log_prob, effect.log_prob
+    return Proof(*kl, *log_prob, computed_in, probe.origin, trained_kl, rounding_kl)
 
 
-@contextmanager
-def _computing(model: Any, computed_in: str) -> Iterator[None]:
-    if computed_in != "fp32":
-        yield
-        return
-    with plain.computing_in_fp32(model):
-        yield
+def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
+    return plain.computing_in_fp32(model) if computed_in == "fp32" else nullcontext()

@@ -23,7 +23,7 @@ from trainer.base.stored.shared.cached_values import LastMade
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
-from trainer.export.outcome import print_bytes
+from trainer.export.format import print_bytes
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import OURS, files_with, write_files
 from trainer.model.nf4 import Format, dequantize_absmax, dequantize_blocks, quantize_absmax, quantize_blocks

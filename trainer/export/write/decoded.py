@@ -21,7 +21,7 @@ from trainer.store.safetensors_index import (
     SINGLE_FILE,
     PackedTensor,
     StoredTensor,
-    header_bytes,
+    header_of,
     item_bytes,
     numel,
 )
@@ -105,16 +105,9 @@ def _groups(weights: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTen
 
 
 def _laid_out(weights: Mapping[str, StoredTensor]) -> _File:
-    ends = list(accumulate(map(_bytes_of, weights.values())))
-    starts = [0, *ends[:-1]]
-    header = header_bytes(
-        {"__metadata__": {"format": "pt"}}
-        | {
-            name: {"dtype": weight.dtype, "shape": list(weight.shape), "data_offsets": [begin, end]}
-            for (name, weight), begin, end in zip(weights.items(), starts, ends, strict=True)
-        }
-    )
-    return _File(header, [len(header) + begin for begin in starts], list(weights.values()))
+    header = header_of((name, weight.dtype, weight.shape) for name, weight in weights.items())
+    starts = accumulate(map(_bytes_of, weights.values()), initial=len(header))
+    return _File(header, list(starts)[:-1], list(weights.values()))
 
 
 def _bytes_of(weight: StoredTensor) -> int:

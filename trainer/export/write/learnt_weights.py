@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.state.checkpoint.contents import Key
+from trainer.state.checkpoint.division import Interval
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.reading import read_elements
 from trainer.state.optimizer.optimizer import MASTER
@@ -17,11 +18,18 @@ from trainer.tuning.method import LearntWeights
 
 def master_weights(folder: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
-    flat = {name: torch.empty(numel) for name, numel in manifest.numels.items()}
-    every = {Key(name, MASTER): (0, numel) for name, numel in manifest.numels.items()}
-    for ((name, _), begin, end), data in read_elements(folder, manifest, every):
-        flat[name][begin:end] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    flat = _masters(folder, manifest, {name: (0, numel) for name, numel in manifest.numels.items()})
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
+
+
+def _masters(folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, Interval]) -> dict[str, Tensor]:
+    """The elements that are wanted of each parameter, flat, in fp32."""
+    found = {name: torch.empty(end - begin) for name, (begin, end) in wanted.items()}
+    places = {Key(name, MASTER): interval for name, interval in wanted.items()}
+    for ((name, _), begin, end), data in read_elements(folder, manifest, places):
+        first = wanted[name][0]
+        found[name][begin - first : end - first] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +45,7 @@ class CheckpointWeights(LearntWeights):
         return {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        values = torch.empty(end - begin)
-        wanted = {Key(name, MASTER): (begin, end)}
-        for (_, first, last), data in read_elements(self.run, self.manifest, wanted):
-            values[first - begin : last - begin] = torch.frombuffer(bytearray(data), dtype=torch.float32)
-        return values.to(self.dtype)
+        return _masters(self.run, self.manifest, {name: (begin, end)})[name].to(self.dtype)
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:

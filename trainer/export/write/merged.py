@@ -70,32 +70,23 @@ def export_merged(
         ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
             or is another than the run's.
     """
-    manifest, config, _ = mergeable_checkpoint(folder, destination, step)
+    manifest, config, _ = checkpoint_of_model(folder, destination, step)
     write_model(folder, manifest, config, destination, report)
     return manifest
 
 
-def mergeable_checkpoint(folder: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
-    """The checkpoint of `step`, or the newest whole one, that can be written to `destination` as a model.
-
-    Raises as `export_merged`, but for a base that is not here or another.
-    """
+def checkpoint_of_model(folder: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
+    """The checkpoint of `step`, or the newest whole one, for a model at `destination`. Raises as `export_merged`, but for the base."""
     check_destination(destination, *OURS)
-    trained = trained_checkpoint(folder, step)
-    check_mergeable_run(trained.config, describe_base(trained.config.model))
-    return trained
+    return trained_checkpoint(folder, step)
 
 
 def write_model(
     folder: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
 ) -> None:
-    """Write the whole model of a checkpoint of a mergeable method. Raises `ConfigError` when its base is not here, is another
-    than the run's, or was cut to its first layers."""
-    if config.model.layers:
-        raise ConfigError(
-            f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
-            "all. Only a run of the whole base can be exported as a model."
-        )
+    """Write the whole model of a checkpoint. Raises `ConfigError` as `check_mergeable_run`, and when its base is not here, or is another
+    than the run's."""
+    check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
     content = CardContent(
         "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
@@ -113,8 +104,10 @@ def write_files(
         for file in changed:
             destination.put_chunks(file.key, file.chunks(lambda n, at=done: report(at + n, total)), file.size)
             done += file.size
-    if {file.key for file in changed} != {SINGLE_FILE}:
-        destination.put(INDEX_FILE, _index(base, changed))
+    tensors = base.tensors
+    more = sum(file.more_bytes for file in changed)
+    stored = sum(numel(source) * item_bytes(source) for source in tensors.values())
+    put_index(destination, {name: source.key for name, source in tensors.items()}, stored + more)
     complete_model(base, config, destination, merged_config(base, changed))
 
 
@@ -198,24 +191,25 @@ class ChangedFile:
     def _pieces(self) -> Iterator["_Piece"]:
         """Whole rows of changed weights, and what lies between these, header included, as it is."""
 
-        def copied(begin: int, end: int) -> Iterator[_FileRange]:
+        read = partial(self.store.get_range, self.key)
+
+        def copied(begin: int, end: int) -> Iterator[_Piece]:
             for first in range(begin, end, PIECE_BYTES):
-                yield _FileRange(self.store, self.key, first, min(end, first + PIECE_BYTES))
+                yield _Piece(partial(read, first, min(end, first + PIECE_BYTES)))
 
         position = self.old_header
         if self.header:
-            yield _NewBytes(self.header)
+            yield _Piece(partial(bytearray, self.header))
         for change in sorted(self.changes, key=lambda change: change.position):
             source, columns, last = change.source, change.update.shape[-1], change.first + change.numel
             yield from copied(position, change.position)
             for begin, end in cut(source, change.first, last, multiple=columns):
                 row = (change.begin + begin - change.first) // columns
-                yield _FileRange(
-                    self.store, self.key, *source.byte_range(begin, end), partial(_apply, source, change.update, row)
-                )
+                yield _Piece(partial(read, *source.byte_range(begin, end)), partial(_apply, source, change.update, row))
             _, position = source.byte_range(change.first, last)
             if change.more:
-                yield _NewBytes(bytes(change.more_bytes), partial(_apply, source, change.update, source.shape[0]))
+                new = partial(bytearray, change.more_bytes)
+                yield _Piece(new, partial(_apply, source, change.update, source.shape[0]))
         yield from copied(position, self.old_size)
 
 
@@ -319,44 +313,24 @@ def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
     return json.dumps(settings, indent=2).encode()
 
 
-def _index(base: Base, changed: Sequence[ChangedFile]) -> bytes:
-    """The index of several files of weights."""
-    weight_map = {name: source.key for name, source in sorted(base.tensors.items())}
-    bytes_of_tensors = sum(end - begin for begin, end in (s.byte_range(0, numel(s)) for s in base.tensors.values()))
-    bytes_of_tensors += sum(file.more_bytes for file in changed)
-    return json.dumps({"metadata": {"total_size": bytes_of_tensors}, "weight_map": weight_map}, indent=2).encode()
+def put_index(destination: Store, weight_map: Mapping[str, str], size: int) -> None:
+    """Write which file each tensor is in, where there are several files; their tensors have so many bytes in all."""
+    if {*weight_map.values()} != {SINGLE_FILE}:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
 @dataclass(frozen=True)
-class _FileRange:
-    """Bytes [begin, end) of a file of the base, and how they change."""
+class _Piece:
+    """Some bytes of a new file: those of the base's, or others, and how they change."""
 
-    store: Store
-    key: str
-    begin: int
-    end: int
+    content: Callable[[], bytearray]
     change: Callable[[bytearray], None] = lambda data: None
 
     def read(self) -> bytearray:
-        data = self.store.get_range(self.key, self.begin, self.end)
+        data = self.content()
         self.change(data)
         return data
-
-
-@dataclass(frozen=True)
-class _NewBytes:
-    """Bytes that no file of the base has, and how they change."""
-
-    content: bytes
-    change: Callable[[bytearray], None] = lambda data: None
-
-    def read(self) -> bytearray:
-        data = bytearray(self.content)
-        self.change(data)
-        return data
-
-
-_Piece = _FileRange | _NewBytes
 
 
 def _apply(source: TensorSource, update: WeightUpdate, first: int, data: bytearray) -> None:

@@ -6,7 +6,6 @@ be quantized go through a code some rows at a time, all others as they are. Size
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_class
+from trainer.base.find.locate import describe_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
 from trainer.base.rows.parameters import find_all_weights
@@ -24,12 +24,19 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED
-from trainer.export.outcome import ExportProgress, Written
-from trainer.export.trained import check_recodable, resolve_trained_base, unloadable
+from trainer.export.format import ExportProgress, Written
+from trainer.export.trained import check_mergeable_run, check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.decoded import as_plain
-from trainer.export.write.merged import ChangedFile, changed_files, complete_model, mergeable_checkpoint, merged_config
+from trainer.export.write.merged import (
+    ChangedFile,
+    changed_files,
+    checkpoint_of_model,
+    complete_model,
+    merged_config,
+    put_index,
+)
 from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.store.safetensors_index import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, TensorSource, header_bytes
+from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, header_of
 from trainer.store.store import Store
 
 
@@ -108,9 +115,8 @@ def export_recoded(
 
     Raises as `ExportFormat.write`.
     """
-    manifest, config, _ = mergeable_checkpoint(folder, destination, step)
-    if config.model.layers:
-        raise ConfigError("model.layers: only a run of the whole base can be exported as a model.")
+    manifest, config, _ = checkpoint_of_model(folder, destination, step)
+    check_mergeable_run(config, describe_base(config.model))
     base, code = as_plain(resolve_trained_base(folder, config.model, manifest)), make(config)
     recoding = _choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
@@ -163,17 +169,17 @@ def _write_files(
     read, in_all = 0, sum(file.size for file in changed)
     with freed_memory_given_back():
         for file in changed:
-            tensors = _tensors(file.new_header())
+            merged_header = file.new_header()
+            tensors = _tensors(merged_header)
             entries = [entry for tensor in tensors for entry in _entries(tensor, recoding)]
-            header = _header(entries)
+            header = header_of(entries)
             weight_map |= {entry.name: file.key for entry in entries}
             size = sum(entry.size for entry in entries)
             chunks = file.chunks(lambda n, at=read: progress.written(at + n, in_all))
-            destination.put_chunks(file.key, _stream(header, tensors, chunks, recoding), len(header) + size)
+            merged = _Merged(chunks, len(merged_header))
+            destination.put_chunks(file.key, _stream(header, tensors, merged, recoding), len(header) + size)
             total, read = total + size, read + file.size
-    if {file.key for file in changed} != {SINGLE_FILE}:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
+    put_index(destination, weight_map, total)
 
 
 def _tensors(header: bytes) -> list[NewTensor]:
@@ -189,24 +195,10 @@ def _entries(tensor: NewTensor, recoding: _Recoding) -> list[NewTensor]:
     return [tensor] if shape is None else recoding.code.entries(tensor.name, shape)
 
 
-def _header(entries: Sequence[NewTensor]) -> bytes:
-    """The bytes before the data of a safetensors file."""
-    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in entries:
-        offsets = [position, position + entry.size]
-        tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        position += entry.size
-    return header_bytes(tree)
-
-
 def _stream(
-    header: bytes, tensors: Sequence[NewTensor], chunks: Iterator[bytearray], recoding: _Recoding
+    header: bytes, tensors: Sequence[NewTensor], merged: "_Merged", recoding: _Recoding
 ) -> Iterator[bytes | bytearray]:
     """The bytes of the new file, of those of the merged one."""
-    merged = _Merged(chunks)
-    (length,) = struct.unpack("<Q", merged.take(8))
-    merged.take(length)
     yield header
     for tensor in tensors:
         shape = recoding.chosen.get(tensor.name)
@@ -226,10 +218,11 @@ def _pieces(merged: "_Merged", tensor: NewTensor, code: Code) -> Iterator[Tensor
 
 
 class _Merged:
-    """Takes bytes in order out of pieces of any sizes."""
+    """Takes bytes in order out of pieces of any sizes. The first ones, of a header of so many bytes, are left out."""
 
-    def __init__(self, chunks: Iterator[bytearray]) -> None:
+    def __init__(self, chunks: Iterator[bytearray], header: int) -> None:
         self._chunks, self._left = chunks, memoryview(b"")
+        self.take(header)
 
     def take(self, size: int) -> bytearray:
         taken = bytearray()

@@ -1,4 +1,4 @@
-"""The merged model with its linear layers in 4 bits, as transformers and bitsandbytes load it: a fourth of the bytes.
+"""The merged model with its linear layers in fewer bits: FP8 has half the bytes of 16 bits, nf4 a fourth.
 
 A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the stored base and the adapter is rounded to 4 bits,
 which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
@@ -10,12 +10,37 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
 from trainer.export.figures import Proof
-from trainer.export.outcome import ExportProgress, Written
+from trainer.export.format import ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, check_recodable
 from trainer.store.store import Store
 
 
-class Nf4(Section):
+class Fp8Folder(Section):
+    """A scale for each tile of 128 x 128, for vLLM, SGLang and transformers."""
+
+    what: ClassVar[str] = "base and adapter, merged, in FP8"
+    what_if_tuned: ClassVar[str] = "the whole model in FP8"
+    whole_model: ClassVar[bool] = True
+
+    def check(self, config: Config, base: Description) -> None:
+        check_mergeable_run(config, base)
+        check_recodable(base, "fp8")
+
+    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+        from trainer.export.write.codes import Fp8Blocks
+        from trainer.export.write.recoded import export_recoded
+
+        return export_recoded(folder, destination, step, lambda config: Fp8Blocks(), progress)
+
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
+        from trainer.export.proof.recoded import prove_recoded
+
+        return prove_recoded(folder, step, destination)
+
+
+class Nf4Folder(Section):
+    """As transformers and bitsandbytes load it."""
+
     what: ClassVar[str] = "base and adapter, merged, in nf4"
     what_if_tuned: ClassVar[str] = "the whole model in nf4"
     whole_model: ClassVar[bool] = True
@@ -50,4 +75,4 @@ class Nf4(Section):
         return prove_recoded(folder, step, destination)
 
 
-FORMATS = {"nf4": Nf4}
+FORMATS = {"fp8": Fp8Folder, "nf4": Nf4Folder}
