@@ -187,14 +187,13 @@ class Trial:
         if base and not self.method.trains_base:
             with self.method.switched_off(self.engine.model):
                 return self.losses()
-        self.engine.evaluating(True)
-        found = list[float]()
-        with torch.no_grad():
-            for stream in self.held_out:
-                batches = [batch for (batch,) in stream.epoch(0)]
-                nats = sum(float(self.engine.loss(batch)) for batch in batches)
-                found.append(nats / sum(map(self.objective.weight, batches)))
-        self.engine.evaluating(False)
+        with self.engine.evaluating():
+            found = list[float]()
+            with torch.no_grad():
+                for stream in self.held_out:
+                    batches = [batch for (batch,) in stream.epoch(0)]
+                    nats = sum(float(self.engine.loss(batch)) for batch in batches)
+                    found.append(nats / sum(map(self.objective.weight, batches)))
         return found[0], found[1]
 
     def peak(self) -> int:

@@ -42,12 +42,12 @@ def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> 
     """The class of each text or conversation and its probability, its reward, or the tags of its words. Collective."""
     read = _words if head.head.per_token else _text
     asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
-    opened.engine.evaluating(True)
-    found = [
-        opened.engine.look(partial(outputs, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
-        for text in asked
-    ]
-    opened.engine.evaluating(False)
+    engine = opened.engine
+    with engine.evaluating():
+        found = [
+            engine.look(partial(outputs, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
+            for text in asked
+        ]
     return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]
 
 

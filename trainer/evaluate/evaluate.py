@@ -42,7 +42,7 @@ def _tasks(ask: Ask, progress: Progress, opened: OpenedRun, side: str) -> TaskSc
     from trainer.evaluate.tasks.shared_model import SharedModel
 
     names, told = opened.resolved.config.eval.tasks, partial(progress, f"tasks, {side}")
-    run = partial(run_tasks, words=opened.words, longest=opened.longest, names=names, chat=ask.chat, told=told)
+    run = partial(run_tasks, words=opened.words, longest=opened.resolved.longest, names=names, chat=ask.chat, told=told)
     return SharedModel(opened).serve(run) or {}
 
 

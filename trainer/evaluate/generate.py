@@ -58,7 +58,9 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
                 tell({"piece": said, "number": number, "side": "adapter"})
             every += _tell(given, sides, tell)
             continue
-        openings = opened.ranks.on_first(lambda given=given: opened.words.prompter.fitting(given, opened.longest))
+        openings = opened.ranks.on_first(
+            lambda given=given: opened.words.prompter.fitting(given, opened.resolved.longest)
+        )
         if ask.base:
             with opened.as_base() as base:
                 sides["base"] = _answers(base, openings, sampling, "base", tell)
@@ -101,7 +103,9 @@ def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, sid
     prompter = opened.words.prompter
     openings = [Opening(prompt, prompter.ended) for prompt in tokens]
     told = _pieces(opened, side, tell)
-    written = continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=told)
+    written = continued(
+        opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=told
+    )
     return [prompter.text(answer) for answer in written]
 
 

@@ -147,9 +147,8 @@ def _measures(
             yield from row
             told(number, len(rows))
 
-    engine.evaluating(True)
-    means, _ = objective_means(opened.ranks, objective, batches(), partial(engine.look, objective.loss))
-    engine.evaluating(False)
+    with engine.evaluating():
+        means, _ = objective_means(opened.ranks, objective, batches(), partial(engine.look, objective.loss))
     return {name: (value, None) for name, value in means.items()}
 
 

@@ -86,11 +86,6 @@ class OpenedRun:
         """Positions of a row before each text, for virtual tokens."""
         return self.resolved.method.virtual.reserved
 
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest text that the base has positions for, beside virtual tokens."""
-        return self.resolved.method.virtual.longest(self.resolved.base.architecture.positions)
-
 
 def settings_of(
     folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool

@@ -4,8 +4,8 @@ The teacher is sharded over the ranks as a run's base is. Each rank computes blo
 is whole, so nothing is gathered, and what is there already is not computed again, at whatever number of ranks it was.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,9 +88,12 @@ class TeacherModel:
     resolved: Resolved
     manifest: CheckpointManifest | None = None
 
-    def computing(self) -> AbstractContextManager[None]:
-        """As the base alone, or with what the run has learnt."""
-        return nullcontext() if self.manifest else self.resolved.method.switched_off(self.engine.model)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, it computes as the base alone, or with what the run has learnt, and without dropout."""
+        as_it_is = nullcontext() if self.manifest else self.resolved.method.switched_off(self.engine.model)
+        with as_it_is, self.engine.evaluating():
+            yield
 
     def facts(self) -> dict[str, Any]:
         """Everything that decides the values, beside the settings. Reads samples of the base's weights."""
@@ -190,7 +193,6 @@ class TeacherPass:
         ranks, blocks = self.model.ranks, len(self.dataset.blocks) - 1
         there = ranks.on_first(lambda: written_blocks(self.folder))
         missing = [block for block in range(blocks) if block not in there]
-        self.model.engine.evaluating(True)
         for first in range(0, len(missing), ranks.world_size):
             turn = missing[first : first + ranks.world_size]
             mine = turn[ranks.rank] if ranks.rank < len(turn) else None
@@ -198,7 +200,6 @@ class TeacherPass:
             ranks.together(partial(self._write, mine, documents))
             done = blocks - len(missing) + first + len(turn)
             self.tell({"progress": "blocks of the data", "done": done, "total": blocks})
-        self.model.engine.evaluating(False)
         return len(missing)
 
     def _compute(self, block: int | None) -> list[Likeliest]:

@@ -58,6 +58,11 @@ class Resolved:
         """`objective.reference`, with auto decided; None where the objective reads none."""
         return reference_of(self.config, self.objective, self.method)
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that the base has positions for, beside virtual tokens."""
+        return self.method.virtual.longest(self.base.architecture.positions)
+
     def identity(self, dataset: str) -> Identity:
         """The facts that a checkpoint must share to be continued; `dataset` is the fingerprint of the compiled training data.
 

@@ -24,6 +24,7 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
 from trainer.processes.devices import host_memory_left
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _LOOPBACK = "lo"
@@ -127,6 +128,10 @@ class Ranks:
         every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, value)
         return every
+
+    def gather_items(self, mine: Mapping[K, T]) -> dict[K, T]:
+        """The small picklable values of all ranks, each by a key that one rank alone has. Collective."""
+        return {key: value for part in self.gather_objects(mine) for key, value in part.items()}
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """`action`'s result on every rank, in rank order; what it raises on one is raised on all. Collective."""

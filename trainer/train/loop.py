@@ -210,9 +210,8 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
     survey = run.start.objective.survey
     if survey is None:
         return repeat(None)
-    run.engine.evaluating(True)
-    rows = [run.engine.look(survey.look, batch) for batch in batches]
-    run.engine.evaluating(False)
+    with run.engine.evaluating():
+        rows = [run.engine.look(survey.look, batch) for batch in batches]
     mine = torch.stack([row[: survey.sums] for row in rows]).double().sum(0)
     totals = run.start.ranks.gather_tensor(mine).sum(0).float()
     return (torch.cat([totals, row[survey.sums :]]) for row in rows)
@@ -364,15 +363,13 @@ def samples_key(batches: Sequence[MicroBatch]) -> int:
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
     """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
     surveys = _surveys(run, _evaluated(run, stream))
-    run.engine.evaluating(True)
-    with torch.no_grad():
+    with run.engine.evaluating(), torch.no_grad():
         means, total = objective_means(
             run.start.ranks,
             run.start.objective,
             _evaluated(run, stream),
             lambda batch: run.engine.loss(replace(batch, survey=next(surveys))),
         )
-    run.engine.evaluating(False)
     return {**means, run.start.objective.unit: total}
 
 

@@ -72,10 +72,9 @@ class ReferencePass:
         if beginning is not None and beginning.begun:
             begin_from(beginning, self.start, self.engine)
         as_attached = method.trains_base or beginning is not None  # no update has been made yet
-        self.engine.evaluating(True)
-        with nullcontext() if as_attached else method.switched_off(self.engine.model):
+        as_base = nullcontext() if as_attached else method.switched_off(self.engine.model)
+        with as_base, self.engine.evaluating():
             computed = self._compute(folder, facts, dataset, found)
-        self.engine.evaluating(False)
         self.start.pulse("load", 0)
         return computed
 

@@ -59,8 +59,8 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
         assert making is not None
         return making
 
-    wanted, longest = ranks.on_first(lambda: (first().wanted(chapter), first().longest))
-    sampler = OwnSampler(engine, longest, lambda: start.pulse("evaluate", 0))
+    wanted = ranks.on_first(lambda: first().wanted(chapter))
+    sampler = OwnSampler(engine, start.resolved.longest, lambda: start.pulse("evaluate", 0))
     drawn = [sampler.sample(one.request) for one in wanted]
     ranks.on_first(lambda: first().commit(chapter, step, wanted, drawn, began))
     return _ready(start, rollouts, step)

@@ -68,22 +68,21 @@ def continued(
     text's number, as it is written; `begin` is called before each pass.
     """
     ranks, mine = engine.ranks, dict[int, list[int]]()
-    engine.evaluating(True)
-    for first in range(0, len(openings), ranks.world_size):
-        number = first + ranks.rank
-        answer = _Answer(openings[number] if number < len(openings) else None, keeps)
-        choose, most = sampling.chooser(number), sampling.max_tokens
-        if longest is not None:
-            most = min(most, longest - answer.text.tokens.shape[1])
-        while any(row[0] for row in ranks.gather(answer.going)):
-            begin()
-            logits = engine.look(next_logits, answer.row)
-            if answer.going:
-                told(number, answer.take(choose(logits), most))
-        if number < len(openings):
-            mine[number] = answer.written
-    engine.evaluating(False)
-    every = {number: written for part in ranks.gather_objects(mine) for number, written in part.items()}
+    with engine.evaluating():
+        for first in range(0, len(openings), ranks.world_size):
+            number = first + ranks.rank
+            answer = _Answer(openings[number] if number < len(openings) else None, keeps)
+            choose, most = sampling.chooser(number), sampling.max_tokens
+            if longest is not None:
+                most = min(most, longest - answer.text.tokens.shape[1])
+            while any(row[0] for row in ranks.gather(answer.going)):
+                begin()
+                logits = engine.look(next_logits, answer.row)
+                if answer.going:
+                    told(number, answer.take(choose(logits), most))
+            if number < len(openings):
+                mine[number] = answer.written
+    every = ranks.gather_items(mine)
     return [every[number] for number in range(len(openings))]
 
 

@@ -27,13 +27,12 @@ class DocumentLosses(NamedTuple):
 def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None]) -> DocumentLosses:
     """The losses of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done. Collective."""
     numbers, values = list[int](), list[Tensor]()
-    engine.evaluating(True)
-    for batches in stream.epoch(0):
-        for batch in batches:
-            told(len(numbers))
-            values.append(engine.look(_nats_and_tokens, batch))
-            numbers += batch.documents
-    engine.evaluating(False)
+    with engine.evaluating():
+        for batches in stream.epoch(0):
+            for batch in batches:
+                told(len(numbers))
+                values.append(engine.look(_nats_and_tokens, batch))
+                numbers += batch.documents
     # They stay on the device until all rows are there: to read them means to wait for it.
     nats, tokens = torch.cat(values, dim=1).double().cpu() if values else torch.zeros(2, 0, dtype=torch.float64)
     return DocumentLosses(torch.tensor(numbers, dtype=torch.int64), nats, tokens)

@@ -58,9 +58,9 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
         nonlocal prompter
         prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
         prompts = read_prompts(config.eval.prompts or "")
-        return prompts, prompter.fitting(prompts, longest), frozenset(prompter.stops)
+        return prompts, prompter.fitting(prompts, resolved.longest), frozenset(prompter.stops)
 
-    longest = resolved.method.virtual.longest(base.architecture.positions)
     prompts, tokens, stops = ranks.on_first(read)
     sampling = Sampling(config.eval.max_tokens)
-    return PromptSamples(folder, prompts, tokens, stops, sampling, longest, prompter, Harmless("keeping the samples"))
+    harmless = Harmless("keeping the samples")
+    return PromptSamples(folder, prompts, tokens, stops, sampling, resolved.longest, prompter, harmless)

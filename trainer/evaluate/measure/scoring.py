@@ -36,17 +36,16 @@ def likelihoods(
     tokens. `told` gets the number of texts that are done.
     """
     rows = list(packed([len(text.tokens) - 1 + reserved for text in texts], capacity))
-    world, mine = engine.ranks.world_size, list[tuple[int, Likelihood]]()
-    engine.evaluating(True)
-    for first in range(0, len(rows), world):
-        # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the first again.
-        numbers = rows[first + engine.ranks.rank] if first + engine.ranks.rank < len(rows) else rows[0]
-        log_p, wrong = engine.look(_scores, _row([texts[number] for number in numbers], reserved)).tolist()
-        found = (Likelihood(*values) for values in zip(log_p, (not count for count in wrong), strict=True))
-        mine += zip(numbers, found, strict=True)
-        told(sum(map(len, rows[: first + world])))
-    engine.evaluating(False)
-    every = dict(pair for pairs in engine.ranks.gather_objects(mine) for pair in pairs)
+    world, mine = engine.ranks.world_size, dict[int, Likelihood]()
+    with engine.evaluating():
+        for first in range(0, len(rows), world):
+            # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the first again.
+            numbers = rows[first + engine.ranks.rank] if first + engine.ranks.rank < len(rows) else rows[0]
+            log_p, wrong = engine.look(_scores, _row([texts[number] for number in numbers], reserved)).tolist()
+            found = (Likelihood(*values) for values in zip(log_p, (not count for count in wrong), strict=True))
+            mine |= zip(numbers, found, strict=True)
+            told(sum(map(len, rows[: first + world])))
+    every = engine.ranks.gather_items(mine)
     return [every[number] for number in range(len(texts))]
 
 

@@ -99,18 +99,13 @@ class Making:
 
     def _request(self, asked: Sequence[Asked], answers: int, temperature: float, seed: int) -> Wanted:
         """A request for the answers to those of the prompts that leave any room."""
-        config, longest = self.resolved.config, self.longest
+        config, longest = self.resolved.config, self.resolved.longest
         most = min(config.data.sequence_length, longest or config.data.sequence_length)
         rooms = [(one, min(config.rollout.max_tokens, most - len(one.prompt))) for one in asked]
         kept = [(one, room) for one, room in rooms if room > 0]
         stops, prompts = frozenset(self.prompter.stops), [one.prompt for one, _ in kept]
         request = Request(prompts, answers, [room for _, room in kept], temperature, seed, stops)
         return Wanted([one for one, _ in kept], request)
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest text that the base has positions for."""
-        return self.resolved.method.virtual.longest(self.resolved.base.architecture.positions)
 
     def commit(
         self,

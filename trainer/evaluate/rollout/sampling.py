@@ -61,9 +61,7 @@ class OwnSampler:
                 rooms.append(room)
         noting = _Noting(max(rooms), request.temperature, seed=request.seed)
         written = continued(self.engine, openings, noting, longest=self.longest, begin=self.begin)
-        noted = {
-            number: values for part in self.engine.ranks.gather_objects(noting.log_p) for number, values in part.items()
-        }
+        noted = self.engine.ranks.gather_items(noting.log_p)
         drawn = [Drawn(tokens, noted[number]) for number, tokens in enumerate(written)]
         return [drawn[first : first + n] for first in range(0, len(drawn), n)]
 

@@ -57,7 +57,6 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
     rules = config.rollout
     chapter, made, told = ranks.on_first(lambda: rules.chapter(oldest(run))), 0, 0.0
     tell({"log": f"{teacher.name} judges the answers in {place.uri}"})
-    model.engine.evaluating(True)
     with model.computing():
         while chapter < rollouts.chapters.count:
             judged, there = ranks.on_first(lambda at=chapter: (is_judged(place, at), is_committed(place, at)))
@@ -92,7 +91,7 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
         for batch in batches:
             values = model.engine.look(_log_p, batch).float().cpu().numpy()
             mine.update(zip(batch.documents, by_document(batch, values), strict=True))
-    every = {number: values for part in ranks.gather_objects(mine) for number, values in part.items()}
+    every = ranks.gather_items(mine)
 
     def write() -> bool:
         numbers = sorted(every)

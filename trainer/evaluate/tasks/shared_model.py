@@ -79,7 +79,9 @@ class SharedModel:
             told(len(done) * opened.ranks.world_size)
 
         openings = [Opening(text.tokens, self._ended(text.until)) for text in texts]
-        return continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.longest, told=count)
+        return continued(
+            opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=count
+        )
 
     def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
         prompter = self._opened.words.prompter

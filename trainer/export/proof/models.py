@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,16 +21,17 @@ from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config, override
 from trainer.export.folder import local_folder
-from trainer.export.proof.heads import judged, outputs_of_row
+from trainer.export.proof.distributions import as_shares
 from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.in_transformers.dequantized import decoded_here, dequantized_by_transformers
 from trainer.export.proof.in_transformers.streamed import StreamedLayers
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside, get_ready
 from trainer.export.proof.rendering import check_rendering, trained_texts
-from trainer.export.proof.rows import Probe, find_probe
+from trainer.export.proof.rows import Probe, ProbeRow, find_probe, judged
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.model.packed import TextRow
 from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator
@@ -40,11 +41,12 @@ from trainer.state.checkpoint.checkpoints import load_partitions
 from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.safetensors_index import WEIGHT_DTYPES
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
-from trainer.tuning.head import WithHead, head_of
+from trainer.tuning.head import WithHead, head_of, outputs
 from trainer.tuning.method import Method, method_of
 from trainer.tuning.objective.sft.objective import NextTokens
 
@@ -173,7 +175,7 @@ class Trained:
                 part.states["master"].copy_(self._exported(part))
             engine.refresh(self.manifest.updates)
         if self.head is not None:
-            return [outputs_of_row(engine, row) for row in self.probe.rows]
+            return [_head_outputs(engine, row) for row in self.probe.rows]
         return [
             engine.logits(row.tokens.to(ranks.device))[0, row.places.to(ranks.device)].float().cpu()
             for row in self.probe.rows
@@ -184,6 +186,13 @@ class Trained:
         if not self.method.exports_model:
             return values
         return values.to(SOURCE_DTYPES[self.weights.sources[part.name].dtype])
+
+
+def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
+    """The outputs of the head at the places of a row, (P, outputs) fp32 on the CPU, without dropout. Collective."""
+    with engine.evaluating():
+        found = engine.look(partial(outputs, places=row.places), TextRow.of(row.tokens))
+    return as_shares(found.cpu(), row)
 
 
 def plain_model(trained: Trained, folder: Path) -> Any:

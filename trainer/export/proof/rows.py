@@ -1,7 +1,7 @@
 """The rows that a proof compares two models on: documents of the run's own data, the same ones at every call."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run.folder import store_of
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
+from trainer.tuning.head import WithHead
 
 ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
 _CANDIDATES = 64  # documents, as some may have nothing that is trained
@@ -46,6 +47,19 @@ class Probe:
 
     rows: list[ProbeRow]
     origin: str
+
+
+def judged(probe: Probe, head: WithHead | None) -> Probe:
+    """The rows as a `head` is compared on them. A head whose outputs stand for themselves, a reward or several classes, is compared in all
+    of them at once, at the end of the text: the tokens that are trained there name none of its outputs."""
+    if head is None or not (head.head.several or head.outputs == 1):
+        return probe
+    kept = slice(1) if head.head.several else slice(None)
+    rows = [
+        replace(row, places=row.places[kept], targets=torch.zeros_like(row.targets[kept]), beside_zero=True)
+        for row in probe.rows
+    ]
+    return replace(probe, rows=rows)
 
 
 def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:

@@ -181,16 +181,18 @@ class Engine:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Plain logits of one unpacked row, without dropout: (1, T) int64 -> (1, T, V)."""
-        self.evaluating(True)
         self._gathers.begin("logits")
-        with torch.no_grad():
-            result = self._engine.module.packed.logits(tokens)
-        self.evaluating(False)
-        return result
+        with self.evaluating(), torch.no_grad():
+            return self._engine.module.packed.logits(tokens)
 
-    def evaluating(self, on: bool) -> None:
-        """Switch dropout off (or on again)."""
-        self._engine.train(not on)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, dropout is off."""
+        self._engine.train(False)
+        try:
+            yield
+        finally:
+            self._engine.train(True)
 
     def partitions(self) -> list[TrainablePartition]:
         """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""

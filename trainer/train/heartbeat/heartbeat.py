@@ -9,6 +9,7 @@ rank that can writes its Python stacks to its log and ends, so that the group is
 """
 
 import faulthandler
+import itertools
 import os
 import secrets
 import socket
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from trainer.config import Timeouts
 from trainer.processes.ranks import Ranks, collectives_begun
-from trainer.run.background import Harmless, say
+from trainer.run.background import Every, Harmless, say
 from trainer.train.heartbeat.signed_lines import Line, Server
 
 Phase = Literal["load", "data", "compile", "step", "save", "evaluate", "reference"]
@@ -133,8 +134,11 @@ class Heart:
         self._judge = Judge(timeouts) if ranks.rank == 0 else None
         self._server, self._line = _connect(ranks, self._hear)
         turn = self._turn_of_judge if ranks.rank == 0 else self._turn_of_other
-        for name, work in (("pulse", turn), ("watch", self._watch)):
-            threading.Thread(target=self._repeat, args=(name, work), name=f"heart-{name}", daemon=True).start()
+        turns = itertools.count(1)
+        self._threads = (
+            Every(self._seconds, lambda: turn(next(turns)), "the heartbeat's pulse"),
+            Every(self._seconds, self._watch, "the heartbeat's watch"),
+        )
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
         """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank has."""
@@ -143,14 +147,10 @@ class Heart:
 
     def close(self) -> None:
         self._closed.set()
+        for thread in self._threads:
+            thread.stop(wait=False)
         if self._server is not None:
             self._server.close()
-
-    def _repeat(self, name: str, work: Callable[[int], None]) -> None:
-        turns, harmless = 0, Harmless(f"the heartbeat's {name}")
-        while not self._closed.wait(self._seconds):
-            turns += 1
-            harmless(lambda turns=turns: work(turns))
 
     def _now(self, turns: int) -> Beat:
         return replace(self._beat, turns=turns, collectives=collectives_begun())
@@ -184,7 +184,7 @@ class Heart:
             if answer["hang"]:
                 self._end(Hang(*answer["hang"]), mine=False, tell=lambda: line.ask({**told, "knows": True}))
 
-    def _watch(self, _turns: int) -> None:
+    def _watch(self) -> None:
         """End when rank 0 has not answered for longer than this rank's phase may take."""
         setting, seconds = limit(self._timeouts, self._beat.phase)
         if time.monotonic() - self._answered > seconds:
