@@ -151,14 +151,15 @@ class Trained:
         """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
         those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
+        # Settings that made the training faster only add rounding here, or need more than one rank.
         changes = [
             f"model.dtype={computed_in}",
             "model.attention=auto",
             "model.kernels=none",
             "train.products=plain",
             "quant.cache=false",
+            "sharding.sequence_parallel=1",
         ]
-        changes.append("sharding.sequence_parallel=1")
         if self.scratch:
             changes.append(f"sharding.deepspeed={_A_LAYER_AT_A_TIME}")
         config = override(self.config, *changes)

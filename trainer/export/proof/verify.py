@@ -54,6 +54,7 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
+    # Of a matrix in 8 bits the other side has the values that are left, in 16 bits: see `plain.quantize`.
     packed = trained.config.quant.quantizes and trained.config.quant.type != "int8"
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
