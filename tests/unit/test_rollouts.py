@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import dump_config, override
 from trainer.config.objective import Rollout as RolloutSettings
-from trainer.data.dataset.chapters import open_chapters
+from trainer.data.dataset.chapters import give_up, open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
-from trainer.errors import CapstanError, ConfigError, Damaged, NotFound
+from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate
 from trainer.evaluate.request import Ask
 from trainer.evaluate.rollout import judging, serving
@@ -34,6 +35,7 @@ from trainer.evaluate.rollout.vllm_plugin import StoreResolver
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
 from trainer.store.store import Store, open_store
+from trainer.train import supply
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches, unlike_sampler
@@ -290,6 +292,22 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
     assert len(loaded) >= 2, "each server is told"
     assert all(Path(path).is_relative_to(tmp_path / "adapters") for path in loaded)
     assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+
+
+def test_ranks_that_wait_for_answers_end_when_there_will_be_none(tmp_path: Path) -> None:
+    run, waited = open_store(str(tmp_path)).sub("a"), list[str]()
+
+    def pulse(*_: Any) -> None:
+        waited.append("")
+        give_up(run, ConfigError("server-1 is not there."))
+
+    ranks: Any = SimpleNamespace(rank=0, gather=lambda *row: [row], on_first=lambda action: action())
+    rollouts: Any = SimpleNamespace(is_ready=lambda chapter: False)
+    start: Any = SimpleNamespace(ranks=ranks, folder=run, pulse=pulse, stop=SimpleNamespace(requested=0))
+    start.config = SimpleNamespace(rollout=RolloutSettings())
+    with pytest.raises(DataError, match="server-1 is not there."):
+        supply._ready(start, rollouts, 0)
+    assert len(waited) == 1
 
 
 def test_what_a_server_that_has_died_was_asked_another_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
