@@ -17,7 +17,7 @@ from tests.needs import need
 from tests.unit.test_served import stub
 from trainer.config import dump_config, override
 from trainer.config.objective import Rollout as RolloutSettings
-from trainer.data.dataset.chapters import give_up, open_chapters
+from trainer.data.dataset.chapters import give_up, given_up, open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
 from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
@@ -30,9 +30,9 @@ from trainer.evaluate.rollout.prompts import Prompts
 from trainer.evaluate.rollout.published import name_of, named
 from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
-from trainer.evaluate.rollout.scoring import Scoring
+from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
 from trainer.evaluate.rollout.vllm_plugin import StoreResolver
-from trainer.export.proof.completions import CompletionsServer
+from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.train import supply
@@ -326,6 +326,27 @@ def test_what_a_server_that_has_died_was_asked_another_answers(tmp_path: Path, m
             sampler.load(3)
         request = Request([[5, 6]] * 3, 2, [4] * 3, 1.0, 7, frozenset({2}))
         assert sampler.sample(request) == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
+
+
+def test_what_no_waiting_mends_ends_the_run(tmp_path: Path) -> None:
+    """A prompt that a server does not take is asked for once; an error of its own is not given up by itself."""
+    run, asked = open_store(str(tmp_path)), list[Any]()
+
+    def refuses(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        return 400
+
+    with stub(refuses) as url, pytest.raises(Refused, match="answered 400 to /v1/completions"), serving.giving_up(run):
+        judging.patiently(lambda: CompletionsServer("rollout.engine", url, "").sample("m", [1, 2], max_tokens=3))
+    assert len(asked) == 1
+    assert "answered 400" in str(given_up(run))
+    run.delete(layout.NO_MORE_DATA)
+    with pytest.raises(CapstanError), serving.giving_up(run):
+        raise CapstanError("it does not answer")
+    assert given_up(run) is None
+    with pytest.raises(RewardFailed), serving.giving_up(run):
+        Scoring("tests.dist.no_such:thing", 60.0, "/no/python").rewards(["?"], ["a"], ["b"])
+    assert "correct it" in str(given_up(run))
 
 
 def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def write_tasks(folder: Path, said: list[str], more: str = "") -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_tasks_of_verifiers_become_rows_and_reward_answers_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_tasks_of_verifiers_become_rows_and_reward_answers_to_them(
     scoring = Scoring("verifiers:letters", 300.0, python)
     assert scoring.rewards(["", "", ""], ["ed", " cba\n", "cba"], ["1", "0", "1"]) == [2.25, 2.25, 0.25]
     scoring.close()
+    monkeypatch.setattr("trainer.evaluate.rollout.scoring.ATTEMPTS", 1)
     write_tasks(tmp_path, ["abc"], more=IN_A_SANDBOX)
     for name, sentence in (
         ("letters", "TypeError: built of letters judges what a sandbox has become, and an answer has none"),

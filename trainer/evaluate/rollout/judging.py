@@ -12,7 +12,7 @@ from trainer.errors import CapstanError
 from trainer.evaluate.rollout.prompts import Asked
 from trainer.evaluate.rollout.sampling import Drawn
 from trainer.evaluate.teach_server import check_tokenizer
-from trainer.export.proof.completions import CompletionsServer
+from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.plan.resolve import Resolved
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
@@ -27,6 +27,8 @@ def patiently(request: Callable[[], T], between: Callable[[], object] = lambda: 
     for pause in _PAUSES:
         try:
             return request()
+        except Refused:
+            raise
         except CapstanError:
             time.sleep(pause)
             with suppress(CapstanError):

@@ -29,6 +29,10 @@ runpy.run_module({_PROGRAM!r}, run_name="__main__")
 """
 
 
+class RewardFailed(CapstanError):
+    """The reward gives nothing, whoever asks it again."""
+
+
 class Scoring:
     """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the first, and is kept; it is of
     the interpreter `python`, where one is named."""
@@ -41,7 +45,7 @@ class Scoring:
         """The worth of each completion.
 
         Raises:
-            CapstanError: the function fails, hangs, or gives something else than a finite number for each, three times.
+            RewardFailed: the function fails, hangs, or gives something else than a finite number for each, three times.
         """
         given = {"prompts": [*prompts], "completions": [*completions], "answer": [*answers]}
         for _ in range(ATTEMPTS):
@@ -50,7 +54,7 @@ class Scoring:
             if wrong is None and not isinstance(found, str):
                 return found
             self.close()
-        raise CapstanError(
+        raise RewardFailed(
             f"rollout.reward: {self._name} {wrong}, {ATTEMPTS} times. Nothing of this step is kept; correct it, and `capstan resume` goes on."
         )
 

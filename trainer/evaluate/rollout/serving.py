@@ -3,9 +3,9 @@
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -15,6 +15,7 @@ from typing import Any
 from trainer.base.find.locate import resolve_base
 from trainer.config.objective import SERVE, Rollout
 from trainer.data.compile.prepare import locate
+from trainer.data.dataset.chapters import give_up
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
 from trainer.evaluate.request import Ask, Tell
@@ -22,7 +23,8 @@ from trainer.evaluate.rollout.judging import patiently
 from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.published import fetch, name_of, published
 from trainer.evaluate.rollout.sampling import Drawn, Request
-from trainer.export.proof.completions import CompletionsServer
+from trainer.evaluate.rollout.scoring import RewardFailed
+from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
@@ -76,10 +78,21 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
                 continue
             began = time.monotonic()
             wanted = making.wanted(chapter)
-            drawn = [sampler.sample(one.request) for one in wanted]
-            made += making.commit(chapter, adapter, wanted, drawn, began)
+            with giving_up(run):
+                drawn = [sampler.sample(one.request) for one in wanted]
+                made += making.commit(chapter, adapter, wanted, drawn, began)
             tell({"log": f"{answers} are there, by the adapter of step {adapter}"})
     return {"steps": min(rules.first_step(chapter), config.train.steps or 0), "made": made}
+
+
+@contextmanager
+def giving_up(run: Store) -> Iterator[None]:
+    """Inside, what no waiting mends ends the run, whose ranks wait for the answers: a reward that fails, a prompt that a server does not take."""
+    try:
+        yield
+    except (RewardFailed, Refused) as error:
+        give_up(run, error)
+        raise
 
 
 def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:

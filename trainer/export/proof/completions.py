@@ -30,6 +30,10 @@ class NotServed(CapstanError):
     """A server knows no such model, or no such request."""
 
 
+class Refused(CapstanError):
+    """A server does not take a request, such as a prompt that is too long for it."""
+
+
 @dataclass(frozen=True)
 class CompletionsServer:
     """The `model` at `url`, such as http://127.0.0.1:8000, which `setting` has named."""
@@ -128,7 +132,9 @@ class CompletionsServer:
                 text = answer.read(_LONGEST_ANSWER)
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-            kind = NotServed if error.code == 404 else CapstanError
+            # Of an adapter that is loaded just now 400 says something else.
+            refused = error.code == 400 and path == "/v1/completions"
+            kind = NotServed if error.code == 404 else Refused if refused else CapstanError
             raise kind(
                 f"{self.setting}: {self.url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
             ) from error
