@@ -32,7 +32,7 @@ from trainer.store.store import Store
 
 SECONDS = 5.0
 """So long after its command a process may still be there."""
-_MARK = "CAPSTAN_TEST_KILLED"
+MARK = "CAPSTAN_TEST_KILLED"
 CAPSTAN = [sys.executable, "-m", "launcher.cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 ENVIRONMENT = {
@@ -152,7 +152,7 @@ class Killed:
         """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds
         or as soon as what is `reached`; and whether it was still at work."""
         mark = uuid4().hex
-        given = {**self._environment(task), _MARK: mark}
+        given = {**self._environment(task), MARK: mark}
         silent = subprocess.DEVNULL
         with subprocess.Popen(
             task.command, env=given, cwd=self.folder, stdin=subprocess.PIPE, stdout=silent, stderr=silent
@@ -162,14 +162,7 @@ class Killed:
                 time.sleep(0.02)
             was_at_work = process.poll() is None
             process.kill()
-        # Where other work has the processors, what ends takes longer to end.
-        deadline = time.monotonic() + SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        while (left := _alive(mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for number in left:
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        return left, was_at_work
+        return left_by(mark), was_at_work
 
     def result_of(self, task: Task, command: list[str]) -> object:
         """What has come of the task by a `command` that nobody kills, or the last line that it said where it fails."""
@@ -207,9 +200,22 @@ def trained(run: Store) -> object:
     return step, losses, [shard.sha256 for shard in read_manifest(run, step).shards]
 
 
-def _alive(mark: str) -> dict[int, str]:
+def left_by(mark: str) -> dict[int, str]:
+    """The processes, with their commands, that are still there after some seconds; they are killed then."""
+    # Where other work has the processors, what ends takes longer to end.
+    deadline = time.monotonic() + SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    while (left := family(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for number in left:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    return left
+
+
+def family(mark: str) -> dict[int, str]:
+    """The processes, with their commands, that have this mark from whoever started them first."""
     found = dict[int, str]()
-    for number in guard.family(f"{_MARK}={mark}".encode()):
+    for number in guard.family(f"{MARK}={mark}".encode()):
         with suppress(OSError):
             found[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
     return {number: command for number, command in found.items() if command}  # a zombie has none

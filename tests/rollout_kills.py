@@ -1,29 +1,40 @@
-"""Kills whatever a run of rollouts consists of with SIGKILL: `python -m tests.rollout_kills SEED [KILLS]` prints a line for each kill.
+"""Kills whatever a run of rollouts consists of with SIGKILL: `python -m tests.rollout_kills SEED [KILLS [--vllm]]` prints a line for each kill.
 
-A trainer, two processes that sample for it and race, and the server that they ask are forked, and one of the four is killed at a random moment and
-started again, until all kills are done and the run ends. Each chapter is then there once, and the run's losses are bit for bit those of another one that
-nobody disturbs and that finds the same chapters. A chapter that is damaged behind that is trained on by nobody.
+`capstan train` drives a rank and keeps `capstan rollout` alive beside it; another `capstan rollout` races with that one, and both ask a server: a small one of
+the tests', or with --vllm a real one (`make vllm`). Driver, rank, both of these and the server are killed at random moments, and what nobody of them starts again is
+given again as a user would, until all kills are done and the run ends. Each chapter is then there once, the run's losses are bit for bit those of another
+one that nobody disturbs and that finds the same chapters, and no process is left. A chapter that is damaged behind that is trained on by nobody.
 """
 
+import os
 import random
-import socket
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from launcher.smoke.local_s3 import free_ports
+from tests.cli.conftest import ROOT
+from tests.cli.test_vllm import TARGETS, start_vllm
 from tests.dist import rollouts, runs
 from tests.dist.launch import Group, launch, running
 from tests.dist.test_resume import losses
+from tests.kills import CAPSTAN, ENVIRONMENT, MARK, family, left_by
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.data.dataset.manifest import MANIFEST
 from trainer.data.dataset.rollouts import is_committed, read_figures
 from trainer.evaluate.rollout.making import rollouts_of
+from trainer.evaluate.rollout.serving import has_finished
 from trainer.plan.resolve import resolve
 from trainer.run import layout
+from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store
 
 STEPS_A_KILL = 2
@@ -69,16 +80,75 @@ def fed(workshop: Workshop, source: Store, name: str, *overrides: str, world_siz
     return train(workshop, config, world_size)
 
 
-class Process:
-    """A process that is started again whenever it is killed."""
+class Alive:
+    """The processes of a run whose settings are in the file `config`, each of which is killed by its name."""
 
-    def __init__(self, *given: Any) -> None:
-        self._given = given
+    def __init__(self, folder: Path, run: Store, config: Path, server: "Process | Served") -> None:
+        self._folder, self._run, self._config, self._server = folder, run, config, server
+        self.log, self._mark, self._others = folder / "log", uuid4().hex, uuid4().hex
+        self._driver = self._start("train", str(config), mark=self._mark)
+        self._other: subprocess.Popen[bytes] | None = None
+
+    def tend(self) -> int | None:
+        """Start again what has ended, but for a driver that is content; its exit code, or None while it works."""
+        code = self._driver.poll()
+        if code:
+            again = ("resume", self._run.uri) if committed_steps(self._run) else ("train", str(self._config))
+            self._driver, code = self._start(*again, mark=self._mark), None
+        if self._run.exists(layout.CONFIG) and (self._other is None or self._other.poll() is not None):
+            self._other = self._start("rollout", self._run.uri, mark=self._others)
+        return code
+
+    def until(self, holds: Callable[[], Any]) -> Any:
+        """What `holds` says as soon as that is something, or the driver has ended."""
+        deadline = time.monotonic() + SECONDS
+        while not (found := holds()) and self.tend() is None:
+            assert time.monotonic() < deadline, self.log.read_text(errors="replace")[-5000:]
+            time.sleep(0.1)
+        return found
+
+    def kill(self, name: str) -> dict[int, str]:
+        """Kill what is called so, as soon as it is there; returns the processes that are left of a driver, which should be none."""
+        if name == "server":
+            self._server.kill(again=True)
+            return {}
+        (pid,) = self.until(lambda: self._pids(name)) or (0,)
+        if not pid:  # the run has ended
+            return {}
+        os.kill(pid, signal.SIGKILL)
+        return left_by(self._mark) if name == "driver" and self._driver.wait() else {}
+
+    def _pids(self, name: str) -> list[int]:
+        if name in ("driver", "other rollout"):
+            process = self._driver if name == "driver" else self._other
+            return [process.pid] if process is not None and process.poll() is None else []
+        words = {"rank": "launcher.start.local_rank", "rollout": f"rollout {self._run.uri}"}[name]
+        return [pid for pid, command in family(self._mark).items() if words in command][:1]
+
+    def end(self) -> dict[int, str]:
+        """End what is left to end; returns what is left for all that."""
+        for process in filter(None, (self._driver, self._other)):
+            process.kill()
+            process.wait()
+        self._server.kill(again=False)
+        return left_by(self._mark) | left_by(self._others)
+
+    def _start(self, *words: str, mark: str) -> "subprocess.Popen[bytes]":
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), MARK: mark}
+        with self.log.open("ab") as log:
+            return subprocess.Popen([*CAPSTAN, *words], cwd=self._folder, env=environment, stdout=log, stderr=log)
+
+
+class Process:
+    """The small server of the tests."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
         self._begin()
 
     def _begin(self) -> None:
-        self._running: AbstractContextManager[Group] = running(1, *self._given, timeout=SECONDS)
-        self.group = self._running.__enter__()
+        self._running: AbstractContextManager[Group] = running(1, rollouts.serve, self._port, timeout=SECONDS)
+        self._running.__enter__()
 
     def kill(self, *, again: bool) -> None:
         self._running.__exit__(None, None, None)  # SIGKILL
@@ -86,32 +156,55 @@ class Process:
             self._begin()
 
 
-def kill(folder: Path, seed: int, kills: int) -> list[str]:
+class Served:
+    """A real vLLM."""
+
+    def __init__(self, base: Path, port: int) -> None:
+        self._base, self._port = base, port
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = start_vllm(self._base, self._base.parent / "vllm.log", self._port)
+
+    def kill(self, *, again: bool) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if again:
+            self._begin()
+
+
+KINDS = ("driver", "rank", "rollout", "other rollout", "server")
+
+
+def kill(folder: Path, seed: int, kills: int, *, real: bool = False) -> list[str]:
     """A sentence for all that is not as it should be."""
-    workshop, draw = Workshop(folder), random.Random(seed)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    workshop, draw = Workshop(folder, hidden_size=128 if real else 64), random.Random(seed)  # vLLM wants heads of 32
+    (port,) = free_ports(1)
     steps = STEPS_A_KILL * (kills + 1)
     given = (f"rollout.engine=[http://127.0.0.1:{port}]", "rollout.max_lag=1", f"train.steps={steps}")
+    given += ("retry.failures=1000", "cluster={workers: 1, gpus_per_worker: 0, threads_per_worker: 1}")
+    given += (f"tuning.targets=[{', '.join(TARGETS)}]",) if real else ()
     config = config_of(workshop, "killed", *given)
-    run, trainer = begin(workshop, config)
-    place, sampler = place_of(workshop, config), (rollouts.sample, run.uri)
-    starts = {"trainer": trainer, "sampler": sampler, "other sampler": sampler, "server": (rollouts.serve, port)}
-    processes = {name: Process(*start) for name, start in starts.items()}
-    for number in range(kills):
-        until = STEPS_A_KILL * number
-        processes["trainer"].group.wait_until(lambda until=until: is_committed(place, until))
-        time.sleep(draw.random())
-        name = draw.choice(list(processes))
-        processes[name].kill(again=True)
-        print(f"{name} killed behind the chapter of step {until + 1}", flush=True)
-    ended = processes["trainer"].group.wait()[0]
-    for process in processes.values():
-        process.kill(again=False)
-    if ended["outcome"] != "finished":
-        return [f"the run has ended as {ended}"]
-    return [*_wrong(workshop, run, place, steps, given), *_damaged(workshop, run, place, steps, given)]
+    run, file = workshop.store.sub("killed"), folder / "killed.yaml"
+    file.write_text(dump_config(config))
+    place = place_of(workshop, config)
+    alive = Alive(folder, run, file, Served(workshop.base, port) if real else Process(port))
+    names, wrong = [KINDS[number % len(KINDS)] for number in range(kills)], list[str]()
+    draw.shuffle(names)
+    try:
+        for number, name in enumerate(names):
+            alive.until(lambda until=STEPS_A_KILL * number: is_committed(place, until))
+            time.sleep(draw.random())
+            if left := alive.kill(name):
+                wrong.append(f"a driver that was killed has left {left}")
+            print(f"{name} killed behind the chapter of step {STEPS_A_KILL * number + 1}", flush=True)
+        alive.until(lambda: alive.tend() is not None)
+    finally:
+        if left := alive.end():
+            wrong.append(f"in the end there are still {left}")
+    if not has_finished(run):
+        return [*wrong, f"the run has not finished: {alive.log.read_text(errors='replace')[-3000:]}"]
+    return [*wrong, *_wrong(workshop, run, place, steps, given), *_damaged(workshop, run, place, steps, given)]
 
 
 def _wrong(workshop: Workshop, run: Store, place: Store, steps: int, given: tuple[str, ...]) -> list[str]:
@@ -143,13 +236,13 @@ def _damaged(workshop: Workshop, run: Store, place: Store, steps: int, given: tu
     return [f"a damaged chapter ended in {said} after step {max(learnt, default=0)}"] if wrong else []
 
 
-def main(seed: int, kills: int = 20) -> int:
+def main(seed: str, kills: str = "20", server: str = "") -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        wrong = kill(Path(folder), seed, kills)
+        wrong = kill(Path(folder), int(seed), int(kills), real=server == "--vllm")
     print("; ".join(wrong) or f"{kills} kills: each chapter once, the same losses, {time.monotonic() - began:.0f} s")
     return len(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*sys.argv[1:]))

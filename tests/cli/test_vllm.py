@@ -41,20 +41,24 @@ ENVIRONMENT = {
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
-@contextmanager
-def vllm(base: Path, log: Path, *options: str, **variables: str) -> Iterator[str]:
-    """The address of a server of `base` that takes adapters; `variables` are some more of its environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def start_vllm(base: Path, log: Path, port: int, *options: str, **variables: str) -> "subprocess.Popen[bytes]":
+    """A server of `base` that takes adapters, as a group of processes; `variables` are some more of its environment."""
     given = ["serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
     given += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora"]
     given += ["--lora-target-modules", *TARGETS, *options]
     environment = {**os.environ, **ENVIRONMENT, **variables, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
     with log.open("w") as out:
-        process = children.start(
-            [str(VLLM / "bin/vllm"), *given], stdout=out, stderr=out, env=environment, start_new_session=True
-        )
+        command = [str(VLLM / "bin/vllm"), *given]
+        return children.start(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+
+
+@contextmanager
+def vllm(base: Path, log: Path, *options: str, **variables: str) -> Iterator[str]:
+    """The address of such a server, once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with start_vllm(base, log, port, *options, **variables) as process:
         try:
             while not _is_ready(f"http://127.0.0.1:{port}"):
                 assert process.poll() is None, log.read_text(errors="replace")[-3000:]
