@@ -15,7 +15,6 @@ from typer.main import get_command
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
 from launcher.doctor.doctor import Check, Diagnosis, report_table
-from launcher.evaluate import evaluating
 from launcher.export.export import lines
 from launcher.report import report
 from launcher.start import local_ranks
@@ -191,7 +190,6 @@ def test_one_rank_is_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for ranks in (1, 2):
         local_ranks.run_here(ranks=ranks, **arguments)
     assert said == ["launch: starts the process of 1 rank", "launch: starts the processes of 2 ranks"]
-    assert [evaluating._ranks(count) for count in (1, 2)] == ["1 rank", "2 ranks"]
 
 
 def test_an_export_says_at_once_what_is_much_and_then_now_and_then_how_far_it_is() -> None:
