@@ -24,7 +24,7 @@ def base_of(run: Store) -> str:
     return f"rollout.serve.base={run.uri}/served-base"
 
 
-def beside(run: Store) -> dict[int, str]:
+def sidecars(run: Store) -> dict[int, str]:
     """The processes of this run beside its ranks, with what is left of its servers: their commands by their numbers."""
     found = dict[int, str]()
     marks = (b"\0" + run.uri.encode() + b"\0", run.uri.encode() + b"/served-base")
@@ -40,7 +40,7 @@ def beside(run: Store) -> dict[int, str]:
 
 def servers(run: Store) -> list[int]:
     """Those that answer, without the engines that they start."""
-    return [number for number, command in beside(run).items() if stub_server.__file__ in command]
+    return [number for number, command in sidecars(run).items() if stub_server.__file__ in command]
 
 
 def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:

@@ -28,9 +28,9 @@ from launcher.drive.compiling import Compilation, forget_stop_by_compilation
 from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
 from launcher.report.report import keep_report
-from launcher.start.beside import beside_here
 from launcher.start.claim import turn
 from launcher.start.local_ranks import ranks_here, run_here
+from launcher.start.sidecars import sidecars_here
 from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
@@ -104,7 +104,7 @@ def compile_and_train(
     with compilation.beside(rest):
         ranks = ranks_here(config) if dashboard is None else None
         if ranks is not None:
-            with beside_here(config, owner.run, journal.write):
+            with sidecars_here(config, owner.run, journal.write):
                 run_here(config, datasets, owner, ranks=ranks, resume=resume, log=journal.write)
         else:
             run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)

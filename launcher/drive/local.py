@@ -9,12 +9,12 @@ from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
-from launcher.start.beside import beside_here
 from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
 from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_group import check_servers_here
 from launcher.start.local_ranks import ranks_here
+from launcher.start.sidecars import sidecars_here
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
@@ -79,7 +79,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
             datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:
             run_folder(config).delete(layout.NO_MORE_DATA)
-            with beside_here(config, run_folder(config), log):
+            with sidecars_here(config, run_folder(config), log):
                 _run_rank(config, datasets, resume=resume)
         finally:
             keep_report(run_folder(config), log)

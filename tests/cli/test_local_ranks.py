@@ -13,7 +13,7 @@ from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
-from tests.served_runs import ENDS_SECONDS, SERVE, base_of, beside, servers, until
+from tests.served_runs import ENDS_SECONDS, SERVE, base_of, servers, sidecars, until
 from tests.unit.test_served import stub
 from trainer.config import dump_config
 from trainer.run import layout
@@ -88,13 +88,13 @@ def test_servers_start_and_end_with_the_run(tmp_path: Path):
         until(lambda: len(found := servers(run)) == 2 and first not in found)
         driver.process.kill()
         driver.process.wait()
-        until(lambda: not beside(run), ENDS_SECONDS)
+        until(lambda: not sidecars(run), ENDS_SECONDS)
     assert "ended with exit code -9" in driver.log.read_text()
     with Driver(
         tmp_path, "resume", "served", "--store", str(tmp_path / "store"), "cluster.workers=1", real=True
     ) as driver:
         assert driver.end() == 0, driver.log.read_text()
-    assert beside(run) == {}
+    assert sidecars(run) == {}
     assert read_status(run).state == "finished"
 
 

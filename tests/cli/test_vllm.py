@@ -19,7 +19,7 @@ from tests.dist.test_evaluate import write_tasks
 from tests.material import Workshop, commit, make_data
 from tests.needs import need
 from tests.ray.cluster import Driver, alive, write
-from tests.served_runs import beside, until
+from tests.served_runs import sidecars, until
 from trainer.processes import children, guard
 from trainer.store.store import open_store
 
@@ -136,7 +136,7 @@ def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(
     )
 
     def family() -> list[int]:
-        heads = [number for number, command in beside(run).items() if "launcher.start.beside" in command]
+        heads = [number for number, command in sidecars(run).items() if "launcher.start.sidecars" in command]
         return [*guard.descendants(heads)]
 
     with Driver(tmp_path, "train", write(tmp_path, workshop, "served", *settings), real=True) as driver:

@@ -13,7 +13,7 @@ from tests.forked import run_command
 from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, ray_cluster, write
 from tests.ray.test_ray_train import refusal
-from tests.served_runs import ENDS_SECONDS, SERVE, base_of, beside, servers, until
+from tests.served_runs import ENDS_SECONDS, SERVE, base_of, servers, sidecars, until
 from trainer.run import layout
 from trainer.run.requests import request_stop
 from trainer.run.segments import read_stream
@@ -46,7 +46,7 @@ def test_servers_are_actors_with_gpus_of_their_own(workshop: Workshop, tmp_path:
         assert sorted(text.partition("on GPUs ")[2][0] for text in said) == ["0", "1"]
         driver.process.kill()
         driver.process.wait()
-        until(lambda: not beside(run), ENDS_SECONDS)
+        until(lambda: not sidecars(run), ENDS_SECONDS)
     log = driver.log.read_text()
     assert log.count("answers at http://") == 3
     assert "ended with exit code -9: serves" in log
@@ -57,7 +57,7 @@ def test_servers_are_actors_with_gpus_of_their_own(workshop: Workshop, tmp_path:
         driver.wait_for(run, 2, step=(read_generation(run, 1)["commit"][-1]["step"]) + 2)
         request_stop(run, by="capstan stop")
         assert driver.end() == 75, driver.log.read_text()
-        assert not beside(run)
+        assert not sidecars(run)
     assert [*run.list(layout.SERVERS)] == []
 
 
@@ -72,14 +72,14 @@ def test_a_server_that_never_answers_and_a_stop_while_it_is_waited_for(
         until(lambda: servers(run))
         request_stop(run, by="capstan stop")
         assert driver.end() in (7, 75), driver.log.read_text()
-    assert not beside(run)
+    assert not sidecars(run)
 
     run, soon = store.sub("silent"), "rollout.serve.start_seconds=5"
     config = write(tmp_path, workshop, "silent", *settings, base_of(run), soon)
     with Driver(tmp_path, "train", config, real=True) as driver:
         assert driver.end() == 3, driver.log.read_text()
     assert "rollout.serve.start_seconds: server-1 has not answered" in driver.last_line("capstan: ")
-    assert not beside(run)
+    assert not sidecars(run)
 
 
 def test_a_cluster_that_cannot_hold_both_is_a_sentence(workshop: Workshop, tmp_path: Path, address: str) -> None:

@@ -51,6 +51,13 @@ def test_a_folder_has_at_most_fifteen_entries() -> None:
     assert crowded == {}
 
 
+def test_a_file_is_called_after_what_it_has_and_not_after_where_it_stands() -> None:
+    unnamed = "around arrive before beside elsewhere leave opened seen side unfilled utils".split()
+    assert [
+        path for top in ("trainer", "launcher") for path in (ROOT / top).rglob("*.py") if path.stem in unnamed
+    ] == []
+
+
 def test_it_is_one_screen_and_readme_and_contributing_lead_to_it() -> None:
     assert len(PAGE.splitlines()) < 80
     for page in ("README.md", "CONTRIBUTING.md"):

@@ -28,7 +28,7 @@ from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Row
-from trainer.run.trackers.tracker_process import Beside
+from trainer.run.trackers.tracker_process import TrackerProcess
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -318,14 +318,14 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Curves, "__init__", fails)
-    monkeypatch.setattr(Beside, "__init__", fails)
+    monkeypatch.setattr(TrackerProcess, "__init__", fails)
     trackers = open_trackers(open_store(str(tmp_path)), 1, config)
     assert [type(tracker) for tracker in trackers] == [JsonLines, Printed]
     assert capfd.readouterr().err.count("No space left on device") == 2
 
 
 def test_a_process_that_dies_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    tracker = Beside("unheard-of", 1, load_config(configuration(tmp_path, ["wandb"])))
+    tracker = TrackerProcess("unheard-of", 1, load_config(configuration(tmp_path, ["wandb"])))
     assert tracker._has_ended(within=60)
     for _ in range(3):
         tracker.flush()

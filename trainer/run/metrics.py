@@ -16,7 +16,7 @@ from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.printed import Printed
 from trainer.run.trackers.tensorboard import Curves
 from trainer.run.trackers.tracker import Tracker
-from trainer.run.trackers.tracker_process import Beside
+from trainer.run.trackers.tracker_process import TrackerProcess
 from trainer.store.store import Store
 
 CURVES_SECONDS = 60.0
@@ -33,7 +33,7 @@ def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracke
     if track.tensorboard:
         wanted[Curves.name] = lambda: Curves(folder, generation, max(track.flush_seconds, CURVES_SECONDS))
     for name in track.trackers:
-        wanted[name] = partial(Beside, name, generation, config)
+        wanted[name] = partial(TrackerProcess, name, generation, config)
     opened: list[Tracker] = []
     for name, opens in wanted.items():
         Harmless(f"opening {name}")(lambda opens=opens: opened.append(opens()))

@@ -14,10 +14,10 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, first_line, refused_token
 from launcher.start import snapshot
-from launcher.start.beside import beside_sentence
 from launcher.start.check import anchored, check, checked, pinned
 from launcher.start.claim import claimed
 from launcher.start.shared_folder import check_shared
+from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -37,7 +37,7 @@ class RaySubmission:
     runtime_env: dict[str, Any]
     snapshot: str
     config: dict[str, Any]
-    beside: str | None
+    sidecars: str | None
     next: str
     dry_run: bool
 
@@ -46,10 +46,10 @@ class RaySubmission:
         where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
         if not self.dry_run:
             return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
-        beside = f"{self.beside}\n" if self.beside else ""
+        sidecars = f"{self.sidecars}\n" if self.sidecars else ""
         return (
             f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
-            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n{beside}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
+            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n{sidecars}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
         )
 
 
@@ -85,7 +85,7 @@ def submit(
         runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
         snapshot=code.sentence(),
         config=config.model_dump(mode="json", exclude_defaults=True),
-        beside=beside_sentence(config),
+        sidecars=sidecars_sentence(config),
         next=f"capstan status {shlex.quote(run.uri)} --watch",
         dry_run=dry_run,
     )

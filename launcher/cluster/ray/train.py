@@ -17,8 +17,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from launcher.cluster.ray.beside import beside_on_ray, gpus_for_servers
 from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
+from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
@@ -73,7 +73,7 @@ def run_on_ray(
         # Before the ranks have theirs, and for all attempts: none of them may take the servers' GPUs.
         stop = partial(stop_if_asked, owner.run, "while the run was starting")
         group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
-        stack.enter_context(beside_on_ray(config, owner.run, group, log))
+        stack.enter_context(sidecars_on_ray(config, owner.run, group, log))
         keep_trying(attempts, lambda: _start(attempts, dashboard, log), log)
 
 

@@ -20,8 +20,8 @@ from dataclasses import asdict, replace
 
 from launcher.cluster.slurm.queue import attempts
 from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
-from launcher.start.beside import forget_servers
 from launcher.start.check import check_turn
+from launcher.start.sidecars import forget_servers
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config
 from trainer.errors import CapstanError, NothingCommitted, Stopped

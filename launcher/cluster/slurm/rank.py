@@ -3,9 +3,9 @@
 import os
 import sys
 
-from launcher.start.beside import beside_here
 from launcher.start.claim import turn
 from launcher.start.group import slurm_rank
+from launcher.start.sidecars import sidecars_here
 from launcher.start.waiting import wait_for_first_rank
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
@@ -39,7 +39,7 @@ def _run(config: Config, submission: str, rank: int) -> None:
         return
     with turn(config, submission, by="capstan submit slurm", log=_log):
         datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
-        with beside_here(config, run_folder(config), _log, servers=False):  # these are a step of their own
+        with sidecars_here(config, run_folder(config), _log, servers=False):  # these are a step of their own
             run_rank(config, datasets, resume=False)
 
 

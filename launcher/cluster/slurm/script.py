@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.start.beside import beside_sentence
+from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.config.objective import SERVE
 from trainer.errors import ConfigError
@@ -139,7 +139,7 @@ def render(config: Config, run_uri: str, submission: str, options: dict[str, str
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),
         "",
-        *([f"# {beside}"] if (beside := beside_sentence(config)) else []),
+        *([f"# {sidecars}"] if (sidecars := sidecars_sentence(config)) else []),
         *(f"{name}={_shell(value)}" for name, value in values.items()),
         "",
     ]

@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 
-from launcher.start import beside
+from launcher.start import sidecars
 from launcher.start.local_group import gpus_of_server
 from trainer.processes.devices import visible_gpus
 from trainer.run.folder import submitted_config
@@ -23,7 +23,7 @@ def main() -> None:
     # The server is no task of a step that it would look for the others of.
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
-    beside.main(sys.argv[1], beside.server_name(number), _own_address())
+    sidecars.main(sys.argv[1], sidecars.server_name(number), _own_address())
 
 
 def _own_address() -> str:

@@ -23,7 +23,7 @@ _QUIET = {
 }
 
 
-class Beside:
+class TrackerProcess:
     """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder; this
     end only starts it, and tells it when they are over."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from launcher.cluster.ray.cluster import first_line, shortage
-from launcher.start.beside import Beside, Child, beside, besides
+from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
 from trainer.store.store import Store
@@ -16,9 +16,9 @@ _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 5.0
 
 
-def beside_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
-    """`beside` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a bundle each."""
-    return beside(besides(config), run, lambda one: _Actor(one, run, group), log)
+def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
+    """`sidecars_alive` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a bundle each."""
+    return sidecars_alive(sidecars_of(config), run, lambda one: _Actor(one, run, group), log)
 
 
 @contextmanager
@@ -69,7 +69,7 @@ class _Keeper:
         self._child: Child | None = None
         self._over = False
 
-    def words(self, one: Beside, run: str) -> Iterator[str]:
+    def words(self, one: Sidecar, run: str) -> Iterator[str]:
         import ray.util
 
         from trainer.store.store import open_store
@@ -90,7 +90,7 @@ class _Keeper:
 class _Actor:
     """A process beside the ranks, kept by an actor."""
 
-    def __init__(self, one: Beside, run: Store, group: Any) -> None:
+    def __init__(self, one: Sidecar, run: Store, group: Any) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 

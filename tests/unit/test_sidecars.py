@@ -16,11 +16,11 @@ import pytest
 
 from launcher.cluster.slurm import script
 from launcher.plan.planning import plan_run
-from launcher.start import beside as module
 from launcher.start import local_group, server
-from launcher.start.beside import Beside, Child, beside, beside_sentence, besides
+from launcher.start import sidecars as module
 from launcher.start.local_group import check_servers_here, count_ranks, gpus_of_server
 from launcher.start.server import keep_server, server_command
+from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of, sidecars_sentence
 from tests.dist import stub_server
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
@@ -112,14 +112,16 @@ def test_what_is_lost_is_placed_again_and_all_ends_with_the_run(
     monkeypatch.setenv("SLURM_PROCID", "0")
     seen = "import os, sys, time; print(sorted({'RANK', 'SLURM_PROCID'} & {*os.environ}), flush=True)"
 
-    def place(one: Beside) -> Child:
+    def place(one: Sidecar) -> Child:
         again = placed.setdefault(one.name, [])
         program = f"{seen}; sys.exit(3)" if one.name == "server-1" and not again else f"{seen}; time.sleep(600)"
         again.append(Child([sys.executable, "-c", program], {}))
         return again[-1]
 
     run.put(layout.server("server-7"), b"http://of-a-start-that-was-killed")
-    with beside(besides(workshop.config("placed", *SERVE, "rollout.serve.replicas=2")), run, place, told.append):
+    with sidecars_alive(
+        sidecars_of(workshop.config("placed", *SERVE, "rollout.serve.replicas=2")), run, place, told.append
+    ):
         assert not run.exists(layout.server("server-7"))
         until(lambda: told.count("[]") == 4)
         assert {name: len(children) for name, children in placed.items()} == {
@@ -189,7 +191,7 @@ def test_a_server_that_does_not_come_up_is_a_sentence(
 def test_a_server_ends_with_its_keeper_however_that_ends(workshop: Workshop, killed: str) -> None:
     config, run = workshop.config("orphan", *SERVE, "rollout.serve.options=[--engine]"), workshop.store.sub("orphan")
     run.put(layout.CONFIG, dump_config(config).encode())
-    command = Beside("server-1", 0, is_near=False).command(run, "127.0.0.1")
+    command = Sidecar("server-1", 0, is_near=False).command(run, "127.0.0.1")
     parent = f"from trainer.processes import children; children.run({command!r})"
     whole = [sys.executable, "-c", parent] if killed == "keeper's parent" else command
     with subprocess.Popen(whole, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2]) as process:
@@ -276,9 +278,9 @@ def test_servers_that_would_not_start_are_refused(workshop: Workshop) -> None:
 
 def test_a_run_that_asks_no_server_has_none(workshop: Workshop) -> None:
     own = workshop.config("first", *SERVERS, "rollout.engine=own")
-    with beside(besides(own), workshop.store.sub("first"), lambda _: pytest.fail("it was placed"), print):
-        assert besides(own) == []
-        assert beside_sentence(own) is None
+    with sidecars_alive(sidecars_of(own), workshop.store.sub("first"), lambda _: pytest.fail("it was placed"), print):
+        assert sidecars_of(own) == []
+        assert sidecars_sentence(own) is None
 
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
@@ -287,6 +289,6 @@ def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
     assert "\n# beside the ranks, where the run is driven: capstan rollout, which has http://gpu-1:8000 sample" in text
     assert "capstan rollout" not in script.render(override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {})
     serve = override(job, "rollout.engine=serve", "rollout.serve.replicas=2")
-    assert beside_sentence(serve) == (
+    assert sidecars_sentence(serve) == (
         "beside the ranks: 2 servers (vllm serve) on 1 GPU each, and capstan rollout, which has them sample; each ends with the run, and is started again when it dies"
     )

@@ -1,7 +1,7 @@
-"""The processes beside the ranks of a run that learns from what servers sample: `capstan rollout`, which asks the servers, and with rollout.engine: serve
-the servers. Each is a command, which is placed on this machine, by cluster/ray/beside.py as an actor of Ray, or by slurm/run.sh as a task of srun:
+"""The sidecars of a run that learns from what servers sample, processes beside its ranks: `capstan rollout`, which asks the servers, and with
+rollout.engine: serve the servers. Each is a command, which is placed on this machine, by cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
 
-    python -m launcher.start.beside RUN_URI NAME ADDRESS
+    python -m launcher.start.sidecars RUN_URI NAME ADDRESS
 
 It keeps its process alive, says what becomes of it to stdout, a line each, and ends with it at SIGTERM. ADDRESS is that of its machine, as the others reach it.
 """
@@ -38,7 +38,7 @@ _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
 
 
-class Beside(NamedTuple):
+class Sidecar(NamedTuple):
     """A process beside the ranks, by its name, and its GPUs. One that `is_near` has the driver's folder and machine."""
 
     name: str
@@ -46,17 +46,17 @@ class Beside(NamedTuple):
     is_near: bool
 
     def command(self, run: Store, address: str) -> list[str]:
-        return [sys.executable, "-m", "launcher.start.beside", run.uri, self.name, address]
+        return [sys.executable, "-m", "launcher.start.sidecars", run.uri, self.name, address]
 
 
-def besides(config: Config, *, servers: bool = True) -> list[Beside]:
+def sidecars_of(config: Config, *, servers: bool = True) -> list[Sidecar]:
     """All of the run, or without the `servers`; none where it asks no servers. The reward is a function of the folder that the run was started in."""
     if not isinstance(find_objective(config), LearnsFromRollouts) or config.rollout.engine == OWN:
         return []
     serve = config.rollout.serve
     count = serve.replicas if config.rollout.engine == SERVE and servers else 0
-    first = [Beside(server_name(number), serve.gpus, is_near=False) for number in range(count)]
-    return [*first, Beside(_ASKING, 0, is_near=True)]
+    first = [Sidecar(server_name(number), serve.gpus, is_near=False) for number in range(count)]
+    return [*first, Sidecar(_ASKING, 0, is_near=True)]
 
 
 def server_name(number: int) -> str:
@@ -64,9 +64,9 @@ def server_name(number: int) -> str:
     return f"server-{number + 1}"
 
 
-def beside_sentence(config: Config) -> str | None:
+def sidecars_sentence(config: Config) -> str | None:
     """A sentence about them, for whoever submits the run."""
-    if not besides(config):
+    if not sidecars_of(config):
         return None
     engine, serve = config.rollout.engine, config.rollout.serve
     again = "and is started again when it dies"
@@ -94,15 +94,15 @@ class Placed(Protocol):
 
 
 @contextmanager
-def beside(
-    every: Sequence[Beside], run: Store, place: Callable[[Beside], Placed], log: Callable[[str], None]
+def sidecars_alive(
+    every: Sequence[Sidecar], run: Store, place: Callable[[Sidecar], Placed], log: Callable[[str], None]
 ) -> Iterator[None]:
     """Inside, the run has these processes beside its ranks, where `place` places them, again where they are lost. `log` gets what they say."""
     if len(every) > 1:
         forget_servers(run)
     tended = [_Tended(one, place, log) for one in every]
     # A command dies with the thread that starts it.
-    threads = [threading.Thread(target=one.tend, name="beside", daemon=True) for one in tended]
+    threads = [threading.Thread(target=one.tend, name="sidecar", daemon=True) for one in tended]
     for thread in threads:
         thread.start()
     try:
@@ -121,7 +121,7 @@ def forget_servers(run: Store) -> None:
 
 
 class _Tended:
-    def __init__(self, one: Beside, place: Callable[[Beside], Placed], log: Callable[[str], None]) -> None:
+    def __init__(self, one: Sidecar, place: Callable[[Sidecar], Placed], log: Callable[[str], None]) -> None:
         self._one, self._place, self._log = one, place, log
         self._over, self._placing = threading.Event(), threading.Lock()
         self._placed: Placed | None = None
@@ -151,19 +151,19 @@ class _Tended:
             self._placed.end()
 
 
-def beside_here(
+def sidecars_here(
     config: Config, run: Store, log: Callable[[str], None], *, servers: bool = True
 ) -> AbstractContextManager[None]:
-    """`beside` on this machine, whose last GPUs are the servers'."""
-    every = besides(config, servers=servers)
+    """`sidecars_alive` on this machine, whose last GPUs are the servers'."""
+    every = sidecars_of(config, servers=servers)
 
-    def place(one: Beside) -> Placed:
+    def place(one: Sidecar) -> Placed:
         devices = {}
         if config.rollout.serving_gpus:
             devices["CUDA_VISIBLE_DEVICES"] = gpus_of_server(every.index(one), one.gpus, visible_gpus())
         return Child(one.command(run, "127.0.0.1"), devices)
 
-    return beside(every, run, place, log)
+    return sidecars_alive(every, run, place, log)
 
 
 class Child:
