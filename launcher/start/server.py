@@ -38,7 +38,7 @@ class Program:
     """A program beside the ranks, whose output is kept in the run's folder under its name."""
 
     def __init__(self, run: Store, name: str) -> None:
-        self._log = Appender(run, layout.beside_log(max(generations(run), default=0) + 1, name))
+        self._log = Appender(run, layout.sidecar_log(max(generations(run), default=0) + 1, name))
         self._harmless = Harmless(f"keeping what {name} says")
         self._last = deque[str](maxlen=10)
 

@@ -71,7 +71,7 @@ def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):
             assert driver.end() == 0, driver.log.read_text()
     assert "capstan rollout ended with exit code -9" in driver.log.read_text()
     assert asking() == []
-    said = read_stream(run, layout.LOGS, layout.beside_log(1, "rollout")).decode()
+    said = read_stream(run, layout.LOGS, layout.sidecar_log(1, "rollout")).decode()
     assert "the answers of step 25 are there" in said
 
 

@@ -42,7 +42,7 @@ def test_servers_are_actors_with_gpus_of_their_own(workshop: Workshop, tmp_path:
         assert second in servers(run)
         step = read_status(run).step or 0
         driver.wait_for(run, 1, step=step + 3)
-        said = [read_stream(run, layout.LOGS, layout.beside_log(1, f"server-{number}")).decode() for number in (1, 2)]
+        said = [read_stream(run, layout.LOGS, layout.sidecar_log(1, f"server-{number}")).decode() for number in (1, 2)]
         assert sorted(text.partition("on GPUs ")[2][0] for text in said) == ["0", "1"]
         driver.process.kill()
         driver.process.wait()

@@ -51,7 +51,7 @@ def test_a_job_has_servers_beside_its_ranks(site: Site, launch: str) -> None:
     site.assert_ends(name, job, "COMPLETED")
     site.assert_nothing_is_left()
     run = site.run(name)
-    said = [read_stream(run, layout.LOGS, layout.beside_log(1, f"server-{number}")).decode() for number in (1, 2)]
+    said = [read_stream(run, layout.LOGS, layout.sidecar_log(1, f"server-{number}")).decode() for number in (1, 2)]
     assert sum(text.count("serves ") for text in said) == 3
     gpus = sorted(text.partition("on GPUs ")[2].partition(" ")[0] for text in said)
     assert launch == "ray" or gpus == ["0,1", "2,3"]

@@ -99,7 +99,7 @@ def test_the_process_that_asks_servers_is_started_again_and_ends_with_the_run(
 
 def said(run: Store, name: str) -> bytes:
     try:
-        return read_stream(run, layout.LOGS, layout.beside_log(1, name))
+        return read_stream(run, layout.LOGS, layout.sidecar_log(1, name))
     except NotFound:
         return b""
 

@@ -78,7 +78,7 @@ def rank_log(generation: int, rank: int) -> str:
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
 
 
-def beside_log(generation: int, name: str) -> str:
+def sidecar_log(generation: int, name: str) -> str:
     """The stream of what a process beside the ranks says: `rollout`, which has servers sample, or `server-1` and so on. It begins before this start's ranks."""
     return f"{LOGS}{generation:06d}/{name}.log"
 
