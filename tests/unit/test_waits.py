@@ -1,6 +1,7 @@
 """A step asks nothing of its device before the exchange at its end: on `meta`, where there is nothing to be read, it runs."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,7 @@ def test_a_step_that_reads_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_evaluation_reads_its_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [SimpleNamespace(documents=documents) for documents in ((0, 1), (4,), (2, 3))]
     engine = SimpleNamespace(
-        evaluating=lambda on: None,
+        evaluating=nullcontext,
         look=lambda _look, row: torch.tensor([[float(number) for number in row.documents], [1.0] * len(row.documents)]),
     )
     read, plain = list[torch.Size](), torch.Tensor.cpu
