@@ -16,7 +16,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 _IMPORT_TIMEOUT = 500.0
 # Libraries read these when they are imported, which the server does.
@@ -149,6 +149,8 @@ def _end_after(work: Callable[[], object]) -> None:
     try:
         work()
     finally:
+        for module in list(_Forked.running):
+            module.kill()  # it would end with this process, which multiprocessing has wait for it
         atexit._run_exitfuncs()  # multiprocessing ends its processes without
         sys.stdout.flush()
 
@@ -225,6 +227,9 @@ def start_module(
 class _Forked(subprocess.Popen[Any]):
     """`python -m module` whose process is forked from the server; pipes, waits and signals are those of subprocess."""
 
+    running: ClassVar[set["_Forked"]] = set()
+    """Those that this process has started and not seen end."""
+
     def __init__(self, command: Sequence[str], *, before: str, **options: Any) -> None:
         self._before = before
         super().__init__(command, **options)
@@ -239,6 +244,7 @@ class _Forked(subprocess.Popen[Any]):
         self._process.start()
         self.pid: int = self._process.pid or 0
         self._child_created = True
+        self.running.add(self)
         self._close_pipe_fds(*rest[9:15])  # pyright: ignore[reportAttributeAccessIssue]
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
@@ -252,4 +258,6 @@ class _Forked(subprocess.Popen[Any]):
         if self.returncode is None:
             self._process.join(patience)
             self.returncode = self._process.exitcode
+            if self.returncode is not None:
+                self.running.discard(self)
         return self.returncode
