@@ -110,7 +110,7 @@ def test_damage_is_named_with_object_and_range(s3: S3Server, lines: bytes) -> No
     flipped = bytearray(whole)
     flipped[100] ^= 1
     store.put(TOKENS, bytes(flipped))
-    with pytest.raises(StorageError, match=rf"{TOKENS}: bytes 0 to \d+ are not what was written .* compiled again"):
+    with pytest.raises(StorageError, match=rf"{TOKENS}: bytes 0 to \d+ are not what was written .* made again"):
         rows(open_dataset(store, FINGERPRINT))
     store.put(TOKENS, whole[:-8])
     with pytest.raises(StorageError, match=rf"{TOKENS}: .* truncated"):

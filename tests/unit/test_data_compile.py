@@ -338,7 +338,7 @@ def test_an_index_that_is_gone_is_damage_and_not_a_data_set_to_wait_for(tmp_path
     build(store, settings(write(tmp_path / "a.jsonl", texts(0, 600))))
     store.delete(f"data/{FINGERPRINT}/blocks-00000.bin")
     with pytest.raises(
-        StorageError, match=r"blocks-00000\.bin is damaged \(it does not exist\)\. Delete .* compiled again"
+        StorageError, match=r"blocks-00000\.bin is damaged \(it does not exist\)\. Delete .* made again"
     ) as raised:
         open_dataset(store, FINGERPRINT)
     assert not isinstance(raised.value, NotFound)

@@ -174,7 +174,7 @@ class Dataset:
         def damaged(start: int, end: int) -> Damaged:
             return Damaged(
                 f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
-                f"differs). Delete {self.store.uri}, and the data is compiled again."
+                f"differs). Delete {self.store.uri}, and what it has is made again."
             )
 
         return self.reads.proven(self.store, key, starts, ends, digests, damaged)

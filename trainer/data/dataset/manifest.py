@@ -73,7 +73,7 @@ def _record(kind: type[R], tree: dict[str, Any], where: str) -> R:
 
 
 def damaged(where: str, reason: str) -> Damaged:
-    return Damaged(f"{where} is damaged ({reason}). Delete {where.rpartition('/')[0]}, and the data is compiled again.")
+    return Damaged(f"{where} is damaged ({reason}). Delete {where.rpartition('/')[0]}, and what it has is made again.")
 
 
 class FileRecord(Record):
