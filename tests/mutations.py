@@ -79,8 +79,8 @@ MUTATIONS = (
     Mutation(
         "plan: scales are counted with half of their bytes",
         "trainer/plan/sizes.py",
-        "else 4 * blocks",
-        "else 2 * blocks",
+        "else [4 * blocks]",
+        "else [2 * blocks]",
         ("tests/unit/test_plan.py", "tests/unit/test_published_memory.py"),
     ),
     Mutation(
