@@ -77,8 +77,6 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
                 "peft_beginning.py:differences",
                 "initial_adapter.py:differences",
                 "initial_adapter.py:find_beginning",
-                "initial_adapter.py:_begun",  # of a run
-                "initial_adapter.py:_found",
                 "initial_adapter.py:starting_at",
                 "initial_adapter.py:with_known_start",
             )

@@ -20,8 +20,7 @@ _SHARED_PREFIX = "data.share_prefix"
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
     """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
-    return [
-        *base.mismatches(config),
+    own = [
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
@@ -29,6 +28,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *_of_shared_rows(config, base.architecture, method),
         *_of_shared_prefix(config, base.architecture, method),
     ]
+    return [*base.mismatches(config), *own]
 
 
 def base_trained_by(config: Config) -> str:

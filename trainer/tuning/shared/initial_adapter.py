@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from trainer.base.base import Base
 from trainer.base.find.content import content_of
-from trainer.config import Config
+from trainer.config import Config, Model
 from trainer.config.paths import local_path
 from trainer.errors import ConfigError, StorageError, shown
 from trainer.run import layout
@@ -49,10 +49,10 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
         ConfigError: there is neither an adapter nor a run with a checkpoint.
         StorageError: the store does not answer, or the adapter's files are damaged.
     """
-    if config.tuning.start is None:
+    place = config.tuning.start
+    if place is None:
         return None
-    runs = open_run_store(config)
-    return _begun(config, method, runs) or _found(config, method, runs, config.tuning.start)
+    return _Search(open_run_store(config), config.run.name, place, method, config.model).adapter()
 
 
 def with_known_start(config: Config) -> Config:
@@ -70,38 +70,51 @@ def is_asked_for(there: str, place: str | None) -> bool:
     return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
 
 
-def _begun(config: Config, method: Method, runs: Store) -> Begun | None:
-    """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of the run there: ranks that
-    torchrun starts again have the configuration that the first start was given."""
-    own = runs.sub(config.run.name)
-    manifest = next(readable_manifests(own, [], committed_steps(own)), None)
-    if manifest is None or "start" not in manifest.base:
-        return None
-    there: str = manifest.base["start"]
-    if not is_asked_for(there, config.tuning.start):
-        return None
-    facts = {name: value for name, value in manifest.base.items() if name in ("start", "start_weights", "start_data")}
-    return Begun(facts, lambda: _found(config, method, runs, there))
+@dataclass(frozen=True)
+class _Search:
+    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of `runs`."""
 
+    runs: Store
+    run: str
+    place: str
+    method: Method
+    model: Model
 
-def _found(config: Config, method: Method, runs: Store, place: str) -> Beginning:
-    """The adapter at `place`, for the run's `method`; a bare name is that of one of `runs`."""
-    folder, step = place_of(runs, place, SETTING)
-    if folder.exists(SETTINGS):
-        return PeftFolder(place, folder, method, config.model)
-    steps = committed_steps(folder)
-    if step is not None and step not in steps:
-        raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
-    skipped: list[str] = []
-    manifest = next(readable_manifests(folder, skipped, [step] if step is not None else steps), None)
-    if manifest is None and skipped:
-        raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
-    if manifest is None:
-        raise ConfigError(
-            f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
-            "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
-        )
-    return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
+    def adapter(self) -> Beginning:
+        return self._begun() or self._found(self.place)
+
+    def _begun(self) -> Begun | None:
+        """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of the run there: ranks that
+        torchrun starts again have the configuration that the first start was given."""
+        own = self.runs.sub(self.run)
+        manifest = next(readable_manifests(own, [], committed_steps(own)), None)
+        if manifest is None or "start" not in manifest.base:
+            return None
+        there: str = manifest.base["start"]
+        if not is_asked_for(there, self.place):
+            return None
+        facts = {
+            name: value for name, value in manifest.base.items() if name in ("start", "start_weights", "start_data")
+        }
+        return Begun(facts, lambda: self._found(there))
+
+    def _found(self, place: str) -> Beginning:
+        folder, step = place_of(self.runs, place, SETTING)
+        if folder.exists(SETTINGS):
+            return PeftFolder(place, folder, self.method, self.model)
+        steps = committed_steps(folder)
+        if step is not None and step not in steps:
+            raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
+        skipped: list[str] = []
+        manifest = next(readable_manifests(folder, skipped, [step] if step is not None else steps), None)
+        if manifest is None and skipped:
+            raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
+        if manifest is None:
+            raise ConfigError(
+                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
+                "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
+            )
+        return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
 def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
