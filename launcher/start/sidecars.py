@@ -85,7 +85,7 @@ class Placed(Protocol):
     """A process beside the ranks that was placed somewhere."""
 
     def words(self) -> Iterator[str]:
-        """What it says, until it ends as it should. Raises `CapstanError` where it is lost."""
+        """Yields the lines that it says, until it ends as it should. Raises `CapstanError` where it is lost."""
         ...
 
     def end(self) -> None:

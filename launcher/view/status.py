@@ -247,7 +247,7 @@ class Follower:
         below: float = math.inf
         points: list[tuple[int, float]] = []
         for records in self._newest_first():
-            # Of an older start only the steps count that no newer one has taken again.
+            # A newer start may have taken steps of an older one again: these count once, as the newer one took them.
             points += [point for point in reversed(records.losses.points) if point[0] < below]
             below = points[-1][0] if points else below
         for step, loss in reversed(points):

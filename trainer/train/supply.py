@@ -81,7 +81,7 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
         if rows[0][0]:
             rollouts.chapters.look()
             figures = ranks.on_first(lambda: rollouts.figures(chapter))
-            # What it took to sample the chapter stands in the record of the first update alone.
+            # The chapter was sampled once, so the record of its first update alone says how long that took.
             if step % start.config.rollout.updates:
                 figures = {name: value for name, value in figures.items() if name not in _ONCE}
             return {**figures, "lag": step - figures.pop("adapter")}

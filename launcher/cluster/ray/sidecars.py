@@ -18,7 +18,8 @@ _SAY_SECONDS = 5.0
 
 def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
     """`sidecars_alive` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a bundle each."""
-    return sidecars_alive(sidecars_of(config), run, lambda one: _Actor(one, run, group), log)
+    every = sidecars_of(config)
+    return sidecars_alive(every, run, lambda one: _Actor(one, run, group, every.index(one)), log)
 
 
 @contextmanager
@@ -88,9 +89,9 @@ class _Keeper:
 
 
 class _Actor:
-    """A process beside the ranks, kept by an actor."""
+    """A process beside the ranks, kept by an actor; that of a server has the GPUs of the `bundle` of this number."""
 
-    def __init__(self, one: Sidecar, run: Store, group: Any) -> None:
+    def __init__(self, one: Sidecar, run: Store, group: Any, bundle: int) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -98,7 +99,7 @@ class _Actor:
         if one.is_near:
             where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         elif group is not None:
-            where = PlacementGroupSchedulingStrategy(group, int(one.name.rpartition("-")[2]) - 1)
+            where = PlacementGroupSchedulingStrategy(group, bundle)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": one.gpus, "scheduling_strategy": where}
         # A worker has its machine's environment; what is near has this process's.
         given = (os.getcwd(), dict(os.environ) if one.is_near else {})

@@ -37,7 +37,7 @@ class Pair(Answers):
         leaves of its half."""
         (chosen, rejected), shared = self.answers, self.shared
         room = max(0, limit - shared)
-        # Of a prompt that is longer than a row nothing but a part of it is left, which trains nothing.
+        # A prompt that is longer than a row leaves no room: the row has a part of the prompt alone, which trains nothing.
         chosen = chosen.cut(min(limit, shared + max(room // 2, room - len(rejected.tokens) + shared)))
         return replace(self, answers=(chosen, rejected.cut(limit - len(chosen.tokens) + shared)))
 

@@ -132,7 +132,7 @@ class CompletionsServer:
                 text = answer.read(_LONGEST_ANSWER)
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-            # Of an adapter that is loaded just now 400 says something else.
+            # A request to load an adapter gets 400 as well, for instance where it is loaded already: that refuses no prompt.
             refused = error.code == 400 and path == "/v1/completions"
             kind = NotServed if error.code == 404 else Refused if refused else CapstanError
             raise kind(

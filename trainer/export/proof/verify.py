@@ -54,7 +54,7 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
-    # Of a matrix in 8 bits the other side has the values that are left, in 16 bits: see `plain.quantize`.
+    # The other side holds a matrix of 8 bits as the values that are left of it, in 16 bits: see `plain.quantize`.
     packed = trained.config.quant.quantizes and trained.config.quant.type != "int8"
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
@@ -169,9 +169,18 @@ def make_proof(
     rounding_kl: float | None = None,
 ) -> Proof:
     """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the training."""
-    kl = found.kl, allowed.kl, effect.kl
-    log_prob = found.log_prob, allowed.log_prob, effect.log_prob
-    return Proof(*kl, *log_prob, computed_in, probe.origin, trained_kl, rounding_kl)
+    return Proof(
+        kl=found.kl,
+        kl_allowed=allowed.kl,
+        kl_effect=effect.kl,
+        log_prob=found.log_prob,
+        log_prob_allowed=allowed.log_prob,
+        log_prob_effect=effect.log_prob,
+        computed_in=computed_in,
+        rows=probe.origin,
+        trained_kl=trained_kl,
+        rounding_kl=rounding_kl,
+    )
 
 
 def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
