@@ -25,6 +25,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method
+from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.sft.objective import NextTokens
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
@@ -43,7 +44,7 @@ def documents_of(workshop: Workshop, config: Config) -> dict[int, list[tuple[lis
     """Number of each document of the first epoch -> ids, labels and positions of each of its segments."""
     dataset = open_dataset(workshop.store, workshop.prepare(config).train)
     stream, found = Stream(whole(dataset), train_order(config), 4, config.train.micro_batch, 0, 1, epochs=1), {}
-    segments = config.data.segments
+    segments = config.data.segments(find_objective(config).formats)
     for batch, *more in stream.epoch(0):
         for each in (batch, *more):
             borders = each.cu_seqlens.tolist()

@@ -17,7 +17,7 @@ from trainer.plan.sizes import (
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.state.zero.policy import Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.objective import Objective, Survey, find_objective, segments_of
+from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Inputs:
     def row(self) -> int:
         """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order/settings.py)."""
         data = self.config.data
-        return data.sequence_length + segments_of(self.config) * self.method.virtual.reserved
+        return data.sequence_length + data.segments(self.objective.formats) * self.method.virtual.reserved
 
     @property
     def tokens(self) -> int:

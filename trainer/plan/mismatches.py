@@ -10,7 +10,7 @@ from trainer.config import Config, Optim
 from trainer.config.objective import HEADS
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
-from trainer.tuning.objective.objective import Objective, segments_of
+from trainer.tuning.objective.objective import Objective
 from trainer.tuning.objective.rollouts import rollout_mismatches
 
 _SHARED_ROWS = "sharding.sequence_parallel"
@@ -24,9 +24,9 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
-        *rollout_mismatches(config, objective, method),
-        *_of_shared_rows(config, base.architecture, method),
+        *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
+        *rollout_mismatches(config, objective, method),
     ]
     return [*base.mismatches(config), *own]
 
@@ -124,10 +124,11 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
         )
 
 
-def _of_shared_rows(config: Config, model: Architecture, method: Method) -> Iterator[str]:
+def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
     """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
-    size, reserved = config.sharding.sequence_parallel, method.virtual.reserved * segments_of(config)
-    tokens = config.train.micro_batch * (config.data.sequence_length + reserved)
+    size, data = config.sharding.sequence_parallel, config.data
+    reserved = method.virtual.reserved * data.segments(objective.formats)
+    tokens = config.train.micro_batch * (data.sequence_length + reserved)
     if size == 1:
         return
     if model.fails_shared:

@@ -1,5 +1,6 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
+from collections.abc import Collection
 from datetime import date
 from typing import Any, Literal
 
@@ -276,11 +277,10 @@ class Data(Section):
         """The format that the rows become; that of conversations where `format` is auto."""
         return kind_of(self.format)
 
-    @property
-    def segments(self) -> int:
+    def segments(self, kinds: Collection[str]) -> int:
         """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one,
-        and words and tags."""
-        return most_segments(self.format)
+        and words and tags. Where the format is yet to be found, rows may be of any of `kinds`, which the objective learns from."""
+        return max(map(most_segments, kinds)) if self.format == "auto" else most_segments(self.format)
 
     @property
     def wanted(self) -> TrainOn:

@@ -7,7 +7,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.data.dataset.manifest import DatasetManifest
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import segments_of
+from trainer.tuning.objective.objective import find_objective
 
 VERSION = 2
 """Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
@@ -62,7 +62,7 @@ class Order:
 
 def train_order(config: Config) -> Order:
     """The order of a run's training data."""
-    data = config.data
+    data, method = config.data, method_of(config)
     weights, fractions = (source.weight for source in data.train), (source.fraction for source in data.train)
     return Order(
         tuple(weights),
@@ -70,8 +70,8 @@ def train_order(config: Config) -> Order:
         data.packing,
         config.run.seed,
         tuple(fractions),
-        reserved=method_of(config).virtual.reserved,
-        segments=segments_of(config),
+        reserved=method.virtual.reserved,
+        segments=data.segments(find_objective(config, method).formats),
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from trainer.config import Config, ObjectiveSettings
-from trainer.config.data.row_kinds import most_segments
 from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.tuning.method import Method, method_of
 
@@ -134,11 +133,3 @@ def find_objective(config: Config, method: Method | None = None) -> Objective:
     of_reference = ("reference",) if objective.reads_reference else ()
     refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
     return objective
-
-
-def segments_of(config: Config) -> int:
-    """Segments of a row that one document of the run is, at most; see `Data.segments`. Where the format is yet to be found, the rows
-    may have any that the objective learns from."""
-    if config.data.format != "auto":
-        return config.data.segments
-    return max(map(most_segments, find_objective(config).formats))
