@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import typer
 from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
@@ -11,42 +11,6 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 Choices = list[tuple[str, str]]
 
 _HELP_WIDTH = 60  # a candidate and its help are one line
-
-# Each asks the command itself, by Typer's protocol for fish: a candidate and its help on a line, for the line up to the cursor.
-_ASK = "_CAPSTAN_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS"
-_SCRIPTS = {
-    # readline takes what is before = and : for words of their own, and adds a space unless it is told not to.
-    "bash": f"""\
-_capstan() {{
-    local line="${{COMP_LINE:0:COMP_POINT}}" candidate help
-    local word="${{line##* }}"
-    local before="${{word%"${{word##*[=:]}}"}}"
-    COMPREPLY=()
-    while IFS=$'\\t' read -r candidate help; do
-        [[ $candidate ]] && COMPREPLY+=("${{candidate#"$before"}}")
-    done < <(env {_ASK}="$line" "$1" 2>/dev/null)
-    if [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]]; then compopt -o nospace; fi
-}}
-complete -o default -F _capstan capstan""",
-    "zsh": f"""\
-#compdef capstan
-_capstan() {{
-    local line
-    local -a open closed
-    for line in "${{(@f)$(env {_ASK}="${{words[1,$CURRENT]}}" $words[1] 2>/dev/null)}}"; do
-        line=${{line%%$'\\t'*}}
-        case $line in ('') ;; (*[=.]) open+=($line) ;; (*) closed+=($line) ;; esac
-    done
-    (( $#open )) && compadd -S '' -- $open
-    (( $#closed )) && compadd -- $closed
-    (( $#open + $#closed )) || _files
-}}
-compdef _capstan capstan""",
-    "fish": f"""\
-complete --command capstan --no-files \\
-    --condition "env {_ASK.replace("get-args", "is-args")}=(commandline -cp) capstan" \\
-    --arguments "(env {_ASK}=(commandline -cp) capstan)\"""",
-}
 
 
 class Verb(TyperCommand):
@@ -69,13 +33,6 @@ def _untyped(parameter: Any) -> Any:
     if parameter.help:  # help is markup, in which [q8_0] would be a style
         parameter.help = parameter.help.replace(r"\[", "[").replace("[", r"\[")
     return parameter
-
-
-def completion(
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell to complete in.")],
-) -> None:
-    """Print the script with which a shell completes verbs, options, runs and settings; docs/quickstart.md says where to put it."""
-    print(_SCRIPTS[shell])
 
 
 def answer_shells() -> None:
