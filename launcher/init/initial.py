@@ -28,6 +28,7 @@ KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")
 _GPUS_A_NODE = 8
 _LARGE = 13e9
 """Weights above which QLoRA's learning rate is the lower one."""
+_TOKENS_OF_STEP = 65536  # about, whatever the number of GPUs
 # A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over more often.
 _STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
 _EVALUATIONS = 10
@@ -100,7 +101,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         if tokens and tokens < _LITTLE
         else (0.02, "so much of it is evaluated and never trained on")
     )
-    step = goal.tokens if tokens is None else max(1, min(goal.tokens, tokens // _STEPS_OF_EPOCH))
+    step = _TOKENS_OF_STEP if tokens is None else max(1, min(_TOKENS_OF_STEP, tokens // _STEPS_OF_EPOCH))
     chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=step)
     if longest := _longest_document(parsed(given)):
         chosen = lengthened(chosen, base, machine, step, longest)
