@@ -3,10 +3,11 @@
 from trainer.run import layout
 from trainer.run.records import Record, encoded
 from trainer.run.segments import Appender
+from trainer.run.trackers.tracker import Tracker
 from trainer.store.store import Store
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """Every record; what was added survives a rank that is killed once it is flushed."""
 
     name = "the metrics"

@@ -2,9 +2,10 @@
 
 from trainer.run.lines import PlainLines
 from trainer.run.records import Record
+from trainer.run.trackers.tracker import Tracker
 
 
-class Printed:
+class Printed(Tracker):
     """Prints a line of a record at once: a line of a log is of use when it comes."""
 
     name = "the progress"
@@ -16,9 +17,3 @@ class Printed:
     def add(self, record: Record) -> None:
         if text := self._lines.of(record):
             print(text, flush=True)
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""

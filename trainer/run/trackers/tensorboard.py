@@ -8,11 +8,11 @@ from typing import Any
 from trainer.run import layout
 from trainer.run.records import Record
 from trainer.run.segments import Appender
-from trainer.run.trackers.tracker import points
+from trainer.run.trackers.tracker import Tracker, points
 from trainer.store.store import Store
 
 
-class Curves:
+class Curves(Tracker):
     """The curves of all starts of a run lie in one folder, so that TensorBoard shows them as one. A segment is a whole events
     file to it, and it reads them in the order of their names."""
 

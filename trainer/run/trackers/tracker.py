@@ -17,7 +17,8 @@ from trainer.run.records import Record
 
 
 class Tracker(Protocol):
-    """Keeps or shows records of a run. Its calls may fail, and all but `add` may wait: whoever calls sees that it does no harm.
+    """Keeps or shows records of a run. Its calls may fail, and all but `add` may wait: whoever calls sees that it does no harm. A class of it
+    says what it does; what it leaves out does nothing.
 
     `name` completes "sending ..." for people; `flush` is wanted every so many `seconds`.
     """
@@ -27,15 +28,12 @@ class Tracker(Protocol):
 
     def add(self, record: Record) -> None:
         """Take the next record. Never waits."""
-        ...
 
     def flush(self) -> None:
         """Bring what was added to where it is kept or shown."""
-        ...
 
     def close(self) -> None:
         """`flush` for the last time."""
-        ...
 
 
 class Page(NamedTuple):

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from trainer.config import Config, dump_config
 from trainer.run.background import say
-from trainer.run.records import Record
+from trainer.run.trackers.tracker import Tracker
 
 CLOSE_SECONDS = 120.0
 """The end of a run waits so long for a service."""
@@ -23,7 +23,7 @@ _QUIET = {
 }
 
 
-class TrackerProcess:
+class TrackerProcess(Tracker):
     """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder; this
     end only starts it, and tells it when they are over."""
 
@@ -48,9 +48,6 @@ class TrackerProcess:
         task = {"tracker": name, "generation": generation, "config": dump_config(config), "patience": CLOSE_SECONDS + 5}
         self._stdin.write(json.dumps(task).encode() + b"\n")
         self._stdin.flush()
-
-    def add(self, record: Record) -> None:
-        """Nothing to do: the process finds it in the run's folder."""
 
     def flush(self) -> None:
         if self._has_ended(within=0) and not self._told:
