@@ -25,6 +25,12 @@ def few(names: Sequence[str]) -> str:
     return (", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")) or "none"
 
 
+def counted(count: float, what: str) -> str:
+    """So many things of a kind: 1 rank, 1,024 ranks, 2.5 epochs."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:,.2f}".rstrip("0").removesuffix(".")
+    return f"{number} {what}{'' if count == 1 else 's'}"
+
+
 class CapstanError(Exception):
     """Base of every error with a message meant for the user; `exit_code` is the process's exit status."""
 

@@ -12,7 +12,7 @@ from launcher.start.local_group import count_ranks
 from launcher.view.console import Terminal, description, time_left
 from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, counted
 from trainer.evaluate.request import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
@@ -79,10 +79,8 @@ def evaluate_run(
         if server:
             return f"would have {server} measure what it has of {folder.uri} on {', '.join(every)}"
         what = "the base" if base else f"step {committed_steps(folder)[0] if step is None else step} beside its base"
-        ranks = count_ranks(config)
-        return (
-            f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {ranks} rank{'' if ranks == 1 else 's'}"
-        )
+        ranks = counted(count_ranks(config), "rank")
+        return f"would evaluate {what} of {folder.uri} on {', '.join(every)}, with {ranks}"
     ask = Ask("evaluate", folder.uri, step, tuple(overrides), base, chat, server=server or "")
     found = run_with_bars(ask, config, log)
     return Evaluated(

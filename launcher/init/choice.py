@@ -8,7 +8,7 @@ from typing import Any
 from launcher.init.commented import yaml_text
 from trainer.base.base import Description
 from trainer.config import Config, parse_config
-from trainer.errors import ConfigError, DoesNotFit
+from trainer.errors import ConfigError, DoesNotFit, counted
 from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
@@ -74,7 +74,7 @@ def choose(
     total, gpus = nearest or (0, 1)
     have = (machine.memory or 0) / GIB
     raise DoesNotFit(
-        f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {gpus} GPU{'s' if gpus > 1 else ''} take {total / GIB:.1f} GiB each, of "
+        f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {counted(gpus, 'GPU')} take {total / GIB:.1f} GiB each, of "
         f"{have:.1f} GiB that are there. Give more GPUs (--gpus), larger ones (--gpu), or a smaller base."
     )
 

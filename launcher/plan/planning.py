@@ -14,7 +14,7 @@ from trainer.config.objective import OWN, SERVE
 from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
-from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError
+from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
@@ -160,7 +160,7 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
     if given.engine == OWN:
         who = "the ranks themselves, between updates"
     elif given.engine == SERVE:
-        who = f"{_several(given.serve.replicas, 'server')} that start with the run, with {adapter}"
+        who = f"{counted(given.serve.replicas, 'server')} that start with the run, with {adapter}"
     steps = "each step" if given.updates == 1 else f"one step of {given.updates}"
     most = decimal(12 * answers * config.data.sequence_length)
     served = ""
@@ -170,12 +170,12 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
         gpus = ""
         if plan.device == "gpu":
             base = decimal(plan.parameters.frozen * value_bytes(config))
-            ranks = _several(plan.batch.world_size, "GPU")
+            ranks = counted(plan.batch.world_size, "GPU")
             gpus = f" The ranks take {ranks}; each server needs others, for a base of {base} in {config.model.dtype}."
             if given.engine == SERVE:
-                all_gpus = _several(plan.batch.world_size + given.serving_gpus, "GPU")
+                all_gpus = counted(plan.batch.world_size + given.serving_gpus, "GPU")
                 gpus = (
-                    f" The ranks take {ranks} and the servers {given.serving_gpus}, {all_gpus} together; each server has {_several(given.serve.gpus, 'GPU')} for a base of {base} in "
+                    f" The ranks take {ranks} and the servers {given.serving_gpus}, {all_gpus} together; each server has {counted(given.serve.gpus, 'GPU')} for a base of {base} in "
                     f"{config.model.dtype}, and what vLLM keeps beside it."
                 )
         share = "" if given.updates == 1 else f" 1/{given.updates}"
@@ -187,10 +187,6 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
         f"rollout: {steps} samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
         f"step's are at most {most} in the store, until its checkpoints are gone.{served}"
     )
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _answering_store(config: Config) -> Store | None:

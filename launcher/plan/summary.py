@@ -11,6 +11,7 @@ from launcher.plan.tables import binary, plan_tables
 from launcher.view.wrapped_table import facts
 from trainer.config import Config
 from trainer.data.compile.length import BYTES_A_TOKEN
+from trainer.errors import counted
 from trainer.plan.forecast import Length
 from trainer.plan.needs import ALLOWANCES, ESTIMATES
 from trainer.run.lines import duration
@@ -78,16 +79,14 @@ def _sureness(planned: Planned) -> str:
 
 def _length(planned: Planned, config: Config) -> str:
     length, about = planned.length, "" if planned.length.counted else "about "
-    rows = f"of {_counted(config.train.global_batch, 'row')} of {config.data.sequence_length:,} tokens"
+    rows = f"of {counted(config.train.global_batch, 'row')} of {config.data.sequence_length:,} tokens"
     if length.steps is None:
-        return (
-            f"{_counted(length.epochs or 0, 'epoch')}; how many steps {rows} is not known before the data is compiled"
-        )
-    steps = f"{about}{_counted(length.steps, 'step')} {rows}"
+        return f"{counted(length.epochs or 0, 'epoch')}; how many steps {rows} is not known before the data is compiled"
+    steps = f"{about}{counted(length.steps, 'step')} {rows}"
     if length.epochs is None:
         return steps
     tokens = "" if length.tokens is None else f"about {_large(length.tokens)} tokens, "
-    return f"{'' if config.train.epochs else 'about '}{_counted(length.epochs, 'epoch')}, {tokens}{steps}"
+    return f"{'' if config.train.epochs else 'about '}{counted(length.epochs, 'epoch')}, {tokens}{steps}"
 
 
 def _rhythm(length: Length, config: Config) -> Iterator[str]:
@@ -123,11 +122,6 @@ def _unknown(planned: Planned) -> str:
     if planned.gpu is None:
         return "the GPU is not known: --gpu H100"
     return "nothing is known of the GPU but its memory, or of its peak in this model.dtype; name it: --gpu H100"
-
-
-def _counted(count: float, what: str) -> str:
-    number = f"{count:,}" if isinstance(count, int) else f"{count:,.2f}".rstrip("0").removesuffix(".")
-    return f"{number} {what}{'' if count == 1 else 's'}"
 
 
 def _each(count: int, what: str) -> str:

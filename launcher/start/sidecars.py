@@ -21,7 +21,7 @@ from launcher.start.server import Program, keep_server
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.data.dataset.chapters import give_up
-from trainer.errors import CapstanError, StorageError
+from trainer.errors import CapstanError, StorageError, counted
 from trainer.processes import children
 from trainer.processes.devices import visible_gpus
 from trainer.run import layout
@@ -74,9 +74,9 @@ def sidecars_sentence(config: Config) -> str | None:
         return (
             f"beside the ranks, where the run is driven: capstan rollout, which has {', '.join(engine)} sample, {again}"
         )
-    gpus = f"{serve.gpus} GPU{'' if serve.gpus == 1 else 's'}" if serve.gpus else "CPUs"
+    gpus = counted(serve.gpus, "GPU") if serve.gpus else "CPUs"
     return (
-        f"beside the ranks: {serve.replicas} server{'' if serve.replicas == 1 else 's'} ({shlex.join(serve.command)}) on {gpus}{' each' if serve.replicas > 1 else ''}, and "
+        f"beside the ranks: {counted(serve.replicas, 'server')} ({shlex.join(serve.command)}) on {gpus}{' each' if serve.replicas > 1 else ''}, and "
         f"capstan rollout, which has them sample; each ends with the run, {again}"
     )
 

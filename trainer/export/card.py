@@ -17,6 +17,7 @@ from trainer.base.find.locate import base_files, on_the_hub
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.source.hub import repository
+from trainer.errors import counted
 from trainer.run.evaluations import read_evaluation
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
@@ -165,7 +166,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,
         "seed": manifest.order.get("seed", config.run.seed),
-        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {manifest.world_size} rank{'' if manifest.world_size == 1 else 's'}",
+        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {counted(manifest.world_size, 'rank')}",
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, counted
 from trainer.processes import children
 
 _DRIVER_SECONDS = 30
@@ -142,7 +142,7 @@ def check_device(gpus_per_worker: int | None, torch_gpus: int, torch_build: str 
     if there:
         why, remedy = unused(torch_build)
         raise ConfigError(
-            f"cluster.gpus_per_worker: {machine} has {there} GPU{'s' if there > 1 else ''}, but this torch {why}. {remedy}, or "
+            f"cluster.gpus_per_worker: {machine} has {counted(there, 'GPU')}, but this torch {why}. {remedy}, or "
             "set it to 0 to compute on the CPU."
         )
     if gpus_per_worker:

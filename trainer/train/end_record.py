@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import torch
 
-from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError
+from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError, counted
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks
@@ -53,8 +53,7 @@ def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
     total = memory.pop("total")
     largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
-    ranks_of_run = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
-    return f"The plan for {ranks_of_run} is {total / 2**30:.1f} GiB a GPU: {parts}."
+    return f"The plan for {counted(ranks.world_size, 'rank')} is {total / 2**30:.1f} GiB a GPU: {parts}."
 
 
 def last_words(

@@ -24,7 +24,7 @@ from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, DoesNotFit
+from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted
 from trainer.processes.devices import stay_on_cpu
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -87,7 +87,7 @@ def _start(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]
         log=log,
         stop=lambda: stop_if_asked(attempts.run, "while the run was starting"),
     )
-    log(f"launch: Ray starts the processes of {workers} rank{'' if workers == 1 else 's'}")
+    log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     return _attempt(attempts, dashboard, wanted, workers)
 
 
