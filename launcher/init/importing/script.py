@@ -75,6 +75,8 @@ class _Reader:
         self.head: str | None = None
 
     def read(self, call: ast.Call) -> None:
+        """Keep what a call of the script says. Only its name is known, as nothing of the script is run; where several calls give one setting
+        the last one counts, as it would there."""
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _TABLES["trainings"]:

@@ -67,6 +67,8 @@ def rollout_mismatches(config: Config, objective: Objective, method: Method) -> 
 
 
 def _mismatches(config: Config, method: Method) -> Iterator[str]:
+    """A sentence for each setting that does not suit a run whose rows are sampled: they are no part of an epoch, and each has one prompt and
+    one answer."""
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."
