@@ -1,7 +1,7 @@
 """How much of other tools' configurations an import carries over: `python -m tests.peers_report [FOLDER ...]`.
 
 Every file in the folders, by default those of tests/peers, is imported. The report counts the files that lose no key, and names the
-keys that are lost most often. Only keys with a value count; files that are refused are no training of ours, or no configuration.
+keys that are lost most often. Only keys with a value count; files that are refused are another training, or no configuration.
 """
 
 import sys

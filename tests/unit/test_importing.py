@@ -37,7 +37,7 @@ CLASSES = {
     ],
     "accelerate": [("accelerate", "commands/config/config_args.py")],
 }
-# The values of keys with which a file would be no training of ours.
+# The values of keys with which a file would be another training.
 ORDINARY = {
     "stage": "sft",
     "rl": "dpo",
@@ -703,7 +703,7 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"this is no training of ours\. .* Nothing was written\."):
+    with pytest.raises(ConfigError, match=r"this is no training that can be carried over\. .* Nothing was written\."):
         imported_text(text, tmp_path, peer)
 
 

@@ -111,12 +111,12 @@ def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
     [
         ("def (", "is no Python that can be read"),
         ("print(1)", "calls none of SFTConfig, DPOConfig"),
-        ("a = SFTConfig()\nb = GRPOConfig()", "calls GRPOConfig: this is no training of ours"),
+        ("a = SFTConfig()\nb = GRPOConfig()", "calls GRPOConfig: this is no training that can be carried over"),
         ("m = AutoModelForSeq2SeqLM.from_pretrained('t5')\nTrainingArguments()", "calls AutoModelForSeq2SeqLM"),
         ("m = FastVisionModel.from_pretrained('v')\nSFTConfig()", "calls FastVisionModel"),
         (
             "m = AutoModelForSequenceClassification.from_pretrained('b', num_labels=1)\nTrainingArguments()",
-            "a head of one number: this is no training of ours",
+            "a head of one number: this is no training that can be carried over",
         ),
     ],
 )

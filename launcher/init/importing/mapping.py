@@ -193,6 +193,7 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
 def no_training(what: str) -> ConfigError:
     """The refusal of a file that would become another training than it is."""
     return ConfigError(
-        f"{what}: this is no training of ours. docs/preference.md and docs/heads.md list those: nothing is generated while training, of a base that "
-        "sees or hears the language model learns on texts, and `capstan export` and `generate` merge and answer. Nothing was written."
+        f"{what}: this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and docs/rollouts.md says how answers are "
+        "sampled and rewarded here; of a base that sees or hears the language model learns on texts, and `capstan export` and `generate` merge and answer. "
+        "Nothing was written."
     )

@@ -18,7 +18,10 @@ _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)Config|\bSeq2SeqTrainingArguments|\bFastVisionModel|"
     r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
 )
-_REFUSED = "this is no training of ours. docs/preference.md and docs/heads.md list those. Nothing was written."
+_REFUSED = (
+    "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and docs/rollouts.md says how answers are sampled and "
+    "rewarded here. Nothing was written."
+)
 _REGRESSION = "a head of one number"
 
 
