@@ -71,7 +71,8 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
 @cache
 def _code() -> bytes:
     """An entry of another version is none."""
-    files = [*Path(__file__).parents[1].rglob("*.py"), *Path(__file__).parents[2].glob("model/*.py")]
+    base, trainer = Path(__file__).parents[1:3]
+    files = [*base.rglob("*.py"), *base.rglob("*.yaml"), *trainer.glob("model/*.py")]
     return b"".join(file.read_bytes() for file in sorted(files))
 
 

@@ -1,66 +1,28 @@
 """A model of the same kinds of layers as a base's, so small that it computes on a CPU in a fraction of a second.
 
-Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. The sizes are by the names that
-families give them; a size that is not in the table stays as it is.
+Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. sizes.yaml has these by the
+names that families give them; a size that is not there stays as it is.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.empty_model import with_linear_layers
 from trainer.base.describe.language_part import LanguagePart
 
-HEADS, HEAD, HIDDEN, VOCABULARY = 4, 16, 64, 259
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
-_COUNTS = {
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"), HEADS
-    ),
-    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
-    **dict.fromkeys(("swa_num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
-    "index_kpool": 4,
-    "index_n_heads": 16,  # with few, many keys would have the same score: none
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("num_global_key_value_heads", "linear_num_heads", "n_mamba_heads", "num_query_groups"), 2),
-    **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups", "n_group", "num_expert_group", "o_groups"), 2),
-    **dict.fromkeys(("topk_group", "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers"), 1),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "moe_layer_start_index"), 1),
-    **dict.fromkeys(EXPERT_COUNTS, 6),
-    **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), 2
-    ),
-    **dict.fromkeys(("zero_expert_num", "num_kv_shared_layers", "attn_layer_period", "expert_layer_period"), 2),
-    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "encoder_layers", "num_encoder_layers"), 1),
-}
-_WIDTHS = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim"), HIDDEN),
-    **dict.fromkeys(("embedding_size", "attention_hidden_size", "lru_width", "dim_model"), HIDDEN),
-    **dict.fromkeys(
-        ("head_dim", "swa_head_dim", "attention_head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim"), HEAD
-    ),
-    **dict.fromkeys(
-        ("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "kv_channels", "dim_head"), HEAD
-    ),
-    **dict.fromkeys(("index_head_dim", "d_head", "attention_head_size"), HEAD),
-    **dict.fromkeys(
-        ("qk_rope_head_dim", "rotary_dim", "laurel_rank", "state_size", "ssm_state_size", "mamba_d_state"), 8
-    ),
-    **dict.fromkeys(
-        ("time_step_rank", "mamba_dt_rank", "hidden_size_per_layer_input", "index_topk", "adapter_rank"), 8
-    ),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank", "ple_embed_dim"), 24),
-    **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), VOCABULARY
-    ),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size", "chunk_size"), 16),
-    **dict.fromkeys(("attention_window_size", "mamba_chunk_size", "local_attention", "block_size", "floor_scale"), 16),
-    **dict.fromkeys(("log_scaling_n_floor", "index_block_size", "rel_extent", "local_attention_window_len"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256),
-}
+_TABLES: dict[str, dict[int, str]] = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))
+_SIZES = {name: size for table in _TABLES.values() for size, names in table.items() for name in names.split()}
+_SIZES |= dict.fromkeys(EXPERT_COUNTS, 6)
+HEADS, HEAD, HIDDEN, VOCABULARY = (
+    _SIZES[name] for name in ("num_attention_heads", "head_dim", "hidden_size", "vocab_size")
+)
 _NARROW = 48
 """The width of MLPs and experts, whatever they are called."""
 _WIDTH_OF_MLP = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "dim_ff", "feed_forward_size")
@@ -146,12 +108,12 @@ def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
         made["num_key_value_heads"] = HEADS
     parts = [settings.get(key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
     if parts[1] and settings.get("head_dim") in (parts[1], sum(parts)):
-        made["head_dim"] = _WIDTHS["qk_rope_head_dim"] + (HEAD if settings["head_dim"] != parts[1] else 0)
+        made["head_dim"] = _SIZES["qk_rope_head_dim"] + (HEAD if settings["head_dim"] != parts[1] else 0)
     if (attended := settings.get("attention_hidden_size")) and settings.get("attention_head_dim"):
         made["attention_hidden_size"] = HIDDEN * attended // settings["hidden_size"]
         made["attention_head_dim"] = made["attention_hidden_size"] // HEADS
     if settings.get("qk_head_dim"):
-        made["qk_head_dim"] = _WIDTHS["qk_nope_head_dim"] + _WIDTHS["qk_rope_head_dim"]
+        made["qk_head_dim"] = _SIZES["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
     for count, width in (
         ("mamba_n_heads", "mamba_d_head"),
         ("num_heads", "head_dim"),
@@ -172,19 +134,13 @@ def _size_of(key: Any, value: Any) -> Any:
         return _sized(value)
     if not isinstance(key, str):
         return value
-    if key.endswith("token_id"):
-        return (
-            0
-            if isinstance(value, int) and key == "pad_token_id"
-            else min(value, 2)
-            if isinstance(value, int)
-            else value
-        )
+    if key.endswith("token_id") and isinstance(value, int):
+        return 0 if key == "pad_token_id" else min(value, 2)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     if key.endswith(_WIDTH_OF_MLP) or "intermediate_size" in key:
         return min(value, _NARROW)
-    small = _COUNTS.get(key) or _WIDTHS.get(key)
+    small = _SIZES.get(key)
     return value if small is None else min(value, small)
 
 
