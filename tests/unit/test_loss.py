@@ -294,7 +294,7 @@ def test_an_embedding_that_is_the_head_too_has_the_sum_of_both_gradients(
     torch.testing.assert_close(gradient(lambda hidden: head(hidden, labels, terms=terms)), expected)
     half = gradient(
         lambda hidden: loss_module._FrozenCrossEntropy.apply(  # type: ignore[arg-type,return-value]
-            hidden[labels != IGNORE], head.weight, None, Goal(labels[labels != IGNORE], terms), head
+            hidden[labels != IGNORE], head.weight, None, Goal(labels[labels != IGNORE], terms), head, None, None, True
         ).sum()
     )
     assert float((half - expected).norm() / expected.norm()) > 0.1, "the control: without the head's part"

@@ -128,11 +128,12 @@ class LossHead(nn.Linear):
                 for ids, log_p in (block.likeliest(top) for block in self._each_block(wanted, goal))
             ]
             return torch.cat([wanted.new_empty(0, 2 * top.k + 1, dtype=torch.float32), *found])
-        given: tuple[Any, ...] = wanted, self.weight, self.bias, goal, self
-        function = _LearningCrossEntropy if self.weight.requires_grad else _FrozenCrossEntropy
-        if rows is not None:
-            function, given = _RowsCrossEntropy, (*given, rows, rows.matrix, torch.is_grad_enabled())
-        nats: Tensor = function.apply(*given)  # type: ignore[assignment]
+        given = wanted, self.weight, self.bias, goal, self
+        if rows is None and self.weight.requires_grad:
+            nats: Tensor = _LearningCrossEntropy.apply(*given)  # type: ignore[assignment]
+        else:
+            matrix = None if rows is None else rows.matrix
+            nats = _FrozenCrossEntropy.apply(*given, rows, matrix, torch.is_grad_enabled())  # type: ignore[assignment]
         return nats if per_target else nats.sum()
 
     def _each_block(self, wanted: Tensor, goal: Goal) -> Iterator["_Block"]:
@@ -147,6 +148,9 @@ class LossHead(nn.Linear):
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
+    """A frozen head, of which some `rows` may learn. `matrix` is that of the rows, given once more for its gradient. `learns` says whether
+    autograd records: torch has switched that off inside of `forward`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -155,22 +159,36 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         goal: Goal,
         head: LossHead,
+        rows: Rows | None,
+        matrix: Tensor | None,
+        learns: bool,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target."""
+        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target. Gradients are kept for the backward
+        pass: of `hidden`, and of the logits of `rows`, (N, rows)."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        learns = learns and any(ctx.needs_input_grad)
+        grad = torch.empty_like(hidden) if learns else None
+        of_rows = None if rows is None else hidden.new_empty(len(hidden), len(rows.matrix))
         for part in _parts(hidden, weight):
-            logits = _logits(hidden[part], weight, None, bias)
-            nats[part] = _nats(logits, goal.part(part), head, turn_into_gradient=grad is not None)
-            if grad is not None:
+            logits = _logits(hidden[part], weight, rows, bias)
+            nats[part] = _nats(logits, goal.part(part), head, turn_into_gradient=learns)
+            if grad is not None and rows is not None and of_rows is not None:
+                of_rows[part] = logits[:, rows.ids]
+                own = logits.index_fill_(1, rows.ids, 0)[:, : len(weight)]
+                grad[part] = own @ weight + of_rows[part] @ rows.matrix
+            elif grad is not None:
                 grad[part] = logits @ weight
-        ctx.grad = grad
+        ctx.save_for_backward(None if rows is None else hidden, grad, of_rows)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden, grad, of_rows = ctx.saved_tensors
         # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
-        return (ctx.grad.float() * grad_output[:, None]).to(ctx.grad.dtype), None, None, None, None
+        grad, of_rows = (
+            None if part is None else (part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows)
+        )
+        return grad, None, None, None, None, None, None if of_rows is None else of_rows.T @ hidden, None
 
 
 class _LearningCrossEntropy(torch.autograd.Function):
@@ -216,41 +234,6 @@ class _LearningCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-class _RowsCrossEntropy(torch.autograd.Function):
-    """A frozen head of which some rows learn: the gradients of their logits are kept for the backward pass, (targets, rows)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        goal: Goal,
-        head: LossHead,
-        rows: Rows,
-        matrix: Tensor,
-        learns: bool,
-    ) -> Tensor:
-        """hidden (N, H), weight (V, H), a goal of N targets, matrix that of `rows` -> (N,) fp32, the nats of each target."""
-        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad, of_rows = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
-        for part in _parts(hidden, weight):
-            logits = _logits(hidden[part], weight, rows, bias)
-            nats[part] = _nats(logits, goal.part(part), head, turn_into_gradient=learns)
-            if learns:
-                of_rows[part] = logits[:, rows.ids]
-                own = logits.index_fill_(1, rows.ids, 0)[:, : len(weight)]
-                grad[part] = own @ weight + of_rows[part] @ matrix
-        ctx.save_for_backward(hidden, grad, of_rows)
-        return nats
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        hidden, grad, of_rows = ctx.saved_tensors
-        grad, of_rows = ((part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows))
-        return grad, None, None, None, None, None, of_rows.T @ hidden, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None, bias: Tensor | None) -> Tensor:
