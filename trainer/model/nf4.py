@@ -198,9 +198,6 @@ class FrozenLinear4bit(Packed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenMatmul.apply(x, self, self.bias)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.format}"
-
 
 def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be gathered."""
@@ -307,14 +304,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, state.absmax, mean
 
 
-_nested_codes: dict[torch.device, Tensor] = {}
-
-
+@cache
 def nested_code(device: torch.device) -> Tensor:
     """bitsandbytes' 8-bit dynamic map (256,), the same for every tensor."""
-    if device not in _nested_codes:
-        _nested_codes[device] = bnb.create_dynamic_map().to(device)
-    return _nested_codes[device]
+    return bnb.create_dynamic_map().to(device)
 
 
 @cache
