@@ -5,7 +5,6 @@ those of that file: what differs is how bytes become matrices.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.nf4 import FrozenLinear4bit, FrozenStack4bit, Layout, Packed
-from trainer.store.codes import Kept, Numbers
+from trainer.store.codes import VALUES, Kept, Numbers
 
 # Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
 _AT_ONCE = 2**23
@@ -25,19 +24,10 @@ _TYPES = {
     "U8": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-# OCP Microscaling specification 1.0, table 5.
-_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-_VALUES: dict[Numbers, Callable[[], Tensor]] = {
-    "e2m1": lambda: torch.tensor([*_E2M1, *(-size for size in _E2M1)]),
-    "e4m3": lambda: torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float(),
-    "int4": lambda: torch.arange(-8.0, 8.0),
-    "int8": lambda: torch.arange(256).to(torch.uint8).view(torch.int8).float(),
-    "offset8": lambda: torch.arange(-128.0, 128.0),
-}
 
 
 @dataclass(frozen=True)
-class StoredFormat:
+class KeptFormat:
     """How the files hold the weights, and the type that they are multiplied in."""
 
     kept: Kept
@@ -52,10 +42,10 @@ class StoredWeights(Packed):
     scales: one for each tile
     """
 
-    format: StoredFormat  # type: ignore[assignment]
+    format: KeptFormat  # type: ignore[assignment]
     scales: nn.Parameter
 
-    def _pack(self, shape: tuple[int, int], slices: int, form: StoredFormat) -> None:  # type: ignore[override]
+    def _pack(self, shape: tuple[int, int], slices: int, form: KeptFormat) -> None:  # type: ignore[override]
         self.format, self.slice_shape = form, shape
         self.layout = Layout(math.prod(shape), 1, slices)
 
@@ -101,6 +91,6 @@ def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:
 @cache
 def _table(numbers: Numbers, device: torch.device) -> Tensor:
     """The values of the codes in each byte, fp32: (256, 2) of codes in 4 bits, (256, 1) of others."""
-    values, byte = _VALUES[numbers](), torch.arange(256)
+    values, byte = torch.tensor(VALUES[numbers], dtype=torch.float32), torch.arange(256)
     table = torch.stack([values[byte & 15], values[byte >> 4]], 1) if len(values) == 16 else values[:, None]
     return table.to(device)

@@ -2,12 +2,32 @@
 and torch: trainer/base/stored/shared/coded.py decodes as files are read, trainer/model/stored.py when a layer computes."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, ldexp, nan
 from typing import Literal, Protocol, runtime_checkable
 
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor
 
 Numbers = Literal["e2m1", "e4m3", "int4", "int8", "offset8"]
+
+
+def _e4m3(code: int) -> float:
+    """The number of a byte: a sign, 4 bits of exponent, 3 of mantissa, and no infinity (arXiv:2209.05433)."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = ldexp(8 + mantissa, exponent - 10) if exponent else ldexp(mantissa, -9)
+    if code & 127 == 127:
+        return nan
+    return -size if code & 128 else size
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP Microscaling specification 1.0, section 5.3.3
+VALUES: dict[Numbers, list[float]] = {
+    "e2m1": [*_E2M1, *(-size for size in _E2M1)],
+    "e4m3": [_e4m3(code) for code in range(256)],
+    "int4": [*range(-8, 8)],
+    "int8": [*range(128), *range(-128, 0)],
+    "offset8": [*range(-128, 128)],
+}
+"""The number that each code stands for, from code 0 on."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_pa
 from trainer.base.partitions.reading import Job
 from trainer.config import Quant
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
-from trainer.model.stored import StoredFormat, StoredLinear, StoredStack
+from trainer.model.stored import KeptFormat, StoredLinear, StoredStack
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
@@ -102,19 +102,19 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(module, name, new)
 
 
-def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | StoredFormat | None:
+def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | KeptFormat | None:
     """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32 bits."""
     if kept is not None:
-        return StoredFormat(kept.kept, dtype)
+        return KeptFormat(kept.kept, dtype)
     if quant.type in ("none", "stored"):
         return None
     return Format(quant.type, quant.block_size, quant.double, dtype)
 
 
-def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Format | StoredFormat) -> Packed:
+def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Format | KeptFormat) -> Packed:
     """The packed module put in place of a linear layer or a mixture's experts."""
     path, _, leaf = name.rpartition(".")
-    owner, stays = model.get_submodule(path), isinstance(form, StoredFormat)
+    owner, stays = model.get_submodule(path), isinstance(form, KeptFormat)
     given: Any = form  # each class takes its own kind
     if isinstance(owner, nn.Linear):
         layer = (StoredLinear if stays else FrozenLinear4bit)(owner.in_features, owner.out_features, given)

@@ -13,18 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.stored.shared.cached_values import LastReads
-from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E4M3, SCALES, Floats, write_as
-from trainer.store.codes import Code, Kept, KeptSources, Numbers
+from trainer.base.stored.shared.floats import DECODED_AT_ONCE, SCALES, TABLES, Floats, write_as
+from trainer.store.codes import Code, Kept, KeptSources
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
-# The value of each code, fp32.
-TABLES: dict[Numbers, Floats] = {
-    "e2m1": E2M1,
-    "e4m3": E4M3,
-    "int4": np.arange(-8, 8, dtype=np.float32),
-    "int8": np.arange(256).astype(np.int8).astype(np.float32),
-    "offset8": np.arange(-128, 128, dtype=np.float32),
-}
 # The values of the two codes in a byte, (256, 2).
 _PAIRS = {
     name: np.stack([table[np.arange(256) & 15], table[np.arange(256) >> 4]], axis=1)

@@ -1,7 +1,7 @@
 """Floating-point numbers of 4, 8 and 16 bits as numpy's fp32, which numpy itself does not know.
 
-E4M3 is that of arXiv:2209.05433, E2M1 and E8M0 are those of the OCP Microscaling specification 1.0 (sections 5.3.3 and
-5.4.1). numpy decodes here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
+E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/store/codes.py has the others. numpy decodes
+here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
 """
 
 from collections.abc import Callable
@@ -9,25 +9,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.store.codes import VALUES, Numbers
+
 # Numbers that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
 DECODED_AT_ONCE = 2**14
 Floats = NDArray[np.float32]
-
-
-def _e4m3() -> Floats:
-    """The value of each byte, (256,): 4 bits of exponent, 3 of mantissa, no infinity."""
-    code = np.arange(256, dtype=np.int32)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    size = np.where(exponent, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
-    values = np.where(code < 128, size, -size).astype(np.float32)
-    values[[0x7F, 0xFF]] = np.nan
-    return values
-
-
-def _e2m1() -> Floats:
-    """The value of each half byte, (16,)."""
-    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
-    return np.concatenate([sizes, -sizes])
 
 
 def _e8m0() -> Floats:
@@ -36,7 +22,8 @@ def _e8m0() -> Floats:
     return np.append(powers, np.float32(np.nan))
 
 
-E4M3, E2M1, E8M0 = _e4m3(), _e2m1(), _e8m0()
+TABLES: dict[Numbers, Floats] = {numbers: np.array(values, np.float32) for numbers, values in VALUES.items()}
+E2M1, E4M3, E8M0 = TABLES["e2m1"], TABLES["e4m3"], _e8m0()
 # The types that scales are stored in, by safetensors' names. U8 are exponents too, of writers whose torch had no name for them.
 SCALES: dict[str, Callable[[bytearray | memoryview], Floats]] = {
     "F32": lambda data: np.frombuffer(data, np.float32),
