@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, StoredFormat
@@ -28,9 +28,6 @@ from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.store.codes import Code, Kept, Numbers
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource, numel
-
-if TYPE_CHECKING:
-    from trainer.base.stored.shared.coded import Coded
 
 _FORMATS = (
     "pack-quantized",
@@ -135,7 +132,7 @@ class _Scheme:
         code = Code(numbers[self.number, self.bits], (down or rows, across or columns))
         return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
 
-    def code(self, source: TensorSource) -> tuple["Code", tuple[int, ...]] | None:
+    def code(self, source: TensorSource) -> tuple[Code, tuple[int, ...]] | None:
         """How the values of `source` are coded by it, and the shape of the weight; None where they are not."""
         kinds = {
             ("int", 4, "I32"): ("int4", 8),
@@ -153,7 +150,7 @@ class _Scheme:
         return Code(numbers, (shape[-2] if down is None else down, shape[-1] if across is None else across)), shape
 
 
-def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> "Coded":
+def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> StoredTensor:
     """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is missing or has
     another shape than it should."""
     from trainer.base.stored.shared.coded import Coded, Second, ZeroPoints

@@ -15,7 +15,7 @@ for a number of equal tiles, which is another tile for 192 rows (two of 96), and
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, StoredFormat
@@ -26,14 +26,13 @@ from trainer.errors import ConfigError, shown
 from trainer.store.codes import Code, Kept, Numbers
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
-if TYPE_CHECKING:
-    from trainer.base.stored.shared.coded import Coded
-
 # Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
 _SCALES_KEPT = 32
 _USUAL_TILE = [128, 128]
 _FP4_TILE = (1, 32)
 _EXPERTS = ("fp8", "fp4")
+# The scales of inputs that the files may have beside a weight; training does without.
+_OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
 
 
 class Fp8(StoredFormat):
@@ -89,11 +88,11 @@ class Fp8(StoredFormat):
         for name, source in base.tensors.items():
             if source.dtype in self._codes:
                 found[name] = self._decoded(base, name, source, last_reads)
-                for other in (*_scale_names(name), *_of_inputs(name)):
+                for other in (*_scale_names(name), *(name.removesuffix("weight") + leaf for leaf in _OF_INPUTS)):
                     found.pop(other, None)
         return found
 
-    def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> "Coded":
+    def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
         """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
         # Only what reads weights loads numpy: `plan` does not, and answers sooner.
         from trainer.base.stored.shared.coded import Coded
@@ -127,12 +126,6 @@ def _scale_names(name: str) -> tuple[str, ...]:
     """The names that the scales of a weight may have."""
     module = name.removesuffix("weight")
     return f"{name}_scale_inv", f"{module}scale", f"{module}qscale_weight"
-
-
-def _of_inputs(name: str) -> tuple[str, ...]:
-    """The names of the scales of the inputs that the files may have beside a weight; training does without."""
-    module = name.removesuffix("weight")
-    return tuple(f"{module}{other}" for other in ("activation_scale", "input_scale", "qscale_act"))
 
 
 STORED: dict[str, type[StoredFormat]] = {"fp8": Fp8}

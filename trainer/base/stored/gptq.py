@@ -12,16 +12,13 @@ Weights are read in the type of their scales: (code - zero) * scale, rounded onc
 
 from collections.abc import Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
-
-if TYPE_CHECKING:
-    from trainer.base.stored.shared.columns import Columns
 
 _KEPT = 8  # codes, zeros, scales and groups of two matrices, as pieces of two may be in flight
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -94,7 +91,7 @@ def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, m
 
 def _columns(
     base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
-) -> "Columns":
+) -> StoredTensor:
     """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape than it
     should."""
     from trainer.base.stored.shared.columns import Columns

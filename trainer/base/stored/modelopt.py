@@ -7,7 +7,7 @@ the product in fp32, rounded once.
 
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, StoredFormat
@@ -16,9 +16,6 @@ from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
 from trainer.store.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
-
-if TYPE_CHECKING:
-    from trainer.base.stored.shared.coded import Coded
 
 _KEPT = 32
 _BESIDE = ("weight_scale", "weight_scale_2", "input_scale")
@@ -55,7 +52,7 @@ class ModelOpt(StoredFormat):
         return found
 
 
-def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> "Coded":
+def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
     """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another shape."""
     from trainer.base.stored.shared.coded import Coded, Second
 

@@ -10,7 +10,7 @@ it, and an expert is read whole.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base, StoredFormat
@@ -19,9 +19,6 @@ from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
 from trainer.store.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, numel
-
-if TYPE_CHECKING:
-    from trainer.base.stored.mxfp4.experts import Mxfp4Experts
 
 # Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
 _READS_KEPT = 4
@@ -54,7 +51,7 @@ class Mxfp4(StoredFormat):
         return found
 
 
-def _decoding(base: Base, name: str, last_reads: LastReads) -> "Mxfp4Experts":
+def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
     """Raises `ConfigError` unless `base` has a scale for each block of `name`."""
     # Only what reads weights loads numpy: `plan` does not, and answers sooner.
     from trainer.base.stored.mxfp4.experts import BLOCK, Mxfp4Experts
