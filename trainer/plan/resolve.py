@@ -1,7 +1,7 @@
 """A run's settings, resolved once: the things that they name are found, and whether these fit together is checked.
 
-Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing behind it
-looks a method or an objective up again. Without torch.
+Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing that trains looks a method or an
+objective up again. Plans and the order of data follow from the configuration alone, and look up what they count with. Without torch.
 """
 
 from dataclasses import dataclass, replace
