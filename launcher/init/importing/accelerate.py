@@ -4,7 +4,6 @@ from pathlib import Path
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
-from trainer.config.peers import conversions as to
 
 _IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
 
@@ -15,9 +14,6 @@ def join(keys: Keys, folder: Path) -> None:
     if keys.whole("num_machines", 1) > 1:
         keys.put("cluster.slurm.nodes", keys.whole("num_machines"), "num_machines")
     joint_settings.offloading(keys, folder)
-    file = keys.given.get("deepspeed_config.deepspeed_config_file")
-    if file:
-        keys.attempt("deepspeed_config.deepspeed_config_file", lambda: to.offload(file))
     if keys.asked("kt_config.enabled"):
         _experts(keys)
     for part, policy in (("optimizer", "zero3_offload_optimizer"), ("param", "zero3_offload_cpu")):

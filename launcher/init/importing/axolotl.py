@@ -175,9 +175,6 @@ def _tokens(keys: Keys) -> None:
     added = [token for name in ("tokens", listed) for token in keys.names(name)]
     if added:
         keys.put("model.add_tokens", list(dict.fromkeys(added)), "tokens", listed)
-    for use in ("eos", "bos"):
-        if keys.given.get(name := f"special_tokens.{use}_token"):
-            keys.put(f"model.special_tokens.{use}", str(keys.given[name]), name)
 
 
 def _data(keys: Keys) -> None:

@@ -16,13 +16,6 @@ from trainer.errors import ConfigError
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
 """Objectives that compare answers, or judge whole ones."""
 _OF_FULL = ("tuning.method", "tuning.train")
-# The peers' names of templates that are ours as well.
-_TEMPLATES = {
-    **{name: name for name in ("chatml", "llama3", "gemma", "mistral", "phi3")},
-    **dict.fromkeys(("mistral_v2v3", "mistral_v1"), "mistral"),
-    **dict.fromkeys(("phi_3", "phi_35"), "phi3"),
-    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
-}
 # LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own template has thoughts.
 _WITHOUT_THOUGHTS = ("qwen3_nothink", "qwen3_5_nothink")
 
@@ -254,8 +247,8 @@ def _is_of(base: str, asked: str) -> bool:
 
 def template(keys: Keys, key: str, name: Any) -> None:
     """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to carry over."""
-    asked = str(name or "").lower()
-    if ours := _TEMPLATES.get(asked):
+    asked, known = str(name or "").lower(), to.words("templates")
+    if ours := known.get(asked):
         keys.put("data.template", ours, key)
     elif asked and _is_of(str(keys.settings.get("model.base", "")), asked):
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
@@ -265,7 +258,7 @@ def template(keys: Keys, key: str, name: Any) -> None:
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,
-            f"{name} is none of ours ({', '.join(dict.fromkeys(_TEMPLATES.values()))}). The tokenizer's own is taken; `capstan data show` "
+            f"{name} is none of ours ({', '.join(dict.fromkeys(known.values()))}). The tokenizer's own is taken; `capstan data show` "
             "shows its text.",
         )
 

@@ -17,8 +17,6 @@ def join(keys: Keys, folder: Path) -> None:
         rows = keys.whole("micro_batch_size", 1) * joint_settings.world(keys)
         keys.put("train.global_batch", rows, "micro_batch_size")
     joint_settings.duration(keys)
-    if "lr_scheduler_config.name" not in keys.given:
-        keys.assume("optim.schedule", "constant", "the rate without lr_scheduler_config")
     strategy = str(keys.given.get("batching_strategy") or "normal")
     # padding_free puts as many documents into one row as a batch has; rows of ours are filled.
     keys.put("data.packing", strategy not in ("normal", "padding_free"), "batching_strategy")

@@ -7,7 +7,6 @@ from typing import Any
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
-from trainer.config.peers import conversions as to
 
 _BUILDER = re.compile(r"torchtune\.models\.(?P<family>\w+)\.(?:\w+\.)?(?P<kind>q?lora_)?(?P<size>\w+)")
 
@@ -19,20 +18,6 @@ def join(keys: Keys, folder: Path) -> None:
     joint_settings.batch(keys, "batch_size")
     joint_settings.divided(keys, "tensor_parallel_dim", "context_parallel_dim")
     _loss(keys)
-    for name in ("fsdp_cpu_offload", "fsdp.cpu_offload"):
-        if keys.asked(name):
-            keys.put("sharding.deepspeed", "zero3_offload_cpu", name)
-    if keys.given.get("device") == "cpu":
-        keys.put("cluster.gpus_per_worker", 0, "device")
-    elif keys.given.get("device") not in (None, "cuda"):
-        keys.lose("device", "Capstan runs on GPUs of CUDA and on CPUs.")
-    logger = _end(keys.given.get("metric_logger._component_"))
-    if logger in ("WandBLogger", "CometLogger"):
-        name = "metric_logger._component_"
-        keys.attempt(name, lambda: to.trackers(logger.removesuffix("Logger").lower()))
-        for key, setting in (("project", "track.project"), ("name", "track.name"), ("group", "track.group")):
-            if keys.given.get(f"metric_logger.{key}"):
-                keys.put(setting, str(keys.given[f"metric_logger.{key}"]), f"metric_logger.{key}")
     _data(keys)
 
 
@@ -55,19 +40,13 @@ def _model(keys: Keys) -> None:
         keys.to_do.append(
             "model.base: the checkpointer reads Meta's own format. Give the directory of the same model in Hugging Face's."
         )
-    if not kind:
-        keys.put("tuning.method", "full", "model._component_")
+    if joint_settings.method(keys, "model._component_", not kind, {"model.use_dora": "dora"}) == "full":
         keys.put("quant.type", "none", "model._component_")
         return
-    dora = keys.asked("model.use_dora")
-    keys.put("tuning.method", "dora" if dora else "lora", *(["model.use_dora"] if dora else []), "model._component_")
     quantized = kind == "qlora_" or keys.asked("model.quantize_base")
     keys.put("quant.type", "nf4" if quantized else "none", "model.quantize_base", "model._component_")
     if quantized:
         keys.put("quant.double", True, "model.quantize_base", "model._component_")
-    for key, setting, default in (("model.lora_rank", "tuning.rank", 8), ("model.lora_alpha", "tuning.alpha", 16)):
-        if keys.given.get(key) is None:
-            keys.assume(setting, default, f"torchtune's default of {key}")
     layers = ["o_proj" if name == "output_proj" else name for name in keys.names("model.lora_attn_modules")]
     layers += ["gate_proj", "up_proj", "down_proj"] if keys.asked("model.apply_lora_to_mlp") else []
     layers += ["lm_head"] if keys.asked("model.apply_lora_to_output") else []
@@ -80,30 +59,13 @@ def _model(keys: Keys) -> None:
 
 
 def _course(keys: Keys) -> None:
-    """The optimizer, its schedule and the length of the run."""
-    if keys.given.get("optimizer._component_"):
-        keys.attempt(
-            "optimizer._component_",
-            lambda: {"optim.name": to.optimizer(_end(keys.given["optimizer._component_"]).lower())},
-        )
-    scheduler = _end(keys.given.get("lr_scheduler._component_"))
-    if not scheduler:
-        keys.assume("optim.schedule", "constant", "torchtune's rate without lr_scheduler")
-    elif known := keys.peer.tables["schedules"].get(scheduler):
-        for setting, value in known.items():
-            keys.put(setting, value, "lr_scheduler._component_")
-    else:
-        keys.lose(
-            "lr_scheduler._component_", f"{scheduler}: optim.schedule is cosine, linear or constant. Left at cosine."
-        )
+    """The decay of weights, the order of rows, and the length of the run."""
     if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") in ("adamw", "adamw_8bit"):
         keys.assume("optim.weight_decay", 0.01, "the default of torch.optim.AdamW")
     if keys.given.get("shuffle") is False:
         keys.lose(
             "shuffle", "Rows are shuffled, in one order on any number of ranks; the order of the file is not kept."
         )
-    if keys.given.get("clip_grad_norm") is None:
-        keys.assume("optim.grad_clip", 0, "without clip_grad_norm nothing is clipped")
     if "data.sequence_length" not in keys.settings:
         keys.to_do.append(
             "data.sequence_length: the file limits no length (tokenizer.max_seq_len); longer rows are cut at 2048 tokens."
@@ -112,8 +74,6 @@ def _course(keys: Keys) -> None:
         steps = limit * keys.whole("epochs", 1)
         keys.spare("train.epochs", "max_steps_per_epoch limits the run: train.steps.")
         keys.put("train.steps", steps, "max_steps_per_epoch", "epochs")
-    if every := keys.whole("run_val_every_n_steps"):
-        keys.put("eval.every", every, "run_val_every_n_steps")
 
 
 def _loss(keys: Keys) -> None:

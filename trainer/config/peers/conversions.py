@@ -18,7 +18,7 @@ class Inconvertible(ValueError):
 
 
 @cache
-def _words(table: str) -> dict[str, Any]:
+def words(table: str) -> dict[str, Any]:
     """Our word for each of the peers' in a table of words.yaml."""
     tables = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
     return {name: ours for ours, theirs in tables[table].items() for name in theirs.split()}
@@ -94,12 +94,13 @@ def when(on: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Callabl
 
 
 def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
-    """A choice among names; `otherwise` says what holds for the rest."""
+    """A choice among names, of which the last part counts, as of torch.bfloat16; `otherwise` says what holds for the rest."""
 
     def convert(value: Any) -> Any:
-        if str(value).lower() not in allowed:
+        name = str(value).lower().rpartition(".")[2]
+        if name not in allowed:
             raise Inconvertible(f"{value!r} does not exist here: {otherwise}")
-        return allowed[str(value).lower()]
+        return allowed[name]
 
     return convert
 
@@ -138,8 +139,8 @@ def warmup_ratio(value: Any) -> dict[str, Any]:
 
 def schedule(value: Any) -> dict[str, Any]:
     """The course of the learning rate; those of the peers end at 0."""
-    known = {name: {"optim.schedule": ours} for name, ours in _words("schedules").items()}
-    for name, ours in _words("schedules_to_zero").items():
+    known = {name: {"optim.schedule": ours} for name, ours in words("schedules").items()}
+    for name, ours in words("schedules_to_zero").items():
         known[name] = {"optim.schedule": ours, "optim.min_lr_ratio": 0.0}
     otherwise = "docs/configuration.md lists those of optim.schedule. Left at cosine."
     return one_of(known, otherwise)(getattr(value, "value", value))
@@ -147,21 +148,20 @@ def schedule(value: Any) -> dict[str, Any]:
 
 def optimizer(value: Any) -> str:
     """The optimizer with the same update, whatever its implementation."""
-    return one_of(_words("optimizers"), "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(
+    return one_of(words("optimizers"), "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(
         value
     )
 
 
 def attention(value: Any) -> dict[str, Any]:
     """The attention kernel. Kernels of others are left to model.attention: auto, which takes the fastest that can run."""
-    kernel = _words("attention").get(str(value).lower())
+    kernel = words("attention").get(str(value).lower())
     return {"model.attention": kernel} if kernel else {}
 
 
 def dtype(value: Any) -> str:
     """The type of activations."""
-    name = str(value).removeprefix("torch.").lower()
-    return one_of(_words("dtypes"), "model.dtype is bf16 or fp32. Left at bf16.")(name)
+    return one_of(words("dtypes"), "model.dtype is bf16 or fp32. Left at bf16.")(value)
 
 
 def targets(value: Any) -> str | list[str]:
