@@ -1,19 +1,17 @@
 """accelerate's keys that make settings together: processes, and what goes to the host."""
 
-from pathlib import Path
-
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
 
 _IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     joint_settings.workers(keys, "num_processes")
     if keys.whole("num_machines", 1) > 1:
         keys.put("cluster.slurm.nodes", keys.whole("num_machines"), "num_machines")
-    joint_settings.offloading(keys, folder)
+    joint_settings.offloading(keys)
     if keys.asked("kt_config.enabled"):
         _experts(keys)
     for part, policy in (("optimizer", "zero3_offload_optimizer"), ("param", "zero3_offload_cpu")):

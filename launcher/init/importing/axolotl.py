@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joint_settings
@@ -16,14 +15,14 @@ _TEMPLATED = ("system", "user", "assistant", "tool")
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     joint_settings.workers(keys, "ray_num_workers")
     _method(keys)
     _objective(keys)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
-    joint_settings.training_arguments(keys, folder)
+    joint_settings.training_arguments(keys)
     if keys.asked("lr_quadratic_warmup") and keys.settings.get("optim.schedule") == "cosine":
         keys.put("optim.warmup_power", 2, "lr_quadratic_warmup")
     else:
@@ -41,7 +40,6 @@ def join(keys: Keys, folder: Path) -> None:
         micro = max(1, keys.whole("micro_batch_size", 1))
         rows = max(1, keys.whole("batch_size") // micro) * micro
         keys.put("train.global_batch", rows * joint_settings.world(keys), "batch_size", "micro_batch_size")
-    _tokens(keys)
     _data(keys)
     joint_settings.without_evaluation(keys)
 
@@ -168,13 +166,6 @@ def _shares(keys: Keys) -> dict[str, Any]:
             keys.note(name, f"The two losses add up to shares of 1 here; there the loss is {whole:g} times as large.")
     keys.put("objective.next_tokens", plain / (whole or 1.0), *names)
     return {}
-
-
-def _tokens(keys: Keys) -> None:
-    listed = "special_tokens.additional_special_tokens"
-    added = [token for name in ("tokens", listed) for token in keys.names(name)]
-    if added:
-        keys.put("model.add_tokens", list(dict.fromkeys(added)), "tokens", listed)
 
 
 def _data(keys: Keys) -> None:

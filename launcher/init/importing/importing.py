@@ -20,7 +20,7 @@ from trainer.state.optimizer.optimizer import find_optimizer
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 
-JOINS: Mapping[str, tuple[Peer, Callable[[Keys, Path], None]]] = {
+JOINS: Mapping[str, tuple[Peer, Callable[[Keys], None]]] = {
     peer.name: (peer, import_module(f"launcher.init.importing.{peer.name.replace('-', '_')}").join) for peer in PEERS
 }
 """The peers whose files are read, by the names that `--from` takes."""
@@ -97,32 +97,31 @@ def import_files(
     origins: dict[str, list[str]] = {}
     if gpus:
         settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
-    files = [_keys(path, peer if not index else None, settings, origins) for index, path in enumerate(paths)]
-    for keys, _ in files:
+    files = [_keys(Path(path), peer if not index else None, settings, origins) for index, path in enumerate(paths)]
+    for keys in files:
         keys.data_info = data_info
-    if data_info is not None and not any(keys.peer.tables.get("public_sets") for keys, _ in files):
+    if data_info is not None and not any(keys.peer.tables.get("public_sets") for keys in files):
         raise ConfigError(
-            f"--data-info: {files[0][0].peer.title} has no dataset_info.json, which is LLaMA-Factory's. Leave it out."
+            f"--data-info: {files[0].peer.title} has no dataset_info.json, which is LLaMA-Factory's. Leave it out."
         )
-    if sum(keys.peer is not _LAUNCHER for keys, _ in files) > 1:
+    if sum(keys.peer is not _LAUNCHER for keys in files) > 1:
         raise ConfigError(
             "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
         )
     # Where something runs is known first, as the batch depends on it.
-    for keys, folder in sorted(files, key=lambda file: file[0].peer is not _LAUNCHER):
+    for keys in sorted(files, key=lambda keys: keys.peer is not _LAUNCHER):
         keys.convert()
-        JOINS[keys.peer.name][1](keys, folder)
-    every = [keys for keys, _ in files]
+        JOINS[keys.peer.name][1](keys)
     if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":
         settings["sharding.deepspeed"] = "zero3_offload_optimizer"  # what learns has its masters and moments there too
-    to_do = [line for keys in every for line in keys.to_do]
+    to_do = [line for keys in files for line in keys.to_do]
     to_do += _completed(settings, origins)
-    to_do += _valid(settings, every)
+    to_do += _valid(settings, files)
     to_do += _unowned(settings)
     if "cluster.workers" not in settings:
         to_do.append("train.global_batch: counted for one GPU, as the file names no number. --gpus N counts for N.")
-    outcomes = tuple(outcome for keys in every for outcome in keys.outcomes())
-    names = tuple(dict.fromkeys(keys.peer.title for keys in every))
+    outcomes = tuple(outcome for keys in files for outcome in keys.outcomes())
+    names = tuple(dict.fromkeys(keys.peer.title for keys in files))
     text = _text(settings, origins, names, paths, outcomes, to_do)
     return Imported(names, text, settings, outcomes, tuple(to_do))
 
@@ -138,17 +137,15 @@ def _unowned(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _keys(
-    path: str | Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]
-) -> tuple[Keys, Path]:
+def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]) -> Keys:
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     known = [one for one, _ in JOINS.values()]
-    peer = peer or ("trl" if Path(path).suffix == ".py" else None)
+    peer = peer or ("trl" if path.suffix == ".py" else None)
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
-    keys = Keys(found, tree, settings, origins)
+    keys = Keys(path, found, tree, settings, origins)
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
-    return keys, Path(path).parent
+    return keys
 
 
 def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:

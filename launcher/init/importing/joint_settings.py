@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from launcher.init.importing.mapping import Keys
@@ -263,14 +262,14 @@ def template(keys: Keys, key: str, name: Any) -> None:
         )
 
 
-def offloading(keys: Keys, folder: Path) -> None:
+def offloading(keys: Keys) -> None:
     """`sharding.deepspeed`, from a DeepSpeed configuration (a path or its content) and FSDP's."""
     given = keys.given.get("deepspeed")
     content = {
         name.removeprefix("deepspeed."): value for name, value in keys.given.items() if name.startswith("deepspeed.")
     }
     if given or content:
-        keys.attempt("deepspeed", lambda: to.offload(_deepspeed(given or content, folder)))
+        keys.attempt("deepspeed", lambda: to.offload(_deepspeed(keys, given or content)))
     for name in (
         "fsdp_config",
         "fsdp_config.offload_params",
@@ -284,13 +283,19 @@ def offloading(keys: Keys, folder: Path) -> None:
             keys.put("sharding.deepspeed", "zero3_offload_cpu", name)
 
 
-def _deepspeed(given: Any, folder: Path) -> Any:
+def _deepspeed(keys: Keys, given: Any) -> Any:
     """The content of a DeepSpeed configuration where its file is at hand, else what was given."""
-    found = [place for place in (folder / str(given), Path(str(given))) if isinstance(given, str) and place.is_file()]
+    found = isinstance(given, str) and next((place for place in keys.places(given) if place.is_file()), None)
     try:
-        return read_yaml(found[0].read_text(), given) if found else given
+        return read_yaml(found.read_text(), str(given)) if found else given
     except (OSError, ValueError, ConfigError):
         return given
+
+
+def tokens(keys: Keys, *names: str) -> None:
+    """`model.add_tokens`: the tokens that any of these keys lists."""
+    if added := [token for name in names for token in keys.names(name)]:
+        keys.put("model.add_tokens", list(dict.fromkeys(added)), *names)
 
 
 def tracking(keys: Keys) -> None:
@@ -308,7 +313,7 @@ def tracking(keys: Keys) -> None:
             keys.put(setting, str(keys.given[key])[:100], key)
 
 
-def training_arguments(keys: Keys, folder: Path) -> None:
+def training_arguments(keys: Keys) -> None:
     """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are known. The peer's table has the keys."""
     table = keys.peer.tables["joint"]
     # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is doubled once.
@@ -317,7 +322,7 @@ def training_arguments(keys: Keys, folder: Path) -> None:
     duration(keys)
     betas(keys)
     evaluating_and_saving(keys)
-    offloading(keys, folder)
+    offloading(keys)
     if "optim.warmup_steps" in keys.settings and "optim.warmup_ratio" in keys.settings:
         if keys.settings["optim.warmup_steps"]:
             keys.spare("optim.warmup_ratio", "Steps of warm-up are given, which go before a ratio.")
@@ -330,4 +335,5 @@ def training_arguments(keys: Keys, folder: Path) -> None:
     if "dropout" in table:
         without_dropout(keys, table["dropout"])
     head(keys)
+    tokens(keys, *table.get("tokens", "").split())
     tracking(keys)

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import MEDIA, Keys, no_training
-from launcher.init.importing.sources import looked_for, source_paths, sources_at
+from launcher.init.importing.sources import source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError
@@ -14,7 +14,7 @@ from trainer.errors import NOT_JSON, ConfigError
 _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
         joint_settings.workers(keys, name)
@@ -23,7 +23,7 @@ def join(keys: Keys, folder: Path) -> None:
         raise no_training("a file for chats, predictions or merges")
     _method(keys)
     _objective(keys)
-    joint_settings.training_arguments(keys, folder)
+    joint_settings.training_arguments(keys)
     if keys.asked("use_kt"):
         keys.note(
             "use_kt", "The base stays in the host's memory; there its experts are computed there too, here on the GPU."
@@ -36,10 +36,7 @@ def join(keys: Keys, folder: Path) -> None:
             "tuning.start",
             "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
         )
-    tokens = [name for key in ("add_tokens", "add_special_tokens") for name in keys.names(key)]
-    if tokens:
-        keys.put("model.add_tokens", list(dict.fromkeys(tokens)), "add_tokens", "add_special_tokens")
-    _data(keys, folder)
+    _data(keys)
     joint_settings.without_evaluation(keys)
 
 
@@ -110,17 +107,17 @@ def _objective(keys: Keys) -> None:
         keys.put("data.loss_on", "last_assistant", "mask_history")
 
 
-def _data(keys: Keys, folder: Path) -> None:
+def _data(keys: Keys) -> None:
     for name, setting in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         asked = keys.names(name)
         if not asked:
             continue
-        info, place = _dataset_info(keys, folder)
+        info, place = _dataset_info(keys)
         sources = [source for one in asked for source in _sources(keys, name, one, info, place)]
         keys.put(setting, sources, name, "dataset_dir", *(("max_samples",) if keys.whole("max_samples") else ()))
 
 
-def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
+def _dataset_info(keys: Keys) -> tuple[dict[str, Any], Path]:
     """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is said to be."""
     if keys.data_info is not None:
         try:
@@ -129,8 +126,8 @@ def _dataset_info(keys: Keys, folder: Path) -> tuple[dict[str, Any], Path]:
             raise ConfigError(f"--data-info: {keys.data_info} cannot be read as JSON: {error}.") from error
     given = keys.given.get("dataset_dir") or "data"
     if isinstance(given, dict):
-        return given, folder
-    for place in looked_for(str(given), folder):
+        return given, keys.folder
+    for place in keys.places(str(given)):
         try:
             return json.loads((place / "dataset_info.json").read_text()), place
         except (OSError, *NOT_JSON):

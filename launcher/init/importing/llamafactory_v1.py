@@ -1,16 +1,15 @@
 """The keys of LLaMA-Factory's second trainer that make settings together."""
 
-from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys
-from launcher.init.importing.sources import looked_for, source_paths, sources_at
+from launcher.init.importing.sources import source_paths, sources_at
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     _method(keys)
     if "train.global_batch" not in keys.settings:
@@ -24,7 +23,7 @@ def join(keys: Keys, folder: Path) -> None:
         keys.assume("optim.weight_decay", 0.01, "torch's AdamW without optim_config")
     for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
         if keys.given.get(name):
-            keys.put(setting, _sources(keys, name, str(keys.given[name]), folder), name)
+            keys.put(setting, _sources(keys, name, str(keys.given[name])), name)
 
 
 def _method(keys: Keys) -> None:
@@ -40,19 +39,19 @@ def _method(keys: Keys) -> None:
         joint_settings.in_bits(keys, "quant_config.", True, "quant_config.name")
 
 
-def _sources(keys: Keys, key: str, given: str, folder: Path) -> list[dict[str, Any]]:
+def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
     """The data sets of a YAML file that names them, or the one that the key names."""
     if not given.endswith(".yaml"):
         return [{"path": path} for path in source_paths(given)]
-    found = [place for place in looked_for(given, folder) if place.is_file()]
-    if not found:
+    found = next((place for place in keys.places(given) if place.is_file()), None)
+    if found is None:
         keys.lose(
             key,
             f"{given}, which names the data sets, is not here. Write the paths of their rows into the configuration.",
         )
         return [{"path": "FILL-IN"}]
     try:
-        tree = read_yaml(found[0].read_text(), given)
+        tree = read_yaml(found.read_text(), given)
     except (OSError, ValueError, ConfigError) as error:
         keys.lose(key, f"{error} Write the paths of its data sets into the configuration.")
         tree = {}

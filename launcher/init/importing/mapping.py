@@ -37,8 +37,9 @@ class Keys:
     """
 
     def __init__(
-        self, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
+        self, path: Path, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
     ) -> None:
+        self.folder = path.parent
         self.peer = peer
         self.tree = tree
         self.given = dict(flat_keys(tree, peer))
@@ -54,6 +55,10 @@ class Keys:
 
     def row(self, key: str) -> Row | None:
         return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
+
+    def places(self, path: str) -> list[Path]:
+        """The places of a relative `path` that the file names: here, beside the file, and above it."""
+        return [Path(path), *(above / path for above in (self.folder, *self.folder.absolute().parents))]
 
     def get(self, key: str) -> Any:
         """The value that is given, or the peer's default."""

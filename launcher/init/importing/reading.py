@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
-def read_peer_file(path: str | Path) -> dict[str, Any]:
+def read_peer_file(path: Path) -> dict[str, Any]:
     """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a Python script of
     TRL's, whose values that are computed are listed in `COMPUTED`.
 
@@ -29,10 +29,10 @@ def read_peer_file(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or is none of these.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
-    if Path(path).suffix == ".py":
+    if path.suffix == ".py":
         keys, computed = read_script(text, str(path))
         return {**keys, COMPUTED: computed} if computed else keys
     if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):

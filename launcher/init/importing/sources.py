@@ -22,13 +22,13 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
         files = files.get("train") or next(iter(files.values()), None)
     listed = [files] if isinstance(files, str) else [str(name) for name in files] if isinstance(files, list) else []
     if path in _READERS and listed:
-        return [_plain(name) for name in listed]
+        return [name.removeprefix("file://") for name in listed]
     if is_hub_id(path):
         base = f"hf://{path}{f'@{revision}' if revision else ''}"
         return [f"{base}/{name}" for name in listed] or [base]
     if listed:
         return [name if name.startswith(("/", "s3://", "hf://")) else f"{path.rstrip('/')}/{name}" for name in listed]
-    return [_plain(path)]
+    return [path.removeprefix("file://")]
 
 
 def sources_at(
@@ -46,16 +46,6 @@ def sources_at(
         }
         for path in paths
     ]
-
-
-def looked_for(path: str, folder: Path) -> list[Path]:
-    """The places of a relative `path` in a configuration that lies in `folder`: here, beside the configuration, and above it."""
-    return [Path(path), *(above / path for above in (folder, *folder.absolute().parents))]
-
-
-def _plain(path: str) -> str:
-    """A path as ours are written; a folder is read by its files."""
-    return path.removeprefix("file://")
 
 
 def sections(given: Any) -> list[dict[str, Any]]:

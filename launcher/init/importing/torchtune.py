@@ -1,7 +1,6 @@
 """torchtune's components and their arguments: model, optimizer, schedule, loss and data set by the names of their functions."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joint_settings
@@ -11,7 +10,7 @@ from launcher.init.importing.sources import sections, source_paths, sources_at, 
 _BUILDER = re.compile(r"torchtune\.models\.(?P<family>\w+)\.(?:\w+\.)?(?P<kind>q?lora_)?(?P<size>\w+)")
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     _model(keys)
     _course(keys)

@@ -1,6 +1,5 @@
 """TRL's keys that make settings together: the trainer, PEFT, quantization and data sets."""
 
-from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joint_settings
@@ -13,13 +12,13 @@ _DPO_LOSSES = ("sigmoid", "hinge", "ipo")
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
 
 
-def join(keys: Keys, folder: Path) -> None:
+def join(keys: Keys) -> None:
     """All settings that several keys make."""
     for name in ("num_processes", "nproc_per_node"):
         joint_settings.workers(keys, name)
     _objective(keys)
     _method(keys)
-    joint_settings.training_arguments(keys, folder)
+    joint_settings.training_arguments(keys)
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
             "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
@@ -32,8 +31,7 @@ def _objective(keys: Keys) -> None:
     script = str(keys.tree.get("script", ""))
     tables = keys.peer.tables
     named = next((ours for theirs, ours in tables["scripts"].items() if script.startswith(theirs)), None)
-    loss = keys.given.get("loss_type")
-    losses = [str(name) for name in loss] if isinstance(loss, list) else [str(loss)] if loss else []
+    losses = keys.names("loss_type")
     by_loss = tables["losses"].get(losses[0]) if losses else None
     given = {key for key, value in keys.given.items() if value is not None}
     by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), "sft")
