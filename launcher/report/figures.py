@@ -7,7 +7,8 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from launcher.report.curves import Point, finite_points, means, thinned
@@ -15,8 +16,7 @@ from launcher.report.evaluations import EvaluationFigures, SampleFigures, other_
 from launcher.report.history import PARTS, History, Start, read_history
 from launcher.report.trained import (
     DataFigures,
-    Repeat,
-    TrainedFigures,
+    Figures,
     data_figures,
     newest_manifest,
     read_settings,
@@ -46,100 +46,33 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Commit:
-    """A checkpoint that was committed; `stall_seconds` are those that the training waited for it."""
-
-    step: int
-    bytes: int | None
-    seconds: float | None
-    stall_seconds: float | None
-
-
-@dataclass(frozen=True)
-class TimeShare:
-    """A part of the time from the first start to the last record of each start, in seconds on the clock."""
-
-    name: str
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that the plan said and that were measured at most, where either is known; `planned_parts` add up to the plan's."""
-
-    of: str
-    planned: int | None
-    measured: int | None
-    planned_parts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LayerLoad:
-    """A mixture's layer: the visits to its busiest and its least busy expert over the mean, and how many saw no token."""
-
-    layer: str
-    experts: int
-    busiest: float
-    least: float
-    unused: int
-
-
-@dataclass(frozen=True)
-class CostFigures:
-    """Hours that devices were taken: of all starts together, and `lost_hours` of them for steps that had to be done again.
-
-    `energy` is in watt hours: the hours at `watts`, the mean power of rank 0's GPU in its steps.
-    """
-
-    device: str
-    hours: float
-    lost_hours: float
-    price_per_hour: float | None
-    price: float | None
-    watts: float | None
-    energy: float | None
-
-
-@dataclass(frozen=True)
-class ProgressFigures:
-    """How far the run is. Losses are means over the step's targets, in nats."""
-
-    step: int
-    total_steps: int | None
-    tokens: int
-    tokens_per_second: float | None
-    loss_first: float | None
-    loss_last: float | None
-    lost_steps: int
-    lost_seconds: float
-
-
-@dataclass(frozen=True)
 class RunFigures:
-    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed one."""
+    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed one.
+
+    `Figures` are the parts that are shown and not computed with: the page finds each of theirs by its place in what `--json` prints.
+    """
 
     run: str
     name: str
     made: float
     state: str
     reason: str
-    trained: TrainedFigures
+    trained: Figures
     data: list[DataFigures]
-    progress: ProgressFigures
+    progress: Figures
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
     starts: list[Start]
-    commits: list[Commit]
+    commits: list[Figures]
     skipped_steps: list[int]
     failed_saves: int
-    time: list[TimeShare]
-    memory: list[Memory]
-    experts: list[LayerLoad]
+    time: list[Figures]
+    memory: list[Figures]
+    experts: list[Figures]
     evaluations: list[EvaluationFigures]
     samples: list[SampleFigures]
-    cost: CostFigures | None
-    repeat: Repeat | None
+    cost: Figures | None
+    repeat: Figures | None
     settings: dict[str, Any]
     notes: list[str]
 
@@ -197,21 +130,21 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
     )
 
 
-def _progress(history: History, total: int | None) -> ProgressFigures:
+def _progress(history: History, total: int | None) -> Figures:
+    """How far the run is. Losses are means over the step's targets, in nats."""
     steps = history.steps
     losses, seconds = list(steps.values("loss")), steps.sum("seconds")
-    return ProgressFigures(
-        step=steps.steps[-1]
-        if steps.steps
-        else next((start.step for start in reversed(history.starts) if start.step), 0),
-        total_steps=total,
-        tokens=int(steps.sum("tokens")),
-        tokens_per_second=steps.sum("tokens") / seconds if seconds else None,
-        loss_first=losses[0] if losses else None,
-        loss_last=losses[-1] if losses else None,
-        lost_steps=sum(start.lost_steps for start in history.starts),
-        lost_seconds=math.fsum(start.lost_seconds for start in history.starts),
-    )
+    went_on_from = next((start.step for start in reversed(history.starts) if start.step), 0)
+    return {
+        "step": steps.steps[-1] if steps.steps else went_on_from,
+        "total_steps": total,
+        "tokens": int(steps.sum("tokens")),
+        "tokens_per_second": steps.sum("tokens") / seconds if seconds else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "lost_steps": sum(start.lost_steps for start in history.starts),
+        "lost_seconds": math.fsum(start.lost_seconds for start in history.starts),
+    }
 
 
 def _curves(history: History) -> dict[str, Curve]:
@@ -234,16 +167,17 @@ def _held_out(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
     }
 
 
-def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Commit]:
-    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record."""
-    every = {step: Commit(step, None, None, None) for step in committed}
-    for record in records:
-        every[record["step"]] = Commit(record["step"], *map(record.get, ("bytes", "seconds", "stall_seconds")))
-    return [every[step] for step in sorted(every)]
+def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Figures]:
+    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record. The training waited
+    `stall_seconds` for one."""
+    every: dict[int, Record] = {step: {} for step in committed} | {record["step"]: record for record in records}
+    facts = ("bytes", "seconds", "stall_seconds")
+    return [{"step": step, **{name: every[step].get(name) for name in facts}} for step in sorted(every)]
 
 
-def _time(history: History) -> list[TimeShare]:
-    """The parts add up to the whole: the last one is the rest, such as waits between steps and the end."""
+def _time(history: History) -> list[Figures]:
+    """Where the time went from the first start to the last record of each, in seconds on the clock. The parts add up to the whole: the last
+    one is the rest, such as waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
     parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
@@ -254,13 +188,13 @@ def _time(history: History) -> list[TimeShare]:
     parts["waiting for a commit"] = math.fsum(record.get("stall_seconds", 0) for record in history.others["commit"])
     parts["evaluations"] = steps.sum("evaluate_seconds")
     parts["the rest"] = max(0.0, whole - math.fsum(parts.values()))
-    return (
-        [TimeShare(name, seconds, seconds / whole) for name, seconds in parts.items() if seconds > 0] if whole else []
-    )
+    shown = {name: seconds for name, seconds in parts.items() if seconds > 0} if whole else {}
+    return [{"name": name, "seconds": seconds, "share": seconds / whole} for name, seconds in shown.items()]
 
 
-def _memory(history: History) -> list[Memory]:
-    """The plan has all ranks alike; rank 0 is measured, on the host by its process alone."""
+def _memory(history: History) -> list[Figures]:
+    """Bytes that the plan said, whose parts add up to it, and that were measured at most, where either is known. The plan has all ranks
+    alike; rank 0 is measured, on the host by its process alone."""
     plan = history.newest("plan")
     device = "one rank" if plan.get("device") == "cpu" else "one GPU"
     rows = (
@@ -271,31 +205,43 @@ def _memory(history: History) -> list[Memory]:
     return [found for row in rows if (found := _memory_of(history, plan, *row))]
 
 
-def _memory_of(history: History, plan: Record, of: str, planned: str, measured: str) -> Memory | None:
+def _memory_of(history: History, plan: Record, of: str, planned: str, measured: str) -> Figures | None:
     parts = {part: size for part, size in plan.get(planned, {}).items() if isinstance(size, int) and size}
     total, peak = parts.pop("total", None), max(history.steps.values(measured), default=None)
     if total is None and peak is None:
         return None
-    return Memory(of, total, int(peak) if peak is not None else None, parts)
+    return {
+        "of": of,
+        "planned": total,
+        "measured": None if peak is None else int(peak),
+        "planned_parts": parts,
+    }
 
 
-def _experts(records: Sequence[Record]) -> list[LayerLoad]:
-    """Those of the newest steps of training."""
+def _experts(records: Sequence[Record]) -> list[Figures]:
+    """The loads of each mixture's layer in the newest steps of training: the visits to its busiest and its least busy expert over the mean,
+    and how many saw no token."""
     newest = next((record for record in reversed(records) if record.get("of") == "train"), {})
     every = {
         layer: [load for _, load in finite_points([(0, load) for load in loads])]
         for layer, loads in newest.get("shares", {}).items()
     }
-    return [_layer_load(layer, loads) for layer, loads in every.items() if math.fsum(loads) > 0]
+    return [
+        {
+            "layer": layer,
+            "experts": len(loads),
+            "busiest": max(loads) / fmean(loads),
+            "least": min(loads) / fmean(loads),
+            "unused": loads.count(0),
+        }
+        for layer, loads in every.items()
+        if math.fsum(loads) > 0
+    ]
 
 
-def _layer_load(layer: str, loads: Sequence[float]) -> LayerLoad:
-    mean = math.fsum(loads) / len(loads)
-    return LayerLoad(layer, len(loads), max(loads) / mean, min(loads) / mean, sum(load == 0 for load in loads))
-
-
-def _cost(history: History, price: Any) -> CostFigures | None:
-    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here."""
+def _cost(history: History, price: Any) -> Figures | None:
+    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here; `lost_hours` of them are for steps that had
+    to be done again. The energy is in watt hours: the hours at `watts`, the mean power of rank 0's GPU in its steps."""
     on_gpu = [start for start in history.starts if start.device and start.device.startswith("cuda")]
     counted = on_gpu or history.starts
     hours = math.fsum(start.rank_hours for start in counted)
@@ -306,15 +252,15 @@ def _cost(history: History, price: Any) -> CostFigures | None:
     device = str(on_gpu[-1].device if on_gpu else "CPU")
     model = re.search(r"\((.+)\)$", device)  # cuda:0 (NVIDIA H100)
     watts = _mean_watts(history)
-    return CostFigures(
-        model[1] if model else device,
-        hours,
-        lost,
-        each,
-        None if each is None else each * hours,
-        watts,
-        None if watts is None else watts * hours,
-    )
+    return {
+        "device": model[1] if model else device,
+        "hours": hours,
+        "lost_hours": lost,
+        "price_per_hour": each,
+        "price": None if each is None else each * hours,
+        "watts": watts,
+        "energy": None if watts is None else watts * hours,
+    }
 
 
 def _mean_watts(history: History) -> float | None:

@@ -120,9 +120,9 @@ def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
     return lines(
         measure.title,
         [*curve_series(figures.curves.get("loss"), measure), *_held_out_series(figures, "loss", measure)],
-        unit=f"nats a {figures.trained.loss_of}",
+        unit=f"nats a {figures.trained['loss_of']}",
         restarts=_restarts(figures),
-        commits=[commit.step for commit in figures.commits],
+        commits=[commit["step"] for commit in figures.commits],
         wide=wide,
     )
 

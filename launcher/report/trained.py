@@ -4,8 +4,8 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -32,6 +32,9 @@ _COUNTS = {
 }
 _EXAMPLES = 5
 
+Figures: TypeAlias = dict[str, Any]
+"""A part of a report as `--json` prints it: plain values by their names."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,34 +52,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class TrainedFigures:
-    """The part of the model that learns, and the base under it. `trainable` and `total` count parameters; `loss_of` is what a loss is a mean over."""
-
-    base: str | None
-    base_fingerprint: str | None
-    stored: str | None
-    method: str | None
-    settings: dict[str, Any]
-    trainable: int | None
-    total: int | None
-    objective: str | None
-    optimizer: str | None
-    sequence_length: int | None
-    global_batch: int | None
-    loss_of: str
-
-
-@dataclass(frozen=True)
-class SourceFigures:
-    """One source of the training data."""
-
-    path: str
-    documents: int
-    tokens: int
-    targets: int
-
-
-@dataclass(frozen=True)
 class DataFigures:
     """A compiled data set: `counts` has what became of the rows, `remarks` examples of what is wrong with them."""
 
@@ -85,19 +60,9 @@ class DataFigures:
     documents: int
     tokens: int
     targets: int
-    sources: list[SourceFigures]
+    sources: list[Figures]
     counts: dict[str, int]
     remarks: list[str]
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """The way to do the same again: a command, and the configuration that it reads."""
-
-    command: str
-    config: str
-    versions: dict[str, str] = field(default_factory=dict)
-    snapshot: str | None = None
 
 
 def read_settings(folder: Store, notes: list[str]) -> Settings:
@@ -129,8 +94,9 @@ def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | Non
     return manifest
 
 
-def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> TrainedFigures:
-    """The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
+def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Figures:
+    """The part of the model that learns, and the base under it: `trainable` and `total` count parameters, and a loss is a mean over `loss_of`.
+    The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
     adapter = dict(manifest.adapter) if manifest else {}
@@ -139,20 +105,20 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
     unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
-    return TrainedFigures(
-        base=base.get("path") or settings.get("model.base"),
-        base_fingerprint=base.get("fingerprint"),
-        stored=stored and _stored(stored, double, settings),
-        method=adapter.pop("method", None) or settings.get("tuning.method"),
-        settings=adapter,
-        trainable=sum(map(math.prod, manifest.shapes.values())) if manifest else planned.get("trainable"),
-        total=planned.get("total"),
-        objective=(manifest.objective.get("name", "sft") if manifest else None) or settings.get("objective.name"),
-        optimizer=manifest.optimizer if manifest else settings.get("optim.name"),
-        sequence_length=settings.get("data.sequence_length"),
-        global_batch=settings.get("train.global_batch"),
-        loss_of=unit,
-    )
+    return {
+        "base": base.get("path") or settings.get("model.base"),
+        "base_fingerprint": base.get("fingerprint"),
+        "stored": stored and _stored(stored, double, settings),
+        "method": adapter.pop("method", None) or settings.get("tuning.method"),
+        "settings": adapter,
+        "trainable": sum(map(math.prod, manifest.shapes.values())) if manifest else planned.get("trainable"),
+        "total": planned.get("total"),
+        "objective": (manifest.objective.get("name", "sft") if manifest else None) or settings.get("objective.name"),
+        "optimizer": manifest.optimizer if manifest else settings.get("optim.name"),
+        "sequence_length": settings.get("data.sequence_length"),
+        "global_batch": settings.get("train.global_batch"),
+        "loss_of": unit,
+    }
 
 
 def _stored(kind: str, double: Any, settings: Settings) -> str:
@@ -187,7 +153,12 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
     listed = given if isinstance(given, list) else [given]
     paths = [str(source.get("path") or "") if isinstance(source, Mapping) else "" for source in listed]
     sources = [
-        SourceFigures(path or ", ".join(found.files[:1]), found.documents, found.tokens, found.targets)
+        {
+            "path": path or ", ".join(found.files[:1]),
+            "documents": found.documents,
+            "tokens": found.tokens,
+            "targets": found.targets,
+        }
         for path, found in zip([*paths, *[""] * len(compiled.sources)], compiled.sources, strict=False)
     ]
     counts = {_COUNTS.get(name, name.replace("_", " ")): n for name, n in compiled.counters if n is not None}
@@ -198,16 +169,16 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
     )
 
 
-def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManifest | None) -> Repeat | None:
-    """None where no settings could be read."""
+def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManifest | None) -> Figures | None:
+    """The way to do the same again: a command, and the configuration that it reads. None where no settings could be read."""
     if settings.key is None:
         return None
-    return Repeat(
-        command=f"capstan train run.yaml run.name={name_of(folder).removesuffix('-again')}-again",
-        config=yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
-        versions=dict(manifest.versions) if manifest else _versions(folder),
-        snapshot=layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,
-    )
+    return {
+        "command": f"capstan train run.yaml run.name={name_of(folder).removesuffix('-again')}-again",
+        "config": yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
+        "versions": dict(manifest.versions) if manifest else _versions(folder),
+        "snapshot": layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,
+    }
 
 
 def _versions(folder: Store) -> dict[str, str]:

@@ -228,7 +228,7 @@ def _texts_of(folder: Store) -> set[str]:
     }
     texts |= {record["reason"] for records in streams for record in records if record["kind"] == "end"} - {""}
     texts |= {layer for record in streams[2] if record["kind"] == "experts" for layer in record["shares"]}
-    texts |= {*begun["data"].values(), folder.uri, HOSTILE, read_figures(folder).repeat.config}  # pyright: ignore[reportOptionalMemberAccess]
+    texts |= {*begun["data"].values(), folder.uri, HOSTILE, read_figures(folder).repeat["config"]}  # pyright: ignore[reportOptionalSubscript]
     return texts | {str(path) for path in Path(folder.uri.removeprefix("file://")).parents[1].glob("*.jsonl")}
 
 

@@ -94,13 +94,13 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert [at.outcome for at in figures.starts] == ["lost", "failed", "finished"]
     assert figures.curves["loss"].points == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 1.25), (7, 1.0)]
     assert figures.held_out == {}
-    assert (figures.progress.tokens, figures.progress.lost_seconds) == (7000, 40.0)
+    assert (figures.progress["tokens"], figures.progress["lost_seconds"]) == (7000, 40.0)
     # Four GPUs, from a minute before each start's record to its last: 140, 70 and 120 seconds.
     assert figures.cost is not None
-    assert figures.cost.device == "NVIDIA H100"
-    assert figures.cost.hours == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
-    assert figures.cost.price == pytest.approx(3.0 * figures.cost.hours)
-    assert sum(part.seconds for part in figures.time) == pytest.approx(330)
+    assert figures.cost["device"] == "NVIDIA H100"
+    assert figures.cost["hours"] == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
+    assert figures.cost["price"] == pytest.approx(3.0 * figures.cost["hours"])
+    assert sum(part["seconds"] for part in figures.time) == pytest.approx(330)
 
 
 RUNNING = [start(), step(1), step(2)]
@@ -133,11 +133,11 @@ def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     plan = {"kind": "plan", "device": "cuda", "memory_per_gpu": sizes, "memory_per_host": {"total": 0}, "time": NOW}
     peaks = [step(at, device_peak_bytes=at * 10**9, host_peak_bytes=10**9) for at in (1, 9, 3)]
     figures = read_figures(make_run(store, [start(), plan, *peaks]))
-    assert [(at.of, at.planned, at.measured) for at in figures.memory] == [
+    assert [(at["of"], at["planned"], at["measured"]) for at in figures.memory] == [
         ("one GPU", 10_000_000_000, 9_000_000_000),
         ("rank 0's process on its host", None, 1_000_000_000),
     ]
-    assert sum(figures.memory[0].planned_parts.values()) == figures.memory[0].planned
+    assert sum(figures.memory[0]["planned_parts"].values()) == figures.memory[0]["planned"]
     assert "10.0 GB" in run_page(figures)
 
 
@@ -145,14 +145,14 @@ def test_energy_is_that_of_all_gpu_hours_at_the_mean_power_of_the_steps(store: S
     steps = [step(1), step(2, device_watts=400.0), step(3, device_watts=100.0, seconds=20.0)]
     figures = read_figures(make_run(store, [start(), *steps], [start(step=3, time=NOW + 300)]))
     assert figures.cost is not None
-    assert figures.cost.watts == pytest.approx((400 * 10 + 100 * 20) / 30)
-    assert figures.cost.energy == pytest.approx(200 * figures.cost.hours)
+    assert figures.cost["watts"] == pytest.approx((400 * 10 + 100 * 20) / 30)
+    assert figures.cost["energy"] == pytest.approx(200 * figures.cost["hours"])
     page = run_page(figures)
-    assert f"{figures.cost.energy:.3g} Wh<" in page
+    assert f"{figures.cost['energy']:.3g} Wh<" in page
     assert "Power of rank 0" in page
     untold = read_figures(make_run(store, [start(), step(1)], name="untold"))
     assert untold.cost is not None
-    assert untold.cost.energy is None
+    assert untold.cost["energy"] is None
     assert "cost/energy" not in run_page(untold)
 
 
