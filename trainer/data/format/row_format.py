@@ -18,6 +18,8 @@ Values = Mapping[str, Any]
 """The values of a row by the names that fields have here, without those that the row lacks."""
 MESSAGES = ("messages", "conversations", "conversation")
 """The names that data sets give the field of a conversation."""
+OPTIONAL = ("system", "history", "input", "tools")
+"""The fields that a row may lack, in every format that has them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,6 @@ class RowFormat:
         kind: the format that its rows become before they are tokenized; what is trained follows from it.
         fits: whether a row with these values is of the format.
         read: makes a row of the format's kind of the values; None where the row is one already.
-        needs: the fields without which `read` cannot do.
         names: names that rows give a field, where there are others than the field's own; the first is looked for first.
         place: of the formats that fit equally many of the first rows, the one with the lowest place is taken.
         wider: a format that reads more fields than this one, and what those of this one are called there.
@@ -39,10 +40,14 @@ class RowFormat:
     kind: str
     fits: Callable[[Values], bool]
     read: Callable[[Values], Row] | None = None
-    needs: tuple[str, ...] = ()
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     place: int = 100
     wider: tuple[str, Mapping[str, str]] | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields without which `read` cannot do."""
+        return tuple(name for name in self.fields if name not in OPTIONAL)
 
     def called(self, name: str) -> tuple[str, ...]:
         return self.names.get(name, (name,))

@@ -7,16 +7,12 @@ _INPUT = {"input": ("input", "context")}
 _NAMES = {**_INPUT, "output": ("output", "response")}
 
 
-def _read_alpaca(values: Values) -> Row:
-    return {"messages": [*ask(values), says("assistant", values["output"])]}
-
-
-def _read_alpaca_pair(values: Values) -> Row:
+def _read_pair(values: Values) -> Row:
     answers = {name: [says("assistant", values[name])] for name in ("chosen", "rejected")}
     return {"prompt": ask(values), **answers}
 
 
-def _read_labelled_alpaca(values: Values) -> Row:
+def _read_labelled(values: Values) -> Row:
     return {"prompt": ask(values), "completion": [says("assistant", values["output"])], "label": values["label"]}
 
 
@@ -25,8 +21,7 @@ ROW_FORMATS = {
         ("instruction", "input", "output", "system", "history"),
         "chat",
         fit_texts("instruction", "output"),
-        _read_alpaca,
-        ("instruction", "output"),
+        lambda values: {"messages": [*ask(values), says("assistant", values["output"])]},
         _NAMES,
         place=30,
     ),
@@ -34,8 +29,7 @@ ROW_FORMATS = {
         ("instruction", "input", "chosen", "rejected", "system", "history"),
         "preference",
         fit_texts("instruction", "chosen", "rejected"),
-        _read_alpaca_pair,
-        ("instruction", "chosen", "rejected"),
+        _read_pair,
         _INPUT,
         place=90,
     ),
@@ -43,8 +37,7 @@ ROW_FORMATS = {
         ("instruction", "input", "output", "label", "system", "history"),
         "labelled",
         lambda values: fit_texts("instruction", "output")(values) and is_label(values.get("label")),
-        _read_labelled_alpaca,
-        ("instruction", "output", "label"),
+        _read_labelled,
         {**_NAMES, "label": ("label", "kto_tag")},
         place=120,
     ),

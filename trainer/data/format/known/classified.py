@@ -1,4 +1,4 @@
-"""Rows of a text, or of a conversation, and its class."""
+"""Rows of a text, or of a conversation, and its class, and rows of words, each of which has a tag."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,10 +44,16 @@ def _of_messages(kind: str, fits: Callable[[Any], bool], place: int) -> RowForma
         kind,
         lambda values: is_talk(values.get("messages")) and fits(values.get("label")),
         _read_messages,
-        ("messages", "label"),
         {"messages": MESSAGES, "label": ("label", "labels")},
         place=place,
     )
+
+
+def _are_tagged_words(values: Values) -> bool:
+    words, tags = values.get("words"), values.get("tags")
+    if not (isinstance(words, list) and isinstance(tags, list) and words and len(words) == len(tags)):
+        return False
+    return is_text(*words) and all(isinstance(tag, str | int) for tag in tags)
 
 
 ROW_FORMATS = {
@@ -55,4 +61,11 @@ ROW_FORMATS = {
     "classified_messages": _of_messages("classified", _is_class, 150),
     "multilabel": _of_texts("multilabel", _are_classes, 152),
     "multilabel_messages": _of_messages("multilabel", _are_classes, 154),
+    "tagged": RowFormat(
+        ("words", "tags"),
+        "tagged",
+        _are_tagged_words,
+        names={"words": ("words", "tokens"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
+        place=160,
+    ),
 }

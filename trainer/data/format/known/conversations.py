@@ -15,16 +15,12 @@ from trainer.data.format.row_format import (
 )
 
 
-def _read_sharegpt(values: Values) -> Row:
-    return {"messages": with_system(values, talk(values)), "tools": tools(values)}
-
-
-def _read_sharegpt_pair(values: Values) -> Row:
+def _read_pair(values: Values) -> Row:
     answers = {name: [values[name]] for name in ("chosen", "rejected")}
     return {"prompt": with_system(values, talk(values)), **answers, "tools": tools(values)}
 
 
-def _read_labelled_messages(values: Values) -> Row:
+def _read_labelled(values: Values) -> Row:
     messages = with_system(values, talk(values))
     return {"prompt": messages[:-1], "completion": messages[-1:], "label": values["label"], "tools": tools(values)}
 
@@ -35,8 +31,7 @@ ROW_FORMATS = {
         ("messages", "system", "tools"),
         "chat",
         fit_talks("messages"),
-        _read_sharegpt,
-        ("messages",),
+        lambda values: {"messages": with_system(values, talk(values)), "tools": tools(values)},
         {"messages": ("conversations", "conversation")},
         place=20,
     ),
@@ -44,8 +39,7 @@ ROW_FORMATS = {
         ("messages", "chosen", "rejected", "system", "tools"),
         "preference",
         lambda values: is_talk(values.get("messages"), [values.get("chosen")], [values.get("rejected")]),
-        _read_sharegpt_pair,
-        ("messages", "chosen", "rejected"),
+        _read_pair,
         {"messages": ("conversations", "conversation", "messages")},
         place=80,
     ),
@@ -53,8 +47,7 @@ ROW_FORMATS = {
         ("messages", "label", "system", "tools"),
         "labelled",
         lambda values: is_talk(values.get("messages")) and is_label(values.get("label")),
-        _read_labelled_messages,
-        ("messages", "label"),
+        _read_labelled,
         {"messages": MESSAGES, "label": ("label", "kto_tag")},
         place=110,
     ),

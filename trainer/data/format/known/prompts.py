@@ -12,11 +12,7 @@ def _answers_fit(values: Values) -> bool:
     )
 
 
-def _read_question(values: Values) -> Row:
-    return {"messages": [says("user", values["question"]), says("assistant", values["answer"])]}
-
-
-def _read_prompt_messages(values: Values) -> Row:
+def _read_messages(values: Values) -> Row:
     prompt = [untrained(message) for message in talk(values, "prompt")]
     return {"messages": [*prompt, *talk(values, "completion")], "tools": values.get("tools")}
 
@@ -35,16 +31,14 @@ ROW_FORMATS = {
         ("prompt", "completion", "tools"),
         "chat",
         fit_talks("prompt", "completion"),
-        _read_prompt_messages,
-        ("prompt", "completion"),
+        _read_messages,
         place=50,
     ),
     "question_answer": RowFormat(
         ("question", "answer"),
         "chat",
         fit_texts("question", "answer"),
-        _read_question,
-        ("question", "answer"),
+        lambda values: {"messages": [says("user", values["question"]), says("assistant", values["answer"])]},
         place=60,
         wider=("alpaca", {"question": "instruction", "answer": "output"}),
     ),

@@ -8,7 +8,5 @@ def _read(values: Values) -> Row:
 
 
 ROW_FORMATS = {
-    "riddle": RowFormat(
-        ("riddle", "solution"), "chat", fit_texts("riddle", "solution"), _read, ("riddle", "solution"), place=200
-    )
+    "riddle": RowFormat(("riddle", "solution"), "chat", fit_texts("riddle", "solution"), _read, place=200),
 }
