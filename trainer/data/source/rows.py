@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.source.files import SourceFile
 from trainer.data.source.json_array import elements
-from trainer.errors import DataError
+from trainer.errors import NOT_JSON, DataError
 from trainer.store.store import Store
 
 BATCH_ROWS = 128
@@ -90,55 +90,42 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
 
 
+def _text(line: str) -> Row | DataError:
+    return {"text": line.rstrip("\r\n")}
+
+
+def _object(line: str) -> Row | DataError:
+    try:
+        row = json.loads(line)
+    except NOT_JSON as error:
+        return DataError(f"not JSON ({error})")
+    return row if isinstance(row, dict) else _no_object(row)
+
+
 @dataclass(frozen=True)
 class Lines:
-    """Lines of JSON, each with its end. `begins` says whether the first is that of the file."""
+    """Lines of a file, each with its end. `begins` says whether the first is that of the file, and `row` makes a row of one."""
 
     lines: list[bytes]
     begins: bool
+    row: Callable[[str], Row | DataError] = _object
 
     def rows(self) -> Iterable[Row | DataError | None]:
         for index, line in enumerate(self.lines):
-            yield self._row(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
+            yield self._read(line.removeprefix(codecs.BOM_UTF8) if self.begins and not index else line)
 
-    def _row(self, line: bytes) -> Row | DataError | None:
-        return _parse(line)
+    def _read(self, line: bytes) -> Row | DataError | None:
+        if not line or line.isspace():
+            return None
+        if len(line) > LONGEST_LINE:
+            return DataError(f"the line has more than {LONGEST_LINE:,} bytes")
+        try:
+            return self.row(line.decode())
+        except UnicodeDecodeError as error:
+            return DataError(f"not UTF-8 ({error})")
 
     def count(self) -> int:
         return sum(not line.isspace() for line in self.lines)
-
-
-@dataclass(frozen=True)
-class PlainLines(Lines):
-    """Lines of text, each with its end: a row each, whose text it is."""
-
-    def _row(self, line: bytes) -> Row | DataError | None:
-        return _text(line)
-
-
-def _text(line: bytes) -> Row | DataError | None:
-    if not line or line.isspace():
-        return None
-    if len(line) > LONGEST_LINE:
-        return DataError(f"the line has more than {LONGEST_LINE:,} bytes")
-    try:
-        return {"text": line.decode().rstrip("\r\n")}
-    except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8 ({error})")
-
-
-def _parse(line: bytes) -> Row | DataError | None:
-    if not line or line.isspace():
-        return None
-    if len(line) > LONGEST_LINE:
-        return DataError(f"not JSON (the line has more than {LONGEST_LINE:,} bytes)")
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8 ({error})")
-    except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON ({error})")
-    return row if isinstance(row, dict) else _no_object(row)
 
 
 def _no_object(element: Any) -> DataError:
@@ -146,14 +133,14 @@ def _no_object(element: Any) -> DataError:
 
 
 def _lines(
-    file: SourceFile, compression: str | None, content: Callable[[list[bytes], bool], Content] = Lines
+    file: SourceFile, compression: str | None, row: Callable[[str], Row | DataError] = _object
 ) -> Iterator[Batch]:
     source = buffered(file)
     stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
     lines = ((line, len(line)) for line in _bounded_lines(stream))
     for first, part, read in _portions(lines):
         # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
-        yield Batch(file.uri, first, content(part, first == 1), source.tell() if compression else read)
+        yield Batch(file.uri, first, Lines(part, first == 1, row), source.tell() if compression else read)
 
 
 @dataclass(frozen=True)
@@ -292,6 +279,6 @@ TEXTS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
     ".json": _json,
     ".csv": partial(_separated, delimiter=","),
     ".tsv": partial(_separated, delimiter="\t"),
-    ".txt": partial(_lines, content=PlainLines),
+    ".txt": partial(_lines, row=_text),
 }
 """The reader of each kind of text; it gets a file and its compression."""
