@@ -141,18 +141,17 @@ class Renderer:
         Raises:
             DataError: the row lacks a field, or a value is not what the format needs.
         """
-        match self._data.format:
-            case "chat":
-                return self._chat.render(self._field(row, "messages"), tools_of(row, self._data))
-            case "segments":
-                return _joined_segments(self._field(row, "segments"))
-            case "prompt_completion":
-                prompt, completion = (text_of(self._field(row, name), name) for name in ("prompt", "completion"))
-            case _:  # text
-                prompt, completion = "", text_of(self._field(row, "text"), "text")
-        start = 0 if self._wanted.roles == "all" else len(prompt)
+        if self._data.format == "chat":
+            return self._chat.render(self._field(row, "messages"), tools_of(row, self._data))
+        parts, everything = self._parts(row), self._wanted.roles == "all"
+        ends = accumulate(len(text) for text, _ in parts)
+        spans = [
+            (end - len(text), end)
+            for end, (text, answers) in zip(ends, parts, strict=True)
+            if text and (answers or everything)
+        ]
         # An empty completion is a gap in the data: it must not teach the model to say nothing.
-        return Rendered(prompt + completion, [(start, len(prompt) + len(completion))], end_trained=bool(completion))
+        return Rendered("".join(text for text, _ in parts), joined(spans), end_trained=bool(parts[-1][0]))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         """The turns of a row, in any format: a completion is an assistant's turn, and so is a plain text.
@@ -160,18 +159,21 @@ class Renderer:
         Raises:
             DataError: as `render`.
         """
+        if self._data.format == "chat":
+            messages = read_messages(self._field(row, "messages"))
+            return turns_of(without_system(messages) if self._data.drop_system else messages)
+        return [Turn("assistant" if answers else "user", text) for text, answers in self._parts(row)]
+
+    def _parts(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
+        """The texts of a row that no template writes, end to end, and whether each is an answer, which is trained in any case."""
         match self._data.format:
-            case "chat":
-                messages = read_messages(self._field(row, "messages"))
-                return turns_of(without_system(messages) if self._data.drop_system else messages)
             case "segments":
-                parts = _segments(self._field(row, "segments"))
-                return [Turn("assistant" if trained else "user", text) for text, trained in parts]
+                return _segments(self._field(row, "segments"))
             case "prompt_completion":
-                roles = {"prompt": "user", "completion": "assistant"}
-                return [Turn(role, text_of(self._field(row, name), name)) for name, role in roles.items()]
+                names = ("prompt", "completion")
+                return [(text_of(self._field(row, name), name), name == "completion") for name in names]
             case _:  # text
-                return [Turn("assistant", text_of(self._field(row, "text"), "text"))]
+                return [(text_of(self._field(row, "text"), "text"), True)]
 
     def _field(self, row: dict[str, Any], name: str) -> Any:
         return field_of(row, name, self._data)
@@ -227,14 +229,6 @@ def _segments(given: Any) -> list[tuple[str, bool]]:
     return [
         (text_of(part.get("text"), f"text of segment {number}"), part["label"]) for number, part in enumerate(given, 1)
     ]
-
-
-def _joined_segments(given: Any) -> Rendered:
-    """The segments as one text, to which nothing is added."""
-    parts = _segments(given)
-    ends = list(accumulate(len(text) for text, _ in parts))
-    spans = [(end - len(text), end) for end, (text, trained) in zip(ends, parts, strict=True) if trained and text]
-    return Rendered("".join(text for text, _ in parts), joined(spans))
 
 
 def field_of(row: dict[str, Any], name: str, data: Data) -> Any:

@@ -238,7 +238,7 @@ class ChatText:
                 begin = moved_place(edits[turn].begin, everything) + edits[turn].text.index(thought)
                 yield block_around(form, text, (begin, begin + len(thought)))
             elif thought_of(message) and turn not in dropped:
-                place = talk.thought(turn, whole, with_thought(message, _MARK), _MARK)
+                place = talk.marked(turn, whole, with_thought(message, _MARK), _MARK)
                 if place is None:
                     raise DataError(
                         f"turn {turn + 1}: its thinking is not found in the conversation's text, so it cannot be left untrained"

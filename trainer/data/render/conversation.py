@@ -171,11 +171,12 @@ class Conversation:
         found = ((max(place[0], begin + start), min(place[1], begin + end)) for start, end in message[UNTRAINED])
         return [(start, end) for start, end in found if start < end]
 
-    def thought(self, turn: int, whole: str, marked: Message, mark: str) -> Span | None:
-        """Where the thought of a turn lies; `marked` is its message with `mark` in the thought's place."""
-        before, found, after = self._with(turn, marked).partition(mark)
+    def marked(self, turn: int, whole: str, message: Message, mark: str) -> Span | None:
+        """The characters in whose place `mark` stands once `message` is that of the turn; None where that cannot be told."""
+        before, found, after = self._with(turn, message).partition(mark)
         if not found or mark in after or not whole.endswith(after):
             return None
+        # Templates write a line break between a content and a call; of an empty content that would be the one before the call.
         begin = shared_beginning(before, whole)
         return begin, max(begin, len(whole) - len(after))
 
@@ -191,16 +192,8 @@ class Conversation:
     def content(self, turn: int, whole: str) -> Span | None:
         """The characters in which the text differs once the content of the turn is another; None where that cannot be told."""
         if turn not in self._contents:
-            self._contents[turn] = self._find_content(turn, whole)
+            self._contents[turn] = self.marked(turn, whole, {**self._messages[turn], "content": _MARK}, _MARK)
         return self._contents[turn]
-
-    def _find_content(self, turn: int, whole: str) -> Span | None:
-        before, mark, after = self._with(turn, {**self._messages[turn], "content": _MARK}).partition(_MARK)
-        if not mark or _MARK in after or not whole.endswith(after):
-            return None
-        # Templates write a line break between a content and a call; of an empty content that would be the one before the call.
-        begin = shared_beginning(before, whole)
-        return begin, max(begin, len(whole) - len(after))
 
     def _begin(self, turn: int, whole: str, anchor: int, otherwise: Misplaced) -> int:
         """The place behind the generation prompt of a turn whose words or calls begin at `anchor`.

@@ -20,6 +20,8 @@ from trainer.processes.time_limit import OutOfTime, time_limit
 # The same expression as in transformers, which fills the mask only if it matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKED, _SAID = "\ue0f3asked\ue0f3", "\ue0f4said\ue0f4"
+_QUESTION: Message = {"role": "user", "content": _ASKED}
+_ANSWER: Message = {"role": "assistant", "content": _SAID}
 
 RENDER_SECONDS = 30.0
 """A template renders a conversation in milliseconds; one that has not ended by now never will."""
@@ -66,26 +68,24 @@ class ChatTemplate:
     @cached_property
     def end(self) -> str:
         """The text that the template writes behind the answer that ends a conversation, without white space around it."""
-        try:
-            text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}])
-        except DataError:
-            return ""
-        return text.rpartition(_SAID)[2].strip()
+        return self._behind_the_answer(_QUESTION, _ANSWER).strip()
 
     @cached_property
     def behind_an_answer(self) -> str:
         """The text that the template writes behind an answer to which another question follows."""
-        ask = {"role": "user", "content": _ASKED}
+        return self._behind_the_answer(_QUESTION, _ANSWER, _QUESTION)
+
+    def _behind_the_answer(self, *messages: Message) -> str:
+        """Empty where the template refuses such a conversation."""
         try:
-            return self.render([ask, {"role": "assistant", "content": _SAID}, ask]).rpartition(_SAID)[2]
+            return self.render(messages).rpartition(_SAID)[2]
         except DataError:
             return ""
 
     def check_prompt(self) -> None:
         """Raises `ConfigError` where the template writes the generation prompt behind the last answer, too: it would be trained there."""
-        ask = {"role": "user", "content": _ASKED}
         try:
-            asked, talk = self.render([ask]), self.render([ask, {"role": "assistant", "content": _SAID}])
+            asked, talk = self.render([_QUESTION]), self.render([_QUESTION, _ANSWER])
         except DataError:
             return
         # Where another question follows, the text behind the answer goes on otherwise.
@@ -116,7 +116,7 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether contents must be lists of parts: as text they do not come out."""
-        talk = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+        talk = [_QUESTION, _ANSWER]
         return not self._shows(talk, _ASKED, _SAID) and self._shows(list(map(_in_parts, talk)), _ASKED, _SAID)
 
     @cached_property
