@@ -20,7 +20,6 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
@@ -39,6 +38,7 @@ from trainer.processes.ranks import Ranks
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
+from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective

@@ -24,6 +24,7 @@ from trainer.base.find.locate import in_bucket
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.run import layout
+from trainer.store.canonical_json import digest_of
 from trainer.store.safetensors_index import PackedSources
 from trainer.store.store import Store
 
@@ -122,7 +123,7 @@ def open_cache(folder: Store) -> BaseCache:
     try:
         outer = json.loads(folder.get(MANIFEST))
         body: dict[str, Any] = outer["body"]
-        if outer["sha256"] != _digest(body):
+        if outer["sha256"] != digest_of(body):
             raise ValueError("its hash differs")
         if body["format"] != FORMAT:
             raise ValueError(f"its format is {shown(body['format'])}")
@@ -195,7 +196,7 @@ def _commit(folder: Store, parts: list[dict[str, list[list[Any]]]], means: dict[
             tensors.setdefault(name, []).extend(extents)
     body = {"format": FORMAT, "tensors": tensors, "means": means}
     try:
-        folder.create(MANIFEST, json.dumps({"sha256": _digest(body), "body": body}).encode())
+        folder.create(MANIFEST, json.dumps({"sha256": digest_of(body), "body": body}).encode())
     except AlreadyExists:
         pass  # another run was first, with the same bytes
     except StorageError as error:
@@ -250,7 +251,3 @@ def _hashes(data: bytes | bytearray) -> str:
     view = memoryview(data)
     chunks = (view[begin : begin + CHUNK_BYTES] for begin in range(0, len(view), CHUNK_BYTES))
     return "".join(hashlib.sha256(chunk).hexdigest()[:_HASH_CHARACTERS] for chunk in chunks)
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
+from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store
 
 FORMAT = 3
@@ -38,11 +39,6 @@ class Record(BaseModel):
         """Its JSON, without what is empty in most data sets: `None` has no key."""
         tree = self.model_dump(mode="json", exclude_none=True)
         return json.dumps({**tree, _SEAL: digest_of(tree)}, indent=1, ensure_ascii=False).encode()
-
-
-def digest_of(tree: Any) -> str:
-    """The SHA-256 of a tree of JSON, in hexadecimal."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def unsealed(kind: type[R], data: bytes, where: str) -> R:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from trainer.data.dataset.manifest import digest_of
 from trainer.errors import NOT_JSON, Damaged
+from trainer.store.canonical_json import canonical, digest_of
 from trainer.store.store import Store
 
 _TENSOR = "log_p"
@@ -39,7 +39,7 @@ def references_key(facts: Mapping[str, Any]) -> str:
 
 def write_references(folder: Store, facts: Mapping[str, Any], references: References) -> None:
     """Write or replace them; they become visible whole or not at all."""
-    texts = {"facts": _canonical(facts), "progress": _canonical(references.progress)}
+    texts = {"facts": canonical(facts), "progress": canonical(references.progress)}
     values = np.ascontiguousarray(references.log_p, np.float32)
     folder.put(references_key(facts), save({_TENSOR: values}, {**texts, "sha256": _digest(texts, values)}))
 
@@ -60,7 +60,7 @@ def read_references(folder: Store, facts: Mapping[str, Any], documents: int) -> 
         digest = texts.pop("sha256")
         if digest != _digest(texts, values):
             raise ValueError("its content does not match its sha256")
-        if texts["facts"] != _canonical(facts):
+        if texts["facts"] != canonical(facts):
             raise ValueError("it was computed from something else")
         if values.dtype != np.float32 or values.ndim != 2 or len(values) != documents:
             raise ValueError(f"it has {values.dtype} values of shape {values.shape} for {documents} documents")
@@ -69,9 +69,5 @@ def read_references(folder: Store, facts: Mapping[str, Any], documents: int) -> 
         raise Damaged(f"{folder.uri}/{key} is damaged: {error}.") from error
 
 
-def _canonical(tree: Any) -> str:
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
-
-
 def _digest(texts: Mapping[str, str], values: NDArray[np.float32]) -> str:
-    return hashlib.sha256(_canonical([texts["facts"], texts["progress"]]).encode() + values.tobytes()).hexdigest()
+    return hashlib.sha256(canonical([texts["facts"], texts["progress"]]).encode() + values.tobytes()).hexdigest()

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import Reads
-from trainer.data.dataset.manifest import Count, Record, Sha256, digest_of, unsealed
+from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
 from trainer.errors import AlreadyExists, Damaged, NotFound
 from trainer.run import layout
+from trainer.store.canonical_json import digest_of
 from trainer.store.store import Buffer, Store
 from trainer.tuning.objective.teacher import Teacher, id_bytes
 

@@ -12,7 +12,6 @@ from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.chapters import open_chapters, whole
 from trainer.data.dataset.dataset import open_dataset
-from trainer.data.dataset.manifest import digest_of
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.settings import eval_order, train_order
 from trainer.evaluate.measure.prompts import Prompter
@@ -22,6 +21,7 @@ from trainer.evaluate.rollout.sampling import Drawn, Request, seed_of
 from trainer.evaluate.rollout.scoring import Scoring
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
+from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity
 

@@ -5,7 +5,6 @@ manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md de
 each shard's intervals, is read for ever.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from trainer.state.checkpoint.division import EvenDivision
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
+from trainer.store.canonical_json import canonical, digest_of
 from trainer.store.store import Store
 
 FORMAT = 3
@@ -127,8 +127,8 @@ class CheckpointManifest:
                 del body[name]
         if self.optimizer == "adamw":
             del body["optimizer"]  # and so are those of AdamW
-        digest = hashlib.sha256(_canonical(body)).hexdigest()
-        return json.dumps({"format": FORMAT, "sha256": digest, "body": body}, sort_keys=True, allow_nan=False).encode()
+        tree = {"format": FORMAT, "sha256": digest_of(body), "body": body}
+        return json.dumps(tree, sort_keys=True, allow_nan=False).encode()
 
 
 def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, float]:
@@ -140,10 +140,6 @@ def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, floa
 
 
 _READER = TypeAdapter(CheckpointManifest)
-
-
-def _canonical(body: Any) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -159,7 +155,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     try:
         tree = json.loads(data)
         number, body, digest = tree["format"], tree["body"], tree["sha256"]
-        canonical = _canonical(body)
+        text = canonical(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{where} is damaged: it is not a manifest.") from error
     if type(number) is not int or number < _LISTING_FORMAT:
@@ -169,10 +165,10 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
             f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version "
             "that wrote it."
         )
-    if digest != hashlib.sha256(canonical).hexdigest():
+    if digest != digest_of(body):
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")
     try:
-        manifest = _READER.validate_json(canonical)
+        manifest = _READER.validate_json(text)
     except ValidationError as error:
         raise Damaged(f"{where} is damaged: {_first_problem(error)}.") from error
     if manifest.optimizer not in optimizers():
