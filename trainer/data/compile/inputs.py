@@ -1,7 +1,8 @@
 """The files of each of a run's data sets, which of their rows it has, and the settings that they are read by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +10,13 @@ from trainer.config import Config, Data, Source
 from trainer.config.data.row_kinds import LIKELY, PLAIN
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
-from trainer.data.compile.labels import labels_of
-from trainer.data.format.formats import FORMATS
+from trainer.data.format.formats import FORMATS, Row, or_error
+from trainer.data.format.known.classified import label_name
 from trainer.data.render.templates.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, expand, with_take
 from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, DataError
 from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
@@ -53,8 +54,41 @@ def with_labels(config: Config) -> Config:
     if head is None or not head.labelled or data.labels:
         return config
     files = _read(config, data, data.train, "data.train")
-    labels = labels_of(tuple(files))
+    labels = _labels_of(tuple(files))
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
+
+
+@lru_cache(maxsize=4)
+def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
+    """The classes of all rows of the files of `data.train`: numbers by their size, else in the order of the alphabet.
+
+    Raises:
+        DataError: a file is damaged, or there are not two classes.
+    """
+    found = {name for file in files for name in _names(file)}
+    if not found:
+        raise DataError("data.train: no row has a class. Check data.format and data.fields.label.")
+    if len(found) == 1:
+        raise DataError(
+            f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in data.labels."
+        )
+    return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+
+
+def _names(file: SourceFile) -> Iterator[str]:
+    """The classes of the rows that have one; others are bad rows, which the compilation counts or refuses."""
+    assert file.form is not None
+    names = file.form.names
+    called = names.get("label") or names["tags"]
+
+    def read(row: Row) -> list[str]:
+        given = row.get(called)
+        return [label_name(value) for value in (given if isinstance(given, list) else [given])]
+
+    for _, row in rows(file, lambda _: None):
+        found = or_error(read, row)
+        if not isinstance(found, DataError):
+            yield from found
 
 
 def find_train(config: Config) -> Input:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from trainer.data.dataset.dataset import Dataset, Reads, open_chapter
 from trainer.data.dataset.manifest import read_manifest
@@ -105,12 +105,8 @@ def whole(dataset: Dataset) -> Chapters:
 
 def open_chapters(store: Store, fingerprint: str, folder: Store) -> Chapters:
     """The chapters of a data set for the ranks of `folder`; the first one is there."""
-
-    def open_one(chapter: int) -> Dataset:
-        return open_chapter(store, fingerprint, chapter)
-
     count = read_manifest(store, fingerprint, chapter=0).chapters
-    return Chapters(count, open_one, lambda: given_up(folder))
+    return Chapters(count, partial(open_chapter, store, fingerprint), lambda: given_up(folder))
 
 
 def give_up(folder: Store, error: BaseException) -> None:
