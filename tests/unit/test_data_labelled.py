@@ -19,7 +19,8 @@ from trainer.data.dataset.dataset import Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.labelled import Labelled, labelled_renderer
+from trainer.data.render.answers import AnswersRenderer
+from trainer.data.render.labelled import Labelled, documents, read
 from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
@@ -32,7 +33,7 @@ def settings(**options: Any) -> Data:
 
 
 def rendered(*rows: dict[str, Any], template: str | None = CHATML, **options: Any) -> list[Labelled]:
-    found = labelled_renderer(tokenizer(template), settings(**options)).encode(rows)
+    found = AnswersRenderer(tokenizer(template), settings(**options), read, documents).encode(rows)
     for answer in found:
         if isinstance(answer, DataError):
             raise answer

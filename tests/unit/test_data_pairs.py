@@ -18,7 +18,8 @@ from trainer.data.dataset.dataset import Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.pairs import Pair, pair_renderer
+from trainer.data.render.answers import AnswersRenderer
+from trainer.data.render.pairs import Pair, documents, read
 from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
@@ -36,7 +37,7 @@ def settings(**options: Any) -> Data:
 
 
 def one(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> Pair:
-    (pair,) = pair_renderer(tokenizer(template), settings(**options)).encode([row])
+    (pair,) = AnswersRenderer(tokenizer(template), settings(**options), read, documents).encode([row])
     if isinstance(pair, DataError):
         raise pair
     return pair
@@ -97,10 +98,10 @@ def test_messages_and_strings_may_stand_in_one_file() -> None:
         {"chosen": [USER, YO], "rejected": [USER, BRIEF]},
         {"chosen": 3},
     ]
-    found = pair_renderer(tokenizer(), settings()).encode(rows)
+    found = AnswersRenderer(tokenizer(), settings(), read, documents).encode(rows)
     assert [type(pair) for pair in found] == [Pair, Pair, DataError]
     with pytest.raises(ConfigError, match=r"data\.template: not set"):
-        pair_renderer(tokenizer(None), settings()).encode(rows)
+        AnswersRenderer(tokenizer(None), settings(), read, documents).encode(rows)
 
 
 @pytest.mark.parametrize(

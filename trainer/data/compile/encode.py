@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
-from trainer.data.render.alternatives import Alternatives, alternatives_renderer
+from trainer.data.render import alternatives, labelled, pairs
+from trainer.data.render.alternatives import Alternatives
 from trainer.data.render.answers import AnswersRenderer
 from trainer.data.render.chat import Example, Renderer, Turn
 from trainer.data.render.classified import Classified, ClassifiedRenderer
-from trainer.data.render.labelled import Labelled, labelled_renderer, one_kind
-from trainer.data.render.pairs import Pair, pair_renderer
+from trainer.data.render.labelled import Labelled, one_kind
+from trainer.data.render.pairs import Pair
 from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
@@ -52,12 +54,12 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
 
 
 _RENDERERS = {
-    "preference": pair_renderer,
-    "labelled": labelled_renderer,
+    "preference": partial(AnswersRenderer, read=pairs.read, documents=pairs.documents),
+    "labelled": partial(AnswersRenderer, read=labelled.read, documents=labelled.documents),
+    "answers": partial(AnswersRenderer, read=alternatives.read, documents=alternatives.documents),
     "classified": ClassifiedRenderer,
     "multilabel": ClassifiedRenderer,
     "tagged": TaggedRenderer,
-    "answers": alternatives_renderer,
 }
 _RowRenderer = Renderer | AnswersRenderer[Any] | ClassifiedRenderer | TaggedRenderer
 Document = Alternatives | Example | Pair | Labelled | Classified | Tagged

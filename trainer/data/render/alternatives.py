@@ -5,10 +5,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.format.messages import text_of, untrained
-from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, messages_of
+from trainer.data.render.answers import Encoded, ReadRow, Row, messages_of
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
@@ -41,12 +40,7 @@ class Alternatives(Answers):
         return [replace(self, answers=group) for group in groups]
 
 
-def alternatives_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Alternatives]:
-    """The renderer of rows of the kind answers."""
-    return AnswersRenderer(tokenizer, data, _read, _documents)
-
-
-def _read(row: Row, data: Data) -> ReadRow:
+def read(row: Row, data: Data) -> ReadRow:
     prompt, answers = (field_of(row, name, data) for name in ("prompt", "answers"))
     if not isinstance(answers, list) or not answers:
         raise DataError("answers: this is no list with at least one answer")
@@ -65,7 +59,7 @@ def _messages(answer: Any) -> list[Row]:
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else messages_of(answer, "answers")
 
 
-def _documents(rows: list[Encoded], data: Data) -> list[Alternatives | DataError]:
+def documents(rows: list[Encoded], data: Data) -> list[Alternatives | DataError]:
     return [_together(answers, data) for _, answers in rows]
 
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.format.messages import text_of, untrained
-from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, messages_of
+from trainer.data.render.answers import Encoded, ReadRow, Row, messages_of
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
@@ -30,12 +29,7 @@ class Labelled(Answers):
         return self if len(self.tokens) <= limit else replace(self, answers=(self.answers[0].cut(limit),))
 
 
-def labelled_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Labelled]:
-    """The renderer of rows of the kind labelled."""
-    return AnswersRenderer(tokenizer, data, _read, _documents)
-
-
-def _read(row: Row, data: Data) -> ReadRow:
+def read(row: Row, data: Data) -> ReadRow:
     prompt, completion, label = (field_of(row, name, data) for name in ("prompt", "completion", "label"))
     label = _WRITTEN.get(label, label) if isinstance(label, str) else label
     if not isinstance(label, bool):
@@ -48,7 +42,7 @@ def _read(row: Row, data: Data) -> ReadRow:
     return ReadRow([texts], [Turn("user", texts["prompt"]), Turn("assistant", texts["completion"])], label)
 
 
-def _documents(rows: list[Encoded], data: Data) -> list[Labelled | DataError]:
+def documents(rows: list[Encoded], data: Data) -> list[Labelled | DataError]:
     found = [_labelled(answer, row.desired) for row, (answer,) in rows]
     paired = iter(_paired([one for one in found if isinstance(one, Labelled) and one.teaches], data))
     return [next(paired) if isinstance(one, Labelled) and one.teaches else one for one in found]

@@ -10,12 +10,11 @@ from itertools import takewhile
 
 import numpy as np
 
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import REJECTED_BIT
 from trainer.data.format.messages import Message, text_of, untrained
 from trainer.data.format.spans import shared_beginning
-from trainer.data.render.answers import AnswersRenderer, Encoded, ReadRow, Row, messages_of
+from trainer.data.render.answers import Encoded, ReadRow, Row, messages_of
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
 from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
@@ -42,12 +41,7 @@ class Pair(Answers):
         return replace(self, answers=(chosen, rejected.cut(limit - len(chosen.tokens) + shared)))
 
 
-def pair_renderer(tokenizer: Tokenizer, data: Data) -> AnswersRenderer[Pair]:
-    """The renderer of rows of the kind preference."""
-    return AnswersRenderer(tokenizer, data, _read, _pairs)
-
-
-def _read(row: Row, data: Data) -> ReadRow:
+def read(row: Row, data: Data) -> ReadRow:
     chosen, rejected = (field_of(row, name, data) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError("chosen and rejected are the same, so nothing is preferred")
@@ -85,7 +79,7 @@ def _shared_words(chosen: str, rejected: str) -> str:
     return words[0] if words else ""
 
 
-def _pairs(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
+def documents(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
     return [_pair(chosen, rejected, data) for _, (chosen, rejected) in rows]
 
 
