@@ -68,7 +68,6 @@ class LossHead(nn.Linear):
 
     factor = divisor = 1.0
     softcap: float | None = None
-    active = True
     trainable_tokens_delta: nn.Parameter  # PEFT's name
     _ids: Tensor
     _start: Tensor
@@ -76,7 +75,7 @@ class LossHead(nn.Linear):
 
     def learn(self, ids: Tensor, tokens: nn.Parameter, start: Tensor) -> None:
         """Have `tokens` (N, H) be the rows `ids` (N,) int64, or `start` where `active` is off; V is then the larger vocabulary."""
-        self.trainable_tokens_delta = tokens
+        self.trainable_tokens_delta, self.active = tokens, True
         self._ids, self._start = nn.Buffer(ids, persistent=False), nn.Buffer(start, persistent=False)
         self._vocabulary = max(self.out_features, int(ids.max()) + 1)
 

@@ -7,7 +7,6 @@ that handles tensors imports torch when it is called.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,17 +27,17 @@ if TYPE_CHECKING:
 OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
 
 
-class LearntWeights(Mapping[str, "Tensor"]):
+class LearntWeights(Protocol):
     """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in the type of the training's
-    forward pass. As a mapping it reads all of them into memory at the first look-up; `part` reads what it returns."""
+    forward pass."""
 
-    @property
-    @abstractmethod
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def __getitem__(self, name: str, /) -> Tensor:
+        """The whole parameter; the first look-up reads all parameters into memory."""
+        ...
 
-    @abstractmethod
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the flattened parameter; any thread may ask."""
+        """Elements [begin, end) of the flattened parameter, without reading any others; any thread may ask."""
+        ...
 
 
 class WeightUpdate(Protocol):
@@ -156,7 +155,8 @@ class Method(Protocol):
         ...
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`."""
+        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`. `weights` are those of
+        all that learns, so they may have parameters beside those of the method's own `shapes`."""
         raise AssertionError(self.unmergeable)
 
 

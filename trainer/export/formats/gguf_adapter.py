@@ -47,7 +47,8 @@ class GgufAdapter(Section):
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
         check_base_at_hand(config.model, manifest)
-        exported = method.export(dict(CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])), config.model)
+        weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
+        exported = method.export(weights.whole, config.model)
         what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
         with scratch_folder("gguf") as scratch:
             file = Path(scratch, f"{name}{PART}")

@@ -58,7 +58,7 @@ def export_adapter(
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
     tokenizer = beside_no_config(tokenizer, directory, config.model.base)
     weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
-    exported = method.export(dict(weights), config.model)
+    exported = method.export(weights.whole, config.model)
     in_layout = arranged(exported.files, config.model)
     files = for_whole_class(in_layout, config.model)
     if in_layout is exported.files:  # in PEFT's own

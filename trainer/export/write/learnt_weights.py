@@ -1,6 +1,6 @@
 """The learnt weights of a committed checkpoint, from whatever ranks wrote it: in parts, or each parameter whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,22 +40,13 @@ class CheckpointWeights(LearntWeights):
     manifest: CheckpointManifest
     dtype: torch.dtype
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
-
     def part(self, name: str, begin: int, end: int) -> Tensor:
         return _masters(self.run, self.manifest, {name: (begin, end)})[name].to(self.dtype)
 
     @cached_property
-    def _whole(self) -> dict[str, Tensor]:
+    def whole(self) -> dict[str, Tensor]:
+        """Every parameter, by its name in the model."""
         return {name: values.to(self.dtype) for name, values in master_weights(self.run, self.manifest).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._whole[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.manifest.shapes)
-
-    def __len__(self) -> int:
-        return len(self.manifest.shapes)
+        return self.whole[name]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
-from trainer.tuning.method import ExportedFiles
+from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
@@ -123,14 +123,11 @@ class Dora(LinearAdapters):
         path, _, kind = name.rpartition(".")
         return f"{path}.{_SAVED_AS[kind]}"
 
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, DoraUpdate]:
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, DoraUpdate]:
         updates: dict[str, DoraUpdate] = {}
-        for name in weights:
-            path, _, kind = name.rpartition(".")
-            if kind == _DOWN:
-                up, down, magnitude = (weights[f"{path}.{kind}"].float() for kind in (_UP, _DOWN, _MAGNITUDE))
-                updates[f"{path}.weight"] = DoraUpdate(up, down, magnitude, self.scaling)
-        assert 3 * len(updates) == len(weights), "something else than DoRA's parameters was trained"
+        for path in self.adapted(architecture):
+            up, down, magnitude = (weights[f"{path}.{kind}"].float() for kind in (_UP, _DOWN, _MAGNITUDE))
+            updates[f"{path}.weight"] = DoraUpdate(up, down, magnitude, self.scaling)
         return updates
 
 

@@ -8,8 +8,7 @@ experts alternate. Of a module's stacks it names the last one by the module's pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -18,15 +17,12 @@ from trainer.config import Config, Optim, Tuning
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, LearntWeights, Method
 from trainer.tuning.shared.linear_adapters import with_peft_files
-from trainer.tuning.shared.of_settings import flagged
 from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from trainer.tuning.experts.layer import ExpertLora
 
 SETTING = "tuning.experts"
 
@@ -127,7 +123,9 @@ class WithExperts(Around):
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """As LoRA's, for the experts."""
-        adapters = _adapters(model)
+        from trainer.tuning.experts.layer import ExpertLora
+
+        adapters = [module for module in model.modules() if isinstance(module, ExpertLora)]
         ours = {
             "experts_A": (1.0, [adapter.lora_A for adapter in adapters]),
             "experts_B": (optim.lora_plus_ratio, [adapter.lora_B for adapter in adapters]),
@@ -136,11 +134,6 @@ class WithExperts(Around):
             *self.method.groups(model, optim),
             *({"name": name, "lr_ratio": ratio, "params": params} for name, (ratio, params) in ours.items()),
         ]
-
-    @contextmanager
-    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
-        with self.method.switched_off(model), flagged(_adapters(model), "active", False):
-            yield
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
         """With the experts' adapters in it."""
@@ -186,12 +179,6 @@ def saved_as(architecture: Architecture) -> dict[str, _Names]:
             saved = f"{path}.{'base_layer.' * after}"
             found[name] = _Names(f"{saved}lora_A", f"{saved}lora_B")
     return found
-
-
-def _adapters(model: PreTrainedModel) -> list[ExpertLora]:
-    from trainer.tuning.experts.layer import ExpertLora
-
-    return [module for module in model.modules() if isinstance(module, ExpertLora)]
 
 
 def with_experts(method: Method, config: Config) -> Method:

@@ -98,7 +98,7 @@ class Full(OfSettings):
         raise AssertionError("an export is the whole model")
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, TrainedWeight]:
-        return {name: TrainedWeight(weights, name, shape) for name, shape in weights.shapes.items()}
+        return {name: TrainedWeight(weights, name, shape) for name, shape in self.shapes(architecture).items()}
 
 
 METHODS: dict[str, Callable[[Tuning], Full]] = {"full": Full}

@@ -15,7 +15,7 @@ from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.ia3.settings import Ia3Settings
-from trainer.tuning.method import ExportedFiles
+from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
     Targets,
@@ -124,15 +124,14 @@ class Ia3(LinearAdapters):
         config = self.peft_config(self.ends(architecture), feedforward)
         return ExportedFiles("peft", "An (IA)^3 adapter", peft_files(config, weights, model))
 
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Scaling]:
-        shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, Scaling]:
+        names = {parameter.name for parameter in architecture.parameters}
         updates: dict[str, Scaling] = {}
-        for name, vector in weights.items():
-            path = name.removesuffix(f".{_VECTOR}")
-            factors, (outputs, inputs) = vector.float(), shapes[f"{path}.weight"]
-            updates[f"{path}.weight"] = Scaling((outputs, inputs), factors)
-            if factors.shape == (outputs, 1) and f"{path}.bias" in shapes:
-                updates[f"{path}.bias"] = Scaling((outputs,), factors.view(1, outputs))
+        for path, linear in self.adapted(architecture).items():
+            factors = weights[f"{path}.{_VECTOR}"].float()
+            updates[f"{path}.weight"] = Scaling((linear.outputs, linear.inputs), factors)
+            if factors.shape == (linear.outputs, 1) and f"{path}.bias" in names:
+                updates[f"{path}.bias"] = Scaling((linear.outputs,), factors.view(1, linear.outputs))
         return updates
 
 

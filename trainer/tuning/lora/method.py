@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +17,7 @@ from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.lora.settings import LoraSettings
-from trainer.tuning.method import ExportedFiles
+from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
@@ -131,11 +131,14 @@ class Lora(LinearAdapters):
             for kind, ratio in ratios.items()
         ]
 
-    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+    @contextmanager
+    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
         from peft.tuners.lora import LoraLayer
 
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         # PEFT's private flag: its `enable_adapters` would rewrite requires_grad too, which ZeRO-3 has read already.
-        return flagged([m for m in model.modules() if isinstance(m, LoraLayer)], "_disable_adapters", True)
+        with super().switched_off(model), flagged(layers, "_disable_adapters", True):
+            yield
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
@@ -148,14 +151,11 @@ class Lora(LinearAdapters):
         """PEFT saves without the adapter's own name."""
         return name.replace(f".{_ADAPTER}.", ".")
 
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, LowRankUpdate]:
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, LowRankUpdate]:
         updates: dict[str, LowRankUpdate] = {}
-        for name in weights:
-            path, found, rest = name.partition(".lora_A.")
-            if found:
-                up, down = weights[f"{path}.lora_B.{rest}"].float(), weights[name].float()
-                updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)
-        assert 2 * len(updates) == len(weights), "something else than LoRA's matrices was trained"
+        for path in self.adapted(architecture):
+            up, down = (weights[f"{path}.lora_{kind}.{_ADAPTER}.weight"].float() for kind in "BA")
+            updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)
         return updates
 
 

@@ -14,7 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
-from trainer.tuning.method import ExportedFiles
+from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.oft.settings import OftSettings
 from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters, peft_files
 
@@ -91,15 +91,14 @@ class Oft(LinearAdapters):
         config = self.peft_config(self.ends(describe_base(model).architecture))
         return ExportedFiles("peft", "An OFT adapter", peft_files(config, weights, model))
 
-    def updates(self, weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Rotation]:
+    def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, Rotation]:
         from trainer.tuning.oft.layer import rotations
 
-        shapes = {parameter.name: parameter.shape for parameter in architecture.parameters}
-        paths = {name: f"{name.removesuffix(_SKEW)}weight" for name in weights}
-        return {
-            path: Rotation((shapes[path][0], shapes[path][1]), rotations(weights[name].float(), self._block))
-            for name, path in paths.items()
-        }
+        updates: dict[str, Rotation] = {}
+        for path, linear in self.adapted(architecture).items():
+            blocks = rotations(weights[f"{path}.{_SKEW}"].float(), self._block)
+            updates[f"{path}.weight"] = Rotation((linear.outputs, linear.inputs), blocks)
+        return updates
 
 
 METHODS: dict[str, Callable[[Tuning], Oft]] = {"oft": Oft}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OfSettings(Method):
-    """A method whose identity are its settings. The modules that it adds have a flag `active`, or it says itself how it is switched off."""
+    """A method whose identity are its settings. The modules that it adds, and those of what learns beside it, have a flag `active`;
+    where others learn, it says itself how it is switched off."""
 
     tuning: Tuning
 
@@ -30,6 +31,7 @@ class OfSettings(Method):
         return without_defaults(given, self.defaults)
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        # A token that was added keeps the row that it started as: the base has none for it.
         return flagged([module for module in model.modules() if "active" in vars(module)], "active", False)
 
 

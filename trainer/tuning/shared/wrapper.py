@@ -6,7 +6,7 @@ run's where that is set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,33 +50,8 @@ class Around:
         raise NotImplementedError
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
-        theirs = self.method.updates(SomeWeights(weights, self.method.shapes(architecture)), architecture)
-        return {**theirs, **self.own_updates(weights, architecture)}
+        return {**self.method.updates(weights, architecture), **self.own_updates(weights, architecture)}
 
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """The changes of a merge beside those of the method."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class SomeWeights(LearntWeights):
-    """Those of `every` with these shapes by name."""
-
-    every: LearntWeights
-    names: Mapping[str, tuple[int, ...]]
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.names
-
-    def part(self, name: str, begin: int, end: int) -> Tensor:
-        return self.every.part(name, begin, end)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.every[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

@@ -7,8 +7,7 @@ pieces that its text was before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,6 @@ from trainer.config import Config, Model, Optim
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, LearntWeights, Method
 from trainer.tuning.shared.linear_adapters import with_peft_files
-from trainer.tuning.shared.of_settings import flagged
 from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
@@ -88,13 +86,6 @@ class WithTokens(Around):
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         rows = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_ROWS}")]
         return [*self.method.groups(model, optim), {"name": "tokens", "lr_ratio": 1.0, "params": rows}]
-
-    @contextmanager
-    def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
-        """With the rows that a new token started as: the base has none for it."""
-        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-        with self.method.switched_off(model), flagged(layers, "active", False):
-            yield
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
         """With the rows in it."""
