@@ -2,27 +2,30 @@
 
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
 from launcher.init.commented import yaml_text
 from launcher.init.goals import GOALS
 from launcher.init.importing.sources import is_hub_id
-from launcher.init.templates import template_for
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
-from trainer.data.compile.inputs import check_sources, find_train
+from trainer.data.compile.inputs import check_sources, find_train, has_conversations
 from trainer.data.compile.length import BYTES_A_TOKEN, epoch_length
 from trainer.data.format.unrendered import strings_of
-from trainer.data.source.files import is_of_hub, unusable
+from trainer.data.render.templates.named_templates import NAMED
+from trainer.data.render.templates.template import fitting_template, has_template, tokens_of
+from trainer.data.source.files import SourceFile, is_of_hub, unusable
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown
 from trainer.plan.gpus import read_gpu
 from trainer.processes.devices import described_gpus
 
+T = TypeVar("T")
 Kind = Literal["one", "slurm", "ray"]
 KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")
 _GPUS_A_NODE = 8
@@ -93,7 +96,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "train.epochs": (1, "passes over the data"),
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
-    given |= template_for(parsed(given), files) if files else {}
+    given |= _template(parsed(given), files) if files else {}
     # By the size of its files; None where that cannot be seen from here.
     tokens = found.tokens if (found := epoch_length(parsed(given), files, None)) else None
     given["data.held_out"] = (
@@ -103,7 +106,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     )
     step = _TOKENS_OF_STEP if tokens is None else max(1, min(_TOKENS_OF_STEP, tokens // _STEPS_OF_EPOCH))
     chosen = choose(given, base, machine, trains_base=goal.trains_base, tokens=step)
-    if longest := _longest_document(parsed(given)):
+    if longest := _looked_at(parsed(given), _longest):
         chosen = lengthened(chosen, base, machine, step, longest)
     chosen.settings.update(_length(chosen, tokens))
     settings = {**chosen.settings, **_cluster(answers, machine, chosen)}
@@ -122,17 +125,35 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     )
 
 
-def _longest_document(config: Config) -> int | None:
-    """About how many tokens the longest of the data's first rows has; None where they cannot be seen from here."""
+def _template(config: Config, directory: Path) -> dict[str, Setting]:
+    """A named template whose tokens the base has, or the first of all, and its tokens, which such a base has never seen: an adapter learns
+    their rows too; `directory` has the base's own. Nothing where the base has a template, or the rows that can be read here are no conversations."""
+    if has_template(config.data, directory) or not _looked_at(config, lambda files: any(map(has_conversations, files))):
+        return {}
+    name = fitting_template(tokens_of(directory)) or next(iter(NAMED))
+    found: dict[str, Setting] = {
+        "data.template": (name, f"{NAMED[name].source}; the base has no chat template of its own")
+    }
+    if config.tuning.method != "full":
+        why = "the template's, which such a base has not learnt: their rows learn too; vLLM takes them merged"
+        found["model.add_tokens"] = (list(NAMED[name].tokens), why)
+    return found
+
+
+def _longest(files: Sequence[SourceFile]) -> int:
+    """About how many tokens the longest of the files' first rows has."""
+    first = (row for file in files for _, row in islice(rows(file, lambda _: None), _ROWS_SEEN))
+    return max((sum(map(len, strings_of(row))) for row in first), default=0) // BYTES_A_TOKEN
+
+
+def _looked_at(config: Config, look: Callable[[Sequence[SourceFile]], T]) -> T | None:
+    """What `look` finds in the files of the training data; None where they cannot be read from here."""
     if any(is_of_hub(source) for source in config.data.train):
         return None
     try:
-        files = find_train(config).files
-        seen = [row for file in files for _, row in islice(rows(file, lambda _: None), _ROWS_SEEN)]
+        return look(find_train(config).files)
     except CapstanError:
         return None
-    characters = (sum(map(len, strings_of(row))) for row in seen)
-    return max(characters, default=0) // BYTES_A_TOKEN
 
 
 def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:

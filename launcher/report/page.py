@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from launcher.plan.tables import meaning
 from launcher.report.curves import Point
-from launcher.report.figures import Curve, RunFigures
+from launcher.report.figures import RunFigures
 from launcher.report.plots import Plot, Series, lines, tick
 from trainer.run.lines import duration
 
@@ -119,7 +119,7 @@ def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
     measure = measure_of("loss")
     return lines(
         measure.title,
-        [*curve_series(figures.curves.get("loss"), measure), *_held_out_series(figures, "loss", measure)],
+        _series(figures, "loss"),
         unit=f"nats a {figures.trained['loss_of']}",
         restarts=_restarts(figures),
         commits=[commit["step"] for commit in figures.commits],
@@ -135,14 +135,18 @@ def _restarts(figures: RunFigures) -> dict[float, str]:
     return {step: f"start {', '.join(of)}" for step, of in numbers.items()}
 
 
-def curve_series(curve: Curve | None, measure: Measure) -> list[Series]:
-    """A line of a measure; where the steps are too many to show each, the extremes are faint, and the means in front."""
-    if curve is None:
-        return []
-    points = measure.scaled(curve.points)
-    if not curve.means:
-        return [Series("training", points)]
-    return [Series("lowest and highest", points, "faint"), Series("training, mean", measure.scaled(curve.means))]
+def _series(figures: RunFigures, name: str) -> list[Series]:
+    """The lines of a measure: that of training, and one for each set. Where the steps are too many to show each, the extremes are faint, and
+    the means in front."""
+    measure, curve, found = measure_of(name), figures.curves.get(name), list[Series]()
+    if curve and curve.means:
+        found.append(Series("lowest and highest", measure.scaled(curve.points), "faint"))
+        found.append(Series("training, mean", measure.scaled(curve.means)))
+    elif curve:
+        found.append(Series("training", measure.scaled(curve.points)))
+    for of, points in figures.held_out.get(name, {}).items():
+        found.append(Series(f"held out: {of}" if of else "held out", measure.scaled(points)))
+    return found
 
 
 def measure_plots(figures: RunFigures) -> list[Plot]:
@@ -156,12 +160,6 @@ def measure_of(name: str) -> Measure:
 
 
 def _measure_plot(figures: RunFigures, name: str) -> Plot | None:
-    measure = measure_of(name)
-    series = [*curve_series(figures.curves.get(name), measure), *_held_out_series(figures, name, measure)]
+    measure, series = measure_of(name), _series(figures, name)
     seen = any(y for one in series for _, y in one.points)  # a count that stays 0 is no plot
     return lines(measure.title, series, unit=measure.unit) if seen else None
-
-
-def _held_out_series(figures: RunFigures, name: str, measure: Measure) -> list[Series]:
-    sets = figures.held_out.get(name, {})
-    return [Series(f"held out: {of}" if of else "held out", measure.scaled(points)) for of, points in sets.items()]

@@ -312,17 +312,15 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
         renamed = ("messages", "chosen", "rejected")
         named = {name: str(given[f"field_{name}"]) for name in renamed if given.get(f"field_{name}")}
         return "preference_sharegpt", {"messages": "messages"} | named
-    fields = dict(keys.peer.tables["answers"].get(str(kind).rpartition(".")[2], {}))
+    template = str(kind).rpartition(".")[2]
+    fields = dict(keys.peer.tables["answers"].get(template, {}))
     if str(kind).startswith("chat_template."):  # ORPO's read prompt, chosen and rejected as messages
         fields = {}
     if labelled:
         fields = {ours: theirs for ours, theirs in fields.items() if ours == "prompt"}
     fields |= _named({**given, "field_prompt": given.get("field_messages")}, "prompt", "chosen", "rejected")
     form = "labelled" if labelled else "preference"
-    if fields and str(kind).rpartition(".")[2] in (
-        "intel",
-        "argilla",
-    ):  # rows that may have a system message beside the prompt
+    if fields and template in ("intel", "argilla"):  # rows that may have a system message beside the prompt
         alpaca = {"prompt": "instruction", "completion": "output"}
         completion = {"completion": "completion"} if labelled else {}
         return f"{form}_alpaca", {alpaca.get(ours, ours): theirs for ours, theirs in {**completion, **fields}.items()}

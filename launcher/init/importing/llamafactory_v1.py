@@ -55,11 +55,8 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, ConfigError) as error:
         keys.lose(key, f"{error} Write the paths of its data sets into the configuration.")
         tree = {}
-    infos = (
-        [info for info in tree.values() if isinstance(info, dict) and info.get("path")]
-        if isinstance(tree, dict)
-        else []
-    )
+    named = tree.values() if isinstance(tree, dict) else ()
+    infos = [info for info in named if isinstance(info, dict) and info.get("path")]
     return [source for info in infos for source in _of_info(keys, key, info)] or [{"path": "FILL-IN"}]
 
 

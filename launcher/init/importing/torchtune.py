@@ -9,6 +9,9 @@ from launcher.init.importing.sources import sections, source_paths, sources_at, 
 
 _BUILDER = re.compile(r"torchtune\.models\.(?P<family>\w+)\.(?:\w+\.)?(?P<kind>q?lora_)?(?P<size>\w+)")
 
+# The keys of a data set that make settings for all of them.
+_SAID_ONCE = ("packed", "train_on_input", "masking_strategy")
+
 
 def join(keys: Keys) -> None:
     """All settings that several keys make."""
@@ -98,16 +101,9 @@ def _data(keys: Keys) -> None:
             place = f"{name}[{index}]" if isinstance(given, list) else name
             sources += _sources(keys, place, one)
         if sources:
-            read = [key for key in keys.given if key.startswith((f"{name}.", f"{name}["))]
-            keys.put(
-                setting,
-                sources,
-                *(
-                    key
-                    for key in read
-                    if key.rpartition(".")[2] not in ("packed", "train_on_input", "masking_strategy")
-                ),
-            )
+            inside = [key for key in keys.given if key.startswith((f"{name}.", f"{name}["))]
+            read = [key for key in inside if key.rpartition(".")[2] not in _SAID_ONCE]
+            keys.put(setting, sources, *read)
             keys.origins[setting] = [f"{name}: {_end(one.get('_component_'))}" for one in listed]
     packed = [key for key in keys.given if re.fullmatch(r"dataset(\[\d+\])?\.packed", key)]
     if "dataset" in keys.tree and keys.settings.get("objective.name", "sft") == "sft":
@@ -146,12 +142,8 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
         fields = {"text": str(given["column"])}
     if component == "chat_dataset":
         form = "sharegpt" if given.get("conversation_style") == "sharegpt" else "chat"
-        column = given.get("conversation_column")
-        fields = (
-            {"messages": str(column)}
-            if column not in (None, "conversations" if form == "sharegpt" else "messages")
-            else {}
-        )
+        column, usual = given.get("conversation_column"), "conversations" if form == "sharegpt" else "messages"
+        fields = {"messages": str(column)} if column not in (None, usual) else {}
     if form == "prompt_completion" or form == "preference":
         fields = {ours: column for ours, column in fields.items() if ours != column}
     split, take = split_of(keys, f"{place}.split", given.get("split"))

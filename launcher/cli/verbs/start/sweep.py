@@ -14,12 +14,10 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Try the settings of the section `sweep`, each trial a run of its own, and end those early that do badly."""
     from trainer.config import load_config
 
-    start_sweep(
-        load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run
-    )
+    start_sweep(load_config(config, overrides or (), say), as_json=as_json, dry_run=dry_run)
 
 
-def start_sweep(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
+def start_sweep(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
     """Start `config`'s sweep, or go on with it."""
     from launcher.drive.sweep.driver import laid_out, run_sweep
     from launcher.view.sweep import is_sweep, read_sweep, render_sweep

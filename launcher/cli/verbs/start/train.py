@@ -14,12 +14,10 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Train here and now: on this machine, on the cluster of cluster.ray.address, or as a rank of torchrun or srun."""
     from trainer.config import load_config
 
-    start_run(
-        load_config(config, overrides or (), say), resume=False, take_over=False, as_json=as_json, dry_run=dry_run
-    )
+    start_run(load_config(config, overrides or (), say), as_json=as_json, dry_run=dry_run)
 
 
-def start_run(config: Any, *, resume: bool, take_over: bool, as_json: bool, dry_run: bool) -> None:
+def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
     """Train `config`'s run here, or go on with it."""
     from launcher.cluster.slurm.queue import check_no_job
     from launcher.drive.local import start

@@ -21,26 +21,23 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """A rank's log, or the driver's."""
+    from launcher.cluster.slurm.queue import job_output
     from launcher.view.logs import follow_log, read_driver_log, read_log
     from launcher.view.terminal import in_lines, put
 
     folder = open_run(run, store)
     if follow and (as_json or driver or job):
         raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
-    if driver or job or as_json:
-        from launcher.cluster.slurm.queue import job_output
-
-        text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
-        owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
-        if as_json:
-            print(json.dumps({"run": folder.uri, **owner, "text": text}))
-        else:
-            put(in_lines(text), end="")
-    elif follow:
+    if follow:
         for text in follow_log(folder, rank, generation):
             put(in_lines(text), end="")
+        return
+    text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
+    if as_json:
+        owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
+        print(json.dumps({"run": folder.uri, **owner, "text": text}))
     else:
-        put(in_lines(read_log(folder, rank, generation)), end="")
+        put(in_lines(text), end="")
 
 
 VERBS = {
