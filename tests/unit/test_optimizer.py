@@ -16,7 +16,8 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.state.optimizer.optimizer import Flat, FlatPart, Reduce, State, find_optimizer, states_by_name
+from trainer.state.optimizer.optimizer import FlatPart, Reduce, State, find_optimizer, states_by_name
+from trainer.state.zero.partitioned_optimizer import begun
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in bytes.
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
@@ -82,8 +83,7 @@ def of_rank(name: str, rank: int, ranks: int, reduce: Reduce) -> list[dict[str, 
             part.of(values).copy_(tensor.view(-1)[part.begin : part.end])
         return values
 
-    flat = Flat(filled(start()), parts)
-    kind.start(flat)
+    flat = begun(kind, filled(start()), parts)
     for step in range(1, STEPS + 1):
         kind.update(flat, filled(gradients(step)), SETTINGS, step, reduce)
     found = [{"master": part.of(flat.values), **part.states} for part in parts]

@@ -50,14 +50,6 @@ class Adafactor:
         """The gradient and the update."""
         return 8 * portion
 
-    def start(self, flat: Flat) -> None:
-        import torch
-
-        for part in flat.parts:
-            for state in self.states(part.shape):
-                begin, end = state.held(part.begin, part.end)
-                part.states[state.name] = torch.zeros(end - begin, device=flat.values.device)
-
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
         import torch
 

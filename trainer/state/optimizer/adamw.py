@@ -23,13 +23,6 @@ class AdamW:
         """The gradient and the root of the second moment, which torch's AdamW holds twice on a CPU."""
         return (8 if on_gpu else 12) * portion
 
-    def start(self, flat: Flat) -> None:
-        import torch
-
-        flat.whole |= {state: torch.zeros_like(flat.values) for state in ("exp_avg", "exp_avg_sq")}
-        for part in flat.parts:
-            part.states |= {state: part.of(values) for state, values in flat.whole.items()}
-
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
         import torch
         from torch.optim.adamw import adamw

@@ -59,15 +59,6 @@ class AdamW8bit:
         """The gradient, and both moments and two intermediate results of a piece, in fp32."""
         return 4 * portion + 16 * min(largest, _PIECE)
 
-    def start(self, flat: Flat) -> None:
-        import torch
-
-        dtypes = {"F32": torch.float32, "U8": torch.uint8}
-        for part in flat.parts:
-            for state in self.states(part.shape):
-                begin, end = state.held(part.begin, part.end)
-                part.states[state.name] = torch.zeros(end - begin, dtype=dtypes[state.dtype], device=flat.values.device)
-
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
         scales = _cut_scales(flat, gradient, settings, reduce)
         for number, part in enumerate(flat.parts):

@@ -25,13 +25,6 @@ class Lion:
         """The gradient and the update."""
         return 8 * portion
 
-    def start(self, flat: Flat) -> None:
-        import torch
-
-        flat.whole[_MOMENTUM] = torch.zeros_like(flat.values)
-        for part in flat.parts:
-            part.states[_MOMENTUM] = part.of(flat.whole[_MOMENTUM])
-
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
         (mixed, decay), lr, momentum = settings["betas"], settings["lr"], flat.whole[_MOMENTUM]
         update = (momentum * mixed).add_(gradient, alpha=1 - mixed).sign_()

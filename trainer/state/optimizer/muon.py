@@ -35,13 +35,6 @@ class Muon:
         """The gradient; the matrices that are exchanged together, in fp32; and three of one in 16 bits."""
         return 4 * portion + 10 * max(largest, min(portion, _EXCHANGED))
 
-    def start(self, flat: Flat) -> None:
-        import torch
-
-        for part in flat.parts:
-            for state in self.states(part.shape):
-                part.states[state.name] = torch.zeros(part.end - part.begin, device=flat.values.device)
-
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
         lr, decay = settings["lr"], 1 - settings["lr"] * settings["weight_decay"]
         for part in flat.parts:

@@ -108,16 +108,12 @@ class Optimizer(Protocol):
     """The settings of the section `optim` that it reads beside the common ones. A value for any other is refused."""
 
     def states(self, shape: tuple[int, ...]) -> tuple[State, ...]:
-        """The states that it keeps of a parameter of `shape`, beside the fp32 weight."""
+        """The states that it keeps of a parameter of `shape`, beside the fp32 weight. Before the first step they are zeros."""
         ...
 
     def step_bytes(self, portion: int, largest: int, on_gpu: bool) -> int:
         """The memory that an update takes beside the states, with the fp32 copy of the gradient. A rank updates `portion`
         elements at a time; `largest` is its part of the largest parameter."""
-        ...
-
-    def start(self, flat: Flat) -> None:
-        """Fill `whole` and the parts' `states` with the values from before the first step, where the flat tensor lies."""
         ...
 
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from trainer.config import Optim
 from trainer.processes.ranks import Ranks
-from trainer.state.optimizer.optimizer import Flat, FlatPart, find_optimizer
+from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, State, find_optimizer
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 class DividedOptimizer(torch.optim.Optimizer):
@@ -25,8 +26,7 @@ class DividedOptimizer(torch.optim.Optimizer):
 
     def divide(self, values: Tensor, parts: Sequence[FlatPart]) -> None:
         """Start with the flat tensor `values` that consists of `parts`: nothing was updated yet."""
-        flat = self._flats[values] = Flat(values.data, parts)
-        self.kind.start(flat)
+        flat = self._flats[values] = begun(self.kind, values.data, parts)
         self.state[values] = {"step": torch.zeros(()), **flat.whole}
 
     def parts(self, values: Tensor) -> Sequence[FlatPart]:
@@ -49,3 +49,23 @@ class DividedOptimizer(torch.optim.Optimizer):
         there = values.to(self.ranks.device)
         dist.all_reduce(there, _OPERATIONS[how])
         values.copy_(there)
+
+
+def begun(kind: Optimizer, values: Tensor, parts: Sequence[FlatPart]) -> Flat:
+    """The flat tensor `values` before its first step, with all states of its `parts`, which are zeros and lie where it lies.
+
+    A state that has an fp32 value for each element of every part is one tensor, of which the parts have views, so that an optimizer
+    may update all parts at once.
+    """
+    kept = [kind.states(part.shape) for part in parts]
+    of_all = [state for state in kept[0] if state == State(state.name) and all(state in states for states in kept)]
+    flat = Flat(values, parts, {state.name: torch.zeros_like(values) for state in of_all})
+    for part, states in zip(parts, kept, strict=True):
+        for state in states:
+            begin, end = state.held(part.begin, part.end)
+            part.states[state.name] = (
+                part.of(flat.whole[state.name])
+                if state in of_all
+                else torch.zeros(end - begin, dtype=_DTYPES[state.dtype], device=values.device)
+            )
+    return flat
