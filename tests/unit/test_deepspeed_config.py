@@ -115,14 +115,14 @@ def test_another_stage_is_refused(own_policy):
 
 def test_parameters_on_nvme_are_refused_with_the_reason(own_policy):
     message = refusal(own_policy({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/local"}}}))
-    assert "offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of model.dtype" in message
+    assert "offload_param.device to 'nvme', but DeepSpeed swaps parameters through buffers of model.dtype" in message
     assert message.endswith("Set it to cpu.")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("device", "nvme", "to nvme, where checkpoints do not find the moments. Set it to cpu."),
+        ("device", "nvme", "to 'nvme', where checkpoints do not find the moments. Set it to cpu."),
         ("ratio", 0.5, "to 0.5, which DeepSpeed's own CPU Adam alone can do. Remove it there."),
         ("super_offload", True, "to True, which DeepSpeed's own CPU Adam alone can do. Remove it there."),
     ],

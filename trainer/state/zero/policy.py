@@ -4,14 +4,15 @@ A policy is plain DeepSpeed JSON that says how the model is divided and moved: Z
 types. A key that the run's configuration decides (batch, optimizer, precision, clipping) is refused in a policy, with
 the name of the setting that owns it: a value that stood in two places could differ. "auto", as Hugging Face writes it,
 means "not decided here", so such a key counts as absent and none reaches DeepSpeed.
-
-Sources: deepspeed/runtime/config.py (top level), deepspeed/runtime/zero/config.py (zero_optimization).
 """
 
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
+
+import yaml
 
 from trainer.config import Config
 from trainer.config.paths import check_file, local_path
@@ -23,49 +24,8 @@ Scope = Literal["world", "node"]
 # Beside the trainer package, in a checkout and in site-packages alike.
 _POLICY_FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 
-# The keys that a policy may set. DeepSpeed ignores an unknown key at the top level without a word, so we name them all;
-# inside zero_optimization it refuses unknown keys itself.
-_POLICY_KEYS = (
-    "zero_optimization",
-    "communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "aio",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "log_level",
-    "timers",
-)
-
-# DeepSpeed key -> the setting that owns it.
-_OWNERS = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch, from which it is derived",
-    "optimizer": "the section optim",
-    "scheduler": "optim.schedule",
-    "bf16": "model.dtype",
-    "bfloat16": "model.dtype",
-    "fp16": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "gradient_clipping": "optim.grad_clip",
-    "steps_per_print": "the section track",
-    "tensorboard": "track.tensorboard",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "checkpoint": "the section checkpoint",
-    "zero_allow_untested_optimizer": "the section optim",
-    "zero_force_ds_cpu_optimizer": "the section optim",
-}
-_ZERO_OWNERS = {
-    "zero_hpz_partition_size": "sharding.scope",
-    "zero_quantized_weights": "quant.type",
-    "zero_quantized_nontrainable_weights": "quant.type",
-}
-
+_KEYS = Path(__file__).with_name("policy_keys.yaml")
+"""The keys that a policy may set, those that a setting of the run owns, and the values that are refused."""
 # DeepSpeed prints a line of its own every so many steps; ours come from trainer/run/metrics.py.
 _NEVER = 2**31 - 1
 
@@ -181,49 +141,33 @@ def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refusals(policy: dict[str, Any], file: str) -> list[str]:
-    """One sentence for each key that a policy must not set."""
-    where = f"sharding.deepspeed: {file} sets"
+    """One sentence for each key that a policy must not set, and for each value that a key must not have."""
+    rules: dict[str, Any] = yaml.safe_load(_KEYS.read_text(encoding="utf-8"))
+    where, owners = f"sharding.deepspeed: {file} sets", rules["owners"]
+    allowed: list[str] = rules["allowed"]
     found: list[str] = []
     for key in policy:
-        if key in _OWNERS:
-            found.append(f"{where} {key}, which belongs to {_OWNERS[key]}. Remove it there.")
-        elif key not in _POLICY_KEYS:
-            close = difflib.get_close_matches(key, _POLICY_KEYS, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Allowed are {', '.join(_POLICY_KEYS)}."
+        if key not in owners and key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Allowed are {', '.join(allowed)}."
             found.append(f"{where} {key}, which would have no effect. {hint}")
     zero = policy.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [*found, f"{where} zero_optimization to {zero!r}. It must be an object with DeepSpeed's ZeRO settings."]
-    for key in cast(dict[str, Any], zero):
-        if key in _ZERO_OWNERS:
-            found.append(f"{where} zero_optimization.{key}, which belongs to {_ZERO_OWNERS[key]}. Remove it there.")
-    offload = cast(dict[str, Any], zero).get("offload_param")
-    if isinstance(offload, dict) and cast(dict[str, Any], offload).get("device") == "nvme":
-        found.append(
-            f"{where} zero_optimization.offload_param.device to nvme, but DeepSpeed swaps parameters through buffers of "
-            "model.dtype, which cannot hold the bytes of a 4-bit base. Set it to cpu."
-        )
-    found += _optimizer_refusals(cast(dict[str, Any], zero).get("offload_optimizer"), where)
-    stage = cast(dict[str, Any], zero).get("stage", 3)
-    if stage != 3:
-        found.append(f"{where} zero_optimization.stage to {stage!r}. Capstan trains with stage 3. Remove it there.")
+        found.append(f"{where} zero_optimization to {zero!r}. It must be an object with DeepSpeed's ZeRO settings.")
+    given = dict(_leaves(policy))
+    for key, owner in owners.items():
+        if any(f"{name}.".startswith(f"{key}.") for name in given):
+            found.append(f"{where} {key}, which belongs to {owner}. Remove it there.")
+    for key, rule in rules["values"].items():
+        if key in given and (given[key] in rule.get("not", ()) or given[key] != rule.get("only", given[key])):
+            found.append(f"{where} {key} to {given[key]!r}{rule['why']}")
     return found
 
 
-def _optimizer_refusals(offload: Any, where: str) -> list[str]:
-    """One sentence for each way of keeping the optimizer off the GPU that needs another optimizer than `optim.name`'s."""
-    if not isinstance(offload, dict):
-        return []
-    given = cast(dict[str, Any], offload)
-    found: list[str] = []
-    if given.get("device") == "nvme":
-        found.append(
-            f"{where} zero_optimization.offload_optimizer.device to nvme, where checkpoints do not find the moments. Set it to cpu."
-        )
-    for key, whole in (("ratio", 1), ("super_offload", False)):
-        if given.get(key, whole) != whole:
-            found.append(
-                f"{where} zero_optimization.offload_optimizer.{key} to {given[key]!r}, which DeepSpeed's own CPU Adam alone can "
-                "do. Remove it there."
-            )
-    return found
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a policy that is no section with something in it, by its dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
