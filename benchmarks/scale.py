@@ -20,18 +20,18 @@ from rich.table import Table
 import trainer.run.metrics
 import trainer.run.requests
 from launcher.view.status import read_status
+from trainer.config import Checkpoint
 from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
-from trainer.state.checkpoint.contents import Contents
-from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest, read_manifest
 from trainer.state.checkpoint.reading import plan_reads
-from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Shard
 from trainer.store.store import Buffer, Entry, Store, open_store
 
@@ -174,7 +174,9 @@ def simulate(ranks: int, checkpoints: int) -> Row:
         mine = Contents(EvenDivision(found.numels, others), found.contents.states, others).of(others // 2)
         return len(list(plan_reads(found.contents, mine)))
 
-    rules = Retention(checkpoints - 1, keep_best=1)  # all but one stay, and the best is asked of each manifest
+    rules = Checkpoint(
+        keep_last=checkpoints - 1, keep_best=1
+    )  # all but one stay, and the best is asked of each manifest
     return Row(
         ranks,
         len(content),

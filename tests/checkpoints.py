@@ -3,8 +3,7 @@
 import struct
 
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents
-from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import Shard, ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name

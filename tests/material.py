@@ -21,8 +21,7 @@ from trainer.data.render.text_files import keep_text, text_of
 from trainer.plan.mismatches import tuning_mismatches
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents
-from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name

@@ -16,7 +16,7 @@ from trainer.run.folder import run_config
 from trainer.run.lines import duration
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
-from trainer.state.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.state.checkpoint.retention import Removal, plan_removal, remove
 from trainer.store.store import Store
 
 
@@ -136,13 +136,9 @@ def prune_checkpoints(
     log: Callable[[str], None],
 ) -> Pruned:
     """Apply the run's own retention rules, or the given ones, and collect orphans older than `orphan_hours`."""
-    rules = run_config(folder).checkpoint
-    retention = Retention(
-        rules.keep_last if keep_last is None else keep_last,
-        rules.keep_every if keep_every is None else keep_every,
-        rules.keep_best if keep_best is None else keep_best,
-    )
-    removal = plan_removal(folder, retention, orphan_hours=orphan_hours)
+    given = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+    changes = {name: count for name, count in given.items() if count is not None}
+    removal = plan_removal(folder, run_config(folder).checkpoint.model_copy(update=changes), orphan_hours=orphan_hours)
     if not dry_run:
         log(f"removing {len(removal.steps)} checkpoints and {len(removal.orphans)} orphans of {folder.uri}")
         remove(folder, removal)

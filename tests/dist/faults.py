@@ -25,7 +25,7 @@ from trainer.state.checkpoint.identity import Identity
 from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
-from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store
 
 SHAPES = {
@@ -120,7 +120,7 @@ def left_over(run: Store) -> list[str]:
     def later() -> datetime:
         return datetime.now(UTC) + timedelta(hours=1)
 
-    remove(run, plan_removal(run, Retention(1), orphan_hours=0, now=later))
+    remove(run, plan_removal(run, Checkpoint(keep_last=1), orphan_hours=0, now=later))
     keys = {entry.key for entry in run.list(layout.CHECKPOINTS)}
     for step in committed_steps(run):
         keys -= {layout.manifest(step), *(shard.key for shard in read_manifest(run, step).shards)}

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit
-from trainer.config import dump_config
+from trainer.config import Checkpoint, dump_config
 from trainer.export.write import checkpoint_adapters as beside
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.checkpoint_adapters import AdapterWriter
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -64,8 +64,8 @@ def test_a_run_leaves_the_adapter_of_each_commit_that_stays(workshop: Workshop, 
     assert not torch.equal(exported[2], exported[3])
 
     # Retention takes it for no orphan, however old, as long as its checkpoint stays, and removes it then.
-    assert plan_removal(run, Retention(2), orphan_hours=0).orphans == []
-    remove(run, plan_removal(run, Retention(1), orphan_hours=0))
+    assert plan_removal(run, Checkpoint(keep_last=2), orphan_hours=0).orphans == []
+    remove(run, plan_removal(run, Checkpoint(keep_last=1), orphan_hours=0))
     assert (names(run, 3), names(run, 2)) == (FILES, set())
 
 

@@ -19,11 +19,12 @@ from launcher.view.runs import find_run
 from launcher.view.status import read_status
 from launcher.view.tables import render
 from tests.unit.made_records import CONFIG, NOW, end, start, step, write
+from trainer.config import Checkpoint
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import model_card_evaluation
 from trainer.run import layout
 from trainer.run.requests import read_stop
-from trainer.state.checkpoint.retention import Retention, plan_removal
+from trainer.state.checkpoint.retention import plan_removal
 from trainer.store.store import Store, open_store
 
 WRONG: list[Any] = [None, True, -1, 1e308, float("nan"), 2**70, "", "x", [], [1], {}, {"a": 5}, {"a": None}, [[1, 2]]]
@@ -101,7 +102,7 @@ def readers(store: Store, run: Store) -> list[Callable[[], Any]]:
         lambda: terminal.print(list_runs(store).table()),
         lambda: read_report([run, run]).page(),
         lambda: terminal.print(checkpoint_table(list_checkpoints(run))),
-        lambda: plan_removal(run, Retention(1, 0, 0), orphan_hours=1),
+        lambda: plan_removal(run, Checkpoint(keep_last=1), orphan_hours=1),
         lambda: (submitted_jobs(run), attempts(run), read_stop(run)),
         lambda: model_card_evaluation(run, 4),
     ]

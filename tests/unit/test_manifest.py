@@ -12,8 +12,7 @@ import pytest
 from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents, Key
-from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
 from trainer.state.checkpoint.reading import plan_reads

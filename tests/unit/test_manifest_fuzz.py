@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from launcher.view.checkpoints import checkpoint_table, list_checkpoints
 from tests.checkpoints import manifest
+from trainer.config import Checkpoint
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.division import Interval
 from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest
 from trainer.state.checkpoint.reading import plan_reads
-from trainer.state.checkpoint.retention import Removal, Retention, plan_removal
+from trainer.state.checkpoint.retention import Removal, plan_removal
+from trainer.state.optimizer.optimizer import Interval
 from trainer.store.store import open_store
 
 GOLDEN = Path(__file__).parents[1] / "golden/checkpoint-format-2"
@@ -152,7 +153,7 @@ def test_the_verbs_list_and_plan_over_any_manifest(data: bytes, tmp_path: Path) 
 
     def verbs() -> Removal:
         checkpoint_table(list_checkpoints(run))
-        return plan_removal(run, Retention(1, keep_best=1))
+        return plan_removal(run, Checkpoint(keep_last=1, keep_best=1))
 
     found = outcome_of(verbs)
     if isinstance(found, Removal):

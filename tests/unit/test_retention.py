@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import commit, manifest, write_shards
+from trainer.config import Checkpoint
 from trainer.run import layout
-from trainer.state.checkpoint.choice import chosen_step
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
-from trainer.state.checkpoint.retention import Removal, Retention, plan_removal, remove
+from trainer.state.checkpoint.manifest import chosen_step, read_manifest
+from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
 from trainer.store.store import Store, open_store
 
 
@@ -31,29 +31,29 @@ LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 50: 4.0}
 @pytest.mark.parametrize(
     ("rules", "kept"),
     [
-        (Retention(2), [60, 50]),
-        (Retention(9), [60, 50, 40, 30, 20, 10]),
-        (Retention(1, keep_every=20), [60, 40, 20]),
-        (Retention(1, keep_best=1), [60, 20]),
-        (Retention(1, keep_best=3), [60, 30, 20, 10]),
-        (Retention(1, keep_best=9), [60, 50, 30, 20, 10]),
-        (Retention(1, keep_every=50, keep_best=1), [60, 50, 20]),
+        (Checkpoint(keep_last=2), [60, 50]),
+        (Checkpoint(keep_last=9), [60, 50, 40, 30, 20, 10]),
+        (Checkpoint(keep_last=1, keep_every=20), [60, 40, 20]),
+        (Checkpoint(keep_last=1, keep_best=1), [60, 20]),
+        (Checkpoint(keep_last=1, keep_best=3), [60, 30, 20, 10]),
+        (Checkpoint(keep_last=1, keep_best=9), [60, 50, 30, 20, 10]),
+        (Checkpoint(keep_last=1, keep_every=50, keep_best=1), [60, 50, 20]),
     ],
 )
-def test_kept_are_the_newest_every_so_many_and_the_best(rules: Retention, kept: list[int]) -> None:
+def test_kept_are_the_newest_every_so_many_and_the_best(rules: Checkpoint, kept: list[int]) -> None:
     steps = [60, 50, 40, 30, 20, 10]
-    assert [step for step in steps if step not in rules.removable(steps, LOSSES)] == kept
+    assert [step for step in steps if step not in removable(rules, steps, LOSSES)] == kept
 
 
 def test_of_equal_losses_the_newer_is_kept() -> None:
-    assert Retention(1, keep_best=1).removable([3, 2, 1], {2: 1.0, 1: 1.0}) == [1]
+    assert removable(Checkpoint(keep_last=1, keep_best=1), [3, 2, 1], {2: 1.0, 1: 1.0}) == [1]
 
 
 def test_losses_come_from_the_manifests_and_a_damaged_one_has_none(run: Store) -> None:
     for step, loss in ((1, 0.5), (2, 0.1), (3, None), (4, 0.9)):
         commit(run, step, eval_loss=loss)
     run.put(layout.manifest(2), b"{")
-    assert plan_removal(run, Retention(1, keep_best=1)).kept == [4, 1]
+    assert plan_removal(run, Checkpoint(keep_last=1, keep_best=1)).kept == [4, 1]
 
 
 def test_losses_over_other_data_than_the_newest_are_no_better_ones(run: Store) -> None:
@@ -61,7 +61,7 @@ def test_losses_over_other_data_than_the_newest_are_no_better_ones(run: Store) -
         commit(run, step, eval_loss=loss)
         run.put(layout.manifest(step), replace(read_manifest(run, step), eval_data=data).to_json())
     assert chosen_step(run, None, best=True) == 3
-    assert plan_removal(run, Retention(1, keep_best=1), proven=4).steps == [2, 1]
+    assert plan_removal(run, Checkpoint(keep_last=1, keep_best=1), proven=4).steps == [2, 1]
 
 
 def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatc
         plain(store, key)
 
     monkeypatch.setattr(Store, "delete", observed)
-    removal = plan_removal(run, Retention(1))
+    removal = plan_removal(run, Checkpoint(keep_last=1))
     assert (removal.steps, removal.kept, removal.orphans) == ([1], [2], [])
     assert removal.bytes == sum(entry.size for entry in run.list(layout.checkpoint(1)))
     assert deleted == [], "a plan changes nothing"
@@ -106,7 +106,7 @@ def test_the_last_whole_checkpoint_stays_when_all_newer_are_damaged(run: Store, 
         commit(run, step)
     harm(run, 5)
     harm(run, 4)
-    removal = plan_removal(run, Retention(1))
+    removal = plan_removal(run, Checkpoint(keep_last=1))
     assert (removal.kept, removal.steps, removal.proven) == ([5, 3], [4, 2, 1], 3)
     assert removal.damaged.keys() == {5, 4}
     assert str(removal.warning).startswith("the checkpoint of step 5 is damaged: ")
@@ -119,7 +119,7 @@ def test_nothing_is_removed_when_no_checkpoint_is_whole(run: Store) -> None:
     for step in (1, 2, 3):
         commit(run, step)
         damage(run, step)
-    removal = plan_removal(run, Retention(1))
+    removal = plan_removal(run, Checkpoint(keep_last=1))
     assert (removal.kept, removal.steps, removal.bytes, removal.proven) == ([3, 2, 1], [], 0, None)
     assert "Nothing is removed" in str(removal.warning)
 
@@ -130,10 +130,10 @@ def test_a_checkpoint_that_is_known_to_be_whole_is_not_read_again(run: Store, mo
     read: list[str] = []
     plain = Store.chunks
     monkeypatch.setattr(Store, "chunks", lambda store, key, size: read.append(key) or plain(store, key, size))
-    assert plan_removal(run, Retention(9)).proven is None
-    assert plan_removal(run, Retention(2), proven=2).proven == 2
+    assert plan_removal(run, Checkpoint(keep_last=9)).proven is None
+    assert plan_removal(run, Checkpoint(keep_last=2), proven=2).proven == 2
     assert read == []
-    assert plan_removal(run, Retention(2), proven=1).proven == 3
+    assert plan_removal(run, Checkpoint(keep_last=2), proven=1).proven == 3
     assert read == [layout.shard(3, "000001-000001", rank) for rank in range(2)]
 
 
@@ -146,10 +146,10 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     ]
     for key in orphans:
         run.put(key, b"lost")
-    assert plan_removal(run, Retention(1)) == Removal(kept=[5])
-    old = plan_removal(run, Retention(1), now=later(25))
+    assert plan_removal(run, Checkpoint(keep_last=1)) == Removal(kept=[5])
+    old = plan_removal(run, Checkpoint(keep_last=1), now=later(25))
     assert (sorted(old.orphans), old.bytes) == (sorted(orphans), 12)
-    assert plan_removal(run, Retention(1), orphan_hours=26, now=later(25)).orphans == []
+    assert plan_removal(run, Checkpoint(keep_last=1), orphan_hours=26, now=later(25)).orphans == []
     remove(run, old)
     remove(run, old)
     left = [entry.key for entry in run.list()]
@@ -160,4 +160,4 @@ def test_beside_a_damaged_manifest_nothing_is_an_orphan(run: Store) -> None:
     commit(run, 5)
     run.put(layout.shard(5, "000009-000001", 0), b"x")
     run.put(layout.manifest(5), b"{")
-    assert plan_removal(run, Retention(1), now=later(1000)).orphans == []
+    assert plan_removal(run, Checkpoint(keep_last=1), now=later(1000)).orphans == []

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.division import Interval
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.reading import read_elements
-from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.store import Store
 from trainer.tuning.method import LearntWeights
 

@@ -24,14 +24,13 @@ from trainer.processes.accelerator import is_accelerator
 from trainer.processes.ranks import Ranks
 from trainer.run import layout
 from trainer.run.environment import versions
-from trainer.state.checkpoint.contents import Contents, Key
-from trainer.state.checkpoint.division import EvenDivision
+from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
 from trainer.state.checkpoint.identity import Identity, check_identity, is_written_anew
 from trainer.state.checkpoint.learner import Learner, TrainablePartition
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
 from trainer.state.checkpoint.reading import read_elements
-from trainer.state.checkpoint.retention import Retention, plan_removal, remove
+from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
@@ -259,9 +258,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """In the background after each commit; what fails now is tried again after the next."""
-        rules = Retention(self.rules.keep_last, self.rules.keep_every, self.rules.keep_best)
         try:
-            removal = plan_removal(self.run, rules, proven=self._proven)
+            removal = plan_removal(self.run, self.rules, proven=self._proven)
             remove(self.run, removal)
             if removal.steps:
                 self.hooks.oldest(min(removal.kept))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from trainer.config import Checkpoint
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.listing import StepFolder, step_folders
@@ -19,19 +20,11 @@ from trainer.store.store import Entry, Store
 ORPHAN_HOURS = 24.0
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Kept are the last so many, every step that is a multiple, and the best so many by evaluation loss."""
-
-    keep_last: int
-    keep_every: int = 0
-    keep_best: int = 0
-
-    def removable(self, steps: list[int], losses: dict[int, float]) -> list[int]:
-        """Which of the committed `steps` (newest first) go. `losses`: step -> evaluation loss, of those that have one."""
-        best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))
-        kept = {*steps[: self.keep_last], *best[: self.keep_best]}
-        return [step for step in steps if step not in kept and not (self.keep_every and step % self.keep_every == 0)]
+def removable(rules: Checkpoint, steps: list[int], losses: dict[int, float]) -> list[int]:
+    """Which of the committed `steps` (newest first) go. `losses`: step -> evaluation loss, of those that have one."""
+    best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))
+    kept = {*steps[: rules.keep_last], *best[: rules.keep_best]}
+    return [step for step in steps if step not in kept and not (rules.keep_every and step % rules.keep_every == 0)]
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Removal:
 
 def plan_removal(
     folder: Store,
-    rules: Retention,
+    rules: Checkpoint,
     *,
     proven: int | None = None,
     orphan_hours: float = ORPHAN_HOURS,
@@ -77,7 +70,7 @@ def plan_removal(
     losses: dict[int, float] = {}
     if rules.keep_best:
         losses = comparable_losses(readable_manifests(folder, [], newest_first))
-    removal = Removal(steps=rules.removable(newest_first, losses))
+    removal = Removal(steps=removable(rules, newest_first, losses))
     removal.kept = [step for step in newest_first if step not in removal.steps]
     if removal.steps:
         _keep_a_whole_one(folder, removal, proven)

@@ -5,17 +5,17 @@ https://github.com/huggingface/safetensors#format: 8 bytes little-endian header 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
 from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.division import Interval
+from trainer.state.optimizer.optimizer import Interval
 from trainer.store.safetensors_index import TensorSource, header_bytes, read_header
-from trainer.store.store import PART_BYTES, Buffer, Store
+from trainer.store.store import Store
 
 _HASH_BYTES = 2**20
 
@@ -54,7 +54,7 @@ class ShardLayout:
     def header(self) -> bytes:
         """The bytes before the data in the file."""
         tensors = {
-            _title(key): {
+            title(key): {
                 "dtype": key.state.dtype,
                 "shape": [(end - begin) // key.state.item],
                 "data_offsets": [begin, end],
@@ -64,7 +64,7 @@ class ShardLayout:
         return header_bytes(tensors)
 
 
-def _title(key: Key) -> str:
+def title(key: Key) -> str:
     """The tensor's name in the file."""
     return f"{key.name}|{key.state.name}"
 
@@ -101,57 +101,19 @@ def verify_shard(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) 
             digest.update(chunk)
         if digest.hexdigest() != shard.sha256:
             return f"{where} does not match its sha256."
-        _tensors(folder, shard, contents)
+        tensors_of(folder, shard, contents)
     except (Damaged, NotFound) as error:
         return str(error)
     return None
 
 
-def _tensors(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:
+def tensors_of(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:
     """The shard's tensors by `parameter|state`; raises `Damaged` unless they are those of `contents`."""
     try:
         tensors = read_header(folder, shard.key, shard.size)
     except ConfigError as error:
         raise Damaged(str(error)) from error
-    expected = {_title(key): (key.state.dtype, (end - begin,)) for key, (begin, end) in contents.items()}
+    expected = {title(key): (key.state.dtype, (end - begin,)) for key, (begin, end) in contents.items()}
     if {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()} != expected:
         raise Damaged(f"{folder.uri}/{shard.key} does not hold the elements that its manifest says.")
     return tensors
-
-
-class StateSlice(NamedTuple):
-    """Values [begin, end) of one state of a parameter."""
-
-    key: Key
-    begin: int
-    end: int
-
-
-def read_states(
-    folder: Store, shard: Shard, contents: Mapping[Key, Interval], slices: Iterable[StateSlice]
-) -> Iterator[tuple[StateSlice, Buffer]]:
-    """Each slice with its bytes, all of them in `shard`, which holds `contents`.
-
-    Only these bytes leave the store: near ones in one request, and a part's worth at a time. Raises `Damaged` when the
-    shard holds something else.
-    """
-    tensors = _tensors(folder, shard, contents)
-    batch: list[StateSlice] = []
-    ranges: list[Interval] = []
-    size = 0
-    for each in slices:
-        if size > PART_BYTES:
-            yield from _fetch(folder, shard, batch, ranges)
-            batch, ranges, size = [], [], 0
-        first = contents[each.key][0]
-        batch.append(each)
-        ranges.append(tensors[_title(each.key)].byte_range(each.begin - first, each.end - first))
-        size += each.key.state.item * (each.end - each.begin)
-    yield from _fetch(folder, shard, batch, ranges)
-
-
-def _fetch(
-    folder: Store, shard: Shard, slices: list[StateSlice], ranges: list[Interval]
-) -> Iterator[tuple[StateSlice, Buffer]]:
-    data = folder.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
-    yield from zip(slices, data, strict=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from trainer.base.base import Base
 from trainer.config import Config
 from trainer.errors import shown
-from trainer.state.checkpoint.division import Interval
+from trainer.state.optimizer.optimizer import Interval
 from trainer.store.store import Buffer
 from trainer.tuning.method import Method
 

@@ -22,12 +22,11 @@ from trainer.config.paths import local_path
 from trainer.errors import ConfigError, StorageError, shown
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.division import Interval
 from trainer.state.checkpoint.identity import check_content
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import CheckpointManifest, problems_of, readable_manifests
 from trainer.state.checkpoint.reading import read_elements
-from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.store import Store, open_run_store, open_store
 from trainer.tuning.method import Method, method_of
 from trainer.tuning.shared.beginning import SETTING, Beginning, Values, unlike, unlike_settings

@@ -14,7 +14,7 @@ from trainer.base.describe.architecture_cache import read_adapter_paths
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
 from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
-from trainer.state.checkpoint.division import Interval
+from trainer.state.optimizer.optimizer import Interval
 from trainer.store.safetensors_index import TensorSource, read_header
 from trainer.store.store import Store
 from trainer.tuning.method import Method, SavedByPeft

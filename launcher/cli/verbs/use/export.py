@@ -56,7 +56,7 @@ def export(
     """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT adapter, merged
     with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
     from launcher.export.export import export_run
-    from trainer.state.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.manifest import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")

@@ -62,7 +62,7 @@ def generate(
     from launcher.start.group import is_rank, is_silent_rank
     from trainer.evaluate.request import Ask
     from trainer.run.folder import run_config
-    from trainer.state.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.manifest import chosen_step
 
     folder = open_run(run, store)
     config = run_config(folder, overrides or (), say=say)

@@ -38,7 +38,7 @@ def push(
     """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the environment
     variable HF_TOKEN. A push that was killed goes on when it is called again."""
     from launcher.export.push import push_run
-    from trainer.state.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.manifest import chosen_step
 
     folder = open_run(run, store)
     result = push_run(

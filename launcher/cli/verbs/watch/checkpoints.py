@@ -24,7 +24,7 @@ def checkpoints_verify(
 ) -> None:
     """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
     from launcher.view.checkpoints import checkpoint_table, verify_checkpoints
-    from trainer.state.checkpoint.choice import chosen_step
+    from trainer.state.checkpoint.manifest import chosen_step
 
     folder = open_run(run, store)
     found = verify_checkpoints(folder, chosen_step(folder, step, best=best))
