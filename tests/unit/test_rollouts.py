@@ -418,8 +418,8 @@ def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_pa
         return {"choices": [{"prompt_logprobs": places, "token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}}]}
 
     with stub(judge, "big") as url:
-        asked = judging.Judge(CompletionsServer.find("objective.teacher", f"{url}#big"))
-        gaps = asked.gaps([[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
+        asked = CompletionsServer.find("objective.teacher", f"{url}#big")
+        gaps = judging.judged_gaps(asked, [[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
     assert gaps == [[0.25, -1.25], [0.75]]
     (advantages,) = {tuple(map(tuple, objective.advantages(np.zeros((1, 2)), gaps)))}
     run = open_store(str(tmp_path))

@@ -27,7 +27,6 @@ from trainer.data.dataset.taught import (
 )
 from trainer.errors import ConfigError, Damaged
 from trainer.evaluate import teach, teach_server
-from trainer.evaluate.taught_data import begun
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
 from trainer.store.store import Store, open_store
@@ -54,7 +53,7 @@ def said(targets: int, seed: int) -> Likeliest:
 def folder(tmp_path: Any) -> Store:
     """A teacher of two blocks, of two documents and of one."""
     folder = open_store(str(tmp_path))
-    record = begin_teacher(folder, TeacherRecord(settings={}, facts={"base": "x"}, k=3, vocabulary=300))
+    record = begin_teacher(folder, BIG, {"base": "x"}, 300)
     write_block(folder, record, 1, [said(2, 3)])
     write_block(folder, record, 0, [said(5, 1), said(1, 2)])
     finish_teacher(folder, record, [0, 2, 3], 8)
@@ -96,7 +95,7 @@ def test_a_run_without_its_teacher_names_the_command(tmp_path: Any) -> None:
     ):
         stored_teacher(start, "abc", Reads())
     folder = teacher_folder(start.store.sub("data/abc/"), BIG.to_json())
-    record = begin_teacher(folder, TeacherRecord(settings={}, facts={}, k=3, vocabulary=300))
+    record = begin_teacher(folder, BIG, {}, 300)
     with pytest.raises(ConfigError, match="has not yet written all of its"):
         stored_teacher(start, "abc", Reads())
     finish_teacher(folder, record, [0], 0)
@@ -106,21 +105,18 @@ def test_a_run_without_its_teacher_names_the_command(tmp_path: Any) -> None:
 
 
 def test_another_teacher_does_not_go_on_in_a_folder(folder: Store) -> None:
-    wanted = TeacherRecord(settings={}, facts={"base": "y"}, k=3, vocabulary=300)
     with pytest.raises(ConfigError, match=r"is not the teacher that has written .*: its base is another"):
-        begun(folder, wanted, BIG)
+        begin_teacher(folder, BIG, {"base": "y"}, 300)
 
 
 def test_another_run_of_the_teachers_name_is_another_teacher(tmp_path: Path) -> None:
     """Of the same base, data and step, with another learning rate."""
     first = commit(open_store(str(tmp_path / "run")), 4)
     other = replace(first, shards=[replace(shard, sha256="0" * 64) for shard in first.shards])
-    record = TeacherRecord(settings={}, facts={"base": "x", **teach._learnt(first)}, k=3, vocabulary=300)
-    taught = open_store(str(tmp_path / "taught"))
-    begun(taught, record, BIG)
-    assert begun(taught, record, BIG) == record
+    taught, facts = open_store(str(tmp_path / "taught")), {"base": "x", **teach._learnt(first)}
+    assert begin_teacher(taught, BIG, facts, 300) == begin_teacher(taught, BIG, facts, 300)
     with pytest.raises(ConfigError, match="its shards is another"):
-        begun(taught, record.model_copy(update={"facts": {"base": "x", **teach._learnt(other)}}), BIG)
+        begin_teacher(taught, BIG, {"base": "x", **teach._learnt(other)}, 300)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +186,7 @@ def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> Non
     store = open_store(str(tmp_path))
     folder, found = teacher_folder(store.sub(layout.dataset("data")), BIG.to_json()), list[dict[str, Any]]()
     assert taught_identity(store, "data", BIG) == {}
-    record = begin_teacher(folder, TeacherRecord(settings=BIG.to_json(), facts={}, k=3, vocabulary=300))
+    record = begin_teacher(folder, BIG, {}, 300)
     for seed in (1, 2, 1):
         write_block(folder, record, 0, [said(2, seed)])
         finish_teacher(folder, record, [0, 1], 2)

@@ -1,9 +1,8 @@
 """`capstan evaluate --server`: the same sets, pairs and tasks by what a server has of a run, and where it has that too, by its base there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.inputs import as_trained
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
-from trainer.data.dataset.dataset import Dataset
 from trainer.evaluate.measure import bias
 from trainer.evaluate.measured import (
     EvaluatedSet,
@@ -114,12 +112,7 @@ def _losses(model: ServedModel, of: EvaluatedSet, told: Any) -> Losses:
         ranked = model.server.ranked((stored & ID_BITS).tolist()) if places else []
         return -sum(ranked[place][0] for place in places), len(places)
 
-    documents = len(of.clusters)
-    found = np.array(model.each(nats, _documents(of.dataset), lambda done: told(done, documents)), np.float64)
+    data, documents = of.dataset, len(of.clusters)
+    every = (document for block in range(len(data.blocks) - 1) for document in data.documents(block))
+    found = np.array(model.each(nats, every, lambda done: told(done, documents)), np.float64)
     return found[:, 0], found[:, 1]
-
-
-def _documents(dataset: Dataset) -> Iterator[NDArray[np.uint32]]:
-    for block, (begin, end) in enumerate(pairwise(dataset.blocks.tolist())):
-        read = dataset.read(np.array([block]))
-        yield from (read.gather(np.array([number])) for number in range(begin, end))

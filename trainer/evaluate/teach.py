@@ -20,14 +20,20 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
+from trainer.data.dataset.taught import (
+    Likeliest,
+    TeacherRecord,
+    begin_teacher,
+    teacher_folder,
+    write_block,
+    written_blocks,
+)
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
 from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import open_run
-from trainer.evaluate.taught_data import begun, finished
-from trainer.evaluate.teach_server import teach_by_server
+from trainer.evaluate.teach_server import finished, teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch
@@ -66,11 +72,9 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     vocabulary = min(base.architecture.vocabulary, model.base.architecture.vocabulary)
     dataset = open_dataset(store, key)
     folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
-    facts = ranks.on_first(lambda: {**model.facts(), "vocabulary": vocabulary})
-    wanted = TeacherRecord(
-        settings=teacher.to_json(), facts=facts, k=min(teacher.top_k, vocabulary), vocabulary=vocabulary
+    record = ranks.on_first(
+        lambda: begin_teacher(folder, teacher, {**model.facts(), "vocabulary": vocabulary}, vocabulary)
     )
-    record = ranks.on_first(lambda: begun(folder, wanted, teacher))
     order = replace(eval_order(config, dataset.manifest), reserved=method_of(model.config).virtual.reserved)
     with model.computing():
         written = TeacherPass(model, dataset, folder, record, order, config.train.micro_batch, teacher, tell).run()

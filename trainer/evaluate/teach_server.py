@@ -14,13 +14,20 @@ from trainer.config import Config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.dataset.taught import Likeliest, TeacherRecord, teacher_folder, write_block, written_blocks
+from trainer.data.dataset.taught import (
+    Likeliest,
+    TeacherRecord,
+    begin_teacher,
+    finish_teacher,
+    teacher_folder,
+    write_block,
+    written_blocks,
+)
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Tell
-from trainer.evaluate.taught_data import begun, finished
 from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
-from trainer.store.store import open_run_store
+from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.teacher import Teacher
 
 _AT_ONCE = 16
@@ -40,29 +47,32 @@ def teach_by_server(config: Config, teacher: Teacher, tell: Tell) -> dict[str, A
     server = CompletionsServer.find(teacher.setting, teacher.name)
     key = prepare(config, base, store).train
     dataset = open_dataset(store, key)
-    check_tokenizer(server, base, (_documents(dataset, 0)[0] & ID_BITS).tolist())
+    check_tokenizer(server, base, (dataset.documents(0)[0] & ID_BITS).tolist())
     folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
     vocabulary = base.architecture.vocabulary
-    wanted = TeacherRecord(
-        settings=teacher.to_json(),
-        facts={"model": server.model},
-        k=min(teacher.top_k, vocabulary),
-        vocabulary=vocabulary,
-    )
-    record, blocks = begun(folder, wanted, teacher), len(dataset.blocks) - 1
+    record, blocks = begin_teacher(folder, teacher, {"model": server.model}, vocabulary), len(dataset.blocks) - 1
     missing = sorted(set(range(blocks)) - written_blocks(folder))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for number, block in enumerate(missing, 1):
-            documents = list(pool.map(partial(_said, server, record.k, vocabulary), _documents(dataset, block)))
+            documents = list(pool.map(partial(_said, server, record.k, vocabulary), dataset.documents(block)))
             write_block(folder, record, block, documents)
             tell({"progress": "blocks of the data", "done": blocks - len(missing) + number, "total": blocks})
     return finished(folder, record, teacher, dataset, len(missing))
 
 
-def _documents(dataset: Dataset, block: int) -> list[NDArray[np.uint32]]:
-    numbers = np.arange(*dataset.blocks[block : block + 2])
-    read = dataset.read(np.array([block]))
-    return [read.gather(numbers[place : place + 1]) for place in range(len(numbers))]
+def finished(folder: Store, record: TeacherRecord, teacher: Teacher, dataset: Dataset, written: int) -> dict[str, Any]:
+    """Say that all is there, of which so many blocks were `written` now; returns what `capstan teach` prints."""
+    whole = finish_teacher(folder, record, dataset.blocks.tolist(), dataset.manifest.targets)
+    return {
+        "teacher": teacher.name,
+        "folder": folder.uri,
+        "data": dataset.manifest.fingerprint,
+        "documents": dataset.manifest.documents,
+        "targets": whole.targets,
+        "top_k": record.k,
+        "bytes": whole.bytes,
+        "written": written,
+    }
 
 
 def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np.uint32]) -> Likeliest:

@@ -164,6 +164,11 @@ class Dataset:
         # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
         return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts])
 
+    def documents(self, block: int) -> list[NDArray[np.uint32]]:
+        """The tokens of each document of one of its blocks; raises as `read`."""
+        read = self.read(np.array([block]))
+        return [read.gather(np.array([number])) for number in range(*self.blocks[block : block + 2].tolist())]
+
     def _read_shard(self, shard: int, blocks: list[int]) -> list[Buffer]:
         key = self.manifest.shards[shard].tokens_file.key
         shard_start = self.shard_starts[shard]

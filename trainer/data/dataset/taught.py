@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
-from trainer.errors import AlreadyExists, Damaged, NotFound
+from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, shown
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Buffer, Store
@@ -86,12 +86,20 @@ def read_teacher(folder: Store) -> TeacherRecord | None:
         return None
 
 
-def begin_teacher(folder: Store, record: TeacherRecord) -> TeacherRecord:
-    """Write down whose folder it is, unless somebody else has: theirs is returned then."""
+def begin_teacher(folder: Store, teacher: Teacher, facts: Mapping[str, Any], vocabulary: int) -> TeacherRecord:
+    """The record of the folder, made now unless it is there. Raises `ConfigError` where a teacher of other `facts` has written there."""
+    k = min(teacher.top_k, vocabulary)
+    record = TeacherRecord(settings=teacher.to_json(), facts=dict(facts), k=k, vocabulary=vocabulary)
     try:
         folder.create(_TEACHER, record.sealed())
     except AlreadyExists:
-        return _record(TeacherRecord, folder, _TEACHER)
+        record = _record(TeacherRecord, folder, _TEACHER)
+    other = sorted(name for name in record.facts.keys() | facts.keys() if record.facts.get(name) != facts.get(name))
+    if other:
+        raise ConfigError(
+            f"{teacher.setting}: {shown(teacher.name)} is not the teacher that has written {folder.uri}: its {other[0]} is another. "
+            "Put that one back, or delete the folder and have this one write it anew."
+        )
     return record
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -36,24 +35,21 @@ def patiently(request: Callable[[], T], between: Callable[[], object] = lambda: 
     return request()
 
 
-@dataclass(frozen=True)
-class Judge:
-    """The teacher behind a server, which no rank has in memory."""
+def judged_gaps(
+    judge: CompletionsServer, prompts: Sequence[Sequence[int]], answers: Sequence[Drawn]
+) -> list[list[float]]:
+    """The judge's log p of each token of each answer less the sampler's, in nats. Raises `CapstanError` where it gives none after some attempts."""
 
-    server: CompletionsServer
-
-    def gaps(self, prompts: Sequence[Sequence[int]], answers: Sequence[Drawn]) -> list[list[float]]:
-        """Its log p of each token of each answer less the sampler's, in nats. Raises `CapstanError` where it gives none after some attempts."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(self._gaps, prompts, answers))
-
-    def _gaps(self, prompt: Sequence[int], answer: Drawn) -> list[float]:
-        found = patiently(partial(self.server.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
+    def of_answer(prompt: Sequence[int], answer: Drawn) -> list[float]:
+        found = patiently(partial(judge.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
         return [theirs - ours for theirs, ours in zip(found, answer.log_p, strict=True)]
 
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(of_answer, prompts, answers))
 
-def judge_of(resolved: Resolved, asked: Asked) -> Judge | None:
-    """The judge of the run's objective, where that is a server; `asked` is a prompt by which its tokenizer is seen.
+
+def judge_of(resolved: Resolved, asked: Asked) -> CompletionsServer | None:
+    """The teacher that judges for the run's objective, where that is a server, so that no rank has it in memory; `asked` is a prompt by which its tokenizer is seen.
 
     Raises:
         ConfigError: nothing answers there, or it has another tokenizer.
@@ -64,4 +60,4 @@ def judge_of(resolved: Resolved, asked: Asked) -> Judge | None:
         return None
     server = CompletionsServer.find(objective.judge.setting, objective.judge.name)
     check_tokenizer(server, resolved.base, [*asked.prompt, *asked.reference])
-    return Judge(server)
+    return server

@@ -15,10 +15,11 @@ from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.settings import eval_order, train_order
 from trainer.evaluate.measure.prompts import Prompter
-from trainer.evaluate.rollout.judging import Judge, judge_of
+from trainer.evaluate.rollout.judging import judge_of, judged_gaps
 from trainer.evaluate.rollout.prompts import Asked, Prompts
 from trainer.evaluate.rollout.sampling import Drawn, Request, seed_of
 from trainer.evaluate.rollout.scoring import Scoring
+from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
@@ -64,7 +65,7 @@ class Making:
     prompter: Prompter
     scoring: Scoring
     held_out: Sequence[Asked] = field(default=())
-    judge: Judge | None = None
+    judge: CompletionsServer | None = None
 
     @classmethod
     def of(cls, resolved: Resolved, run: Store, train: str, held_out: str | None) -> "Making":
@@ -122,7 +123,7 @@ class Making:
         sampled = time.monotonic()
         scored, *held_out = [self._scored(*both) for both in zip(wanted, drawn, strict=True)]
         prompts = [one.prompt for one in wanted[0].asked for _ in range(wanted[0].request.answers)]
-        gaps = self.judge.gaps(prompts, scored.drawn) if self.judge else None
+        gaps = judged_gaps(self.judge, prompts, scored.drawn) if self.judge else None
         advantages = objective.advantages(scored.rewards, gaps)
         rollouts = [
             Rollout(prompt, one.tokens, one.log_p, advantage, shown)

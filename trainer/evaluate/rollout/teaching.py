@@ -13,13 +13,12 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.rollouts import Rollouts, commit_judgement, is_committed, is_judged
-from trainer.data.dataset.taught import TeacherRecord
+from trainer.data.dataset.taught import begin_teacher
 from trainer.data.order.stream import eval_stream
 from trainer.errors import NonFiniteLoss, shown
 from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.evaluate.rollout.serving import has_finished, oldest
-from trainer.evaluate.taught_data import begun
 from trainer.evaluate.teach import TeacherModel, by_document, open_teacher
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
@@ -46,13 +45,8 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
     model = open_teacher(config, resolved.base, teacher, tell)
     ranks, run = model.ranks, store.sub(config.run.name)
     place = rollouts_of(resolved, run, ranks.on_first(lambda: prepare(config, resolved.base, store).train))
-    record = TeacherRecord(
-        settings=teacher.to_json(),
-        facts=ranks.on_first(model.facts),
-        k=0,
-        vocabulary=model.base.architecture.vocabulary,
-    )
-    ranks.on_first(lambda: begun(place.sub("teacher"), record, teacher))
+    vocabulary = model.base.architecture.vocabulary
+    ranks.on_first(lambda: begin_teacher(place.sub("teacher"), teacher, model.facts(), vocabulary))
     rollouts = Rollouts(place, config.rollout.chapters(config.train.steps or 0))
     rules = config.rollout
     chapter, made, told = ranks.on_first(lambda: rules.chapter(oldest(run))), 0, 0.0
