@@ -21,7 +21,7 @@ from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.plan.sizes import value_bytes
 from trainer.processes.devices import described_gpus, host_memory_left
-from trainer.processes.patience import patiently
+from trainer.processes.helper_thread import patiently
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 from trainer.tuning.objective.objective import find_objective

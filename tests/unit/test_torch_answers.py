@@ -8,14 +8,14 @@ import pytest
 
 from trainer.base.describe import torch_answers
 from trainer.base.describe.torch_answers import Question
-from trainer.processes import patience
-from trainer.processes.patience import patiently
+from trainer.processes import helper_thread
+from trainer.processes.helper_thread import patiently
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FIRST_SECONDS", "_NEXT_SECONDS"):
-        monkeypatch.setattr(patience, name, 0.01)
+        monkeypatch.setattr(helper_thread, name, 0.01)
 
 
 def test_what_takes_long_is_said_and_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_what_takes_long_is_said_and_that_it_goes_on(monkeypatch: pytest.MonkeyP
         assert enough.wait(10)
     assert re.fullmatch(r"counting: \d+ s so far", said[0])
     told = len(said)
-    monkeypatch.setattr(patience, "_FIRST_SECONDS", 5)
+    monkeypatch.setattr(helper_thread, "_FIRST_SECONDS", 5)
     with patiently("nothing", say):
         pass
     assert len(said) == told

@@ -26,7 +26,7 @@ from tests.unit.made_records import CONFIG, NOW, end, start, step, write
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.errors import BaseOutOfReach, ConfigError, StorageError
-from trainer.processes import patience
+from trainer.processes import helper_thread
 from trainer.run import layout
 from trainer.store import hub
 from trainer.store.store import Store, open_store
@@ -170,11 +170,11 @@ def test_what_takes_seconds_is_said_while_it_does_and_what_is_quick_is_not(monke
         said.append(line)
         heard.set()
 
-    assert patience._FIRST_SECONDS == 3.0
-    with patience.patiently("reading", say):
+    assert helper_thread._FIRST_SECONDS == 3.0
+    with helper_thread.patiently("reading", say):
         pass
-    monkeypatch.setattr(patience, "_FIRST_SECONDS", 0.01)
-    with patience.patiently("measuring the data", say):
+    monkeypatch.setattr(helper_thread, "_FIRST_SECONDS", 0.01)
+    with helper_thread.patiently("measuring the data", say):
         assert heard.wait(30)
     assert said == ["measuring the data: 0 s so far"]
 

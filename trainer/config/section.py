@@ -90,7 +90,7 @@ def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]
 
     def complete(section: type[SectionKind]) -> type[SectionKind]:
         known = set(section.model_fields)
-        parts = list(_parts(package))
+        parts = [part for settings in _settings_of_folders(package) for part in settings.SETTINGS]
         for part in parts:
             assert not known & part.model_fields.keys(), f"{part.__module__} declares a setting that is there already"
             known |= part.model_fields.keys()
@@ -100,11 +100,6 @@ def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]
         return cast(type[SectionKind], create_model(name, __base__=bases, __module__=module, __doc__=doc))
 
     return complete
-
-
-def _parts(package: str) -> Iterator[type[Section]]:
-    for settings in _settings_of_folders(package):
-        yield from settings.SETTINGS
 
 
 def declared(package: str, table: str) -> dict[str, Any]:

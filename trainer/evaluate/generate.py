@@ -56,15 +56,14 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
             sides["adapter"] = classes_of(opened, head, given)
             for number, said in enumerate(sides["adapter"]):
                 tell({"piece": said, "number": number, "side": "adapter"})
-            every += _tell(given, sides, tell)
-            continue
-        openings = opened.ranks.on_first(
-            lambda given=given: opened.words.prompter.fitting(given, opened.resolved.longest)
-        )
-        if ask.base:
-            with opened.as_base() as base:
-                sides["base"] = _answers(base, openings, sampling, "base", tell)
-        sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
+        else:
+            openings = opened.ranks.on_first(
+                lambda given=given: opened.words.prompter.fitting(given, opened.resolved.longest)
+            )
+            if ask.base:
+                with opened.as_base() as base:
+                    sides["base"] = _answers(base, openings, sampling, "base", tell)
+            sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
         every += _tell(given, sides, tell)
     return {"step": opened.manifest.step, "answers": every}
 

@@ -26,9 +26,10 @@ from trainer.evaluate.measure.bias import Gaps, SentencePair
 from trainer.evaluate.measure.intervals import clusters_of, difference_interval
 from trainer.evaluate.measure.losses import document_losses, objective_means
 from trainer.evaluate.measure.prompts import Prompter
-from trainer.evaluate.measure.scoring import Continued, likelihoods
+from trainer.evaluate.measure.scoring import Continued
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import has_likelihood
+from trainer.evaluate.tasks.shared_model import likelihoods_by
 from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.evaluations import finite, keep_evaluation, other_settings
@@ -41,17 +42,16 @@ TaskScores = dict[str, dict[str, tuple[float, float | None]]]
 """Task -> metric -> (value, standard error)."""
 Tasks = Callable[[OpenedRun, str], TaskScores]
 """Runs the tasks by a run's model as it is, of which the text is the side's name."""
-Clusters = NDArray[np.int64]
 Losses = tuple[Any, Any]
 """The nats and the tokens of each document of a set, in the set's order, as (documents,) fp64."""
 
 
 class EvaluatedSet(NamedTuple):
-    """A set under its settings, and of each of its documents the cluster."""
+    """A set under its settings, and the cluster of each of its documents: the pieces of one long row, and copies of each other, are of one."""
 
     config: Config
     dataset: Dataset
-    clusters: Clusters
+    clusters: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def sets_of(config: Config, store: Store, keys: Mapping[str, str]) -> dict[str, 
     sets = dict[str, EvaluatedSet]()
     for name, key in keys.items():
         dataset, of_set = open_dataset(store, key), config if name == UNNAMED else config_of_set(config, name)
-        sets[name] = EvaluatedSet(of_set, dataset, _clusters(of_set, store, dataset))
+        longest = of_set.data.sequence_length if of_set.data.on_too_long == "split" else None
+        sets[name] = EvaluatedSet(of_set, dataset, clusters_of(dataset.lengths, longest, document_hashes(store, key)))
     return sets
 
 
@@ -119,12 +120,6 @@ def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[
                 if overlap := overlap_of(store, dataset, key):
                     found[name] = max(overlap.shared, found.get(name, 0))
     return found
-
-
-def _clusters(config: Config, store: Store, dataset: Dataset) -> Clusters:
-    """Of each document of the set, by a number: those of one long row, and copies of each other, are of one."""
-    longest = config.data.sequence_length if config.data.on_too_long == "split" else None
-    return clusters_of(dataset.lengths, longest, document_hashes(store, dataset.manifest.fingerprint))
 
 
 def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
@@ -167,10 +162,7 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
     if not pairs:
         return {}
     texts = texts_of(pairs, opened.words.prompter)
-    capacity, told = opened.resolved.config.data.sequence_length, partial(progress, f"pairs, {side}")
-    found = likelihoods(
-        opened.engine, texts, capacity, reserved=opened.reserved, told=lambda done: told(done, len(texts))
-    )
+    found = likelihoods_by(opened, texts, told=lambda done: progress(f"pairs, {side}", done, len(texts)))
     return bias.gaps(pairs, [likelihood.log_p for likelihood in found])
 
 

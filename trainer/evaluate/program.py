@@ -43,8 +43,9 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
         "judge": judge_answers,
         "rollout": roll_out,
     }
+    speaks = os.environ.get("RANK", "0") == "0"  # rank 0 speaks for all
     try:
-        result = work[ask.what](ask, tell if os.environ.get("RANK", "0") == "0" else _nothing)
+        result = work[ask.what](ask, tell if speaks else lambda _told: None)
     except CapstanError:
         _leave()
         raise
@@ -58,10 +59,6 @@ def _leave() -> None:
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _nothing(_told: dict[str, Any]) -> None:
-    """Rank 0 speaks for all."""
 
 
 def main() -> None:

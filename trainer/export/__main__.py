@@ -19,7 +19,7 @@ from trainer.export.folder import DestinationTaken
 from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
 from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.processes.patience import patiently
+from trainer.processes.helper_thread import patiently
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.store import Store, open_store

@@ -56,15 +56,14 @@ class Ranks:
         """The time that a collective of all ranks may take."""
         return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
 
-    def limit_groups(self) -> None:
-        """Give every process group of this process `timeout`: one that a library made has torch's own, 10 minutes for NCCL."""
+    def begin_groups(self) -> None:
+        """Have every process group of this process make its communicator now, with the limit `timeout`. Collective.
+
+        One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first pass, where
+        `timeouts.step` is its limit instead of that of the load.
+        """
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(self.timeout, group)
-
-    def begin_groups(self) -> None:
-        """Have every process group make its communicator now: NCCL's would begin inside of the first pass, where `timeouts.step` is its
-        limit instead of that of the load. Collective."""
-        for group in list(distributed_c10d._world.pg_map):
             here = torch.zeros(1, device=self.device)
             dist.all_reduce(here, group=group)
             here.item()  # it waits until the others have come

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from trainer import errors
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
-from trainer.processes.patience import patiently
+from trainer.processes.helper_thread import patiently
 
 Parsed = TypeVar("Parsed")
 _PACKAGES = ("transformers", "torch", "bitsandbytes")

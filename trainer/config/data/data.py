@@ -10,8 +10,9 @@ from trainer.config.data.row_kinds import (
     LOSS_ON,
     OF_CLASSES,
     PLAIN,
+    READ_BY,
     ROW_FORMATS,
-    SHARING,
+    TALKING,
     WHOLE,
     Format,
     check_fields,
@@ -20,8 +21,6 @@ from trainer.config.data.row_kinds import (
 )
 from trainer.config.data.source import Source
 from trainer.config.section import Section, Seed, setting
-
-_TODAY = "2025-01-01"
 
 
 class TrainOn(Section):
@@ -88,7 +87,7 @@ class Data(Section):
         example="chatml",
     )
     today: str = setting(
-        _TODAY,
+        "2025-01-01",
         about="The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the same "
         "tokens on every day.",
         example="2026-06-30",
@@ -163,8 +162,9 @@ class Data(Section):
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
         kind = ROW_FORMATS[format].kind
-        if self.labels and kind not in OF_CLASSES:
-            return f"data.labels: has no effect with data.format: {format}, whose rows have no class. Remove it."
+        for name, (kinds, why) in READ_BY.items():
+            if kind not in kinds and getattr(self, name) != Data.model_fields[name].default:
+                return f"data.{name}: has no effect with data.format: {format}{why}. Remove it."
         if self.loss_on and not LOSS_ON[kind]:
             what = "say themselves what is trained" if kind == "segments" else "have a class, which is trained"
             return f"data.loss_on: has no effect with data.format: {format}, whose rows {what}. Remove it."
@@ -173,16 +173,8 @@ class Data(Section):
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
                 f"Allowed there: {', '.join(LOSS_ON[kind])}."
             )
-        if self.share_prefix and kind not in SHARING:
-            return f"data.share_prefix: has no effect with data.format: {format}, whose rows have one answer to a prompt. Remove it."
-        if self.drop_system and kind != "chat":
-            return f"data.drop_system: has no effect with data.format: {format}, whose rows are no conversations to be learnt. Remove it."
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
-        if kind in PLAIN:
-            for name, changed in (("template", self.template is not None), ("today", self.today != _TODAY)):
-                if changed:
-                    return f"data.{name}: has no effect with data.format: {format}. Remove it."
         if kind in WHOLE and self.on_too_long == "split":
             return f"data.on_too_long: split would {WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or fail."
         return None
@@ -190,22 +182,17 @@ class Data(Section):
     def for_rows(self, format: str) -> "Data":
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
         kind, on = ROW_FORMATS[format].kind, self.train_on
-        talks = kind not in PLAIN
+        talks = kind in TALKING
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
             "loss_on": self.loss_on if self.loss_on in LOSS_ON[kind] else None,
             "train_on": on if talks else TrainOn(roles=roles, end=on.end),
-            "thinking": self.thinking if talks else "as_template",
-            "template": self.template if talks else None,
-            "today": self.today if talks else _TODAY,
-            "labels": self.labels if kind in OF_CLASSES else None,
-            "share_prefix": self.share_prefix and kind in SHARING,
-            "drop_system": self.drop_system and kind == "chat",
+            **{name: Data.model_fields[name].default for name, (kinds, _) in READ_BY.items() if kind not in kinds},
         }
         return self.model_copy(update=kept)
 
     def _unread_by(self, kind: str) -> str | None:
-        """A setting of `train_on`, or `thinking`, that has no meaning for rows of a kind."""
+        """A setting of `train_on` that has no meaning for rows of a kind."""
         on = self.train_on
         if kind != "chat" and on.turns != "all":
             return "data.train_on.turns"
@@ -215,9 +202,7 @@ class Data(Section):
             return "data.train_on"
         if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
-        if kind in PLAIN and not on.thinking:
-            return "data.train_on.thinking"
-        return "data.thinking" if kind in PLAIN and self.thinking != "as_template" else None
+        return "data.train_on.thinking" if kind in PLAIN and not on.thinking else None
 
     @field_validator("today")
     @classmethod

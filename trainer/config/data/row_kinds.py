@@ -59,6 +59,15 @@ OF_CLASSES = ("classified", "multilabel", "tagged")
 SHARING = ("preference", "labelled", "answers")
 """Kinds of rows with several answers to a prompt."""
 
+TALKING = tuple(kind for kind in LOSS_ON if kind not in PLAIN)
+# Settings of the section `data` that only rows of some kinds read: those kinds, and what the rows of the others are.
+READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
+    "labels": (OF_CLASSES, ", whose rows have no class"),
+    "share_prefix": (SHARING, ", whose rows have one answer to a prompt"),
+    "drop_system": (("chat",), ", whose rows are no conversations to be learnt"),
+    **dict.fromkeys(("thinking", "template", "today"), (TALKING, "")),
+}
+
 
 def kind_of(format: str) -> str:
     """The kind of rows that those of a format become; that of conversations where `format` is auto."""

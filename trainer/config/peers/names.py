@@ -5,17 +5,11 @@ from trainer.config.peers.table import Needless, Row, To, Together, Unsupported,
 PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "torchtune", "accelerate", "llamafactory-v1")))
 
 
-def called_here(key: str) -> str | None:
-    """A sentence about a key of a peer that is a setting here. None where no peer has such a one."""
-    return _about(key, (To, Together))
+SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)
 
 
-def why_not_here(key: str) -> str | None:
-    """A sentence about a key of a peer that is no setting here: why there is none. None where no peer has such a one."""
-    return _about(key, (Needless, Unsupported))
-
-
-def _about(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
+def said_of(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
+    """A sentence about a key of a peer that is a setting here, or none: what it is called, or why there is none. None where no peer has such a one."""
     for peer in PEERS:
         row = peer.rows.get(key) or next(
             (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)), None

@@ -48,13 +48,13 @@ def _hint(key: str, model: type[BaseModel]) -> str:
     """The words to write instead: what another tool's name is here, a name of the section that is all but equal, the same name elsewhere,
     why a name of another tool is none here, or one of the section that is near."""
     # Most configurations have no name that is unknown here, and none needs the names of other tools then.
-    from trainer.config.peers.names import called_here, why_not_here
+    from trainer.config.peers.names import NONE_HERE, SETTINGS_HERE, said_of
 
-    elsewhere = _elsewhere(key)
-    if not elsewhere and (known := called_here(key)):
+    elsewhere = [path for path, _ in fields() if path.rpartition(".")[2] == key]  # a setting put into the wrong section
+    if not elsewhere and (known := said_of(key, SETTINGS_HERE)):
         return known
     near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.8) or elsewhere
-    if not near and (known := why_not_here(key)):
+    if not near and (known := said_of(key, NONE_HERE)):
         return known
     near = near or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"Allowed here: {', '.join(model.model_fields)}."
@@ -67,11 +67,6 @@ def _places(value: Any, annotation: Any) -> list[tuple[str, Any]]:
     if get_origin(annotation) is dict:
         return [(f".{name}", item) for name, item in value.items()] if isinstance(value, dict) else []
     return [("", value)]
-
-
-def _elsewhere(key: str) -> list[str]:
-    """Where in the tree a key of this very name lives, for settings put into the wrong section."""
-    return [path for path, _ in fields() if path.rpartition(".")[2] == key]
 
 
 def explained(errors: Sequence[Any], model: type[BaseModel]) -> Iterator[str]:

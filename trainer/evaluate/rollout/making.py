@@ -13,11 +13,12 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.chapters import open_chapters, whole
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
+from trainer.data.order.order import hash_key
 from trainer.data.order.settings import eval_order, train_order
 from trainer.evaluate.measure.prompts import Prompter
 from trainer.evaluate.rollout.judging import judge_of, judged_gaps
 from trainer.evaluate.rollout.prompts import Asked, Prompts
-from trainer.evaluate.rollout.sampling import Drawn, Request, seed_of
+from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import Scoring
 from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import Resolved
@@ -93,7 +94,7 @@ class Making:
     def wanted(self, chapter: int) -> list[Wanted]:
         """The answers that the chapter needs: to its prompts, and where that is due in one of its steps to those that are held out."""
         config, rollout = self.resolved.config, self.resolved.config.rollout
-        every, seed = config.eval.every, seed_of(config.run.seed, chapter)
+        every, seed = config.eval.every, int(hash_key(config.run.seed, chapter)) >> 33  # of 31 bits
         trained = self._request(self.prompts.of(chapter), rollout.answers, rollout.temperature, seed)
         due = self.held_out and every and -rollout.first_step(chapter) % every < rollout.updates
         return [trained, *([self._request(self.held_out, 1, 0.0, seed)] if due else [])]

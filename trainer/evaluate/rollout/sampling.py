@@ -1,12 +1,11 @@
-"""The interface of whoever samples, and the ranks themselves as one: each rank continues a text at a time with the sharded model."""
+"""What is asked of whoever samples, and the ranks themselves as such a one: each rank continues a text at a time with the sharded model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
-from trainer.data.order.order import hash_key
 from trainer.evaluate.measure.generation import Opening, Sampling, continued
 from trainer.state.zero.engine import Engine
 
@@ -30,17 +29,6 @@ class Request(NamedTuple):
     stops: frozenset[int]
 
 
-class Sampler(Protocol):
-    def sample(self, request: Request) -> list[list[Drawn]]:
-        """The answers to each prompt."""
-        ...
-
-
-def seed_of(seed: int, step: int) -> int:
-    """A seed of 31 bits for the answers of a step."""
-    return int(hash_key(seed, step)) >> 33
-
-
 @dataclass(frozen=True)
 class OwnSampler:
     """The model on these ranks; `begin` is called before each pass. What is sampled does not depend on the number of ranks."""
@@ -50,7 +38,7 @@ class OwnSampler:
     begin: Callable[[], None]
 
     def sample(self, request: Request) -> list[list[Drawn]]:
-        """Collective."""
+        """The answers to each prompt. Collective."""
         n = request.answers
         openings, rooms = list[Opening](), list[int]()
         for prompt, room in zip(request.prompts, request.room, strict=True):

@@ -142,7 +142,9 @@ def run_tasks(
         found = evaluate(
             HarnessLM(model, words, longest, told),
             tasks=task_specs(names),
-            task_manager=TaskManager(include_defaults=not all(map(_is_path, names))),
+            task_manager=TaskManager(
+                include_defaults=not all(local_path(name, "eval.tasks").exists() for name in names)
+            ),
             bootstrap_iters=_BOOTSTRAPS,
             log_samples=False,
             apply_chat_template=chat,
@@ -167,10 +169,6 @@ def task_specs(names: Sequence[str]) -> list[str]:
         else:
             specs.append(str(path) if path.is_file() else name)
     return specs
-
-
-def _is_path(name: str) -> bool:
-    return local_path(name, "eval.tasks").exists()
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

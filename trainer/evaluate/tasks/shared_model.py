@@ -1,6 +1,7 @@
 """One model of many ranks, of which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from trainer.evaluate.measure.generation import Opening, Sampling, continued
@@ -9,10 +10,6 @@ from trainer.evaluate.sharded_model import OpenedRun
 
 T = TypeVar("T")
 Told = Callable[[int], None]
-
-
-def _untold(_done: int) -> None:
-    """Nobody is told on the other ranks."""
 
 
 class PassFailed(BaseException):
@@ -46,47 +43,42 @@ class SharedModel:
         else:
             while (asked := ranks.broadcast(None)) is not None:
                 job, given = asked
-                job(self, *given, told=_untold)
+                job(self._opened, *given, told=lambda _done: None)
         ranks.agree(failure)
         return result
 
     def likelihoods(self, texts: Sequence[Continued], told: Told) -> list[Likelihood]:
         """On rank 0, inside `serve`."""
-        return self._on_all(SharedModel._score, list(texts), told=told) if texts else []
+        return self._on_all(likelihoods_by, list(texts), told=told) if texts else []
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
         """On rank 0, inside `serve`: the tokens written behind each text."""
-        return self._on_all(SharedModel._continue, list(texts), sampling, told=told) if texts else []
+        return self._on_all(_continued_by, list(texts), sampling, told=told) if texts else []
 
     def _on_all(self, job: Callable[..., Any], *given: Any, told: Told) -> Any:
-        """The result of `job`, a method of this class, which every rank calls; it travels by its name."""
+        """The result of `job`, a function of this module, which every rank calls; it travels by its name."""
         self._opened.ranks.broadcast((job, given))
         try:
-            return job(self, *given, told=told)
+            return job(self._opened, *given, told=told)
         except Exception as error:
             raise PassFailed(f"{type(error).__name__}: {error}") from error
 
-    def _score(self, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
-        opened = self._opened
-        capacity = opened.resolved.config.data.sequence_length
-        return likelihoods(opened.engine, texts, capacity, reserved=opened.reserved, told=told)
 
-    def _continue(self, texts: Sequence[OpenText], sampling: Sampling, *, told: Told) -> list[list[int]]:
-        opened, done = self._opened, set[int]()
+def likelihoods_by(opened: OpenedRun, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
+    """The likelihoods of all texts, in rows as long as those that the run trains on. Collective."""
+    capacity = opened.resolved.config.data.sequence_length
+    return likelihoods(opened.engine, texts, capacity, reserved=opened.reserved, told=told)
 
-        def count(number: int, _token: int) -> None:
-            done.add(number)
-            told(len(done) * opened.ranks.world_size)
 
-        openings = [Opening(text.tokens, self._ended(text.until)) for text in texts]
-        return continued(
-            opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=count
-        )
+def _continued_by(opened: OpenedRun, texts: Sequence[OpenText], sampling: Sampling, *, told: Told) -> list[list[int]]:
+    prompter, done = opened.words.prompter, set[int]()
 
-    def _ended(self, until: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        prompter = self._opened.words.prompter
+    def count(number: int, _token: int) -> None:
+        done.add(number)
+        told(len(done) * opened.ranks.world_size)
 
-        def ended(written: Sequence[int]) -> bool:
-            return prompter.ended(written) or any(end in prompter.text(written) for end in until)
+    def ended(until: Sequence[str], written: Sequence[int]) -> bool:
+        return prompter.ended(written) or any(end in prompter.text(written) for end in until)
 
-        return ended
+    openings = [Opening(text.tokens, partial(ended, text.until)) for text in texts]
+    return continued(opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=count)

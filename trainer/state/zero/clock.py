@@ -47,12 +47,6 @@ class HostMark:
         return 1000 * (end_event._at - self._at)
 
 
-def _mark_of(device: torch.device) -> Mark:
-    if not is_accelerator(device):
-        return HostMark()
-    return mark(device)
-
-
 class _Entered(NamedTuple):
     phase: str
     mark: Mark
@@ -72,7 +66,8 @@ class Clock:
     def enter(self, phase: str) -> None:
         """The phase before ends, and this one begins."""
         if not self._entered or self._entered[-1].phase != phase:
-            self._entered.append(_Entered(phase, _mark_of(self._device)))
+            now = mark(self._device) if is_accelerator(self._device) else HostMark()
+            self._entered.append(_Entered(phase, now))
             if len(self._entered) > _MOST_MARKS:
                 self._read()
 

@@ -115,7 +115,8 @@ class _Wrapped(nn.Module):
 
 
 class Engine:
-    """A model under ZeRO-3 with an optimizer on what learns. Every method but `partitions` is collective.
+    """A model under ZeRO-3 with an optimizer on what learns: a `trainer.state.checkpoint.learner.Learner`. Every method but `partitions` is
+    collective.
 
     `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's, each with its name, its
     parameters and `lr_ratio`, its factor on the learning rate.
@@ -141,7 +142,6 @@ class Engine:
             self._engine: Any = deepspeed.initialize(
                 model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
             )[0]
-        ranks.limit_groups()
         ranks.begin_groups()
         zero = self._engine.optimizer
         _read_norms_once(zero)
@@ -195,7 +195,6 @@ class Engine:
             self._engine.train(True)
 
     def partitions(self) -> list[TrainablePartition]:
-        """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""
         zero, found = self._engine.optimizer, []
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             for parameter, part in zip(parameters, self._optimizer.parts(flat), strict=True):
@@ -206,13 +205,11 @@ class Engine:
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
         names = ("lr_ratio", "weight_decay", *self._optimizer.kind.settings)
         return {group["name"]: {name: group[name] for name in names} for group in self._engine.optimizer.param_groups}
 
     @property
     def updates(self) -> int:
-        """The optimizer's step count, which AdamW's bias correction and Adafactor's decay depend on."""
         zero = self._engine.optimizer
         return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
 
