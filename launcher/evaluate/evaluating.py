@@ -97,20 +97,14 @@ def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:
 def _bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
     console = Terminal(stderr=True)
-    columns = (
-        description(),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        time_left(),
-    )
+    columns = description(), BarColumn(), TextColumn("{task.completed}/{task.total}"), time_left()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks, finished = dict[str, Any](), set[str]()
 
         def hear(told: dict[str, Any]) -> None:
             if "log" in told:
-                bars.console.print(told["log"], markup=False, highlight=False) if console.is_terminal else log(
-                    told["log"]
-                )
+                say = bars.console.print if console.is_terminal else log
+                say(told["log"])
                 return
             what, done, total = told["progress"], told["done"], told["total"]
             if what not in tasks:

@@ -46,7 +46,6 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 from trainer.tuning.shared.initial_adapter import place_of
@@ -69,13 +68,13 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     model = open_teacher(config, base, teacher, tell)
     ranks = model.ranks
     key = ranks.on_first(lambda: prepare(config, base, store).train)
-    vocabulary = min(base.architecture.vocabulary, model.base.architecture.vocabulary)
+    vocabulary = min(base.architecture.vocabulary, model.resolved.base.architecture.vocabulary)
     dataset = open_dataset(store, key)
     folder = teacher_folder(store.sub(layout.dataset(key)), teacher.to_json())
     record = ranks.on_first(
         lambda: begin_teacher(folder, teacher, {**model.facts(), "vocabulary": vocabulary}, vocabulary)
     )
-    order = replace(eval_order(config, dataset.manifest), reserved=method_of(model.config).virtual.reserved)
+    order = replace(eval_order(config, dataset.manifest), reserved=model.resolved.method.virtual.reserved)
     with model.computing():
         written = TeacherPass(model, dataset, folder, record, order, config.train.micro_batch, teacher, tell).run()
     return ranks.on_first(lambda: finished(folder, record, teacher, dataset, written))
@@ -83,13 +82,11 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """The teacher on this rank, with the settings that it computes under; of a run the checkpoint that was loaded."""
+    """The teacher on this rank, as the settings that it computes under resolve it; of a run the checkpoint that was loaded."""
 
-    config: Config
-    base: Base
+    resolved: Resolved
     ranks: Ranks
     engine: Engine
-    resolved: Resolved
     manifest: CheckpointManifest | None = None
 
     @contextmanager
@@ -101,11 +98,12 @@ class TeacherModel:
 
     def facts(self) -> dict[str, Any]:
         """Everything that decides the values, beside the settings. Reads samples of the base's weights."""
-        quant = self.config.quant
+        config, base = self.resolved.config, self.resolved.base
+        quant = config.quant
         return {
-            "base": self.base.fingerprint,
-            "weights": content_of(self.base),
-            "dtype": self.config.model.dtype,
+            "base": base.fingerprint,
+            "weights": content_of(base),
+            "dtype": config.model.dtype,
             "quant": {"type": quant.type, "block_size": quant.block_size, "double": quant.double},
             **(_learnt(self.manifest) if self.manifest else {}),
         }
@@ -121,7 +119,7 @@ def open_teacher(config: Config, base: Base, teacher: Teacher, tell: Tell) -> Te
     """The teacher, sharded over these ranks, for a run over `base`. Collective. Raises `ConfigError` where its tokenizer is another."""
     opened = partial(_open_run, store=open_run_store(config)) if teacher.is_run else _open_base
     model = opened(config, teacher, log=lambda text: tell({"log": text}))
-    model.ranks.on_first(lambda: _check_tokenizer(teacher, model.base, base))
+    model.ranks.on_first(lambda: _check_tokenizer(teacher, model.resolved.base, base))
     return model
 
 
@@ -143,7 +141,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
     check_same_base(resolved.base, ranks)
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
-    return TeacherModel(resolved.config, resolved.base, ranks, engine, resolved)
+    return TeacherModel(resolved, ranks, engine)
 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> TeacherModel:
@@ -153,8 +151,7 @@ def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str
         run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
     )
     opened.load()
-    resolved = opened.resolved
-    return TeacherModel(resolved.config, resolved.base, opened.ranks, opened.engine, resolved, opened.manifest)
+    return TeacherModel(opened.resolved, opened.ranks, opened.engine, opened.manifest)
 
 
 def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:

@@ -28,23 +28,19 @@ _LOOK_SECONDS = 0.5
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises `OutOfTime` in the body when that has taken so many seconds, wherever it is in its Python code. It costs microseconds, so it
     may be around each row."""
+    global _watch
     limit = _Limit(time.monotonic() + seconds)
     with _lock:
         _running.add(limit)
-        _keep_watch()
+        # One thread looks after all limits of this process. A signal would only reach the main thread, where the work seldom is.
+        if _watch is None or not _watch.is_alive():
+            _watch = threading.Thread(target=_look, name="time-limit", daemon=True)
+            _watch.start()
     try:
         yield
     finally:
         with _lock:
             _running.discard(limit)
-
-
-def _keep_watch() -> None:
-    """One thread looks after all limits of this process. A signal would only reach the main thread, where the work seldom is."""
-    global _watch
-    if _watch is None or not _watch.is_alive():
-        _watch = threading.Thread(target=_look, name="time-limit", daemon=True)
-        _watch.start()
 
 
 def _look() -> None:

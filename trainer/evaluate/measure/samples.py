@@ -19,22 +19,20 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """The prompts of a run, as this rank needs them; `prompter` is on rank 0 alone."""
+    """The prompts of a run, as this rank needs them, and the texts that answers to them begin with; `prompter` is on rank 0 alone."""
 
     run: Store
+    resolved: Resolved
     prompts: Sequence[Prompt]
-    tokens: Sequence[Sequence[int]]
-    stops: frozenset[int]
-    sampling: Sampling
-    longest: int | None
+    openings: Sequence[Opening]
     prompter: Prompter | None
     keeping: Harmless
 
     def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
         """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective: as
-        many prompts as there are ranks take at most `sampling.max_tokens` passes, and `begin` is called before each pass."""
-        openings = [Opening(tokens, lambda written: written[-1] in self.stops) for tokens in self.tokens]
-        written = continued(engine, openings, self.sampling, longest=self.longest, begin=begin)
+        many prompts as there are ranks take at most `eval.max_tokens` passes, and `begin` is called before each pass."""
+        sampling, longest = Sampling(self.resolved.config.eval.max_tokens), self.resolved.longest
+        written = continued(engine, self.openings, sampling, longest=longest, begin=begin)
         if (prompter := self.prompter) is None:
             return
         rows: list[dict[str, Any]] = [
@@ -61,6 +59,5 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
         return prompts, prompter.fitting(prompts, resolved.longest), frozenset(prompter.stops)
 
     prompts, tokens, stops = ranks.on_first(read)
-    sampling = Sampling(config.eval.max_tokens)
-    harmless = Harmless("keeping the samples")
-    return PromptSamples(folder, prompts, tokens, stops, sampling, resolved.longest, prompter, harmless)
+    openings = [Opening(one, lambda written: written[-1] in stops) for one in tokens]
+    return PromptSamples(folder, resolved, prompts, openings, prompter, Harmless("keeping the samples"))

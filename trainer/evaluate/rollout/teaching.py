@@ -45,7 +45,7 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
     model = open_teacher(config, resolved.base, teacher, tell)
     ranks, run = model.ranks, store.sub(config.run.name)
     place = rollouts_of(resolved, run, ranks.on_first(lambda: prepare(config, resolved.base, store).train))
-    vocabulary = model.base.architecture.vocabulary
+    vocabulary = model.resolved.base.architecture.vocabulary
     ranks.on_first(lambda: begin_teacher(place.sub("teacher"), teacher, model.facts(), vocabulary))
     rollouts = Rollouts(place, config.rollout.chapters(config.train.steps or 0))
     rules = config.rollout
@@ -79,7 +79,7 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
         rollouts.chapters.look()
         data = rollouts.chapters.get(chapter)
     # The virtual tokens before each document are those of the teacher, and not of the run.
-    order = config.model_copy(update={"tuning": model.config.tuning})
+    order = config.model_copy(update={"tuning": model.resolved.config.tuning})
     mine = dict[int, Any]()
     for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
         for batch in batches:

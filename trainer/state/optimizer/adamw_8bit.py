@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State
+from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State, adamw_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,9 @@ class AdamW8bit:
             weights, gradients = part.of(flat.values), part.of(gradient)
             for piece in _pieces(part):
                 moments = _moments(part, piece, gradients, settings)
-                _step(piece.elements(part, weights), *moments, settings, step)
+                taken = piece.elements(part, weights)
+                taken.mul_(1 - settings["lr"] * settings["weight_decay"])
+                adamw_step(taken, *moments, settings, step)  # with the moments as they are before they become bytes
                 for moment, values in zip(_MOMENTS, moments, strict=True):
                     _keep(part, piece, moment, values, scales.get((number, piece.cut, moment)))
 
@@ -152,14 +154,6 @@ def _keep(part: FlatPart, piece: _Piece, moment: str, values: Tensor, scale: Ten
     quantized, found = quantize_blockwise(values, code=_code(moment, kept.device), blocksize=BLOCK)
     kept.copy_(quantized[: len(kept)])
     piece.blocks(part, part.states[f"{moment}_absmax"]).copy_(found.absmax)
-
-
-def _step(weights: Tensor, first: Tensor, second: Tensor, settings: Mapping[str, Any], step: int) -> None:
-    """AdamW's step, with the moments as they are before they become bytes."""
-    (beta1, beta2), lr = settings["betas"], settings["lr"]
-    root = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(settings["eps"])
-    weights.mul_(1 - lr * settings["weight_decay"])
-    weights.addcdiv_(first, root, value=-lr / (1 - beta1**step))
 
 
 @cache

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State
+from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State, adamw_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,8 +107,7 @@ def _step_vector(part: FlatPart, values: Tensor, gradient: Tensor, settings: Map
     beta1, beta2 = settings["betas"]
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(settings["eps"])
-    values.addcdiv_(first, root, value=-settings["lr"] / (1 - beta1**step))
+    adamw_step(values, first, second, settings, step)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"muon": Muon()}

@@ -7,6 +7,7 @@ for the little that it needs of the rest. Importing the file loads no torch, as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -122,6 +123,13 @@ class Optimizer(Protocol):
         Collective: every rank has the same parameters, in the same order.
         """
         ...
+
+
+def adamw_step(weights: Tensor, first: Tensor, second: Tensor, settings: Mapping[str, Any], step: int) -> None:
+    """AdamW's step number `step` by both moments, in place, without its decay."""
+    beta1, beta2 = settings["betas"]
+    root = second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(settings["eps"])
+    weights.addcdiv_(first, root, value=-settings["lr"] / (1 - beta1**step))
 
 
 def optimizers() -> dict[str, Optimizer]:
