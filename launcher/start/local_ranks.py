@@ -15,6 +15,7 @@ from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.local_group import check_servers_here, count_ranks, end_together, places
 from trainer import errors
 from trainer.config import Config, dump_config
+from trainer.config.cluster import STARTS_HERE
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
 from trainer.processes import children
@@ -29,7 +30,7 @@ def ranks_here(config: Config) -> int | None:
     """How many ranks a run that joins no cluster has on this machine. None where it asks for what Ray gives: resources by name, or more
     GPUs than this machine has, which Ray refuses with what is missing. Raises `ConfigError` where there is no room for its servers."""
     cluster = config.cluster
-    if cluster.ray.starts_here or cluster.ray.resources:
+    if cluster.ray.address == STARTS_HERE or cluster.ray.resources:
         return None
     check_servers_here(config, cluster.fewest_workers or 1)
     ranks = count_ranks(config, config.rollout.serving_gpus)

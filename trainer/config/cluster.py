@@ -53,11 +53,6 @@ class Ray(Section):
         example={"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}},
     )
 
-    @property
-    def starts_here(self) -> bool:
-        """Whether a Ray is to start on this machine."""
-        return self.address == STARTS_HERE
-
     @model_validator(mode="after")
     def _own_working_dir(self) -> "Ray":
         if "working_dir" in self.runtime_env:
@@ -144,12 +139,6 @@ class Slurm(Section):
         le=100,
         unit="jobs",
     )
-
-    @property
-    def cpus_per_rank(self) -> int:
-        """CPUs that are asked for where no setting says how many. Beside a GPU work its rank's main thread, its data, the upload
-        of checkpoints and NCCL's threads."""
-        return 8 if self.gpus_per_node else 1
 
     @model_validator(mode="after")
     def _one_line_each(self) -> "Slurm":

@@ -112,10 +112,6 @@ class Ranks:
         dist.all_gather_into_tensor(every, mine)
         return every.view(self.world_size, len(mine))
 
-    def sum(self, value: float) -> float:
-        """The sum over ranks, added in rank order. Collective."""
-        return sum(row[0] for row in self.gather(value))
-
     def total(self, counts: Tensor) -> Tensor:
         """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing. Collective."""
         every = onto(counts, self.device) if counts.device != self.device else counts.clone()

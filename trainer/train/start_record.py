@@ -16,7 +16,7 @@ from trainer.train.start import Start
 def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
     """Write what this start is, with these `facts`, and how long each part of it took. Collective."""
     ranks, starter, elapsed = start.ranks, start.starter, start.elapsed
-    read_bytes = ranks.sum(report.read_bytes)
+    read_bytes = sum(read for (read,) in ranks.gather(report.read_bytes))
     processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
     start.metrics.write(
         "start",

@@ -66,7 +66,9 @@ def shape(config: Config) -> Shape:
             f"cluster.workers: {per_node} ranks on each node need as many GPUs; cluster.slurm.gpus_per_node is "
             f"{slurm.gpus_per_node}. Lower the one or raise the other."
         )
-    each = max(config.cluster.threads_per_worker or slurm.cpus_per_rank, config.cluster.ray.cpus_per_worker)
+    # Beside a GPU work its rank's main thread, its data, the upload of checkpoints and NCCL's threads.
+    usual = 8 if slurm.gpus_per_node else 1
+    each = max(config.cluster.threads_per_worker or usual, config.cluster.ray.cpus_per_worker)
     cpus = slurm.cpus_per_node or math.ceil(each * (slurm.gpus_per_node or per_node if serving else per_node))
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")

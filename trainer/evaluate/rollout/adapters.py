@@ -4,13 +4,11 @@
 """
 
 import json
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from trainer.base.load.load import DTYPES
-from trainer.config import Model
 from trainer.evaluate.rollout.published import published
 from trainer.export.write.per_expert import per_expert_files
 from trainer.export.write.whole_class import for_whole_class
@@ -31,8 +29,11 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
     weights = _whole(engine, DTYPES[resolved.config.model.dtype])
 
     def write() -> None:
-        files = as_served(resolved.method.export(weights, resolved.config.model).files, resolved.config.model)
-        for name, content in files.items():
+        model = resolved.config.model
+        files = resolved.method.export(weights, model).files
+        if SETTINGS in files and json.loads(files[SETTINGS]).get("target_parameters"):
+            files = per_expert_files(files, model)
+        for name, content in for_whole_class(files, model).items():
             place.put(f"{layout.rollout_adapter(step)}{name}", content)
         place.put(layout.published(step), b"")
         for older in published(place):
@@ -40,13 +41,6 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
                 place.delete_folder(layout.rollout_adapter(older))
 
     ranks.on_first(write)
-
-
-def as_served(files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
-    """An adapter's files, name -> content, as a vLLM of the base `model` reads them."""
-    if SETTINGS in files and json.loads(files[SETTINGS]).get("target_parameters"):
-        files = per_expert_files(files, model)
-    return for_whole_class(files, model)
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -290,7 +290,10 @@ class Checkpoints:
                         f"the files of {self.identity.base['path']} have been written again since step {manifest.step}; the samples of "
                         "their weights are the same"
                     )
-                problems = _other_shapes(manifest, learner.partitions())
+                if manifest.shapes != _shapes(learner.partitions()):  # adapters of one identity have one set of shapes
+                    problems = [
+                        f"the manifest of step {manifest.step} names other parameters or shapes than its adapter has."
+                    ]
             for problem in problems:
                 log(f"checkpoint skipped: {problem}")
             damaged |= bool(problems)
@@ -353,13 +356,6 @@ def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[st
             before = saved.get(group, {}).get(name)
             if before != value:
                 log(f"optimizer group {group}: {name} is {value} from now on; the checkpoint was saved with {before}")
-
-
-def _other_shapes(manifest: CheckpointManifest, partitions: list[TrainablePartition]) -> list[str]:
-    """Adapters of one identity have one set of shapes: with others, the manifest is wrong."""
-    if manifest.shapes == _shapes(partitions):
-        return []
-    return [f"the manifest of step {manifest.step} names other parameters or shapes than its adapter has."]
 
 
 def _shapes(partitions: list[TrainablePartition]) -> dict[str, list[int]]:

@@ -141,11 +141,6 @@ def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, floa
 _READER = TypeAdapter(CheckpointManifest)
 
 
-def _first_problem(error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
-
-
 def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     """The manifest in `data`, whose shards hold every trainable element exactly once, if they are what it says.
 
@@ -169,7 +164,8 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     try:
         manifest = _READER.validate_json(text)
     except ValidationError as error:
-        raise Damaged(f"{where} is damaged: {_first_problem(error)}.") from error
+        found = error.errors(include_url=False, include_input=False)[0]
+        raise Damaged(f"{where} is damaged: {'.'.join(map(str, found['loc']))}: {found['msg']}.") from error
     if manifest.optimizer not in optimizers():
         raise StorageError(
             f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version that wrote it."
