@@ -1,12 +1,18 @@
-"""The built-in rewards, and how one is found by its name: `exact`, `module:function` of the user's, or `verifiers:TASKSET`.
+"""The built-in rewards, how one is found by its name (`exact`, `module:function` of the user's, or `verifiers:TASKSET`), and the process that has it.
 
 Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them (`completions`), and of the answers that the
 data has (`answer`); it returns a number for each. Without torch.
+
+    python -m trainer.evaluate.rollout.rewards NAME
+
+The process reads a line of JSON, the lists by name, and answers by one: `rewards`, or why there are none.
 """
 
 import inspect
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -84,3 +90,20 @@ def called(reward: Reward, given: dict[str, list[str]]) -> list[float]:
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     found = reward(**{name: values for name, values in given.items() if takes_all or name in parameters})
     return [float(value) for value in found]
+
+
+def main() -> None:
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the function prints
+    reward = None
+    for line in sys.stdin:
+        try:
+            reward = reward or find_reward(sys.argv[1])
+            answer = {"rewards": called(reward, json.loads(line))}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from trainer.processes import children
 
 ATTEMPTS = 3
 _LONGEST_REASON = 300
-_PROGRAM = "trainer.evaluate.rollout.reward_program"
+_PROGRAM = "trainer.evaluate.rollout.rewards"
 # A Python of another environment gets the package `trainer`, and nothing that lies beside it.
 _ELSEWHERE = f"""
 import runpy, sys, types
