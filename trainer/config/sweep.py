@@ -108,8 +108,6 @@ class Sweep(Section):
             for name in self.settings
             if (lack := _cannot_be_tried(name, known)) is not None
         ]
-        if not self.settings:
-            return wrong
         metrics = (*evaluated, TRAIN)
         if self.metric is not None and self.metric.partition("/")[0] not in metrics:
             wrong.append(
