@@ -18,8 +18,7 @@ from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
 from trainer.model.divergence import Taught
 from trainer.model.micro_batch import MicroBatch
-from trainer.model.rows.groups import uneven_ranks
-from trainer.model.rows.heads import copies_of_keys
+from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}

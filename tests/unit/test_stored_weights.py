@@ -14,7 +14,7 @@ from tests.unit.test_stored_codes import base_of
 from trainer.base.base import Base
 from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.description import describe, stored_format
-from trainer.base.rows.kept_parts import kept_sources
+from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant, override, parse_config
 from trainer.model.nf4 import Packed
 from trainer.model.stored import KeptFormat, StoredLinear, StoredStack

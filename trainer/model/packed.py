@@ -1,7 +1,6 @@
 """A causal model over packed rows: documents of one row never see each other."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,32 +8,10 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.head import LossHead
+from trainer.model.micro_batch import MicroBatch, PartOfRow
 from trainer.model.parts import body
 from trainer.model.rows.peers import Peers, total
 from trainer.model.rows.row import Prefixes, lengths_known
-
-
-class PackedRow(Protocol):
-    """The inputs of one packed row of T tokens: ids and positions (1, T) int64, borders of documents (documents + 1,) int32, and
-    their lengths, which the host knows. Where ranks share the row in `parts`, ids and positions are those of one part, from the place `first` of the row on. Documents may go on from
-    `prefixes`."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def position_ids(self) -> Tensor: ...
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-    @property
-    def max_seqlen(self) -> int: ...
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-    @property
-    def parts(self) -> int: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def prefixes(self) -> Prefixes: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +41,9 @@ class TextRow:
 
     def to(self, device: torch.device) -> "TextRow":
         return TextRow(self.input_ids.to(device), self.position_ids.to(device), self.cu_seqlens.to(device))
+
+
+PackedRow = MicroBatch | PartOfRow | TextRow
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from trainer.model.attention import Attention, choose_attention
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.nf4 import FrozenStack4bit, multiply_in_fp8
 from trainer.model.packed import PackedModel
-from trainer.model.rows.groups import uneven_ranks
+from trainer.model.rows.heads import uneven_ranks
 from trainer.model.rows.peers import Peers, RankPeers
 from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved

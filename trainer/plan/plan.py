@@ -14,7 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE
-from trainer.model.rows.groups import uneven_ranks
+from trainer.model.rows.heads import uneven_ranks
 from trainer.plan.inputs import Inputs
 from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.mismatches import mismatches

@@ -2,13 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from trainer.base.architecture import Architecture
-from trainer.base.describe.supported import check_transformers
 from trainer.base.describe.torch_answers import Question, kept_answer, user_cache
+from trainer.errors import ConfigError
+
+_DISTRIBUTION, _PACKAGE = "capstan-llm", "transformers"
 
 # Settings that say nothing of the model's parameters.
 _IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
@@ -42,3 +47,20 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
     question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
     return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})
+
+
+@cache
+def check_transformers() -> None:
+    """Raises `ConfigError` where transformers is outside of the range that this distribution declares: another trains some families wrong without a
+    word. A rank whose machine has no installation of Capstan itself knows none."""
+    try:
+        declared = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        return
+    allowed = next((part.specifier for part in declared if part.name == _PACKAGE), None)
+    found = metadata.version(_PACKAGE)
+    if allowed is not None and not allowed.contains(found, prereleases=True):
+        raise ConfigError(
+            f"{_PACKAGE} {found} is installed, and {allowed} is needed: with another, models may be trained wrong without a word. "
+            f"Install it: pip install '{_PACKAGE}{allowed}'."
+        )

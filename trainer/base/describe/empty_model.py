@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
@@ -22,11 +22,11 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
     accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
     """
+    part = is_part(config)
+    made_by = AutoModelForMultimodalLM if part else AutoModelForCausalLM
     with torch.device("meta"), meta_device_safe_creation_ops():
-        if is_part(config):
-            return LanguagePart.on_meta(config, **options)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-        return with_linear_layers(_without_idle_rows(model))
+        model = made_by.from_config(config, trust_remote_code=False, **options)
+        return LanguagePart.of(model) if part else with_linear_layers(_without_idle_rows(model))
 
 
 class TransposedLinear(nn.Linear):

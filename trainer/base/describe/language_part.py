@@ -7,7 +7,7 @@ nothing: tests/unit/test_weight_readers.py holds it to that, to the last bit.
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
@@ -42,11 +42,6 @@ class LanguagePart(PreTrainedModel):
         if not isinstance(decoder, PreTrainedModel) or head is None:
             raise ValueError(f"{type(whole).__name__} has no decoder with an output head")
         return cls(decoder, head, type(whole))
-
-    @classmethod
-    def on_meta(cls, config: PretrainedConfig, **options: Any) -> "LanguagePart":
-        """The part of the model of `config`; the device is the caller's."""
-        return cls.of(AutoModelForMultimodalLM.from_config(config, trust_remote_code=False, **options))
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]  # transformers looks into the file of the class
         return vars(self)["_kind"]._can_set_experts_implementation()

@@ -237,7 +237,10 @@ class _Reader:
                 transposed = getattr(owner, "is_transposed", False)  # as PEFT sees it
                 yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
             else:
-                fixed = kind == "linear" and (path in self._lost_by_peft or self._is_handed_to_a_kernel(path))
+                around, _, last = path.rpartition(".")
+                # Such as Mamba's, whose module hands the weight to a kernel.
+                handed_on = kind == "linear" and _is_handed_on(self._modules[around], last)
+                fixed = handed_on or (kind == "linear" and path in self._lost_by_peft)
                 transposed = isinstance(owner, TransposedLinear) and leaf == "weight"
                 yield Parameter(name, shape, kind, layer, transposed=transposed, adaptable=not fixed)
 
@@ -377,11 +380,6 @@ class _Reader:
         linears = [path for path, module in self._modules.items() if isinstance(module, nn.Linear)]
         alone = self.whole.get_text_config() is self.whole
         return {path for path, saved in saved_paths(self.model, linears).items() if saved is None} if alone else set()
-
-    def _is_handed_to_a_kernel(self, path: str) -> bool:
-        """Whether the module around the linear layer at `path` passes its weight on, as Mamba's does."""
-        parent, _, name = path.rpartition(".")
-        return _is_handed_on(self._modules[parent], name)
 
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""

@@ -3,16 +3,18 @@
 Everything here is read without torch in this process and before any rank starts, so that a wrong base costs seconds.
 """
 
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
-from trainer.base.find.tokenizer_size import tokenizer_size
+from trainer.base.unreadable import unreadable
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
-from trainer.errors import ConfigError
+from trainer.errors import NOT_JSON, ConfigError
 
 
 class LeftOutPart(NamedTuple):
@@ -42,6 +44,39 @@ def check_base_files(base: Base, config: Config) -> None:
             f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {vocabulary} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
         )
+
+
+def tokenizer_size(directory: Path, name: str) -> int:
+    """One more than the largest token id, from the tokenizer's own files.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    if (directory / "tokenizer.json").is_file():
+        try:
+            return _largest_id(json.loads((directory / "tokenizer.json").read_bytes())) + 1
+        except (OSError, *NOT_JSON, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(unreadable(name, "tokenizer.json", error)) from error
+    if (directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            return SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(unreadable(name, "tokenizer.model", error)) from error
+    raise ConfigError(
+        f"model.base: {name} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+    )
+
+
+def _largest_id(tokenizer: dict[str, Any]) -> int:
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = [len(vocabulary) - 1, *(token["id"] for token in tokenizer.get("added_tokens", []))]
+    if not isinstance(vocabulary, list):
+        ids += vocabulary.values()
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError("its vocabulary is empty, or has ids that are no whole numbers")
+    return max(ids)
 
 
 def check_weights(base: Base, model: Model) -> list[LeftOutPart]:

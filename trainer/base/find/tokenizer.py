@@ -98,7 +98,12 @@ def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict
         with scratch_folder("export") as folder:
             read_tokenizer(directory, model.base, model.tokens).save_pretrained(folder)
             files = tokenizer_content(Path(folder))
-    return files if template is None else _with_template(files, template)
+    if template is None:
+        return files
+    # Programs of before transformers 4.51 look for the template among the settings, others in a file of its own. It replaces those by
+    # name, too, which programs take for calls of tools.
+    kept = {name: content for name, content in files.items() if not name.startswith((*_TEMPLATES, NAMED_TEMPLATES))}
+    return {**kept, **_with_settings(files, chat_template=template), CHAT_TEMPLATE: template.encode()}
 
 
 def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
@@ -108,13 +113,6 @@ def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
     tokenizer = read_tokenizer(directory, model.base, model.tokens)
     numbers = {f"{use}_token_id": tokenizer.convert_tokens_to_ids(text) for use, text in model.tokens.special}
     return json.dumps(json.loads(content) | numbers, indent=2, ensure_ascii=False).encode()
-
-
-def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Programs of before transformers 4.51 look for the template among the settings, others in a file of its own. It replaces those by
-    name, too, which programs take for calls of tools."""
-    kept = {name: content for name, content in files.items() if not name.startswith((*_TEMPLATES, NAMED_TEMPLATES))}
-    return {**kept, **_with_settings(files, chat_template=template), CHAT_TEMPLATE: template.encode()}
 
 
 def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.partitions.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
-from trainer.base.rows.kept_parts import kept_sources
+from trainer.base.rows.packed_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config

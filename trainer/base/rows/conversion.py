@@ -130,14 +130,12 @@ class _Operations:
         if len({part.dtype for part in job.parts}) > 1:
             raise ValueError("they are of several types")
         counts = tuple(len(parts) for parts in job.tensors.values())
-        alike = (id(job.converter), *job.tensors, counts, *job.shapes, self._shape(job.name))
+        shape = tuple(self._model.get_parameter_or_buffer(job.name).shape)
+        alike = (id(job.converter), *job.tensors, counts, *job.shapes, shape)
         recipes = {job.name: self._known[alike]} if alike in self._known else self._recipes(job)
         if list(recipes) == [job.name]:
             self._known[alike] = recipes[job.name]
         return {name: self._source(job, name, recipe) for name, recipe in recipes.items()}
-
-    def _shape(self, name: str) -> Shape:
-        return tuple(self._model.get_parameter_or_buffer(name).shape)
 
     def _recipes(self, job: _Job) -> dict[str, _Recipe]:
         given = [torch.empty(shape, device="meta") for shape in job.shapes]

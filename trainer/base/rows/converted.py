@@ -1,4 +1,4 @@
-"""A parameter that transformers' operations make of stored values, as a tensor that is read in parts."""
+"""A parameter that is made of stored values, by transformers' operations or a transposition, as a tensor that is read in parts."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from torch import Tensor
 from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.base.stored.shared.cached_values import LastMade
-from trainer.store.safetensors_index import DTYPE_BYTES, StoredTensor
+from trainer.store.safetensors_index import DTYPE_BYTES, StoredTensor, TensorSource, item_bytes
 
 # Readers are a few pieces ahead of each other, so as many slices are kept as the pieces in flight may lie in.
 _KEPT_BYTES = 2 * PIECES_IN_FLIGHT * PIECE_BYTES
+_MATRICES_KEPT = 2  # as pieces of two may be in flight
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,28 @@ class Converted:
     def _flat(self, index: int) -> Tensor:
         # An operation may give what it makes the type of the parameter, which is the loader's to give.
         return self.make(index).to(SOURCE_DTYPES[self.dtype]).contiguous().flatten()
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix whose `transpose` is stored. Read by rows of its own it takes all of that, once where `last_made` keeps it."""
+
+    transpose: TensorSource
+    last_made: LastMade[Tensor] = field(repr=False, compare=False)
+    together = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.transpose.shape[::-1]
+
+    @property
+    def dtype(self) -> str:
+        return self.transpose.dtype
+
+    def read(self, begin: int, end: int) -> bytearray:
+        size, stored = item_bytes(self.transpose), self.transpose
+        data = self.last_made.get((stored.key, stored.offset), _MATRICES_KEPT, self._bytes)
+        return bytearray(data.numpy().data[size * begin : size * end])
+
+    def _bytes(self) -> Tensor:
+        return StoredPart.whole(self.transpose).values().t().contiguous().flatten().view(torch.uint8)

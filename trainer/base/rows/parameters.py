@@ -18,8 +18,8 @@ from trainer.base.find.check import LeftOutPart
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.rows.conversion import Conversion, convert
+from trainer.base.rows.converted import Transposed
 from trainer.base.rows.packed_parts import Weight
-from trainer.base.rows.transposed import Transposed
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model

@@ -177,10 +177,10 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
         packed = (-(-tiles[0] * code.bits // 32), tiles[1])
         if zeros is not None and (zeros.dtype, zeros.shape) == ("I32", packed):
             return replace(weight, zeros=ZeroPoints(zeros, code.bits))
-    given = {leaf: f"{list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None}
+    given = [f"{leaf} {list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None]
     raise ConfigError(
         f"model.base: {path} has weights {list(source.shape)} of {source.dtype} in {base.name}, and beside them "
-        f"{', '.join(f'{leaf} {what}' for leaf, what in given.items()) or 'nothing'}, which no group of its quantization_config "
+        f"{', '.join(given) or 'nothing'}, which no group of its quantization_config "
         "describes. Give the config.json that belongs to these files."
     )
 

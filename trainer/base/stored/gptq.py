@@ -115,9 +115,9 @@ def _columns(
             return Columns(
                 codes, zeros, scales, (outputs, inputs), bits, size, last_reads, shifts, more, along, group_of
             )
-    given = {leaf: f"{list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None}
+    given = [f"{leaf} {list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None]
     raise ConfigError(
-        f"model.base: {path} has {', '.join(f'{leaf} {what}' for leaf, what in given.items())} in {base.name}, which are not those of one "
+        f"model.base: {path} has {', '.join(given)} in {base.name}, which are not those of one "
         f"matrix in {bits} bits with groups of {group}. Give the config.json that belongs to these files."
     )
 

@@ -29,9 +29,9 @@ from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
+from trainer.base.rows.converted import Transposed
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
-from trainer.base.rows.transposed import Transposed
 from trainer.config import Config
 from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError
@@ -246,7 +246,7 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
         yield _Change(source, 0, numel(source), update, 0, more)
         return
     if isinstance(source, Transposed):
-        yield _Change(source.stored, 0, numel(source), _OfTheTranspose(update), 0)
+        yield _Change(source.transpose, 0, numel(source), _OfTheTranspose(update), 0)
         return
     if not isinstance(source, Joined) or more:
         raise ConfigError(

@@ -82,7 +82,9 @@ class Coded:
         columns = self.shape[-1]
         first_tiles = self._row_of_tiles(begin // columns)
         tiles = self._scales(first_tiles, self._row_of_tiles((end - 1) // columns) + 1)
-        zeros = self._zeros(first_tiles, first_tiles + len(tiles))
+        zeros = None
+        if self.zeros is not None:
+            zeros = TABLES[self.code.numbers][self.zeros.rows(first_tiles, first_tiles + len(tiles))]
         tile_of = self._tile_of_columns()
         decoded = np.frombuffer(data, np.uint8)[: item * (end - begin)]
         for first, last in self._runs(begin, end):
@@ -131,9 +133,6 @@ class Coded:
             by = SCALES[scale.dtype](self.last_reads.read(scale, 0, 1))
             found = found / by if self.second.divides else found * by
         return found.reshape(-1, per_row)
-
-    def _zeros(self, first: int, last: int) -> Floats | None:
-        return None if self.zeros is None else TABLES[self.code.numbers][self.zeros.rows(first, last)]
 
     def _tile_of_columns(self) -> NDArray[np.int32]:
         """The column of tiles that each column lies in."""

@@ -111,7 +111,8 @@ class Columns:
 
     def _whole(self, source: TensorSource, first: int, last: int) -> memoryview:
         """Rows of a tensor that is read whole, and once."""
-        data, row = memoryview(self.last_reads.read(source, 0, numel(source))), _row_bytes(source)
+        data = memoryview(self.last_reads.read(source, 0, numel(source)))
+        row = len(data) // source.shape[0]
         return data[first * row : last * row]
 
 
@@ -123,10 +124,6 @@ def _only(source: TensorSource, first: int, last: int) -> bytearray:
     """These rows alone."""
     width = numel(source) // source.shape[0]
     return source.read(first * width, last * width)
-
-
-def _row_bytes(source: TensorSource) -> int:
-    return numel(source) // source.shape[0] * DTYPE_BYTES[source.dtype]
 
 
 def _words(data: bytearray | memoryview, source: TensorSource) -> NDArray[np.uint32]:
