@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import cache
@@ -59,13 +58,14 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
     """
     digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code()).hexdigest()
     path = user_cache() / question.function / f"{digest[:32]}.json"
-    # An entry that is damaged, or not there, is made again.
+    # An entry that is damaged, not there or half written is made again: all who write it write the same.
     with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):
         return parse(json.loads(path.read_bytes()))
-    answer = _answer(question) if "torch" in sys.modules else _answer_elsewhere(question)
+    written = json.dumps(_answer(question) if "torch" in sys.modules else _answer_elsewhere(question))
     with suppress(OSError):  # a home that cannot be written to costs time, and nothing else
-        _write(path, json.dumps(answer).encode())
-    return parse(json.loads(json.dumps(answer)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(written)
+    return parse(json.loads(written))
 
 
 @cache
@@ -103,19 +103,6 @@ def _answer_elsewhere(question: Question) -> Any:
     if "refusal" in answer:
         raise getattr(errors, answer["error"])(answer["refusal"])
     return answer["answer"]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing; others may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
 
 
 if __name__ == "__main__":

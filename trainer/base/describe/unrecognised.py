@@ -29,13 +29,7 @@ def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> 
             found.append(
                 f"config.json names {path}, which is not read: its weights are counted as they are without it."
             )
-        elif (
-            _EXPERTS.fullmatch(key)
-            and isinstance(value, int)
-            and value > 1
-            and not routes
-            and not _routes_to_all(entries, value)
-        ):
+        elif _EXPERTS.fullmatch(key) and _is_several(value) and not routes and not _routes_to_all(entries, value):
             found.append(
                 f"config.json names {value} experts ({path}), and none is recognised to which tokens are routed: all weights are counted "
                 "as ones that each token passes."
@@ -49,6 +43,10 @@ def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         yield f"{prefix}{key}", value
         if isinstance(value, dict) and key not in _FORMATS:
             yield from _entries(value, f"{prefix}{key}.")
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def _routes_to_all(entries: list[tuple[str, Any]], experts: int) -> bool:
