@@ -153,7 +153,7 @@ class _Scheme:
 def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> StoredTensor:
     """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is missing or has
     another shape than it should."""
-    from trainer.base.stored.shared.coded import Coded, Second, ZeroPoints
+    from trainer.base.stored.shared.coded import Coded
     from trainer.base.stored.shared.floats import SCALES
 
     part = {
@@ -169,14 +169,13 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
         if numel(scales) != prod(shape[:-2]) * prod(tiles):
             continue
         dtype = scales.dtype if scales.dtype in WEIGHT_DTYPES else "BF16"
-        weight = Coded(source, scales, shape, code, last_reads, dtype, order=part["g_idx"])
-        if part["global_scale"] is not None:
-            weight = replace(weight, second=Second(part["global_scale"], divides=True))
+        second, order = part["global_scale"], part["g_idx"]
+        weight = Coded(source, scales, shape, code, last_reads, dtype, second, second_divides=True, order=order)
         if scheme.symmetric or source.dtype != "I32":
             return weight
         packed = (-(-tiles[0] * code.bits // 32), tiles[1])
         if zeros is not None and (zeros.dtype, zeros.shape) == ("I32", packed):
-            return replace(weight, zeros=ZeroPoints(zeros, code.bits))
+            return replace(weight, zeros=zeros)
     given = [f"{leaf} {list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None]
     raise ConfigError(
         f"model.base: {path} has weights {list(source.shape)} of {source.dtype} in {base.name}, and beside them "

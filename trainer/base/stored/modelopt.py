@@ -54,7 +54,7 @@ class ModelOpt(StoredFormat):
 
 def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
     """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another shape."""
-    from trainer.base.stored.shared.coded import Coded, Second
+    from trainer.base.stored.shared.coded import Coded
 
     scales, second = (base.tensors.get(f"{path}.{leaf}") for leaf in ("weight_scale", "weight_scale_2"))
     nvfp4 = source.dtype == "U8"
@@ -65,7 +65,7 @@ def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -
             if not nvfp4:
                 return Coded(source, scales, shape, code, last_reads)
             if scales.dtype == "F8_E4M3" and second is not None and numel(second) == 1:
-                return Coded(source, scales, shape, code, last_reads, second=Second(second, divides=False))
+                return Coded(source, scales, shape, code, last_reads, second=second)
     raise ConfigError(
         f"model.base: {path} has no scales in {base.name} that belong to its weight of {source.dtype}, weight_scale and in NVFP4 "
         "weight_scale_2. Copy the model again."

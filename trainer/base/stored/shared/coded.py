@@ -26,37 +26,13 @@ _PAIRS = {
 
 
 @dataclass(frozen=True)
-class Second:
-    """A scale of the scales, one for a whole matrix: they are multiplied by it, or divided."""
-
-    scale: TensorSource
-    divides: bool
-
-
-@dataclass(frozen=True)
-class ZeroPoints:
-    """The code that stands for zero in each tile, packed along the rows of tiles into int32: (ceil(tile rows / codes an int32), tile
-    columns)."""
-
-    packed: TensorSource
-    bits: int
-
-    def rows(self, first: int, last: int) -> NDArray[np.int32]:
-        """Codes of the rows of tiles [first, last), (last - first, tile columns)."""
-        each, columns = 32 // self.bits, self.packed.shape[1]
-        begin, end = first // each, -(-last // each)
-        words = np.frombuffer(self.packed.read(begin * columns, end * columns), np.uint32).reshape(-1, 1, columns)
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)[:, None]
-        codes = (words >> shifts & np.uint32(2**self.bits - 1)).reshape(-1, columns).astype(np.int32)
-        return codes[first - begin * each : last - begin * each]
-
-
-@dataclass(frozen=True)
 class Coded:
     """The values of a matrix or a stack (..., rows, columns) in `code`; `scales` has one for each of its tiles, in their order.
 
-    `second` scales the scales; `zeros` are the codes that stand for zero, where it is not the number 0. `order` is the column of tiles of
-    each column, where columns of one tile do not lie together. `then` multiplies the products once more.
+    `second` is a scale of the scales, one for a whole matrix: it multiplies them, or it `second_divides` them. `zeros` has the code that stands
+    for zero in each tile, where that is not the number 0: packed along the rows of tiles into int32, (ceil(tile rows / codes an int32), tile
+    columns). `order` is the column of tiles of each column, where columns of one tile do not lie together. `then` multiplies the products once
+    more.
     """
 
     codes: TensorSource
@@ -65,8 +41,9 @@ class Coded:
     code: Code
     last_reads: LastReads
     dtype: str = "BF16"
-    second: Second | None = None
-    zeros: ZeroPoints | None = None
+    second: TensorSource | None = None
+    second_divides: bool = False
+    zeros: TensorSource | None = None
     order: TensorSource | None = None
     then: float | None = None
 
@@ -82,9 +59,7 @@ class Coded:
         columns = self.shape[-1]
         first_tiles = self._row_of_tiles(begin // columns)
         tiles = self._scales(first_tiles, self._row_of_tiles((end - 1) // columns) + 1)
-        zeros = None
-        if self.zeros is not None:
-            zeros = TABLES[self.code.numbers][self.zeros.rows(first_tiles, first_tiles + len(tiles))]
+        zeros = None if self.zeros is None else self._zeros(self.zeros, first_tiles, first_tiles + len(tiles))
         tile_of = self._tile_of_columns()
         decoded = np.frombuffer(data, np.uint8)[: item * (end - begin)]
         for first, last in self._runs(begin, end):
@@ -129,10 +104,18 @@ class Coded:
         else:
             found = SCALES[source.dtype](source.read(begin, end))
         if self.second is not None:
-            scale = self.second.scale
-            by = SCALES[scale.dtype](self.last_reads.read(scale, 0, 1))
-            found = found / by if self.second.divides else found * by
+            by = SCALES[self.second.dtype](self.last_reads.read(self.second, 0, 1))
+            found = found / by if self.second_divides else found * by
         return found.reshape(-1, per_row)
+
+    def _zeros(self, packed: TensorSource, first: int, last: int) -> Floats:
+        """Those of the rows of tiles [first, last), (last - first, columns of tiles)."""
+        each, columns = 32 // self.code.bits, packed.shape[1]
+        begin, end = first // each, -(-last // each)
+        words = np.frombuffer(packed.read(begin * columns, end * columns), np.uint32).reshape(-1, 1, columns)
+        shifts = np.arange(0, 32, self.code.bits, dtype=np.uint32)[:, None]
+        codes = (words >> shifts & np.uint32(2**self.code.bits - 1)).reshape(-1, columns)
+        return TABLES[self.code.numbers][codes[first - begin * each : last - begin * each]]
 
     def _tile_of_columns(self) -> NDArray[np.int32]:
         """The column of tiles that each column lies in."""
