@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.request import Ask
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.model.packed import TextRow
+from trainer.model.micro_batch import MicroBatch
 from trainer.tuning.head import WithHead, outputs
 
 _ANY = "any"  # stands for the class of a text that has none
@@ -45,7 +45,9 @@ def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> 
     engine = opened.engine
     with engine.evaluating():
         found = [
-            engine.look(partial(outputs, places=torch.tensor(text.places)), TextRow.of(torch.tensor([text.tokens])))
+            engine.look(
+                partial(outputs, places=torch.tensor(text.places)), MicroBatch.of_text(torch.tensor([text.tokens]))
+            )
             for text in asked
         ]
     return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]

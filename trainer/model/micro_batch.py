@@ -1,7 +1,7 @@
 """One packed row of a global step, as a rank gets it."""
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,9 +11,7 @@ from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
 from trainer.processes.accelerator import onto
 
-
-def _none(dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype)
+_NONE, _NO_FLAGS = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool)
 
 
 class Place(Protocol):
@@ -71,10 +69,10 @@ class MicroBatch:
     targets: int
     bins: tuple[Place, ...]
     documents: tuple[int, ...]
-    rejected: torch.Tensor = field(default_factory=partial(_none, torch.int32))
-    beginnings: torch.Tensor = field(default_factory=partial(_none, torch.int32))
-    desired: torch.Tensor = field(default_factory=partial(_none, torch.bool))
-    mismatched: torch.Tensor = field(default_factory=partial(_none, torch.int32))
+    rejected: torch.Tensor = _NONE
+    beginnings: torch.Tensor = _NONE
+    desired: torch.Tensor = _NO_FLAGS
+    mismatched: torch.Tensor = _NONE
     survey: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     taught: Taught | None = None
@@ -84,6 +82,22 @@ class MicroBatch:
     prefixes: tuple[tuple[int, int], ...] = ()
     uncut: "MicroBatch | None" = None
     host: "MicroBatch | None" = None
+
+    @classmethod
+    def of_text(cls, tokens: torch.Tensor) -> "MicroBatch":
+        """One text, `tokens` (1, T), as a row without targets."""
+        length = tokens.shape[1]
+        return cls(
+            input_ids=tokens,
+            labels=torch.full_like(tokens, IGNORE),
+            position_ids=torch.arange(length)[None],
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            max_seqlen=length,
+            tokens=length,
+            targets=0,
+            bins=(),
+            documents=(),
+        )
 
     @cached_property
     def whole(self) -> "MicroBatch":
@@ -136,15 +150,14 @@ class MicroBatch:
             host=self,
         )
 
-    def part(self, segments: Literal["beginnings", "mismatched"]) -> "PartOfRow":
-        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and this rank's slice of them where the
-        row is shared; all that it has of the row where they are none, as a pass needs tokens."""
-        row, device = self.uncut or self.host or self, self.labels.device
+    def part(self, segments: Literal["beginnings", "mismatched"]) -> "MicroBatch":
+        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and where ranks share the row perhaps
+        padding behind them; this rank's slice of that. All that it has of the row where they are none, as a pass needs tokens. `max_seqlen` may be
+        more than the longest."""
+        row = self.uncut or self.host or self
         chosen: torch.Tensor = getattr(row, segments).long()
         if not len(chosen):
-            rows = self.input_ids, self.labels, self.position_ids
-            there = self.parts, self.first, self.prefixes
-            return PartOfRow(*rows, self.cu_seqlens, self.max_seqlen, self.lengths, self.places, *there)
+            return self
         begins, prefixes = row.cu_seqlens.tolist(), row.prefixes or ((0, 0),) * len(row.lengths)
         spans = [(prefixes[number], (begins[number], row.lengths[number])) for number in chosen.tolist()]
         places = torch.cat([torch.arange(begin, begin + size) for pair in spans for begin, size in pair])
@@ -154,32 +167,19 @@ class MicroBatch:
             sizes.append(uneven)
             ids, labels = F.pad(ids, (0, uneven)), F.pad(labels, (0, uneven), value=IGNORE)
             positions = torch.cat([positions, torch.arange(uneven, dtype=positions.dtype)[None]], 1)
-        size = ids.shape[1] // self.parts
-        first = self.first // self.labels.shape[1] * size
-        mine = (values[:, first : first + size] for values in (ids, labels, positions))
-        ids, trained, positions = (onto(values.contiguous(), device).to(self.labels.dtype) for values in mine)
-        borders = F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(row.cu_seqlens.dtype)
-        targets = onto(_places(labels[:, first : first + size]), device)
-        longest = max(self.max_seqlen, *sizes)
-        there = onto(borders, device), longest, tuple(sizes), targets, self.parts, first
-        return PartOfRow(ids, trained, positions, *there)
-
-
-@dataclass(frozen=True, eq=False)
-class PartOfRow:
-    """Some segments of a row, as `MicroBatch` has all of them, and where ranks share it perhaps padding behind them; `max_seqlen` may be more than
-    the longest."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    lengths: tuple[int, ...]
-    places: torch.Tensor
-    parts: int = 1
-    first: int = 0
-    prefixes: tuple[tuple[int, int], ...] = ()
+        part = MicroBatch(
+            input_ids=ids,
+            labels=labels,
+            position_ids=positions,
+            cu_seqlens=F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(row.cu_seqlens.dtype),
+            max_seqlen=max(self.max_seqlen, *sizes),
+            tokens=len(places),
+            targets=int((labels != IGNORE).sum()),
+            bins=(),
+            documents=(),
+        )
+        mine = part if self.parts == 1 else part.cut(self.first // self.labels.shape[1], self.parts)
+        return mine.to(self.labels.device)
 
 
 def _places(labels: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.model.packed import PackedModel, PackedRow
+    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.packed import PackedModel
 
 
 MODULE = "score"
@@ -110,7 +111,7 @@ def head_of(method: Method) -> WithHead | None:
     return None
 
 
-def outputs(model: PackedModel, row: PackedRow, places: Tensor) -> Tensor:
+def outputs(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
     """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row have the same of all of them, so
     that one of them counts what follows."""
     hidden = model.hidden(row)[0]

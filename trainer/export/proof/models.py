@@ -31,7 +31,7 @@ from trainer.export.proof.rendering import check_rendering, trained_texts
 from trainer.export.proof.rows import Probe, ProbeRow, find_probe, judged
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
-from trainer.model.packed import TextRow
+from trainer.model.micro_batch import MicroBatch
 from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator
@@ -192,7 +192,7 @@ class Trained:
 def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
     """The outputs of the head at the places of a row, (P, outputs) fp32 on the CPU, without dropout. Collective."""
     with engine.evaluating():
-        found = engine.look(partial(outputs, places=row.places), TextRow.of(row.tokens))
+        found = engine.look(partial(outputs, places=row.places), MicroBatch.of_text(row.tokens))
     return as_shares(found.cpu(), row)
 
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 
 from trainer.config import Optim
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import Ranks
 from trainer.state.checkpoint.learner import TrainablePartition
@@ -93,12 +94,6 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
-class DeviceRow(Protocol):
-    """One packed row, as the loss takes it."""
-
-    def to(self, device: torch.device) -> Self: ...
-
-
 class _Wrapped(nn.Module):
     """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what another
     function than the loss makes of the row."""
@@ -149,12 +144,12 @@ class Engine:
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
         self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
 
-    def loss(self, row: DeviceRow) -> Tensor:
+    def loss(self, row: MicroBatch) -> Tensor:
         """The sums that the loss function makes of the row, fp32, with their graph."""
         self._gathers.begin("loss")
         return self._engine(row.to(self.ranks.device))
 
-    def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
+    def look(self, look: Callable[[PackedModel, Any], Tensor], row: MicroBatch) -> Tensor:
         """The values that `look` makes of the model and the row, without a graph."""
         self._gathers.begin(look)
         with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.model.micro_batch import MicroBatch, PartOfRow
+    from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
 
@@ -25,7 +25,7 @@ class Answers:
         return self.log_p / self.tokens
 
 
-def read_segments(model: PackedModel, batch: MicroBatch | PartOfRow) -> Answers:
+def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
     """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both. Ranks that
     share a row have the same of all of its answers, so that one of them counts what follows: see `counted_once`."""
     import torch
@@ -42,7 +42,7 @@ def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
     return values if batch.first == 0 else values - values.detach()
 
 
-def segments_of_targets(batch: MicroBatch | PartOfRow) -> Tensor:
+def segments_of_targets(batch: MicroBatch) -> Tensor:
     """(targets,) int64, the number of the segment that each target of a row is in."""
     import torch
 
