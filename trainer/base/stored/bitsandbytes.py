@@ -23,7 +23,6 @@ _MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
 # SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
 _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 _PART_OF_127 = 0.007874015718698502  # bitsandbytes/functional.py, int8_vectorwise_dequant
-_SCALES_KEPT = 32
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -90,7 +89,7 @@ class BitsAndBytes8bit(StoredFormat):
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         from trainer.base.stored.shared.coded import Coded
 
-        last_reads, found = LastReads(_SCALES_KEPT), dict[str, StoredTensor](base.tensors)
+        last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)
         for name, source in base.tensors.items():
             path, _, leaf = name.rpartition(".")
             if leaf != "weight" or source.dtype != "I8":

@@ -38,7 +38,6 @@ _FORMATS = (
     "mxfp4-pack-quantized",
     "mixed-precision",
 )
-_KEPT = 32
 # The endings of what the files have beside a weight: its scales, and those of inputs, outputs and the cache.
 _BESIDE = re.compile(
     r"\.(weight_(packed|scale|shape|zero_point|g_idx|global_scale)|(input|output|[kvq])_(scale|zero_point|global_scale))$"
@@ -80,7 +79,7 @@ class CompressedTensors(StoredFormat):
         return None if scheme is None else scheme.kept(parameter)
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
-        last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
+        last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)
         schemes = list(dict.fromkeys(self._schemes()))
         for name, source in base.tensors.items():
             path, _, leaf = name.rpartition(".")

@@ -26,8 +26,6 @@ from trainer.errors import ConfigError, shown
 from trainer.store.codes import Code, Kept, Numbers
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
-# Scales of so many matrices are kept, a few thousand numbers each: pieces of more are never in flight.
-_SCALES_KEPT = 32
 _USUAL_TILE = [128, 128]
 _FP4_TILE = (1, 32)
 _EXPERTS = ("fp8", "fp4")
@@ -84,7 +82,7 @@ class Fp8(StoredFormat):
         return Kept(Code("e4m3", (tile[0], tile[1])), scales, "BF16")
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
-        last_reads, found = LastReads(_SCALES_KEPT), dict[str, StoredTensor](base.tensors)
+        last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)
         for name, source in base.tensors.items():
             if source.dtype in self._codes:
                 found[name] = self._decoded(base, name, source, last_reads)

@@ -17,7 +17,6 @@ from trainer.errors import ConfigError
 from trainer.store.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
-_KEPT = 32
 _BESIDE = ("weight_scale", "weight_scale_2", "input_scale")
 _CACHE = ("k_scale", "v_scale")
 
@@ -40,7 +39,7 @@ class ModelOpt(StoredFormat):
         return Kept(Code("e4m3", (rows, columns)), "F32", "BF16")
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
-        last_reads, found = LastReads(_KEPT), dict[str, StoredTensor](base.tensors)
+        last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)
         for name, source in base.tensors.items():
             path, _, leaf = name.rpartition(".")
             if leaf == "weight" and source.dtype in ("U8", "F8_E4M3"):

@@ -39,9 +39,10 @@ class LastMade(Generic[Value]):
 
 
 class LastReads:
-    """The last `most` ranges that were read."""
+    """The last `most` ranges that were read. 32 are the scales of as many matrices, a few thousand numbers each: pieces of more are never in
+    flight."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = 32) -> None:
         self._most = most
         self._kept = LastMade[bytearray]()
 
