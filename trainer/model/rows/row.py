@@ -42,16 +42,10 @@ class Documents:
     must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no
     mask; the row is `unmasked` once one was left out."""
 
-    def __init__(
-        self,
-        position_ids: Tensor,
-        lengths: Sequence[int] | None = None,
-        peers: Peers | None = None,
-        prefixes: "Prefixes" = (),
-        are_told: bool = False,
-    ) -> None:
-        assert (peers is None and not prefixes) or lengths is not None
-        self._position_ids, self._lengths, self.peers, self.prefixes = position_ids, lengths, peers, prefixes
+    def __init__(self, position_ids: Tensor, known: "_Known", are_told: bool = False) -> None:
+        assert (known.peers is None and not known.prefixes) or known.lengths is not None
+        self._position_ids, self._lengths = position_ids, known.lengths
+        self.peers, self.prefixes = known.peers, known.prefixes
         self.are_told, self.unmasked = are_told, False
 
     @cached_property
@@ -76,7 +70,7 @@ class Documents:
     @property
     def undivided(self) -> "Documents":
         """The same row on one rank, which has all of its tokens."""
-        return Documents(self.positions, self.lengths)
+        return Documents(self.positions, _Known(tuple(self.lengths)))
 
     @cached_property
     def sees(self) -> Callable[..., Any]:
@@ -192,8 +186,7 @@ def row_at_work() -> Documents | None:
 
 def described(position_ids: Tensor, are_told: bool) -> Documents:
     """The row with such positions, and with what is known of it."""
-    known = _KNOWN.get()
-    return Documents(position_ids, known.lengths, known.peers, known.prefixes, are_told)
+    return Documents(position_ids, _KNOWN.get(), are_told)
 
 
 def by_documents(
