@@ -7,11 +7,12 @@ those of that file: what differs is how bytes become matrices.
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.model.nf4 import FrozenLinear4bit, FrozenStack4bit, Layout, Packed
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, Packed
 from trainer.store.codes import VALUES, Kept, Numbers
 
 # Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
@@ -76,6 +77,23 @@ class StoredLinear(StoredWeights, FrozenLinear4bit):
 
 class StoredStack(StoredWeights, FrozenStack4bit):
     """A mixture's experts over such weights."""
+
+
+def packed_module(model: nn.Module, name: str, parameter: Tensor, form: Format | KeptFormat) -> Packed:
+    """The packed module put in place of a linear layer or a mixture's experts."""
+    path, _, leaf = name.rpartition(".")
+    owner, stays = model.get_submodule(path), isinstance(form, KeptFormat)
+    given: Any = form  # each class takes its own kind
+    if isinstance(owner, nn.Linear):
+        layer = (StoredLinear if stays else FrozenLinear4bit)(owner.in_features, owner.out_features, given)
+        layer.bias = owner.bias  # a parameter of its own
+        model.set_submodule(path, layer)
+        return layer
+    experts, rows, columns = parameter.shape
+    stack = (StoredStack if stays else FrozenStack4bit)((experts, rows, columns), given)
+    delattr(owner, leaf)
+    owner.add_module(leaf, stack)
+    return stack
 
 
 def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:

@@ -13,9 +13,8 @@ from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
-from trainer.base.partitions.placement import Placement, place_partitions
+from trainer.base.load.placement import Placement, place_partitions
 from trainer.base.partitions.reading import run_jobs
-from trainer.base.rows.packed_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config
@@ -81,7 +80,6 @@ def load_model(
             weights.sources,
             stored,
             base.architecture.quantizable(),
-            kept_sources,
         )
         before = base.store.range_bytes
         run_jobs(placement.jobs, ranks, log)

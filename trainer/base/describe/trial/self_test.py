@@ -19,9 +19,10 @@ from trainer.base.describe.trial.read_together import read_together
 from trainer.base.describe.trial.weight_readers import Place, place_of
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed, quantize_blocks
+from trainer.model.nf4 import Format, dequantize_blocks, quantize_blocks
 from trainer.model.parts import body, decoder_layers, is_experts
 from trainer.model.rows.row import CannotDivide, lengths_known
+from trainer.model.stored import packed_module
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 # A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
@@ -176,58 +177,42 @@ def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
 
 
 def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]) -> str | None:
-    pairs, stacks = list(_packed_layers(model, read)), list(_packed_experts(model))
-    for path, layer, values in pairs:
-        model.get_submodule(path).weight.data = values  # type: ignore[union-attr]
-        layer.bias = model.get_submodule(path).bias  # type: ignore[union-attr]
+    weights = list(_packable(model, read))
+    packed = [_packed(weight.data) for _, weight in weights]
+    for (_, weight), (_, _, left) in zip(weights, packed, strict=True):
+        weight.data = left
     plain = _hidden(inner, document)
-    for path, layer, _ in pairs:
-        model.set_submodule(path, layer)
     try:
         prepare_experts(model)
-        for experts, name, stack in stacks:
+        for experts in filter(is_experts, model.modules()):
             getattr(experts, "config", model.config)._experts_implementation = IMPLEMENTATION
-            delattr(experts, name)
-            experts.add_module(name, stack)
+        for (name, weight), (codes, absmax, _) in zip(weights, packed, strict=True):
+            module = packed_module(model, name, weight, _FORMAT)
+            module.weight, module.absmax = (nn.Parameter(part, requires_grad=False) for part in (codes, absmax))
         found = _hidden(inner, document)
     except Exception as error:  # a family's code that looks into a weight
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     return "its predictions are others then" if _share_of_different(found, plain) >= _MOST else None
 
 
-def _packed_layers(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, FrozenLinear4bit, Tensor]]:
-    """Each linear layer of the decoder layers that can be packed, by its path, packed, and with the values that are left of its weight."""
+def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:
+    """The weights that can be packed, by their names: of linear layers of the decoder layers, and stacks of experts' matrices."""
     layers = decoder_layers(model)
     inside = set(layers.modules()) if layers is not None else set[nn.Module]()
-    for path, module in list(model.named_modules()):
+    for path, module in model.named_modules():
         around, _, name = path.rpartition(".")
-        if (
-            module not in inside
-            or not isinstance(module, nn.Linear)
-            or place_of(model.get_submodule(around), name) in read
-        ):
+        if is_experts(module):
+            yield from (entry for entry in module.named_parameters(path, recurse=False) if entry[1].ndim == 3)
+        elif not isinstance(module, nn.Linear) or module not in inside:
             continue
-        layer = FrozenLinear4bit(module.in_features, module.out_features, _FORMAT)
-        _pack(layer, module.weight.data[None])
-        yield path, layer, layer.dequantize()
+        elif place_of(model.get_submodule(around), name) not in read:
+            yield f"{path}.weight", module.weight
 
 
-def _packed_experts(model: PreTrainedModel) -> Iterator[tuple[Any, str, FrozenStack4bit]]:
-    """Each stack of experts' matrices by its module and name, packed; what is left of its values is in its place."""
-    for experts in filter(is_experts, list(model.modules())):
-        for name, matrices in list(experts.named_parameters(recurse=False)):
-            if matrices.ndim != 3:
-                continue
-            count, rows, columns = matrices.shape
-            stack = FrozenStack4bit((count, rows, columns), _FORMAT)
-            _pack(stack, matrices.data)
-            matrices.data = stack.matrices(0, count)
-            yield experts, name, stack
-
-
-def _pack(packed: Packed, matrices: Tensor) -> None:
-    """Fill `packed` with the values of `matrices` (slices, rows, columns)."""
-    pairs = [quantize_blocks(matrix.flatten(), _FORMAT.quant_type, _FORMAT.block_size) for matrix in matrices]
+def _packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes and the absmax, as bytes, of a matrix or of a stack of them, and the values that are left of its own."""
+    matrices = [matrix.flatten() for matrix in (weight if weight.ndim == 3 else weight[None])]
+    pairs = [quantize_blocks(matrix, _FORMAT.quant_type, _FORMAT.block_size) for matrix in matrices]
+    left = [dequantize_blocks(*pair, len(matrix), _FORMAT) for pair, matrix in zip(pairs, matrices, strict=True)]
     codes, absmax = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    packed.weight = nn.Parameter(codes, requires_grad=False)
-    packed.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
+    return codes, absmax.view(torch.uint8), torch.cat(left).view(weight.shape)

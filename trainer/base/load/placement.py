@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +10,10 @@ from transformers import PreTrainedModel
 from trainer.base.partitions.exchanged import exchanged
 from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_packed
 from trainer.base.partitions.reading import Job
+from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
-from trainer.model.stored import KeptFormat, StoredLinear, StoredStack
+from trainer.model.nf4 import Format, Packed
+from trainer.model.stored import KeptFormat, packed_module
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
@@ -45,7 +45,6 @@ def place_partitions(
     sources: Mapping[str, StoredTensor | PackedTensor],
     stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
-    keep: Callable[[StoredTensor | PackedTensor], KeptSources | None],
 ) -> Placement:
     """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
 
@@ -54,16 +53,15 @@ def place_partitions(
         sources: where each parameter and buffer is read from.
         stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
-        keep: where the codes of a weight are stored that can stay as it is.
     """
     placement, parameters = Placement(), dict(model.named_parameters())
     for name in [name for name in sources if name not in parameters]:
         placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
-        as_it_is = keep(source) if quant.type == "stored" and name in quantizable else None
+        as_it_is = kept_sources(source) if quant.type == "stored" and name in quantizable else None
         form = _form(quant, dtype, as_it_is) if name in quantizable else None
-        packed = None if form is None else _packed_module(model, name, parameter, form)
+        packed = None if form is None else packed_module(model, name, parameter, form)
         if packed is None:
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
@@ -109,20 +107,3 @@ def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format 
     if quant.type in ("none", "stored"):
         return None
     return Format(quant.type, quant.block_size, quant.double, dtype)
-
-
-def _packed_module(model: nn.Module, name: str, parameter: nn.Parameter, form: Format | KeptFormat) -> Packed:
-    """The packed module put in place of a linear layer or a mixture's experts."""
-    path, _, leaf = name.rpartition(".")
-    owner, stays = model.get_submodule(path), isinstance(form, KeptFormat)
-    given: Any = form  # each class takes its own kind
-    if isinstance(owner, nn.Linear):
-        layer = (StoredLinear if stays else FrozenLinear4bit)(owner.in_features, owner.out_features, given)
-        layer.bias = owner.bias  # still on meta; it is a parameter of its own
-        model.set_submodule(path, layer)
-        return layer
-    experts, rows, columns = parameter.shape
-    stack = (StoredStack if stays else FrozenStack4bit)((experts, rows, columns), given)
-    delattr(owner, leaf)
-    owner.add_module(leaf, stack)
-    return stack
