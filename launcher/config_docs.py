@@ -36,7 +36,14 @@ are refused with the nearest name, and so is a key that a file gives twice.
 _TABLE = "| Setting | Allowed | Default | Unit | What it does | Example |\n| --- | --- | --- | --- | --- | --- |"
 
 _NAMES: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "value"}
-_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+_BOUNDS = {
+    "ge": "≥ {}",
+    "gt": "> {}",
+    "le": "≤ {}",
+    "lt": "< {}",
+    "min_length": "(at least {})",
+    "pattern": "matching `{}`",
+}
 
 
 def render() -> str:
@@ -89,15 +96,8 @@ def _allowed(field: FieldInfo) -> str:
 
 def _limit(rule: Any) -> str:
     """One of pydantic's constraints (annotated_types), such as Ge(ge=1)."""
-    for attribute, sign in _BOUNDS.items():
-        bound = getattr(rule, attribute, None)
-        if bound is not None:
-            return f"{sign} {bound}"
-    if getattr(rule, "min_length", None) is not None:
-        return f"(at least {rule.min_length})"
-    if getattr(rule, "pattern", None) is not None:
-        return f"matching `{rule.pattern}`"
-    return ""
+    given = ((words, getattr(rule, name, None)) for name, words in _BOUNDS.items())
+    return next((words.format(bound) for words, bound in given if bound is not None), "")
 
 
 def _type(annotation: Any) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import TextColumn
 
 from launcher.evaluate.ranks import Hear, for_server, run_ranks
 from launcher.evaluate.tables import Evaluated
 from launcher.start.local_group import count_ranks
-from launcher.view.console import Terminal, description, time_left
+from launcher.view.console import progress_bars
 from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError, counted
@@ -96,14 +96,13 @@ def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:
 @contextmanager
 def _bars(log: Log) -> Iterator[Hear]:
     """Bars on a terminal, one for each part of the work; else a line when a part is done."""
-    console = Terminal(stderr=True)
-    columns = description(), BarColumn(), TextColumn("{task.completed}/{task.total}"), time_left()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with progress_bars(TextColumn("{task.completed}/{task.total}")) as bars:
         tasks, finished = dict[str, Any](), set[str]()
+        console = bars.console
 
         def hear(told: dict[str, Any]) -> None:
             if "log" in told:
-                say = bars.console.print if console.is_terminal else log
+                say = console.print if console.is_terminal else log
                 say(told["log"])
                 return
             what, done, total = told["progress"], told["done"], told["total"]

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from launcher.view.console import Terminal, description, time_left
+from launcher.view.console import progress_bars
 from launcher.view.terminal import put
 from trainer.base.find.locate import describe_base
 from trainer.config.paths import local_path
@@ -125,19 +125,12 @@ def planned_checkpoint(folder: Store, step: int | None) -> CheckpointManifest:
 def bar(title: str) -> Iterator[ExportProgress]:
     """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and bytes in all;
     sentences go above it."""
-    columns = (
-        description(),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        time_left(),
-    )
-    console = Terminal(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bars(DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
         task = progress.add_task(title, visible=False)
+        console = progress.console
 
         def say(sentence: str) -> None:
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            console.print(sentence, soft_wrap=True)
 
         def draw(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
@@ -64,7 +64,7 @@ def list_checkpoints(folder: Store) -> CheckpointList:
     return found
 
 
-def verify_checkpoints(folder: Store, step: int | None, console: Console | None = None) -> CheckpointList:
+def verify_checkpoints(folder: Store, step: int | None) -> CheckpointList:
     """Read every shard (of `step`) and compare it with its manifest, showing the progress on stderr.
 
     Raises `NothingToResume` when there is nothing to verify, and `ConfigError` when there is no such step.
@@ -75,7 +75,7 @@ def verify_checkpoints(folder: Store, step: int | None, console: Console | None 
     chosen = [manifest for manifest in listed.manifests if step in (None, manifest.step)]
     problems = {number: reasons for number, reasons in listed.problems.items() if step in (None, number)}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, console=console or Terminal(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=sum(manifest.size for manifest in chosen))
         for manifest in chosen:
             progress.update(task, description=f"verifying step {manifest.step:,}")

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, TaskID
-from rich.progress import Progress as Bars
+from rich.progress import TaskID
 
-from launcher.view.console import Terminal, description, time_left
+from launcher.view.console import progress_bars
 from trainer.data.compile.compile import Progress
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.format.unrendered import in_words
@@ -29,8 +28,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
         speed = (now.tokens - first[1]) / max(time.monotonic() - first[0], 1e-3)
         return f"compiling {what} data: {now.documents:,} documents, {now.tokens:,} tokens, {speed:,.0f} tokens/s"
 
-    columns = description(), BarColumn(20), time_left()
-    with Bars(*columns, console=Terminal(stderr=True), disable=not bar) as bars:
+    with progress_bars(shown=bar) as bars:
 
         def show(what: str, now: Progress) -> None:
             nonlocal next_line

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column
 
@@ -19,6 +19,14 @@ def time_left() -> TimeRemainingColumn:
 def description() -> TextColumn:
     """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
     return TextColumn("{task.description}", table_column=Column(no_wrap=False))
+
+
+def progress_bars(*more: ProgressColumn, shown: bool | None = None, transient: bool = False) -> Progress:
+    """Bars on stderr, each with what it is of, `more` about it, and the time that is left; by default where stderr is a terminal."""
+    console = Terminal(stderr=True)
+    disable = not (console.is_terminal if shown is None else shown)
+    columns = (description(), BarColumn(20), *more, time_left())
+    return Progress(*columns, console=console, transient=transient, disable=disable)
 
 
 class Terminal(Console):

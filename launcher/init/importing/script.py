@@ -130,12 +130,7 @@ class _Reader:
         self.head = self.head or kind
 
     def _unsloth(self, call: ast.Call) -> None:
-        names = {
-            **_TABLES["quantization"],
-            **_TABLES["base"],
-            "max_seq_length": "max_length",
-            "model_name": "model_name_or_path",
-        }
+        names = {**_TABLES["quantization"], **_TABLES["base"], **_TABLES["unsloth_base"]}
         given = {**_TABLES["unsloth"], **self._given(call, names)}
         if given.get("load_in_8bit") or self._given(call, {"full_finetuning": "full"}).get("full"):
             given["load_in_4bit"] = False

@@ -98,11 +98,15 @@ def _data(keys: Keys) -> None:
     if not listed and isinstance(mixed, dict):
         chosen = next((name for name in splits if name.startswith("train")), None)
         listed = [{"path": str(path), "split": chosen} for path in mixed]
+    named_alone = single and not keys.tree.get("datasets")
     shares = [given.get("fraction") for given in listed]
     sources: list[dict[str, Any]] = []
     for index, given in enumerate(listed):
-        place = f"datasets[{index}]" if not single or keys.tree.get("datasets") else "dataset_train_split"
-        sources += _sources(keys, given, f"{place}.split" if place.startswith("datasets") else place)
+        place = f"datasets[{index}]"
+        key = "dataset_train_split" if named_alone else f"{place}.split"
+        split, take = split_of(keys, key, given.get("split"))
+        paths = source_paths(str(given.get("path", "")), given.get("data_files"))
+        sources += sources_at(paths, {"take": take}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:
@@ -114,9 +118,7 @@ def _data(keys: Keys) -> None:
     used = [name for name in keys.given if name.startswith("datasets[") or name in _SOURCES]
     if sources:
         keys.put("data.train", sources, *used)
-        keys.origins["data.train"] = [
-            f"dataset_name: {single}" if single and not keys.tree.get("datasets") else "datasets"
-        ]
+        keys.origins["data.train"] = [f"dataset_name: {single}" if named_alone else "datasets"]
     evaluated = keys.given.get("eval_strategy") not in (None, "no")
     if evaluated and single and "data.held_out" not in keys.settings:
         split = keys.given.get("dataset_test_split") or "test"
@@ -128,9 +130,3 @@ def _data(keys: Keys) -> None:
     field = keys.given.get("dataset_text_field")
     if isinstance(field, str) and field not in ("", "text"):
         keys.put("data.fields", {"text": field}, "dataset_text_field")
-
-
-def _sources(keys: Keys, given: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    split, take = split_of(keys, key, given.get("split"))
-    paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-    return sources_at(paths, {"take": take}, given.get("name"), split)
