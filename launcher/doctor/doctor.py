@@ -173,12 +173,8 @@ def _accelerator() -> Iterator[Check]:
     for kernel in KERNELS:
         if kernel.name in facts["packages"]:
             wheel = facts["wheel"] if kernel.distribution == "flash-attn" else None
-            install = (
-                f"pip install {wheel}, or where that is not found, which takes an hour, {kernel.install}"
-                if wheel
-                else kernel.install
-            )
-            yield check_package(Requirement(f"{kernel.distribution}"), "optional", install)
+            first = f"pip install {wheel}, or where that is not found, which takes an hour, " if wheel else ""
+            yield check_package(Requirement(f"{kernel.distribution}"), "optional", f"{first}{kernel.install}")
 
 
 def ask_torch() -> dict[str, Any] | str:

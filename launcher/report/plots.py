@@ -105,12 +105,8 @@ def lines(
     ]
     every = [*drawn, *(one for one in marks if one.points)]
     svg = _drawn(title, every, low, high, x=x, wide=wide, names=list((restarts or {}).values()))
-    return Plot(title, unit, x.name, svg, _legend(every), note)
-
-
-def scatter(title: str, groups: Mapping[str, Sequence[Point]], *, unit: str, x: Axis) -> Plot | None:
-    """Dots alone, each group in a colour: how a result depends on a setting. None where there is no point."""
-    return lines(title, [Series(name, points, "dots") for name, points in groups.items()], unit=unit, x=x)
+    legend = [Legend(one.name, _css(every, at), one.look in ("dots", "commit")) for at, one in enumerate(every)]
+    return Plot(title, unit, x.name, svg, legend, note)
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
@@ -207,10 +203,6 @@ def _css(series: Sequence[Series], index: int) -> str:
     color = sum(one.look != "faint" for one in series[:index])
     again = " again" if color >= SERIES_COLORS else ""
     return f"series {look} color-{color % SERIES_COLORS}{again}"
-
-
-def _legend(series: Sequence[Series]) -> list[Legend]:
-    return [Legend(one.name, _css(series, index), one.look in ("dots", "commit")) for index, one in enumerate(series)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

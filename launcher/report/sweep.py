@@ -11,7 +11,7 @@ from launcher.report.comparison import comparison_plots
 from launcher.report.curves import Point
 from launcher.report.figures import RunFigures, read_figures
 from launcher.report.page import rendered
-from launcher.report.plots import Axis, Plot, scatter
+from launcher.report.plots import Axis, Plot, Series, lines
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
 from trainer.config.sweep import LOG_UNIFORM
 from trainer.run.folder import run_config, store_of
@@ -57,6 +57,7 @@ def _ranked(status: SweepStatus) -> list[TrialStatus]:
 def sweep_page(figures: SweepFigures) -> str:
     """The whole HTML file."""
     status = figures.status
+    by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
     return rendered(
         "sweep.html.j2",
         figures.to_json(),
@@ -64,19 +65,14 @@ def sweep_page(figures: SweepFigures) -> str:
         name=status.sweep.rpartition("/")[2],
         settings=status.settings,
         best=status.best_trial,
-        by_setting=setting_plots(status, figures.logarithmic),
+        by_setting=[plot for plot in by_setting if plot],
         plots=comparison_plots({run.name: run for run in figures.best}),
         shown=len(figures.best),
     )
 
 
-def setting_plots(status: SweepStatus, logarithmic: Collection[str]) -> list[Plot]:
-    """For each setting whose values are numbers the metric of every trial at its last step, by the trials' states."""
-    plots = (_setting_plot(status, name, logarithmic=name in logarithmic) for name in status.settings)
-    return [plot for plot in plots if plot]
-
-
-def _setting_plot(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
+def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
+    """The metric of every trial at its last step over a setting, by the trials' states. None where its values are no numbers."""
     groups: dict[str, list[Point]] = {}
     for trial in status.trials:
         value = trial.settings[name]
@@ -87,7 +83,8 @@ def _setting_plot(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot 
     spread = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
     log = logarithmic or spread
     axis = Axis(name, log=log, ticks=every if len(every) <= _FEW else ())
-    return scatter(f"By {name}", groups, unit=status.metric, x=axis)
+    series = [Series(state, points, "dots") for state, points in groups.items()]
+    return lines(f"By {name}", series, unit=status.metric, x=axis)
 
 
 def _is_geometric(values: list[float]) -> bool:

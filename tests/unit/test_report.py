@@ -19,7 +19,7 @@ from launcher.report.comparison import comparison_page, comparison_plots, differ
 from launcher.report.curves import MOST_POINTS, Columns, means, thinned
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
-from launcher.report.plots import Axis, Series, lines, scatter
+from launcher.report.plots import Axis, Series, lines
 from launcher.report.report import keep_report
 from launcher.report.sweep import read_sweep_figures, sweep_page
 from launcher.report.trained import DataFigures
@@ -204,9 +204,8 @@ def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) ->
 
 
 def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
-    plot = scatter(
-        "Loss by rate", {"trials": [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)]}, unit="nats", x=Axis("optim.lr", log=True)
-    )
+    trials = Series("trials", [(1e-5, 2.0), (1e-3, 1.0), (0.1, 3.0)], "dots")
+    plot = lines("Loss by rate", [trials], unit="nats", x=Axis("optim.lr", log=True))
     assert plot is not None
     assert {"1e-5", "1e-4", "0.001", "0.01", "0.1"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
     assert re.findall(r"<title>(.*?)</title>", plot.svg) == [

@@ -160,14 +160,12 @@ def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 
 def evaluating_and_saving(keys: Keys) -> None:
-    """`eval.every` or `eval.per_epoch`, `checkpoint.every_steps` or `per_epoch`, and `keep_best`."""
+    """`eval.every` or `eval.per_epoch`, and `checkpoint.every_steps` or `per_epoch`."""
     _rhythm(keys, ("eval_strategy", "evaluation_strategy"), "eval", "eval.every", "eval.per_epoch")
     if keys.given.get("save_strategy") == "no":
         keys.put("checkpoint.every_steps", 0, "save_strategy")
     else:
         _rhythm(keys, ("save_strategy",), "save", "checkpoint.every_steps", "checkpoint.per_epoch")
-    if keys.asked("load_best_model_at_end"):
-        keys.put("checkpoint.keep_best", 1, "load_best_model_at_end")
 
 
 def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_epoch: str) -> None:

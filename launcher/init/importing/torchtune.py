@@ -61,13 +61,9 @@ def _model(keys: Keys) -> None:
 
 
 def _course(keys: Keys) -> None:
-    """The decay of weights, the order of rows, and the length of the run."""
+    """The decay of weights, and the length of rows and of the run."""
     if "optimizer.weight_decay" not in keys.given and keys.settings.get("optim.name") in ("adamw", "adamw_8bit"):
         keys.assume("optim.weight_decay", 0.01, "the default of torch.optim.AdamW")
-    if keys.given.get("shuffle") is False:
-        keys.lose(
-            "shuffle", "Rows are shuffled, in one order on any number of ranks; the order of the file is not kept."
-        )
     if "data.sequence_length" not in keys.settings:
         keys.to_do.append(
             "data.sequence_length: the file limits no length (tokenizer.max_seq_len); longer rows are cut at 2048 tokens."
