@@ -5,10 +5,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import wait
 from contextlib import contextmanager
 
 from trainer.errors import StorageError
+from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.owner import Ownership
 from trainer.run.requests import request_stop, stop_requester
@@ -61,20 +62,8 @@ def forget_stop_by_signal(folder: Store) -> None:
 
 def beside_main_thread(work: Callable[[], None]) -> None:
     """Run `work` in a thread, and raise here what it raises; in the main thread Ray would install handlers of its own."""
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    thread = threading.Thread(target=run, name="driver", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)  # short, as Python runs signal handlers only between its own instructions
+    done = in_thread(work, "driver")
+    while not wait([done], timeout=0.2).done:  # short, as Python runs signal handlers only between its own instructions
         for number in _SIGNALS:
             signal.signal(number, signal.getsignal(number))  # above Ray's own, which print a stack trace first
     done.result()

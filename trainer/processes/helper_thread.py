@@ -1,12 +1,32 @@
-"""A thread that helps whatever is done meanwhile: it shows how far that is, or keeps others waiting for it."""
+"""Threads beside whatever is done meanwhile, which nobody has to wait for: unlike those of a pool they keep no process from ending."""
 
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 _FIRST_SECONDS, _NEXT_SECONDS = 3.0, 10.0
+
+T = TypeVar("T")
+
+
+def in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Do `work` in a thread of its own; the future has what it returns or raises."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
 
 
 @contextmanager

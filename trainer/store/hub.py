@@ -2,10 +2,11 @@
 
 import os
 import socket
-import threading
-from functools import cache
+from functools import cache, partial
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
+
+from trainer.processes.helper_thread import in_thread
 
 _PATIENCE_SECONDS = 2.0
 
@@ -31,17 +32,10 @@ def proxy_host() -> str | None:
 def hub_answers() -> bool:
     """Whether a connection to the Hub can be made, or to the proxy on the way there; asked once."""
     host, _, port = (proxy_host() or hub_host()).rpartition(":")
-    connected = threading.Event()
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, int(port)), _PATIENCE_SECONDS).close()
-        except OSError:
-            return
-        connected.set()
-
     # In a thread, as a name that cannot be resolved may take longer than any time limit of a connection.
-    asking = threading.Thread(target=connect, name="hub", daemon=True)
-    asking.start()
-    asking.join(_PATIENCE_SECONDS)
-    return connected.is_set()
+    asking = in_thread(partial(socket.create_connection, (host, int(port)), _PATIENCE_SECONDS), "hub")
+    try:
+        asking.result(_PATIENCE_SECONDS).close()
+    except (OSError, UnicodeError):  # also where the time is up, or no host can have such a name
+        return False
+    return True

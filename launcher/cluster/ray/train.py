@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +27,7 @@ from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted
 from trainer.processes.devices import stay_on_cpu
+from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import Ownership
@@ -102,10 +104,10 @@ def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
-        fit = _Background(_trainer(attempts, dashboard, wanted, workers, storage).fit)
+        fit = in_thread(_trainer(attempts, dashboard, wanted, workers, storage).fit, "fit")
         group = _Group(attempts, wanted, workers)
         watch = Watch(attempts, group.look)
-        while not fit.ended(within=0.5):
+        while not wait([fit], timeout=0.5).done:
             watch.look()
         try:
             fit.result()
@@ -167,29 +169,6 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
             ),
         ),
     )
-
-
-class _Background:
-    """A call in a thread that nobody has to wait for: it ends with Ray at the latest."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call, self._error = call, None
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self._error = error
-
-    def ended(self, within: float) -> bool:
-        self._thread.join(within)
-        return not self._thread.is_alive()
-
-    def result(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 class _Group:
