@@ -45,8 +45,8 @@ class Sidecar(NamedTuple):
     gpus: int
     is_near: bool
 
-    def command(self, run: Store, address: str) -> list[str]:
-        return [sys.executable, "-m", "launcher.start.sidecars", run.uri, self.name, address]
+    def command(self, run: str, address: str) -> list[str]:
+        return [sys.executable, "-m", "launcher.start.sidecars", run, self.name, address]
 
 
 def sidecars_of(config: Config, *, servers: bool = True) -> list[Sidecar]:
@@ -161,48 +161,37 @@ def sidecars_here(
         devices = {}
         if config.rollout.serving_gpus:
             devices["CUDA_VISIBLE_DEVICES"] = gpus_of_server(every.index(one), one.gpus, visible_gpus())
-        return Child(one.command(run, "127.0.0.1"), devices)
+        return Child(one.command(run.uri, "127.0.0.1"), devices)
 
     return sidecars_alive(every, run, place, log)
 
 
 class Child:
-    """A process beside the ranks as a child of this one. It starts with the first of its words."""
+    """A process beside the ranks as a child of this one. It dies with the thread that makes this object."""
 
     def __init__(self, command: list[str], variables: dict[str, str], folder: str | None = None) -> None:
         # It is no rank of the group that torchrun or srun may have made of this process.
         group = {name for name in os.environ if name in children.OF_A_RANK or name.startswith("SLURM_")}
-        self._environment = {name: value for name, value in os.environ.items() if name not in group} | variables
-        self._command, self._folder = command, folder
-        self._process: subprocess.Popen[str] | None = None
-        self._over = False
-        self._starting = threading.Lock()
+        # In a session of its own: the driver says when it ends, and not Ctrl-C.
+        self._process: subprocess.Popen[str] = children.start(
+            command,
+            env={name: value for name, value in os.environ.items() if name not in group} | variables,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def words(self) -> Iterator[str]:
-        with self._starting:
-            if self._over:
-                return
-            # In a session of its own: the driver says when it ends, and not Ctrl-C.
-            self._process = process = children.start(
-                self._command,
-                env=self._environment,
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        assert process.stdout is not None
-        for line in process.stdout:  # no `yield from`: Ray sends values in
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # no `yield from`: Ray sends values in
             yield line.rstrip()
-        if process.wait():
-            raise CapstanError(f"the process that keeps it ended with exit code {process.returncode}")
+        if self._process.wait():
+            raise CapstanError(f"the process that keeps it ended with exit code {self._process.returncode}")
 
     def end(self) -> None:
-        with self._starting:
-            self._over = True
-        if self._process is not None:
-            self._process.terminate()
+        self._process.terminate()
 
 
 def _keep_asking(run: Store, over: threading.Event, tell: Callable[[str], None]) -> None:

@@ -130,7 +130,7 @@ def test_what_is_lost_is_placed_again_and_all_ends_with_the_run(
             "rollout": 1,
         }
     processes = [child._process for one in placed.values() for child in one]
-    assert [process.poll() for process in processes if process] == [3, -15, -15, -15]
+    assert [process.poll() for process in processes] == [3, -15, -15, -15]
     lost = "server-1: the process that keeps it ended with exit code 3; it is started again"
     assert [line for line in told if line != "[]"] == [lost]
 
@@ -191,7 +191,7 @@ def test_a_server_that_does_not_come_up_is_a_sentence(
 def test_a_server_ends_with_its_keeper_however_that_ends(workshop: Workshop, killed: str) -> None:
     config, run = workshop.config("orphan", *SERVE, "rollout.serve.options=[--engine]"), workshop.store.sub("orphan")
     run.put(layout.CONFIG, dump_config(config).encode())
-    command = Sidecar("server-1", 0, is_near=False).command(run, "127.0.0.1")
+    command = Sidecar("server-1", 0, is_near=False).command(run.uri, "127.0.0.1")
     parent = f"from trainer.processes import children; children.run({command!r})"
     whole = [sys.executable, "-c", parent] if killed == "keeper's parent" else command
     with subprocess.Popen(whole, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2]) as process:

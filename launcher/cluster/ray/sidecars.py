@@ -63,29 +63,19 @@ def gpus_for_servers(
 
 
 class _Keeper:
-    """The actor: it has the process as a child, and says what that says."""
+    """The actor: it has the process as a child, which Ray starts in the actor's main thread, and says what that says."""
 
-    def __init__(self, folder: str, variables: dict[str, str]) -> None:
-        self._folder, self._variables = folder, variables
-        self._child: Child | None = None
-        self._over = False
-
-    def words(self, one: Sidecar, run: str) -> Iterator[str]:
+    def __init__(self, one: Sidecar, run: str, folder: str, variables: dict[str, str]) -> None:
         import ray.util
 
-        from trainer.store.store import open_store
+        command = one.command(run, ray.util.get_node_ip_address())
+        self._child = Child(command, variables, folder if os.path.isdir(folder) else None)
 
-        folder = self._folder if os.path.isdir(self._folder) else None
-        command = one.command(open_store(run), ray.util.get_node_ip_address())
-        self._child = child = Child(command, self._variables, folder)
-        if self._over:
-            child.end()
-        yield from child.words()
+    def words(self) -> Iterator[str]:
+        yield from self._child.words()
 
     def end(self) -> None:
-        self._over = True
-        if self._child is not None:
-            self._child.end()
+        self._child.end()
 
 
 class _Actor:
@@ -102,17 +92,17 @@ class _Actor:
             where = PlacementGroupSchedulingStrategy(group, bundle)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": one.gpus, "scheduling_strategy": where}
         # A worker has its machine's environment; what is near has this process's.
-        given = (os.getcwd(), dict(os.environ) if one.is_near else {})
+        variables = dict(os.environ) if one.is_near else {}
         # One thread for its words, and one in which it is told to end.
-        self._actor: Any = ray.remote(_Keeper).options(max_concurrency=2, **options).remote(*given)
-        self._one, self._run = one, run
+        keeper: Any = ray.remote(_Keeper).options(max_concurrency=2, **options)
+        self._actor = keeper.remote(one, run.uri, os.getcwd(), variables)
 
     def words(self) -> Iterator[str]:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            for word in self._actor.words.options(num_returns="streaming").remote(self._one, self._run.uri):
+            for word in self._actor.words.options(num_returns="streaming").remote():
                 yield ray.get(word)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
