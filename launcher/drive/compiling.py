@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher.cluster.ray.data import map_on_cluster
+from launcher.drive.signals import BY_COMPILATION
 from launcher.start.stopping import stop_if_asked
 from launcher.view.compiling import compile_progress, log_left_out
 from trainer.base.find.locate import resolve_base
@@ -16,21 +17,12 @@ from trainer.data.compile.pool import map_on_cores
 from trainer.data.compile.prepare import Datasets, prepare_start
 from trainer.data.dataset.chapters import give_up
 from trainer.errors import CapstanError, Stopped, StorageError, Unreachable
-from trainer.run import layout
 from trainer.run.records import generations, record_end
-from trainer.run.requests import request_stop, stop_requester
+from trainer.run.requests import request_stop
 from trainer.store.store import Store, open_run_store
 
-BY = "the compilation of its data"
-"""The author of a stop request that is made because the rest of the data cannot be compiled."""
 _LOOK_SECONDS = 2.0
 _AGAIN_SECONDS = 10.0
-
-
-def forget_stop_by_compilation(folder: Store) -> None:
-    """It ends the start whose data could not be compiled, not the next one."""
-    if stop_requester(folder) == BY:
-        folder.delete(layout.STOP)
 
 
 class Compilation:
@@ -133,6 +125,6 @@ class Compilation:
             with suppress(StorageError):
                 give_up(self._run, error)
                 if not isinstance(error, Stopped):
-                    request_stop(self._run, by=BY)
+                    request_stop(self._run, by=BY_COMPILATION)
                 return
             self._over.wait(_LOOK_SECONDS)

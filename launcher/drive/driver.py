@@ -5,14 +5,9 @@
 drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
 `capstan train` and `capstan resume` do the same in the foreground.
 
-A submission, in order: start/check refuses what would fail, start/claim takes the folder, ray/jobs or slurm/submit starts
-`main` below on another machine, which reads the configuration from the folder and calls `drive`.
-
-A failure, in order: ray/train.`_attempt`, or on this machine alone start/local_ranks.`_attempt`, sees the ranks end, policy/retry.`classify` finds the cause among what the
-ranks died of, `explained` adds what their records tell, run/records keeps it as the end of that start, and `decide` raises it
-or has the next attempt made, which restores from the newest commit by itself. A signal or `capstan stop` is no failure: it
-becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the driver before it has
-ranks (start/stopping.py).
+docs/architecture.md has the files that a submission and a failure pass, in their order. A signal or `capstan stop` is no
+failure: it becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the driver
+before it has ranks (start/stopping.py).
 """
 
 import argparse
@@ -24,10 +19,11 @@ from functools import partial
 
 from launcher.cluster.ray.cluster import address_of, joined_ray
 from launcher.cluster.ray.train import run_on_ray
-from launcher.drive.compiling import Compilation, forget_stop_by_compilation
+from launcher.drive.compiling import Compilation
 from launcher.drive.journal import Journal
-from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
+from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.report.report import keep_report
+from launcher.start.attempts import Attempts
 from launcher.start.claim import turn
 from launcher.start.local_ranks import ranks_here, run_here
 from launcher.start.sidecars import sidecars_here
@@ -41,7 +37,7 @@ from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
 from trainer.store.scratch import collect_leftovers
-from trainer.store.store import Store, open_store
+from trainer.store.store import open_store
 
 
 def drive(
@@ -60,7 +56,7 @@ def drive(
     """
     collect_leftovers()
     run = owner.run
-    _forget_own_stop(run)
+    forget_own_stop(run)
 
     def work(journal: Journal) -> None:
         cluster = address_of(config, address)
@@ -80,7 +76,7 @@ def drive(
                 beside_main_thread(partial(work, journal))
     finally:
         if not owner.lost:
-            _forget_own_stop(run)
+            forget_own_stop(run)
             keep_report(run, log)
 
 
@@ -101,18 +97,14 @@ def compile_and_train(
     owner.run.delete(layout.NO_MORE_DATA)
     compilation = Compilation(config, owner.run, log)
     datasets, rest = compilation.begin(on_cluster=dashboard is not None)
+    attempts = Attempts(config, datasets, owner, resume)
     with compilation.beside(rest):
         ranks = ranks_here(config) if dashboard is None else None
         if ranks is not None:
             with sidecars_here(config, owner.run, journal.write):
-                run_here(config, datasets, owner, ranks=ranks, resume=resume, log=journal.write)
+                run_here(attempts, ranks, journal.write)
         else:
-            run_on_ray(config, datasets, owner, resume=resume, dashboard=dashboard, log=journal.write)
-
-
-def _forget_own_stop(folder: Store) -> None:
-    forget_stop_by_signal(folder)
-    forget_stop_by_compilation(folder)
+            run_on_ray(attempts, dashboard, journal.write)
 
 
 def main() -> None:

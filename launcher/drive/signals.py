@@ -1,4 +1,7 @@
-"""Signals of a driver: each asks the run to commit and end. The driver's work leaves the main thread free for them."""
+"""Stops that a driver itself asks for: by a signal, each of which asks the run to commit and end, or because the rest of the data cannot be compiled.
+
+The driver's work leaves the main thread free for signals.
+"""
 
 import os
 import signal
@@ -17,6 +20,7 @@ from trainer.store.store import Store
 
 ENDED_AT_ONCE = 130
 """The exit code after a second Ctrl-C."""
+BY_COMPILATION = "the compilation of its data"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -54,9 +58,9 @@ def _ask(owner: Ownership, name: str) -> None:
         print(f"{name}: the run could not be asked to stop: {error}", file=sys.stderr, flush=True)
 
 
-def forget_stop_by_signal(folder: Store) -> None:
-    """A stop that a signal asked for ends this process's work, not the next one's; what a person asked for stays."""
-    if stop_requester(folder) in {number.name for number in _SIGNALS}:
+def forget_own_stop(folder: Store) -> None:
+    """Clear stop requests made by signals or by the compilation, so they do not stop the next start. Keep a person's."""
+    if stop_requester(folder) in {BY_COMPILATION, *(number.name for number in _SIGNALS)}:
         folder.delete(layout.STOP)
 
 

@@ -6,12 +6,13 @@ The ranks restore by themselves, so an attempt needs to know nothing of the one 
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 from launcher.policy import retry
 from launcher.start.stopping import stop_if_asked
-from trainer.config import Config
+from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded
 from trainer.run import layout
@@ -45,6 +46,11 @@ class Attempts:
     @property
     def run(self) -> Store:
         return self.owner.run
+
+    def task(self) -> dict[str, Any]:
+        """What each rank of the newest attempt is told, in values that JSON has."""
+        datasets = asdict(self.datasets)
+        return {"config": dump_config(self.config), "datasets": datasets, "resume": self.resume, "began": self.began}
 
 
 def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None], log: Callable[[str], None]) -> None:

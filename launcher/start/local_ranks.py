@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.local_group import check_servers_here, count_ranks, end_together, places
 from trainer import errors
-from trainer.config import Config, dump_config
+from trainer.config import Config
 from trainer.config.cluster import STARTS_HERE
-from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, NonFiniteLoss
 from trainer.processes import children
 from trainer.processes.devices import visible_gpus
-from trainer.run.owner import Ownership
 from trainer.store.scratch import scratch_folder
 
 _WORDS = 300
@@ -37,33 +35,16 @@ def ranks_here(config: Config) -> int | None:
     return ranks if ranks >= (cluster.fewest_workers or 1) else None
 
 
-def run_here(
-    config: Config, datasets: Datasets, owner: Ownership, *, ranks: int, resume: bool, log: Callable[[str], None]
-) -> None:
-    """Train as `ranks` processes beside this one until done or beyond the budgets.
-
-    Raises:
-        CapstanError: the run's own, or a crash's with its reason.
-    """
-    attempts = Attempts(config, datasets, owner, resume)
-
-    def attempt() -> retry.Failure | None:
-        log(f"launch: starts the process{'es' if ranks > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}")
-        return _attempt(attempts, ranks)
-
-    keep_trying(attempts, attempt, log)
+def run_here(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> None:
+    """Train as `ranks` processes beside this one until done or beyond the budgets. Raises what `keep_trying` does."""
+    keep_trying(attempts, lambda: _attempt(attempts, ranks, log), log)
 
 
-def _attempt(attempts: Attempts, ranks: int) -> retry.Failure | None:
-    task = {
-        "config": dump_config(attempts.config),
-        "datasets": asdict(attempts.datasets),
-        "resume": attempts.resume,
-        "began": attempts.began,
-    }
+def _attempt(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> retry.Failure | None:
+    log(f"launch: starts the process{'es' if ranks > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}")
     with scratch_folder("start") as folder:
         given = Path(folder, "task.json")
-        given.write_text(json.dumps(task), encoding="utf-8")
+        given.write_text(json.dumps(attempts.task()), encoding="utf-8")
         with _started(given, ranks, attempts.config.rollout.serving_gpus) as group:
             # Those that were killed had waited for one that is gone, and have nothing to tell.
             killed = end_together([rank.process for rank in group], Watch(attempts).look)

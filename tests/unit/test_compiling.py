@@ -8,6 +8,7 @@ import pytest
 
 from launcher.drive import compiling
 from launcher.drive.compiling import Compilation
+from launcher.drive.signals import BY_COMPILATION
 from tests.faulty import Fault, FaultyStore
 from trainer.errors import DataError, Stopped, Unreachable
 from trainer.run import layout
@@ -65,7 +66,7 @@ def test_a_failure_is_told_to_the_ranks_and_is_how_the_run_ends(run: Store) -> N
     made, _ = compilation(run)
     with pytest.raises(DataError, match="line 7"), made.beside(chapters(1, then=DataError("line 7"))):
         stop_when_told(run)
-    assert stop_requester(run) == compiling.BY
+    assert stop_requester(run) == BY_COMPILATION
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a mistake of ours")])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.start import local_group, local_ranks
+from launcher.start.attempts import Attempts
 from launcher.start.local_rank import outcome_of
 from launcher.start.local_ranks import ranks_here, run_here
 from launcher.view.status import read_status
@@ -37,8 +38,9 @@ def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str, ranks
     monkeypatch.setattr(local_ranks, "children", type("", (), {"start": staticmethod(start)}))
     monkeypatch.setattr(local_group, "_LOOK_SECONDS", 0.05)
     owner = take(run_folder(config), "capstan train", 0)
-    run_here(config, Datasets("d", None), owner, ranks=ranks, resume=False, log=log.append)
+    run_here(Attempts(config, Datasets("d", None), owner, resume=False), ranks, log.append)
     assert next(script, None) is None
+    assert log[0] == f"launch: starts {('the process of 1 rank', 'the processes of 2 ranks')[ranks - 1]}"
     return [line for line in log if not line.startswith("launch: ")]
 
 

@@ -4,7 +4,6 @@ import errno
 import shlex
 import socket
 import threading
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from launcher.cli.command import commands
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.export.export import lines
 from launcher.report import report
-from launcher.start import local_ranks
 from launcher.start.check import checked
 from launcher.start.shared_folder import warn_of_place
 from launcher.view.console import Terminal
@@ -177,19 +175,6 @@ def test_what_takes_seconds_is_said_while_it_does_and_what_is_quick_is_not(monke
     with helper_thread.patiently("measuring the data", say):
         assert heard.wait(30)
     assert said == ["measuring the data: 0 s so far"]
-
-
-def test_one_rank_is_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(attempts: object, attempt: Callable[[], object], log: object) -> None:
-        attempt()
-
-    said = list[str]()
-    arguments: dict[str, Any] = {"config": None, "datasets": None, "owner": None, "resume": False, "log": said.append}
-    for name, stand_in in (("keep_trying", once), ("_attempt", lambda *_: None), ("Attempts", lambda *_: None)):
-        monkeypatch.setattr(local_ranks, name, stand_in)
-    for ranks in (1, 2):
-        local_ranks.run_here(ranks=ranks, **arguments)
-    assert said == ["launch: starts the process of 1 rank", "launch: starts the processes of 2 ranks"]
 
 
 def test_an_export_says_at_once_what_is_much_and_then_now_and_then_how_far_it_is() -> None:

@@ -253,7 +253,7 @@ def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) 
 
 
 def wait_for_room(
-    asked: Callable[[], Need], timeout: float, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
+    config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> tuple[Need, int]:
     """The demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start.
 
@@ -261,18 +261,19 @@ def wait_for_room(
     of them, which makes an autoscaling cluster add nodes.
 
     Raises:
-        ConfigError: there is no room for the fewest within `timeout` seconds, or with not `can_grow` there never will be.
+        ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or with not `can_grow` there never will be.
     """
     import ray
     from ray.util import placement_group, remove_placement_group
 
     began = changed = time.monotonic()
+    timeout = config.cluster.ray.start_timeout
     seen, told = -1, False
     demand = None
     try:
         while True:
             stop()
-            wanted = asked()
+            wanted = need(config)
             now, found = time.monotonic(), min(room(wanted.each), wanted.most)
             if demand is not None and demand.wait(0):
                 found = wanted.most  # the room is taken by the demand itself

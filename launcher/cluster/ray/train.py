@@ -13,24 +13,22 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import wait
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, need, room, wait_for_room
+from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, room, wait_for_room
 from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.stopping import stop_if_asked
-from trainer.config import Config, dump_config, parse_config
+from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted
 from trainer.processes.devices import stay_on_cpu
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.run.owner import Ownership
 from trainer.run.requests import request_restart
 from trainer.store.scratch import scratch_folder
 
@@ -41,22 +39,13 @@ _LOSS_SECONDS = 30.0
 _PREEMPTION_GRACE_SECONDS = 30.0
 
 
-def run_on_ray(
-    config: Config,
-    datasets: Datasets,
-    owner: Ownership,
-    *,
-    resume: bool,
-    dashboard: str | None,
-    log: Callable[[str], None],
-) -> None:
+def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
     """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
 
-    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run.
-
-    Raises:
-        CapstanError: the run's own, or a crash's with its reason.
+    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run. Raises what
+    `keep_trying` does.
     """
+    config = attempts.config
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -68,27 +57,21 @@ def run_on_ray(
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
     # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
-    attempts = Attempts(config, datasets, owner, resume)
     with ExitStack() as stack:
         if not joined:
             stack.enter_context(local_ray(config.cluster.most_workers or 1))
         # Before the ranks have theirs, and for all attempts: none of them may take the servers' GPUs.
-        stop = partial(stop_if_asked, owner.run, "while the run was starting")
+        stop = partial(stop_if_asked, attempts.run, "while the run was starting")
         group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
-        stack.enter_context(sidecars_on_ray(config, owner.run, group, log))
-        keep_trying(attempts, lambda: _start(attempts, dashboard, log), log)
+        stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
+        keep_trying(attempts, lambda: _start(attempts, dashboard, stop, log), log)
 
 
-def _start(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> retry.Failure | None:
-    """One attempt, with as many ranks as find room."""
-    config = attempts.config
-    wanted, workers = wait_for_room(
-        lambda: need(config),
-        config.cluster.ray.start_timeout,
-        can_grow=dashboard is not None,
-        log=log,
-        stop=lambda: stop_if_asked(attempts.run, "while the run was starting"),
-    )
+def _start(
+    attempts: Attempts, dashboard: str | None, stop: Callable[[], None], log: Callable[[str], None]
+) -> retry.Failure | None:
+    """One attempt, with as many ranks as find room. `stop` may raise to end the wait for it."""
+    wanted, workers = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop)
     log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     return _attempt(attempts, dashboard, wanted, workers)
 
@@ -139,17 +122,10 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 
     from launcher.cluster.ray.group import RankGroup
 
-    arguments = {
-        "config": dump_config(attempts.config),
-        "datasets": asdict(attempts.datasets),
-        "resume": attempts.resume,
-        "facts": {"dashboard": dashboard} if dashboard else {},
-        "began": attempts.began,
-        "joined": dashboard is not None,
-    }
+    about_ray = {"facts": {"dashboard": dashboard} if dashboard else {}, "joined": dashboard is not None}
     return TorchTrainer(
         _rank,
-        train_loop_config=arguments,
+        train_loop_config=attempts.task() | about_ray,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=wanted.gpus > 0,

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.cluster.ray.cluster import address_of, check_ray, first_line, fits, joined_ray, local_ray, need
 from launcher.drive.local import check_local_device
-from launcher.drive.signals import beside_main_thread, forget_stop_by_signal, stop_on_signals
+from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.drive.sweep.bases import base_facts
 from launcher.policy.trial_order import Candidate, End, Turns
 from launcher.policy.trials import SearchPlan, base_key, planned, trial_config
@@ -168,7 +168,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
         with helper_thread(lambda done: watch_sweep(folder, done.wait, live, log), "live", patience=10):
             beside_main_thread(search.run)
     who = stop_requester(folder)
-    forget_stop_by_signal(folder)
+    forget_own_stop(folder)
     status = read_sweep(folder)
     folder.put(layout.SWEEP, json.dumps({**plan.to_json(), "result": asdict(status)}, indent=1).encode())
     keep_report(folder, log)

@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from launcher.drive.compiling import forget_stop_by_compilation
 from launcher.drive.driver import compile_and_train
 from launcher.drive.journal import Journal
+from launcher.drive.signals import forget_own_stop
 from launcher.drive.sweep.bases import check_same
 from launcher.drive.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
 from launcher.policy.trials import trial_config
@@ -107,7 +107,7 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
                 raise
             finally:
                 if not owner.lost:
-                    forget_stop_by_compilation(run)
+                    forget_own_stop(run)
                     keep_report(run, say)
     except CapstanError as error:
         if taken and not isinstance(error, Superseded):  # else its records are another start's
