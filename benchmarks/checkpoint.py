@@ -293,9 +293,9 @@ def show(report: dict[str, Any], method: str, ranks: int) -> None:
 
 def compare(method: str, ranks: int, repeats: int) -> dict[str, Any]:
     """The report of all sides over the base of `method`."""
-    from launcher.smoke.local_s3 import serve_s3
+    from launcher.smoke.local_s3 import S3Server
 
-    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder, serve_s3(Path(folder, "s3")) as server:
+    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as folder, S3Server(Path(folder, "s3")) as server:
         os.environ.update(server.environment)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(make_base, (Path(folder, "base"), *SUBJECTS[method][:2]))

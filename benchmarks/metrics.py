@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.smoke.local_s3 import serve_s3
+from launcher.smoke.local_s3 import S3Server
 from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
 from trainer.run import layout
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seconds-a-step", type=float, default=1.0)
     parser.add_argument("--ranks", type=int, default=1024)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as place, serve_s3(Path(place, "s3")) as server:
+    with tempfile.TemporaryDirectory(prefix="capstan-bench-") as place, S3Server(Path(place, "s3")) as server:
         os.environ.update(server.environment)
         folder = CountingStore(open_store(f"{server.uri('bench')}/long"))
         began = time.monotonic()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from launcher.smoke.local_s3 import S3Server, available, serve_s3
+from launcher.smoke.local_s3 import S3Server, available
 from tests.needs import need
 
 # Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
@@ -36,7 +36,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     need(_no_s3_server())
     # The environment stays changed for the session: with nothing but loopback in it, no test can reach a real bucket.
     before = dict(os.environ)
-    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
         os.environ.update(server.environment)
         try:
             yield server
@@ -49,7 +49,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A second server beside the session's, for tests that kill it."""
     need(_no_s3_server())
-    with serve_s3(tmp_path / "s3") as server:
+    with S3Server(tmp_path / "s3") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server

