@@ -7,6 +7,7 @@ that died. Two budgets, as there: preemptions and lost nodes are free, failures 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from launcher.policy.retry import is_machine_lost
@@ -101,7 +102,8 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
             return JobDecision(
                 False, kind, f"{reason} (failure {failures}; retry.failures: {budget})", ending.exit_code or 1
             )
-    if again and fruitless(before, ending.step) + 1 >= FRUITLESS:
+    without_a_commit = takewhile(lambda attempt: attempt.step == ending.step, reversed(before))
+    if again and len(list(without_a_commit)) + 1 >= FRUITLESS:
         reason = (
             f"{reason}; {FRUITLESS} starts in a row ended without a new commit (the newest is of step {ending.step}). "
             "Raise cluster.slurm.time or cluster.slurm.signal_seconds, or commit more often (checkpoint.every_minutes)."
@@ -156,18 +158,3 @@ def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:
     for attempt in before:
         deaths.update(attempt.failed_nodes)
     return sorted(node for node, count in deaths.items() if count >= BAD_NODE_FAILURES)
-
-
-def fruitless(before: Sequence[Attempt], step: int) -> int:
-    """How many of the newest attempts ended with the commit that there is now."""
-    count = 0
-    for attempt in reversed(before):
-        if attempt.step != step:
-            break
-        count += 1
-    return count
-
-
-def is_over(before: Sequence[Attempt]) -> Attempt | None:
-    """The attempt that ended the run for good, which a later job of a chain must respect."""
-    return before[-1] if before and not before[-1].goes_on else None

@@ -31,14 +31,6 @@ class Failure:
     raised: bool = False
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Either `error` ends the run, or it starts again for `reason`."""
-
-    reason: str
-    error: CapstanError | None
-
-
 class RankDied(Exception):
     """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
@@ -81,8 +73,10 @@ def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None, raised=True)
 
 
-def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]) -> Decision:
-    """Another attempt, or the error that ends the run; `ends` are all attempts' so far, the newest last.
+def decide(
+    ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]
+) -> str | CapstanError:
+    """The sentence with which another attempt is made, or the error that ends the run; `ends` are all attempts' so far, the newest last.
 
     `committed`: the run has a checkpoint, so that it can be resumed. `command` writes out the one that does a verb with the
     run.
@@ -90,26 +84,26 @@ def decide(ends: Sequence[Failure], rules: Retry, *, committed: bool, command: C
     newest = ends[-1]
     again = "Starting again from the last commit"
     if newest.kind == "resize":
-        return Decision(f"{newest.reason}. {again}.", None)
+        return f"{newest.reason}. {again}."
     if newest.kind == "preemption":
         return _after_preemption(ends, rules, committed, command)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
-            return Decision(f"{newest.reason} {again}, without the rows of that step.", None)
-        return Decision(newest.reason, newest.error)
-    if newest.error is not None and not _worth_another_attempt(newest.error):
-        return Decision(newest.reason, newest.error)
+            return f"{newest.reason} {again}, without the rows of that step."
+        return newest.error
+    fails_again = not isinstance(newest.error, StorageError) or isinstance(newest.error, Superseded)
+    if newest.error is not None and fails_again:
+        return newest.error
     see = f"{command('logs')} shows more."
     failures = [end for end in ends if end.kind == "failure" and not isinstance(end.error, NonFiniteLoss)]
     if newest.error is None and any(_is_certain(end, newest) for end in failures[:-1]):
         place = "before the first step" if newest.step is None else f"in step {newest.step}"
-        ending = f"{newest.reason}. It is the second crash {place}, so another start would not help. {see}"
-        return Decision(ending, CapstanError(ending))
+        return CapstanError(f"{newest.reason}. It is the second crash {place}, so another start would not help. {see}")
     if len(failures) > rules.failures:
         ending = f"{newest.reason} (failure {len(failures)}; retry.failures: {rules.failures}). {see}"
-        return Decision(ending, type(newest.error)(ending) if newest.error else CapstanError(ending))
-    return Decision(f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts).", None)
+        return type(newest.error)(ending) if newest.error else CapstanError(ending)
+    return f"{newest.reason}. {again} ({len(failures)} of {rules.failures} restarts)."
 
 
 def _is_certain(before: Failure, newest: Failure) -> bool:
@@ -122,21 +116,15 @@ def _is_certain(before: Failure, newest: Failure) -> bool:
 
 def _after_preemption(
     ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str]
-) -> Decision:
+) -> str | CapstanError:
     newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
         ending = f"{newest.reason} (preemption {count}; retry.preemptions: {rules.preemptions})."
         if committed:
-            return Decision(ending, Stopped(f"{ending} {command('resume')} goes on."))
-        return Decision(
-            ending, NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
-        )
+            return Stopped(f"{ending} {command('resume')} goes on.")
+        return NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
-    return Decision(f"{newest.reason}. Starting again from the last commit (preemption {count}{of}).", None)
-
-
-def _worth_another_attempt(error: CapstanError) -> bool:
-    return isinstance(error, StorageError) and not isinstance(error, Superseded)
+    return f"{newest.reason}. Starting again from the last commit (preemption {count}{of})."
 
 
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:

@@ -78,15 +78,13 @@ def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None],
             raise
         if end is None:
             return
-        decision = _after(attempts, end)
-        if decision.error is not None:
-            raise decision.error
-        log(decision.reason)
+        log(_after(attempts, end))
         attempts.began = time.time()
 
 
-def _after(attempts: Attempts, end: retry.Failure) -> retry.Decision:
-    """Keep why an attempt ended, and decide what follows, which a store that does not answer keeps nobody from."""
+def _after(attempts: Attempts, end: retry.Failure) -> str:
+    """Keep why an attempt ended, and return the sentence with which another follows, or raise the error that ends the run. A store that
+    does not answer keeps nobody from either."""
     run, before = attempts.run, attempts.before
     try:
         attempts.owner.check()  # the newest records would be another start's
@@ -100,9 +98,10 @@ def _after(attempts: Attempts, end: retry.Failure) -> retry.Decision:
     attempts.ends.append(end)
     rules, tell = attempts.config.retry, partial(command, folder=run)
     decision = retry.decide(attempts.ends, rules, committed=attempts.committed, command=tell)
-    if decision.error is None:
-        with suppress(StorageError):
-            record_restart(run, decision.reason)
+    if isinstance(decision, CapstanError):
+        raise decision
+    with suppress(StorageError):
+        record_restart(run, decision)
     return decision
 
 

@@ -14,7 +14,7 @@ from launcher.cluster.slurm.queue import attempts
 from launcher.policy.retry import decide, lost_machine
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config, Retry, dump_config, parse_config
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.run.owner import newest_number, read_owner, take
 from trainer.run.records import record_end
@@ -189,8 +189,8 @@ def test_a_node_that_only_ray_has_lost_is_lost(
         run.create(layout.manifest(4), b"a checkpoint")
     lost = lost_machine("host2/0a1b2c3d")
     record_end(run, lost.reason, crash=True)  # as the driver does before it ends
-    final = decide([lost], Retry(preemptions=0), committed=committed, command=str).error
-    assert final is not None
+    final = decide([lost], Retry(preemptions=0), committed=committed, command=str)
+    assert isinstance(final, CapstanError)
     assert end(config, final.exit_code, "", nodes) == "requeue"
     (attempt,) = attempts(run)
     assert (attempt.kind, attempt.reason) == ("node lost", lost.reason)

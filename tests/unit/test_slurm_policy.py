@@ -12,7 +12,6 @@ from launcher.policy.jobs import (
     JobDecision,
     Kind,
     bad_nodes,
-    is_over,
     judge,
 )
 from launcher.policy.retry import lost_machine
@@ -123,10 +122,3 @@ def test_a_lost_node_is_bad_the_second_time() -> None:
     assert judged(lost).exclude == []
     assert judged(lost, attempt(1, "node lost", ("n2",))).exclude == ["n2"]
     assert bad_nodes([], lost) == []
-
-
-def test_a_later_job_of_a_chain_respects_the_end() -> None:
-    assert is_over([]) is None
-    assert is_over([attempt(1, "preempted")]) is None
-    stopped = replace(attempt(2, "stopped"), goes_on=False)
-    assert is_over([attempt(1, "preempted"), stopped]) == stopped

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from launcher.cluster.slurm.queue import attempts
-from launcher.policy.jobs import Attempt, Ending, JobDecision, is_over, judge
+from launcher.policy.jobs import Attempt, Ending, JobDecision, judge
 from launcher.start.check import check_turn
 from launcher.start.sidecars import forget_servers
 from launcher.view.status import read_generation, read_status
@@ -46,8 +46,8 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
     if read_status(run).state == "finished":
         return "end 0"
     before = [attempt for attempt in every if attempt.submission == submission]
-    if over := is_over(before):
-        return f"end {over.exit_code}"
+    if before and not before[-1].goes_on:  # this is a later job of a chain
+        return f"end {before[-1].exit_code}"
     if _stopped_by(run):
         return f"end {(Stopped if committed_steps(run) else NothingCommitted).exit_code}"
     if before and before[-1].ended is None:
