@@ -30,9 +30,10 @@ from launcher.start.sidecars import sidecars_here
 from launcher.view.lines import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
+from trainer.data.dataset.chapters import forget_given_up
 from trainer.errors import CapstanError, Stopped, Superseded
 from trainer.processes.helper_thread import helper_thread
-from trainer.run import layout
+from trainer.run.background import say
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
@@ -94,7 +95,7 @@ def compile_and_train(
     Raises:
         CapstanError: the run's own.
     """
-    owner.run.delete(layout.NO_MORE_DATA)
+    forget_given_up(owner.run)
     compilation = Compilation(config, owner.run, log)
     datasets, rest = compilation.begin(on_cluster=dashboard is not None)
     attempts = Attempts(config, datasets, owner, resume)
@@ -115,16 +116,13 @@ def main() -> None:
     parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
     given = parser.parse_args()
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     try:
         run = open_store(given.run)
         config = submitted_config(run)
-        claim = turn(config, given.submission, by="capstan submit", log=log)
+        claim = turn(config, given.submission, by="capstan submit", log=say)
         try:
             with claim as owner:
-                drive(config, owner, resume=given.resume, live=False, log=log, address=given.address)
+                drive(config, owner, resume=given.resume, live=False, log=say, address=given.address)
         except Superseded:
             raise  # the run's records are another start's
         except CapstanError as error:
@@ -134,7 +132,7 @@ def main() -> None:
             record_end(run, f"the driver failed: {type(error).__name__}: {error}", crash=True)
             raise
     except CapstanError as error:
-        log(f"capstan: {error}")
+        say(f"capstan: {error}")
         sys.exit(error.exit_code)
 
 

@@ -19,9 +19,9 @@ from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import Datasets, prepare
+from trainer.data.dataset.chapters import forget_given_up
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
-from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_run_store
@@ -78,7 +78,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
         with compile_progress(log, bar=False) as show:
             datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:
-            run_folder(config).delete(layout.NO_MORE_DATA)
+            forget_given_up(run_folder(config))
             with sidecars_here(config, run_folder(config), log):
                 _run_rank(config, datasets, resume=resume)
         finally:

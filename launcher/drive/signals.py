@@ -5,7 +5,6 @@ The driver's work leaves the main thread free for signals.
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from trainer.errors import StorageError
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
+from trainer.run.background import say
 from trainer.run.owner import Ownership
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store.store import Store
@@ -33,7 +33,7 @@ def stop_on_signals(owner: Ownership) -> Iterator[None]:
         # In a thread: a store that does not answer must not keep this one from the next signal.
         threading.Thread(target=_ask, args=(owner, name), name="stop", daemon=True).start()
         if number == signal.SIGINT:
-            print("stopping after a commit; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            say("stopping after a commit; Ctrl-C again ends at once")
             signal.signal(signal.SIGINT, lambda *_: os._exit(ENDED_AT_ONCE))
 
     before = {number: signal.signal(number, ask) for number in _SIGNALS}
@@ -47,15 +47,11 @@ def stop_on_signals(owner: Ownership) -> Iterator[None]:
 def _ask(owner: Ownership, name: str) -> None:
     try:
         if owner.lost:  # a request would stop the start that has the run now
-            print(
-                f"{name}: {owner.run.uri} has been taken over by another start, so this one ends",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{name}: {owner.run.uri} has been taken over by another start, so this one ends")
             os._exit(ENDED_AT_ONCE)
         request_stop(owner.run, by=name)
     except StorageError as error:
-        print(f"{name}: the run could not be asked to stop: {error}", file=sys.stderr, flush=True)
+        say(f"{name}: the run could not be asked to stop: {error}")
 
 
 def forget_own_stop(folder: Store) -> None:

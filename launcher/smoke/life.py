@@ -281,17 +281,14 @@ class _Life:
         while command.runs():
             metrics = read_generation(folder, 1)
             self.show(task, metrics)
-            if _newest_commit(metrics) >= COMMIT_EVERY and _newest_step(metrics) >= KILL_AFTER:
+            committed = any(record["step"] >= COMMIT_EVERY for record in metrics.get("commit", ()))
+            if committed and _newest_step(metrics) >= KILL_AFTER:
                 for pid in metrics["start"][0]["pids"]:
                     os.kill(pid, signal.SIGKILL)
                 break
         else:
             raise CapstanError(f"the run to be killed ended by itself: {command.last_words()}")
         return _newest_step(read_generation(folder, 1))
-
-
-def _newest_commit(metrics: dict[str, list[dict[str, Any]]]) -> int:
-    return max((record["step"] for record in metrics.get("commit", ())), default=0)
 
 
 def _newest_step(metrics: dict[str, list[dict[str, Any]]]) -> int:

@@ -50,6 +50,8 @@ class S3Server:
         # Each service has a port for HTTP and one for gRPC; left alone, weed takes port + 10000 for gRPC.
         ports = iter(free_ports(2 * len(_SERVICES)))
         self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
+        self.endpoint = f"http://{_HOST}:{self._ports['s3'][0]}"
+        self._log = self._directory / "weed.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "S3Server":
@@ -58,10 +60,6 @@ class S3Server:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://{_HOST}:{self._ports['s3'][0]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -76,11 +74,6 @@ class S3Server:
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
         }
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process, or None while it is killed."""
-        return self._process.pid if self._process else None
 
     def uri(self, bucket: str) -> str:
         """`s3://bucket`; the bucket is made if it does not exist."""
@@ -122,10 +115,6 @@ class S3Server:
         self._process.kill()
         self._process.wait()
         self._process = None
-
-    @property
-    def _log(self) -> Path:
-        return self._directory / "weed.log"
 
     def _command(self) -> list[str]:
         data = self._directory / "data"

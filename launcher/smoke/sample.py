@@ -22,11 +22,11 @@ from typing import Any
 
 from launcher.smoke.small import config_of_sample
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, source_files, split
-from launcher.view.console import Terminal
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
+from trainer.run.background import say
 from trainer.store.store import open_run_store
 
 _SHARDS = 4
@@ -281,10 +281,9 @@ def _main() -> None:
     directory, *overrides = sys.argv[1:]
     # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    console = Terminal(stderr=True, highlight=False)
     # Imported libraries print to stdout, which belongs to the sample.
-    with console.status("making the sample"), contextlib.redirect_stdout(sys.stderr):
-        sample = make_sample(Path(directory), report=console.print)
+    with contextlib.redirect_stdout(sys.stderr):
+        sample = make_sample(Path(directory), report=say)
         _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, overrides, sys.stdin.read()))
     print(json.dumps(asdict(sample)))
 

@@ -55,9 +55,8 @@ class SmokeResult:
     resume_loss_gap: float | None = None
     proof: Proof | None = None  # of the exported adapter
     checkpoints: int | None = None
-    chapters: int | None = (
-        None  # steps whose answers were sampled, of a run that learns from those; and the mean reward of its first and last ones
-    )
+    # Steps whose answers were sampled, of a run that learns from those; and the mean reward of its first and last ones.
+    chapters: int | None = None
     reward_first: float | None = None
     reward_last: float | None = None
     seconds: float | None = None

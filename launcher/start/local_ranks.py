@@ -52,13 +52,10 @@ def _attempt(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> retr
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
         # Ranks that lose another fail after it, whatever their numbers are.
         first = min(failures, key=lambda number: ended[number].told_at(), default=None)
-        causes = {number: error for number, error in failures.items() if number == first or _may_be_late(error)}
+        # Errors of ours and ranks that are gone are causes also where another rank has failed before.
+        always = CapstanError | retry.RankDied
+        causes = {number: error for number, error in failures.items() if number == first or isinstance(error, always)}
         return retry.classify(causes) if causes else None
-
-
-def _may_be_late(error: Exception) -> bool:
-    """Whether this error is the cause even where that of another rank came before."""
-    return isinstance(error, CapstanError | retry.RankDied)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPException
-from types import TracebackType
 
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
@@ -42,10 +41,7 @@ class Program:
         self._harmless = Harmless(f"keeping what {name} says")
         self._last = deque[str](maxlen=10)
 
-    def __enter__(self) -> "Program":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def close(self) -> None:
         self._harmless(self._log.close)
 
     @contextmanager
@@ -90,16 +86,18 @@ def keep_server(
     """
     deaths, port = 0, 0
     run.delete(layout.server(name))  # that of a keeper which was killed
-    longest = _longest_text(config)
-    with Program(run, name) as program:
+    positions, longest = resolve_base(config.model).architecture.positions, config.data.sequence_length
+    longest = min(positions or longest, longest)  # of a prompt with its answer, in tokens
+    with closing(Program(run, name)) as program:
         while not over.is_set():
             port = _free_port(address, port)
             command = server_command(config, address, port, longest)
+            url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
             began = time.monotonic()
             try:
                 with program.running(command, _environment(config)) as process:
                     tell(f"{name}: {' '.join(command[:2])} starts on {socket.gethostname()}, {_devices()}")
-                    _watch(config, run, name, _url(address, port), program, process, over, tell)
+                    _watch(config, run, name, url, program, process, over, tell)
             except OSError as error:
                 raise ConfigError(
                     f"rollout.serve.command: {command[0]!r} does not start on {socket.gethostname()} ({error.strerror or error}). Install vLLM there, or give the "
@@ -182,12 +180,6 @@ def server_command(config: Config, address: str, port: int, longest: int) -> lis
     ]
 
 
-def _longest_text(config: Config) -> int:
-    """Tokens of the longest prompt with its answer."""
-    positions = resolve_base(config.model).architecture.positions
-    return min(config.data.sequence_length, positions or config.data.sequence_length)
-
-
 def _environment(config: Config) -> dict[str, str]:
     program = config.rollout.serve.command[0]
     path = os.environ.get("PATH", os.defpath)
@@ -203,10 +195,6 @@ def _environment(config: Config) -> dict[str, str]:
 def _devices() -> str:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "on all of its GPUs" if devices is None else f"on GPU {devices}" if devices else "on CPUs"
-
-
-def _url(address: str, port: int) -> str:
-    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 def _free_port(address: str, wanted: int) -> int:

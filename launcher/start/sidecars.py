@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 from launcher.start.local_group import gpus_of_server
@@ -197,7 +197,7 @@ class Child:
 def _keep_asking(run: Store, over: threading.Event, tell: Callable[[str], None]) -> None:
     """Have `capstan rollout` run, and tell how it ended where that is news."""
     told = ""
-    with Program(run, _ASKING) as program:
+    with closing(Program(run, _ASKING)) as program:
         while not over.is_set():
             with program.running(
                 [sys.executable, "-m", "launcher.cli", "rollout", run.uri], dict(os.environ)

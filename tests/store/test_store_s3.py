@@ -105,7 +105,7 @@ def test_a_request_waits_for_a_server_that_comes_back(own_server: S3Server) -> N
 def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from launcher.smoke.local_s3 import S3Server\n"
-        "with S3Server(Path(sys.argv[1])) as server: print(server.pid, flush=True); time.sleep(600)\n"
+        "with S3Server(Path(sys.argv[1])) as server: print(server._process.pid, flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as parent:
         try:

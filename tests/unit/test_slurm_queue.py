@@ -107,7 +107,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, **answers: str) -> FakeSlurm:
     return fake
 
 
-RECORD = SubmittedJobs([12, 13], "s", 0.0, "/nowhere/slurm-%j.out")
+RECORD = SubmittedJobs([12, 13], "s", "/nowhere/slurm-%j.out")
 
 
 def test_what_the_controller_has_forgotten_accounting_may_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_a_job_inherits_nothing_of_the_job_or_rank_that_submits_it() -> None:
 def test_a_copied_run_does_not_have_the_jobs_of_the_one_it_was_copied_from(tmp_path: Path) -> None:
     runs = open_store(str(tmp_path / "runs"))
     orig, fork = runs.sub("orig"), runs.sub("fork")
-    record = json.dumps(asdict(SubmittedJobs([12], "s", 0.0, "out", orig.uri))).encode()
+    record = json.dumps(asdict(SubmittedJobs([12], "s", "out", orig.uri))).encode()
     for folder in (orig, fork):
         folder.put(layout.SLURM_JOB, record)
     assert queue.submitted_jobs(fork) is None
@@ -216,5 +216,5 @@ def test_a_damaged_record_of_a_job_is_none(run: Store, content: bytes) -> None:
 
 
 def test_a_submission_without_a_job_is_none(run: Store) -> None:
-    run.put(layout.SLURM_JOB, json.dumps(asdict(SubmittedJobs([], "s", 0.0, "out"))).encode())
+    run.put(layout.SLURM_JOB, json.dumps(asdict(SubmittedJobs([], "s", "out"))).encode())
     assert queue.submitted_jobs(run) is None

@@ -159,14 +159,13 @@ def refused_token(address: str) -> ConfigError:
 
 
 def _not_joined(address: str, error: Exception) -> ConfigError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if len(versions := re.findall(r"(?:Ray|Python): (\S+)", str(error))) == 4:
         return ConfigError(
             f"cluster.ray.address: the cluster at {address!r} has Ray {versions[0]} and Python {versions[1]}, this machine Ray "
             f"{versions[2]} and Python {versions[3]}. Use the same on both, or `capstan submit ray`, whose driver runs there."
         )
     return ConfigError(
-        f"cluster.ray.address: no Ray cluster answers at {address!r} ({lines[0].rstrip('.')}). "
+        f"cluster.ray.address: no Ray cluster answers at {address!r} ({first_line(error)}). "
         "Start one with `ray start --head`, or leave the setting out to start Ray here."
     )
 

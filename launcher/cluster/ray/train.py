@@ -107,9 +107,8 @@ def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
             return retry.lost_machine(first_line(error))
         except ControllerError as error:
             cause = error.controller_failure
-            ours = (
-                cause.cause if isinstance(cause, RayTaskError) else None
-            )  # what a rank raised before its train function
+            # A rank may have raised one of ours before its train function.
+            ours = cause.cause if isinstance(cause, RayTaskError) else None
             if isinstance(ours, CapstanError):
                 return retry.Failure(str(ours), ours)
             return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)

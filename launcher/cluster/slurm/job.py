@@ -24,8 +24,10 @@ from launcher.start.check import check_turn
 from launcher.start.sidecars import forget_servers
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config
+from trainer.data.dataset.chapters import forget_given_up
 from trainer.errors import CapstanError, NothingCommitted, Stopped
 from trainer.run import layout
+from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.run.owner import end_group, ended_waiting, newest_number, take
 from trainer.run.records import record_end
@@ -54,7 +56,7 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
         lost = replace(before[-1], kind="node lost", step=_step(run), reason=_LOST)
         _record(run, lost)
         record_end(run, _LOST, crash=True)
-    run.delete(layout.NO_MORE_DATA)
+    forget_given_up(run)
     forget_servers(run)  # before its steps, of which one may have servers
     # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
     take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
@@ -114,7 +116,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
 def _say(attempt: Attempt, decision: JobDecision) -> None:
     then = "starting again from the last commit" if decision.goes_on else f"exit code {decision.exit_code}"
     because = f" ({attempt.reason})" if attempt.reason else ""
-    print(f"capstan: {attempt.kind}{because}; step {attempt.step} is committed; {then}", file=sys.stderr, flush=True)
+    say(f"capstan: {attempt.kind}{because}; step {attempt.step} is committed; {then}")
 
 
 def silent_nodes(nodes: list[dict]) -> list[str]:
@@ -210,7 +212,7 @@ def main() -> None:
         else:
             print(end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
     except CapstanError as error:
-        print(f"capstan: {error}", file=sys.stderr, flush=True)
+        say(f"capstan: {error}")
         print(f"end {error.exit_code}")
 
 

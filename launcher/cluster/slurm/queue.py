@@ -41,7 +41,6 @@ class SubmittedJobs:
 
     jobs: list[int]
     submission: str
-    submitted: float
     output: str
     run: str = ""
 

@@ -12,6 +12,7 @@ from trainer.config import Config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import CapstanError, Stopped
 from trainer.processes.devices import stay_on_cpu
+from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.store.store import open_run_store, open_store
 
@@ -23,7 +24,7 @@ def main() -> None:
         run, submission = open_store(sys.argv[1]), sys.argv[2]
         _run(submitted_config(run), submission, rank)
     except CapstanError as error:
-        _log(f"capstan: {error}")
+        say(f"capstan: {error}")
         # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.
         sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
 
@@ -37,14 +38,10 @@ def _run(config: Config, submission: str, rank: int) -> None:
         wait_for_first_rank(config, submission)
         run_rank(config, None, resume=False)
         return
-    with turn(config, submission, by="capstan submit slurm", log=_log):
+    with turn(config, submission, by="capstan submit slurm", log=say):
         datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
-        with sidecars_here(config, run_folder(config), _log, servers=False):  # these are a step of their own
+        with sidecars_here(config, run_folder(config), say, servers=False):  # these are a step of their own
             run_rank(config, datasets, resume=False)
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

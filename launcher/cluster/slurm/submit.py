@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shlex
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,7 +104,7 @@ def submit(
         run.put(layout.SLURM_SCRIPT, batch_file.encode())
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = _sbatch(batch_file, max(1, config.cluster.slurm.chain), clean_environment(os.environ, options))
-    found = SubmittedJobs(jobs, submission, time.time(), str(output), run.uri)
+    found = SubmittedJobs(jobs, submission, str(output), run.uri)
     run.put(layout.SLURM_JOB, json.dumps(asdict(found)).encode())
     return replace(done, jobs=jobs)
 

@@ -115,6 +115,11 @@ def give_up(folder: Store, error: BaseException) -> None:
     folder.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 
 
+def forget_given_up(folder: Store) -> None:
+    """What an earlier start had to give up may come now."""
+    folder.delete(layout.NO_MORE_DATA)
+
+
 def given_up(folder: Store) -> CapstanError | None:
     """Why no more of its data comes; None where some may."""
     try:
