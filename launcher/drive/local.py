@@ -44,7 +44,10 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
     if is_rank() and os.environ.get("LOCAL_RANK", "0") == "0":
         collect_leftovers()
     if is_silent_rank():
-        _as_silent_rank(config, resume=resume)
+        # Without a process group, as rank 0 may compile for longer than a collective waits. Torchrun ends the other ranks itself
+        # when rank 0 ends; srun may not.
+        wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
+        _run_rank(config, None, resume=resume)
     elif is_rank():
         _as_first_rank(config, resume=resume, take_over=take_over, log=log)
     else:
@@ -61,7 +64,7 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
     config, base = pinned(config, resolved), resolved.base
     if (size := sum(bytes_each for _, bytes_each, _ in base.versions)) >= _MUCH:
         log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows how far that is")
-    by, code = _command(resume), keep_code(log)
+    by, code = f"capstan {'resume' if resume else 'train'}", keep_code(log)
     with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
         drive(config, owner, resume=resume, live=live, log=log)
 
@@ -72,7 +75,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
     resolved = check(config, resume=resume, take_over=take_over, again=again)
     config = pinned(config, resolved)
-    by, code = _command(resume), keep_code(log)
+    by, code = f"capstan {'resume' if resume else 'train'}", keep_code(log)
     how = {"by": by, "take_over": take_over, "group": group, "again": again}
     with claimed(config, resume=resume, code=code, log=log, **how):
         with compile_progress(log, bar=False) as show:
@@ -85,23 +88,12 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
             keep_report(run_folder(config), log)
 
 
-def _as_silent_rank(config: Config, *, resume: bool) -> None:
-    """Without a process group: rank 0 may compile for longer than a collective waits."""
-    # torchrun ends the other ranks itself when rank 0 ends; srun may not.
-    wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
-    _run_rank(config, None, resume=resume)
-
-
 def _run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
     from trainer.rank import run_rank  # imports torch, which sees the devices that it is left
 
     run_rank(config, datasets, resume=resume)
-
-
-def _command(resume: bool) -> str:
-    return "capstan resume" if resume else "capstan train"
 
 
 def check_local_device(config: Config) -> None:

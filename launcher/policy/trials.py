@@ -30,10 +30,6 @@ class Trial:
     run: str
     settings: dict[str, Any]
 
-    def words(self) -> str:
-        """Its values in words, see `in_words`."""
-        return in_words(self.settings)
-
 
 @dataclass(frozen=True)
 class SearchPlan:
@@ -136,7 +132,9 @@ def trial_config(config: Config, trial: Trial) -> Config:
     try:
         return override(config, *(assignment(name, value) for name, value in values.items()))
     except ConfigError as error:
-        raise ConfigError(f"sweep.settings: trial {trial.number} ({trial.words()}) is not allowed. {error}") from error
+        raise ConfigError(
+            f"sweep.settings: trial {trial.number} ({in_words(trial.settings)}) is not allowed. {error}"
+        ) from error
 
 
 def _draws(given: Mapping[str, Any], draw: random.Random) -> Iterator[Any]:

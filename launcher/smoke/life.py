@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,7 +37,7 @@ from launcher.start.check import anchored
 from launcher.view.console import Terminal
 from launcher.view.status import read_generation
 from trainer.base.find.locate import describe_base
-from trainer.config import Config, dump_config, load_config, override, unsaid
+from trainer.config import Config, dump_config, override
 from trainer.data.dataset.manifest import MANIFEST
 from trainer.errors import CapstanError, ConfigError, DoesNotFit
 from trainer.export.figures import Proof
@@ -53,19 +53,18 @@ ON_ONE_RANK = ("cluster.workers=1", "sharding.sequence_parallel=1")
 
 
 def run_smoke(
-    path: Path | None,
+    given: Config | None,
     overrides: Sequence[str],
-    say: Callable[[str], None] = unsaid,
     *,
     layers: int | None,
     online: bool,
     directory: Path,
     show: bool,
 ) -> SmokeResult:
-    """Take one run through its life under `directory`; without a configuration one that learns from rewards, if it is to be `online`. A failure in it is in
-    the result, and not raised."""
+    """Take the `given` run through its life under `directory`; without one a run that is made on the spot with these `overrides`, which
+    learns from rewards if it is to be `online`. A failure in it is in the result, and not raised."""
     started = time.monotonic()
-    given = anchored(load_config(path, overrides, say)) if path is not None else None
+    given = anchored(given) if given else None
     if online and given is not None:
         raise ConfigError(
             "--online: has no effect with a configuration, whose objective.name says what it learns from. Leave one of them out."
@@ -84,17 +83,9 @@ def run_smoke(
     return life.result
 
 
-def plan_smoke(
-    path: Path | None,
-    overrides: Sequence[str],
-    say: Callable[[str], None] = unsaid,
-    *,
-    layers: int | None,
-    directory: Path,
-) -> SmokePlan:
+def plan_smoke(given: Config | None, *, layers: int | None, directory: Path) -> SmokePlan:
     """The plan of `run_smoke`; `config` is the user's own in small, without what only the running commands know."""
-    given = anchored(load_config(path, overrides, say)) if path is not None else None
-    small = scale_down(given, str(directory.absolute() / "store"), "", layers) if given is not None else None
+    small = scale_down(anchored(given), str(directory.absolute() / "store"), "", layers) if given else None
     return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
 
 

@@ -138,8 +138,10 @@ class Watch:
 
     def _look(self) -> None:
         now, run = time.monotonic(), self._attempts.run
-        if now - self._looked >= _LOOK_SECONDS and not self._training:
-            self._looked = now
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        if not self._training:
             records = newest_records(run, after=self._attempts.before)
             self._training = any(record["kind"] == "start" for record in records)
             if not self._training and committed_steps(run):

@@ -16,7 +16,7 @@ from launcher.drive.sweep.driver import laid_out
 from launcher.drive.sweep.search import STEP, VALUE
 from launcher.drive.sweep.trial import TuneTrial, train_trial
 from launcher.policy.comparable import Metric
-from launcher.policy.trials import SearchPlan, planned, trial_config
+from launcher.policy.trials import SearchPlan, in_words, planned, trial_config
 from launcher.start.check import check
 from launcher.start.stopping import stop_if_asked
 from launcher.view.listing import list_runs
@@ -139,7 +139,7 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
     assert (own.run.name, own.tuning.targets, own.optim.lr) == ("s-1", ["q_proj", "v_proj"], 1e-3)
     assert own.sweep == Sweep()
     assert own.data == whole.data
-    assert trial.words() == 'targets=["q_proj", "v_proj"] lr=0.001'
+    assert in_words(trial.settings) == 'targets=["q_proj", "v_proj"] lr=0.001'
 
 
 @pytest.mark.parametrize(

@@ -192,12 +192,11 @@ def lost_nodes(before: Mapping[str, str], within: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Need:
-    """A run's demand on the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names; its servers have `serving` GPUs already."""
+    """A run's demand on the cluster: ranks from `fewest` to `most`, and the resources of each by Ray's names."""
 
     fewest: int
     most: int
     each: dict[str, float]
-    serving: int = 0
 
     @property
     def gpus(self) -> int:
@@ -216,7 +215,7 @@ def need(config: Config) -> Need:
         each["memory"] = rules.memory_per_worker * 2**30
     whole = max(1, available) if gpus else 1
     fewest, most = config.cluster.fewest_workers or whole, config.cluster.most_workers or whole
-    return Need(fewest, most, each, config.rollout.serving_gpus)
+    return Need(fewest, most, each)
 
 
 def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
@@ -266,7 +265,7 @@ def wait_for_room(
     from ray.util import placement_group, remove_placement_group
 
     began = changed = time.monotonic()
-    timeout = config.cluster.ray.start_timeout
+    timeout, serving = config.cluster.ray.start_timeout, config.rollout.serving_gpus  # the servers have theirs already
     seen, told = -1, False
     demand = None
     try:
@@ -281,9 +280,9 @@ def wait_for_room(
             if found >= wanted.most or (found >= wanted.fewest and now - changed >= _SETTLE_SECONDS):
                 return wanted, found
             total = dict[str, float](ray.cluster_resources())
-            total["GPU"] = total.get("GPU", 0.0) - wanted.serving
+            total["GPU"] = total.get("GPU", 0.0) - serving
             short = shortage(wanted.fewest, wanted.each, total)
-            short += f", beside the {wanted.serving} GPUs of its servers" if wanted.serving else ""
+            short += f", beside the {serving} GPUs of its servers" if serving else ""
             if found < wanted.fewest and (now - began >= timeout or not (can_grow or _enough(wanted, total))):
                 waited = f" after {timeout:.0f} seconds (cluster.ray.start_timeout)" if can_grow else ""
                 raise ConfigError(

@@ -32,7 +32,6 @@ from trainer.run.folder import run_folder
 from trainer.run.requests import request_restart
 from trainer.store.scratch import scratch_folder
 
-_LOOK_SECONDS = 2.0
 _LOSS_SECONDS = 30.0
 """Ray's health checks find a dead node within this time."""
 # The ranks may still be at their commit for so long past a node's announced end: the announcement is a guess.
@@ -153,13 +152,12 @@ class _Group:
         self._attempts, self._wanted, self._workers = attempts, wanted, workers
         self.resizing = False
         self._begun = self._asked = False
-        self._began = self._looked = self._counted = time.monotonic()
+        self._began = self._counted = time.monotonic()
 
     def look(self, training: bool) -> None:
         """Raises `ConfigError` when the ranks do not begin in time."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_SECONDS and not training:
-            self._looked = now
+        if not training:
             self._check_begun(now)
         interval = self._attempts.config.cluster.ray.resize_interval
         if training and self._workers < self._wanted.most and now - self._counted >= interval:

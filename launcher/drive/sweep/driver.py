@@ -17,7 +17,7 @@ from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.drive.sweep.bases import base_facts
 from launcher.policy.trial_order import Candidate, End, Turns
-from launcher.policy.trials import SearchPlan, base_key, planned, trial_config
+from launcher.policy.trials import SearchPlan, base_key, in_words, planned, trial_config
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle
 from launcher.start.claim import keep_code
@@ -98,7 +98,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
             try:
                 base = check(plan.config_of(config, trial), resume=False).base
             except ConfigError as error:
-                raise ConfigError(f"trial {trial.number} ({trial.words()}): {error}") from error
+                raise ConfigError(f"trial {trial.number} ({in_words(trial.settings)}): {error}") from error
             if (key := base_key(own.model)) not in plan.bases:
                 plan.bases[key] = base_facts(base)
     _check_tokenizers(config, plan)

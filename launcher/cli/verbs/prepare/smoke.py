@@ -28,14 +28,13 @@ def smoke(
     """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
     from launcher.smoke.life import plan_smoke, run_smoke
     from launcher.smoke.verdict import table
+    from trainer.config import load_config
 
+    given = load_config(config, overrides or (), say) if config else None
     if dry_run:
-        planned = plan_smoke(config, overrides or (), say, layers=layers, directory=directory)
-        emit(planned, as_json, lambda plan: plan.text())
+        emit(plan_smoke(given, layers=layers, directory=directory), as_json, lambda plan: plan.text())
         return
-    result = run_smoke(
-        config, overrides or (), say, layers=layers, online=online, directory=directory, show=not as_json
-    )
+    result = run_smoke(given, overrides or (), layers=layers, online=online, directory=directory, show=not as_json)
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)
 

@@ -20,12 +20,13 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 def start_sweep(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
     """Start `config`'s sweep, or go on with it."""
     from launcher.drive.sweep.driver import laid_out, run_sweep
+    from launcher.policy.trials import in_words
     from launcher.view.sweep import is_sweep, read_sweep, render_sweep
     from trainer.run.folder import run_folder
 
     if dry_run:
         _, plan = laid_out(config, resume=resume)
-        lines = (f"{trial.run}: {trial.words()}" for trial in plan.trials)
+        lines = (f"{trial.run}: {in_words(trial.settings)}" for trial in plan.trials)
         put(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
         return
     live = not as_json and sys.stderr.isatty()
