@@ -8,13 +8,12 @@ have a budget of their own.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from trainer.config import Retry
 from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, NothingCommitted, Stopped, StorageError, Superseded
 from trainer.run.requests import MACHINE_LEAVES
 
-WorkerErrors: TypeAlias = Mapping[int, BaseException]
 Kind = Literal["failure", "preemption", "resize"]
 _LOST = "lost a machine: "
 
@@ -52,7 +51,7 @@ def is_machine_lost(reason: str) -> bool:
     return reason.startswith(_LOST) or MACHINE_LEAVES in reason
 
 
-def classify(errors: WorkerErrors, *, resizing: bool = False) -> Failure:
+def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> Failure:
     """The cause among the errors that ended the ranks; `resizing`: they were asked to end because more nodes had come.
 
     A lost node comes first, then an error of ours, then a rank that is gone: the ranks left behind fail with broken

@@ -15,12 +15,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.smoke.small import config_of_sample
+from launcher.smoke.small import config_of_sample, write_rows
 from launcher.smoke.stdlib_docs import LONGEST, pairs, source_code, source_files, split
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
@@ -95,10 +95,12 @@ def make_sample(
     done.unlink(missing_ok=True)
 
     train, held_out = split(pairs())
+    data = directory / "data"
+    data.mkdir(parents=True, exist_ok=True)
     train_files = [
-        _write_jsonl(directory / "data" / f"train-{shard:05d}.jsonl", train[shard::_SHARDS]) for shard in range(_SHARDS)
+        write_rows(data / f"train-{shard:05d}.jsonl", _chat(train[shard::_SHARDS])) for shard in range(_SHARDS)
     ]
-    eval_file = _write_jsonl(directory / "data" / "eval.jsonl", held_out)
+    eval_file = write_rows(data / "eval.jsonl", _chat(held_out))
     report(f"data: {len(train):,} + {len(held_out):,} question-answer pairs")
     base = directory / "base"
     report(f"tokenizer: {_make_tokenizer(base, train, sizes.vocabulary):,} tokens")
@@ -114,13 +116,9 @@ def make_sample(
 # --- the data
 
 
-def _write_jsonl(path: Path, rows: list[tuple[str, str]]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in rows:
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    return str(path)
+def _chat(rows: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    for question, answer in rows:
+        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 # --- the tokenizer

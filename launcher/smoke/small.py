@@ -1,7 +1,7 @@
 """The configuration of a smoke run: a user's own in small, or one for the sample that is made on the spot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,20 @@ def config_of_sample(
     return scale_down(parse_config(json.dumps(tree), overrides), store, "", layers)
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> str:
+    """Write rows as JSON lines, and return the file's path."""
+    # A table may have columns that JSON has no values for, such as dates.
+    lines = (json.dumps(row, default=str) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
 def rows_with_regex(rows: str, directory: Path) -> str:
     """A file of the sample's rows of chat, whose answers are a regular expression that some of the base's own answers match."""
-    target, answer = directory / "rewarded.jsonl", {"role": "assistant", "content": REGEX}
+    answer = {"role": "assistant", "content": REGEX}
     questions = [json.loads(line)["messages"][0] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
-    lines = (json.dumps({"messages": [question, answer]}) + "\n" for question in questions[:ROWS_OF_A_SOURCE])
-    target.write_text("".join(lines), encoding="utf-8")
-    return str(target)
+    rewarded = ({"messages": [question, answer]} for question in questions[:ROWS_OF_A_SOURCE])
+    return write_rows(directory / "rewarded.jsonl", rewarded)
 
 
 def first_rows(data: Data, directory: Path) -> list[Source]:
@@ -65,11 +72,8 @@ def first_rows(data: Data, directory: Path) -> list[Source]:
     small: list[Source] = []
     for index, source in enumerate(data.train):
         found = (row for file in expand([source], "data.train") for _, row in rows(file, bad))
-        # A table may have columns that JSON has no values for, such as dates.
-        lines = (json.dumps(row, default=str) + "\n" for row in islice(found, ROWS_OF_A_SOURCE))
-        target = directory / f"source-{index}.jsonl"
-        target.write_text("".join(lines), encoding="utf-8")
-        small.append(source.model_copy(update={"path": str(target), "subset": None, "split": None}))
+        path = write_rows(directory / f"source-{index}.jsonl", islice(found, ROWS_OF_A_SOURCE))
+        small.append(source.model_copy(update={"path": path, "subset": None, "split": None}))
     return small
 
 

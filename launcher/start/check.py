@@ -185,21 +185,15 @@ def check_idle(folder: Store, *, resume: bool, by_store: bool = False) -> None:
 
     `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a key.
     """
-    if who := in_use(folder, by_store=by_store):
-        or_else = "--take-over goes on without it, and what it has not committed is lost"
-        raise ConfigError(
-            f"run.name: {folder.uri} is in use by {who}. {command('stop', folder)} ends it; "
-            f"{or_else if resume else 'a new run needs another name'}."
-        )
-
-
-def in_use(folder: Store, *, by_store: bool = False) -> str | None:
-    """A phrase that says who has the run now; None when nobody has, or its owner is dead."""
     owner, now = read_owner(folder), time.time()
     if owner is None:
-        return None
-    alive = owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS)
-    return owner.sentence(now) if alive else None
+        return
+    if owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS):
+        or_else = "--take-over goes on without it, and what it has not committed is lost"
+        raise ConfigError(
+            f"run.name: {folder.uri} is in use by {owner.sentence(now)}. {command('stop', folder)} ends it; "
+            f"{or_else if resume else 'a new run needs another name'}."
+        )
 
 
 def check_name(folder: Store) -> None:

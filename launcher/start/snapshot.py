@@ -121,14 +121,8 @@ def take(directory: Path) -> Snapshot:
     wanted = [Path(name) for name in sorted(tracked) if not _looks_secret(name) and _is_there(root, Path(name))]
     _check_size(root, wanted)
     files, unreadable = _read(root, wanted)
-    commit, branch, remote = (
-        (_git(root, *arguments) or "").strip() or None
-        for arguments in (
-            ("rev-parse", "HEAD"),
-            ("branch", "--show-current"),
-            ("remote", "get-url", "origin"),
-        )
-    )
+    questions = (("rev-parse", "HEAD"), ("branch", "--show-current"), ("remote", "get-url", "origin"))
+    commit, branch, remote = ((_git(root, *question) or "").strip() or None for question in questions)
     # The user's own settings of git must neither change the difference nor show a file of a submodule in it.
     diff = ("diff", "HEAD", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
     without = [_exclude(name) for name in unreadable]  # git would give up at one

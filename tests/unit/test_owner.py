@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher.start.check import check_idle, check_name, in_use
+from launcher.start.check import check_idle, check_name
 from launcher.start.stopping import give_up_waiting
 from launcher.view.status import read_status
 from trainer.errors import ConfigError, Superseded
@@ -73,11 +73,12 @@ def test_a_process_that_was_killed_is_gone_at_once_even_while_nobody_has_waited_
             while not newest_number(run):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            assert f"process {process.pid}" in (in_use(run) or "")
+            with pytest.raises(ConfigError, match=f"process {process.pid}"):
+                check_idle(run, resume=True)
         finally:
             process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie by now
-        assert in_use(run) is None
+        check_idle(run, resume=True)
     status = read_status(run)
     assert status.state == "silent"
     assert "start it again" in status.reason
@@ -108,7 +109,7 @@ def test_an_owner_elsewhere_lives_until_it_has_not_been_heard_of_for_a_while(run
 def test_a_start_asks_the_stores_clock_as_its_own_may_be_wrong(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     taken(run)
     put(run, replace(elsewhere(newest(run)), time=time.time() - 3600))  # its clock is an hour behind ours
-    assert in_use(run) is None
+    check_idle(run, resume=True)
     with pytest.raises(ConfigError, match="in use by"):
         check_idle(run, resume=True, by_store=True)
 
@@ -173,7 +174,7 @@ def test_an_unreadable_owner_is_somebody_until_it_is_old(run: Store, text: str, 
     assert read_status(run).state == "starting"
     later = time.time() + FRESH_SECONDS + 1
     monkeypatch.setattr(time, "time", lambda: later)
-    assert in_use(run) is None
+    check_idle(run, resume=True)
 
 
 @pytest.mark.parametrize("process", [2**40, -1, "x"])
@@ -181,7 +182,8 @@ def test_an_owner_whose_process_can_be_none_is_unreadable(run: Store, process: A
     taken(run)
     run.put(layout.owner(1), json.dumps({**asdict(newest(run)), "process": process, "born": "1"}).encode())
     assert newest(run).by == "an unreadable owner"
-    assert in_use(run) is not None
+    with pytest.raises(ConfigError, match="in use by"):
+        check_idle(run, resume=True)
 
 
 def test_an_owner_of_a_later_version_is_read(run: Store) -> None:

@@ -248,8 +248,7 @@ class _Search:
         from launcher.drive.sweep.trial import TuneTrial
 
         turns = Turns([self._candidate(number) for number in self._configs], self._is_made, self._room)
-        queue = Queue(turns, lambda number: {"sweep": self._folder.uri, "trial": number}, lambda: self._closed)
-
+        queue = Queue(turns, self._folder.uri, lambda: self._closed)
         look = Every(_LOOK_SECONDS, lambda: self._look([*turns.running.values()]), "looking after the sweep")
 
         def stop_early(settings: Any, step: int) -> None:

@@ -26,11 +26,11 @@ _NO_END = 2**31
 
 
 class Queue(Searcher):
-    """`turns` for Tune, until `closed()`; `begin` makes Tune's settings of a trial."""
+    """`turns` for Tune, until `closed()`; `sweep` is the URI of the sweep's folder."""
 
-    def __init__(self, turns: Turns, begin: Callable[[int], Mapping[str, Any]], closed: Callable[[], bool]) -> None:
+    def __init__(self, turns: Turns, sweep: str, closed: Callable[[], bool]) -> None:
         super().__init__()
-        self._turns, self._begin, self._closed = turns, begin, closed
+        self._turns, self._sweep, self._closed = turns, sweep, closed
         self._numbers: dict[str, int] = {}
         self._looked = 0.0
         self.ends: dict[int, End] = {}
@@ -47,7 +47,7 @@ class Queue(Searcher):
             self._looked = time.monotonic()
             return None
         self._numbers[trial_id] = number
-        return dict(self._begin(number))
+        return {"sweep": self._sweep, "trial": number}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
