@@ -11,17 +11,17 @@ from launcher.drive.driver import drive
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, pinned
 from launcher.start.claim import claimed, keep_code
-from launcher.start.group import group_name, is_rank, is_silent_rank, restarted_as, slurm_rank
+from launcher.start.group import group_name, imported_rank, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_group import check_servers_here
 from launcher.start.local_ranks import ranks_here
 from launcher.start.sidecars import sidecars_here
 from launcher.start.waiting import wait_for_first_rank
 from launcher.view.compiling import compile_progress
 from trainer.config import Config
-from trainer.data.compile.prepare import Datasets, prepare
+from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import forget_given_up
 from trainer.processes.children import end_with_agent
-from trainer.processes.devices import check_device, local_gpus, stay_on_cpu
+from trainer.processes.devices import check_device, local_gpus
 from trainer.run.folder import run_folder
 from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_run_store
@@ -47,7 +47,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
         # Without a process group, as rank 0 may compile for longer than a collective waits. Torchrun ends the other ranks itself
         # when rank 0 ends; srun may not.
         wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
-        _run_rank(config, None, resume=resume)
+        imported_rank(config)(config, None, resume=resume)
     elif is_rank():
         _as_first_rank(config, resume=resume, take_over=take_over, log=log)
     else:
@@ -83,17 +83,9 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
         try:
             forget_given_up(run_folder(config))
             with sidecars_here(config, run_folder(config), log):
-                _run_rank(config, datasets, resume=resume)
+                imported_rank(config)(config, datasets, resume=resume)
         finally:
             keep_report(run_folder(config), log)
-
-
-def _run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:
-    if config.cluster.gpus_per_worker == 0:
-        stay_on_cpu()
-    from trainer.rank import run_rank  # imports torch, which sees the devices that it is left
-
-    run_rank(config, datasets, resume=resume)
 
 
 def check_local_device(config: Config) -> None:

@@ -1,10 +1,21 @@
-"""The group of ranks that torchrun or srun has started this process in, by its environment."""
+"""This process as a rank: the group that torchrun or srun has started it in, by its environment, and the program."""
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from trainer.config import Config
 from trainer.processes import children
+from trainer.processes.devices import stay_on_cpu
+
+
+def imported_rank(config: Config) -> Callable[..., None]:
+    """`run_rank`, whose import is that of torch, which sees the devices that the run leaves it."""
+    if config.cluster.gpus_per_worker == 0:
+        stay_on_cpu()
+    from trainer.rank import run_rank
+
+    return run_rank
 
 
 def is_rank() -> bool:

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.start.group import imported_rank
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, NonFiniteLoss
-from trainer.processes.devices import stay_on_cpu
 
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
@@ -29,10 +29,8 @@ def main() -> None:
     task = json.loads(given.read_text(encoding="utf-8"))
     config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if config.cluster.gpus_per_worker == 0:
-        stay_on_cpu()
     try:
-        from trainer.rank import run_rank
+        run_rank = imported_rank(config)
         from trainer.train.start import Starter
 
         run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"]))

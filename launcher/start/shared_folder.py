@@ -3,7 +3,6 @@
 import socket
 import tempfile
 from collections.abc import Callable
-from ipaddress import ip_address
 from pathlib import Path
 
 from trainer.config import Config
@@ -74,11 +73,8 @@ def _is_elsewhere(address: str) -> bool:
 
 def _is_own(address: str) -> bool:
     """A socket can be bound to the addresses of this machine alone."""
-    if ip_address(address.partition("%")[0]).is_loopback:
-        return True
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
     except OSError:
         return False
     return True

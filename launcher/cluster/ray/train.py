@@ -21,11 +21,11 @@ from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ra
 from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
+from launcher.start.group import imported_rank
 from launcher.start.stopping import stop_if_asked
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted
-from trainer.processes.devices import stay_on_cpu
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -63,20 +63,13 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         stop = partial(stop_if_asked, attempts.run, "while the run was starting")
         group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
         stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
-        keep_trying(attempts, lambda: _start(attempts, dashboard, stop, log), log)
+        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log), log)
 
 
-def _start(
+def _attempt(
     attempts: Attempts, dashboard: str | None, stop: Callable[[], None], log: Callable[[str], None]
 ) -> retry.Failure | None:
-    """One attempt, with as many ranks as find room. `stop` may raise to end the wait for it."""
-    wanted, workers = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop)
-    log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
-    return _attempt(attempts, dashboard, wanted, workers)
-
-
-def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int) -> retry.Failure | None:
-    """One start of the worker group; returns why it ended, or None when the run is done.
+    """One start of as many ranks as find room; returns why it ended, or None when the run is done. `stop` may raise to end the wait for room.
 
     Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
     """
@@ -84,6 +77,8 @@ def _attempt(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
+    wanted, workers = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop)
+    log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
         fit = in_thread(_trainer(attempts, dashboard, wanted, workers, storage).fit, "fit")
@@ -206,11 +201,9 @@ def _rank(arguments: dict[str, Any]) -> None:
     import ray.train
 
     config = parse_config(arguments["config"])
-    if config.cluster.gpus_per_worker == 0:
-        stay_on_cpu()
+    run_rank = imported_rank(config)
     if ray.train.get_context().get_world_rank() == 0:
         run_folder(config).put(layout.RANKS_BEGUN, b"")
-    from trainer.rank import run_rank
     from trainer.train.start import Starter
 
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"

@@ -4,14 +4,13 @@ import os
 import sys
 
 from launcher.start.claim import turn
-from launcher.start.group import slurm_rank
+from launcher.start.group import imported_rank, slurm_rank
 from launcher.start.sidecars import sidecars_here
 from launcher.start.waiting import wait_for_first_rank
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import CapstanError, Stopped
-from trainer.processes.devices import stay_on_cpu
 from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.store.store import open_run_store, open_store
@@ -30,10 +29,7 @@ def main() -> None:
 
 
 def _run(config: Config, submission: str, rank: int) -> None:
-    if config.cluster.gpus_per_worker == 0:
-        stay_on_cpu()
-    from trainer.rank import run_rank
-
+    run_rank = imported_rank(config)
     if rank:
         wait_for_first_rank(config, submission)
         run_rank(config, None, resume=False)
