@@ -17,6 +17,8 @@ from trainer.config.cluster import STARTS_HERE
 from trainer.errors import CapstanError, ConfigError
 from trainer.processes.children import guarded
 
+_UNITS = {"memory": ("GiB of memory", 2**30), "GPU": ("GPUs", 1), "CPU": ("CPUs", 1)}
+BUSY = "the cluster's machines are busy, or no single one is large enough for a rank"
 _LOOK_SECONDS = 1.0
 _KNOCK_SECONDS = 10.0
 _SETTLE_SECONDS = 5.0
@@ -238,16 +240,14 @@ def _bundle(each: Mapping[str, float]) -> str:
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """The resources that a cluster with `total` lacks for `asked` ranks: "asked for 16 GPUs, the cluster has 8"."""
+    """The resources that a cluster with `total` lacks for `asked` ranks, were it free: "asked for 16 GPUs, the cluster has 8"; empty where it has them."""
     missing = []
     for name, amount in each.items():
         needed, has = amount * asked, total.get(name, 0.0)
         if needed > has:
-            unit, scale = (
-                ("GiB of memory", 2**30) if name == "memory" else (f"{name}s" if name in ("GPU", "CPU") else name, 1)
-            )
+            unit, scale = _UNITS.get(name, (name, 1))
             missing.append(f"asked for {needed / scale:g} {unit}, the cluster has {has / scale:g}")
-    return " and ".join(missing) or "the cluster's machines are busy, or no single one is large enough for a rank"
+    return " and ".join(missing)
 
 
 def wait_for_room(
@@ -281,14 +281,15 @@ def wait_for_room(
                 return wanted, found
             total = dict[str, float](ray.cluster_resources())
             total["GPU"] = total.get("GPU", 0.0) - serving
-            short = shortage(wanted.fewest, wanted.each, total)
+            lacks = shortage(wanted.fewest, wanted.each, total)
+            short = lacks or BUSY
             short += f", beside the {serving} GPUs of its servers" if serving else ""
-            if found < wanted.fewest and (now - began >= timeout or not (can_grow or _enough(wanted, total))):
+            if found < wanted.fewest and (now - began >= timeout or (lacks and not can_grow)):
                 waited = f" after {timeout:.0f} seconds (cluster.ray.start_timeout)" if can_grow else ""
                 raise ConfigError(
                     f"cluster.workers: {wanted.fewest} ranks find no room{waited}: {short}. Lower it, or free some."
                 )
-            if demand is None and can_grow and not _enough(wanted, total):
+            if demand is None and can_grow and lacks:
                 demand = placement_group([wanted.each] * wanted.most)
             if found < wanted.fewest and not told:
                 told = True
@@ -298,8 +299,3 @@ def wait_for_room(
     finally:
         if demand is not None:
             remove_placement_group(demand)
-
-
-def _enough(wanted: Need, total: Mapping[str, float]) -> bool:
-    """Whether the cluster as a whole could hold the fewest, were it free."""
-    return all(total.get(name, 0.0) >= amount * wanted.fewest for name, amount in wanted.each.items())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from launcher.cluster.ray.cluster import first_line, shortage
+from launcher.cluster.ray.cluster import BUSY, first_line, shortage
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
@@ -46,7 +46,7 @@ def gpus_for_servers(
         while not group.wait(_LOOK_SECONDS):
             stop()
             total = ray.cluster_resources()
-            short = shortage(serve.replicas, bundles[0], total)
+            short = shortage(serve.replicas, bundles[0], total) or BUSY
             never = not can_grow and total.get("GPU", 0.0) < config.rollout.serving_gpus + ranks
             if never or time.monotonic() - began >= patience:
                 waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
