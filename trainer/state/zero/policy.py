@@ -9,6 +9,7 @@ means "not decided here", so such a key counts as absent and none reaches DeepSp
 import difflib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,8 +25,6 @@ Scope = Literal["world", "node"]
 # Beside the trainer package, in a checkout and in site-packages alike.
 _POLICY_FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 
-_KEYS = Path(__file__).with_name("policy_keys.yaml")
-"""The keys that a policy may set, those that a setting of the run owns, and the values that are refused."""
 # DeepSpeed prints a line of its own every so many steps; ours come from trainer/run/metrics.py.
 _NEVER = 2**31 - 1
 
@@ -140,9 +139,15 @@ def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@cache
+def _rules() -> dict[str, Any]:
+    """The keys that a policy may set, those that a setting of the run owns, and the values that are refused. A plan asks again and again."""
+    return yaml.safe_load(Path(__file__).with_name("policy_keys.yaml").read_text(encoding="utf-8"))
+
+
 def _refusals(policy: dict[str, Any], file: str) -> list[str]:
     """One sentence for each key that a policy must not set, and for each value that a key must not have."""
-    rules: dict[str, Any] = yaml.safe_load(_KEYS.read_text(encoding="utf-8"))
+    rules = _rules()
     where, owners = f"sharding.deepspeed: {file} sets", rules["owners"]
     allowed: list[str] = rules["allowed"]
     found: list[str] = []
