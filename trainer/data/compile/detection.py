@@ -34,7 +34,13 @@ def with_forms(
         mine, name = list(own), f"{setting}[{index}]"
         form = _form(data, sources[index], mine, kinds, name)
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
-            _check(config.objective.name, data, form, kinds, name)
+            if form.kind not in kinds:
+                raise ConfigError(
+                    f"{name}: its rows are {form}, and objective.name: {config.objective.name} learns from {' or '.join(kinds)}. Choose "
+                    f"objective.name={_LEARNS[form.kind]}, other data, or name the format and the fields with data.format and data.fields."
+                )
+            if unsuited := data.unsuited(form.format):
+                raise ConfigError(f"{name}: {unsuited}")
         found += [replace(file, form=form) for file in mine]
     return found
 
@@ -90,16 +96,6 @@ def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
     for file in files:
         for _, row in rows(file, keep_first):
             yield row
-
-
-def _check(objective: str, data: Data, form: RowForm, kinds: Collection[str], name: str) -> None:
-    if form.kind not in kinds:
-        raise ConfigError(
-            f"{name}: its rows are {form}, and objective.name: {objective} learns from {' or '.join(kinds)}. Choose "
-            f"objective.name={_LEARNS[form.kind]}, other data, or name the format and the fields with data.format and data.fields."
-        )
-    if unsuited := data.unsuited(form.format):
-        raise ConfigError(f"{name}: {unsuited}")
 
 
 # An objective for each kind of rows, to propose.

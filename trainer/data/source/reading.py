@@ -26,7 +26,7 @@ def batches(file: SourceFile) -> Iterator[Batch]:
         DataError: the file as a whole is damaged.
         StorageError: the file cannot be read.
     """
-    return _whole(file) if file.take is None else _taken(file, file.take)
+    return _taken(file, file.take) if file.take is not None else _whole(file)
 
 
 def rows(file: SourceFile, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
@@ -38,20 +38,18 @@ def rows(file: SourceFile, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
 def _whole(file: SourceFile) -> Iterator[Batch]:
     kind, compression = split_suffix(file.key)
     try:
-        for batch in _read(kind, file, compression):
+        if kind in TEXTS:
+            found = TEXTS[kind](file, compression)
+        else:
+            # Only for such files: `plan` looks at the first rows too, and answers sooner without pyarrow.
+            from trainer.data.source.binary_rows import read_binary
+
+            found = read_binary(kind, file, compression)
+        for batch in found:
             yield replace(batch, form=file.form)
     except _DAMAGE as error:
         reason = at(file.uri, DataError(f"damaged or not of the kind its name says ({error})"))
         raise DataError(f"{reason}. Replace the file.") from error
-
-
-def _read(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    if kind in TEXTS:
-        return TEXTS[kind](file, compression)
-    # Only for such files: `plan` looks at the first rows too, and answers sooner without pyarrow.
-    from trainer.data.source.binary_rows import read_binary
-
-    return read_binary(kind, file, compression)
 
 
 @dataclass(frozen=True)
