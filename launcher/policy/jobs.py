@@ -153,8 +153,6 @@ def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
 
 def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:
     """Nodes on which ranks died at least twice, or that were lost twice, over all attempts."""
-    deaths = Counter(ending.failed_nodes)
-    deaths.update(ending.lost_nodes)
-    for attempt in before:
-        deaths.update(attempt.failed_nodes)
+    earlier = [node for attempt in before for node in attempt.failed_nodes]
+    deaths = Counter([*ending.failed_nodes, *ending.lost_nodes, *earlier])
     return sorted(node for node, count in deaths.items() if count >= BAD_NODE_FAILURES)

@@ -64,11 +64,10 @@ def anchored(config: Config) -> Config:
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        paths = (absolute(source.path, f"data.{what}[{index}].path") for index, source in enumerate(sources))
-        moved = [
-            source.model_copy(update={"path": path}).model_dump() for source, path in zip(sources, paths, strict=True)
+        changes[f"data.{what}"] = [
+            {**source.model_dump(), "path": absolute(source.path, f"data.{what}[{index}].path")}
+            for index, source in enumerate(sources)
         ]
-        changes[f"data.{what}"] = moved
     for name, given in config.eval.sets.items():
         changes[f"eval.sets.{name}.path"] = absolute(given.path, f"eval.sets.{name}.path")
     for key, path in (("eval.bias", config.eval.bias), ("eval.prompts", config.eval.prompts)):
