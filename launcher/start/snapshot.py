@@ -28,7 +28,7 @@ from typing import NamedTuple
 import zstandard
 
 from trainer.config.secrets import without_credentials
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, few
 from trainer.processes import children
 
 MOST_BYTES = 64 * 2**20
@@ -99,7 +99,9 @@ class Snapshot:
         if self.git is None:
             return ""
         why = {"as they look like secrets": self.git.left_out, "as they cannot be read": self.git.unreadable}
-        return "; ".join(f"left out, {reason}: {_listed(names)}" for reason, names in why.items() if names)
+        return "; ".join(
+            f"left out, {reason}: {few([*map(_printable, names)])}" for reason, names in why.items() if names
+        )
 
 
 class _File(NamedTuple):
@@ -219,11 +221,6 @@ def _looks_secret(name: str) -> bool:
     return any(fnmatchcase(part, pattern) for part in Path(name).parts for pattern in _SECRETS) or any(
         fnmatchcase(f"/{name}", pattern) for pattern in _SECRET_PATHS
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(_printable, names[:5])) + more
 
 
 def _printable(name: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster.ray import cluster
-from launcher.cluster.ray.cluster import _bundle, fits, joined_ray, local_ray, shortage
+from launcher.cluster.ray.cluster import fits, joined_ray, local_ray, shortage
 from launcher.cluster.slurm import submit
 from launcher.drive.local import start
 from tests.unit.test_slurm_script import config as slurm_config
@@ -32,12 +32,6 @@ def test_what_is_missing_is_said_in_numbers():
         "fast_disk, the cluster has 0"
     )
     assert not shortage(2, GPU_RANK, total)
-
-
-def test_what_an_autoscaler_is_asked_for_is_said_in_rays_words():
-    assert _bundle({"CPU": 4.0, "GPU": 1.0, "accelerator_type:H100": 0.01}) == (
-        '{"CPU": 4, "GPU": 1, "accelerator_type:H100": 0.01}'
-    )
 
 
 def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch):

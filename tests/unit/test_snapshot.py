@@ -147,7 +147,7 @@ def test_files_that_look_like_secrets_are_left_out_of_the_code_and_of_the_differ
     assert set(kept(checkout, tmp_path / "out")) == {".gitignore", "package/code.py", *ordinary}
     assert "hidden" not in taken.diff
     assert "left out, as they look like secrets: .aws/config, .boto, " in taken.sentence()
-    assert taken.sentence().endswith(f"and {len(SECRET_FILES) + 1 - 5} more")
+    assert taken.sentence().endswith(f"and {len(SECRET_FILES) + 1 - 8} more")
     assert json.loads((tmp_path / "out" / "git.json").read_text())["left_out"] == taken.git.left_out
 
 

@@ -1,6 +1,5 @@
 """The Ray cluster of a run: joined or started here, and how many ranks find room in it now."""
 
-import json
 import logging
 import os
 import re
@@ -234,11 +233,6 @@ def room(each: Mapping[str, float]) -> int:
     return fits(available_resources_per_node(), each)
 
 
-def _bundle(each: Mapping[str, float]) -> str:
-    """One rank's needs in Ray's own words for resources: {"CPU": 1, "GPU": 1}."""
-    return json.dumps({name: int(amount) if amount == int(amount) else amount for name, amount in each.items()})
-
-
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
     """The resources that a cluster with `total` lacks for `asked` ranks, were it free: "asked for 16 GPUs, the cluster has 8"; empty where it has them."""
     missing = []
@@ -293,7 +287,7 @@ def wait_for_room(
                 demand = placement_group([wanted.each] * wanted.most)
             if found < wanted.fewest and not told:
                 told = True
-                demanded = f". An autoscaler is asked for {wanted.most} times {_bundle(wanted.each)}" if demand else ""
+                demanded = f". An autoscaler is asked for {wanted.most} times {wanted.each}" if demand else ""
                 log(f"waiting for room for {wanted.fewest} ranks: {short}{demanded}")
             time.sleep(_LOOK_SECONDS)
     finally:

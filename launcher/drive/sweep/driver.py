@@ -325,10 +325,8 @@ class _Search:
                 run, early = run_folder(self._configs[trial.number]), self._early.get(trial.number)
                 if trial.done or not (early or stopping) or run.exists(layout.STOP):
                     continue
-                if early:
-                    request_stop(run, by=EARLY, reason=early)
-                else:
-                    request_stop(run, by=BY, reason="with its sweep")
+                by, reason = (EARLY, early) if early else (BY, "with its sweep")
+                request_stop(run, by, reason)
             if not stopping:
                 return
         self._closed = True  # also when another start has the sweep now, and with it the trials
