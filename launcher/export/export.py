@@ -21,14 +21,13 @@ from launcher.view.console import progress_bars
 from launcher.view.terminal import put
 from trainer.base.find.locate import describe_base
 from trainer.config.paths import local_path
-from trainer.errors import CapstanError, StorageError
+from trainer.errors import CapstanError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.trained import trained_config
 from trainer.processes import children
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests
+from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.store import Store
 from trainer.tuning.method import method_of
 
@@ -92,7 +91,7 @@ def export_run(
         destination = str(local_path(destination, "DEST"))
     form = find_format(format, options)
     if dry_run:
-        manifest = planned_checkpoint(folder, step)
+        manifest = whole_checkpoint(folder, step, by_manifest=True)
         config = trained_config(folder, manifest)
         form.check(config, describe_base(config.model))
         tuned_base = method_of(config).exports_model
@@ -109,16 +108,6 @@ def export_run(
     if proof is not None and not proof.holds:
         raise CapstanError(f"{result.headline}. {proof.verdict}")
     return result
-
-
-def planned_checkpoint(folder: Store, step: int | None) -> CheckpointManifest:
-    """The checkpoint that would be read, by its manifest alone. Raises as `whole_checkpoint`."""
-    steps, damaged = committed_steps(folder), list[str]()
-    check_step(folder, steps, step)
-    manifest = next(readable_manifests(folder, damaged, steps if step is None else [step]), None)
-    if manifest is None:
-        raise StorageError(damaged[0])
-    return manifest
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def push_run(
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
         exported = export_run(folder, str(directory), format, options, step=step)
-        _name_the_place(directory / CARD, repository)
+        card = (directory / CARD).read_text(encoding="utf-8")
+        (directory / CARD).write_text(card.replace(f'"{PLACE}"', f'"{repository}"'), encoding="utf-8")
         size = sum(path.stat().st_size for path in directory.iterdir())
         log(
             f"uploading {size / 1e6:,.1f} MB to hf://{repository}; a push that is killed goes on when it is called again"
@@ -143,10 +144,6 @@ def _token() -> str:
             f"capstan push needs a token that may write to the Hub, in {_TOKEN}. Make one: {_TOKENS_PAGE}."
         )
     return token
-
-
-def _name_the_place(card: Path, repository: str) -> None:
-    card.write_text(card.read_text(encoding="utf-8").replace(f'"{PLACE}"', f'"{repository}"'), encoding="utf-8")
 
 
 @contextmanager

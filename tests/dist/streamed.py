@@ -36,7 +36,7 @@ def _compared(uri: str, folder: Path) -> dict[str, Any]:
         "adapter": lambda trained: verify._adapter_side(trained, adapter.uri, computed_in),
         "adapter in bf16": lambda trained: verify._adapter_side(trained, adapter.uri, "bf16"),
         "merging": verify._merging_side,
-        "merged": lambda trained: verify._merged_side(trained, merged.uri),
+        "merged": lambda trained: verify.merged_side(trained, merged.uri, trained.probe.rows),
     }
     whole, streamed = (
         {name: _observed(work, Trained.at(run, 4, place)) for name, work in works.items()} for place in (None, scratch)

@@ -133,11 +133,6 @@ def _named(place: str) -> str:
     return place.rstrip("/").rpartition("/")[2]
 
 
-def _begun_from(place: str) -> str:
-    """A checkpoint as NAME@STEP, anything else as `_named`."""
-    return _named(re.sub(r"/checkpoints/step-0*(\d+)$", r"@\1", place))
-
-
 def _base_licence(config: Config) -> str | None:
     """The licence as the Hub's metadata names it; None where the base has no card, or one that names none."""
     card = base_files(config.model) / "README.md"
@@ -149,13 +144,17 @@ def _base_licence(config: Config) -> str | None:
 
 
 def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
+    of_method = {"method", *method_of(config).settings}
+    begun: dict[str, str] = {}
+    if "start" in manifest.base:  # a checkpoint is shown as NAME@STEP
+        begun["begun from"] = _named(re.sub(r"/checkpoints/step-0*(\d+)$", r"@\1", manifest.base["start"]))
     return {
         "base": _named(config.model.base),
         "run": config.run.name,
         "step": manifest.step,
         "evaluation loss": "not evaluated at this step" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}",
-        **({"begun from": _begun_from(manifest.base["start"])} if "start" in manifest.base else {}),
-        "method": _in_words(_method(config)),
+        **begun,
+        "method": _in_words(config.tuning.model_dump(mode="json", include=of_method, exclude_none=True)),
         "learning rate": _in_words(config.optim.model_dump(mode="json", include=_OPTIM, exclude_none=True)),
         "optimizer": _in_words(manifest.groups),
         "objective": config.objective.name,
@@ -181,12 +180,6 @@ def _in_words(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _method(config: Config) -> dict[str, Any]:
-    """The settings of the method that it reads."""
-    own = {"method", *method_of(config).settings}
-    return config.tuning.model_dump(mode="json", include=own, exclude_none=True)
-
-
 def model_card_evaluation(folder: Store, step: int) -> str:
     """The tables of what `capstan evaluate` found of this step, before and after the training."""
     found = read_evaluation(folder, step)
@@ -194,7 +187,11 @@ def model_card_evaluation(folder: Store, step: int) -> str:
         return "It was not evaluated against its base (`capstan evaluate`)."
     tables = {
         ("data set", "loss of the base", "loss", "perplexity of the base", "perplexity"): list(_rows_of_sets(found)),
-        ("task", "metric", "base", "this"): list(_rows_of_tasks(found)),
+        ("task", "metric", "base", "this"): [
+            (task, metric, _number(of, "base"), _number(of, "adapter"))
+            for task, metrics in found.get("tasks", {}).items()
+            for metric, of in metrics.items()
+        ],
     }
     return "\n\n".join(_table(head, rows) for head, rows in tables.items() if rows) or "Nothing was measured."
 
@@ -207,12 +204,6 @@ def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
             f"{name}{said}",
             *(_number(of, side, what) for what in ("loss", "perplexity") for side in ("base", "adapter")),
         )
-
-
-def _rows_of_tasks(found: Any) -> Iterator[tuple[str, ...]]:
-    for task, metrics in found.get("tasks", {}).items():
-        for metric, of in metrics.items():
-            yield task, metric, _number(of, "base"), _number(of, "adapter")
 
 
 def _number(found: Any, *path: str) -> str:

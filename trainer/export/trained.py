@@ -87,15 +87,11 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
         "quant": _updated(given.quant, quant, manifest),
         "tuning": _tuning(manifest) if manifest.adapter else given.tuning,
-        "data": _with_labels(with_trained_template(folder, given.data, manifest), manifest),
+        "data": with_trained_template(folder, given.data, manifest),
     }
+    if labels := manifest.objective.get("labels"):  # the classes of the training, whatever `data.labels` says by now
+        sections["data"] = sections["data"].model_copy(update={"labels": labels})
     return given.model_copy(update=sections)
-
-
-def _with_labels(data: Data, manifest: CheckpointManifest) -> Data:
-    """The settings of the data with the classes of the training, whatever `data.labels` says by now."""
-    labels = manifest.objective.get("labels")
-    return data.model_copy(update={"labels": labels}) if labels else data
 
 
 def with_trained_template(folder: Store, given: Data, manifest: CheckpointManifest) -> Data:

@@ -50,7 +50,9 @@ def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file:
     writer = GGUFWriter(file, MODEL_ARCH_NAMES[model.model_arch])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(settings))
+    # llama.cpp divides by the rank, also where PEFT divides by its root.
+    alpha = float(settings["lora_alpha"]) * (settings["r"] ** 0.5 if settings.get("use_rslora") else 1)
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for name, down in sorted(weights.items()):
         if not name.endswith(_DOWN):
             continue
@@ -74,12 +76,6 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         raise ConfigError(
             f"--format gguf-adapter: llama.cpp's adapters are of single matrices, and this has {what}. {_INSTEAD}"
         )
-
-
-def _alpha(settings: Mapping[str, Any]) -> float:
-    """The alpha with which llama.cpp computes the same factor on B @ A as PEFT."""
-    rank, alpha = settings["r"], float(settings["lora_alpha"])
-    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 
 def _converter(base: Path, scratch: Path) -> Any:

@@ -19,12 +19,11 @@ from trainer.export.figures import NOT_TRAINED, Proof
 from trainer.export.gguf.converter import convert
 from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
 from trainer.export.proof.distributions import distance
-from trainer.export.proof.in_transformers import plain
-from trainer.export.proof.models import Trained, base_directory, directory_of, plain_model
+from trainer.export.proof.models import Trained, base_directory, directory_of
 from trainer.export.proof.recoded import half
 from trainer.export.proof.rendering import Texts, trained_texts
 from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.verify import make_proof
+from trainer.export.proof.verify import make_proof, merged_side
 from trainer.export.write.merged import write_model
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
@@ -92,9 +91,9 @@ def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof
         write_model(
             trained.run, trained.manifest, trained.config, open_store(f"{folder}/merged"), lambda done, total: None
         )
-        expected = trained.exported(_in_transformers, f"{folder}/merged", packed=False)
+        expected = trained.exported(merged_side, f"{folder}/merged", rows, packed=False)
     with base_directory(trained.base) as base:
-        effect = distance(expected, trained.exported(_in_transformers, str(base), packed=False), rows)
+        effect = distance(expected, trained.exported(merged_side, str(base), rows, packed=False), rows)
     found = (distance(expected, _in_llama_cpp(*pair, expected, rows), rows) for pair in files)
     proof = make_proof(trained.probe, "fp32", max(found), half(effect), effect)
     return replace(proof, compared="its predictions in llama.cpp against the merged model's in transformers")
@@ -107,13 +106,6 @@ def _rows(trained: Trained) -> list[ProbeRow]:
         kept = torch.linspace(len(row.places) - 1, 0, min(_PLACES, len(row.places))).long().flip(0)
         rows.append(ProbeRow(row.tokens, row.places[kept], row.targets[kept]))
     return rows
-
-
-def _in_transformers(trained: Trained, folder: str) -> list[Tensor]:
-    """The predictions of the model in `folder`, for a process of their own."""
-    model = plain.grow(plain_model(trained, Path(folder)), trained.vocabulary)
-    with plain.computing_in_fp32(model):
-        return plain.place_logits(model, _rows(trained))
 
 
 def _in_llama_cpp(

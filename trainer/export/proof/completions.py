@@ -184,9 +184,7 @@ def _drawn(choice: Any) -> tuple[list[int], list[float]]:
 
 
 def _answer(choice: Any, tokens: list[int]) -> Answer:
-    places = choice["prompt_logprobs"][1:]
-    log_p = [_log_p(place[str(token)]["logprob"]) for place, token in zip(places, tokens[1:], strict=True)]
-    return Answer(log_p, *_drawn(choice))
+    return Answer([log_p for log_p, _ in _ranked(choice, tokens)], *_drawn(choice))
 
 
 def _log_p(value: Any) -> float:

@@ -5,7 +5,6 @@ otherwise the quantization has undone much of it.
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,16 +36,12 @@ def half(effect: Distance) -> Distance:
 
 
 def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
+    """The logits of the model as transformers reads it. FP8 is decoded, as no CPU multiplies in it."""
     with directory_of(open_store(exported)) as folder:
-        return plain.place_logits(_load(folder, trained.dtype), trained.probe.rows)
-
-
-def _load(folder: Path, dtype: Any) -> Any:
-    """The model as transformers reads it, FP8 decoded, as no CPU multiplies in it."""
-    architecture: Any = model_config(folder, None)
-    quantization = getattr(architecture, "quantization_config", None) or {}
-    decoded = quantization.get("quant_method") == "fp8"
-    with dequantized_by_transformers(architecture) if decoded else nullcontext():
-        model = plain.load_plain(folder, dtype, dtype, architecture if decoded else None)
-    plain.keep_packed(model)
-    return model.to(plain.device())
+        architecture: Any = model_config(folder, None)
+        quantization = getattr(architecture, "quantization_config", None) or {}
+        decoded = quantization.get("quant_method") == "fp8"
+        with dequantized_by_transformers(architecture) if decoded else nullcontext():
+            model = plain.load_plain(folder, trained.dtype, trained.dtype, architecture if decoded else None)
+        plain.keep_packed(model)
+        return plain.place_logits(model.to(plain.device()), trained.probe.rows)

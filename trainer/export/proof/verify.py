@@ -82,7 +82,7 @@ def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
     rows = trained.probe.rows
     as_trained = trained.predictions()
     beside, alone, expected, allowed = trained.exported(_merging_side, packed=False)
-    found = trained.exported(_merged_side, merged.uri, packed=False)
+    found = trained.exported(merged_side, merged.uri, rows, packed=False)
     return make_proof(
         trained.probe,
         "fp32",
@@ -112,11 +112,12 @@ def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Te
     return beside, alone, expected, allowed
 
 
-def _merged_side(trained: Trained, merged: str) -> list[Tensor]:
+def merged_side(trained: Trained, merged: str, rows: Sequence[ProbeRow]) -> list[Tensor]:
+    """The logits of a model that is stored at `merged`. The base alone gets rows for added tokens, which it lacks."""
     with directory_of(open_store(merged)) as folder:
-        model = plain_model(trained, folder)
+        model = plain.grow(plain_model(trained, folder), trained.vocabulary)
         with plain.computing_in_fp32(model):
-            return plain.place_logits(model, trained.probe.rows)
+            return plain.place_logits(model, rows)
 
 
 def _prove_model(trained: Trained, destination: Store) -> Proof:

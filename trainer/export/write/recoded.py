@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_class
 from trainer.base.find.locate import describe_base
@@ -145,8 +144,9 @@ def _choose(base: Base, code: Code) -> _Recoding:
         if parameter.kind not in ("linear", "head"):
             continue
         source = sources.get(parameter.name)
-        if isinstance(source, TensorSource) and _suits(parameter, source, code):
-            rows, columns = parameter.shape
+        rows, columns = parameter.shape
+        suits = parameter.kind == "linear" and code.takes((rows, columns))
+        if suits and isinstance(source, TensorSource) and source.dtype in ("BF16", "F16", "F32"):
             chosen[stored[source.key, source.offset]] = rows, columns
         else:
             untouched.append(parameter.name.removesuffix(".weight"))
@@ -155,11 +155,6 @@ def _choose(base: Base, code: Code) -> _Recoding:
             f"--format {code.name}: no linear layer of this base can be stored in {code.name}. Take --format merged."
         )
     return _Recoding(code, chosen, untouched)
-
-
-def _suits(parameter: Parameter, source: TensorSource, code: Code) -> bool:
-    rows, columns = parameter.shape
-    return parameter.kind == "linear" and source.dtype in ("BF16", "F16", "F32") and code.takes((rows, columns))
 
 
 def _write_files(
@@ -171,7 +166,10 @@ def _write_files(
         for file in changed:
             merged_header = file.new_header()
             tensors = _tensors(merged_header)
-            entries = [entry for tensor in tensors for entry in _entries(tensor, recoding)]
+            entries = list[NewTensor]()
+            for tensor in tensors:
+                shape = recoding.chosen.get(tensor.name)
+                entries += [tensor] if shape is None else recoding.code.entries(tensor.name, shape)
             header = header_of(entries)
             weight_map |= {entry.name: file.key for entry in entries}
             size = sum(entry.size for entry in entries)
@@ -188,11 +186,6 @@ def _tensors(header: bytes) -> list[NewTensor]:
     found.pop("__metadata__", None)
     ordered = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
     return [NewTensor(name, facts["dtype"], tuple(facts["shape"])) for name, facts in ordered]
-
-
-def _entries(tensor: NewTensor, recoding: _Recoding) -> list[NewTensor]:
-    shape = recoding.chosen.get(tensor.name)
-    return [tensor] if shape is None else recoding.code.entries(tensor.name, shape)
 
 
 def _stream(

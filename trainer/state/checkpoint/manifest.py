@@ -244,8 +244,9 @@ def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
     return min(losses, key=lambda found: (losses[found], -found))
 
 
-def whole_checkpoint(folder: Store, step: int | None = None) -> CheckpointManifest:
-    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over.
+def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: bool = False) -> CheckpointManifest:
+    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over. No shard is looked at where a
+    manifest that can be read is enough (`by_manifest`), as for a dry run.
 
     Raises:
         NothingToResume: there is none.
@@ -256,7 +257,7 @@ def whole_checkpoint(folder: Store, step: int | None = None) -> CheckpointManife
     check_step(folder, steps, step)
     skipped: list[str] = []
     for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
-        problems = problems_of(folder, manifest)
+        problems = [] if by_manifest else problems_of(folder, manifest)
         if not problems:
             return manifest
         skipped += problems

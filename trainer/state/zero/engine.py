@@ -81,17 +81,12 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
     def release(_module: nn.Module, _arguments: Any, _output: Any) -> None:
         held.close()
 
-    hooks = [
-        hook
-        for module in modules
-        for hook in (module.register_forward_pre_hook(gather), module.register_forward_hook(release))
-    ]
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(held.close)  # what a failed pass has left
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(gather))
+            hooks.enter_context(module.register_forward_hook(release))
         yield
-    finally:
-        held.close()
-        for hook in hooks:
-            hook.remove()
 
 
 class _Wrapped(nn.Module):

@@ -44,9 +44,13 @@ def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
 
 def segments_of_targets(batch: MicroBatch) -> Tensor:
     """(targets,) int64, the number of the segment that each target of a row is in."""
+    return segments_of_tokens(batch)[batch.first + batch.places]
+
+
+def segments_of_tokens(batch: MicroBatch | PartOfRow) -> Tensor:
+    """(T,) int64, the number of the segment that each token of the whole row is in."""
     import torch
 
     sizes = batch.cu_seqlens.diff().long()
     numbers = torch.arange(len(sizes), device=sizes.device)
-    tokens = batch.parts * batch.labels.numel()
-    return torch.repeat_interleave(numbers, sizes, output_size=tokens)[batch.first + batch.places]
+    return torch.repeat_interleave(numbers, sizes, output_size=batch.parts * batch.labels.numel())

@@ -78,14 +78,16 @@ class Objective(Protocol):
         raise AssertionError("nobody asks for a reference that the loss does not read")
 
     def weight(self, batch: MicroBatch) -> int:
-        """How much the row counts in the means; 0 for a row of padding. Known without the model."""
-        return batch.targets
+        """How much the row counts in the means; 0 for a row of padding. Known without the model. Each pair or answer is a document."""
+        return len(batch.documents) if self.unit in ("pairs", "answers") else batch.targets
 
 
 class OfSettings(Objective):
-    """An objective whose identity are its settings. A beta that is not `given` is that of its `defaults`."""
+    """An objective whose identity are its settings: those that its `defaults` name, which it reads unless it says fewer. A beta that is
+    not `given` is that of its `defaults`."""
 
     def __init__(self, given: ObjectiveSettings) -> None:
+        self.settings = self.settings or tuple(self.defaults)
         self.beta: float = given.beta or self.defaults.get("beta", 0.0)
         self.given = given.model_copy(update={"beta": self.beta})
 

@@ -1,7 +1,4 @@
-"""The common part of methods that adapt single linear layers: how layers are named, and PEFT's files.
-
-This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
-"""
+"""The common part of methods that adapt single linear layers: how layers are named, and PEFT's files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The common part of methods that are made from the section `tuning` alone: their identity, and how they are switched off.
-
-This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
-"""
+"""The common part of methods that are made from the section `tuning` alone: their identity, and how they are switched off."""
 
 from __future__ import annotations
 

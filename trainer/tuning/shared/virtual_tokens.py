@@ -1,7 +1,4 @@
-"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and their start.
-
-This module is no method: it has no `METHODS`. The methods that use it know it, and it knows none of them.
-"""
+"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and their start."""
 
 from __future__ import annotations
 

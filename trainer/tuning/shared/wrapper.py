@@ -1,7 +1,6 @@
 """The common part of what learns beside a method's own: a method around another one.
 
-This module is no method: it has no `METHODS`. A file of this folder whose `AROUND` names a setting puts such a method around the
-run's where that is set.
+A file of trainer/tuning whose `AROUND` names a setting puts such a method around the run's where that is set.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 computes once."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,17 +21,12 @@ def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[Pla
         for x in given[:1]:  # none where it is given by its name
             calls.setdefault(around, []).append((place_of(around, name), x, x._version))
 
-    hooks = [
-        child.register_forward_pre_hook(partial(note, around, name))
-        for around in model.modules()
-        for name, child in around.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for around in model.modules():
+            for name, child in around.named_children():
+                if isinstance(child, nn.Linear):
+                    hooks.enter_context(child.register_forward_pre_hook(partial(note, around, name)))
         compute()
-    finally:
-        for hook in hooks:
-            hook.remove()
     of_classes = dict[type[nn.Module], list[set[tuple[Place, ...]]]]()
     for around, made in calls.items():
         of_classes.setdefault(type(around), []).append(_of_one_tensor(made))

@@ -6,7 +6,7 @@ Nothing of Capstan's own model is used here, so that a mistake in it cannot hide
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,21 +105,18 @@ class _Partner(NamedTuple):
 
 def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
     """The causal language model of `config` whose modules are those of a model that sees or hears as well."""
-    language = _framed(whole, config, held)
-    language.whole_class, whole.language_part = _Partner(whole), _Partner(language)
-    return language
-
-
-def _framed(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
-    decoder, frame = whole.get_decoder(), unfilled_model(config, held, experts_implementation="eager")
-    place = place_of_decoder(whole, frame)
+    decoder = whole.get_decoder()
+    language: Any = unfilled_model(config, held, experts_implementation="eager")
+    place = place_of_decoder(whole, language)
     inner: Any = body(decoder) if place == "" else decoder
     del inner.layers[config.get_text_config().num_hidden_layers :]
     if place == "":
-        return decoder
-    frame.set_submodule(place, decoder)
-    frame.set_output_embeddings(whole.get_output_embeddings())
-    return frame
+        language = decoder
+    else:
+        language.set_submodule(place, decoder)
+        language.set_output_embeddings(whole.get_output_embeddings())
+    language.whole_class, whole.language_part = _Partner(whole), _Partner(language)
+    return language
 
 
 def _whole_class(model: Any) -> Any:
@@ -281,15 +278,13 @@ def computing_in_fp32(model: Any) -> Iterator[None]:
     plain = language_part(model)
     top = plain.get_output_embeddings()
     parts = [*in_order(plain), plain.get_submodule(MODULE) if top is None else top]
-    hooks = [hook for part in parts for hook in _in_fp32(part)]
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            _have_in_fp32(part, hooks)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _in_fp32(part: nn.Module) -> list[Any]:
+def _have_in_fp32(part: nn.Module, hooks: ExitStack) -> None:
     before: list[tuple[Tensor, Tensor]] = []
 
     def widen(*_: Any) -> None:
@@ -304,8 +299,8 @@ def _in_fp32(part: nn.Module) -> list[Any]:
             tensor.data = data
 
     # First of all behind the layer: where it is streamed, its weights go then.
-    after = part.register_forward_hook(restore, prepend=True, always_call=True)
-    return [part.register_forward_pre_hook(widen), after]
+    hooks.enter_context(part.register_forward_hook(restore, prepend=True, always_call=True))
+    hooks.enter_context(part.register_forward_pre_hook(widen))
 
 
 @contextmanager
@@ -319,14 +314,11 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
         noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
         return (output.float() * (1 + size * noise)).to(output.dtype)
 
-    hooks = [
-        module.register_forward_hook(shake) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                hooks.enter_context(module.register_forward_hook(shake))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def merge_and_round(

@@ -19,20 +19,19 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_DEFAULTS = {
-    "top_k": 64,
-    "divergence": "forward",
-    "temperature": 1.0,
-    "next_tokens": 0.0,
-}
-
 
 class Distil(OfSettings):
     """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with sft, so
     held-out data need no teacher."""
 
-    settings = (*TEACHER, *_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **TEACHER, **_DEFAULTS}
+    defaults: Mapping[str, Any] = {
+        "name": "sft",
+        **TEACHER,
+        "top_k": 64,
+        "divergence": "forward",
+        "temperature": 1.0,
+        "next_tokens": 0.0,
+    }
     formats = ("chat", "prompt_completion", "text", "segments")
     unit = "targets"
 

@@ -13,7 +13,7 @@ GRPO, DAPO (arXiv:2503.14476) and Dr. GRPO (arXiv:2503.20783). There is no criti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
@@ -31,24 +31,23 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_DEFAULTS = {
-    "beta": 0.0,
-    "ratio": "clipped",
-    "ratio_of": "token",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "mean_over": "answers",
-    "longest_answer": 256,
-    "advantage": "standardised",
-}
 _LEAST_SPREAD = 1e-4  # as TRL has it
 
 
 class Grpo(OfSettings):
     """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own answers, so it needs no rollouts."""
 
-    settings: Collection[str] = tuple(_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    defaults: Mapping[str, Any] = {
+        "name": "sft",
+        "beta": 0.0,
+        "ratio": "clipped",
+        "ratio_of": "token",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "mean_over": "answers",
+        "longest_answer": 256,
+        "advantage": "standardised",
+    }
     formats = ("chat", "prompt_completion")
     measures = (
         "ratio",  # the mean over the tokens, as of the next ones
@@ -66,11 +65,11 @@ class Grpo(OfSettings):
 
     def mismatches(self) -> list[str]:
         given, wrong = self._own, list[str]()
-        if given.mean_over != "constant" and given.longest_answer != _DEFAULTS["longest_answer"]:
+        if given.mean_over != "constant" and given.longest_answer != self.defaults["longest_answer"]:
             wrong.append(
                 f"objective.longest_answer: has no effect with objective.mean_over: {given.mean_over}. Remove it."
             )
-        if given.ratio == "truncated" and given.clip_low != _DEFAULTS["clip_low"]:
+        if given.ratio == "truncated" and given.clip_low != self.defaults["clip_low"]:
             wrong.append("objective.clip_low: has no effect with objective.ratio: truncated. Remove it.")
         if self.beta and self._method.trains_base:
             wrong.append("objective.beta: there is no base to compare with where the base itself learns. Set it to 0.")
@@ -87,9 +86,6 @@ class Grpo(OfSettings):
         if self._own.advantage == "standardised":
             centred = centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + _LEAST_SPREAD)
         return centred.reshape(-1).tolist()
-
-    def weight(self, batch: MicroBatch) -> int:
-        return batch.targets if self._own.mean_over == "tokens" else len(batch.documents)
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -135,9 +131,6 @@ class Grpo(OfSettings):
         return [value / tokens if tokens else 0.0 for value in others]
 
 
-_SHARED = ("ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
-
-
 class Opd(Grpo):
     """On-policy distillation: what the model samples becomes as likely as a teacher has it.
 
@@ -147,8 +140,8 @@ class Opd(Grpo):
     that; the reward is only measured.
     """
 
-    settings: Collection[str] = (*TEACHER, *_SHARED)
-    defaults: Mapping[str, Any] = {"name": "sft", **TEACHER, **_DEFAULTS}
+    settings = (*TEACHER, "ratio", "clip_low", "clip_high", "mean_over", "longest_answer")
+    defaults: Mapping[str, Any] = {**TEACHER, **Grpo.defaults}
 
     @property
     def judge(self) -> Teacher | None:

@@ -34,14 +34,11 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_DEFAULTS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-
 
 class Kto(OfSettings):
     """The formulas of the module's docstring. A reward is beta r(x, y)."""
 
-    settings = tuple(_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    defaults: Mapping[str, Any] = {"name": "sft", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     formats = ("labelled",)
     reads_reference = True
     unit = "answers"
@@ -58,9 +55,6 @@ class Kto(OfSettings):
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
         super().__init__(given)
         self._method, self.survey = method, Survey(4, 0.5, self._survey)
-
-    def weight(self, batch: MicroBatch) -> int:
-        return len(batch.documents)
 
     def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""

@@ -45,16 +45,13 @@ class Preference(OfSettings):
     unit = "pairs"
 
     def __init__(self, pair_loss: PairLoss, given: ObjectiveSettings, method: Method) -> None:
-        self.settings, self.defaults = tuple(pair_loss.defaults), {"name": "sft", **pair_loss.defaults}
+        self.defaults = {"name": "sft", **pair_loss.defaults}
         self.reads_reference, self.measures = pair_loss.reads_reference, (*_MEASURES, *pair_loss.more)
         self.pair_loss, self.method = pair_loss, method
         super().__init__(given)
 
     def mismatches(self) -> list[str]:
         return self.pair_loss.mismatches(self.given)
-
-    def weight(self, batch: MicroBatch) -> int:
-        return len(batch.rejected) if batch.first == 0 else 0
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch

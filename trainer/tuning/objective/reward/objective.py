@@ -17,7 +17,7 @@ from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
-from trainer.tuning.objective.answers import counted_once
+from trainer.tuning.objective.answers import counted_once, segments_of_tokens
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.reward.settings import RewardSettings
 
@@ -27,14 +27,11 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_DEFAULTS = {"margin": 0.0, "center_rewards": 0.0}
-
 
 class Reward(OfSettings):
     """The formula of the module's docstring."""
 
-    settings = tuple(_DEFAULTS)
-    defaults: Mapping[str, Any] = {"name": "sft", **_DEFAULTS}
+    defaults: Mapping[str, Any] = {"name": "sft", "margin": 0.0, "center_rewards": 0.0}
     formats = ("preference",)
     unit = "pairs"
     measures = (
@@ -49,9 +46,6 @@ class Reward(OfSettings):
         head = head_of(method)
         assert head is not None
         self._head = head
-
-    def weight(self, batch: MicroBatch) -> int:
-        return len(batch.rejected) if batch.first == 0 else 0
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
@@ -71,10 +65,7 @@ def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
     """(segments,) int64, the last place in each segment of a row whose token is no padding, as transformers' classifiers look for it."""
     import torch
 
-    sizes = batch.cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(
-        torch.arange(len(sizes), device=sizes.device), sizes, output_size=batch.labels.numel()
-    )
+    owner = segments_of_tokens(batch)
     numbers = torch.arange(len(owner), device=owner.device)
     counted = numbers if padding is None else torch.where(batch.input_ids[0] == padding, 0, numbers)
     return batch.cu_seqlens[:-1].long().scatter_reduce(0, owner, counted, "amax")

@@ -23,8 +23,5 @@ def noise_on(embedding: nn.Module, batch: MicroBatch, alpha: float) -> Iterator[
         most = alpha / (tokens.to(found.device) * found.shape[2]).float().sqrt()
         return found + torch.empty_like(found).uniform_(-1, 1) * most.to(found.dtype)[:, None]
 
-    hook = embedding.register_forward_hook(add_noise)
-    try:
+    with embedding.register_forward_hook(add_noise):
         yield
-    finally:
-        hook.remove()

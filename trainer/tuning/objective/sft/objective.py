@@ -27,7 +27,6 @@ class NextTokens(OfSettings):
     An evaluation is without them, so that its loss is a likelihood and comparable between runs.
     """
 
-    settings = ("label_smoothing", *SftSettings.model_fields)
     defaults: Mapping[str, Any] = {
         "name": "sft",
         "label_smoothing": 0.0,
