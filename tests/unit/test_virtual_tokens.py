@@ -24,12 +24,11 @@ from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
-from trainer.tuning.method import find_method
+from trainer.tuning.method import find_method, flagged
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.sft.objective import NextTokens
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
-from trainer.tuning.shared.of_settings import flagged
 
 METHODS = ("prompt", "prefix")
 P = 5

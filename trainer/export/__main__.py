@@ -32,7 +32,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made later."""
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
-    progress = ExportProgress(print_bytes(), lambda sentence: print("say", sentence, flush=True))
+    progress = ExportProgress(print_bytes, lambda sentence: print("say", sentence, flush=True))
     newest = newest_commit(run) if arguments.step is None else None
     try:
         written = form.write(run, destination, arguments.step, progress)

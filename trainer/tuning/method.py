@@ -7,15 +7,15 @@ that handles tensors imports torch when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config, Model, Optim, Tuning
-from trainer.config.registry import chosen, kinds, refuse_unread
+from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -158,6 +158,36 @@ class Method(Protocol):
         """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`. `weights` are those of
         all that learns, so they may have parameters beside those of the method's own `shapes`."""
         raise AssertionError(self.unmergeable)
+
+
+@dataclass(frozen=True)
+class OfSettings(Method):
+    """A method whose identity are its settings. The modules that it adds, and those of what learns beside it, have a flag `active`;
+    where others learn, it says itself how it is switched off."""
+
+    tuning: Tuning
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
+        return without_defaults(given, self.defaults)
+
+    def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        # A token that was added keeps the row that it started as: the base has none for it.
+        return flagged([module for module in model.modules() if "active" in vars(module)], "active", False)
+
+
+@contextmanager
+def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
+    """Every layer's attribute `flag` is `value` inside, and the opposite afterwards."""
+    layers = list(layers)
+    for layer in layers:
+        setattr(layer, flag, value)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, flag, not value)
 
 
 @runtime_checkable

@@ -95,7 +95,7 @@ class AsQuantized:
 def main() -> None:
     try:
         destination = open_store(sys.argv[2], setting="DEST")
-        write_as_quantized(parse_config(sys.argv[1]), destination, print_bytes())
+        write_as_quantized(parse_config(sys.argv[1]), destination, print_bytes)
     except CapstanError as error:
         print(f"capstan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -18,8 +18,7 @@ from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.bottleneck.settings import BottleneckSettings
-from trainer.tuning.method import ExportedFiles
-from trainer.tuning.shared.of_settings import OfSettings, flagged
+from trainer.tuning.method import ExportedFiles, OfSettings, flagged
 
 if TYPE_CHECKING:
     import torch

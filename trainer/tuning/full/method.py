@@ -19,8 +19,7 @@ from trainer.config.reading.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
 from trainer.tuning.full.settings import FullSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights, TrainedWeight
-from trainer.tuning.shared.of_settings import OfSettings
+from trainer.tuning.method import ExportedFiles, LearntWeights, OfSettings, TrainedWeight
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from trainer.base.find.locate import describe_base
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
 from trainer.tuning.lora.settings import LoraSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights
+from trainer.tuning.method import ExportedFiles, LearntWeights, flagged
 from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
     LOW_RANK_SETTINGS,
@@ -26,7 +26,6 @@ from trainer.tuning.shared.linear_adapters import (
     lora_config,
     peft_files,
 )
-from trainer.tuning.shared.of_settings import flagged
 
 if TYPE_CHECKING:
     import torch

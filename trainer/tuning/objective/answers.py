@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,24 @@ def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
 def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
     """`values` of a whole row, by the first of the ranks that share it; 0 by the others, with the same gradient."""
     return values if batch.first == 0 else values - values.detach()
+
+
+MEASURES_OF_PAIRS = (
+    "reward_chosen",
+    "reward_rejected",
+    "reward_margin",
+    "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
+)
+
+
+def sums_of_pairs(
+    losses: Tensor, chosen: Tensor, rejected: Tensor, more: Iterable[Tensor], batch: MicroBatch
+) -> Tensor:
+    """The sums of a row of pairs: the loss, the measures of the rewards of their answers, and `more` of them; each is given as (pairs,)."""
+    import torch
+
+    measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *more)
+    return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
 
 
 def segments_of_targets(batch: MicroBatch) -> Tensor:

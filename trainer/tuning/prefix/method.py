@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.model.kernels.attention import FLASH
-from trainer.tuning.method import ExportedFiles, VirtualTokens
+from trainer.tuning.method import ExportedFiles, VirtualTokens, flagged
 from trainer.tuning.shared.linear_adapters import peft_files
-from trainer.tuning.shared.of_settings import flagged
 from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -103,7 +103,8 @@ class _Search:
             return PeftFolder(place, folder, self.method, self.model)
         steps = committed_steps(folder)
         if step is not None and step not in steps:
-            raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {_listed(steps)}.")
+            there = f"those of steps {', '.join(map(str, sorted(steps)))}" if steps else "none"
+            raise ConfigError(f"{SETTING}: {shown(place)} is no committed checkpoint. The run has {there}.")
         skipped: list[str] = []
         manifest = next(readable_manifests(folder, skipped, [step] if step is not None else steps), None)
         if manifest is None and skipped:
@@ -135,10 +136,6 @@ def _at_step(place: str, step: int) -> str:
         return f"{place.partition('@')[0]}@{step}"
     run = place.rstrip("/")
     return run if _CHECKPOINT.fullmatch(run) else f"{run}/{layout.checkpoint(step)}".rstrip("/")
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return f"those of steps {', '.join(map(str, sorted(steps)))}" if steps else "none"
 
 
 @dataclass(frozen=True)

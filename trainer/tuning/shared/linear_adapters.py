@@ -14,8 +14,7 @@ from trainer.config import Model, Tuning
 from trainer.config.reading.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles
-from trainer.tuning.shared.of_settings import OfSettings
+from trainer.tuning.method import ExportedFiles, OfSettings
 from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:

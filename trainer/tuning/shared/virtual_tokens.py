@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
+from trainer.tuning.method import OfSettings
 from trainer.tuning.shared.linear_adapters import PEFT_FILES
-from trainer.tuning.shared.of_settings import OfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,22 +36,16 @@ class BesideBase(OfSettings):
         Raises `ConfigError` when `init_text` has no token.
         """
         import torch
+        from transformers import AutoTokenizer
 
         count, vocabulary = self.tuning.virtual_tokens, model.config.get_text_config().vocab_size
         if self.tuning.init_text is None:
             return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
-        tokens = _tokens(model, self.tuning.init_text)
+        folder = model.name_or_path
+        assert folder
+        with read_by_transformers(folder, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokens = tokenizer(self.tuning.init_text)["input_ids"]  # as the base's own begins a document with them
         if not tokens:
             raise ConfigError("tuning.init_text: the base's tokenizer makes no token of it. Write some words.")
         return torch.tensor((tokens * count)[:count])
-
-
-def _tokens(model: PreTrainedModel, text: str) -> list[int]:
-    """The ids of a text as the base's own tokenizer begins a document with it."""
-    from transformers import AutoTokenizer
-
-    folder = model.name_or_path
-    assert folder
-    with read_by_transformers(folder, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return tokenizer(text)["input_ids"]

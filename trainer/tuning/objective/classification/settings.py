@@ -1,21 +1,15 @@
 """The heads of classification, of texts and of words."""
 
+from dataclasses import replace
+
 from trainer.config.objective import Head
 from trainer.config.section import Section
 
 SETTINGS: tuple[type[Section], ...] = ()
+_OF_TEXTS = Head("SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True)
 HEADS = {
-    "classification": Head(
-        "SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True
-    ),
-    "multilabel_classification": Head(
-        "SEQ_CLS",
-        "text-classification",
-        "AutoModelForSequenceClassification",
-        "A classifier",
-        labelled=True,
-        several=True,
-    ),
+    "classification": _OF_TEXTS,
+    "multilabel_classification": replace(_OF_TEXTS, several=True),
     "token_classification": Head(
         "TOKEN_CLS",
         "token-classification",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.config import ObjectiveSettings
 from trainer.config.registry import kinds
 from trainer.tuning.method import Method
-from trainer.tuning.objective.answers import Answers, counted_once, read_segments
+from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, Answers, read_segments, sums_of_pairs
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.pairs.pair_loss import PairLoss
 
@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
-_MEASURES = (
-    "reward_chosen",
-    "reward_rejected",
-    "reward_margin",
-    "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
-    "length_chosen",  # trained tokens
-    "length_rejected",
-)
+_LENGTHS = ("length_chosen", "length_rejected")  # in trained tokens
 
 
 def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answers]:
@@ -46,7 +39,8 @@ class Preference(OfSettings):
 
     def __init__(self, pair_loss: PairLoss, given: ObjectiveSettings, method: Method) -> None:
         self.defaults = {"name": "sft", **pair_loss.defaults}
-        self.reads_reference, self.measures = pair_loss.reads_reference, (*_MEASURES, *pair_loss.more)
+        self.measures = (*MEASURES_OF_PAIRS, *_LENGTHS, *pair_loss.more)
+        self.reads_reference = pair_loss.reads_reference
         self.pair_loss, self.method = pair_loss, method
         super().__init__(given)
 
@@ -69,8 +63,7 @@ class Preference(OfSettings):
         sides = None if reference is None else reference.T
         losses, (chosen, rejected), more = self.pair_loss.formula(self.given, answers, sides)
         lengths = (side.tokens for side in answers)
-        measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *lengths, *more)
-        return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
+        return sums_of_pairs(losses, chosen, rejected, (*lengths, *more), batch)
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {

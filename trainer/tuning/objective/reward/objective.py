@@ -17,7 +17,7 @@ from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
-from trainer.tuning.objective.answers import counted_once, segments_of_tokens
+from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, segments_of_tokens, sums_of_pairs
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.reward.settings import RewardSettings
 
@@ -34,12 +34,7 @@ class Reward(OfSettings):
     defaults: Mapping[str, Any] = {"name": "sft", "margin": 0.0, "center_rewards": 0.0}
     formats = ("preference",)
     unit = "pairs"
-    measures = (
-        "reward_chosen",
-        "reward_rejected",
-        "reward_margin",
-        "reward_accuracy",  # the share of pairs whose chosen answer has the higher reward
-    )
+    measures = MEASURES_OF_PAIRS
 
     def __init__(self, given: ObjectiveSettings, method: Method) -> None:
         super().__init__(given)
@@ -57,8 +52,7 @@ class Reward(OfSettings):
         rewards, pairs = outputs(model, batch, both)[:, 0], len(batch.rejected)
         chosen, rejected = rewards[:pairs], rewards[pairs:]
         losses = -logsigmoid(chosen - rejected - own.margin) + own.center_rewards * (chosen + rejected).square()
-        measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float())
-        return counted_once(torch.stack([losses.sum(), *(measure.detach().sum() for measure in measures)]), batch)
+        return sums_of_pairs(losses, chosen, rejected, (), batch)
 
 
 def last_places(batch: MicroBatch, padding: int | None) -> Tensor:

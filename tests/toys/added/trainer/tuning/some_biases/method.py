@@ -12,8 +12,7 @@ from trainer.tuning.some_biases.settings import SomeBiasesSettings  # pyright: i
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
-from trainer.tuning.method import ExportedFiles, Method
-from trainer.tuning.shared.of_settings import OfSettings
+from trainer.tuning.method import ExportedFiles, Method, OfSettings
 
 if TYPE_CHECKING:
     import torch
