@@ -167,10 +167,25 @@ class OfSettings(Method):
 
     tuning: Tuning
 
+    groups_by_end: ClassVar[Mapping[str, str]] = {}
+    """Name of each of the optimizer's groups -> the end of the names in the model of the parameters in it, without the dot before it."""
+
     @property
     def identity(self) -> dict[str, Any]:
         given = self.tuning.model_dump(mode="json", include={"method", *self.settings})
         return without_defaults(given, self.defaults)
+
+    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
+        """LoRA+ (arXiv:2402.12354) lets B learn faster than A; all else learns at the rate of the run."""
+        named = list(model.named_parameters())
+        return [
+            {
+                "name": group,
+                "lr_ratio": optim.lora_plus_ratio if group == "lora_B" else 1.0,
+                "params": [parameter for name, parameter in named if f".{name}".endswith(f".{end}")],
+            }
+            for group, end in self.groups_by_end.items()
+        ]
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         # A token that was added keeps the row that it started as: the base has none for it.

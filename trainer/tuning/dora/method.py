@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.shared.linear_adapters import (
     LOW_RANK_DEFAULTS,
@@ -61,6 +61,7 @@ class Dora(LinearAdapters):
 
     settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
     defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+    groups_by_end: ClassVar[Mapping[str, str]] = {kind: kind for kind in (_DOWN, _UP, _MAGNITUDE)}
     uncounted_activations: ClassVar[bool] = True  # several results of each layer
 
     @property
@@ -103,15 +104,6 @@ class Dora(LinearAdapters):
 
     def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
         return lora_config(self.tuning, targets, use_dora=True)
-
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """As LoRA's two groups, and the magnitudes."""
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        ratios = {_DOWN: 1.0, _UP: optim.lora_plus_ratio, _MAGNITUDE: 1.0}
-        return [
-            {"name": kind, "lr_ratio": ratio, "params": [part for name, part in trainable if name.endswith(f".{kind}")]}
-            for kind, ratio in ratios.items()
-        ]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

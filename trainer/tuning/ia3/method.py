@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.config.section import part
 from trainer.tuning.ia3.settings import Ia3Settings
 from trainer.tuning.method import ExportedFiles, LearntWeights
@@ -62,6 +62,7 @@ class Ia3(LinearAdapters):
         "modules_to_save": [],
     }
     auto: ClassVar[Targets] = _AUTO
+    groups_by_end: ClassVar[Mapping[str, str]] = {_VECTOR: _VECTOR}
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         targets = self._names(architecture)
@@ -112,10 +113,6 @@ class Ia3(LinearAdapters):
         from peft import IA3Config
 
         return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
-
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        vectors = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_VECTOR}")]
-        return [{"name": _VECTOR, "lr_ratio": 1.0, "params": vectors}]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

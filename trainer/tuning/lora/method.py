@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.config.section import part
 from trainer.tuning.lora.settings import LoraSettings
 from trainer.tuning.method import ExportedFiles, LearntWeights, flagged
@@ -63,6 +63,7 @@ class Lora(LinearAdapters):
 
     settings: ClassVar[Collection[str]] = (*LOW_RANK_SETTINGS, "init")
     defaults: ClassVar[Mapping[str, Any]] = {**LOW_RANK_DEFAULTS, "init": "kaiming"}
+    groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
 
     @property
     def scaling(self) -> float:
@@ -120,15 +121,6 @@ class Lora(LinearAdapters):
 
     def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
         return lora_config(self.tuning, targets, use_rslora=self.rank_stabilized)
-
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """The two matrices apart: LoRA+ (arXiv:2402.12354) lets B learn faster than A."""
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        ratios = {"lora_A": 1.0, "lora_B": optim.lora_plus_ratio}
-        return [
-            {"name": kind, "lr_ratio": ratio, "params": [matrix for name, matrix in trainable if f".{kind}." in name]}
-            for kind, ratio in ratios.items()
-        ]
 
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:

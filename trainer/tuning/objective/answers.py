@@ -66,7 +66,7 @@ def segments_of_targets(batch: MicroBatch) -> Tensor:
     return segments_of_tokens(batch)[batch.first + batch.places]
 
 
-def segments_of_tokens(batch: MicroBatch | PartOfRow) -> Tensor:
+def segments_of_tokens(batch: MicroBatch) -> Tensor:
     """(T,) int64, the number of the segment that each token of the whole row is in."""
     import torch
 

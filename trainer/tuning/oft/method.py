@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.config.section import part
 from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.oft.settings import OftSettings
@@ -47,6 +47,7 @@ class Oft(LinearAdapters):
 
     settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save")
     defaults: ClassVar[Mapping[str, Any]] = {"targets": ALL_LINEAR, "layers": None, "block": 32, "modules_to_save": []}
+    groups_by_end: ClassVar[Mapping[str, str]] = {"oft_R": _SKEW}
 
     @property
     def _block(self) -> int:
@@ -81,10 +82,6 @@ class Oft(LinearAdapters):
         from peft import OFTConfig
 
         return OFTConfig(task_type="CAUSAL_LM", oft_block_size=self._block, target_modules=targets)
-
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        learning = [parameter for name, parameter in model.named_parameters() if name.endswith(f".{_SKEW}")]
-        return [{"name": "oft_R", "lr_ratio": 1.0, "params": learning}]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""

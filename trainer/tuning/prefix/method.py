@@ -6,13 +6,13 @@ the output alone; here they are the parameters themselves, which PEFT calls a pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.model.kernels.attention import FLASH
 from trainer.tuning.method import ExportedFiles, VirtualTokens, flagged
 from trainer.tuning.shared.linear_adapters import peft_files
@@ -27,11 +27,6 @@ _NO_KEYS = "it takes no keys and values beside those of a row's own tokens"
 _KERNELS: dict[str, str] = dict.fromkeys((*FLASH, "flex_attention", "eager"), _NO_KEYS)
 
 
-def _attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The modules that have a prefix, in the model's order."""
-    return [module for module in model.modules() if hasattr(module, "attends_to_prefix")]
-
-
 def _layer(name: str) -> int:
     """The number of the decoder layer that a parameter is in."""
     return int(next(part for part in name.split(".") if part.isdigit()))
@@ -41,6 +36,7 @@ def _layer(name: str) -> int:
 class PrefixTuning(BesideBase):
     """Keys and values that every token of a document sees in every layer."""
 
+    groups_by_end: ClassVar[Mapping[str, str]] = {"prefix": "prefix"}
     uncounted_activations: ClassVar[bool] = True  # copies of the keys and values with those before them
 
     @property
@@ -77,11 +73,9 @@ class PrefixTuning(BesideBase):
             starts = keys_and_values(model, tokens)
         add_prefixes(model, layers, [start.to(dtype) for start in starts])
 
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        return [{"name": "prefix", "lr_ratio": 1.0, "params": [layer.prefix for layer in _attention_layers(model)]}]
-
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        return flagged(_attention_layers(model), "attends_to_prefix", False)
+        layers = [module for module in model.modules() if hasattr(module, "attends_to_prefix")]
+        return flagged(layers, "attends_to_prefix", False)
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder, whose one matrix is (virtual_tokens, layers * 2 * kv_heads * head)."""

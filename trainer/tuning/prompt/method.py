@@ -6,12 +6,12 @@ their own prompt as they see their own tokens, whatever the attention kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.config import Model, Optim, Tuning
+from trainer.config import Model, Tuning
 from trainer.tuning.method import ExportedFiles, VirtualTokens
 from trainer.tuning.shared.linear_adapters import peft_files
 from trainer.tuning.shared.virtual_tokens import PEFT_TENSOR, BesideBase
@@ -28,6 +28,8 @@ _WEIGHT = "prompt.weight"
 @dataclass(frozen=True)
 class PromptTuning(BesideBase):
     """Virtual tokens in the place of each document's first ones."""
+
+    groups_by_end: ClassVar[Mapping[str, str]] = {"prompt": _WEIGHT}
 
     @property
     def virtual(self) -> VirtualTokens:
@@ -48,9 +50,6 @@ class PromptTuning(BesideBase):
         with gathered(embedding), torch.no_grad():
             start = embedding(tokens.to(embedding.weight.device)).to(dtype)
         add_prompt(model, start)
-
-    def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        return [{"name": "prompt", "lr_ratio": 1.0, "params": [model.get_parameter(_WEIGHT)]}]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
