@@ -25,7 +25,8 @@ ray_node() {
   (umask 077 && cat >"$LOCAL/token")
   echo "$SLURM_STEP_ID" >"$LOCAL/step" # steps of cluster.slurm.setup came before it
   local options=(--block --disable-usage-stats --num-cpus="$RAY_CPUS" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
-    --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
+    --object-store-memory=268435456 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0
+    --include-log-monitor=false) # the driver takes no logs from Ray: ranks write theirs to the run's store
   if [ "$SLURM_PROCID" = 0 ]; then
     options+=(--head --node-ip-address="${RAY_ADDRESS%:*}" --port="${RAY_ADDRESS#*:}" --temp-dir="$LOCAL/ray"
       --include-dashboard=false --ray-client-server-port="$CLIENT_PORT")

@@ -18,6 +18,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # PyTorch is imported after this, here and in every process below. Threads of one process that wait for one another keep the processors
 # from the workers beside it, and products as small as those of the tests are slower on several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Ray's workers yield to every other process by default, and beside other work would be waited for until a test's time is up.
 os.environ.update(RAY_worker_niceness="0")

@@ -11,6 +11,7 @@ from trainer.processes.devices import stay_on_cpu
 
 def imported_rank(config: Config) -> Callable[..., None]:
     """`run_rank`, whose import is that of torch, which sees the devices that the run leaves it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait keep cores from other ranks
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
     from trainer.rank import run_rank

@@ -7,7 +7,6 @@ comes to the file OUTCOME, as `outcome_of` writes it; there is none where the pr
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ def main() -> None:
     given, outcome = map(Path, sys.argv[1:])
     task = json.loads(given.read_text(encoding="utf-8"))
     config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         run_rank = imported_rank(config)
         from trainer.train.start import Starter
