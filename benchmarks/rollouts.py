@@ -36,10 +36,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks that the tests share
 
-from tests.cli.test_vllm import TARGETS, vllm
 from tests.dist import rollouts, runs
 from tests.dist.launch import launch, running
 from tests.material import make_base
+from tests.real_vllm import TARGETS, vllm
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare

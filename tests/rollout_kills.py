@@ -21,12 +21,12 @@ from uuid import uuid4
 
 from launcher.smoke.local_s3 import free_ports
 from tests.cli.conftest import ROOT
-from tests.cli.test_vllm import TARGETS, start_vllm
 from tests.dist import rollouts, runs
 from tests.dist.launch import Group, launch, running
 from tests.dist.test_resume import losses
 from tests.kills import CAPSTAN, ENVIRONMENT, MARK, family, left_by
 from tests.material import Workshop
+from tests.real_vllm import TARGETS, start_vllm
 from trainer.config import Config, dump_config
 from trainer.data.dataset.manifest import MANIFEST
 from trainer.data.dataset.rollouts import is_committed, read_figures

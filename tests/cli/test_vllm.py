@@ -1,126 +1,110 @@
 """A real vLLM serves an export beside its base: `export --verify --server` finds it right, and the base alone beside it, and `evaluate --server` measures
-what the ranks do."""
+what the ranks do. It samples what the trainer computes, for runs that have started before it and for one that starts it."""
 
 import json
 import os
-import socket
-import subprocess
-import time
-import urllib.request
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
+from typing import NamedTuple
 
+import obstore
 import pytest
 
 from launcher.view.status import read_generation
 from tests.cli.conftest import ROOT, Capstan
+from tests.dist import rollouts
+from tests.dist.launch import running
 from tests.dist.test_evaluate import write_tasks
 from tests.material import Workshop, commit, make_data
 from tests.needs import need
 from tests.ray.cluster import Driver, alive, write
+from tests.real_vllm import ENVIRONMENT, TARGETS, VLLM, vllm
+from tests.rollout_kills import begin, config_of
 from tests.served_runs import sidecars, until
-from trainer.processes import children, guard
+from trainer.export.write.adapter import export_adapter
+from trainer.processes import guard
 from trainer.store.store import open_store
 
-VLLM = ROOT / ".servers/vllm"
-# Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without turning, the compilation of
-# the sampler by g++.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
-    "KMP_BLOCKTIME": "0",
-    "OMP_WAIT_POLICY": "passive",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-}
-# Not the head: with an adapter's wrapper around it, a request for the prompt's log-probabilities ends this vLLM on a CPU.
-TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
-def start_vllm(base: Path, log: Path, port: int, *options: str, **variables: str) -> "subprocess.Popen[bytes]":
-    """A server of `base` that takes adapters, as a group of processes; `variables` are some more of its environment."""
-    given = ["serve", str(base), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]
-    given += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora"]
-    given += ["--lora-target-modules", *TARGETS, *options]
-    environment = {**os.environ, **ENVIRONMENT, **variables, "PATH": f"{VLLM}/bin{os.pathsep}{os.environ['PATH']}"}
-    with log.open("w") as out:
-        command = [str(VLLM / "bin/vllm"), *given]
-        return children.start(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+class Served(NamedTuple):
+    """A server at `url` of the workshop's base and of the export of its run `done`, which finds adapters in the store `there`; and its log."""
+
+    workshop: Workshop
+    url: str
+    there: Path
+    log: Path
 
 
-@contextmanager
-def vllm(base: Path, log: Path, *options: str, **variables: str) -> Iterator[str]:
-    """The address of such a server, once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with start_vllm(base, log, port, *options, **variables) as process:
-        try:
-            while not _is_ready(f"http://127.0.0.1:{port}"):
-                assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url + "/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_a_real_server_serves_what_was_exported(tmp_path: Path, capstan: Capstan) -> None:
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One for the tests that ask a server, whose start takes half a minute of a processor."""
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
-    workshop = Workshop(tmp_path, hidden_size=128)  # vLLM wants heads of 32
+    folder = tmp_path_factory.mktemp("served")
+    workshop = Workshop(folder, hidden_size=128)  # vLLM wants heads of 32
     exact = ("model.dtype=fp32", "quant.type=none")
     config = workshop.config("done", f"tuning.targets=[{', '.join(TARGETS)}]", *exact)
     commit(workshop.store.sub("done"), config, dataset=workshop.prepare(config).train)
-    export = ("export", "done", str(tmp_path / "adapter"), f"--store={workshop.folder}/store")
-    assert capstan(*export, timeout=600).returncode == 0
-    with vllm(workshop.base, tmp_path / "vllm.log", "--lora-modules", f"done={tmp_path}/adapter") as url:
-        served = capstan(*export, "--verify", "--server", url, timeout=600)
-        assert served.returncode == 0, served.stderr
-        assert "log-probabilities of done" in served.stdout
-        alone = capstan(*export, "--verify", "--server", f"{url}#base", timeout=600)
-        assert alone.returncode == 1
-        assert "It answers as the base alone" in alone.stderr
-        make_data(tmp_path / "task.jsonl", documents=7, seed=8)
-        write_tasks(tmp_path / "tasks")
-        evaluate = (
-            "evaluate",
-            "done",
-            export[-1],
-            f"--set=task={tmp_path}/task.jsonl",
-            f"--tasks={tmp_path}/tasks",
-            "--json",
-        )
-        theirs, ours = (capstan(*evaluate, *more, timeout=600) for more in (("--server", url, "--step=4"), ()))
+    export_adapter(workshop.store.sub("done"), open_store(str(folder / "adapter")))
+    there, log = folder / "there", folder / "vllm.log"
+    plugin = {"PYTHONPATH": str(installed(folder / "plugin")), "CAPSTAN_STORE": str(there)}
+    with vllm(workshop.base, log, "--lora-modules", f"done={folder}/adapter", **plugin) as url:
+        yield Served(workshop, url, there, log)
+
+
+def test_a_real_server_serves_what_was_exported(served: Served, tmp_path: Path, capstan: Capstan) -> None:
+    url, export = served.url, ("export", "done", str(tmp_path / "adapter"), f"--store={served.workshop.folder}/store")
+    found = capstan(*export, "--verify", "--server", url, timeout=600)
+    assert found.returncode == 0, found.stderr
+    assert "log-probabilities of done" in found.stdout
+    alone = capstan(*export, "--verify", "--server", f"{url}#base", timeout=600)
+    assert alone.returncode == 1
+    assert "It answers as the base alone" in alone.stderr
+    make_data(tmp_path / "task.jsonl", documents=7, seed=8)
+    write_tasks(tmp_path / "tasks")
+    evaluate = (
+        "evaluate",
+        "done",
+        export[-1],
+        f"--set=task={tmp_path}/task.jsonl",
+        f"--tasks={tmp_path}/tasks",
+        "--json",
+    )
+    theirs, ours = (capstan(*evaluate, *more, timeout=600) for more in (("--server", url, "--step=4"), ()))
     assert theirs.returncode == ours.returncode == 0, theirs.stderr + ours.stderr
-    served, here = json.loads(theirs.stdout), json.loads(ours.stdout)
-    assert served["server"] == f"{url}#done"
+    measured, here = json.loads(theirs.stdout), json.loads(ours.stdout)
+    assert measured["server"] == f"{url}#done"
     for side in ("base", "adapter"):
-        assert served["sets"]["task"][side]["loss"] == pytest.approx(here["sets"]["task"][side]["loss"], abs=1e-4)
-        for task, metrics in served["tasks"].items():
+        assert measured["sets"]["task"][side]["loss"] == pytest.approx(here["sets"]["task"][side]["loss"], abs=1e-4)
+        for task, metrics in measured["tasks"].items():
             for metric, one in metrics.items():
                 assert one[side] == pytest.approx(here["tasks"][task][metric][side], rel=1e-3), (task, metric, side)
-    assert abs(served["sets"]["task"]["difference"]) > 0.01
+    assert abs(measured["sets"]["task"]["difference"]) > 0.01
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1800)
+def test_a_real_server_samples_what_the_trainer_computes(served: Served) -> None:
+    """It takes the adapters of one run from a folder, and finds those of another in the store of that, as it has our plugin."""
+    before = len(served.log.read_text(errors="replace"))
+    for name, store in (("folder", served.workshop.folder / "store"), ("store", served.there)):
+        given = f"rollout.engine=[{served.url}]", "rollout.max_lag=0", "train.steps=4", f"run.store={store}"
+        workshop = copy(served.workshop)
+        workshop.store = open_store(str(store))
+        config = config_of(workshop, name, *given, f"tuning.targets=[{', '.join(TARGETS)}]")
+        run, ranks = begin(workshop, config)
+        with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as rest:
+            assert trainer.wait()[0]["outcome"] == "finished"
+            assert rest.wait()[0]["outcome"] == "finished"
+        steps = read_generation(run, 1)["step"]
+        assert [record["lag"] for record in steps] == [0] * 4
+        # Also of the later ones, whose adapter is no longer nothing.
+        assert all(record["log_ratio"] < 1e-4 and abs(record["ratio"] - 1) < 1e-3 for record in steps), steps
+    said = served.log.read_text(errors="replace")[before:]
+    assert [said.count(what) for what in ("Loaded new LoRA adapter", "using StoreResolver")] == [4, 4]
+
+
 def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(tmp_path: Path) -> None:
     """The trainer computes what it samples, and of neither of its starts a process is left: not of its engine, which renames itself, either."""
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
@@ -156,3 +140,17 @@ def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(
     steps = read_generation(run, 1)["step"]
     assert [step["step"] for step in steps] == list(range(1, 13))
     assert steps[0]["log_ratio"] < 1e-3
+
+
+def installed(folder: Path) -> Path:
+    """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin needs."""
+    described = folder / "capstan_llm-0.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: capstan-llm\nVersion: 0\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (f"{name} = {found}\n" for name, found in project["entry-points"]["vllm.general_plugins"].items())
+    (described / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(lines))
+    assert obstore.__file__ is not None
+    for package in (ROOT / "trainer", Path(obstore.__file__).parent):
+        (folder / package.name).symlink_to(package)
+    return folder

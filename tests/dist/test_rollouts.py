@@ -2,26 +2,23 @@
 
 import json
 import socket
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import obstore
 import pytest
 import torch
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.view.status import read_generation
-from tests.cli.conftest import ROOT
-from tests.cli.test_vllm import TARGETS, VLLM, vllm
 from tests.composites import make_composite
 from tests.dist import rollouts
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_base
 from tests.needs import need
+from tests.real_vllm import TARGETS, VLLM, vllm
 from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
 from tests.unit.test_served import stub
 from trainer.config import dump_config
@@ -199,36 +196,8 @@ def test_an_adapter_is_published_as_it_is_exported_for_vllm(
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_real_server_samples_what_the_trainer_computes(tmp_path: Path) -> None:
-    """It takes the adapters of one run from a folder, and finds those of another in the store of that, as it has our plugin."""
-    need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
-    workshop = Workshop(tmp_path, hidden_size=128)  # vLLM wants heads of 32
-    there, log = tmp_path / "there", tmp_path / "vllm.log"
-    plugin = {"PYTHONPATH": str(installed(tmp_path / "plugin")), "CAPSTAN_STORE": str(there)}
-    with vllm(workshop.base, log, **plugin) as url:
-        for name, store in (("folder", workshop.folder / "store"), ("store", there)):
-            given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=4", f"run.store={store}"
-            workshop.store = open_store(str(store))
-            config = config_of(workshop, name, *given, f"tuning.targets=[{', '.join(TARGETS)}]")
-            run, ranks = begin(workshop, config)
-            with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as rest:
-                assert trainer.wait()[0]["outcome"] == "finished"
-                assert rest.wait()[0]["outcome"] == "finished"
-            steps = read_generation(run, 1)["step"]
-            assert [record["lag"] for record in steps] == [0] * 4
-            # Also of the later ones, whose adapter is no longer nothing.
-            assert all(record["log_ratio"] < 1e-4 and abs(record["ratio"] - 1) < 1e-3 for record in steps), steps
-    said = log.read_text(errors="replace")
-    assert [said.count(what) for what in ("Loaded new LoRA adapter", "using StoreResolver")] == [4, 4]
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("quantized", "alike"), [(True, True), (False, False)], ids=["as-quantized", "the-base"])
-def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(
-    tmp_path: Path, quantized: bool, alike: bool
-) -> None:
-    """As `capstan dequantize` writes it; a server over the base itself is found by the first step."""
+def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(tmp_path: Path) -> None:
+    """As `capstan dequantize` writes it. That a server has another base is found by the first step: here a run over the base itself is sampled there."""
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop = Workshop(tmp_path, hidden_size=128)
     model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)
@@ -238,34 +207,23 @@ def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(
     model.save_pretrained(workshop.base)
     for stale in (*workshop.base.glob("model-*"), *workshop.base.glob("*.index.json")):
         stale.unlink()
-    in_4_bits = "quant.type=nf4", "model.dtype=bf16"
-    served = tmp_path / ("as-quantized" if quantized else "base")
-    if quantized:
-        config = workshop.config("nf4", *in_4_bits)
-        write_as_quantized(config, open_store(str(served)), lambda done, total: None)
+    kinds = {"nf4": ("quant.type=nf4", "model.dtype=bf16"), "none": ("quant.type=none", "model.dtype=bf16")}
+    served = tmp_path / "as-quantized"
+    write_as_quantized(workshop.config("nf4", *kinds["nf4"]), open_store(str(served)), lambda done, total: None)
     with vllm(served, tmp_path / "vllm.log", "--dtype", "bfloat16") as url:
-        given = f"rollout.engine=[{url}]", "rollout.max_lag=0", "train.steps=3", *in_4_bits
-        config = config_of(workshop, "nf4", *given, "rollout.max_tokens=8", f"tuning.targets=[{', '.join(TARGETS)}]")
-        run, ranks = begin(workshop, config)
-        with running(1, *ranks, timeout=900) as trainer, running(1, rollouts.sample, run.uri, timeout=900) as sampler:
-            assert trainer.wait()[0]["outcome"] == "finished"
-            assert sampler.wait()[0]["outcome"] == "finished"
-    steps = read_generation(run, 1)["step"]
-    gaps = [record["log_ratio"] for record in steps]
-    print(gaps)
-    assert all((gap < 0.015) is alike for gap in gaps), gaps
-    assert (unlike_sampler(steps[0]) is None) is alike, "it is said"
-
-
-def installed(folder: Path) -> Path:
-    """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin needs."""
-    described = folder / "capstan_llm-0.dist-info"
-    described.mkdir(parents=True)
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: capstan-llm\nVersion: 0\n")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (f"{name} = {found}\n" for name, found in project["entry-points"]["vllm.general_plugins"].items())
-    (described / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(lines))
-    assert obstore.__file__ is not None
-    for package in (ROOT / "trainer", Path(obstore.__file__).parent):
-        (folder / package.name).symlink_to(package)
-    return folder
+        for kind, settings in kinds.items():
+            given = f"rollout.engine=[{url}]", "rollout.max_lag=0", f"train.steps={3 if kind == 'nf4' else 1}"
+            targets = f"tuning.targets=[{', '.join(TARGETS)}]"
+            config = config_of(workshop, kind, *given, *settings, "rollout.max_tokens=8", targets)
+            run, ranks = begin(workshop, config)
+            with (
+                running(1, *ranks, timeout=900) as trainer,
+                running(1, rollouts.sample, run.uri, timeout=900) as sampler,
+            ):
+                assert trainer.wait()[0]["outcome"] == "finished"
+                assert sampler.wait()[0]["outcome"] == "finished"
+            steps, alike = read_generation(run, 1)["step"], kind == "nf4"
+            gaps = [record["log_ratio"] for record in steps]
+            print(gaps)
+            assert all((gap < 0.015) is alike for gap in gaps), gaps
+            assert (unlike_sampler(steps[0]) is None) is alike, "it is said"
