@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,17 +22,17 @@ TOYS = ROOT / "tests/toys"
 def run(copy: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packages, and the additions among their files."""
+    """The packages with what Python has compiled of them, which is valid for files of the same time, and the additions among their files."""
     copy = tmp_path_factory.mktemp("stranger")
     for package in ("trainer", "launcher", "ds_configs"):
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, copy / package)
     there = {path for path in (TOYS / "added").rglob("*.py") if (copy / path.relative_to(TOYS / "added")).exists()}
     assert there == set(), "an addition is a new file"
     shutil.copytree(TOYS / "added", copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -85,20 +85,32 @@ def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> No
     assert "greet" in found["verbs"]
 
 
-def train(copy: Path, folder: Path, base: Path, data: Path, *more: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The identity of a run of three steps in the copy, and its records."""
+class Run(NamedTuple):
+    """A run of three steps in the copy, by the arguments of its command."""
+
+    folder: Path
+    train: tuple[str, ...]
+
+    def read(self) -> tuple[str, list[float]]:
+        """Its manifest, and the loss of each step."""
+        written = self.folder / "runs/first"
+        files = (written / "metrics").rglob("*.jsonl")
+        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        manifest = (written / "checkpoints/step-000000003/manifest.json").read_text()
+        return manifest, [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
     config = folder / "run.yaml"
     config.write_text(
         f"run: {{name: first, store: {folder / 'runs'}}}\nmodel: {{base: {base}, dtype: fp32}}\nquant: {{type: none}}\n"
         f"data: {{train: [{{path: {data}}}], sequence_length: 128}}\ntrain: {{steps: 3, global_batch: 2}}\ncluster: {{workers: 1}}\n"
     )
-    run(copy, "-m", "launcher.cli", "train", str(config), *more)
-    written = folder / "runs/first"
-    records = [
-        json.loads(line) for file in (written / "metrics").rglob("*.jsonl") for line in file.read_text().splitlines()
-    ]
-    (manifest,) = (written / "checkpoints/step-000000003").glob("manifest.json")
-    return json.loads(manifest.read_text()), [record for record in records if record["kind"] == "step"]
+    return Run(folder, ("train", str(config), *more))
+
+
+def capstan(copy: Path, *commands: tuple[str, ...]) -> str:
+    return run(copy, str(TOYS / "commands.py"), json.dumps(commands))
 
 
 @pytest.mark.long
@@ -107,26 +119,30 @@ def test_a_method_trains_over_the_format_of_a_base_on_the_format_of_rows(copy: P
     rows.write_text(
         "".join(json.dumps({"riddle": f"What is {n}?", "solution": f"It is {n}."}) + "\n" for n in range(40))
     )
-    losses = []
+    ours = ("tuning.method=some_biases", "tuning.biases_of=[k_proj]", "data.template=chatml")
+    runs = list[Run]()
     for name in ("plain", "halves"):
         base = make_base(tmp_path / name / "base", "qwen2", torch.float32)
         if name == "halves":
             for file in base.glob("*.safetensors"):
                 save_file({key: weight / 2 for key, weight in load_file(file).items()}, file, {"format": "pt"})
             edit_config(base, quantization_config={"quant_method": "halves"})
-        ours = ("tuning.method=some_biases", "tuning.biases_of=[k_proj]", "data.template=chatml")
-        manifest, steps = train(copy, tmp_path / name, base, rows, *ours)
-        assert '"some_biases"' in json.dumps(manifest)
-        losses.append([step["loss"] for step in steps])
-    assert losses[0] == losses[1]
-    config = str(tmp_path / "halves/run.yaml")
-    assert "fits" in run(copy, "-m", "launcher.cli", "plan", config, *ours, "--gpu", "24GB")
+        runs.append(run_of(tmp_path / name, base, rows, *ours))
+    config = runs[-1].train[1]
+    said = capstan(copy, *(one.train for one in runs), ("plan", config, *ours, "--gpu", "24GB"))
+    (plain, expected), (halves, losses) = (one.read() for one in runs)
+    assert '"some_biases"' in plain
+    assert '"some_biases"' in halves
+    assert len(losses) == 3
+    assert losses == expected
+    assert "fits" in said
 
 
 @pytest.mark.long
 def test_an_objective_over_pairs_trains(copy: Path, tmp_path: Path) -> None:
-    pairs = make_pairs(tmp_path / "pairs.jsonl")
     ours = ("objective.name=gap", "objective.gap=3")
-    manifest, steps = train(copy, tmp_path, make_base(tmp_path / "base"), pairs, *ours)
-    assert '"gap"' in json.dumps(manifest)
-    assert len({step["loss"] for step in steps}) == 3
+    gap = run_of(tmp_path, make_base(tmp_path / "base"), make_pairs(tmp_path / "pairs.jsonl"), *ours)
+    capstan(copy, gap.train)
+    manifest, losses = gap.read()
+    assert '"gap"' in manifest
+    assert len(set(losses)) == 3
