@@ -159,7 +159,7 @@ class Killed:
         ) as process:
             ends = time.monotonic() + after
             while time.monotonic() < ends and process.poll() is None and not reached():
-                time.sleep(0.02)
+                time.sleep(0.1)
             was_at_work = process.poll() is None
             process.kill()
         return left_by(mark), was_at_work

@@ -47,5 +47,5 @@ def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.3)  # a look reads the command of each process of the machine
     return found

@@ -63,7 +63,7 @@ def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):
 
     with stub(answer) as url:
         settings = ("objective.name=grpo", "rollout.reward=length", f"rollout.engine=[{url}]", "rollout.max_tokens=3")
-        config = write(tmp_path, workshop, "asking", *settings, "train.steps=25")
+        config = write(tmp_path, workshop, "asking", *settings, "train.steps=12", "cluster.workers=1")
         with Driver(tmp_path, "train", config, real=True) as driver:  # processes are known by their commands
             driver.wait_for(run, 1, step=3)
             (first,) = asking()
@@ -72,7 +72,7 @@ def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):
     assert "capstan rollout ended with exit code -9" in driver.log.read_text()
     assert asking() == []
     said = read_stream(run, layout.LOGS, layout.sidecar_log(1, "rollout")).decode()
-    assert "the answers of step 25 are there" in said
+    assert "the answers of step 12 are there" in said
 
 
 def test_servers_start_and_end_with_the_run(tmp_path: Path):
@@ -80,7 +80,7 @@ def test_servers_start_and_end_with_the_run(tmp_path: Path):
     workshop = Workshop(tmp_path)
     run = open_store(str(tmp_path / "store")).sub("served")
     settings = (*SERVE, "rollout.serve.gpus=0", "rollout.serve.replicas=2", base_of(run), "train.steps=60")
-    config = write(tmp_path, workshop, "served", *settings)
+    config = write(tmp_path, workshop, "served", *settings, "cluster.workers=1")
     with Driver(tmp_path, "train", config, real=True) as driver:
         driver.wait_for(run, 1, step=3)
         first, _ = until(lambda: len(found := servers(run)) == 2 and found)
@@ -90,9 +90,7 @@ def test_servers_start_and_end_with_the_run(tmp_path: Path):
         driver.process.wait()
         until(lambda: not sidecars(run), ENDS_SECONDS)
     assert "ended with exit code -9" in driver.log.read_text()
-    with Driver(
-        tmp_path, "resume", "served", "--store", str(tmp_path / "store"), "cluster.workers=1", real=True
-    ) as driver:
+    with Driver(tmp_path, "resume", "served", "--store", str(tmp_path / "store"), real=True) as driver:
         assert driver.end() == 0, driver.log.read_text()
     assert sidecars(run) == {}
     assert read_status(run).state == "finished"

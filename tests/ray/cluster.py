@@ -49,6 +49,8 @@ def ray_cluster(nodes: int, cpus: int = 2, **head: Any) -> Iterator[Cluster]:
 
 
 PATIENCE = 600.0  # seconds; a restart takes 20 of them on an idle machine
+# A look reads all that a run has recorded, on a processor that the run needs.
+_LOOK_SECONDS = 0.2
 
 
 class Driver:
@@ -87,7 +89,7 @@ class Driver:
             if holds(records):
                 return records
             assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
+            time.sleep(_LOOK_SECONDS)
         raise AssertionError(f"{what} did not come in generation {generation}: {self.log.read_text()}")
 
     def wait_for_words(self, words: str) -> None:
@@ -96,7 +98,7 @@ class Driver:
         while words not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(_LOOK_SECONDS)
 
     def last_line(self, start: str) -> str:
         """The last line of its output that begins with `start`."""

@@ -18,13 +18,15 @@ from tests.ray.cluster import Driver, ray_cluster, write
 from tests.ray.tasks import die, idle, returned, where
 from trainer.config import Data
 from trainer.data.compile.compile import Progress
-from trainer.data.compile.pool import BYTES_FOR_PROCESSES
 from trainer.data.dataset.manifest import DatasetManifest
 from trainer.data.source.files import expand
 from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import DataError
 from trainer.store.store import open_store
+
+ENOUGH = 2**20
+"""Bytes of rows that the processes of a cluster compile here, as a sixteenth of what a run needs for that tells as much."""
 
 
 def texts(folder: Path, rows: int) -> Data:
@@ -82,11 +84,12 @@ def test_rows_that_kill_every_process_are_named(tmp_path: Path, monkeypatch: pyt
 def test_data_build_compiles_on_the_cluster_of_the_run(workshop: Workshop, tmp_path: Path) -> None:
     row = json.dumps({"prompt": "p " * 30, "completion": "c " * 30})
     many = tmp_path / "many.jsonl"
-    many.write_text(f"{row}\n" * (BYTES_FOR_PROCESSES // len(row) + 1))
+    many.write_text(f"{row}\n" * (ENOUGH // len(row) + 1))
+    less = f"from trainer.data.compile import pool; pool.BYTES_FOR_PROCESSES = {ENOUGH}"
     with ray_cluster(1) as cluster:
         settings = (f"data.train=[{{path: {many}}}]", f"cluster.ray.address={cluster.address}")
         config = write(tmp_path, workshop, "build", *settings)
-        with Driver(tmp_path, "data", "build", config, "--json") as driver:
+        with Driver(tmp_path, "data", "build", config, "--json", before=less) as driver:
             assert driver.end() == 0, driver.log.read_text()
             assert "compiling on the 2 CPUs of the Ray cluster" in driver.log.read_text()
             assert json.loads(driver.last_line("{"))["train"]["documents"] == many.read_text().count("\n")

@@ -65,7 +65,7 @@ def test_a_server_that_never_answers_and_a_stop_while_it_is_waited_for(
     workshop: Workshop, tmp_path: Path, address: str
 ) -> None:
     store = open_store(str(workshop.folder / "store"))
-    settings = (f"cluster.ray.address={address}", *SERVE, "rollout.serve.options=[--silent]")
+    settings = (f"cluster.ray.address={address}", *SERVE, "rollout.serve.options=[--silent]", "cluster.workers=1")
     run = store.sub("waits")
     with Driver(tmp_path, "train", write(tmp_path, workshop, "waits", *settings, base_of(run)), real=True) as driver:
         driver.wait_until(run, 1, lambda seen: seen.get("start"), "its ranks")

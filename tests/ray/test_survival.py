@@ -19,7 +19,7 @@ from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
-STEPS, COMMIT_EVERY = 120, 4
+STEPS, COMMIT_EVERY = 90, 4
 SETTINGS = (
     "cluster.workers=[1,2]",
     "cluster.ray.resize_interval=1",

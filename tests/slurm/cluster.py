@@ -21,6 +21,8 @@ NETWORK = "198.18.0"  # for tests of networks (RFC 2544); inside the namespaces 
 LOGIN = "login"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv", "nsenter", "ip")
 _OF_SLURM = {"slurmd", "slurmstepd"}
+# Each look is a process of Slurm's or reads a run's records, which jobs wait for that share its processor.
+_LOOK_SECONDS = 0.5
 
 
 def missing() -> str | None:
@@ -113,7 +115,7 @@ class Cluster:
             if time.monotonic() > deadline:
                 log = (self.folder / "log/slurmctld.log").read_text(errors="replace")[-3000:]
                 raise AssertionError(f"not within {timeout:.0f} s: {what}\n{self.attempt('squeue').stdout}\n{log}")
-            time.sleep(0.1)
+            time.sleep(_LOOK_SECONDS)
 
     # --- the machines
 
