@@ -86,7 +86,7 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     if not summaries[0].last("step") and numbers[1:]:
         summaries.append(_summary(folder, numbers[1], found))
     newest = summaries[0]
-    quiet = max(0.0, now - (newest.last_time or last_written(found, numbers[0])))
+    quiet = max(0.0, now - (newest.lifetime.ended or last_written(found, numbers[0])))
     state, reason = judge(folder, newest, now, quiet)
 
     def value(kind: str, field: str) -> Any:

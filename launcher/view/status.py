@@ -130,11 +130,6 @@ class Summary:
                 self.losses.add(record["step"], record.get("loss"))
             self.lifetime.add(record)
 
-    @property
-    def last_time(self) -> float | None:
-        """When the last record was made, in seconds since 1970."""
-        return self.lifetime.ended
-
     def last(self, kind: str) -> Record | None:
         return self._last.get(kind)
 
@@ -176,7 +171,7 @@ class Follower:
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
-        quiet = max(0.0, now - (newest.last_time or last_written(found, number)))
+        quiet = max(0.0, now - (newest.lifetime.ended or last_written(found, number)))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
@@ -312,15 +307,12 @@ def before_records(folder: Store, now: float) -> tuple[State, str]:
 def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, str]:
     """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken the run since."""
     end, owner = newest.last("end"), read_owner(folder)
-    alive = owner.is_alive(now) if owner else _is_heard_of(newest, quiet)
+    # A run that has no owner lives by its records: a large base takes minutes to load, without a line.
+    heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
+    alive = owner.is_alive(now) if owner else heard_of
     if owner and alive and end and owner.since > end.get("time", now) and not newest.last("restart"):
         return "starting", owner.sentence(now)  # and has no ranks yet
     return _state(newest, alive), end["reason"] if end else ""
-
-
-def _is_heard_of(newest: Summary, quiet: float) -> bool:
-    """Whether a run that has no owner lives, by its records: a large base takes minutes to load, without a line."""
-    return quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
 
 
 def _state(newest: Summary, alive: bool) -> State:

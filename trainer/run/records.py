@@ -94,6 +94,7 @@ class Lifetime:
     def __init__(self) -> None:
         self._clocks, self._times = _Span(), _Span()
         self.ended: float | None = None
+        """When the last record was made, in seconds since 1970."""
 
     def add(self, record: Record) -> None:
         took = record.get("start_seconds", 0.0) if record["kind"] == "start" else None

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ COMPUTED = "(computed)"
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
 _SHELL = re.compile(r"(\d*|&)(>>?|<).*|\|\|?$|&&?$|;$")
+# A line of a shell script that sets a variable to a plain value.
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s$;&|`()]*)\s*(?:#.*)?")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"-\d|-\.\d")
@@ -47,7 +48,9 @@ def read_peer_file(path: Path) -> dict[str, Any]:
 def _arguments(text: str, path: str) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--flag` and `--list a b` of a command line, with the launcher's own in front of the script."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    lines = [_with_variables(line, dict(filter(None, map(_assigned, lines)))) for line in lines]
+    assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
+    variables = {found[1]: found[2].strip("\"'") for found in assignments if found}
+    lines = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), line) for line in lines]
     try:
         words = shlex.split(" ".join(line.rstrip().removesuffix("\\") for line in lines))
     except ValueError as error:
@@ -77,16 +80,6 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
     trl = words.index("trl") if "trl" in words else None
     command = words[trl + 1] if trl is not None and trl + 1 < len(words) else script
     return {**tree, "script": command} if command else tree
-
-
-def _assigned(line: str) -> tuple[str, str] | None:
-    """The variable that a line of a shell script sets to a plain value."""
-    found = _ASSIGNMENT.fullmatch(line)
-    return (found[1], found[2].strip("\"'")) if found else None
-
-
-def _with_variables(line: str, variables: Mapping[str, str]) -> str:
-    return _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), line)
 
 
 def _followed(value: Any, root: dict[str, Any], seen: Sequence[str]) -> Any:

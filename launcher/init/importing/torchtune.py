@@ -19,7 +19,9 @@ def join(keys: Keys) -> None:
     _course(keys)
     joint_settings.batch(keys, "batch_size")
     joint_settings.divided(keys, "tensor_parallel_dim", "context_parallel_dim")
-    _loss(keys)
+    if keys.settings.get("objective.name", "sft") == "sft":
+        for setting in ("objective.beta", "objective.gamma"):
+            keys.settings.pop(setting, None)
     _data(keys)
 
 
@@ -72,19 +74,6 @@ def _course(keys: Keys) -> None:
         steps = limit * keys.whole("epochs", 1)
         keys.spare("train.epochs", "max_steps_per_epoch limits the run: train.steps.")
         keys.put("train.steps", steps, "max_steps_per_epoch", "epochs")
-
-
-def _loss(keys: Keys) -> None:
-    key = "loss._component_" if "loss._component_" in keys.given else "loss"
-    name = _end(keys.given.get(key))
-    known = keys.peer.tables["losses"]
-    if name and name not in known:
-        keys.lose(key, f"{name} is not an objective of ours: sft, dpo, orpo, simpo, kto. Left at sft.")
-    for setting, value in known.get(name, {}).items():
-        keys.put(setting, value, key)
-    if keys.settings.get("objective.name", "sft") == "sft":
-        for setting in ("objective.beta", "objective.gamma"):
-            keys.settings.pop(setting, None)
 
 
 def _data(keys: Keys) -> None:
