@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.model.nf4 import NESTED_BLOCK, Format, dequantize_absmax, dequantize_blocks
 from trainer.store.codes import CodedTensor, Kept, KeptSources
 from trainer.store.safetensors_index import (
@@ -23,7 +24,7 @@ from trainer.store.safetensors_index import (
 )
 
 Weight = StoredTensor | PackedTensor
-_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,13 @@ class Unpacked:
 
     @property
     def dtype(self) -> str:
-        return _TYPES[self._dtype]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return getattr(torch, self.packed.made_of)
+        return _TYPES[self.packed.made_of]
 
     def read(self, begin: int, end: int) -> bytearray:
         packed, size = self.packed, self.packed.block_size
         first, last = begin // size, -(-end // size)
         start, stop = first * size, min(last * size, math.prod(self.shape))
-        form = Format(packed.quant_type, size, packed.double, self._dtype)  # type: ignore[arg-type]
+        form = Format(packed.quant_type, size, packed.double, SOURCE_DTYPES[self.dtype])  # type: ignore[arg-type]
         half = _bytes(packed.sources.parts["weight"], start // 2, -(-stop // 2))
         values = dequantize_blocks(half, self._scales(first, last), stop - start, form)
         return bytearray(values[begin - start : end - start].view(torch.uint8).numpy())
@@ -92,14 +89,11 @@ def join_packed(parts: Sequence[Weight], stretches: Iterable[Stretch], shape: tu
     if len(shape) != 3 or len(kinds) != 1:
         return None
     first, means = placed[0], [mean for part in placed for mean in part.sources.mean or ()]
-    joined: dict[str, StoredTensor] = {
-        name: _whole([part.sources.parts[name] for part in placed]) for name in first.sources.parts
-    }
+    joined = dict[str, StoredTensor]()
+    for name in first.sources.parts:
+        sources = [part.sources.parts[name] for part in placed]
+        joined[name] = _joined(sources, [Stretch(index, 0, numel(source)) for index, source in enumerate(sources)])
     return replace(first, shape=shape, sources=PackedSources(joined, means or None))
-
-
-def _whole(sources: Sequence[StoredTensor]) -> Joined:
-    return _joined(sources, [Stretch(index, 0, numel(source)) for index, source in enumerate(sources)])
 
 
 def _joined(sources: Sequence[StoredTensor], stretches: Sequence[Stretch]) -> Joined:
@@ -123,16 +117,16 @@ def kept_sources(weight: Weight) -> KeptSources | None:
     kept = given[0].kept
     if not all(_is_whole(kept, weight.parts[one.part].shape, one, weight.shape) for one in weight.stretches):
         return None
-    columns = weight.shape[-1]
+    columns, bits = weight.shape[-1], kept.code.bits
     across = kept.code.tiles(1, columns)[1] * DTYPE_BYTES[kept.scales]
-    codes = [_part(one, 8, kept.code.bits) for one in weight.stretches]
-    scales = [_tiles(one, columns, kept.code.tile[0], across) for one in weight.stretches]
-    sources = {name: [part.sources.parts[name] for part in given] for name in ("weight", "scales")}
-    made: dict[str, StoredTensor] = {
-        "weight": _joined(sources["weight"], codes),
-        "scales": _joined(sources["scales"], scales),
+    bytes_of = {
+        "weight": [Stretch(one.part, one.begin * bits // 8, one.numel * bits // 8) for one in weight.stretches],
+        "scales": [_tiles(one, columns, kept.code.tile[0], across) for one in weight.stretches],
     }
-    return KeptSources(kept, PackedSources(made, None))
+    joined = dict[str, StoredTensor]()
+    for name, stretches in bytes_of.items():
+        joined[name] = _joined([part.sources.parts[name] for part in given], stretches)
+    return KeptSources(kept, PackedSources(joined, None))
 
 
 def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence[int]) -> bool:
@@ -143,11 +137,6 @@ def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence
     if (stretch.begin, stretch.numel) == (0, math.prod(part)) and len(part) == 2 and part[0] == shape[-2]:
         return True
     return not any(size % down for size in (stretch.begin // columns, stretch.numel // columns, part[-2], shape[-2]))
-
-
-def _part(stretch: Stretch, each: int, size: int) -> Stretch:
-    """The stretch of bytes, where `each` elements have so many."""
-    return Stretch(stretch.part, stretch.begin * size // each, stretch.numel * size // each)
 
 
 def _tiles(stretch: Stretch, columns: int, down: int, across: int) -> Stretch:
