@@ -19,6 +19,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, which may go on for many, as a part of a sentence; the name of its kind where it has no words."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def few(names: Sequence[str]) -> str:
     """`names` as a message lists them: the first ones, and how many more there are."""
     more = len(names) - _MOST_NAMES

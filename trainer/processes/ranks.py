@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
 
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, first_line
 from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
 from trainer.processes.devices import host_memory_left
 
@@ -280,8 +280,9 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int]
             return store
     except dist.DistError as error:
         if serves:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise CapstanError(f"rank 0 cannot serve the meeting of the ranks at {host}:{port}: {reason}.") from error
+            raise CapstanError(
+                f"rank 0 cannot serve the meeting of the ranks at {host}:{port}: {first_line(error)}."
+            ) from error
     took = time.monotonic() - began
     limit = f"{took:.0f} s" if took < within.total_seconds() else f"{within.total_seconds():.0f} s (timeouts.meet)"
     if missing is None:

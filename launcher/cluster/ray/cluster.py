@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.config.cluster import STARTS_HERE
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, first_line
 from trainer.processes.children import guarded
 
 _UNITS = {"memory": ("GiB of memory", 2**30), "GPU": ("GPUs", 1), "CPU": ("CPUs", 1)}
@@ -145,11 +145,6 @@ def _quiet() -> None:
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of one of Ray's errors, which go on for many."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def refused_token(address: str) -> ConfigError:

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from launcher.cluster.ray.cluster import first_line, joined_ray
+from launcher.cluster.ray.cluster import joined_ray
 from trainer.data.source.rows import Batch
-from trainer.errors import CapstanError, ConfigError, DataError
+from trainer.errors import CapstanError, ConfigError, DataError, first_line
 
 _BATCHES_AHEAD = 3
 _LOOK_SECONDS = 5.0

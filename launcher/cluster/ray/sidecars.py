@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from launcher.cluster.ray.cluster import BUSY, first_line, shortage
+from launcher.cluster.ray.cluster import BUSY, shortage
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, first_line
 from trainer.store.store import Store
 
 _LOOK_SECONDS = 0.5

@@ -17,7 +17,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from launcher.cluster.ray.cluster import Need, alive_nodes, first_line, local_ray, lost_nodes, room, wait_for_room
+from launcher.cluster.ray.cluster import Need, alive_nodes, local_ray, lost_nodes, room, wait_for_room
 from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
@@ -25,7 +25,7 @@ from launcher.start.group import imported_rank
 from launcher.start.stopping import stop_if_asked
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted
+from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted, first_line
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.folder import run_folder

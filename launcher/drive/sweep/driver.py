@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from launcher.cluster.ray.cluster import address_of, check_ray, first_line, fits, joined_ray, local_ray, need
+from launcher.cluster.ray.cluster import address_of, check_ray, fits, joined_ray, local_ray, need
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.drive.sweep.bases import base_facts
@@ -42,7 +42,7 @@ from trainer.config import Config, Model, dump_config, override
 from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
-from trainer.errors import CapstanError, ConfigError, Stopped, Superseded
+from trainer.errors import CapstanError, ConfigError, Stopped, Superseded, first_line
 from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every

@@ -21,7 +21,7 @@ from trainer.base.find.small_files import (
 )
 from trainer.config import Model
 from trainer.config.paths import check_files, local_path
-from trainer.errors import BaseOutOfReach, ConfigError
+from trainer.errors import BaseOutOfReach, ConfigError, first_line
 from trainer.store.hub import hub_answers, hub_host
 from trainer.store.store import SCHEMES, open_store
 
@@ -83,7 +83,7 @@ def _directory(model: Model, patterns: list[str]) -> Path:
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set, and the cache lacks it"
         elif not hub_answers():

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from trainer.base.rows.converted import Converted, StoredPart
 from trainer.base.rows.packed_parts import Weight, join_packed, unpacked
 from trainer.base.stored.shared.cached_values import LastMade
+from trainer.errors import first_line
 from trainer.store.safetensors_index import Joined, StoredTensor, Stretch
 
 Shape = tuple[int, ...]
@@ -71,8 +72,7 @@ def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
         try:
             found.sources |= operations.sources(job)
         except Exception as error:  # an operation raises whatever comes up where tensors do not fit together
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            found.failed[job.name] = f"{len(job.keys)} tensors such as {job.keys[0]}: {reason}"
+            found.failed[job.name] = f"{len(job.keys)} tensors such as {job.keys[0]}: {first_line(error)}"
     return found
 
 

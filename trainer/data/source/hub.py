@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from trainer.errors import DataError, few
+from trainer.errors import DataError, few, first_line
 from trainer.store.hub import hub_answers
 
 SCHEME = "hf"
@@ -220,8 +220,7 @@ def _explained(repo: str, name: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{name}: the Hub did not give the data set {repo} ({reason}). Check the name, HF_TOKEN for a private or gated one, "
+            f"{name}: the Hub did not give the data set {repo} ({first_line(error)}). Check the name, HF_TOKEN for a private or gated one, "
             "HF_ENDPOINT, or HF_HUB_OFFLINE for one that is in the cache."
         ) from error

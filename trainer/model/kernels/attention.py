@@ -12,6 +12,8 @@ from importlib import import_module, metadata
 from inspect import signature
 from typing import Any, Protocol
 
+from trainer.errors import first_line
+
 Capability = tuple[int, int]
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")  # by transformers' names
@@ -106,8 +108,7 @@ class Kernel:
         try:
             taken = signature(self.call).parameters
         except Exception as error:  # a compiled package whose versions do not fit each other raises anything
-            why = next(iter(str(error).splitlines()), "") or type(error).__name__
-            return f"{self.distribution} {version} cannot be imported ({why})"
+            return f"{self.distribution} {version} cannot be imported ({first_line(error)})"
         lacking = [name for name in wanted if name not in taken]
         return f"{self.function} of {self.distribution} {version} has no {', '.join(lacking)}" if lacking else None
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 from trainer.model.nf4 import has_one_pass
 from trainer.model.parts import is_experts
 
@@ -69,8 +69,7 @@ def missing(device: torch.device, family: str) -> str | None:
 
         families = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     except Exception as error:  # a package whose Triton does not fit it raises anything
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        return f"{_DISTRIBUTION} {version} cannot be imported ({why})"
+        return f"{_DISTRIBUTION} {version} cannot be imported ({first_line(error)})"
     if not has_one_pass(device.type):  # whose kernel is Triton's too
         return "Triton needs a C compiler and Python's headers on this machine"
     return None if family in families else f"{_DISTRIBUTION} {version} has no kernels for {family} models"
