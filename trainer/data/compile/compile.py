@@ -56,7 +56,7 @@ def compile_chapters(
     fingerprint: str,
     part: Part = EVERYTHING,
     mapper: Mapper | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda now: None,
 ) -> Iterator[int]:
     """Compile `files` into `store`: yields the number of each chapter once it can be opened, in order from 0; what is there already stays.
 
@@ -77,9 +77,8 @@ def compile_chapters(
     size = sum(file.size for file in files)
 
     def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None) -> None:
-        if progress is not None:
-            rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
-            progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}))
+        rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
+        progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}))
 
     start = partial(Encoder, data, tokenizer, part)
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):

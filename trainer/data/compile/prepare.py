@@ -190,20 +190,15 @@ def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins
     order, train = train_order(config), config.train
     if train.epochs:
         return _epoch_bins(store, fingerprint, order, ceil(train.epochs))
-    step, place = _place_of(config, store)
+    folder = store.sub(config.run.name)
+    newest = next(readable_manifests(folder, [], committed_steps(folder)), None)
+    step, place = (newest.step, Position.from_json(newest.position)) if newest else (0, Position())
     epochs = _epoch_bins(store, fingerprint, order, place.epoch + 1)
     rest = total(epochs[-1]) - before(epochs[-1], place)
     while (step := step + ceil(rest / train.global_batch)) < (train.steps or 0):
         epochs = _epoch_bins(store, fingerprint, order, len(epochs) + 1)
         rest = total(epochs[-1])
     return epochs
-
-
-def _place_of(config: Config, store: Store) -> tuple[int, Position]:
-    """The step that the run's newest checkpoint has, and its place in the data."""
-    folder = store.sub(config.run.name)
-    newest = next(readable_manifests(folder, [], committed_steps(folder)), None)
-    return (newest.step, Position.from_json(newest.position)) if newest else (0, Position())
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:

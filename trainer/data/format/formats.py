@@ -3,7 +3,7 @@ names their fields are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from trainer.config import Data
 from trainer.config.data.row_kinds import ROW_FORMATS
@@ -116,21 +116,19 @@ def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]
 
 def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> RowForm:
     """The form of rows of one format: each field has the name by which most of the rows say something, if any does."""
+
+    def holders(call: str) -> tuple[int, int]:
+        """The rows that say something under this name, and all that have it."""
+        values = [row[call] for row in rows if call in row]
+        return sum(value not in (None, "", [], {}) for value in values), len(values)
+
     fields = dict(given)
     for name in FORMATS[format].fields:
         called = FORMATS[format].called(name)
-        most = max(called, key=lambda call: (sum(_says_something(row.get(call)) for row in rows), _holders(rows, call)))
+        most = max(called, key=holders)
         if name not in given and most != called[0]:
             fields[name] = most
     return RowForm(format, tuple(sorted(fields.items())))
-
-
-def _says_something(value: Any) -> bool:
-    return not (value is None or value in ("", [], {}))
-
-
-def _holders(rows: Iterable[Row], name: str) -> int:
-    return sum(name in row for row in rows)
 
 
 def lost_fields(form: RowForm, rows: Iterable[Row]) -> list[str]:

@@ -147,11 +147,8 @@ def untrained(message: Any) -> Any:
     """The message as a part of a prompt."""
     if not isinstance(message, dict):
         return message
-    return {**message, "weight": 0} if _is_assistants(message) else {**message, "train": None}
-
-
-def _is_assistants(message: Message) -> bool:
-    return "assistant" in (message.get("role"), _role_of(message.get("from")))
+    is_assistants = "assistant" in (message.get("role"), _role_of(message.get("from")))
+    return {**message, "weight": 0} if is_assistants else {**message, "train": None}
 
 
 def _role_of(given: Any) -> str | None:

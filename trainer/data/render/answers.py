@@ -78,14 +78,15 @@ class AnswersRenderer(Generic[Document]):
         read: Callable[[Row, Data], ReadRow],
         documents: Callable[[list[Encoded], Data], list[Document | DataError]],
     ) -> None:
-        self._data, self._read, self._documents = data, read, documents
+        self._data, self._documents = data, documents
+        self._read: Callable[[Row], ReadRow] = lambda row: read(row, data)
         messages = {"format": "chat", "loss_on": "assistant", "fields": {}}
         texts = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
         self._answers = EitherRenderer(tokenizer, data, messages, texts)
 
     def encode(self, rows: Sequence[Row]) -> list[Document | DataError]:
         """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as `EitherRenderer`."""
-        read = [or_error(self._read_row, row) for row in rows]
+        read = [or_error(self._read, row) for row in rows]
         whole = [row for row in read if isinstance(row, ReadRow)]
         examples = iter(self._answers.encode([answer for row in whole for answer in row.rows]))
         encoded = [(row, [next(examples) for _ in row.rows]) for row in whole]
@@ -94,10 +95,7 @@ class AnswersRenderer(Generic[Document]):
 
     def turns(self, row: Row) -> list[Turn]:
         """The turns of the prompt, then those of each answer. Raises `DataError` where the row is none of this kind."""
-        return self._read_row(row).turns
-
-    def _read_row(self, row: Row) -> ReadRow:
-        return self._read(row, self._data)
+        return self._read(row).turns
 
 
 def messages_of(given: Any, name: str) -> list[Message]:
