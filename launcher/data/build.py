@@ -1,10 +1,9 @@
 """`capstan data build`: compile ahead of time."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from launcher.cluster.ray.cluster import address_of, is_dashboard
@@ -13,7 +12,7 @@ from launcher.view.compiling import compile_progress
 from launcher.view.wrapped_table import FoldedTable
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config, load_config
+from trainer.config import Config
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate, prepare
 from trainer.data.dataset.manifest import DatasetManifest, read_manifest
@@ -60,13 +59,8 @@ def _figures(manifest: DatasetManifest) -> dict[str, int]:
     }
 
 
-def build(path: Path, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> Built:
+def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built:
     """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
-    return build_config(load_config(path, overrides, log), dry_run=dry_run, log=log)
-
-
-def build_config(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built:
-    """`build`, by settings that are read already."""
     refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)

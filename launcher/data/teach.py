@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from launcher.data.build import build_config
+from launcher.data.build import build
 from launcher.evaluate.evaluating import run_with_bars
 from launcher.evaluate.ranks import for_server
 from launcher.start.check import anchored
@@ -94,7 +94,7 @@ def teach(
     if teacher.is_server:
         config = for_server(config, teacher.setting, "teach")
     if dry_run:
-        key, manifest = build_config(config, dry_run=True, log=log).splits["train"]
+        key, manifest = build(config, dry_run=True, log=log).splits["train"]
         folder = teacher_folder(open_run_store(config).sub(layout.dataset(key)), teacher.to_json())
         vocabulary, targets = resolved.base.architecture.vocabulary, manifest and manifest.targets
         size = teacher.bytes_a_target(vocabulary)
@@ -112,7 +112,7 @@ def teach(
         }
         return TaughtData(found, dry_run=True)
     if not is_rank():  # else rank 0 does so, while the others wait
-        build_config(config, dry_run=False, log=log)
+        build(config, dry_run=False, log=log)
     found = run_with_bars(Ask("teach", config.run.store, config=dump_config(config)), config, log)
     return TaughtData(found, dry_run=False)
 
@@ -126,6 +126,6 @@ def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[st
     if dry_run:
         return JudgedAnswers(run, teacher.name, config.train.steps or 0, 0, dry_run=True)
     if not is_rank():
-        build_config(config, dry_run=False, log=log)
+        build(config, dry_run=False, log=log)
     found = run_with_bars(Ask("judge", run, config=dump_config(config)), config, log)
     return JudgedAnswers(run, teacher.name, found["steps"], found["made"], dry_run=False)

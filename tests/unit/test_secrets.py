@@ -11,7 +11,7 @@ import yaml
 from launcher.data.build import build
 from launcher.start import check
 from tests.material import Workshop
-from trainer.config import Config, assignment, dump_config, override, parse_config
+from trainer.config import Config, assignment, override, parse_config
 from trainer.config.secrets import has_credentials, masked, names_secret, refuse_secrets, without_credentials
 from trainer.errors import ConfigError
 from trainer.run.settings import changes
@@ -221,10 +221,8 @@ def test_no_command_that_writes_to_the_store_writes_a_secret(config: Config, tmp
     for resume in (False, True):
         with pytest.raises(ConfigError, match="HF_TOKEN"):
             check.check(config, resume=resume)
-    path = tmp_path / "run.yaml"
-    path.write_text(dump_config(config))
     with pytest.raises(ConfigError, match="HF_TOKEN"):
-        build(path, (), dry_run=False, log=print)
+        build(config, dry_run=False, log=print)
     assert not (tmp_path / "store").exists()
 
 

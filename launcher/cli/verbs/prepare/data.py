@@ -13,8 +13,10 @@ from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, log,
 def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
     """Compile the sources into token shards, as train does by itself when they are missing."""
     from launcher.data.build import build
+    from trainer.config import load_config
 
-    emit(build(config, overrides or (), dry_run=dry_run, log=log), as_json, lambda result: result.table())
+    built = build(load_config(config, overrides or (), log), dry_run=dry_run, log=log)
+    emit(built, as_json, lambda result: result.table())
 
 
 def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
