@@ -16,8 +16,7 @@ from trainer.config import Config, Data, parse_config
 from trainer.data.compile.inputs import find, with_labels
 from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.format.formats import detect
-from trainer.data.render.classified import Classified, ClassifiedRenderer
-from trainer.data.render.tagged import Tagged, TaggedRenderer
+from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective, measured

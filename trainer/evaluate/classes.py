@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.render.classified import ClassifiedRenderer
-from trainer.data.render.tagged import TaggedRenderer
+from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measure.prompts import Prompt
 from trainer.evaluate.request import Ask

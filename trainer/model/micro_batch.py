@@ -46,7 +46,7 @@ class MicroBatch:
         beginnings: (documents,) int32, the segments that documents begin with.
         desired: (documents,) bool, whether each is a labelled answer that is desired.
         mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py. Or, of words with
-            tags, those with the tags' numbers; see trainer/data/render/tagged.py.
+            tags, those with the tags' numbers; see trainer/data/render/numbered.py.
         survey: the figures that the losses of the step were found to need beforehand; see trainer/tuning/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.

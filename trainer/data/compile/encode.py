@@ -17,10 +17,9 @@ from trainer.data.render import alternatives, labelled, pairs
 from trainer.data.render.alternatives import Alternatives
 from trainer.data.render.answers import AnswersRenderer
 from trainer.data.render.chat import Example, Renderer, Turn
-from trainer.data.render.classified import Classified, ClassifiedRenderer
 from trainer.data.render.labelled import Labelled, one_kind
+from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.data.render.pairs import Pair
-from trainer.data.render.tagged import Tagged, TaggedRenderer
 from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError

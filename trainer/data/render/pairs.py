@@ -14,9 +14,8 @@ from trainer.config import Data
 from trainer.data.dataset.binary import REJECTED_BIT
 from trainer.data.format.messages import Message, text_of, untrained
 from trainer.data.format.spans import shared_beginning
-from trainer.data.render.answers import Encoded, ReadRow, Row, messages_of
+from trainer.data.render.answers import Answers, Encoded, ReadRow, Row, messages_of, prompt_tokens, shared_tokens
 from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
-from trainer.data.render.shared_prompt import Answers, prompt_tokens, shared_tokens
 from trainer.errors import DataError
 
 _MARKS = (np.uint32(0), REJECTED_BIT)
