@@ -75,10 +75,11 @@ class Window:
         return self.documents[self.borders[k] : self.borders[k + 1]]
 
 
+@dataclass(eq=False)
 class EpochPlan:
     """The windows of one epoch in one chapter.
 
-    Args:
+    Attributes:
         offsets: (documents + 1,) int64, where each document begins in the chapter, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_sources: (blocks,) int32, the source that a block's documents come from.
@@ -87,21 +88,17 @@ class EpochPlan:
     At weight 1 every document is in exactly one bin of every epoch.
     """
 
-    def __init__(
-        self,
-        offsets: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        block_sources: NDArray[np.int32],
-        order: Order,
-        epoch: int,
-        turn: int = 0,
-    ) -> None:
-        self._offsets = offsets
-        self._blocks = blocks
-        self._order = order
-        self.epoch = epoch
-        self._key = epoch + (turn << 32)  # chapters of the same size are not permuted alike
-        tokens = np.bincount(block_sources, np.diff(offsets[blocks]), minlength=len(order.weights))
+    offsets: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    block_sources: NDArray[np.int32]
+    order: Order
+    epoch: int
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        order, block_sources = self.order, self.block_sources
+        self._key = self.epoch + (self.turn << 32)  # chapters of the same size are not permuted alike
+        tokens = np.bincount(block_sources, np.diff(self.offsets[self.blocks]), minlength=len(order.weights))
         weights = order.weights_for(tokens.astype(np.int64).tolist())
         self._block_weights = np.asarray(weights, np.float64)[block_sources]
         # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
@@ -111,7 +108,7 @@ class EpochPlan:
         for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
             mine = np.flatnonzero(block_sources == source)
             phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)
-            whole[mine] = _visits(phase, weights[source], epoch)
+            whole[mine] = _visits(phase, weights[source], self.epoch)
             partial[mine] = False
         partial = np.flatnonzero(partial)
         visits = np.concatenate([np.repeat(np.arange(len(whole)), whole), partial])
@@ -132,16 +129,16 @@ class EpochPlan:
         part = slice(index * WINDOW_BLOCKS, (index + 1) * WINDOW_BLOCKS)
         visits, is_partial = self._visits[part], self._is_partial[part]
         documents = np.concatenate([self._documents(int(b), bool(p)) for b, p in zip(visits, is_partial, strict=True)])
-        documents = documents[permutation(len(documents), self._order.seed, self._key, _TIES, index)]
-        if self._order.packing:
-            lengths = self._offsets[documents + 1] - self._offsets[documents]
+        documents = documents[permutation(len(documents), self.order.seed, self._key, _TIES, index)]
+        if self.order.packing:
+            lengths = self.offsets[documents + 1] - self.offsets[documents]
             longest_first = np.argsort(-lengths, kind="stable")
             documents = documents[longest_first]
-            bins = best_fit_decreasing(lengths[longest_first] + self._order.beside, self._order.capacity)
+            bins = best_fit_decreasing(lengths[longest_first] + self.order.beside, self.order.capacity)
         else:
             bins = np.arange(len(documents))
         sizes = np.bincount(bins)
-        sequence = permutation(len(sizes), self._order.seed, self._key, _BINS, index)
+        sequence = permutation(len(sizes), self.order.seed, self._key, _BINS, index)
         place = np.empty_like(sequence)
         place[sequence] = np.arange(len(sequence))
         return Window(
@@ -151,13 +148,13 @@ class EpochPlan:
         )
 
     def _documents(self, block: int, is_partial: bool) -> NDArray[np.int64]:
-        documents = np.arange(self._blocks[block], self._blocks[block + 1], dtype=np.int64)
+        documents = np.arange(self.blocks[block], self.blocks[block + 1], dtype=np.int64)
         if not is_partial:
             return documents
         weight = self._block_weights[block]
         # 32 bits keep the sum of phase and visits exact in a double.
         phase = (
-            splitmix64(documents.astype(np.uint64) ^ hash_key(self._order.seed, _PHASE)) >> np.uint64(32)
+            splitmix64(documents.astype(np.uint64) ^ hash_key(self.order.seed, _PHASE)) >> np.uint64(32)
         ) * 2.0**-32
         return documents[_visits(phase, weight, self.epoch) > np.floor(weight)]
 

@@ -58,6 +58,7 @@ class _Loaded:
     offsets: NDArray[np.int64]
 
 
+@dataclass(eq=False)
 class Stream:
     """One rank's view of a data set, chapter by chapter, in one order.
 
@@ -72,36 +73,28 @@ class Stream:
     that has.
     """
 
+    chapters: Chapters
+    order: Order
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    epochs: int | None = None
+    parts: int = 1
     reference: NDArray[np.float32] | None = None
     teacher: StoredTeacher | None = None
     rollouts: Rollouts | None = None
     updates: int = 1  # that learn from a chapter
 
-    def __init__(
-        self,
-        chapters: Chapters,
-        order: Order,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        epochs: int | None = None,
-        parts: int = 1,
-    ) -> None:
-        assert 0 <= rank < world_size
-        assert world_size % parts == 0
-        (rank, self._part), world_size = divmod(rank, parts), world_size // parts
-        self.accumulation = -(-global_batch // (world_size * micro_batch))
-        self.chapters = chapters
-        self._order = order
-        self._global_batch = global_batch
-        self._micro_batch = micro_batch
-        self._rank = rank
-        self._world_size = world_size
-        self._epochs = epochs
-        self._parts = parts
-        self._padding = np.full(order.capacity, PAD, np.uint32)
-        self._numbers = np.arange(micro_batch * order.capacity, dtype=np.int32)
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        assert self.world_size % self.parts == 0
+        # Ranks that share their rows are a group, which takes the bins that a single rank would.
+        self._group, self._part = divmod(self.rank, self.parts)
+        self._groups = self.world_size // self.parts
+        self.accumulation = -(-self.global_batch // (self._groups * self.micro_batch))
+        self._padding = np.full(self.order.capacity, PAD, np.uint32)
+        self._numbers = np.arange(self.micro_batch * self.order.capacity, dtype=np.int32)
         # The windows ahead may be of the next chapter or epoch.
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._windows = _ReadAhead(self._load, self._next_window)
@@ -117,10 +110,10 @@ class Stream:
         """
         bins, _ = self._take(position)
         batches = []
-        share = self._world_size * self._micro_batch
+        share = self._groups * self.micro_batch
         for micro in range(-(-len(bins) // share) if self.rollouts else self.accumulation):
-            first = (micro * self._world_size + self._rank) * self._micro_batch
-            batches.append(self._pack(bins[first : first + self._micro_batch]))
+            first = (micro * self._groups + self._group) * self.micro_batch
+            batches.append(self._pack(bins[first : first + self.micro_batch]))
         return batches
 
     def advance(self, position: Position) -> Position:
@@ -181,10 +174,10 @@ class Stream:
             return whole_chapter, Position(epoch, chapter=chapter + 1)
         taken: list[Position] = []
         # A step that is full does not wait for the chapter behind it.
-        while chapter < self.chapters.count and len(taken) < self._global_batch:
+        while chapter < self.chapters.count and len(taken) < self.global_batch:
             plan = self._plan(epoch, chapter)
             while window < plan.num_windows:
-                end = min(plan.window(window).num_bins, place + self._global_batch - len(taken))
+                end = min(plan.window(window).num_bins, place + self.global_batch - len(taken))
                 taken += (Position(epoch, window, k, chapter) for k in range(place, end))
                 if end < plan.window(window).num_bins:
                     return taken, Position(epoch, window, end, chapter)
@@ -193,16 +186,16 @@ class Stream:
         if chapter < self.chapters.count:
             return taken, Position(epoch, chapter=chapter)
         if not taken and position == Position(epoch):
-            raise nothing_visited(epoch, self._order)
+            raise nothing_visited(epoch, self.order)
         # Without any, the last chapters of the epoch have nothing to visit.
         return (taken, Position(epoch + 1)) if taken else self._take(Position(epoch + 1))
 
     def _chapter(self, epoch: int, turn: int) -> int:
-        return turns(self.chapters.count, self._order.seed, epoch)[turn]
+        return turns(self.chapters.count, self.order.seed, epoch)[turn]
 
     def _make_plan(self, epoch: int, turn: int) -> EpochPlan:
         data = self.chapters.get(self._chapter(epoch, turn))
-        return EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch, turn)
+        return EpochPlan(data.offsets, data.blocks, data.block_sources, self.order, epoch, turn)
 
     def _next_window(self, place: WindowPlace) -> WindowPlace | None:
         """The next window to prefetch, or None. Never blocks on an uncompiled chapter."""
@@ -213,7 +206,7 @@ class Stream:
             return epoch, turn, window + 1
         if turn + 1 < self.chapters.count:
             return epoch, turn + 1, 0
-        return None if epoch + 1 == self._epochs else (epoch + 1, 0, 0)
+        return None if epoch + 1 == self.epochs else (epoch + 1, 0, 0)
 
     def _load(self, place: WindowPlace) -> _Loaded:
         epoch, turn, window = place
@@ -222,8 +215,8 @@ class Stream:
         lengths = data.offsets[plan.documents + 1] - data.offsets[plan.documents]
         tokens = data.read(plan.blocks).gather(plan.documents)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        if self._order.reserved:
-            tokens, offsets = reserve(tokens, offsets, self._order.reserved)
+        if self.order.reserved:
+            tokens, offsets = reserve(tokens, offsets, self.order.reserved)
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
@@ -232,8 +225,8 @@ class Stream:
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
         documents: list[int] = []
-        length, padding = self._order.capacity, 0
-        for row in range(self._micro_batch):
+        length, padding = self.order.capacity, 0
+        for row in range(self.micro_batch):
             room = length
             if row < len(bins):
                 loaded = self._windows.get((bins[row].epoch, bins[row].chapter, bins[row].window))
@@ -268,7 +261,7 @@ class Stream:
             position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(before, sizes))[None],
             cu_seqlens=torch.from_numpy(borders),
             max_seqlen=int(sizes.max()),
-            tokens=len(stored) - padding - answers * self._order.reserved,
+            tokens=len(stored) - padding - answers * self.order.reserved,
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
@@ -281,7 +274,7 @@ class Stream:
             taught=None if self.teacher is None else Taught(*map(torch.from_numpy, self.teacher.read(documents))),
             sampled=None if self.rollouts is None else torch.from_numpy(self.rollouts.read(documents)),
         )
-        return row if self._parts == 1 else row.cut(self._part, self._parts)
+        return row if self.parts == 1 else row.cut(self._part, self.parts)
 
 
 def reserve(
@@ -365,9 +358,8 @@ def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: in
     """The stream of a run's sampled answers, a chapter for each step or for several that follow each other."""
     order = replace(train_order(config), weights=(1.0,), fractions=())
     batches = config.train.global_batch, config.train.micro_batch
-    stream = Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1)
-    stream.rollouts, stream.updates = rollouts, config.rollout.updates
-    return stream
+    updates = config.rollout.updates
+    return Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1, rollouts=rollouts, updates=updates)
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:

@@ -188,18 +188,12 @@ def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
     # A data set's licence is a text too: such files are data where they are named.
     endings = (end for end, (kind, _) in _SUFFIXES.items() if kind != ".txt" or ".txt" in given.path)
     files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(endings))
-    return [
-        SourceFile(
-            file.uri,
-            open_store(str(file.path.parent), setting=name),
-            file.path.name,
-            file.path.stat().st_size,
-            file.version,
-            source,
-            immutable=True,
-        )
-        for file in files
-    ]
+    found = []
+    for uri, path in files.items():
+        store, size = open_store(str(path.parent), setting=name), path.stat().st_size
+        content = path.resolve().name  # the cache names each content by its hash
+        found.append(SourceFile(uri, store, path.name, size, content, source, immutable=True))
+    return found
 
 
 def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,15 +32,6 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a data set: `uri` names it without the revision, `path` is in the cache, and `version` is the name of its content."""
-
-    uri: str
-    path: Path
-    version: str
-
-
 def repository(path: str) -> str | None:
     """The repository owner/name of the data set that a path names; None where it names none."""
     match = _PATH.fullmatch(path)
@@ -50,8 +40,8 @@ def repository(path: str) -> str | None:
 
 def find_hub_files(
     path: str, subset: str | None, split: str | None, name: str, endings: Sequence[str]
-) -> list[HubFile]:
-    """The files of a split, with these `endings`, in the cache; those that it lacks are downloaded.
+) -> dict[str, Path]:
+    """The files of a split, with these `endings`, in the cache, by their URIs without the revision; those that it lacks are downloaded.
 
     HF_TOKEN opens private data sets, HF_ENDPOINT names another Hub, and with HF_HUB_OFFLINE the cache alone is asked.
 
@@ -92,7 +82,7 @@ def find_hub_files(
         if not chosen:
             raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {few(keys)}.")
         folder = fetch(chosen)
-    return [HubFile(f"hf://datasets/{repo}/{key}", folder / key, (folder / key).resolve().name) for key in chosen]
+    return {f"hf://datasets/{repo}/{key}": folder / key for key in chosen}
 
 
 def _listed_before(repo: str, revision: str | None) -> tuple[list[str], bool]:
