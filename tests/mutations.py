@@ -37,8 +37,8 @@ MUTATIONS = (
     Mutation(
         "order: every epoch has the order of the first",
         "trainer/data/order/order.py",
-        "self._key = epoch + (turn << 32)",
-        "self._key = turn << 32",
+        "self._key = self.epoch + (self.turn << 32)",
+        "self._key = self.turn << 32",
         ("tests/unit/test_data_order.py",),
     ),
     Mutation(
