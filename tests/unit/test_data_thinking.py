@@ -173,7 +173,7 @@ def test_a_span_that_reaches_over_another_turns_words_is_refused(monkeypatch: py
     with pytest.raises(DataError, match="its place is unknown"):
         marked("qwen3", THOUGHT)
     monkeypatch.undo()
-    monkeypatch.setattr(Conversation, "_end", lambda _, turn, whole: len(whole))
+    monkeypatch.setattr(Conversation, "_end", lambda talk, turn: len(talk.whole))
     with pytest.raises(DataError, match="its place is unknown"):
         marked("qwen3", THOUGHT)
 

@@ -21,14 +21,12 @@ from trainer.data.render.conversation import Conversation
 from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
+    EditedText,
     ThinkingForm,
     block_around,
     blocks,
-    edited,
     emptied,
     kept,
-    moved,
-    moved_place,
     thought_of,
     with_thought,
     without_thinking,
@@ -88,22 +86,19 @@ class ChatText:
         if self._data.thinking == "as_template":
             messages = [self._as_read(message) for message in messages]
         talk = Conversation(self._template, self._ends, messages, tools)
-        whole = talk.render(len(messages))
         turns = self._trained_turns(messages)
-        _check_shown(talk, [turn for turn in turns if messages[turn]["role"] == "assistant"], whole)
-        edits = self._edits(talk, messages, whole)
-        text = edited(whole, list(edits.values()))
-        spans, ended = self._spans(talk, messages, turns, whole, edits)
-        untrained = [span for turn in range(len(messages)) for span in talk.silent(turn, whole)]
-        untrained = [moved(span, list(edits.values())) for span in untrained]
+        _check_shown(talk, [turn for turn in turns if messages[turn]["role"] == "assistant"])
+        edited = EditedText(talk.whole, self._edits(talk))
+        spans, ended = self._spans(talk, turns, edited)
+        untrained = [edited.moved(span) for turn in range(len(messages)) for span in talk.silent(turn)]
         if not self._wanted.thinking:
-            untrained += self._blocks(talk, messages, whole, edits)
+            untrained += self._blocks(talk, edited)
         lacking = [
-            *(["tools"] if tools and talk.ignores_tools(whole) else []),
-            *left_out(given, messages, text),
+            *(["tools"] if tools and talk.ignores_tools() else []),
+            *left_out(given, messages, edited.text),
             *([] if ended or not self._wanted.end else [f"{END_OF_TURN} {self._next_tag}".strip()]),
         ]
-        return Rendered(text, without(joined(spans), joined(untrained)), left_out=lacking)
+        return Rendered(edited.text, without(joined(spans), joined(untrained)), left_out=lacking)
 
     @cached_property
     def _next_tag(self) -> str:
@@ -135,32 +130,34 @@ class ChatText:
         asked = [turn for turn, message in enumerate(messages) if message.get("train")]
         return sorted(turn for turn in {*turns, *asked} if is_trained(messages[turn]))
 
-    def _edits(self, talk: Conversation, messages: list[Message], whole: str) -> dict[int, Edit]:
+    def _edits(self, talk: Conversation) -> dict[int, Edit]:
         """By turn, what `data.thinking` changes of the text that the template makes."""
         if self._data.thinking == "as_template":
             return {}
+        messages = talk.messages
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if self._data.thinking == "strip":
             forms = {turn: form for turn in turns if (form := self._form(messages[turn])) and form.empty != form.bare}
-            places = {turn: talk.anchor(turn, whole) for turn in forms}
-            found = {turn: emptied(forms[turn], whole, place) for turn, place in places.items() if place is not None}
+            places = {turn: talk.anchor(turn) for turn in forms}
+            found = {turn: emptied(forms[turn], talk.whole, at) for turn, at in places.items() if at is not None}
             return {turn: edit for turn, edit in found.items() if edit}
-        dropped = self._dropped(talk, messages)
-        return {turn: self._kept(talk, messages[turn], turn, whole) for turn in dropped}
+        return {turn: self._kept(talk, turn) for turn in self._dropped(talk)}
 
-    def _dropped(self, talk: Conversation, messages: list[Message]) -> list[int]:
+    def _dropped(self, talk: Conversation) -> list[int]:
         """The turns whose thinking the template leaves out. A thought's words may stand in an answer too, so a mark takes its place."""
+        messages = talk.messages
         marks = {turn: f"{_MARK}{turn}{_MARK}" for turn, message in enumerate(messages) if thought_of(message)}
         if not marks:
             return []
         text = talk.with_all({turn: with_thought(messages[turn], mark) for turn, mark in marks.items()})
         return [turn for turn, mark in marks.items() if mark not in text]
 
-    def _kept(self, talk: Conversation, message: Message, turn: int, whole: str) -> Edit:
-        form, place = self._form(message), talk.anchor(turn, whole)
+    def _kept(self, talk: Conversation, turn: int) -> Edit:
+        message = talk.messages[turn]
+        form, place = self._form(message), talk.anchor(turn)
         edit = None
         if form and not form.as_content and place is not None:
-            edit = kept(form, whole, place, thought_of(message) or "")
+            edit = kept(form, talk.whole, place, thought_of(message) or "")
         if edit is None:
             raise DataError(
                 f"turn {turn + 1}: the chat template leaves out its thinking and shows no form for it, so it cannot be kept; set "
@@ -168,51 +165,41 @@ class ChatText:
             )
         return edit
 
-    def _spans(
-        self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str, edits: Mapping[int, Edit]
-    ) -> tuple[list[Span], bool]:
+    def _spans(self, talk: Conversation, turns: Sequence[int], edited: EditedText) -> tuple[list[Span], bool]:
         """The spans that are trained in the edited text, and whether an end is trained in each of the assistant's turns."""
-        everything, wanted = list(edits.values()), self._wanted
-        text = edited(whole, everything)
+        messages, wanted = talk.messages, self._wanted
         if wanted.roles == "all":
-            silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
-            talk.check_size(silent, whole)
-            kept_out = [moved(span, everything) for turn in silent for span in talk.place(turn, whole)]
-            return without([(0, len(text))], joined(kept_out)), True
+            kept_out = [edited.moved(span) for span in _silent(talk)]
+            return without([(0, len(edited.text))], joined(kept_out)), True
         spans, ended, found = list[Span](), True, turns
         if self._template.tagged and wanted.roles in (None, ["assistant"]):
-            spans = [moved(span, everything) for span in self._enclosed(talk, messages, turns, whole)]
-            ended = not spans or self._ends_in(text, spans[-1])
+            spans = [edited.moved(span) for span in self._enclosed(talk, turns)]
+            ended = not spans or self._ends_in(edited.text, spans[-1])
             found = [turn for turn in turns if messages[turn]["role"] != "assistant"]
-        talk.check_size(found, whole)
+        talk.check_size(found)
         for turn in found:
-            own = self._turn(talk, messages[turn], turn, whole, text, edits)
-            ended &= messages[turn]["role"] != "assistant" or any(self._ends_in(text, span) for span in own)
+            own = self._turn(talk, turn, edited)
+            ended &= messages[turn]["role"] != "assistant" or any(self._ends_in(edited.text, span) for span in own)
             spans += own
         return spans, ended
 
-    def _enclosed(self, talk: Conversation, messages: list[Message], turns: Sequence[int], whole: str) -> list[Span]:
+    def _enclosed(self, talk: Conversation, turns: Sequence[int]) -> list[Span]:
         """The spans that the template's tags enclose, without those of turns that are not trained."""
-        silent = [turn for turn, message in enumerate(messages) if not is_trained(message)]
-        talk.check_size(silent, whole)
-        untrained = [span for turn in silent for span in talk.place(turn, whole)]
+        untrained = _silent(talk)
         if self._wanted.turns == "last":
-            last = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"][-1:]
-            untrained += [(0, talk.place(turn, whole)[0][0]) for turn in last]
+            last = [turn for turn, message in enumerate(talk.messages) if message["role"] == "assistant"][-1:]
+            untrained += [(0, talk.place(turn)[0][0]) for turn in last]
         return without(talk.enclosed(), joined(untrained)) if turns else []
 
-    def _turn(
-        self, talk: Conversation, message: Message, turn: int, whole: str, text: str, edits: Mapping[int, Edit]
-    ) -> list[Span]:
+    def _turn(self, talk: Conversation, turn: int, edited: EditedText) -> list[Span]:
         """The characters of the edited text that are trained of a turn."""
-        everything = list(edits.values())
-        found = talk.written(turn, whole) if message["role"] == "assistant" else [talk.said(turn, whole)]
-        spans = [moved(span, everything) for span in found]
-        if turn in edits:
-            lead = moved_place(edits[turn].lead, everything)
-            spans[0] = lead + edits[turn].prompted, spans[0][1]
+        is_assistants = talk.messages[turn]["role"] == "assistant"
+        found = talk.written(turn) if is_assistants else [talk.said(turn)]
+        spans = [edited.moved(span) for span in found]
+        if edit := edited.by_turn.get(turn):
+            spans[0] = edited.moved_place(edit.lead) + edit.prompted, spans[0][1]
         # Many templates put a line break after the end-of-turn token; generation has ended by then.
-        ends = [self._after_end.search(text, start, end) for start, end in spans]
+        ends = [self._after_end.search(edited.text, start, end) for start, end in spans]
         return [(start, match.start(1) if match else end) for (start, end), match in zip(spans, ends, strict=True)]
 
     def _ends_in(self, text: str, span: Span) -> bool:
@@ -220,41 +207,42 @@ class ChatText:
         begin, end = span
         return self._ended.search(text, max(begin, end - _LONGEST_END), end) is not None
 
-    def _blocks(
-        self, talk: Conversation, messages: list[Message], whole: str, edits: Mapping[int, Edit]
-    ) -> Iterator[Span]:
+    def _blocks(self, talk: Conversation, edited: EditedText) -> Iterator[Span]:
         """The blocks of thinking in the edited text, with what the template writes around them."""
-        everything, dropped = (
-            list(edits.values()),
-            [] if self._data.thinking == "strip" else self._dropped(talk, messages),
-        )
-        text = edited(whole, everything)
-        for turn, message in enumerate(messages):
+        text, dropped = edited.text, [] if self._data.thinking == "strip" else self._dropped(talk)
+        for turn, message in enumerate(talk.messages):
             if message["role"] != "assistant":
                 continue
             form = self._form(message)
-            if turn in edits:
+            if edit := edited.by_turn.get(turn):
                 thought = thought_of(message) or ""
-                begin = moved_place(edits[turn].begin, everything) + edits[turn].text.index(thought)
+                begin = edited.moved_place(edit.begin) + edit.text.index(thought)
                 yield block_around(form, text, (begin, begin + len(thought)))
             elif thought_of(message) and turn not in dropped:
-                place = talk.marked(turn, whole, with_thought(message, _MARK), _MARK)
+                place = talk.marked(turn, with_thought(message, _MARK), _MARK)
                 if place is None:
                     raise DataError(
                         f"turn {turn + 1}: its thinking is not found in the conversation's text, so it cannot be left untrained"
                     )
-                yield block_around(form, text, moved(place, everything))
+                yield block_around(form, text, edited.moved(place))
             else:
-                yield from (moved(span, everything) for span in _empty_blocks(talk, form, turn, whole))
+                yield from map(edited.moved, _empty_blocks(talk, form, turn))
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
-def _check_shown(talk: Conversation, turns: Sequence[int], whole: str) -> None:
+def _silent(talk: Conversation) -> list[Span]:
+    """The characters of the turns that their rows leave untrained."""
+    silent = [turn for turn, message in enumerate(talk.messages) if not is_trained(message)]
+    talk.check_size(silent)
+    return [span for turn in silent for span in talk.place(turn)]
+
+
+def _check_shown(talk: Conversation, turns: Sequence[int]) -> None:
     """Raises `DataError` where the template leaves out what the assistant says in one of these turns: its end alone would be trained."""
-    if lost := talk.vanished(turns, whole):
+    if lost := talk.vanished(turns):
         turn, what = lost
         raise DataError(
             f"turn {turn + 1}: the chat template leaves out the assistant's {what}; set data.template to a template that writes them, or "
@@ -262,9 +250,9 @@ def _check_shown(talk: Conversation, turns: Sequence[int], whole: str) -> None:
         )
 
 
-def _empty_blocks(talk: Conversation, form: ThinkingForm | None, turn: int, whole: str) -> Iterator[Span]:
+def _empty_blocks(talk: Conversation, form: ThinkingForm | None, turn: int) -> Iterator[Span]:
     """The empty block that the template writes where nothing was thought."""
-    answer = talk.anchor(turn, whole) if form else None
+    whole, answer = talk.whole, talk.anchor(turn) if form else None
     if form is None or answer is None:
         return
     if edit := emptied(form, whole, answer):

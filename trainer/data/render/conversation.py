@@ -27,42 +27,44 @@ class Misplaced(DataError):
 
 
 class Conversation:
-    """One conversation, whose beginnings are rendered too. `ends` matches the tokenizer's special tokens, which may end a turn."""
+    """One conversation: its text `whole`, and that of its beginnings. `ends` matches the tokenizer's special tokens, which may end a turn. Raises
+    `DataError` where the template refuses it."""
 
     def __init__(self, template: ChatTemplate, ends: re.Pattern[str], messages: list[Message], tools: Tools) -> None:
         self._template, self._tools = template, tools
-        self._ends, self._messages = ends, messages
+        self._ends, self.messages = ends, messages
         self._contents: dict[int, Span | None] = {}
+        self.whole = self.render(len(messages))
 
     def render(self, count: int, generation_prompt: bool = False) -> str:
         """The text of the first `count` messages."""
-        return self._text(self._messages[:count], generation_prompt)
+        return self._text(self.messages[:count], generation_prompt)
 
-    def check_size(self, turns: Sequence[int], whole: str) -> None:
+    def check_size(self, turns: Sequence[int]) -> None:
         """Raises `DataError` where finding these turns in the whole text would take very long."""
         messages, most = sum(2 * turn + 1 for turn in turns), _MOST_MESSAGES
-        if messages > most or messages * len(whole) > _MOST_CHARACTERS * len(self._messages):
+        if messages > most or messages * len(self.whole) > _MOST_CHARACTERS * len(self.messages):
             raise DataError(
-                f"{len(self._messages):,} turns of {len(whole):,} characters are too long to find {len(turns):,} of them in the "
+                f"{len(self.messages):,} turns of {len(self.whole):,} characters are too long to find {len(turns):,} of them in the "
                 "text; split the conversation, give data.template a template with {% generation %} tags, or set data.loss_on: "
                 "last_assistant or all"
             )
 
-    def ignores_tools(self, whole: str) -> bool:
+    def ignores_tools(self) -> bool:
         """Whether the text would be the same without tools."""
         try:
-            return self._template.render(self._messages) == whole
+            return self._template.render(self.messages) == self.whole
         except DataError:
             return False
 
-    def prefix(self, count: int, whole: str, generation_prompt: bool = False) -> int:
+    def prefix(self, count: int, generation_prompt: bool = False) -> int:
         """Length of the text of the first `count` messages, which must begin the whole text."""
         if count == 0:
             return 0
-        if count == len(self._messages):
-            return len(whole)
+        if count == len(self.messages):
+            return len(self.whole)
         prefix = self.render(count, generation_prompt)
-        if not whole.startswith(prefix):
+        if not self.whole.startswith(prefix):
             turn = count + 1 if generation_prompt else count
             raise Misplaced(
                 f"turn {turn}: what the chat template makes of the conversation up to it is not how the whole begins, so "
@@ -70,11 +72,11 @@ class Conversation:
             )
         return len(prefix)
 
-    def vanished(self, turns: Sequence[int], whole: str) -> tuple[int, str] | None:
+    def vanished(self, turns: Sequence[int]) -> tuple[int, str] | None:
         """The first of these turns whose content or calls the template leaves out, and which of both; None where all come out."""
         others, marks = dict[int, Message](), dict[str, tuple[int, int | None]]()
         for turn in turns:
-            message = self._messages[turn]
+            message = self.messages[turn]
             names = {f"{_MARK}{turn}.{number}{_MARK}": number for number in range(len(message.get("tool_calls") or []))}
             if names:
                 message = _renamed(message, list(names))
@@ -93,22 +95,22 @@ class Conversation:
             (
                 (turn, "content" if number is None else "calls")
                 for turn, number in lost
-                if number is None or self._is_same_without(turn, number, whole)
+                if number is None or self._is_same_without(turn, number)
             ),
             None,
         )
 
-    def _is_same_without(self, turn: int, number: int, whole: str) -> bool:
+    def _is_same_without(self, turn: int, number: int) -> bool:
         """Whether the text would be the same without a call: some templates write its arguments and not its name."""
-        message = self._messages[turn]
+        message = self.messages[turn]
         calls = [call for index, call in enumerate(message["tool_calls"]) if index != number]
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
         try:
-            return self._with(turn, {**rest, "tool_calls": calls} if calls else rest) == whole
+            return self._with(turn, {**rest, "tool_calls": calls} if calls else rest) == self.whole
         except DataError:
             return False
 
-    def written(self, turn: int, whole: str) -> list[Span]:
+    def written(self, turn: int) -> list[Span]:
         """The characters of the whole text that the model has to write in an assistant's turn, with white space behind its end. They are
         several spans where the template puts something else between a turn's calls and its words.
 
@@ -121,47 +123,45 @@ class Conversation:
                 "begin with another turn, or give data.template a template with {% generation %} tags"
             )
         try:
-            return [(self.prefix(turn, whole, generation_prompt=True), self.prefix(turn + 1, whole))]
+            return [(self.prefix(turn, generation_prompt=True), self.prefix(turn + 1))]
         except Misplaced as error:
-            anchor = self.anchor(turn, whole)
+            anchor = self.anchor(turn)
             if anchor is None:
                 raise
-            span = self._begin(turn, whole, anchor, error), self._end(turn, whole)
-            if self._is_alone(turn, whole, span):
+            span = self._begin(turn, anchor, error), self._end(turn)
+            if self._is_alone(turn, span):
                 return [span]
-            return self._apart(turn, whole, error)
+            return self._apart(turn, error)
 
-    def said(self, turn: int, whole: str) -> Span:
+    def said(self, turn: int) -> Span:
         """The characters of the whole text that a message of another role has as its content, and the end of its turn."""
-        content = self.content(turn, whole)
+        content = self.content(turn)
         if content is None:
             raise Misplaced(f"turn {turn + 1}: its content is not found in the conversation's text")
         begin, end = content
         try:
-            return begin, max(end, self.prefix(turn + 1, whole))
+            return begin, max(end, self.prefix(turn + 1))
         except Misplaced:
             return begin, end
 
-    def place(self, turn: int, whole: str) -> list[Span]:
+    def place(self, turn: int) -> list[Span]:
         """The characters of a whole turn, or of as much of it as can be told."""
         try:
-            return [(self.prefix(turn, whole), self.prefix(turn + 1, whole))]
+            return [(self.prefix(turn), self.prefix(turn + 1))]
         except Misplaced:
-            return (
-                self.written(turn, whole) if self._messages[turn]["role"] == "assistant" else [self.said(turn, whole)]
-            )
+            return self.written(turn) if self.messages[turn]["role"] == "assistant" else [self.said(turn)]
 
-    def silent(self, turn: int, whole: str) -> list[Span]:
+    def silent(self, turn: int) -> list[Span]:
         """The characters of a turn's content that its row leaves untrained.
 
         Raises:
             DataError: the template rewrites the content, so that their places are unknown.
         """
-        message = self._messages[turn]
+        message = self.messages[turn]
         if UNTRAINED not in message:
             return []
-        content, place = message["content"], self.content(turn, whole)
-        text = whole[slice(*place)] if place else ""
+        content, place = message["content"], self.content(turn)
+        text = self.whole[slice(*place)] if place else ""
         if not place or content.strip() != text.strip():
             raise DataError(
                 f"turn {turn + 1}: the chat template rewrites its content, so which characters are not to be trained is unknown; give "
@@ -171,110 +171,110 @@ class Conversation:
         found = ((max(place[0], begin + start), min(place[1], begin + end)) for start, end in message[UNTRAINED])
         return [(start, end) for start, end in found if start < end]
 
-    def marked(self, turn: int, whole: str, message: Message, mark: str) -> Span | None:
+    def marked(self, turn: int, message: Message, mark: str) -> Span | None:
         """The characters in whose place `mark` stands once `message` is that of the turn; None where that cannot be told."""
         before, found, after = self._with(turn, message).partition(mark)
-        if not found or mark in after or not whole.endswith(after):
+        if not found or mark in after or not self.whole.endswith(after):
             return None
         # Templates write a line break between a content and a call; of an empty content that would be the one before the call.
-        begin = shared_beginning(before, whole)
-        return begin, max(begin, len(whole) - len(after))
+        begin = shared_beginning(before, self.whole)
+        return begin, max(begin, len(self.whole) - len(after))
 
-    def anchor(self, turn: int, whole: str) -> int | None:
+    def anchor(self, turn: int) -> int | None:
         """Where a turn's words begin, or the name of its first call where it has no words; None where that cannot be told."""
-        message = self._messages[turn]
+        message = self.messages[turn]
         if message["content"].strip() or not message.get("tool_calls"):
-            content = self.content(turn, whole)
+            content = self.content(turn)
             return content and content[0]
         before, mark, _ = self._with(turn, _renamed(message, [_MARK])).partition(_MARK)
-        return len(before) if mark and whole.startswith(before) else None
+        return len(before) if mark and self.whole.startswith(before) else None
 
-    def content(self, turn: int, whole: str) -> Span | None:
+    def content(self, turn: int) -> Span | None:
         """The characters in which the text differs once the content of the turn is another; None where that cannot be told."""
         if turn not in self._contents:
-            self._contents[turn] = self.marked(turn, whole, {**self._messages[turn], "content": _MARK}, _MARK)
+            self._contents[turn] = self.marked(turn, {**self.messages[turn], "content": _MARK}, _MARK)
         return self._contents[turn]
 
-    def _begin(self, turn: int, whole: str, anchor: int, otherwise: Misplaced) -> int:
+    def _begin(self, turn: int, anchor: int, otherwise: Misplaced) -> int:
         """The place behind the generation prompt of a turn whose words or calls begin at `anchor`.
 
         The prompt follows the end of the turn before it, if that can be told. Else it is the last one before the anchor. One that opens
         a block of thinking may be there without it.
         """
-        before = self.content(turn - 1, whole)
+        before = self.content(turn - 1)
         if before is not None:
-            marked = [*self._messages[: turn - 1], {**self._messages[turn - 1], "content": _MARK}]
+            marked = [*self.messages[: turn - 1], {**self.messages[turn - 1], "content": _MARK}]
             behind = self._text(marked, True).partition(_MARK)[2]
             for one in (behind, behind.partition(OPEN)[0]):
-                if one and whole.startswith(one, before[1]) and before[1] + len(one) <= anchor:
+                if one and self.whole.startswith(one, before[1]) and before[1] + len(one) <= anchor:
                     return before[1] + len(one)
         prompted = self.render(turn, generation_prompt=True)
         prompt = prompted[shared_beginning(prompted, self.render(turn)) :]
         sought = {prompt, prompt.partition(OPEN)[0]} - {""}
-        places = [(place, len(one)) for one in sought if (place := whole.rfind(one, 0, anchor)) >= 0]
-        if places and self._is_alone(turn, whole, (sum(max(places)), anchor)):
+        places = [(place, len(one)) for one in sought if (place := self.whole.rfind(one, 0, anchor)) >= 0]
+        if places and self._is_alone(turn, (sum(max(places)), anchor)):
             return sum(max(places))  # of two at one place the longer
-        if self._goes_on(turn, whole, anchor):
+        if self._goes_on(turn, anchor):
             return anchor
         raise otherwise
 
-    def _goes_on(self, turn: int, whole: str, anchor: int) -> bool:
+    def _goes_on(self, turn: int, anchor: int) -> bool:
         """Whether a turn goes on where the words of an earlier one of the assistant end, to whose calls there were results."""
         for earlier in reversed(range(turn)):
-            content = self.content(earlier, whole)
-            if self._messages[earlier]["role"] not in ("assistant", "tool"):
+            content = self.content(earlier)
+            if self.messages[earlier]["role"] not in ("assistant", "tool"):
                 return False
             if content is not None and content[0] < content[1] == anchor:
                 return True
         return False
 
-    def _end(self, turn: int, whole: str) -> int:
+    def _end(self, turn: int) -> int:
         """The end of a turn's words and calls, and of the token that ends it where one follows."""
-        message = self._messages[turn]
-        content = self.content(turn, whole)
+        message = self.messages[turn]
+        content = self.content(turn)
         if content is not None and (message["content"].strip() or not message.get("tool_calls")):
             marked, begin = {**message, "content": _MARK}, content[1]
         else:
-            marked, begin = _renamed(message, [_MARK]), self.anchor(turn, whole) or 0
+            marked, begin = _renamed(message, [_MARK]), self.anchor(turn) or 0
             begin += len(message["tool_calls"][0]["function"].get("name") or "")
-        behind = self._text([*self._messages[:turn], marked]).partition(_MARK)[2]
-        if (written := behind.rstrip()) and whole.startswith(written, begin):
+        behind = self._text([*self.messages[:turn], marked]).partition(_MARK)[2]
+        if (written := behind.rstrip()) and self.whole.startswith(written, begin):
             return begin + len(written)
         calls = re.sub(rf"\s*(?:{self._ends.pattern})?\s*\Z", "", behind)
-        end = begin + len(calls) if whole.startswith(calls, begin) else begin
+        end = begin + len(calls) if self.whole.startswith(calls, begin) else begin
         closing = behind[len(calls) :].strip()
         own = self._template.end.removesuffix(closing).rstrip()
         if own and calls.endswith(own) and self._template.behind_an_answer.lstrip().startswith(own):
             return end  # `closing` ends a conversation, and no turn
         # Where the last turn of a conversation has no token at its end, the one that follows here begins the next turn.
-        match = re.compile(rf"\s*(?:{self._ends.pattern})").match(whole, end) if closing else None
+        match = re.compile(rf"\s*(?:{self._ends.pattern})").match(self.whole, end) if closing else None
         return match.end() if match else end
 
-    def _is_alone(self, turn: int, whole: str, span: Span) -> bool:
+    def _is_alone(self, turn: int, span: Span) -> bool:
         """Whether the span of a turn reaches neither over the content of the turn before it, nor over that of the one behind it."""
-        before = self.content(turn - 1, whole)
-        behind = self.content(turn + 1, whole) if turn + 1 < len(self._messages) else None
+        before = self.content(turn - 1)
+        behind = self.content(turn + 1) if turn + 1 < len(self.messages) else None
         return not ((before and span[0] < before[1]) or (behind and behind[0] < behind[1] <= span[1]))
 
-    def _apart(self, turn: int, whole: str, otherwise: Misplaced) -> list[Span]:
+    def _apart(self, turn: int, otherwise: Misplaced) -> list[Span]:
         """The spans of a turn whose words stand behind the results of its calls."""
-        message, words = self._messages[turn], self.content(turn, whole)
+        message, words = self.messages[turn], self.content(turn)
         if not message.get("tool_calls") or words is None:
             raise otherwise
-        silent = [*self._messages[:turn], {**message, "content": ""}, *self._messages[turn + 1 :]]
+        silent = [*self.messages[:turn], {**message, "content": ""}, *self.messages[turn + 1 :]]
         without = Conversation(self._template, self._ends, silent, self._tools)
-        calls = without.written(turn, without.render(len(silent)))
-        if not calls or calls[-1][1] > shared_beginning(without.render(len(silent)), whole) or calls[-1][1] > words[0]:
+        calls = without.written(turn)
+        if not calls or calls[-1][1] > shared_beginning(without.whole, self.whole) or calls[-1][1] > words[0]:
             raise otherwise
-        return [*calls, (words[0], self._end(turn, whole))]
+        return [*calls, (words[0], self._end(turn))]
 
     def with_all(self, others: Mapping[int, Message]) -> str:
         """The text of the whole conversation with others in the places of some messages, by turn."""
-        return self._text([others.get(turn, message) for turn, message in enumerate(self._messages)])
+        return self._text([others.get(turn, message) for turn, message in enumerate(self.messages)])
 
     def enclosed(self) -> list[Span]:
         """The characters that the template's {% generation %} tags enclose."""
-        return self._template.enclosed(self._messages, self._tools)
+        return self._template.enclosed(self.messages, self._tools)
 
     def _with(self, turn: int, message: Message) -> str:
         """The text of the whole conversation with another message in the place of one."""

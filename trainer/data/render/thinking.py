@@ -5,7 +5,7 @@ template writes it is not known here: it is found from what the template makes o
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trainer.data.format.messages import THOUGHTS, Message
@@ -199,26 +199,27 @@ def _replaced(form: ThinkingForm, whole: str, answer: int, old: str, new: str) -
     return Edit(lead + same, answer - end, new[same : len(new) - end], lead, prompted)
 
 
-def edited(text: str, edits: Sequence[Edit]) -> str:
-    """The text with all edits, which are sorted and disjoint."""
-    for edit in reversed(edits):
-        text = text[: edit.begin] + edit.text + text[edit.end :]
-    return text
+class EditedText:
+    """The text `whole` with an edit in some turns, which are sorted and disjoint."""
 
+    def __init__(self, whole: str, by_turn: Mapping[int, Edit]) -> None:
+        self.by_turn, self._edits = by_turn, list(by_turn.values())
+        self.text = whole
+        for edit in reversed(self._edits):
+            self.text = self.text[: edit.begin] + edit.text + self.text[edit.end :]
 
-def moved(span: Span, edits: Sequence[Edit]) -> Span:
-    """Where the span lies in the edited text. What is written at its beginning belongs to it, what is written behind it does not."""
-    begin, end = span
-    before = [edit for edit in edits if edit.begin < begin]
-    within = [edit for edit in edits if edit.begin < end]
-    begin = max([begin, *(edit.end for edit in before)])
-    end = max([end, *(edit.end for edit in within)])
-    return begin + sum(edit.growth for edit in before), end + sum(edit.growth for edit in within)
+    def moved(self, span: Span) -> Span:
+        """Where the span of the whole lies in the text. What is written at its beginning belongs to it, what is written behind it does not."""
+        begin, end = span
+        before = [edit for edit in self._edits if edit.begin < begin]
+        within = [edit for edit in self._edits if edit.begin < end]
+        begin = max([begin, *(edit.end for edit in before)])
+        end = max([end, *(edit.end for edit in within)])
+        return begin + sum(edit.growth for edit in before), end + sum(edit.growth for edit in within)
 
-
-def moved_place(place: int, edits: Sequence[Edit]) -> int:
-    """Where the place lies in the edited text, before what is written there."""
-    return moved((place, place), edits)[0]
+    def moved_place(self, place: int) -> int:
+        """Where the place lies in the text, before what is written there."""
+        return self.moved((place, place))[0]
 
 
 def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
