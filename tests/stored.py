@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from tests.codes import FORMATS
 from tests.nf4 import decoded
+from trainer.store.safetensors_index import TensorSource, read_headers
+from trainer.store.store import Store
 
 # OCP Microscaling specification 1.0, table 5: the values of E2M1.
 _FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def read_index(store: Store) -> dict[str, TensorSource]:
+    """All tensors of a model directory; raises as `read_headers`."""
+    return {name: tensor for header in read_headers(store).values() for name, tensor in header.tensors.items()}
 
 
 def read_files(folder: Path) -> dict[str, Tensor]:

@@ -47,13 +47,8 @@ class TaughtData:
         what = f"the {found['top_k']} likeliest tokens of {targets}, in {found['folder']}"
         if not self.dry_run:
             return f"{found['teacher']} has written {what}"
-        there = (
-            ""
-            if found["whole"] is None
-            else " (all of it is there)"
-            if found["whole"]
-            else f" ({found['written']} blocks are there)"
-        )
+        some = f" ({found['written']} blocks are there)"
+        there = {None: "", True: " (all of it is there)", False: some}[found["whole"]]
         return f"would have {found['teacher']} write {what}, {found['bytes_a_target']} bytes a target, by {found['ranks']} ranks{there}"
 
 

@@ -18,6 +18,7 @@ from tests.dist.launch import launch
 from tests.dist.test_resume import losses
 from tests.families import rows
 from tests.material import Workshop, commit, make_base
+from tests.stored import read_index
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError
@@ -32,7 +33,6 @@ from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.manifest import read_manifest
-from trainer.store.safetensors_index import read_index
 from trainer.store.store import Store, open_store
 
 FULL = ("tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none")

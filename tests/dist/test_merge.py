@@ -16,12 +16,13 @@ from launcher.smoke.local_s3 import S3Server
 from tests.dist import memory, proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base, quantize_base
+from tests.stored import read_index
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.store.safetensors_index import INDEX_FILE, read_index
+from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import PART_BYTES, Store, open_store
 
 

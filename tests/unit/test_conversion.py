@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES, rows
 from tests.material import make_base
+from tests.stored import read_index
 from trainer.base.architecture import Linear
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.find.check import LeftOutPart, check_weights_at_hand
@@ -37,7 +38,7 @@ from trainer.base.rows.converted import Converted
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.store.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel, read_index
+from trainer.store.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel
 from trainer.store.store import open_store
 
 

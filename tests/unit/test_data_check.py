@@ -15,7 +15,7 @@ from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.inputs import find
-from trainer.data.compile.pool import Mapper, map_batches
+from trainer.data.compile.pool import map_batches
 from trainer.data.look.check import DataReport, Findings, check_data
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.source.files import expand
@@ -42,7 +42,6 @@ def check(
     tmp_path: Path,
     rows: list[Any],
     evaluation: list[Any] = (),  # pyright: ignore
-    mapper: Mapper | None = None,
     template: str = TEMPLATE,
     **data: Any,
 ) -> DataReport:
@@ -65,7 +64,7 @@ def check(
             "train": {"steps": 1},
         }
     )
-    return check_data(config, byte_tokenizer(), find(config), lambda *_: None, mapper)
+    return check_data(config, byte_tokenizer(), find(config), lambda *_: None)
 
 
 def found(report: DataReport) -> Findings:
@@ -205,11 +204,12 @@ def test_a_set_of_another_format_keeps_what_its_rows_have_a_use_for(tmp_path: Pa
         )
 
 
-def test_other_processes_find_the_same(tmp_path: Path) -> None:
+def test_other_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [talk(sentence(n % 300, 5), "yes") if n % 50 else {"messages": n} for n in range(500)]
     alone = check(tmp_path, rows, rows[:40])
     assert found(alone).exact_duplicates > 0
-    assert check(tmp_path, rows, rows[:40], mapper=partial(map_batches, processes=2)) == alone
+    monkeypatch.setattr("trainer.data.look.check.mapper_for", lambda size: partial(map_batches, processes=2))
+    assert check(tmp_path, rows, rows[:40]) == alone
 
 
 def test_what_is_cut_at_the_sequence_length(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES, rows
 from tests.material import make_base
-from trainer.store.safetensors_index import read_index
+from tests.stored import read_index
 from trainer.store.store import open_store
 
 # Names in the index of a published model of the family, where transformers calls or shapes the parameters otherwise.

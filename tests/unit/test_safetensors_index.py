@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.stored import read_index
 from trainer.errors import ConfigError
-from trainer.store.safetensors_index import INDEX_FILE, read_header, read_index
+from trainer.store.safetensors_index import INDEX_FILE, read_header
 from trainer.store.store import open_store
 
 TENSORS = {"a": torch.arange(12, dtype=torch.float32).view(3, 4), "b": torch.arange(6, dtype=torch.bfloat16)}

@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.codes import FORMATS
+from tests.stored import read_index
 from tests.unit.test_plan import LLAMA_70B
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.exchanged import StoredTransposed
 from trainer.errors import ConfigError
 from trainer.model.nf4 import share
-from trainer.store.safetensors_index import StoredTensor, read_index
+from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import open_store
 
 # Sizes that no number of ranks divides, and codes that fill no whole int32 along the rows.

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 from tests.material import SIZES, Workshop, make_base
-from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, store_in_fp8, store_in_mxfp4, to_fp8
+from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, read_index, store_in_fp8, store_in_mxfp4, to_fp8
 from trainer.base.describe.description import describe
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import check_base
@@ -32,7 +32,7 @@ from trainer.export.proof.in_transformers.dequantized import dequantized_by_tran
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve
 from trainer.store.codes import Code
-from trainer.store.safetensors_index import PackedTensor, StoredTensor, TensorSource, read_index
+from trainer.store.safetensors_index import PackedTensor, StoredTensor, TensorSource
 from trainer.store.store import Store, open_store
 
 TILE = (128, 128)

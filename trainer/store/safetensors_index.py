@@ -212,11 +212,6 @@ def _indexed_files(store: Store) -> set[str] | None:
         ) from error
 
 
-def read_index(store: Store) -> dict[str, TensorSource]:
-    """All tensors of a model directory; raises as `read_headers`."""
-    return {name: tensor for header in read_headers(store).values() for name, tensor in header.tensors.items()}
-
-
 def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
     """The tensors of one safetensors file; raises as `read_file_header`."""
     return read_file_header(store, key, file_size).tensors

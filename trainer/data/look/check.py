@@ -13,7 +13,7 @@ from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals, row_tokens
 from trainer.data.compile.inputs import Input
-from trainer.data.compile.pool import Mapper, mapper_for
+from trainer.data.compile.pool import mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import explicit_form
@@ -30,6 +30,7 @@ from trainer.errors import DataError
 _EXAMPLES = 5
 _SHORTEST = 256  # of the lengths that losses are counted at
 _REPLACEMENT = "\ufffd"
+_COUNTED_BY_NAME = ("left_out", "unused_fields", "bad_row_reasons")
 
 
 @dataclass
@@ -83,8 +84,7 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         named = {
-            name: {what: found.model_dump() for what, found in getattr(self, name).items()}
-            for name in ("left_out", "unused_fields", "bad_row_reasons")
+            name: {what: found.model_dump() for what, found in getattr(self, name).items()} for name in _COUNTED_BY_NAME
         }
         return {**asdict(self), **named, "lost": {length: lost._asdict() for length, lost in self.lost.items()}}
 
@@ -114,11 +114,8 @@ def check_data(
     tokenizer: Tokenizer,
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
-    mapper: Mapper | None = None,
 ) -> DataReport:
     """Read and tokenize every row of `inputs` (see `inputs.find`); `progress` gets the split, bytes read and all bytes.
-
-    `mapper` reads the batches, by default as `mapper_for` says.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -132,7 +129,7 @@ def check_data(
         start = partial(_Inspector, data, tokenizer, part)
         collected = _Collected(trained if what == "train" else Seen(), trained)
         documents = [0] * (files[-1].source + 1)
-        for inspected, (source, read) in (mapper or mapper_for(size))(_read(files), start):
+        for inspected, (source, read) in mapper_for(size)(_read(files), start):
             collected.take(inspected)
             documents[source] += len(inspected.kept)
             progress(what, read, size)
@@ -244,44 +241,37 @@ class _Collected:
     """The batches of a split, in their order; `seen` are its texts so far, `trained` those of the training data."""
 
     def __init__(self, seen: Seen, trained: Seen) -> None:
-        self._seen = seen
-        self._trained = trained
-        self._found = Findings(in_train=None if seen is trained else {"exact": 0, "near": 0})
-        self._lengths: list[int] = []
-        self._kept: list[int] = []
-        self._lost: Counter[tuple[int, str]] = Counter()
+        self._seen, self._trained = seen, trained
+        self._all = _Inspected(Findings(in_train=None if seen is trained else {"exact": 0, "near": 0}))
 
     def take(self, batch: _Inspected) -> None:
+        found = self._all.found
         for name, value in vars(batch.found).items():
             if isinstance(value, int):
-                setattr(self._found, name, (getattr(self._found, name) or 0) + value)
-        add_left_out(self._found.left_out, batch.found.left_out)
-        add_left_out(self._found.unused_fields, batch.found.unused_fields)
-        add_left_out(self._found.bad_row_reasons, batch.found.bad_row_reasons)
-        self._lengths += batch.lengths
-        self._kept += batch.kept
-        self._lost.update(batch.lost)
+                setattr(found, name, (getattr(found, name) or 0) + value)
+            elif name in _COUNTED_BY_NAME:
+                add_left_out(getattr(found, name), value)
+        self._all.lengths += batch.lengths
+        self._all.kept += batch.kept
+        self._all.lost.update(batch.lost)
         for where, text in batch.texts:
             self._compare(where, text)
 
     def _compare(self, where: str, text: Fingerprint) -> None:
-        found = self._found
+        found = self._all.found
         if found.in_train is not None and (match := self._trained.find(text)):
             found.in_train[match[0]] += 1
-            self._example(where, match[1])
+            found.duplicate_examples.append((where, match[1]))
         if match := self._seen.find(text):
             found.exact_duplicates += match[0] == "exact"
             found.near_duplicates += match[0] == "near"
-            self._example(where, match[1])
+            found.duplicate_examples.append((where, match[1]))
         else:
             self._seen.add(text, where)
-
-    def _example(self, where: str, earlier: str) -> None:
-        if len(self._found.duplicate_examples) < _EXAMPLES:
-            self._found.duplicate_examples.append((where, earlier))
+        del found.duplicate_examples[_EXAMPLES:]
 
     def finish(self, order: Order) -> Findings:
-        found, lengths = self._found, np.array(self._lengths, np.int64)
+        found, lengths = self._all.found, np.array(self._all.lengths, np.int64)
         found.bad_row_examples = [_line(reason, same) for reason, same in found.bad_row_reasons.items()]
         if len(lengths):
             quantiles = {"min": 0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
@@ -291,10 +281,10 @@ class _Collected:
             found.histogram = dict(zip(bounds.tolist(), counts.tolist(), strict=True))
         of = LostAt(max(1, found.documents), max(1, found.targets), max(1, found.targets))._asdict()
         found.lost = {
-            length: LostAt(**{name: round(self._lost[length, name] / whole, 6) for name, whole in of.items()})
-            for length in sorted({length for length, _ in self._lost})
+            length: LostAt(**{name: round(self._all.lost[length, name] / whole, 6) for name, whole in of.items()})
+            for length in sorted({length for length, _ in self._all.lost})
         }
-        found.packed_rows, found.fill = _pack(np.array(self._kept, np.int64), order)
+        found.packed_rows, found.fill = _pack(np.array(self._all.kept, np.int64), order)
         return found
 
 

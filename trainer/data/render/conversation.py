@@ -90,15 +90,10 @@ class Conversation:
             text = self.with_all(others) if marks else ""
         except DataError:  # it may look into a content, and refuse this one
             return None
-        lost = (place for mark, place in marks.items() if mark not in text)
-        return next(
-            (
-                (turn, "content" if number is None else "calls")
-                for turn, number in lost
-                if number is None or self._is_same_without(turn, number)
-            ),
-            None,
-        )
+        for mark, (turn, number) in marks.items():
+            if mark not in text and (number is None or self._is_same_without(turn, number)):
+                return turn, "content" if number is None else "calls"
+        return None
 
     def _is_same_without(self, turn: int, number: int) -> bool:
         """Whether the text would be the same without a call: some templates write its arguments and not its name."""

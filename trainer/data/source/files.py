@@ -124,12 +124,8 @@ def _find(given: Source, source: int, name: str) -> list[SourceFile]:
             found = _find_in_hub(given, source, name)
         else:
             found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        StorageError,
-    ) as error:  # a name too long, a home of nobody, a name that is no text
+    # A name may be too long, the home of nobody, or no text.
+    except (OSError, RuntimeError, ValueError, StorageError) as error:
         cause = error.__cause__ if isinstance(error, StorageError) else error
         if isinstance(error, StorageError) and not isinstance(cause, ValueError):
             raise  # the store itself fails; a ValueError is of a name that no store takes
