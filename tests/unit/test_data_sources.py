@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from obstore.store import MemoryStore
 from trainer.config import Source
 from trainer.data.source import files as sources
 from trainer.data.source import rows as reading
-from trainer.data.source.files import SourceFile, expand, with_take
+from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import batches, rows
 from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store.store import Store
@@ -294,6 +295,11 @@ def many(tmp_path: Path) -> list[Path]:
     table = pyarrow.table({"text": [str(number) for number in range(300, 351)]})
     pyarrow.parquet.write_table(table, tmp_path / "many-c.parquet")
     return [one, other, tmp_path / "many-c.parquet"]
+
+
+def with_take(files: list[SourceFile], amount: float, seed: int | None) -> list[SourceFile]:
+    take = Take(amount, seed, tuple(files))
+    return [replace(file, take=take) for file in files]
 
 
 def numbers_taken(tmp_path: Path, amount: float, seed: int | None = None) -> list[int]:

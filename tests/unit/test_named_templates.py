@@ -11,8 +11,8 @@ from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.render.chat import Example, Renderer
-from trainer.data.render.templates.named_templates import NAMED
 from trainer.data.render.templates.template import (
+    NAMED,
     conversation_template,
     dated,
     fitting_template,

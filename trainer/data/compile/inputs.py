@@ -13,7 +13,7 @@ from trainer.data.compile.detection import with_forms
 from trainer.data.format.formats import FORMATS, Row, or_error
 from trainer.data.format.known.classified import label_name
 from trainer.data.render.templates.template import has_template, no_template, tokens_of
-from trainer.data.source.files import SourceFile, expand, with_take
+from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, DataError
@@ -156,12 +156,12 @@ def as_trained(config: Config) -> Data:
 def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
     kinds = find_objective(config).formats
     files = with_forms(config, data, expand(sources, setting), sources, setting, kinds)
-    own = [[file for file in files if file.source == index] for index in range(len(sources))]
-    return [
-        file
-        for source, found in zip(sources, own, strict=True)
-        for file in with_take(found, source.take, source.take_seed)
-    ]
+    taken = list[SourceFile]()
+    for index, source in enumerate(sources):
+        own = tuple(file for file in files if file.source == index)
+        take = None if source.take is None else Take(source.take, source.take_seed, own)
+        taken += [replace(file, take=take) for file in own]
+    return taken
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:

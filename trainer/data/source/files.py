@@ -4,7 +4,7 @@ import fnmatch
 import glob
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -65,12 +65,6 @@ class Take:
     def counted(self) -> bool:
         """Whether it depends on how many rows there are."""
         return self.seed is not None or self.amount < 1
-
-
-def with_take(files: Sequence[SourceFile], amount: int | float | None, seed: int | None) -> list[SourceFile]:
-    """All files of one source, which know what is taken of them."""
-    take = None if amount is None else Take(amount, seed, tuple(files))
-    return [replace(file, take=take) for file in files]
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:

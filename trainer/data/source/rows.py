@@ -13,7 +13,6 @@ from trainer.data.format.formats import Row, RowForm
 from trainer.data.source.files import SourceFile
 from trainer.data.source.json_array import elements
 from trainer.errors import NOT_JSON, DataError
-from trainer.store.store import Store
 
 BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
@@ -218,10 +217,7 @@ class ObjectReader(io.RawIOBase):
     """An object as a seekable file: each `readinto` is one ranged read."""
 
     def __init__(self, file: SourceFile) -> None:
-        self._store: Store = file.store
-        self._key = file.key
-        self._size = file.size
-        self._position = 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -233,14 +229,14 @@ class ObjectReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
         self._position = base + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size)
-        data = self._store.get_range(self._key, self._position, max(end, self._position))
+        end = min(self._position + len(view), self._file.size)
+        data = self._file.store.get_range(self._file.key, self._position, max(end, self._position))
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
