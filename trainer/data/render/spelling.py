@@ -25,12 +25,9 @@ class Spelling:
     """
 
     def __init__(self, backend: "Tokenizer") -> None:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
         vocabulary = backend.get_vocab(with_added_tokens=True)
         added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
-        # The character that stands for each byte in a byte-level vocabulary, as GPT-2's encoder has it.
-        alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+        alphabet = _alphabet()
         self._bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, number in vocabulary.items():
             if number not in added and alphabet.keys() >= set(token):
@@ -80,3 +77,13 @@ def _token_at(encoding: Any, characters: Iterable[int]) -> int | None:
     """The first token of the first of these characters that is in any: a tokenizer may drop white space."""
     found = (encoding.char_to_token(character) for character in characters)
     return next((token for token in found if token is not None), None)
+
+
+def _alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else one from U+0100 on.
+
+    Source: `bytes_to_unicode` in GPT-2's encoder.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
