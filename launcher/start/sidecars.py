@@ -127,7 +127,11 @@ class _Tended:
         self._placed: Placed | None = None
 
     def tend(self) -> None:
-        while (placed := self._begun()) is not None:
+        while True:
+            with self._placing:  # so that `end` ends what is placed, or nothing is placed behind it
+                if self._over.is_set():
+                    return
+                self._placed = placed = self._place(self._one)
             try:
                 for line in placed.words():
                     self._log(line)
@@ -136,13 +140,6 @@ class _Tended:
                 if not self._over.is_set():
                     self._log(f"{self._one.name}: {error}; it is started again")
             self._over.wait(_PLACED_AGAIN_SECONDS)
-
-    def _begun(self) -> Placed | None:
-        with self._placing:
-            if not self._over.is_set():
-                self._placed = self._place(self._one)
-                return self._placed
-        return None
 
     def end(self) -> None:
         with self._placing:

@@ -194,10 +194,6 @@ class Need:
     most: int
     each: dict[str, float]
 
-    @property
-    def gpus(self) -> int:
-        return int(self.each.get("GPU", 0))
-
 
 def need(config: Config) -> Need:
     """From the configuration, with the cluster's GPUs where it leaves the number open."""

@@ -115,17 +115,18 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 
     from launcher.cluster.ray.group import RankGroup
 
+    on_gpu = wanted.each.get("GPU", 0) >= 1
     about_ray = {"facts": {"dashboard": dashboard} if dashboard else {}, "joined": dashboard is not None}
     return TorchTrainer(
         _rank,
         train_loop_config=attempts.task() | about_ray,
         scaling_config=ScalingConfig(
             num_workers=workers,
-            use_gpu=wanted.gpus > 0,
+            use_gpu=on_gpu,
             resources_per_worker=wanted.each,
             placement_strategy=attempts.config.cluster.ray.placement,
         ),
-        torch_config=RankGroup("nccl" if wanted.gpus else "gloo"),
+        torch_config=RankGroup("nccl" if on_gpu else "gloo"),
         # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
         run_config=RunConfig(
             name=attempts.config.run.name,
