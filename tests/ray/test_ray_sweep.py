@@ -28,7 +28,7 @@ from trainer.store.store import Store, open_store
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]  # a minute on an idle machine of two cores
 
 RATES = [3e-2, 3e-3, 3e-4, 3e-5]
-STEPS, GRACE = 60, 4
+STEPS, GRACE = 32, 4
 
 
 def capstan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
