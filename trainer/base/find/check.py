@@ -35,15 +35,15 @@ def check_base(base: Base, config: Config) -> None:
 
 
 def check_base_files(base: Base, config: Config) -> None:
-    """The part of `check_base` that looks into files beside config.json: the headers of the weights, and the tokenizer."""
+    """The part of `check_base` that looks into files beside config.json: the tokenizer, and the headers of the weights."""
     vocabulary = base.architecture.vocabulary
-    base.stored.check(base, config)
     tokens = tokenizer_size(base.directory, base.name)
     if tokens > vocabulary:
         raise ConfigError(
             f"model.base: the tokenizer of {base.name} has {tokens} tokens, the embedding {vocabulary} rows. "
             "Use the tokenizer that belongs to this model, or resize the embedding with resize_token_embeddings()."
         )
+    base.stored.check(base, config)
 
 
 def tokenizer_size(directory: Path, name: str) -> int:
