@@ -45,5 +45,6 @@ class PackedModel:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
-        row = MicroBatch.of_text(nn.functional.pad(tokens, (self.reserved, 0))).to(tokens.device)
+        # Rows are made on the host, and go to a device through pinned memory.
+        row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).to(tokens.device)
         return self.head(self.hidden(row)[:, self.reserved :])
