@@ -202,9 +202,9 @@ def _rank(arguments: dict[str, Any]) -> None:
     import ray.train
 
     config = parse_config(arguments["config"])
-    run_rank = imported_rank(config)
     if ray.train.get_context().get_world_rank() == 0:
-        run_folder(config).put(layout.RANKS_BEGUN, b"")
+        run_folder(config).put(layout.RANKS_BEGUN, b"")  # before what takes a while on a slow disk
+    run_rank = imported_rank(config)
     from trainer.train.start import Starter
 
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
