@@ -7,6 +7,7 @@ In a bucket all names are the same wherever the tests run, and so are the versio
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -134,11 +135,13 @@ def test_data_compiled_before_is_found_and_gives_the_batches_of_before(bucket: S
     assert datasets.train == FACTS["dataset"]
     assert [(entry.key, entry.modified) for entry in bucket.list("store/data/")] == objects
 
-    stream = train_stream(config, open_chapters(store, datasets.train, store.sub(RUN)), rank=0, world_size=1)
+    chapters = open_chapters(store, datasets.train, store.sub(RUN))
+    stream = train_stream(config, chapters, rank=0, world_size=1)
     position, batches = Position(), []
-    for _ in FACTS["order"]:
-        step = stream.step(position)
-        fields = [(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens) for batch in step]
-        batches.append(sha256(b"".join(tensor.numpy().tobytes() for batch in fields for tensor in batch)))
-        position = stream.advance(position)
+    with closing(chapters):
+        for _ in FACTS["order"]:
+            step = stream.step(position)
+            fields = [(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens) for batch in step]
+            batches.append(sha256(b"".join(tensor.numpy().tobytes() for batch in fields for tensor in batch)))
+            position = stream.advance(position)
     assert batches == FACTS["order"]

@@ -6,6 +6,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source import rows
 from trainer.data.source.files import expand
-from trainer.errors import CapstanError, DataError, NotFound, Stopped
+from trainer.errors import CapstanError, DataError, NotFound, Stopped, Unreachable
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.store.store import Store, open_store
@@ -257,6 +258,22 @@ def test_a_reader_that_is_done_does_not_wait(store: Store, data: Data) -> None:
     reader = streamed(open_chapters(store, FINGERPRINT, store.sub("run"))).read_from(Position())
     next(reader)
     del reader  # with threads that wait for chapter 1
+
+
+def test_a_reader_that_is_done_does_not_wait_for_a_store_that_is_out_of_reach() -> None:
+    """Python joins the threads of pools when it ends, and these would repeat their requests for minutes."""
+
+    def open_chapter(chapter: int) -> Any:
+        raise Unreachable("the store is being restarted")
+
+    reader = Chapters(1, open_chapter)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(reader.get, 0)
+        while not reader.reads.retried:
+            assert not waiting.done()
+        reader.close()
+        with pytest.raises(Unreachable):
+            waiting.result(timeout=10)
 
 
 def test_a_fraction_holds_in_every_chapter(compiled: Chapters, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ class Chapters:
         self._needed: list[int] = []
         self._uncompiled: set[int] = set()
         self._open_chapter, self._given_up = open_chapter, given_up
-        self._closed, self._news = False, threading.Event()
+        self._news = threading.Event()
         self._pool = ThreadPoolExecutor(_OPEN, "chapters")
         self._opening = lru_cache(maxsize=_OPEN)(self._open)
 
@@ -68,14 +68,14 @@ class Chapters:
         return opening.done() and opening.exception() is None
 
     def close(self) -> None:
-        """End all waits: nobody needs what they are for."""
-        self._closed = True
+        """End all waits, also those for a store that is out of reach: nobody needs what they are for."""
+        self.reads.over.set()
         self._news.set()
 
     def look(self) -> None:
         """Have those that wait look now: a chapter was just committed."""
         self._news.set()
-        if not self._closed:
+        if not self.reads.over.is_set():
             self._news.clear()
 
     def _open(self, chapter: int) -> Future[Dataset]:
@@ -94,7 +94,7 @@ class Chapters:
                 self._uncompiled.discard(chapter)
                 return replace(data, reads=self.reads)
             self._news.wait(LOOK_SECONDS)
-            if self._closed:
+            if self.reads.over.is_set():
                 raise CancelledError
 
 

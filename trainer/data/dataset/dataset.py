@@ -7,6 +7,7 @@ block. A block is the unit of reading and of checking: up to 256 documents and, 
 """
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +39,12 @@ T = TypeVar("T")
 
 @dataclass
 class Reads:
-    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed."""
+    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed. Once it is `over`, nobody needs
+    what is read, and nothing is repeated."""
 
     retried: int = 0
     refetched: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
 
     @property
     def repeated(self) -> int:
@@ -55,10 +58,10 @@ class Reads:
             try:
                 return request()
             except Unreachable:
-                if time.monotonic() + pause > deadline:
+                # Python waits for the threads that read ahead when it ends, so that these must not wait for the store.
+                if time.monotonic() + pause > deadline or self.over.wait(pause):
                     raise
                 self.retried += 1
-                time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def proven(
