@@ -27,7 +27,7 @@ from trainer.model.attention import choose_attention
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.nf4 import FrozenLinear4bit
 from trainer.processes.ranks import join
-from trainer.state.checkpoint import shard
+from trainer.state.checkpoint import reading as checkpoint_reading
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store import store
@@ -167,7 +167,7 @@ def _memory(what: str) -> int:
 def small_export_memory(run_uri: str, destination: str) -> int:
     """The same for an export in pieces and parts that are a sixteenth and a thirty-second of the real ones."""
     reading.PIECE_BYTES = merged.PIECE_BYTES = 2**18
-    store.PART_BYTES = shard.PART_BYTES = 2**20
+    store.PART_BYTES = checkpoint_reading.PART_BYTES = 2**20
     torch.set_num_threads(1)
     before = _peak_from_here()
     export_adapter(store.open_store(run_uri), store.open_store(destination))

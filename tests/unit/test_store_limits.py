@@ -2,7 +2,6 @@
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from launcher.data.build import build
 from launcher.drive import local
 from launcher.start import check
 from tests.material import Workshop
-from trainer.config import Config, dump_config
+from trainer.config import Config
 from trainer.errors import StorageError
 from trainer.store.store import open_run_store
 
@@ -52,11 +51,9 @@ def test_by_who_repeats_failed_requests_itself(config: Config) -> None:
         open_run_store(config).sub("data").failing_fast().get("manifest.json")
 
 
-def test_as_data_is_compiled(config: Config, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(dump_config(config))
+def test_as_data_is_compiled(config: Config) -> None:
     with given_up():
-        build(path, (), dry_run=False, log=log)
+        build(config, dry_run=False, log=log)
 
 
 def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

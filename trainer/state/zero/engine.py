@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,12 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+class DeviceRow(Protocol):
+    """A packed row, or a text that grows, as a pass takes it."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
 class _Wrapped(nn.Module):
     """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what another
     function than the loss makes of the row."""
@@ -144,7 +150,7 @@ class Engine:
         self._gathers.begin("loss")
         return self._engine(row.to(self.ranks.device))
 
-    def look(self, look: Callable[[PackedModel, Any], Tensor], row: MicroBatch) -> Tensor:
+    def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
         """The values that `look` makes of the model and the row, without a graph."""
         self._gathers.begin(look)
         with torch.no_grad():
