@@ -38,7 +38,7 @@ def texts(folder: Path, rows: int) -> Data:
 
 
 def build(
-    data: Data, folder: Path, mapper: Any = None, progress: Callable[[Progress], None] | None = None
+    data: Data, folder: Path, mapper: Any = None, progress: Callable[[Progress], None] = lambda now: None
 ) -> DatasetManifest:
     files = expand(data.train, "data.train")
     store = open_store(str(folder))
