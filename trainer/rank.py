@@ -14,7 +14,7 @@ from typing import NamedTuple
 from trainer.config import Config
 from trainer.config.evaluation import split_of
 from trainer.data.compile.inputs import config_of_set
-from trainer.data.compile.prepare import Datasets
+from trainer.data.compile.prepare import Datasets, training_place
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollouts
@@ -102,7 +102,7 @@ class _Rows(NamedTuple):
 def _train(start: Start, training: Training, restored: CheckpointManifest | None) -> None:
     """Take the steps that are left, and write the record of each; none where a stop was asked for while the model was loaded."""
     metrics, device, first = start.metrics, start.ranks.device, start.ranks.rank == 0
-    step, position = _place(restored)
+    step, position = training_place(restored)
     last = training.horizon.steps  # unless something ends it before
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
@@ -151,8 +151,8 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
-    training = _training(start, engine, rows, checkpoints, datasets, _place(restored))
-    step, total = _place(restored)[0], training.horizon.steps
+    training = _training(start, engine, rows, checkpoints, datasets, training_place(restored))
+    step, total = training_place(restored)[0], training.horizon.steps
     facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "attention": attention.name}
     of_sets = {split_of(name): key for name, key in datasets.sets.items()}
     record_start(start, report, **facts, data={"train": datasets.train, "eval": datasets.eval, **of_sets})
@@ -233,8 +233,3 @@ def _training(
         samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,
         skipped=skipped,
     )
-
-
-def _place(restored: CheckpointManifest | None) -> tuple[int, Position]:
-    """The step that a start goes on from, and where in the data."""
-    return (restored.step, Position.from_json(restored.position)) if restored else (0, Position())

@@ -48,7 +48,7 @@ class Attempts:
         return self.owner.run
 
     def task(self) -> dict[str, Any]:
-        """What each rank of the newest attempt is told, in values that JSON has."""
+        """The task that each rank of the newest attempt is given, in values that JSON has."""
         datasets = asdict(self.datasets)
         return {"config": dump_config(self.config), "datasets": datasets, "resume": self.resume, "began": self.began}
 

@@ -12,4 +12,9 @@ def canonical(tree: Any) -> str:
 
 def digest_of(tree: Any) -> str:
     """The SHA-256 of that text, in hexadecimal."""
-    return hashlib.sha256(canonical(tree).encode()).hexdigest()
+    return digest_of_text(canonical(tree))
+
+
+def digest_of_text(text: str) -> str:
+    """The same where the canonical text is at hand."""
+    return hashlib.sha256(text.encode()).hexdigest()

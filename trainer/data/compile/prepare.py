@@ -31,7 +31,7 @@ from trainer.data.order.settings import Order, train_order
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import readable_manifests
+from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests
 from trainer.store.store import Store
 
 
@@ -192,13 +192,18 @@ def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins
         return _epoch_bins(store, fingerprint, order, ceil(train.epochs))
     folder = store.sub(config.run.name)
     newest = next(readable_manifests(folder, [], committed_steps(folder)), None)
-    step, place = (newest.step, Position.from_json(newest.position)) if newest else (0, Position())
+    step, place = training_place(newest)
     epochs = _epoch_bins(store, fingerprint, order, place.epoch + 1)
     rest = total(epochs[-1]) - before(epochs[-1], place)
     while (step := step + ceil(rest / train.global_batch)) < (train.steps or 0):
         epochs = _epoch_bins(store, fingerprint, order, len(epochs) + 1)
         rest = total(epochs[-1])
     return epochs
+
+
+def training_place(checkpoint: CheckpointManifest | None) -> tuple[int, Position]:
+    """The step that a start goes on from, and where in the data."""
+    return (checkpoint.step, Position.from_json(checkpoint.position)) if checkpoint else (0, Position())
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:

@@ -116,7 +116,7 @@ def give_up(folder: Store, error: BaseException) -> None:
 
 
 def forget_given_up(folder: Store) -> None:
-    """What an earlier start had to give up may come now."""
+    """Let the data come now that an earlier start had to give up."""
     folder.delete(layout.NO_MORE_DATA)
 
 

@@ -1,4 +1,4 @@
-"""What is asked of whoever samples, and the ranks themselves as such a one: each rank continues a text at a time with the sharded model."""
+"""The request to whoever samples, and the ranks themselves, of which each continues a text at a time with the sharded model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -21,7 +21,7 @@ from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
-from trainer.store.canonical_json import canonical, digest_of
+from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
 
 FORMAT = 3
@@ -159,7 +159,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
             f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version "
             "that wrote it."
         )
-    if digest != digest_of(body):
+    if digest != digest_of_text(text):
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")
     try:
         manifest = _READER.validate_json(text)
