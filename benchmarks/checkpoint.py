@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py [--ranks 2] [--methods lora full] [--repeats 3]
 
-All sides save and restore the same state of one engine (a random base under ZeRO-3, in 4 bits with LoRA or in 16 bits and
-learning itself), one after the other, to one disk and one S3 server (SeaweedFS) on this machine. DeepSpeed and DCP write files; for S3 these are uploaded by
-obstore afterwards, which counts as time to commit and not as a stall. DCP gets what learns, as ours does.
+All sides save and restore the same state of one engine (a random base under ZeRO-3, in 4 bits with LoRA or in 16 bits
+and learning itself), one after the other, to one disk and one S3 server (SeaweedFS) on this machine. DeepSpeed and DCP
+write files; for S3 these are uploaded by obstore afterwards, which counts as time to commit and not as a stall. DCP
+gets what learns, as ours does.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/data.py [--documents 400000] [--peers PYTHON] [--folder DIR]
 
-All read documents of the same log-normal lengths (median 250 tokens) from this machine's disk, in one process on one core:
-ours an epoch of all of them, the others up to 15 seconds of the first 100,000, as some would take an hour. The others hand
-over documents one by one; ours plans, packs into rows of 8,192 tokens with labels and positions, and checks every byte's
-hash. The peers live in an environment of their own, as one pins an older transformers: PYTHON names it, else it is made in
-DIR. Every figure is the better of two runs.
+All read documents of the same log-normal lengths (median 250 tokens) from this machine's disk, in one process on one
+core: ours an epoch of all of them, the others up to 15 seconds of the first 100,000, as some would take an hour. The
+others hand over documents one by one; ours plans, packs into rows of 8,192 tokens with labels and positions, and checks
+every byte's hash. The peers live in an environment of their own, as one pins an older transformers: PYTHON names it,
+else it is made in DIR. Every figure is the better of two runs.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python benchmarks/experts.py [--experts 64] [--top 8] [--tokens 512] [--hidden 256] [--inner 128] [--rank 8] [--dtype fp32]
 
-Experts of Qwen3-MoE with random weights, by themselves, on one thread. `one matrix at a time` is what Capstan did before: transformers'
-eager forward pass, which asks the host for each expert, over matrices that are dequantized one by one. PEFT adds B @ A of all experts
-to their weights before it multiplies. A wait is a number or a list that the host asks for: with a GPU it waits until that has come so
-far. Times are those of the process on its core, the best of several, the sides in turn, as a machine is rarely idle.
+Experts of Qwen3-MoE with random weights, by themselves, on one thread. `one matrix at a time` is what Capstan did
+before: transformers' eager forward pass, which asks the host for each expert, over matrices that are dequantized one by
+one. PEFT adds B @ A of all experts to their weights before it multiplies. A wait is a number or a list that the host
+asks for: with a GPU it waits until that has come so far. Times are those of the process on its core, the best of
+several, the sides in turn, as a machine is rarely idle.
 """
 
 import argparse

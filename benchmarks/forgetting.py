@@ -2,11 +2,12 @@
 
     python benchmarks/forgetting.py [--steps 120] [--pretrain 250] [--replay 0.3]
 
-The base is a small Llama, made on the spot, that has read the source code of Python's standard library. Three runs go on from it:
-`narrow` learns a few questions about the library, again and again; `replay` does the same, with a share of each epoch's tokens from
-source code (`data.train[].fraction`); `control` is as long, and reads that source code alone. Each is then measured by `capstan
-evaluate` on its `task`, those few questions, and on `general`, source code that no run has trained on. The script fails unless
-`general` gets worse for certain by `narrow`, less so by `replay`, and not by `control`, as training alone makes no model forget.
+The base is a small Llama, made on the spot, that has read the source code of Python's standard library. Three runs go
+on from it: `narrow` learns a few questions about the library, again and again; `replay` does the same, with a share of
+each epoch's tokens from source code (`data.train[].fraction`); `control` is as long, and reads that source code alone.
+Each is then measured by `capstan evaluate` on its `task`, those few questions, and on `general`, source code that no
+run has trained on. The script fails unless `general` gets worse for certain by `narrow`, less so by `replay`, and not
+by `control`, as training alone makes no model forget.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Full fine-tuning of a base of 100 M parameters on several ranks, beside transformers and torch's AdamW in one process.
+"""Full fine-tuning of a base of 100 M parameters on several ranks, beside transformers and torch's AdamW in one
+process.
 
     python benchmarks/full.py [--ranks 2] [--steps 20] [--layers 12]
 
-Both sides train the same random base on the same short rows in fp32. Ours is a whole run, from the load to the last commit;
-its memory is the peak of a rank's resident memory (VmHWM) above what was resident after the imports, while glibc returns at
-once what is freed, as CUDA's allocator would reuse it. The script fails where a bound of the table does not hold.
+Both sides train the same random base on the same short rows in fp32. Ours is a whole run, from the load to the last
+commit; its memory is the peak of a rank's resident memory (VmHWM) above what was resident after the imports, while
+glibc returns at once what is freed, as CUDA's allocator would reuse it. The script fails where a bound of the table
+does not hold.
 """
 
 import argparse
@@ -106,7 +108,10 @@ def main() -> None:
         "",
         "measured",
         "allowed",
-        title=f"{plan.parameters.trainable / 1e6:.1f} M parameters, {arguments.ranks} ranks, {arguments.steps} steps, fp32",
+        title=(
+            f"{plan.parameters.trainable / 1e6:.1f} M parameters, {arguments.ranks} ranks, {arguments.steps} steps,"
+            " fp32"
+        ),
         caption=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     )
     for row in rows:

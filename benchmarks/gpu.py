@@ -5,10 +5,11 @@
     python benchmarks/gpu.py --carry FOLDER        the packages that a machine without internet needs beside torch
     python benchmarks/gpu.py --from FOLDER ...     with those, on that machine
 
-Figures are lines of JSON in FOLDER/figures.jsonl, beside traces and snapshots. The parts come in the order of what they tell: one that fails
-or takes too long does not take the others along, and what it has measured until then is kept. Each is a process of its own with a limit;
-the seconds that it leaves are the next one's. Nothing but torch, this repository and the packages of --carry is needed: where Liger or TRL
-are not there, a figure says so. It ends with exit code 1 where a figure is not as it must be, or a part came to no end.
+Figures are lines of JSON in FOLDER/figures.jsonl, beside traces and snapshots. The parts come in the order of what they
+tell: one that fails or takes too long does not take the others along, and what it has measured until then is kept. Each
+is a process of its own with a limit; the seconds that it leaves are the next one's. Nothing but torch, this repository
+and the packages of --carry is needed: where Liger or TRL are not there, a figure says so. It ends with exit code 1
+where a figure is not as it must be, or a part came to no end.
 """
 
 import argparse
@@ -73,8 +74,8 @@ def _work(name: str, given: argparse.Namespace, pipe: Any) -> None:
 
 
 def limit(name: str, took: Mapping[str, float], slower: float = 1.0) -> float:
-    """The seconds that a part may take: its own, and those that the parts before it have left, by what they `took`; on a machine that is
-    so many times `slower`."""
+    """The seconds that a part may take: its own, and those that the parts before it have left, by what they `took`; on
+    a machine that is so many times `slower`."""
     return slower * sum(PARTS[part].seconds for part in [*took, name]) - sum(took.values())
 
 

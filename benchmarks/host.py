@@ -2,10 +2,11 @@
 
     python benchmarks/host.py [--layers 32 80 126] [--ranks 1 2] [--micro-batches 5]
 
-A device computes while the host calls: where the host needs longer than the device, the device waits. The base is a Llama in 4 bits
-of tiny width with LoRA on all linear layers, with activation checkpointing, so that next to nothing is computed. Without the engine
-the same model computes the same row, its parameters whole. Times are those that the calling thread had its core, the median of the
-micro-batches; `collectives` are those of one micro-batch of a rank, without those of an update.
+A device computes while the host calls: where the host needs longer than the device, the device waits. The base is a
+Llama in 4 bits of tiny width with LoRA on all linear layers, with activation checkpointing, so that next to nothing is
+computed. Without the engine the same model computes the same row, its parameters whole. Times are those that the
+calling thread had its core, the median of the micro-batches; `collectives` are those of one micro-batch of a rank,
+without those of an update.
 """
 
 import argparse
@@ -40,7 +41,9 @@ def make_base(folder: Path, layers: int) -> None:
 
 
 def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None:
-    """One rank; rank 0 writes the seconds without the engine and with it, those of an update, and the number of each collective."""
+    """One rank; rank 0 writes the seconds without the engine and with it, those of an update, and the number of each
+    collective.
+    """
     become_rank(rank, world, port)
     import deepspeed
     import torch

@@ -2,10 +2,11 @@
 
     python benchmarks/length.py [--ranks 1 2 4] [--lengths 4096 12288] [--memory MIB]
 
-A forward and backward pass through one document of either length on CPUs, over a small random base: what
-a token adds to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to activations and logits.
-With `--memory` instead the longest row that one rank computes in so many MiB, bisected by real steps, beside that of `capstan plan --longest`.
-With `--prompts` what steps of DPO cost over pairs of answers to prompts of so many tokens, each once in a row (`data.share_prefix`) or twice.
+A forward and backward pass through one document of either length on CPUs, over a small random base: what a token adds
+to a rank's peak of resident memory (VmHWM) between the two lengths, and what `capstan plan` says that it adds to
+activations and logits. With `--memory` instead the longest row that one rank computes in so many MiB, bisected by real
+steps, beside that of `capstan plan --longest`. With `--prompts` what steps of DPO cost over pairs of answers to prompts
+of so many tokens, each once in a row (`data.share_prefix`) or twice.
 """
 
 import argparse
@@ -91,7 +92,8 @@ def prompts(workshop: Workshop, tokens: int) -> Table:
             f"shared-{shared}",
             *settings_of(1, "nothing"),
             "objective.name=dpo",
-            f"data={{train: [{{path: {pairs}}}], format: preference, share_prefix: {shared}, sequence_length: {2 * tokens + 256}}}",
+            f"data={{train: [{{path: {pairs}}}], format: preference, share_prefix: {shared}, sequence_length:"
+            f" {2 * tokens + 256}}}",
             "train.global_batch=2",
         )
         (cost,) = launch(1, shared_rows.pair_costs, dump_config(config), workshop.prepare(config).train, timeout=1800.0)

@@ -2,13 +2,16 @@
 
     python benchmarks/load.py [--ranks 1 2 4] [--layers 20] [--sides stock ours fp8 mxfp4]
 
-"stock" and "ours" load the same random bf16 base, made on the spot, and put it with LoRA into ZeRO-3, one after the other on this
-machine; "fp8" and "mxfp4" are ours with the same base in FP8, and with a gpt-oss whose experts are as large as the real ones. The parent measures its ranks from outside, by what the kernel counts of each process: the peak of its resident
-memory (VmHWM, which includes pages of files that are mapped) above what was resident when its imports were done, and the
-bytes that it read from files by system calls (rchar). The stock side maps the files instead of reading them.
+"stock" and "ours" load the same random bf16 base, made on the spot, and put it with LoRA into ZeRO-3, one after the
+other on this machine; "fp8" and "mxfp4" are ours with the same base in FP8, and with a gpt-oss whose experts are as
+large as the real ones. The parent measures its ranks from outside, by what the kernel counts of each process: the peak
+of its resident memory (VmHWM, which includes pages of files that are mapped) above what was resident when its imports
+were done, and the bytes that it read from files by system calls (rchar). The stock side maps the files instead of
+reading them.
 
-"allowed" is what our load may take: 1.3 x the rank's share of the base, and the pieces that are read ahead; and, of what is decoded,
-the bytes as they are stored: of FP8 half as many again, of MXFP4 two experts that are kept and one that is read, twice while it is handed over.
+"allowed" is what our load may take: 1.3 x the rank's share of the base, and the pieces that are read ahead; and, of
+what is decoded, the bytes as they are stored: of FP8 half as many again, of MXFP4 two experts that are kept and one
+that is read, twice while it is handed over.
 """
 
 import argparse
@@ -194,7 +197,9 @@ def read_bytes(pid: int) -> int:
 
 
 def measure(side: str, base: Path, world: int, port: int) -> dict[str, float]:
-    """Bytes of the largest rank (`load`, `engine`, `kept`) and of all (`read`), and seconds of the load and with the engine."""
+    """Bytes of the largest rank (`load`, `engine`, `kept`) and of all (`read`), and seconds of the load and with the
+    engine.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(world):

@@ -1,9 +1,11 @@
-"""Rows of 100,000 tokens trained end to end on CPUs, two ranks sharing each: undisturbed, and killed after the first step and resumed.
+"""Rows of 100,000 tokens trained end to end on CPUs, two ranks sharing each: undisturbed, and killed after the first
+step and resumed.
 
     python benchmarks/long_row.py [--tokens 100000] [--documents 1] [--ranks 2] [--kind llama]
 
-So many documents fill a row of a tiny random base of one layer, whose attention is all that such a length costs; linear attention costs next to none. Prints the losses
-of both runs, which must be equal to the last bit, the seconds that they took, and what is planned for a rank's activations and logits.
+So many documents fill a row of a tiny random base of one layer, whose attention is all that such a length costs; linear
+attention costs next to none. Prints the losses of both runs, which must be equal to the last bit, the seconds that they
+took, and what is planned for a rank's activations and logits.
 """
 
 import argparse

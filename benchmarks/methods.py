@@ -1,13 +1,14 @@
-"""Every method of fine-tuning on one small task: what it costs, what it learns, and what the base forgets of what it knew.
+"""Every method of fine-tuning on one small task: what it costs, what it learns, and what the base forgets of what it
+knew.
 
     python benchmarks/methods.py [--methods lora ia3 ...] [--steps 40] [--pretrain 150]
 
-The base is a small Llama, made on the spot: it has read the source code of Python's standard library, and is to learn to
-explain the library from questions and docstrings. `task` is the loss on questions that were held out, `general` that on the
-source code, each beside the base's own (nats a token). A method is taken with its own defaults, over 4 bits where it can, at
-the learning rate that is best for the held-out questions: from 3e-3 in steps of the root of ten for as long as that helps.
-One CPU rank of one thread for each method, two at a time; a step is in seconds of its own CPU, the median, and the peak is
-what its process grows by from before the base is loaded.
+The base is a small Llama, made on the spot: it has read the source code of Python's standard library, and is to learn
+to explain the library from questions and docstrings. `task` is the loss on questions that were held out, `general` that
+on the source code, each beside the base's own (nats a token). A method is taken with its own defaults, over 4 bits
+where it can, at the learning rate that is best for the held-out questions: from 3e-3 in steps of the root of ten for as
+long as that helps. One CPU rank of one thread for each method, two at a time; a step is in seconds of its own CPU, the
+median, and the peak is what its process grows by from before the base is loaded.
 """
 
 import argparse

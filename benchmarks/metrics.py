@@ -3,8 +3,8 @@
     python benchmarks/metrics.py [--steps 100000] [--seconds-a-step 1] [--ranks 1024]
 
 Rank 0 takes the steps without training, with everything that it writes beside checkpoints; the clock is simulated, the
-requests are not. Every rank is taken to print a line a second, which is the worst case. Ends with exit code 1 when one of
-the bounds below is broken.
+requests are not. Every rank is taken to print a line a second, which is the worst case. Ends with exit code 1 when one
+of the bounds below is broken.
 """
 
 import argparse

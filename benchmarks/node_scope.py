@@ -2,10 +2,10 @@
 
     python benchmarks/node_scope.py [--hidden 512] [--layers 8] [--steps 6]     (root, and Slurm: see .ci/run)
 
-Two virtual nodes with two CPU ranks each, in network namespaces of this machine under a real Slurm, each with an address of
-its own. Bytes are those that the kernel counted on the nodes' network interfaces: a step's are the difference of two runs of
-different length, divided by the steps between, so that start and load cancel. Step times are medians without a limit, and
-with each node's link limited by `tc` in both directions.
+Two virtual nodes with two CPU ranks each, in network namespaces of this machine under a real Slurm, each with an
+address of its own. Bytes are those that the kernel counted on the nodes' network interfaces: a step's are the
+difference of two runs of different length, divided by the steps between, so that start and load cancel. Step times are
+medians without a limit, and with each node's link limited by `tc` in both directions.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/preference.py [--ranks 2] [--pairs 8] [--layers 4] [--hidden 512]
 
-Both are steps of one engine, in turns: a random base in 4 bits under ZeRO-3 with LoRA, and one packed row a rank, which holds two
-pairs of answers. A DPO step passes through the reference and then learns from the row; an SFT step learns from its next tokens. The figure is the median
-over the pairs of turns, with and without activation checkpointing.
+Both are steps of one engine, in turns: a random base in 4 bits under ZeRO-3 with LoRA, and one packed row a rank, which
+holds two pairs of answers. A DPO step passes through the reference and then learns from the row; an SFT step learns
+from its next tokens. The figure is the median over the pairs of turns, with and without activation checkpointing.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""What `train.products: fp8` costs in accuracy: LoRA over NF4 by FP8 products beside plain ones, and beside another seed.
+"""What `train.products: fp8` costs in accuracy: LoRA over NF4 by FP8 products beside plain ones, and beside another
+seed.
 
     python benchmarks/products.py [--steps 200] [--pretrain 300]
 
-A tiny Llama that has read some of the source code of Python's standard library learns other parts of it, by the product's own layers, in bf16, in
-one process: two minutes of a core. CPUs compute FP8 products by the rules of GPUs, so that a GPU's losses differ by the order of its sums alone.
-Runs of one seed begin with the same adapter and see the same rows in the same order. Two runs are apart by their curves, the mean distance between their losses
-over tenths of the steps, and by the loss on rows that were held out. The script fails unless FP8 is nearer to plain products, by both, than two seeds are to each other, and
-unless a control is further: FP8 products where each row is multiplied by the scale of the row before it.
+A tiny Llama that has read some of the source code of Python's standard library learns other parts of it, by the
+product's own layers, in bf16, in one process: two minutes of a core. CPUs compute FP8 products by the rules of GPUs, so
+that a GPU's losses differ by the order of its sums alone. Runs of one seed begin with the same adapter and see the same
+rows in the same order. Two runs are apart by their curves, the mean distance between their losses over tenths of the
+steps, and by the loss on rows that were held out. The script fails unless FP8 is nearer to plain products, by both,
+than two seeds are to each other, and unless a control is further: FP8 products where each row is multiplied by the
+scale of the row before it.
 """
 
 import argparse

@@ -27,7 +27,9 @@ def rendezvous() -> Iterator[int]:
 
 
 def run_ranks(main: Callable[..., None], world: int, *arguments: Any, seconds: float) -> None:
-    """Call `main` with rank, world, port and `arguments` in a process for each rank. They end when one of them does, or are ended."""
+    """Call `main` with rank, world, port and `arguments` in a process for each rank. They end when one of them does, or
+    are ended.
+    """
     context = multiprocessing.get_context("spawn")
     with rendezvous() as port:
         given = (world, port, *arguments)

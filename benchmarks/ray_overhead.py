@@ -2,13 +2,14 @@
 
     python benchmarks/ray_overhead.py [--ranks 1] [--turns 40] [--seconds 6] [--rounds 2]
 
-Both sides run `capstan train` on one configuration with CPU ranks of one thread. First each is started and resumed in turns, from the command to the
-end of the first update. Then both are alive at once and take turns: while one works, every process of the other is stopped, Ray's own included. So both
-see the same machine within seconds, and what drifts in it, which is more than what is measured here, falls out of the ratio of each
-pair of turns. A step's time is what passed while its side was not stopped. The interval is that of the mean of the pairs' ratios (bootstrap, 95 %).
+Both sides run `capstan train` on one configuration with CPU ranks of one thread. First each is started and resumed in
+turns, from the command to the end of the first update. Then both are alive at once and take turns: while one works,
+every process of the other is stopped, Ray's own included. So both see the same machine within seconds, and what drifts
+in it, which is more than what is measured here, falls out of the ratio of each pair of turns. A step's time is what
+passed while its side was not stopped. The interval is that of the mean of the pairs' ratios (bootstrap, 95 %).
 
-Ray's own processes (raylet, GCS, controller, agents) want a core besides the ranks': with as many ranks as cores, what they take is
-taken from the ranks.
+Ray's own processes (raylet, GCS, controller, agents) want a core besides the ranks': with as many ranks as cores, what
+they take is taken from the ranks.
 """
 
 import argparse

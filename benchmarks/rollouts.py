@@ -1,16 +1,20 @@
-"""Right answers before and after GRPO, sampled by the ranks themselves or by a real vLLM, and by TRL's GRPOTrainer; and after distillation from a teacher.
+"""Right answers before and after GRPO, sampled by the ranks themselves or by a real vLLM, and by TRL's GRPOTrainer; and
+after distillation from a teacher.
 
     python benchmarks/rollouts.py [--seeds 3] [--steps 30] [--server | --quantized] [--folder FOLDER]
 
-The base is a small Llama, made on the spot, that has learnt to answer three letters by themselves, and now and then by the same letters the other way
-round, which is what the reward asks for. Some prompts neither the base nor a run has seen. `chance` is the control: its reward is drawn, whatever the
-answer is. TRL sees as many prompts and draws as many answers, over the same base, with the same LoRA, rate and form of the loss. With `--server` one vLLM
-(`make vllm`) samples for all of our runs, in turns with them: of GRPO (`served`), and of on-policy distillation (`opd`) from an adapter that was trained on the
-right answers (`teacher`), which the same server has. The script fails unless, for every seed, the right answers become more on both kinds of prompts, by
-chance they do not, and those of GRPO are, in the mean over the seeds, no fewer than TRL's.
+The base is a small Llama, made on the spot, that has learnt to answer three letters by themselves, and now and then by
+the same letters the other way round, which is what the reward asks for. Some prompts neither the base nor a run has
+seen. `chance` is the control: its reward is drawn, whatever the answer is. TRL sees as many prompts and draws as many
+answers, over the same base, with the same LoRA, rate and form of the loss. With `--server` one vLLM (`make vllm`)
+samples for all of our runs, in turns with them: of GRPO (`served`), and of on-policy distillation (`opd`) from an
+adapter that was trained on the right answers (`teacher`), which the same server has. The script fails unless, for every
+seed, the right answers become more on both kinds of prompts, by chance they do not, and those of GRPO are, in the mean
+over the seeds, no fewer than TRL's.
 
-`--quantized` measures instead how far trainer and vLLM are apart, in nats a token, where both compute in bf16: a run in nf4 whose server has the base as it is quantized
-(`nf4`), and beside it a run and a server of the base itself (`bf16`), and the run in nf4 over that server (`other`).
+`--quantized` measures instead how far trainer and vLLM are apart, in nats a token, where both compute in bf16: a run in
+nf4 whose server has the base as it is quantized (`nf4`), and beside it a run and a server of the base itself (`bf16`),
+and the run in nf4 over that server (`other`).
 
 Each figure is a line in FOLDER/figures.jsonl as soon as it is there, and what has one is not run again.
 """
@@ -74,7 +78,9 @@ LOCK = Lock()
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean reward of the answers of the first five steps and of the last five, and that of the held-out prompts before and after."""
+    """The mean reward of the answers of the first five steps and of the last five, and that of the held-out prompts
+    before and after.
+    """
 
     first: float
     last: float

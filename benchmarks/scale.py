@@ -3,7 +3,8 @@
     python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100]
 
 The adapter is that of Llama-3.1-405B with LoRA rank 16 on all linear layers. The code is the run's own, over a store in
-memory that counts requests as S3 does: a listing is one for each thousand objects. Ends with exit code 1 when a bound breaks.
+memory that counts requests as S3 does: a listing is one for each thousand objects. Ends with exit code 1 when a bound
+breaks.
 """
 
 import argparse
@@ -202,8 +203,9 @@ class Timer:
 
 
 def requests_at_rest(ranks: int) -> int:
-    """Requests of all ranks in the second hour of training: each prints a line a step, rank 0 writes records and looks for
-    requests. Logs take the decisions of `trainer.run.log`, which reads real pipes and so cannot run a thousand times here.
+    """Requests of all ranks in the second hour of training: each prints a line a step, rank 0 writes records and looks
+    for requests. Logs take the decisions of `trainer.run.log`, which reads real pipes and so cannot run a thousand
+    times here.
     """
     store, now = CountingStore(), 0.0
     Timer.timers = []

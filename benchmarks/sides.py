@@ -1,6 +1,8 @@
-"""The sides of benchmarks/train.py: ours, TRL's, and the matrix products of the same step. Each rank of one is a process.
+"""The sides of benchmarks/train.py: ours, TRL's, and the matrix products of the same step. Each rank of one is a
+process.
 
-A rank says that its imports are done, then after each step what its loss was, and waits each time until the parent lets it go on.
+A rank says that its imports are done, then after each step what its loss was, and waits each time until the parent lets
+it go on.
 """
 
 import json
@@ -64,7 +66,9 @@ def ours(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) 
 
 
 def trl(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) -> None:
-    """`SFTTrainer` with PEFT's LoRA over bitsandbytes' NF4 and DeepSpeed ZeRO-3, its settings as TRL's documentation has them."""
+    """`SFTTrainer` with PEFT's LoRA over bitsandbytes' NF4 and DeepSpeed ZeRO-3, its settings as TRL's documentation
+    has them.
+    """
     become(rank, world, port)
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_DEEPSPEED": "true"}
     import deepspeed
@@ -134,7 +138,9 @@ def trl(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) -
 
 
 def products(rank: int, world: int, port: int, folder: Path, case: Case, pipe: Any) -> None:
-    """The matrix products of our step with nothing around them, each of its own shape: with recompute, where that is asked for."""
+    """The matrix products of our step with nothing around them, each of its own shape: with recompute, where that is
+    asked for.
+    """
     become(rank, world, port)
     import torch
 

@@ -1,15 +1,17 @@
-"""Training beside TRL's SFTTrainer with PEFT, bitsandbytes and DeepSpeed ZeRO-3, and beside the bare matrix products of the same step.
+"""Training beside TRL's SFTTrainer with PEFT, bitsandbytes and DeepSpeed ZeRO-3, and beside the bare matrix products of
+the same step.
 
     python benchmarks/train.py [--ranks 2] [--pairs 5] [--layers 4] [--hidden 512] [--length 512] [--cases fixed ...]
 
-axolotl and LLaMA-Factory train by the same libraries as TRL. All sides have the same random Llama in NF4, the same documents in the
-same order, LoRA of rank 16 on all linear layers, and as many ranks: a GPU each where there are GPUs, else one core each. They take
-their steps in turns, so that what else the machine does meets all of them; figures are means over the turns, as batches that are
-padded differ in length from step to step. The first two steps of each are not measured. "products" are the products of our own step and nothing else, which no
-trainer on this machine can go below.
+axolotl and LLaMA-Factory train by the same libraries as TRL. All sides have the same random Llama in NF4, the same
+documents in the same order, LoRA of rank 16 on all linear layers, and as many ranks: a GPU each where there are GPUs,
+else one core each. They take their steps in turns, so that what else the machine does meets all of them; figures are
+means over the turns, as batches that are padded differ in length from step to step. The first two steps of each are not
+measured. "products" are the products of our own step and nothing else, which no trainer on this machine can go below.
 
-Fixed: documents as long as a row. Conversations: prompts and answers with the spread of lengths that chat data has, packed by
-ours. TRL pads them to the longest of a batch; where it packs, documents see each other unless flash attention is installed.
+Fixed: documents as long as a row. Conversations: prompts and answers with the spread of lengths that chat data has,
+packed by ours. TRL pads them to the longest of a batch; where it packs, documents see each other unless flash attention
+is installed.
 """
 
 import argparse
@@ -52,7 +54,9 @@ def llama(layers: int, hidden: int) -> dict[str, Any]:
 
 
 def make_base(folder: Path, shape: dict[str, Any]) -> int:
-    """A random Llama in bf16 with a tokenizer of whole words, w0, w1, ..., filled on a GPU where there is one; its parameters."""
+    """A random Llama in bf16 with a tokenizer of whole words, w0, w1, ..., filled on a GPU where there is one; its
+    parameters.
+    """
     import torch
     from huggingface_hub import save_torch_state_dict
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -1,7 +1,7 @@
 """Builds the documentation's site from the pages as the repository has them (a hook of mkdocs.yml).
 
-Pages link to each other and to files beside docs/ as a reader of the repository needs it. On the site README.md is the first
-page, and each file of the repository that a page links to lies under repository/.
+Pages link to each other and to files beside docs/ as a reader of the repository needs it. On the site README.md is the
+first page, and each file of the repository that a page links to lies under repository/.
 """
 
 import os
@@ -64,7 +64,9 @@ def _targets(page: str) -> Iterator[str]:
 
 
 def _target(page: str, link: str) -> str | None:
-    """The path in the repository that a link of `page` leads to; None when nothing is there, which mkdocs then reports."""
+    """The path in the repository that a link of `page` leads to; None when nothing is there, which mkdocs then
+    reports.
+    """
     target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
     return target if (ROOT / target).exists() and not target.startswith("..") else None
 

@@ -28,8 +28,8 @@ _HEADER = """\
 
 A run is one YAML file. Any setting can be overridden on the command line by its dotted name, with a YAML value:
 `capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`; the last override of a setting counts. One that
-contradicts the file replaces what it contradicts, such as `train.epochs=2` a `train.steps`, and a line says so. Unknown settings
-are refused with the nearest name, and so is a key that a file gives twice.
+contradicts the file replaces what it contradicts, such as `train.epochs=2` a `train.steps`, and a line says so. Unknown
+settings are refused with the nearest name, and so is a key that a file gives twice.
 `capstan config schema` prints the JSON Schema, for completion in an editor.
 """
 
@@ -58,8 +58,8 @@ def render() -> str:
 
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section below `model`, depth first, each model once; those of a list are named `data.train[]`, and those that have
-    names `eval.sets.NAME`."""
+    """Every section below `model`, depth first, each model once; those of a list are named `data.train[]`, and those
+    that have names `eval.sets.NAME`."""
     seen: set[type[BaseModel]] = set()
     for key, field in model.model_fields.items():
         name = f"{prefix}{key}"
@@ -135,8 +135,8 @@ def _value(value: Any) -> str:
 
 
 def write_or_check(page: Path, render: Callable[[], str], module: str, source: str) -> int:
-    """The command of a page that is written from `source`: `python -m module` writes it, with --check it is compared. Returns the
-    exit code."""
+    """The command of a page that is written from `source`: `python -m module` writes it, with --check it is compared.
+    Returns the exit code."""
     name = page.relative_to(page.parents[1])
     parser = argparse.ArgumentParser(description=f"Write {name} from {source}.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")

@@ -1,4 +1,5 @@
-"""Writes docs/attention.md from the table of kernels: what each computes, and which one `auto` takes for which base on which GPU.
+"""Writes docs/attention.md from the table of kernels: what each computes, and which one `auto` takes for which base on
+which GPU.
 
 python -m tests.attention_page            write the page
 python -m tests.attention_page --check    exit 1 when the page is not what would be written
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config_docs import write_or_check
-from tests.unit.test_published_models import MODELS
+from tests.unit.base.test_published_models import MODELS
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen, unable
@@ -65,9 +66,9 @@ at once. From the source pip looks for the same wheel, and where there is none i
 extra can ask for a Python and a platform, and not for a build of PyTorch or a GPU.
 
 Each kernel is compared with eager attention, values and gradients: heads of 64 to 256, grouped heads, windows, one document and several,
-caps and sinks (`tests/unit/test_kernels.py`). On a CPU that holds for sdpa and for flex_attention's own plain operations; of the kernels
+caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU that holds for sdpa and for flex_attention's own plain operations; of the kernels
 for GPUs it tests the calls, with plain products behind the libraries' signatures, and PyTorch's own kernel on the meta device.
-`python -m pytest tests/unit/test_attention.py` on a machine with a GPU runs every kernel that is installed there.
+`python -m pytest tests/unit/model/test_attention.py` on a machine with a GPU runs every kernel that is installed there.
 
 ## Which one a base gets
 

@@ -54,7 +54,9 @@ _CONTRASTS = """() => {
 
 @dataclass
 class Look:
-    """One look at a page. `wrong` has a sentence for each thing that is wrong, `plots` the titles of those that are shown."""
+    """One look at a page. `wrong` has a sentence for each thing that is wrong, `plots` the titles of those that are
+    shown.
+    """
 
     wrong: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
@@ -83,7 +85,9 @@ def look_at(
     scheme: str = "light",
     media: str = "screen",
 ) -> Look:
-    """Open the file in a window of so many pixels, with nothing else to load; `scheme` is light or dark, `media` screen or print."""
+    """Open the file in a window of so many pixels, with nothing else to load; `scheme` is light or dark, `media` screen
+    or print.
+    """
     look = Look()
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.on("console", lambda message: look.wrong.append(f"the console says: {message.text}"))

@@ -1,7 +1,9 @@
-"""Weights as other programs store them in 4 and 8 bits, and the values that these stand for by each format's specification, in plain
+"""Weights as other programs store them in 4 and 8 bits, and the values that these stand for by each format's
+specification, in plain
 torch: no code of the product decodes here.
 
-A maker returns the tensors that the files have for the weight of the module `path`, and its values. Codes and scales are random.
+A maker returns the tensors that the files have for the weight of the module `path`, and its values. Codes and scales
+are random.
 """
 
 from collections.abc import Callable
@@ -37,7 +39,9 @@ def some_scales(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def integers(
     bits: int, group: int | None, dtype: torch.dtype = torch.bfloat16, *, zeros: bool = False, order: bool = False
 ) -> Maker:
-    """compressed-tensors' pack-quantized: (code - zero) * scale, in the type of the scales; the codes count from the least number up."""
+    """compressed-tensors' pack-quantized: (code - zero) * scale, in the type of the scales; the codes count from the
+    least number up.
+    """
 
     def make(path: str, rows: int, columns: int) -> Made:
         codes = torch.randint(0, 2**bits, (rows, columns))
@@ -78,7 +82,9 @@ def int8_rows(path: str, rows: int, columns: int) -> Made:
 
 
 def nvfp4(path: str, rows: int, columns: int) -> Made:
-    """compressed-tensors' nvfp4-pack-quantized: E2M1 times a scale in E4M3 for 16 columns, which one of fp32 divides."""
+    """compressed-tensors' nvfp4-pack-quantized: E2M1 times a scale in E4M3 for 16 columns, which one of fp32
+    divides.
+    """
     codes = torch.randint(0, 16, (rows, columns))
     scales, whole = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn), torch.tensor([371.3])
     values = (FP4[codes] * (scales.float() / whole).repeat_interleave(16, 1)).bfloat16()

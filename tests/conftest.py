@@ -15,12 +15,13 @@ from tests.needs import need
 # torch.compile: the compiler's import would take a quarter of a rank's start.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-# PyTorch is imported after this, here and in every process below. Threads of one process that wait for one another keep the processors
-# from the workers beside it, and products as small as those of the tests are slower on several.
+# PyTorch is imported after this, here and in every process below. Threads of one process that wait for one another keep
+# the processors from the workers beside it, and products as small as those of the tests are slower on several.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Ray's workers yield to every other process by default, and beside other work would be waited for until a test's time is up.
+# Ray's workers yield to every other process by default, and beside other work would be waited for until a test's time
+# is up.
 os.environ.update(RAY_worker_niceness="0")
 
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
@@ -70,7 +71,9 @@ def _no_s3_server() -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
-    """Have a report that shows an unpaired surrogate sent nevertheless: UTF-8, in which xdist sends reports, has none."""
+    """Have a report that shows an unpaired surrogate sent nevertheless: UTF-8, in which xdist sends reports, has
+    none.
+    """
     return _without_surrogates((yield))
 
 
@@ -83,8 +86,8 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors meanwhile. A file that takes
-    minutes comes before those that take seconds, or it would end alone."""
+    """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors
+    meanwhile. A file that takes minutes comes before those that take seconds, or it would end alone."""
     first = ["slurm", "ray", "cli", "test_rollouts.py", "test_gpu_kernels.py", "device", "test_families.py", "dist"]
     first += ["test_extending.py", "test_trackers.py"]
 

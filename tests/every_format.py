@@ -2,8 +2,9 @@
 
     python -m tests.every_format [FORMAT ...]      one JSON line a format; exit 1 when one does not hold
 
-The projections of a small base, or its experts, have random weights in the format of that name (tests/codes.py). The merged model must be, bit for
-bit, that of the base in 16 bits which plain torch makes of the format's specification, and `--verify` must prove it and the adapter.
+The projections of a small base, or its experts, have random weights in the format of that name (tests/codes.py). The
+merged model must be, bit for bit, that of the base in 16 bits which plain torch makes of the format's specification,
+and `--verify` must prove it and the adapter.
 """
 
 import json

@@ -3,9 +3,9 @@
     python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
 
-A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the same is
-done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document alone. The reference
-shares no code with the product but the list of weights that are packed.
+A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
+same is done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document
+alone. The reference shares no code with the product but the list of weights that are packed.
 """
 
 import json

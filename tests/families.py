@@ -1,8 +1,8 @@
 """Tiny settings of the families of models, each with every kind of layer that its family has.
 
-Hybrid patterns, dense layers before mixtures of experts, layers with and without a sliding window, with and without rotary positions:
-a base of two to four layers has all of them. No size is a power of two where it need not be, so that no weight has whole blocks
-and no two matrices of one layer have one shape by chance.
+Hybrid patterns, dense layers before mixtures of experts, layers with and without a sliding window, with and without
+rotary positions: a base of two to four layers has all of them. No size is a power of two where it need not be, so that
+no weight has whole blocks and no two matrices of one layer have one shape by chance.
 """
 
 from collections.abc import Container, Iterable
@@ -16,7 +16,9 @@ QUICK = (
 
 
 def rows(values: Iterable[Any], quick: Container[Any] = QUICK) -> list[Any]:
-    """The values as a test's parameters, of which all but the `quick` ones are marked long; a tuple is of several parameters."""
+    """The values as a test's parameters, of which all but the `quick` ones are marked long; a tuple is of several
+    parameters.
+    """
     return [value if value in quick else _long(*value if isinstance(value, tuple) else (value,)) for value in values]
 
 

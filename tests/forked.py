@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
 _IMPORT_TIMEOUT = 500.0
-# Libraries read these when they are imported, which the server does. A rank sets the wait policy before it imports PyTorch, and here comes too late
-# with it: where it asks for two threads, those would turn on the processors while they wait, which multiplies a step's time.
+# Libraries read these when they are imported, which the server does. A rank sets the wait policy before it imports
+# PyTorch, and here comes too late with it: where it asks for two threads, those would turn on the processors while they
+# wait, which multiplies a step's time.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -32,7 +33,9 @@ ENVIRONMENT = {
 
 @cache
 def server() -> ForkServerContext:
-    """The server, once it has imported the training stack, which takes long where files are cold: no process's time counts it."""
+    """The server, once it has imported the training stack, which takes long where files are cold: no process's time
+    counts it.
+    """
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
@@ -52,8 +55,8 @@ _MAIN = "from launcher.cli.__main__ import main; main()"
 
 
 class _Start(NamedTuple):
-    """What a new interpreter would find: its arguments, folder and environment. `before` is code that it runs first, and `server`
-    the address of the server that forks it, by which it has others forked."""
+    """What a new interpreter would find: its arguments, folder and environment. `before` is code that it runs first,
+    and `server` the address of the server that forks it, by which it has others forked."""
 
     arguments: list[str]
     folder: str
@@ -167,8 +170,8 @@ def _address() -> str:
 
 
 def _fork_modules_too(start: _Start) -> None:
-    """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a process that has used
-    the store has threads, which a fork of it would lack."""
+    """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a
+    process that has used the store has threads, which a fork of it would lack."""
     from trainer.export.proof import process
     from trainer.processes import children
 

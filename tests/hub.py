@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub's HTTP API, as far as an upload needs it, on this machine.
 
-Its answers are those that huggingface_hub 2.4 reads (hf_api.py, _commit_api.py, lfs.py). A large object is one whose file is a
-safetensors file or larger than 2,000 bytes; it is kept by its hash, and no commit names one that was never uploaded.
+Its answers are those that huggingface_hub 2.4 reads (hf_api.py, _commit_api.py, lfs.py). A large object is one whose
+file is a safetensors file or larger than 2,000 bytes; it is kept by its hash, and no commit names one that was never
+uploaded.
 """
 
 import base64
@@ -23,8 +24,8 @@ TOKEN, READER = "hf_writer", "hf_reader"
 
 @dataclass
 class Hub:
-    """It keeps what it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload never ends, and
-    `holding` is set."""
+    """It keeps what it holds, and what it was asked. `hold_after`: so many large objects are taken; the next upload
+    never ends, and `holding` is set."""
 
     url: str = ""
     repositories: dict[str, str] = field(default_factory=dict)  # name -> visibility
@@ -39,8 +40,8 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of a process that pushes to it. Without Xet, whose storage is another service: huggingface_hub then uploads as it
-        does to older Hubs."""
+        """The variables of a process that pushes to it. Without Xet, whose storage is another service: huggingface_hub
+        then uploads as it does to older Hubs."""
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 

@@ -1,7 +1,8 @@
-"""Kills commands with SIGKILL: `python -m tests.kills [KILLS [SEED [NAME ...]]]` prints a line for each of what it left and what came of it.
+"""Kills commands with SIGKILL: `python -m tests.kills [KILLS [SEED [NAME ...]]]` prints a line for each of what it left
+and what came of it.
 
-Every process that a command starts, or has started, inherits a variable of its environment, by which it is found. Each command is then
-given again, as a user would, and its result has to be that of one that nobody killed, to the last bit.
+Every process that a command starts, or has started, inherits a variable of its environment, by which it is found. Each
+command is then given again, as a user would, and its result has to be that of one that nobody killed, to the last bit.
 """
 
 import hashlib
@@ -61,7 +62,9 @@ LATEST = {
 
 @dataclass(frozen=True)
 class Task:
-    """A command, the one that goes on with it after a kill, the folder of the run that it makes, and what has come of it."""
+    """A command, the one that goes on with it after a kill, the folder of the run that it makes, and what has come of
+    it.
+    """
 
     command: list[str]
     again: list[str]
@@ -149,8 +152,8 @@ class Killed:
     def left_by(
         self, task: Task, after: float, reached: Callable[[], bool] = lambda: False
     ) -> tuple[dict[int, str], bool]:
-        """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was `after` seconds
-        or as soon as what is `reached`; and whether it was still at work."""
+        """The processes, with their commands, that are there `SECONDS` after the command was killed, which it was
+        `after` seconds or as soon as what is `reached`; and whether it was still at work."""
         mark = uuid4().hex
         given = {**self._environment(task), MARK: mark}
         silent = subprocess.DEVNULL

@@ -1,7 +1,8 @@
-"""Adds a base to those that the package knows without the Hub: `python -m tests.known_bases BILLIONS[/ACTIVE] CONFIG.JSON ID ...`.
+"""Adds a base to those that the package knows without the Hub: `python -m tests.known_bases BILLIONS[/ACTIVE]
+CONFIG.JSON ID ...`.
 
-BILLIONS are the parameters that its makers state, ACTIVE those that compute for one token, which tests/unit/test_known_bases.py compares with the
-plan's. What says nothing of sizes is left out of the config.json.
+BILLIONS are the parameters that its makers state, ACTIVE those that compute for one token, which
+tests/unit/base/test_known_bases.py compares with the plan's. What says nothing of sizes is left out of the config.json.
 """
 
 import json
@@ -25,7 +26,9 @@ _LEFT_OUT = (
 
 
 def of_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a parsed config.json that a plan is made of; a tower for pictures or sound is only named, as none of it is trained."""
+    """The parts of a parsed config.json that a plan is made of; a tower for pictures or sound is only named, as none of
+    it is trained.
+    """
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT and not key.endswith("_token_id")}
     for key, part in kept.items():
         if key == "text_config":

@@ -59,8 +59,8 @@ CASES = [
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Liger where there is no GPU, and the operations of its kernels that Triton's interpreter lacks: it leaves numbers plain, and
-    knows no function of libdevice."""
+    """Liger where there is no GPU, and the operations of its kernels that Triton's interpreter lacks: it leaves numbers
+    plain, and knows no function of libdevice."""
     import numpy as np
     import triton.language as tl  # pyright: ignore[reportMissingImports]
     from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
@@ -149,7 +149,9 @@ def check(workshop: Workshop, dtype: torch.dtype, overrides: tuple[str, ...], na
 
 
 def interpret() -> None:
-    """Losses and gradients of our modules with Liger's kernels are those without, and two things that would be wrong are seen."""
+    """Losses and gradients of our modules with Liger's kernels are those without, and two things that would be wrong
+    are seen.
+    """
     tiled.MLP_TILE = training.MLP_TILE = 8
     with tempfile.TemporaryDirectory() as folder, interpreted():
         workshops = {kind: Workshop(Path(folder, kind), kind) for kind, _, _ in CASES}
@@ -162,7 +164,9 @@ def interpret() -> None:
 
 
 def _controls(workshops: dict[str, Workshop], folder: Path) -> None:
-    """A norm whose gradient takes the place of the one that also passes it by, and an MLP of another activation than Liger's."""
+    """A norm whose gradient takes the place of the one that also passes it by, and an MLP of another activation than
+    Liger's.
+    """
     _, expected = Built(workshops["gemma2"], torch.float32, "none", KEPT).step()
     built = Built(workshops["gemma2"], torch.float32, "liger", KEPT)
     layers: Any = decoder_layers(built.model.model)
@@ -249,7 +253,9 @@ def _kernels() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def _type(argument: str) -> str:
-    """The type of an argument that is no constant: numbers with a fraction, statistics, counts, and everything else in 16 bits."""
+    """The type of an argument that is no constant: numbers with a fraction, statistics, counts, and everything else in
+    16 bits.
+    """
     if argument in ("eps", "offset", "gate_multiplier"):
         return "fp32"
     if argument in ("RSTD_ptr", "dW_ptr"):

@@ -16,9 +16,9 @@ from launcher.config_docs import write_or_check
 from tests.dist import test_experts
 from tests.every_model import RECORD, UNPACKED
 from tests.families import FAMILIES, SIZES
-from tests.unit import test_documents
-from tests.unit.test_experts import FAMILIES as EXPERTS
-from tests.unit.test_published_models import MODELS
+from tests.unit.base.test_published_models import MODELS
+from tests.unit.model import test_documents
+from tests.unit.model.test_experts import FAMILIES as EXPERTS
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import parse_config
@@ -137,8 +137,9 @@ def _types() -> Iterator[str]:
     trained, refused = found["trained"], found["refused"]
     alone = [kind for kind, status in trained.items() if status == UNPACKED]
     yield (
-        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} types train and are proven so, {len(alone)} of them with each document in a row "
-        "of its own (`data.packing: false`), and the others are refused:\n"
+        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} types train"
+        f" and are proven so, {len(alone)} of them with each document in a row of its own (`data.packing: false`), and"
+        " the others are refused:\n"
     )
     yield f"- proven: {_listed([kind for kind in trained if kind not in alone])};"
     yield f"- proven with `data.packing: false`: {_listed(alone)}.\n"
@@ -187,7 +188,10 @@ def _layers(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def _size_rows() -> Iterator[str]:
-    yield "| model | parameters | for one token | linear | experts | embedding, head | fewest GPUs | memory of one | received in a step |"
+    yield (
+        "| model | parameters | for one token | linear | experts | embedding, head | fewest GPUs | memory of one |"
+        " received in a step |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for name, published in MODELS.items():
         model = read_architecture(published.config)

@@ -1,7 +1,8 @@
-"""Breaks the product in ten ways, one a room, and tells whether the quick tests notice: python -m tests.mutations [WORD ...]
+"""Breaks the product in ten ways, one a room, and tells whether the quick tests notice: python -m tests.mutations [WORD
+...]
 
-Each is a change of one line in a copy of the checkout, in which those quick tests run that have to fail. They pass in the copy
-before, which is the control. A WORD picks the mutations whose names contain it.
+Each is a change of one line in a copy of the checkout, in which those quick tests run that have to fail. They pass in
+the copy before, which is the control. A WORD picks the mutations whose names contain it.
 """
 
 import os
@@ -39,14 +40,14 @@ MUTATIONS = (
         "trainer/data/order/order.py",
         "self._key = self.epoch + (self.turn << 32)",
         "self._key = self.turn << 32",
-        ("tests/unit/test_data_order.py",),
+        ("tests/unit/data/test_data_order.py",),
     ),
     Mutation(
         "pack: a bin that a document would fill is passed over",
         "trainer/data/order/pack.py",
         "bisect_left(rooms, length)",
         "bisect_left(rooms, length + 1)",
-        ("tests/unit/test_data_order.py",),
+        ("tests/unit/data/test_data_order.py",),
     ),
     Mutation(
         "loss: a rank divides by its own targets, not by those of all",
@@ -81,21 +82,21 @@ MUTATIONS = (
         "trainer/plan/sizes.py",
         "else [4 * blocks]",
         "else [2 * blocks]",
-        ("tests/unit/test_plan.py", "tests/unit/test_published_memory.py"),
+        ("tests/unit/plan/test_plan.py", "tests/unit/plan/test_published_memory.py"),
     ),
     Mutation(
         "retry: a failure fewer is forgiven than retry.failures says",
         "launcher/policy/retry.py",
         "if len(failures) > rules.failures:",
         "if len(failures) >= rules.failures:",
-        ("tests/unit/test_retry.py",),
+        ("tests/unit/launcher/test_retry.py",),
     ),
     Mutation(
         "override: train.epochs leaves the file's train.steps where it is",
         "trainer/config/reading/overrides.py",
         '    _Exclusion("train.epochs", ("train.steps",)),\n',
         "",
-        ("tests/unit/test_config.py", "tests/unit/test_examples.py"),
+        ("tests/unit/config/test_config.py", "tests/unit/repository/test_examples.py"),
     ),
 )
 

@@ -1,5 +1,5 @@
-"""Weights in 4 and 8 bits decoded by table in plain torch: an independent reference, as on a CPU bitsandbytes 0.50 misreads matrices whose
-rows are not whole blocks."""
+"""Weights in 4 and 8 bits decoded by table in plain torch: an independent reference, as on a CPU bitsandbytes 0.50
+misreads matrices whose rows are not whole blocks."""
 
 from typing import Any
 
@@ -12,7 +12,9 @@ from trainer.model.nf4 import Format, FrozenStack4bit
 
 
 def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
-    """The weights that bitsandbytes packed: each the table's value times its block's absmax, in the type that they had."""
+    """The weights that bitsandbytes packed: each the table's value times its block's absmax, in the type that they
+    had.
+    """
     assert state.shape is not None
     assert state.code is not None
     absmax = state.absmax

@@ -1,4 +1,6 @@
-"""The documentation as the tests read it: every fenced block of every page, and every command in it, as the real parser sees it."""
+"""The documentation as the tests read it: every fenced block of every page, and every command in it, as the real parser
+sees it.
+"""
 
 import re
 import shlex
@@ -26,7 +28,9 @@ _WORDS_OF_BASH = {"do", "done", "for", "if", "then", "fi", "else", "while"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: `place` is its page and line, `language` the first word behind the fence, `of` the program whose file it is."""
+    """A fenced block: `place` is its page and line, `language` the first word behind the fence, `of` the program whose
+    file it is.
+    """
 
     place: str
     language: str
@@ -65,14 +69,18 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def of_capstan(command: Sequence[str]) -> list[str] | None:
-    """The arguments of `capstan` in a command, also behind torchrun, srun or salloc; None where it is another program's."""
+    """The arguments of `capstan` in a command, also behind torchrun, srun or salloc; None where it is another
+    program's.
+    """
     if command[0] in ("torchrun", "srun", "salloc") and "capstan" in command:
         command = command[command.index("capstan") :]
     return list(command[1:]) if command[0].removeprefix(".venv/bin/") == "capstan" else None
 
 
 def inline_commands() -> Iterator[tuple[str, list[str]]]:
-    """Every `capstan ...` in the running text of pages and examples, with its place: verbs and options, and words in capitals."""
+    """Every `capstan ...` in the running text of pages and examples, with its place: verbs and options, and words in
+    capitals.
+    """
     for page in [*PAGES, *sorted((ROOT / "examples").rglob("*.yaml"))]:
         text = _FENCE.sub("", page.read_text(encoding="utf-8"))
         for match in _INLINE.finditer(text):
@@ -81,7 +89,9 @@ def inline_commands() -> Iterator[tuple[str, list[str]]]:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A command line as the real parser takes it apart: the words of its verb, and its parameters by their names in code."""
+    """A command line as the real parser takes it apart: the words of its verb, and its parameters by their names in
+    code.
+    """
 
     verb: tuple[str, ...]
     command: Any
@@ -96,7 +106,9 @@ def parse(arguments: Sequence[str]) -> Parsed:
 
 
 def verb_of(words: Sequence[str]) -> tuple[tuple[str, ...], Any]:
-    """The words of the verb that `words` begin with, and its command; raises `ValueError` where there is no such verb."""
+    """The words of the verb that `words` begin with, and its command; raises `ValueError` where there is no such
+    verb.
+    """
     command: Any = get_command(app)
     verb: list[str] = []
     while hasattr(command, "commands") and len(verb) < len(words):

@@ -1,7 +1,8 @@
 """How much of other tools' configurations an import carries over: `python -m tests.peers_report [FOLDER ...]`.
 
-Every file in the folders, by default those of tests/peers, is imported. The report counts the files that lose no key, and names the
-keys that are lost most often. Only keys with a value count; files that are refused are another training, or no configuration.
+Every file in the folders, by default those of tests/peers, is imported. The report counts the files that lose no key,
+and names the keys that are lost most often. Only keys with a value count; files that are refused are another training,
+or no configuration.
 """
 
 import sys
@@ -19,7 +20,9 @@ _MOST_KEYS = 40
 
 
 class Report(NamedTuple):
-    """Files that were imported, those of them that lose keys, the files that lose each key, and why files were refused."""
+    """Files that were imported, those of them that lose keys, the files that lose each key, and why files were
+    refused.
+    """
 
     imported: int
     losing: dict[str, list[str]]
@@ -50,7 +53,9 @@ def files_in(folders: Sequence[str]) -> list[Path]:
 
 def _lines(found: Report) -> Iterator[str]:
     whole = found.imported - len(found.losing)
-    yield f"{found.imported} files imported, of which {whole} ({100 * whole / max(1, found.imported):.0f} %) lose no key"
+    yield (
+        f"{found.imported} files imported, of which {whole} ({100 * whole / max(1, found.imported):.0f} %) lose no key"
+    )
     yield from (f"{count:5} files lose {key}" for key, count in found.keys.most_common(_MOST_KEYS))
     yield f"{len(found.refused)} files refused"
     yield from (f"      {path}: {reason[:150]}" for path, reason in found.refused.items())

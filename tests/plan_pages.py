@@ -1,4 +1,5 @@
-"""Writes what `capstan plan` prints into the walk-throughs: behind each block with the command, a block with its output.
+"""Writes what `capstan plan` prints into the walk-throughs: behind each block with the command, a block with its
+output.
 
 python -m tests.plan_pages            write the pages
 python -m tests.plan_pages --check    exit 1 when a page is not what would be written
@@ -15,8 +16,8 @@ from typing import Any
 
 from launcher.config_docs import write_or_check
 from tests.pages import ROOT, blocks_of
-from tests.unit.test_plan import LLAMA_70B
-from tests.unit.test_published_models import MODELS
+from tests.unit.base.test_published_models import MODELS
+from tests.unit.plan.test_plan import LLAMA_70B
 
 # Each page, and the config.json that the Hub has of its base.
 PAGES: dict[str, dict[str, Any]] = {
@@ -42,7 +43,9 @@ def render(name: str) -> str:
 
 
 def _lay_out(page: Path, folder: Path, base: dict[str, Any]) -> dict[str, str]:
-    """The page's configuration and some data in `folder`, and the base's config.json as the Hub's cache keeps it; returns the environment."""
+    """The page's configuration and some data in `folder`, and the base's config.json as the Hub's cache keeps it;
+    returns the environment.
+    """
     (shown,) = (block.text for block in blocks_of(page) if block.language == "yaml")
     (folder / shown.split()[1]).write_text(shown, encoding="utf-8")
     (hub_id,) = re.findall(r"model: \{base: ([^}]+)\}", shown)

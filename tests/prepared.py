@@ -1,6 +1,8 @@
-"""Imported once, by the server that ranks and commands are forked from: what they import sooner or later, which takes seconds.
+"""Imported once, by the server that ranks and commands are forked from: what they import sooner or later, which takes
+seconds.
 
-A module that is missing here costs each of them its import, and one that is no more is passed over; nothing else depends on it.
+A module that is missing here costs each of them its import, and one that is no more is passed over; nothing else
+depends on it.
 """
 
 import gc
@@ -48,6 +50,7 @@ for name in (*MODULES, *found):
     with suppress(ImportError):  # of a library that this machine does not have
         import_module(name)
 assert "ray" not in sys.modules
-# The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as nobody writes.
+# The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as
+# nobody writes.
 gc.collect()
 gc.freeze()

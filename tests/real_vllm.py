@@ -13,8 +13,8 @@ from tests.cli.conftest import ROOT
 from trainer.processes import children
 
 VLLM = ROOT / ".servers/vllm"
-# Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without turning, the compilation of
-# the sampler by g++.
+# Each saves something on processors that others use too: memory for keys and values in GiB, threads that wait without
+# turning, the compilation of the sampler by g++.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -26,7 +26,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
 }
-# Not the head: with an adapter's wrapper around it, a request for the prompt's log-probabilities ends this vLLM on a CPU.
+# Not the head: with an adapter's wrapper around it, a request for the prompt's log-probabilities ends this vLLM on a
+# CPU.
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 

@@ -1,9 +1,12 @@
-"""Kills whatever a run of rollouts consists of with SIGKILL: `python -m tests.rollout_kills SEED [KILLS [--vllm]]` prints a line for each kill.
+"""Kills whatever a run of rollouts consists of with SIGKILL: `python -m tests.rollout_kills SEED [KILLS [--vllm]]`
+prints a line for each kill.
 
-`capstan train` drives a rank and keeps `capstan rollout` alive beside it; another `capstan rollout` races with that one, and both ask a server: a small one of
-the tests', or with --vllm a real one (`make vllm`). Driver, rank, both of these and the server are killed at random moments, and what nobody of them starts again is
-given again as a user would, until all kills are done and the run ends. Each chapter is then there once, the run's losses are bit for bit those of another
-one that nobody disturbs and that finds the same chapters, and no process is left. A chapter that is damaged behind that is trained on by nobody.
+`capstan train` drives a rank and keeps `capstan rollout` alive beside it; another `capstan rollout` races with that
+one, and both ask a server: a small one of the tests', or with --vllm a real one (`make vllm`). Driver, rank, both of
+these and the server are killed at random moments, and what nobody of them starts again is given again as a user would,
+until all kills are done and the run ends. Each chapter is then there once, the run's losses are bit for bit those of
+another one that nobody disturbs and that finds the same chapters, and no process is left. A chapter that is damaged
+behind that is trained on by nobody.
 """
 
 import os
@@ -108,7 +111,9 @@ class Alive:
         return found
 
     def kill(self, name: str) -> dict[int, str]:
-        """Kill what is called so, as soon as it is there; returns the processes that are left of a driver, which should be none."""
+        """Kill what is called so, as soon as it is there; returns the processes that are left of a driver, which should
+        be none.
+        """
         if name == "server":
             self._server.kill(again=True)
             return {}

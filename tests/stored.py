@@ -76,8 +76,9 @@ def store_in_fp8(
     beside: tuple[str, ...] = (),
     shard_size: str = "40KB",
 ) -> Path:
-    """`plain` with its projections in FP8, in tiles or, where `tile` is None, with one scale each; in `folder` / "decoded" the
-    same base in bf16. Each projection has tensors of the names `beside` too, which a training does without."""
+    """`plain` with its projections in FP8, in tiles or, where `tile` is None, with one scale each; in `folder` /
+    "decoded" the same base in bf16. Each projection has tensors of the names `beside` too, which a training does
+    without."""
 
     def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
         if weight.ndim != 2 or "proj" not in name:
@@ -115,8 +116,9 @@ def store_in_mxfp4(plain: Path, folder: Path, shard_size: str = "40KB") -> Path:
 
 
 def store_in_4_bits(plain: Path, folder: Path, *, double: bool, experts: bool = True) -> Path:
-    """`plain` as bitsandbytes wrote it from transformers before its version 5, where every expert was a few linear layers: each
-    quantized by itself, but those of a mixture where not `experts`; in `folder` / "decoded" the same base in bf16."""
+    """`plain` as bitsandbytes wrote it from transformers before its version 5, where every expert was a few linear
+    layers: each quantized by itself, but those of a mixture where not `experts`; in `folder` / "decoded" the same base
+    in bf16."""
 
     def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
         expert = ".experts." in name
@@ -161,8 +163,8 @@ def edit_config(folder: Path, **values: Any) -> None:
 
 
 def store_as(plain: Path, folder: Path, name: str, *, only: str = "proj") -> Path:
-    """`plain` with random weights in the format of this name (tests/codes.py) in the place of its projections; in `folder` / "decoded"
-    the same base with the values that they stand for."""
+    """`plain` with random weights in the format of this name (tests/codes.py) in the place of its projections; in
+    `folder` / "decoded" the same base with the values that they stand for."""
     how, make = FORMATS[name]
 
     def change(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:

@@ -34,7 +34,9 @@ def packed(shape: tuple[int, ...], dtype: torch.dtype) -> FrozenLinear4bit | Fro
 
 
 def interpret() -> None:
-    """The kernel's weights are bitsandbytes' to the last bit: of matrices whose last block is short, and of several of a stack at once."""
+    """The kernel's weights are bitsandbytes' to the last bit: of matrices whose last block is short, and of several of
+    a stack at once.
+    """
     from trainer.model.kernels import double
 
     for dtype in (torch.float32, torch.float16):

@@ -20,7 +20,9 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, which may go on for many, as a part of a sentence; the name of its kind where it has no words."""
+    """The first line of a library's error, which may go on for many, as a part of a sentence; the name of its kind
+    where it has no words.
+    """
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
@@ -49,8 +51,8 @@ class ConfigError(CapstanError):
 
 
 class BaseOutOfReach(ConfigError):
-    """A base of the Hub cannot be had on this machine, whose cache lacks it: the Hub cannot be reached, is not asked (HF_HUB_OFFLINE), or
-    wants its licence accepted first. `reason` is the clause of the message that says which."""
+    """A base of the Hub cannot be had on this machine, whose cache lacks it: the Hub cannot be reached, is not asked
+    (HF_HUB_OFFLINE), or wants its licence accepted first. `reason` is the clause of the message that says which."""
 
     def __init__(self, text: str, reason: str) -> None:
         super().__init__(text)

@@ -2,7 +2,8 @@
 
 open:      ranks, settings resolved, this start's place in the run's folder, and who watches over it    (`run_rank`)
 assemble:  data -> base -> sharded model -> engine -> checkpoint                                        (`_assemble`)
-train:     one generator over steps                                                                     (trainer/train/loop.py)
+train:     one generator over steps
+(trainer/train/loop.py)
 """
 
 import time
@@ -100,7 +101,9 @@ class _Rows(NamedTuple):
 
 
 def _train(start: Start, training: Training, restored: CheckpointManifest | None) -> None:
-    """Take the steps that are left, and write the record of each; none where a stop was asked for while the model was loaded."""
+    """Take the steps that are left, and write the record of each; none where a stop was asked for while the model was
+    loaded.
+    """
     metrics, device, first = start.metrics, start.ranks.device, start.ranks.rank == 0
     step, position = training_place(restored)
     last = training.horizon.steps  # unless something ends it before
@@ -129,8 +132,9 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
 def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
     """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any.
 
-    The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the base, or the
-    base with the adapter that the run begins from, before a checkpoint is restored into it, and the record of the start says how long all of that took.
+    The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the
+    base, or the base with the adapter that the run begins from, before a checkpoint is restored into it, and the record
+    of the start says how long all of that took.
     """
     resolved, ranks = start.resolved, start.ranks
     if ranks.rank == 0:
@@ -186,8 +190,8 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
 
 
 def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -> None:
-    """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they may
-    be without it. Collective."""
+    """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they
+    may be without it. Collective."""
     rows.train.reference = reference.log_probabilities(datasets.train, rows.train.chapters)
     if rows.held_out is not None and datasets.eval:
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
@@ -214,7 +218,9 @@ def _training(
     datasets: Datasets,
     place: tuple[int, Position],
 ) -> Training:
-    """Everything that the loop needs to go on from `place`, without the windows of data whose loss was not finite before. Collective."""
+    """Everything that the loop needs to go on from `place`, without the windows of data whose loss was not finite
+    before. Collective.
+    """
     config, ranks = start.config, start.ranks
     bad = ranks.broadcast(bad_windows(start.folder) if ranks.rank == 0 and config.retry.skip_bad_window else [])
     skipped = tuple(map(Position.from_json, bad))

@@ -41,7 +41,9 @@ def _material(given: argparse.Namespace, layers: int) -> Path:
 
 
 def big(given: argparse.Namespace) -> Iterator[Figure]:
-    """Layers recomputed by `auto` and all, with Liger's kernels and without: tokens/s, MFU, the device's peak beside the plan, phases."""
+    """Layers recomputed by `auto` and all, with Liger's kernels and without: tokens/s, MFU, the device's peak beside
+    the plan, phases.
+    """
     import torch
 
     from trainer.model.kernels.liger import missing
@@ -101,8 +103,8 @@ def _in_a_process(work: Any, *arguments: Any) -> Any:
 
 
 def _steps(folder: Path, settings: list[str], snapshot: Path | None, memory: int | None = None) -> dict[str, Any]:
-    """The records of our steps, by the program of a rank, alone; on a GPU the allocator's history goes to `snapshot`, and no more than `memory`
-    bytes are there."""
+    """The records of our steps, by the program of a rank, alone; on a GPU the allocator's history goes to `snapshot`,
+    and no more than `memory` bytes are there."""
     import torch
 
     from trainer.base.find.locate import resolve_base
@@ -130,8 +132,8 @@ def _steps(folder: Path, settings: list[str], snapshot: Path | None, memory: int
 
 
 def longest(given: argparse.Namespace) -> Iterator[Figure]:
-    """A step of the longest row that `plan --longest` has for a card of `SMALL` bytes, on no more than those; its documents are no longer
-    than other rows, so that it takes seconds."""
+    """A step of the longest row that `plan --longest` has for a card of `SMALL` bytes, on no more than those; its
+    documents are no longer than other rows, so that it takes seconds."""
     from trainer.base.find.locate import resolve_base
     from trainer.config import assignment, load_config, override
     from trainer.plan.longest import Ranks, longest_rows
@@ -158,7 +160,9 @@ def longest(given: argparse.Namespace) -> Iterator[Figure]:
 
 
 def rooflines(given: argparse.Namespace) -> Iterator[Figure]:
-    """The seven products of a layer and an attention kernel by themselves, forwards and backwards, and copies: what no step goes below."""
+    """The seven products of a layer and an attention kernel by themselves, forwards and backwards, and copies: what no
+    step goes below.
+    """
     import torch
 
     sizes = shape(given.layers, pretend=given.pretend)
@@ -208,7 +212,9 @@ def rooflines(given: argparse.Namespace) -> Iterator[Figure]:
 
 
 def trace(given: argparse.Namespace) -> Iterator[Figure]:
-    """A step of four layers of 8B's width: its trace, which is kept, how often the host waits in it, and what takes longest on the device."""
+    """A step of four layers of 8B's width: its trace, which is kept, how often the host waits in it, and what takes
+    longest on the device.
+    """
     folder = _material(given, min(4, given.layers))
     command = [sys.executable, "-m", "launcher.cli", "train", str(folder / "fixed.yaml")]
     subprocess.run(

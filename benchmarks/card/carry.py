@@ -45,7 +45,9 @@ def write(folder: Path, python: str) -> None:
 
 
 def use(folder: Path) -> None:
-    """Have this process and those that it starts import from the wheels in `folder`, before what the machine has of its own."""
+    """Have this process and those that it starts import from the wheels in `folder`, before what the machine has of its
+    own.
+    """
     there = tempfile.mkdtemp(prefix="capstan-carried-")
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:

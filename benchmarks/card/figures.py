@@ -15,7 +15,9 @@ class Figure(NamedTuple):
 
 
 def seconds_of(action: Callable[[], object], times: int = 20) -> float:
-    """The device's time for `action`, or on a CPU the host's: the mean of `times` calls after one that is not counted."""
+    """The device's time for `action`, or on a CPU the host's: the mean of `times` calls after one that is not
+    counted.
+    """
     import torch
 
     action()

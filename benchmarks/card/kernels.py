@@ -11,8 +11,8 @@ from card.figures import Figure, device, seconds_of, shape
 
 
 def kernels(given: argparse.Namespace) -> Iterator[Figure]:
-    """Dequantized weights by both ways beside the CPU's; then loss and gradients of a packed row in bf16 by each attention kernel and by
-    Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
+    """Dequantized weights by both ways beside the CPU's; then loss and gradients of a packed row in bf16 by each
+    attention kernel and by Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
     yield from _dequantized(given)
     yield from _attention(given)
     yield from _fused(given)
@@ -96,7 +96,9 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
 
 
 def _fused(given: argparse.Namespace) -> Iterator[Figure]:
-    """How long the parts of an 8B layer that Liger computes take, forwards and backwards over 8192 tokens, with it and without."""
+    """How long the parts of an 8B layer that Liger computes take, forwards and backwards over 8192 tokens, with it and
+    without.
+    """
     import torch
 
     from trainer.model.kernels.liger import missing
@@ -146,8 +148,8 @@ def _fused(given: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
-    """Weights in 4 bits, as the device and as the CPU dequantizes them, and the time for those of an 8B layer: by bitsandbytes' kernels,
-    and double quantized ones by them and by our own kernel."""
+    """Weights in 4 bits, as the device and as the CPU dequantizes them, and the time for those of an 8B layer: by
+    bitsandbytes' kernels, and double quantized ones by them and by our own kernel."""
     import torch
 
     from trainer.model import nf4

@@ -16,8 +16,9 @@ LOSS, GRADIENT = 2e-4, 1e-2
 
 
 class Kind(NamedTuple):
-    """A tiny run: the kind of its base, settings beside the others', and its rows: plain ones, pairs, or answers with a label; the
-    format that its base's experts are stored in; the tokens that MLPs take at a time; and sizes of the base."""
+    """A tiny run: the kind of its base, settings beside the others', and its rows: plain ones, pairs, or answers with a
+    label; the format that its base's experts are stored in; the tokens that MLPs take at a time; and sizes of the base.
+    """
 
     base: str = "llama"
     settings: tuple[str, ...] = ()
@@ -43,7 +44,9 @@ KINDS = {
 
 
 def tiny(given: argparse.Namespace) -> Iterator[Figure]:
-    """Each kind's losses, and the norms of each parameter's gradient and of what it has learnt after `STEPS` steps, beside the recorded ones."""
+    """Each kind's losses, and the norms of each parameter's gradient and of what it has learnt after `STEPS` steps,
+    beside the recorded ones.
+    """
     recorded = {} if given.record else json.loads(RECORDED.read_text(encoding="utf-8"))
     found = dict[str, dict[str, list[float]]]()
     for name, kind in KINDS.items():
@@ -108,7 +111,9 @@ def _tiles_of(tokens: int | None) -> Iterator[None]:
 
 @contextmanager
 def _watched() -> Iterator[list[float]]:
-    """The norm of the gradient in each step, and after the last one the norms of each parameter's states that are no codes."""
+    """The norm of the gradient in each step, and after the last one the norms of each parameter's states that are no
+    codes.
+    """
     from trainer.state.zero.engine import Engine
 
     plain, norms, found = Engine.step, list[float](), list[float]()

@@ -1,4 +1,6 @@
-"""Other ways to compute a layer's products than the ones that are taken: counted for the shape of 8B, and timed beside them."""
+"""Other ways to compute a layer's products than the ones that are taken: counted for the shape of 8B, and timed beside
+them.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +23,8 @@ _FREE = {"alias", "view", "_unsafe_view", "t", "transpose", "slice", "split", "s
 
 
 def ways(given: argparse.Namespace) -> Iterator[Figure]:
-    """Products in FP8 with what it takes to convert both factors; and LoRA on layers that read the same rows, each by itself and added to its result,
-    or of all at once, or within the product."""
+    """Products in FP8 with what it takes to convert both factors; and LoRA on layers that read the same rows, each by
+    itself and added to its result, or of all at once, or within the product."""
     sizes = shape(given.layers, pretend=given.pretend)
     yield from _in_fp8(sizes["hidden_size"], sizes["intermediate_size"], given.length)
     with patch.object(
@@ -35,7 +37,9 @@ def ways(given: argparse.Namespace) -> Iterator[Figure]:
 
 
 class Layers(NamedTuple):
-    """Linear layers that read the same rows (T, in): weights (out, in), and LoRA's matrices (RANK, in) and (out, RANK)."""
+    """Linear layers that read the same rows (T, in): weights (out, in), and LoRA's matrices (RANK, in) and (out,
+    RANK).
+    """
 
     rows: Tensor
     weights: list[Tensor]
@@ -73,8 +77,9 @@ def _with_lora(name: str, counted: Layers, timed: Layers) -> Iterator[Figure]:
             taken, launched, seconds = found.bytes, found.launches, took
         yield Figure(
             f"{name} with LoRA, {way}, there and back",
-            f"{found.launches} kernels ({found.launches - launched:+d}) and {found.bytes / 1e9:.2f} GB ({(found.bytes - taken) / 1e9:+.2f}) a layer of 8B at "
-            f"{TOKENS:,} tokens; {1e3 * took:.3f} ms here, {seconds / took:.2f} x as fast",
+            f"{found.launches} kernels ({found.launches - launched:+d}) and {found.bytes / 1e9:.2f} GB"
+            f" ({(found.bytes - taken) / 1e9:+.2f}) a layer of 8B at {TOKENS:,} tokens; {1e3 * took:.3f} ms here,"
+            f" {seconds / took:.2f} x as fast",
         )
 
 
@@ -111,7 +116,9 @@ def _within_room(layers: Layers) -> Sequence[Tensor]:
 
 
 class _Within(torch.autograd.Function):
-    """The low-rank part within the product of the forward pass; the backward pass is that of the product's own function."""
+    """The low-rank part within the product of the forward pass; the backward pass is that of the product's own
+    function.
+    """
 
     @staticmethod
     def forward(

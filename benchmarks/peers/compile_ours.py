@@ -1,4 +1,6 @@
-"""Our side of the compiling that benchmarks/data.py compares: as `capstan data build` does it, in a process that knows no torch."""
+"""Our side of the compiling that benchmarks/data.py compares: as `capstan data build` does it, in a process that knows
+no torch.
+"""
 
 import json
 import os

@@ -2,7 +2,8 @@
 
     python readers.py LIBRARY FOLDER    prints one JSON object: tokens/s in file order and shuffled, seconds to resume
 
-Speeds are those of an epoch, or of its first 15 seconds. FOLDER holds tokens.bin (uint32) and offsets.npy; a library's own files are written beside them once.
+Speeds are those of an epoch, or of its first 15 seconds. FOLDER holds tokens.bin (uint32) and offsets.npy; a library's
+own files are written beside them once.
 """
 
 # pyright: reportMissingImports=false
@@ -190,7 +191,9 @@ def grain_packed(folder: Path) -> dict[str, float]:
 
 
 def datasets_map(folder: Path) -> dict[str, float]:
-    """Compiling: from a file of conversations, through the chat template and the tokenizer, on a process for each core."""
+    """Compiling: from a file of conversations, through the chat template and the tokenizer, on a process for each
+    core.
+    """
     import os
     import tempfile
 

@@ -17,7 +17,9 @@ from trainer.errors import CapstanError
 answer_shells()
 app = typer.Typer(
     cls=Verbs,
-    help="Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error.",
+    help=(
+        "Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

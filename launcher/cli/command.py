@@ -1,7 +1,8 @@
 """One verb of `capstan`, and how verbs are found.
 
-A file of launcher/cli/verbs, or of a folder there, names its verbs in `VERBS`, such as "train", or "data build" for one of a group. Everything that a
-verb needs beyond its options is imported when it runs, as --help and completion load all of these files.
+A file of launcher/cli/verbs, or of a folder there, names its verbs in `VERBS`, such as "train", or "data build" for one
+of a group. Everything that a verb needs beyond its options is imported when it runs, as --help and completion load all
+of these files.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from launcher.cli import verbs
 
 
 class Command(NamedTuple):
-    """The function of a verb, whose docstring is its help and whose arguments are its options; the words after `capstan` of an
-    example, in which its help ends; and its place in --help."""
+    """The function of a verb, whose docstring is its help and whose arguments are its options; the words after
+    `capstan` of an example, in which its help ends; and its place in --help."""
 
     function: Callable[..., Any]
     example: str

@@ -36,7 +36,9 @@ def _untyped(parameter: Any) -> Any:
 
 
 def answer_shells() -> None:
-    """Let Typer answer what the scripts ask; it would else do so beside options of its own, whose script for bash knows no `=`."""
+    """Let Typer answer what the scripts ask; it would else do so beside options of its own, whose script for bash knows
+    no `=`.
+    """
     completion_init()
 
 

@@ -60,7 +60,9 @@ def _figures(manifest: DatasetManifest) -> dict[str, int]:
 
 
 def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built:
-    """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's cores."""
+    """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's
+    cores.
+    """
     refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)
@@ -68,7 +70,8 @@ def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built
         cluster = address_of(config)
         if cluster and is_dashboard(cluster):
             log(
-                f"compiling on this machine: {cluster} takes jobs, and no driver. Give the cluster's own address, such as head:6379."
+                f"compiling on this machine: {cluster} takes jobs, and no driver. Give the cluster's own address, such"
+                " as head:6379."
             )
             cluster = None
         mapper = partial(join_and_map, cluster, log) if cluster else None

@@ -1,4 +1,6 @@
-"""`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no GPU."""
+"""`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no
+GPU.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 @dataclass(frozen=True)
 class RolledOut:
-    """The steps of a run whose answers are there, and how many this process has `made`; with `dry_run` those that it would."""
+    """The steps of a run whose answers are there, and how many this process has `made`; with `dry_run` those that it
+    would.
+    """
 
     run: str
     servers: list[str]
@@ -42,7 +46,8 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
         raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo or opd.")
     if config.rollout.engine == OWN:
         raise ConfigError(
-            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example [http://gpu-1:8000], or serve."
+            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example"
+            " [http://gpu-1:8000], or serve."
         )
     given = config.rollout.engine
     servers = ["the servers that start with the run"] if given == SERVE else list(given)

@@ -1,5 +1,5 @@
-"""`capstan teach`: a teacher's log-probabilities beside a run's data, or of the answers that a run samples, by ranks on this machine, or by this process as
-one of a group's."""
+"""`capstan teach`: a teacher's log-probabilities beside a run's data, or of the answers that a run samples, by ranks on
+this machine, or by this process as one of a group's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,12 +49,17 @@ class TaughtData:
             return f"{found['teacher']} has written {what}"
         some = f" ({found['written']} blocks are there)"
         there = {None: "", True: " (all of it is there)", False: some}[found["whole"]]
-        return f"would have {found['teacher']} write {what}, {found['bytes_a_target']} bytes a target, by {found['ranks']} ranks{there}"
+        return (
+            f"would have {found['teacher']} write {what}, {found['bytes_a_target']} bytes a target, by {found['ranks']}"
+            f" ranks{there}"
+        )
 
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """The steps of a run whose answers the teacher has judged, and how many of them this process has; with `dry_run` the steps of the run."""
+    """The steps of a run whose answers the teacher has judged, and how many of them this process has; with `dry_run`
+    the steps of the run.
+    """
 
     run: str
     teacher: str
@@ -67,7 +72,10 @@ class JudgedAnswers:
             return (
                 f"would have {self.teacher} judge the answers of {self.steps} steps of {self.run}, as they are sampled"
             )
-        return f"{self.teacher} has judged the answers of {self.steps} steps of {self.run}, {self.made} of them by this process"
+        return (
+            f"{self.teacher} has judged the answers of {self.steps} steps of {self.run}, {self.made} of them by this"
+            " process"
+        )
 
 
 def teach(
@@ -115,7 +123,8 @@ def teach(
 def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[str], None]) -> JudgedAnswers:
     if teacher.is_server:
         raise ConfigError(
-            f"{teacher.setting}: a server is asked by who samples, so nothing is left for capstan teach. Give a base or a run, or leave it out."
+            f"{teacher.setting}: a server is asked by who samples, so nothing is left for capstan teach. Give a base or"
+            " a run, or leave it out."
         )
     run = open_run_store(config).sub(config.run.name).uri
     if dry_run:

@@ -33,7 +33,8 @@ from trainer.store.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
-# The extras of this distribution that bring clusters of Ray, faster kernels, most of them built against the installed torch, and trackers.
+# The extras of this distribution that bring clusters of Ray, faster kernels, most of them built against the installed
+# torch, and trackers.
 _KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
@@ -64,7 +65,9 @@ _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is sl
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `missing` is needed by every run, `optional` only by some; `fix` says how to get what is not there."""
+    """One finding. `missing` is needed by every run, `optional` only by some; `fix` says how to get what is not
+    there.
+    """
 
     name: str
     state: State
@@ -87,8 +90,9 @@ class Diagnosis:
 
 
 def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base: bool = False) -> Diagnosis:
-    """Look at this machine, and in a Slurm allocation at the network of all its nodes, with the `cluster.nccl` of a run's `config`; with
-    `store_uri` also write, read and delete one small object there; `reads_base` reads the run's base whole. Raises nothing."""
+    """Look at this machine, and in a Slurm allocation at the network of all its nodes, with the `cluster.nccl` of a
+    run's `config`; with `store_uri` also write, read and delete one small object there; `reads_base` reads the run's
+    base whole. Raises nothing."""
     nccl_variables = config.cluster.nccl_variables if config else None
     checks = [
         Check("python", "ok", platform.python_version()),
@@ -121,7 +125,9 @@ def report_table(report: Diagnosis) -> Group:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency that this distribution declares, installed and within its range; those of kernels and trackers are optional."""
+    """Every dependency that this distribution declares, installed and within its range; those of kernels and trackers
+    are optional.
+    """
     optional = dict[str, Check]()
     for text in metadata.requires("capstan-llm") or []:
         requirement = Requirement(text)
@@ -146,8 +152,8 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
 
 
 def _accelerator() -> Iterator[Check]:
-    """The GPUs as torch sees them, against those that the machine has: a build of torch for CPUs, or CUDA_VISIBLE_DEVICES, hides them without
-    a word."""
+    """The GPUs as torch sees them, against those that the machine has: a build of torch for CPUs, or
+    CUDA_VISIBLE_DEVICES, hides them without a word."""
     facts = ask_torch()
     if isinstance(facts, str):
         yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
@@ -196,7 +202,9 @@ def _machine() -> Check:
 
 
 def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
-    """The network that NCCL takes between the nodes of this allocation, or on this machine, and what is wrong with it."""
+    """The network that NCCL takes between the nodes of this allocation, or on this machine, and what is wrong with
+    it.
+    """
     found = networks(environment)
     if isinstance(found, str):
         yield Check("NCCL", "missing", found, "Try `srun hostname` in this allocation.")

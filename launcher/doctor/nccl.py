@@ -1,9 +1,9 @@
 """The network that NCCL takes between machines: its own rules, applied to what each machine has.
 
-    python -m launcher.doctor.nccl    this machine's network as one line of JSON, as `srun` asks every node of an allocation
+    python -m launcher.doctor.nccl    this machine's network as a line of JSON, as `srun` asks every node of a job
 
-Sources: `ncclFindInterfaces` in src/misc/socket.cc and `ncclIbInit` in src/transport/net_ib.cc of NCCL, and "Environment
-Variables" in its manual.
+Sources: `ncclFindInterfaces` in src/misc/socket.cc and `ncclIbInit` in src/transport/net_ib.cc of NCCL, and
+"Environment Variables" in its manual.
 """
 
 import json
@@ -27,8 +27,9 @@ _STEP_SECONDS = 90
 
 @dataclass(frozen=True)
 class Network:
-    """The interfaces and adapters that NCCL takes on one machine. `interfaces` have addresses, those that it opens sockets on come first in `sockets`;
-    `adapters` are ports of InfiniBand or RoCE as NAME:PORT, `idle` such ports that no cable or subnet manager has made active."""
+    """The interfaces and adapters that NCCL takes on one machine. `interfaces` have addresses, those that it opens
+    sockets on come first in `sockets`; `adapters` are ports of InfiniBand or RoCE as NAME:PORT, `idle` such ports that
+    no cable or subnet manager has made active."""
 
     host: str
     interfaces: dict[str, str]
@@ -62,7 +63,9 @@ def _address(known: Sequence[object]) -> str | None:
 
 
 def sockets(interfaces: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The interfaces that NCCL opens sockets on; none where NCCL_SOCKET_IFNAME names none of them, with which it fails."""
+    """The interfaces that NCCL opens sockets on; none where NCCL_SOCKET_IFNAME names none of them, with which it
+    fails.
+    """
     asked = environment.get("NCCL_SOCKET_IFNAME")
     for rule in [asked] if asked else _DEFAULTS:
         if found := [name for name in interfaces if names(rule, name)]:
@@ -84,8 +87,8 @@ def ports(adapters: Path, environment: Mapping[str, str]) -> tuple[list[str], li
 
 
 def names(rule: str, name: str, port: str | None = None) -> bool:
-    """Whether a list of NCCL's names this: of beginnings of names, or after "=" of whole ones, each perhaps with :PORT; after
-    "^" all others."""
+    """Whether a list of NCCL's names this: of beginnings of names, or after "=" of whole ones, each perhaps with :PORT;
+    after "^" all others."""
     excludes, rule = rule.startswith("^"), rule.removeprefix("^")
     whole, rule = rule.startswith("="), rule.removeprefix("=")
     for word in rule.split(","):
@@ -96,7 +99,9 @@ def names(rule: str, name: str, port: str | None = None) -> bool:
 
 
 def networks(environment: Mapping[str, str]) -> list[Network] | str:
-    """The network of every node of the allocation that this process is in, or of this machine alone; or why a node cannot tell."""
+    """The network of every node of the allocation that this process is in, or of this machine alone; or why a node
+    cannot tell.
+    """
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if nodes == 1:
         return [this_machine(environment)]

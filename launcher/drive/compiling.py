@@ -39,7 +39,8 @@ class Compilation:
         Raises `Stopped`, there and here, when that is asked for.
         """
         stop_if_asked(self._run, "before it started")
-        # The two functions below are called for the first chapter here, and for the rest beside the ranks, when this is true.
+        # The two functions below are called for the first chapter here, and for the rest beside the ranks, when this is
+        # true.
         beside = False
         # Lines, also on a terminal: the run's live view is there already.
         with compile_progress(self._log, bar=False) as show:
@@ -73,7 +74,8 @@ class Compilation:
     def beside(self, rest: Iterator[int]) -> Iterator[None]:
         """Compile the `rest` of the data while ranks work, and stop when they end.
 
-        Where it fails the ranks commit and end, whether they wait for data or have some left; then that is how the run ends.
+        Where it fails the ranks commit and end, whether they wait for data or have some left; then that is how the run
+        ends.
         """
         failure: BaseException | None = None
 

@@ -1,13 +1,15 @@
-"""The process that owns a run: it has the data compiled, keeps the ranks alive on Ray or on this machine, and ends with the run's exit code.
+"""The process that owns a run: it has the data compiled, keeps the ranks alive on Ray or on this machine, and ends with
+the run's exit code.
 
     python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT]
 
 drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
 `capstan train` and `capstan resume` do the same in the foreground.
 
-docs/architecture.md has the files that a submission and a failure pass, in their order. A signal or `capstan stop` is no
-failure: it becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the driver
-before it has ranks (start/stopping.py).
+docs/architecture.md has the files that a submission and a failure pass, in their order. A signal or `capstan stop` is
+no
+failure: it becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the
+driver before it has ranks (start/stopping.py).
 """
 
 import argparse
@@ -90,7 +92,8 @@ def compile_and_train(
     dashboard: str | None,
     log: Callable[[str], None],
 ) -> None:
-    """The work of a driver, without its signals: `dashboard` is that of the cluster which this process has joined, if it has.
+    """The work of a driver, without its signals: `dashboard` is that of the cluster which this process has joined, if
+    it has.
 
     Raises:
         CapstanError: the run's own.

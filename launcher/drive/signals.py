@@ -1,4 +1,5 @@
-"""Stops that a driver itself asks for: by a signal, each of which asks the run to commit and end, or because the rest of the data cannot be compiled.
+"""Stops that a driver itself asks for: by a signal, each of which asks the run to commit and end, or because the rest
+of the data cannot be compiled.
 
 The driver's work leaves the main thread free for signals.
 """
@@ -26,7 +27,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @contextmanager
 def stop_on_signals(owner: Ownership) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop through the run's folder; a second Ctrl-C ends this process at once."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop through the run's folder; a second Ctrl-C ends this process at
+    once.
+    """
 
     def ask(number: int, _frame: object) -> None:
         name = signal.Signals(number).name
@@ -55,13 +58,17 @@ def _ask(owner: Ownership, name: str) -> None:
 
 
 def forget_own_stop(folder: Store) -> None:
-    """Clear stop requests made by signals or by the compilation, so they do not stop the next start. Keep a person's."""
+    """Clear stop requests made by signals or by the compilation, so they do not stop the next start. Keep a
+    person's.
+    """
     if stop_requester(folder) in {BY_COMPILATION, *(number.name for number in _SIGNALS)}:
         folder.delete(layout.STOP)
 
 
 def beside_main_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a thread, and raise here what it raises; in the main thread Ray would install handlers of its own."""
+    """Run `work` in a thread, and raise here what it raises; in the main thread Ray would install handlers of its
+    own.
+    """
     done = in_thread(work, "driver")
     while not wait([done], timeout=0.2).done:  # short, as Python runs signal handlers only between its own instructions
         for number in _SIGNALS:

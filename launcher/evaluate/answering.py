@@ -27,8 +27,8 @@ def generate_answers(
     log: Callable[[str], None],
     screen: "Screen | None",
 ) -> dict[str, Any]:
-    """The answers of a checkpoint of the run in `folder`, or of the server that has it, to lists of prompts, and its step; `screen` shows them as
-    they come.
+    """The answers of a checkpoint of the run in `folder`, or of the server that has it, to lists of prompts, and its
+    step; `screen` shows them as they come.
 
     Raises:
         ConfigError: the server is asked for a checkpoint or for the base.
@@ -36,8 +36,8 @@ def generate_answers(
     """
     if ask.server and (ask.base or ask.step is not None):
         raise ConfigError(
-            "--server: answers are by what the server has, so --step, --best and --base have no effect. Leave them out, or name a model behind a #: "
-            f"{ask.server.partition('#')[0]}#NAME."
+            "--server: answers are by what the server has, so --step, --best and --base have no effect. Leave them"
+            f" out, or name a model behind a #: {ask.server.partition('#')[0]}#NAME."
         )
     if ask.server:
         config = for_server(config, "--server", "generate")
@@ -58,8 +58,8 @@ def generate_answers(
 
 
 def given_prompts(config: Config, path: str | None) -> list[Prompt]:
-    """The prompts in the file at `path`, or the lines of standard input for "-". Without a `path` they are the lines of a pipe, or
-    where it is empty or there is none, those of `eval.prompts`.
+    """The prompts in the file at `path`, or the lines of standard input for "-". Without a `path` they are the lines of
+    a pipe, or where it is empty or there is none, those of `eval.prompts`.
 
     Raises:
         ConfigError: the file cannot be read, or holds none.
@@ -79,8 +79,9 @@ def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
 
 
 class Screen:
-    """Answers on the terminal. With `streams` an answer is shown as it is written, else when it is whole; where `both` sides
-    answer, each has its name before it. `chats`: all that is typed is one conversation, as the ranks say when they are ready."""
+    """Answers on the terminal. With `streams` an answer is shown as it is written, else when it is whole; where `both`
+    sides answer, each has its name before it. `chats`: all that is typed is one conversation, as the ranks say when
+    they are ready."""
 
     def __init__(self, out: TextIO, *, both: bool, streams: bool) -> None:
         self._out, self._both, self._streams = out, both, streams
@@ -116,8 +117,8 @@ class Screen:
             yield turn
 
     def conversation(self) -> Iterator[list[Prompt]]:
-        """The prompts that a person types, one at a time until the end of input. Where it `chats` they are one conversation, which the
-        answers so far belong to; an empty line begins a new one."""
+        """The prompts that a person types, one at a time until the end of input. Where it `chats` they are one
+        conversation, which the answers so far belong to; an empty line begins a new one."""
         said = list[dict[str, str]]()
         while True:
             self._write("> ")

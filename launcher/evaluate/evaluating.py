@@ -56,8 +56,8 @@ def evaluate_run(
     dry_run: bool,
     log: Log,
 ) -> Evaluated | str:
-    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`. A `server` that has its export may answer in the
-    place of ranks.
+    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`. A `server` that has
+    its export may answer in the place of ranks.
 
     Raises:
         CapstanError: there is no such checkpoint, nothing to evaluate, or what the ranks raise.

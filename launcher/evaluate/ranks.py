@@ -1,4 +1,6 @@
-"""Ranks on this machine that evaluate a run or answer prompts: one for each GPU, or as many on the CPU as the settings say."""
+"""Ranks on this machine that evaluate a run or answer prompts: one for each GPU, or as many on the CPU as the settings
+say.
+"""
 
 import json
 import os
@@ -29,9 +31,11 @@ _AWAKE_SECONDS = 300.0
 
 
 def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: Hear) -> dict[str, Any]:
-    """Do as asked, and return the result: by this process as one rank of torchrun's or srun's group, or by ranks of its own.
+    """Do as asked, and return the result: by this process as one rank of torchrun's or srun's group, or by ranks of its
+    own.
 
-    `prompts` are taken one list at a time, each when the answers to the one before are there; `hear` gets what rank 0 tells.
+    `prompts` are taken one list at a time, each when the answers to the one before are there; `hear` gets what rank 0
+    tells.
 
     Raises:
         CapstanError: the ranks', with its exit code.
@@ -55,7 +59,9 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
 
 
 def for_server(config: Config, setting: str, verb: str) -> Config:
-    """`config` for the one process that asks a server, which needs no GPU. Raises `ConfigError` where torchrun or srun has started several."""
+    """`config` for the one process that asks a server, which needs no GPU. Raises `ConfigError` where torchrun or srun
+    has started several.
+    """
     if is_rank():
         raise ConfigError(f"{setting}: one process asks a server. Call capstan {verb} without torchrun or srun.")
     return override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
@@ -119,7 +125,9 @@ def _kept_awake(pipe: IO[str]) -> AbstractContextManager[None]:
 
 
 def _hand_over(pipe: IO[str] | None, prompts: list[Prompt] | None) -> None:
-    """Write `prompts` to the pipe; None closes it. Ranks that have ended meanwhile are no error here, as their output says why."""
+    """Write `prompts` to the pipe; None closes it. Ranks that have ended meanwhile are no error here, as their output
+    says why.
+    """
     assert pipe
     try:
         if prompts is None:

@@ -51,12 +51,14 @@ class Evaluated:
 
 
 def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each set about the change by the training: it says where the interval of the difference leaves a doubt."""
+    """A sentence for each set about the change by the training: it says where the interval of the difference leaves a
+    doubt.
+    """
     for name, found in sets.items():
         if shared := found.get("trained_on"):
             yield (
-                f"{name}: {shared:,} of {found['documents']:,} documents are in the training data, so its change tells in part what was "
-                "learnt by heart."
+                f"{name}: {shared:,} of {found['documents']:,} documents are in the training data, so its change tells"
+                " in part what was learnt by heart."
             )
         if "interval" not in found:
             continue
@@ -66,8 +68,8 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
             continue
         if found["interval"] is None:
             yield (
-                f"{name}: {found['difference']:+.4f} nats a token; {_documents(found['clusters'])} too few to tell that from chance, for "
-                f"which {FEWEST} are needed."
+                f"{name}: {found['difference']:+.4f} nats a token; {_documents(found['clusters'])} too few to tell that"
+                f" from chance, for which {FEWEST} are needed."
             )
             continue
         low, high = found["interval"]
@@ -77,7 +79,10 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
         elif high < 0:
             yield f"{name}: the model has become better by {change}."
         else:
-            yield f"{name}: no certain change, {found['difference']:+.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})."
+            yield (
+                f"{name}: no certain change, {found['difference']:+.4f} nats a token (95 % interval {low:+.4f} to"
+                f" {high:+.4f})."
+            )
 
 
 def _sets(sets: Mapping[str, Any]) -> FoldedTable:

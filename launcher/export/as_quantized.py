@@ -1,4 +1,6 @@
-"""`capstan dequantize`: the base of a run in 4 or 8 bits, as the run computes with it, for the servers that sample for it."""
+"""`capstan dequantize`: the base of a run in 4 or 8 bits, as the run computes with it, for the servers that sample for
+it.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -45,7 +47,8 @@ def dequantize(
     stored = describe_base(config.model).stored
     if stored.unmergeable or not (config.quant.quantizes or stored.decoded):
         raise ConfigError(
-            f"quant.type: {config.quant.type} computes with {config.model.base} as its files have it. Serve that itself."
+            f"quant.type: {config.quant.type} computes with {config.model.base} as its files have it. Serve that"
+            " itself."
         )
     if config.model.layers:
         raise ConfigError("model.layers: only the whole base can be written. Leave it out.")

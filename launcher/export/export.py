@@ -1,5 +1,5 @@
-"""`capstan export`: a run's checkpoint in one of the formats of trainer/export/formats/; and on request the proof that it is the
-trained model.
+"""`capstan export`: a run's checkpoint in one of the formats of trainer/export/formats/; and on request the proof that
+it is the trained model.
 
 Both run in a process of their own, which may import torch.
 """
@@ -37,8 +37,8 @@ _LINE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Exported:
-    """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the base
-    itself was tuned, whatever the format. `facts` and `remarks` are what the format found out."""
+    """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the
+    base itself was tuned, whatever the format. `facts` and `remarks` are what the format found out."""
 
     destination: str
     format: str
@@ -81,11 +81,12 @@ def export_run(
     server: str | None = None,
     dry_run: bool = False,
 ) -> Exported:
-    """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`; `step` None
-    is the newest whole checkpoint; `server` is the URL of one that has the export, which is then compared instead of the files.
+    """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`;
+    `step` None is the newest whole checkpoint; `server` is the URL of one that has the export, which is then compared
+    instead of the files.
 
-    Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written does
-    not verify.
+    Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written
+    does not verify.
     """
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
@@ -112,8 +113,8 @@ def export_run(
 
 @contextmanager
 def bar(title: str) -> Iterator[ExportProgress]:
-    """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and bytes in all;
-    sentences go above it."""
+    """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and
+    bytes in all; sentences go above it."""
     with progress_bars(DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
         task = progress.add_task(title, visible=False)
         console = progress.console

@@ -1,8 +1,8 @@
 """`capstan push`: a run's checkpoint, exported and uploaded to the Hugging Face Hub in one commit.
 
-The files are exported to a temporary folder, byte for byte the same at every call. The Hub keeps large files by their hashes, and
-makes them visible with the commit at the end: after a push that was killed the repository is as it was before, and the same
-command uploads only what is not there yet.
+The files are exported to a temporary folder, byte for byte the same at every call. The Hub keeps large files by their
+hashes, and makes them visible with the commit at the end: after a push that was killed the repository is as it was
+before, and the same command uploads only what is not there yet.
 """
 
 import os
@@ -59,8 +59,8 @@ class Pushed:
         if self.url is None:
             kind = "private" if self.private else "public"
             return (
-                f"would push {what} of step {self.exported.step} to hf://{self.repository}@{self.revision}, a {kind} repository "
-                "unless it is there already (dry run: nothing was sent)"
+                f"would push {what} of step {self.exported.step} to hf://{self.repository}@{self.revision}, a {kind}"
+                " repository unless it is there already (dry run: nothing was sent)"
             )
         return "\n".join([f"{what} of step {self.exported.step} is in {self.url}", *self.exported.remarks])
 
@@ -80,7 +80,8 @@ def push_run(
     """Export `step`, or the newest whole checkpoint, and upload it to `target`, hf://owner/name.
 
     Raises:
-        ConfigError: `target` is no repository, or a public one without `public`; there is no token in HF_TOKEN, or it may not
+        ConfigError: `target` is no repository, or a public one without `public`; there is no token in HF_TOKEN, or it
+            may not
             write there; or as `export_run`.
         StorageError: the Hub cannot be reached, or fails.
     """
@@ -96,8 +97,8 @@ def push_run(
             private = bool(api.repo_info(repository).private)
             if not (private or public):
                 raise ConfigError(
-                    f"hf://{repository} is there already, and everybody can read it. Give --public if that is meant, or name "
-                    "another repository."
+                    f"hf://{repository} is there already, and everybody can read it. Give --public if that is meant, or"
+                    " name another repository."
                 )
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
@@ -106,7 +107,8 @@ def push_run(
         (directory / CARD).write_text(card.replace(f'"{PLACE}"', f'"{repository}"'), encoding="utf-8")
         size = sum(path.stat().st_size for path in directory.iterdir())
         log(
-            f"uploading {size / 1e6:,.1f} MB to hf://{repository}; a push that is killed goes on when it is called again"
+            f"uploading {size / 1e6:,.1f} MB to hf://{repository}; a push that is killed goes on when it is called"
+            " again"
         )
         with _explained(repository):
             message = f"Step {exported.step} of the run {name_of(folder)}, by Capstan"
@@ -158,8 +160,8 @@ def _explained(repository: str) -> Iterator[None]:
         said = (error.server_message or str(error)).strip().splitlines()[0].rstrip(".")
         if status in (401, 403, 404):
             raise ConfigError(
-                f"the token in {_TOKEN} may not write to hf://{repository}: {said} ({status}). Give it that right, or take "
-                f"another: {_TOKENS_PAGE}."
+                f"the token in {_TOKEN} may not write to hf://{repository}: {said} ({status}). Give it that right, or"
+                f" take another: {_TOKENS_PAGE}."
             ) from error
         raise StorageError(f"the Hub did not take hf://{repository}: {said} ({status}). Call push again.") from error
     except (OSError, httpx2.TransportError) as error:

@@ -1,1 +1,3 @@
-"""A first configuration: a few answers and settings that fit the machine by the plan, or the file of another tool (importing/)."""
+"""A first configuration: a few answers and settings that fit the machine by the plan, or the file of another tool
+(importing/).
+"""

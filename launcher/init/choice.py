@@ -1,4 +1,6 @@
-"""Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs, by the plan's own memory model."""
+"""Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs, by the plan's own memory
+model.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +32,9 @@ Setting = tuple[Any, str]
 
 @dataclass(frozen=True)
 class Machine:
-    """The machines that a run is for. `gpus` is None where it is to be found out, 0 is the CPU; `memory` is in bytes, of one GPU."""
+    """The machines that a run is for. `gpus` is None where it is to be found out, 0 is the CPU; `memory` is in bytes,
+    of one GPU.
+    """
 
     gpus: int | None
     memory: int | None
@@ -50,8 +54,8 @@ class Choice:
 def choose(
     given: Mapping[str, Setting], base: Description, machine: Machine, *, trains_base: bool, tokens: int
 ) -> Choice:
-    """Settings that fit `machine` beside those that are `given`: without the host's memory first, then the longest rows, then the
-    fewest GPUs where their number is open, then the storage of the base that costs least time.
+    """Settings that fit `machine` beside those that are `given`: without the host's memory first, then the longest
+    rows, then the fewest GPUs where their number is open, then the storage of the base that costs least time.
 
     Raises:
         ConfigError: the base cannot be trained so, on any machine.
@@ -74,14 +78,15 @@ def choose(
     total, gpus = nearest or (0, 1)
     have = (machine.memory or 0) / GIB
     raise DoesNotFit(
-        f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {counted(gpus, 'GPU')} take {total / GIB:.1f} GiB each, of "
-        f"{have:.1f} GiB that are there. Give more GPUs (--gpus), larger ones (--gpu), or a smaller base."
+        f"memory: even rows of {_lengths(base, machine)[-1]} tokens on {counted(gpus, 'GPU')} take {total / GIB:.1f}"
+        f" GiB each, of {have:.1f} GiB that are there. Give more GPUs (--gpus), larger ones (--gpu), or a smaller base."
     )
 
 
 def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int, longest: int) -> Choice:
-    """The same with rows that hold a document of `longest` tokens, or as many of them as fit, where the rows of `choice` are shorter: by the first
-    line of `capstan plan --longest` that has room for it. A step still has about so many `tokens`."""
+    """The same with rows that hold a document of `longest` tokens, or as many of them as fit, where the rows of
+    `choice` are shorter: by the first line of `capstan plan --longest` that has room for it. A step still has about so
+    many `tokens`."""
     shorter, most = choice.settings["data.sequence_length"][0], base.architecture.positions or longest
     wanted = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, most)
     if machine.memory is None or wanted <= shorter:
@@ -104,7 +109,9 @@ def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int,
 
 
 def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool:
-    """Whether a GPU has room for `total` bytes, where one is known. A base in 16 bits needs the room to be known, and ample."""
+    """Whether a GPU has room for `total` bytes, where one is known. A base in 16 bits needs the room to be known, and
+    ample.
+    """
     in_16_bits = storage.get("quant.type", ("",))[0] == "none"
     if machine.memory is None:
         return not in_16_bits
@@ -125,8 +132,8 @@ def _counts(machine: Machine) -> Sequence[int]:
 
 
 def _storages(trains_base: bool, offloads: bool, in_4_bits: bool) -> Iterator[dict[str, Setting]]:
-    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the host's memory. A base
-    that is published `in_4_bits` stays as it is."""
+    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the
+    host's memory. A base that is published `in_4_bits` stays as it is."""
     short = "in the host's memory, as the GPUs' does not suffice"
     small = {"optim.name": ("adamw_8bit", "moments of one byte, as four do not fit")}
     nf4 = {"quant.type": ("nf4", "4 bits a weight (QLoRA)")}
@@ -190,7 +197,9 @@ def _plan(settings: Mapping[str, Setting], base: Description, machine: Machine, 
 
 
 def _least_plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
-    """The plan with all layers computed again, as they are where memory is short; where it is not, `auto` takes what is left of it."""
+    """The plan with all layers computed again, as they are where memory is short; where it is not, `auto` takes what is
+    left of it.
+    """
     return _plan({**settings, "train.activation_checkpointing": ("all", "")}, base, machine, gpus)
 
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel
 
 
 class Goal(BaseModel):
-    """A goal of goals.yaml: its settings with the reason for each, its learning rates, and the data that it needs, in words."""
+    """A goal of goals.yaml: its settings with the reason for each, its learning rates, and the data that it needs, in
+    words.
+    """
 
     about: str
     data: str

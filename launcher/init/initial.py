@@ -31,7 +31,8 @@ _GPUS_A_NODE = 8
 _LARGE = 13e9
 """Weights above which QLoRA's learning rate is the lower one."""
 _TOKENS_OF_STEP = 65536  # about, whatever the number of GPUs
-# A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over more often.
+# A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over
+# more often.
 _STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
 _EVALUATIONS = 10
 _ROWS_SEEN = 256  # of each file, whose longest one says how long rows should be
@@ -40,7 +41,9 @@ _LITTLE, _FEW_HELD_OUT = 1_000_000, 0.1  # tokens, and share of rows
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """The answers that a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there are; None is as found here."""
+    """The answers that a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there
+    are; None is as found here.
+    """
 
     base: str
     data: str
@@ -125,8 +128,9 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
 
 
 def _template(config: Config, directory: Path) -> dict[str, Setting]:
-    """A named template whose tokens the base has, or the first of all, and its tokens, which such a base has never seen: an adapter learns
-    their rows too; `directory` has the base's own. Nothing where the base has a template, or the rows that can be read here are no conversations."""
+    """A named template whose tokens the base has, or the first of all, and its tokens, which such a base has never
+    seen: an adapter learns their rows too; `directory` has the base's own. Nothing where the base has a template, or
+    the rows that can be read here are no conversations."""
     if has_template(config.data, directory) or not _looked_at(config, lambda files: any(map(has_conversations, files))):
         return {}
     name = fitting_template(tokens_of(directory)) or next(iter(NAMED))
@@ -170,7 +174,9 @@ def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
 
 
 def _refused(config: Config, files: Path | None) -> tuple[str, ...]:
-    """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal cannot learn from."""
+    """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal
+    cannot learn from.
+    """
     lacking = unusable(config.data)
     if files and not lacking and all("://" not in source.path for source in config.data.train):
         try:

@@ -65,6 +65,7 @@ def show_longest(found: Longest) -> RenderableType:
     if found.positions and longest > found.positions:
         factor = ceil(longest / found.positions)
         sentences.append(
-            f"The base has {found.positions:,} positions: longer documents need model.rope_scaling, of a factor up to {factor}."
+            f"The base has {found.positions:,} positions: longer documents need model.rope_scaling, of a factor up to"
+            f" {factor}."
         )
     return Group(table, *map(Text, sentences))

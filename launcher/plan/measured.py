@@ -25,7 +25,8 @@ _FEWEST_STEPS = 10
 
 
 def measured_rate(store: Store, config: Config, gpu: Gpu | None) -> Rate | None:
-    """The rate of the newest run whose settings make the same work of a row, on GPUs of this name, or on CPUs where the run is for them.
+    """The rate of the newest run whose settings make the same work of a row, on GPUs of this name, or on CPUs where the
+    run is for them.
 
     None where there is no such run, or the store cannot be read. `gpu` is None where any will do.
     """
@@ -87,7 +88,7 @@ def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Recor
     tokens = sum(step.get("tokens") or 0 for step in steps) / ranks / seconds
     device = _card(str(start.get("device"))) or "CPUs"
     basis = (
-        f"measured: the run {name_of(folder)} of this store trained {tokens:,.0f} tokens/s a rank, on {ranks} ({device}), with the "
-        "same base, method, quantization and length of rows"
+        f"measured: the run {name_of(folder)} of this store trained {tokens:,.0f} tokens/s a rank, on {ranks}"
+        f" ({device}), with the same base, method, quantization and length of rows"
     )
     return Rate(seconds / rows, tokens, basis, name_of(folder))

@@ -28,7 +28,8 @@ from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
-# A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks once.
+# A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks
+# once.
 _STORE_SECONDS = 3.0
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
@@ -73,7 +74,9 @@ class Planned:
 
 
 class Machine(NamedTuple):
-    """The ranks of a run and those of a node, and what each has: a `gpu`, and `whose` says why that one, or on CPUs so many bytes of the host."""
+    """The ranks of a run and those of a node, and what each has: a `gpu`, and `whose` says why that one, or on CPUs so
+    many bytes of the host.
+    """
 
     world_size: int
     per_node: int
@@ -92,7 +95,8 @@ def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> M
 
 
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
-    """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this machine's.
+    """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this
+    machine's.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
@@ -146,14 +150,14 @@ def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
     size = teacher.bytes_a_target(vocabulary)
     most = f", at most {decimal(size * length.tokens_of_epoch)} for an epoch's tokens" if length.tokens_of_epoch else ""
     return (
-        f"{teacher.setting}: {teacher.name} stores {size} bytes a target beside the data{most}, by capstan teach before the run. The run has no "
-        "teacher in memory."
+        f"{teacher.setting}: {teacher.name} stores {size} bytes a target beside the data{most}, by capstan teach before"
+        " the run. The run has no teacher in memory."
     )
 
 
 def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
-    """Sentences on what a step samples, who does, how fast that has to be, and what lies in the store. Each token of an answer takes 12 bytes there, and so does
-    each of its prompt."""
+    """Sentences on what a step samples, who does, how fast that has to be, and what lies in the store. Each token of an
+    answer takes 12 bytes there, and so does each of its prompt."""
     given, batch = config.rollout, config.train.global_batch
     answers, adapter = batch * given.answers, f"an adapter at most {given.lag} updates old"
     who = f"{len(given.engine)} servers, with {adapter}"
@@ -175,17 +179,20 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
             if given.engine == SERVE:
                 all_gpus = counted(plan.batch.world_size + given.serving_gpus, "GPU")
                 gpus = (
-                    f" The ranks take {ranks} and the servers {given.serving_gpus}, {all_gpus} together; each server has {counted(given.serve.gpus, 'GPU')} for a base of {base} in "
-                    f"{config.model.dtype}, and what vLLM keeps beside it."
+                    f" The ranks take {ranks} and the servers {given.serving_gpus}, {all_gpus} together; each server"
+                    f" has {counted(given.serve.gpus, 'GPU')} for a base of {base} in {config.model.dtype}, and what"
+                    " vLLM keeps beside it."
                 )
         share = "" if given.updates == 1 else f" 1/{given.updates}"
         served = (
-            f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers together sample{share} as many tokens a second as "
-            f"the ranks learn from{learnt} and rollout.max_lag is at least {given.updates}."
+            f"{gpus} After each update an adapter of {size} is published. The run waits for no answer where the servers"
+            f" together sample{share} as many tokens a second as the ranks learn from{learnt} and rollout.max_lag is at"
+            f" least {given.updates}."
         )
     return (
-        f"rollout: {steps} samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most {answers * given.max_tokens:,} tokens, by {who}. A "
-        f"step's are at most {most} in the store, until its checkpoints are gone.{served}"
+        f"rollout: {steps} samples {answers:,} answers, {given.answers} to each of {batch} prompts, of at most"
+        f" {answers * given.max_tokens:,} tokens, by {who}. A step's are at most {most} in the store, until its"
+        f" checkpoints are gone.{served}"
     )
 
 
@@ -217,7 +224,9 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
-    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as few as can be."""
+    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as
+    few as can be.
+    """
     slurm = config.cluster.slurm
     serving = config.rollout.serving_gpus
     asked = config.cluster.most_workers or max(0, slurm.nodes * (slurm.gpus_per_node or 0) - serving)

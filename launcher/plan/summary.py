@@ -111,7 +111,10 @@ def _data(length: Length) -> str:
     if length.compiled:
         return f"{tokens}, compiled"
     size = binary(length.file_bytes)
-    return f"some {tokens}, by the size of the files: {size}, {BYTES_A_TOKEN} bytes a token; `capstan data build` counts them"
+    return (
+        f"some {tokens}, by the size of the files: {size}, {BYTES_A_TOKEN} bytes a token; `capstan data build` counts"
+        " them"
+    )
 
 
 def _unknown(planned: Planned) -> str:

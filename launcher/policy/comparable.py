@@ -1,7 +1,8 @@
-"""The metric of a sweep, and the settings that it may try by it: figures of trials compare only where all measure the same.
+"""The metric of a sweep, and the settings that it may try by it: figures of trials compare only where all measure the
+same.
 
-A mean of nats depends on which tokens it is the mean over, and a preference's loss on the formula. A trial that changes either is
-better or worse by definition, not by training.
+A mean of nats depends on which tokens it is the mean over, and a preference's loss on the formula. A trial that changes
+either is better or worse by definition, not by training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,9 @@ _REFERENCE = (
 
 
 class Metric(NamedTuple):
-    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train". `mode`: min or max is good."""
+    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train". `mode`: min or max is
+    good.
+    """
 
     of: str
     measure: str
@@ -89,35 +92,37 @@ def _changes(name: str, metric: Metric, trials: Sequence[Config]) -> Iterator[st
     section = name.partition(".")[0]
     if section == "data" and _decides_tokens(name, metric.of, trials[0]):
         yield (
-            f"sweep.settings: {name!r} changes the tokens that {metric.name} is a mean over, so the trials do not compare. Remove it"
-            f"{_WITH_DATA if name in _KEEP_THE_TOKENS else ''}."
+            f"sweep.settings: {name!r} changes the tokens that {metric.name} is a mean over, so the trials do not"
+            f" compare. Remove it{_WITH_DATA if name in _KEEP_THE_TOKENS else ''}."
         )
     elif name == "eval.sets" and metric.of not in (UNNAMED, TRAIN):
         yield f"sweep.settings: 'eval.sets' changes the data that {metric.name} is measured on. Remove it."
     elif section == "objective" and metric.measure not in _OF_NO_FORMULA and _by_formula(metric, trials):
         yield (
-            f"sweep.settings: {name!r} changes the formula of {metric.name}, so the trials do not compare. Remove it, or compare by "
-            "another sweep.metric: eval/reward_accuracy of preferences, or the loss of one of eval.sets."
+            f"sweep.settings: {name!r} changes the formula of {metric.name}, so the trials do not compare. Remove it,"
+            " or compare by another sweep.metric: eval/reward_accuracy of preferences, or the loss of one of"
+            " eval.sets."
         )
     elif name == "objective.name" and metric.of in (UNNAMED, TRAIN) and len(set(map(_compares, trials))) > 1:
         yield (
-            f"sweep.settings: 'objective.name' changes the formula of {metric.name}: some of these objectives compare answers with a reference, "
-            "and others by themselves. Try those of one kind, or compare by the loss of one of eval.sets."
+            f"sweep.settings: 'objective.name' changes the formula of {metric.name}: some of these objectives compare"
+            " answers with a reference, and others by themselves. Try those of one kind, or compare by the loss of one"
+            " of eval.sets."
         )
     elif name in _REFERENCE and metric.of in (UNNAMED, TRAIN) and any(map(_compares, trials)):
         yield (
-            f"sweep.settings: {name!r} changes the reference that {metric.name} compares with, so a better base is not seen. Remove it, or "
-            "compare by the loss of one of eval.sets."
+            f"sweep.settings: {name!r} changes the reference that {metric.name} compares with, so a better base is not"
+            " seen. Remove it, or compare by the loss of one of eval.sets."
         )
     elif metric.of == TRAIN and name in _ROWS_OF_A_STEP:
         yield (
-            f"sweep.settings: {name!r} changes the rows that the training loss is a mean over, and how often they were learnt. Remove it"
-            f"{_WITH_DATA}."
+            f"sweep.settings: {name!r} changes the rows that the training loss is a mean over, and how often they were"
+            f" learnt. Remove it{_WITH_DATA}."
         )
     elif metric.of == TRAIN and name == "tuning.dropout":
         yield (
-            f"sweep.settings: {name!r} changes the model that the training loss is of, as evaluations are without dropout. Remove it"
-            f"{_WITH_DATA}."
+            f"sweep.settings: {name!r} changes the model that the training loss is of, as evaluations are without"
+            f" dropout. Remove it{_WITH_DATA}."
         )
 
 
@@ -136,7 +141,9 @@ def _compares(config: Config) -> bool:
 
 
 def _by_formula(metric: Metric, trials: Sequence[Config]) -> bool:
-    """Whether the figure is the objective's own, and no likelihood: evaluations leave out what training adds to that."""
+    """Whether the figure is the objective's own, and no likelihood: evaluations leave out what training adds to
+    that.
+    """
     if metric.of == TRAIN:
         return True
     return metric.of == UNNAMED and not all(set(find_objective(trial).formats) <= set(LIKELY) for trial in trials)

@@ -40,8 +40,9 @@ _MISTAKES = {error.exit_code for error in (ConfigError, DataError, DoesNotFit, N
 class Ending:
     """How the driver, or the ranks that srun started, ended, and what is known of the nodes by then.
 
-    `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's request. `lost_nodes` do not answer; `failed_nodes`
-    holds the node of each rank that died, once for each death. `step` is the newest commit's. `reason` is the run's own.
+    `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's
+    request. `lost_nodes` do not answer; `failed_nodes` holds the node of each rank that died, once for each death.
+    `step` is the newest commit's. `reason` is the run's own.
     """
 
     exit_code: int
@@ -87,7 +88,8 @@ class JobDecision:
 
 
 def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised: bool) -> JobDecision:
-    """`before` are the earlier attempts of the same submission, oldest first; `budget` is the number of failures allowed.
+    """`before` are the earlier attempts of the same submission, oldest first; `budget` is the number of failures
+    allowed.
 
     `supervised`: a driver has restarted dead ranks itself within the budget, so that its own exit code 1 is final.
     """
@@ -142,8 +144,8 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
 
 
 def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
-    """Whether the start before ended by the same error of the run's own, with nothing committed since. Processes that are killed tell too little
-    for that, and a node on which ranks died is left out of the next start."""
+    """Whether the start before ended by the same error of the run's own, with nothing committed since. Processes that
+    are killed tell too little for that, and a node on which ranks died is left out of the next start."""
     told = bool(ending.reason) and 0 < ending.exit_code < 128 and ending.exit_code != RAY_DID_NOT_START
     if not (told and before) or ending.failed_nodes:
         return False

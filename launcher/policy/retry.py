@@ -1,8 +1,8 @@
 """Decides what happens after a worker group ends: pure policy over the errors that ended its ranks.
 
-A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data and memory would only fail
-again, a stop is meant; a crash and a failing store are worth another attempt. Nodes that leave are nobody's failure and
-have a budget of their own.
+A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data and memory would only
+fail again, a stop is meant; a crash and a failing store are worth another attempt. Nodes that leave are nobody's
+failure and have a budget of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ _LOST = "lost a machine: "
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished, None before the first.
-    `raised`: a rank has raised what ended it, where others were killed."""
+    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished, None
+    before the first. `raised`: a rank has raised what ended it, where others were killed."""
 
     reason: str
     error: CapstanError | None
@@ -75,10 +75,11 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
 def decide(
     ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]
 ) -> str | CapstanError:
-    """The sentence with which another attempt is made, or the error that ends the run; `ends` are all attempts' so far, the newest last.
+    """The sentence with which another attempt is made, or the error that ends the run; `ends` are all attempts' so far,
+    the newest last.
 
-    `committed`: the run has a checkpoint, so that it can be resumed. `command` writes out the one that does a verb with the
-    run.
+    `committed`: the run has a checkpoint, so that it can be resumed. `command` writes out the one that does a verb with
+    the run.
     """
     newest = ends[-1]
     again = "Starting again from the last commit"
@@ -106,8 +107,8 @@ def decide(
 
 
 def _is_certain(before: Failure, newest: Failure) -> bool:
-    """Whether two crashes are one that comes at every start: both in the same step, or the same error before there was one. Ranks that
-    are killed while they start tell too little for that."""
+    """Whether two crashes are one that comes at every start: both in the same step, or the same error before there was
+    one. Ranks that are killed while they start tell too little for that."""
     if newest.step is not None:
         return before.step == newest.step
     return newest.raised and (before.step, before.reason) == (None, newest.reason)

@@ -1,4 +1,6 @@
-"""How much the metric of a sweep depends on each setting: a plain description of its trials, and no test of significance."""
+"""How much the metric of a sweep depends on each setting: a plain description of its trials, and no test of
+significance.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,8 @@ _FEWEST = 3
 class Sensitivity:
     """The metric of `trials` trials at `step`, by the values of one setting.
 
-    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single values have the
-    `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
+    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single
+    values have the `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
     """
 
     setting: str
@@ -45,8 +47,9 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """One for each of the sweep's `settings`, the strongest first among those of a kind.
 
-    `curves` has the metric after each step for the numbers of those trials that count. They are compared at the last step that
-    all of them have reached: a metric before it and one behind it would not tell the settings apart from the training.
+    `curves` has the metric after each step for the numbers of those trials that count. They are compared at the last
+    step that all of them have reached: a metric before it and one behind it would not tell the settings apart from the
+    training.
     """
     # Before the first step all are the base.
     reached = {trial.number: {step for step in curves.get(trial.number, ()) if step > 0} for trial in trials}

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial that has not had its turn. `makes` are the things in the store that its run needs and runs share: compiled data and
-    quantized bases, by the keys of their manifests. One that is `done` has only its figures to tell."""
+    """A trial that has not had its turn. `makes` are the things in the store that its run needs and runs share:
+    compiled data and quantized bases, by the keys of their manifests. One that is `done` has only its figures to tell.
+    """
 
     number: int
     makes: frozenset[str] = frozenset()
@@ -24,9 +25,9 @@ class End(NamedTuple):
 
 @dataclass
 class Turns:
-    """The trials that are `waiting` for their turn and those that have it. Where several share something which is not made yet, one
-    goes first, and the others wait until it is there; `made` tells. `room` is how many trials the cluster can train at once that are
-    like the one of this number."""
+    """The trials that are `waiting` for their turn and those that have it. Where several share something which is not
+    made yet, one goes first, and the others wait until it is there; `made` tells. `room` is how many trials the cluster
+    can train at once that are like the one of this number."""
 
     waiting: list[Candidate]
     made: Callable[[str], bool]

@@ -33,8 +33,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, which they are, and what is known of each
-    base that they have, by `base_key`: the `digest` of its weights' samples and, of one of the Hub, its `commit`."""
+    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, which they are, and what
+    is known of each base that they have, by `base_key`: the `digest` of its weights' samples and, of one of the Hub,
+    its `commit`."""
 
     metric: Metric
     trials: list[Trial]
@@ -104,7 +105,9 @@ def planned(config: Config) -> SearchPlan:
 
 
 def _with_each_objective(config: Config, trials: list[Trial]) -> list[Config]:
-    """The configuration with each of the objectives that the trials have: there may be thousands of trials with a few of these."""
+    """The configuration with each of the objectives that the trials have: there may be thousands of trials with a few
+    of these.
+    """
     tried = [
         {name: value for name, value in trial.settings.items() if name.startswith("objective.")} for trial in trials
     ]

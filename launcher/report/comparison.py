@@ -1,4 +1,6 @@
-"""The page that compares several runs: how they ended side by side, the settings that differ, and their curves over each other."""
+"""The page that compares several runs: how they ended side by side, the settings that differ, and their curves over
+each other.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -42,8 +44,8 @@ def distinct_names(runs: Sequence[RunFigures]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs, each with its value in every run, in words; name and place of the run are left
-    out."""
+    """The settings that are not the same in all runs, each with its value in every run, in words; name and place of the
+    run are left out."""
     every = [dict(leaves(run.settings)) for run in runs]
     names = {name: None for settings in every for name in settings}
     values = {name: [settings.get(name) for settings in every] for name in names if not name.startswith("run.name")}
@@ -52,7 +54,9 @@ def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
 
 
 def _set(value: Any) -> Any:
-    """A value as somebody would write it: lists of sections without what is not set in them, and those of a path alone as the path."""
+    """A value as somebody would write it: lists of sections without what is not set in them, and those of a path alone
+    as the path.
+    """
     if isinstance(value, list):
         return [_set(one) for one in value]
     if not isinstance(value, Mapping):

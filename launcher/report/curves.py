@@ -1,4 +1,6 @@
-"""The numbers of a run's steps, as columns: a hundred thousand steps take a few megabytes, and a page a few hundred points."""
+"""The numbers of a run's steps, as columns: a hundred thousand steps take a few megabytes, and a page a few hundred
+points.
+"""
 
 import math
 from array import array
@@ -71,7 +73,9 @@ def finite_points(points: Sequence[tuple[Any, Any]]) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` of `points`, in their order: the first, the last, and of each stretch the lowest and the highest."""
+    """At most `most` of `points`, in their order: the first, the last, and of each stretch the lowest and the
+    highest.
+    """
     if len(points) <= most:
         return list(points)
     kept = {0, len(points) - 1}
@@ -82,7 +86,9 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """The mean of each stretch of `points`, at the stretch's last x; empty where there are few enough to show them all."""
+    """The mean of each stretch of `points`, at the stretch's last x; empty where there are few enough to show them
+    all.
+    """
     if len(points) <= most:
         return []
     return [

@@ -1,4 +1,6 @@
-"""The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left out."""
+"""The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left
+out.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -26,9 +28,9 @@ class Loss(BaseModel):
 
 
 class SetResult(BaseModel):
-    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there are documents enough for one;
-    `data` is the fingerprint of its documents, of which so many were `trained_on`; earlier evaluations lack both. `server` is that which has answered in
-    the place of ranks."""
+    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there
+    are documents enough for one; `data` is the fingerprint of its documents, of which so many were `trained_on`;
+    earlier evaluations lack both. `server` is that which has answered in the place of ranks."""
 
     data: str | None = None
     documents: int | None = None
@@ -42,8 +44,8 @@ class SetResult(BaseModel):
 
 
 class MetricResult(BaseModel):
-    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack; `server` as
-    of a set."""
+    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier
+    evaluations lack; `server` as of a set."""
 
     base: Number = None
     adapter: Number = None
@@ -101,8 +103,8 @@ def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]
 
 
 def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
-    """A sentence wherever a set has other documents than before. `seen` are its name, the step at which it was evaluated, or from which it
-    was, and its fingerprint, in order."""
+    """A sentence wherever a set has other documents than before. `seen` are its name, the step at which it was
+    evaluated, or from which it was, and its fingerprint, in order."""
     last = dict[str, str]()
     for name, step, data in seen:
         if isinstance(data, str) and last.setdefault(name, data) != data:

@@ -38,7 +38,9 @@ _EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers"
 
 @dataclass(frozen=True)
 class Curve:
-    """A measure over the steps that count: `points` with the extremes of all, and the `means` where there are more than those."""
+    """A measure over the steps that count: `points` with the extremes of all, and the `means` where there are more than
+    those.
+    """
 
     points: list[Point]
     means: list[Point]
@@ -47,9 +49,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed one.
+    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed
+    one.
 
-    `Figures` are the parts that are shown and not computed with: the page finds each of theirs by its place in what `--json` prints.
+    `Figures` are the parts that are shown and not computed with: the page finds each of theirs by its place in what
+    `--json` prints.
     """
 
     run: str
@@ -168,16 +172,16 @@ def _held_out(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
 
 
 def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Figures]:
-    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record. The training waited
-    `stall_seconds` for one."""
+    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record.
+    The training waited `stall_seconds` for one."""
     every: dict[int, Record] = {step: {} for step in committed} | {record["step"]: record for record in records}
     facts = ("bytes", "seconds", "stall_seconds")
     return [{"step": step, **{name: every[step].get(name) for name in facts}} for step in sorted(every)]
 
 
 def _time(history: History) -> list[Figures]:
-    """Where the time went from the first start to the last record of each, in seconds on the clock. The parts add up to the whole: the last
-    one is the rest, such as waits between steps and the end."""
+    """Where the time went from the first start to the last record of each, in seconds on the clock. The parts add up to
+    the whole: the last one is the rest, such as waits between steps and the end."""
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
     parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
@@ -193,8 +197,8 @@ def _time(history: History) -> list[Figures]:
 
 
 def _memory(history: History) -> list[Figures]:
-    """Bytes that the plan said, whose parts add up to it, and that were measured at most, where either is known. The plan has all ranks
-    alike; rank 0 is measured, on the host by its process alone."""
+    """Bytes that the plan said, whose parts add up to it, and that were measured at most, where either is known. The
+    plan has all ranks alike; rank 0 is measured, on the host by its process alone."""
     plan = history.newest("plan")
     device = "one rank" if plan.get("device") == "cpu" else "one GPU"
     rows = (
@@ -219,8 +223,8 @@ def _memory_of(history: History, plan: Record, of: str, planned: str, measured: 
 
 
 def _experts(records: Sequence[Record]) -> list[Figures]:
-    """The loads of each mixture's layer in the newest steps of training: the visits to its busiest and its least busy expert over the mean,
-    and how many saw no token."""
+    """The loads of each mixture's layer in the newest steps of training: the visits to its busiest and its least busy
+    expert over the mean, and how many saw no token."""
     newest = next((record for record in reversed(records) if record.get("of") == "train"), {})
     every = {
         layer: [load for _, load in finite_points([(0, load) for load in loads])]
@@ -240,8 +244,9 @@ def _experts(records: Sequence[Record]) -> list[Figures]:
 
 
 def _cost(history: History, price: Any) -> Figures | None:
-    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here; `lost_hours` of them are for steps that had
-    to be done again. The energy is in watt hours: the hours at `watts`, the mean power of rank 0's GPU in its steps."""
+    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here; `lost_hours` of them
+    are for steps that had to be done again. The energy is in watt hours: the hours at `watts`, the mean power of rank
+    0's GPU in its steps."""
     on_gpu = [start for start in history.starts if start.device and start.device.startswith("cuda")]
     counted = on_gpu or history.starts
     hours = math.fsum(start.rank_hours for start in counted)

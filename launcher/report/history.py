@@ -1,7 +1,7 @@
 """The history of a run: its starts, and the steps that count, read from the records of all its generations.
 
-A start goes on from a committed checkpoint, so its steps replace the equal and later ones of the starts before it: those
-were computed in vain.
+A start goes on from a committed checkpoint, so its steps replace the equal and later ones of the starts before it:
+those were computed in vain.
 """
 
 from collections import defaultdict
@@ -52,7 +52,9 @@ class Start:
 
 @dataclass
 class History:
-    """`others` are the records that are no step's, by kind; the evaluations and commits of steps that do not count are left out."""
+    """`others` are the records that are no step's, by kind; the evaluations and commits of steps that do not count are
+    left out.
+    """
 
     starts: list[Start] = field(default_factory=list)
     steps: Columns = field(default_factory=Columns)

@@ -1,4 +1,6 @@
-"""The page of one run: its figures, laid out. Names, reasons and samples are others' texts, so everything is escaped."""
+"""The page of one run: its figures, laid out. Names, reasons and samples are others' texts, so everything is
+escaped.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +112,9 @@ def _environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """`name`, escaped, with places where a line may end, so that no table is as wide as a path and no word ends anywhere."""
+    """`name`, escaped, with places where a line may end, so that no table is as wide as a path and no word ends
+    anywhere.
+    """
     return Markup("<wbr>").join(_BREAK.split(name))
 
 
@@ -136,8 +140,8 @@ def _restarts(figures: RunFigures) -> dict[float, str]:
 
 
 def _series(figures: RunFigures, name: str) -> list[Series]:
-    """The lines of a measure: that of training, and one for each set. Where the steps are too many to show each, the extremes are faint, and
-    the means in front."""
+    """The lines of a measure: that of training, and one for each set. Where the steps are too many to show each, the
+    extremes are faint, and the means in front."""
     measure, curve, found = measure_of(name), figures.curves.get(name), list[Series]()
     if curve and curve.means:
         found.append(Series("lowest and highest", measure.scaled(curve.points), "faint"))

@@ -1,7 +1,7 @@
 """Plots as SVG: pygal finds the scales and draws, and all colours and fonts are left to the page's style sheet.
 
-A plot works wherever its SVG is put into a page: it has no script, no style, no identifier and no link of its own. Its texts are
-ticks only; title, unit and legend are words of the page (`Plot`), which flow on a phone.
+A plot works wherever its SVG is put into a page: it has no script, no style, no identifier and no link of its own. Its
+texts are ticks only; title, unit and legend are words of the page (`Plot`), which flow on a phone.
 """
 
 import math
@@ -32,7 +32,9 @@ Look = Literal["line", "faint", "dots", "dashed", "restart", "commit"]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) under a name, and their look: a line, a faint one beside its mean, dots alone, a dashed line, or marks."""
+    """Points (x, y) under a name, and their look: a line, a faint one beside its mean, dots alone, a dashed line, or
+    marks.
+    """
 
     name: str
     points: Sequence[Point]
@@ -165,7 +167,9 @@ def _drawn(
 
 
 def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]) -> str:
-    """The SVG without pygal's style, script, tooltips and background; its dots have titles, which browsers show and readers say."""
+    """The SVG without pygal's style, script, tooltips and background; its dots have titles, which browsers show and
+    readers say.
+    """
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(svg)
     root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title, "class": "chart"}

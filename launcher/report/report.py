@@ -27,7 +27,8 @@ class Report:
 
 
 def read_report(folders: Sequence[Store]) -> Report:
-    """A report of the run or the sweep in one folder, or one that compares the runs in several, the trials of sweeps among them.
+    """A report of the run or the sweep in one folder, or one that compares the runs in several, the trials of sweeps
+    among them.
 
     Raises `StorageError` when one cannot be read.
     """
@@ -48,7 +49,9 @@ def target_of(folders: Sequence[Store], output: Path | None) -> str:
 
 
 def write_report(folders: Sequence[Store], output: Path | None = None) -> Report:
-    """Write the page to `target_of` them. Raises `StorageError` when a run cannot be read, or the page not be written."""
+    """Write the page to `target_of` them. Raises `StorageError` when a run cannot be read, or the page not be
+    written.
+    """
     report = read_report(folders)
     if output is None and len(folders) == 1:
         folders[0].put(layout.REPORT, report.page().encode())
@@ -63,7 +66,9 @@ def write_report(folders: Sequence[Store], output: Path | None = None) -> Report
 
 
 def _write(target: Path, text: str) -> None:
-    """All of it or nothing: what is there stays where the disk is full. What is no file, such as /dev/stdout, is written to as it is."""
+    """All of it or nothing: what is there stays where the disk is full. What is no file, such as /dev/stdout, is
+    written to as it is.
+    """
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8")
         return
@@ -77,7 +82,9 @@ def _write(target: Path, text: str) -> None:
 
 
 def keep_report(folder: Store, log: Callable[[str], None]) -> None:
-    """Write the page of a run, or of a sweep, that has ended into its folder; a failure is said, and never decides how it ends."""
+    """Write the page of a run, or of a sweep, that has ended into its folder; a failure is said, and never decides how
+    it ends.
+    """
     try:
         if is_sweep(folder) or generations(folder):
             write_report([folder])
@@ -85,5 +92,6 @@ def keep_report(folder: Store, log: Callable[[str], None]) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
         log(
-            f"the report could not be written, which does not end the run: {reason}. {command('report', folder)} tries again."
+            f"the report could not be written, which does not end the run: {reason}. {command('report', folder)} tries"
+            " again."
         )

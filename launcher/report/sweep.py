@@ -27,7 +27,9 @@ _DECADES = 100
 
 @dataclass(frozen=True)
 class SweepFigures:
-    """A sweep now, and the figures of its best trials, the best first. `logarithmic` are the settings that are drawn so."""
+    """A sweep now, and the figures of its best trials, the best first. `logarithmic` are the settings that are drawn
+    so.
+    """
 
     made: float
     status: SweepStatus
@@ -72,7 +74,9 @@ def sweep_page(figures: SweepFigures) -> str:
 
 
 def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
-    """The metric of every trial at its last step over a setting, by the trials' states. None where its values are no numbers."""
+    """The metric of every trial at its last step over a setting, by the trials' states. None where its values are no
+    numbers.
+    """
     groups: dict[str, list[Point]] = {}
     for trial in status.trials:
         value = trial.settings[name]

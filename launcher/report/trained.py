@@ -1,4 +1,6 @@
-"""The model and the data of a run, and how to do it again: read from its settings, its newest checkpoint and its compiled data."""
+"""The model and the data of a run, and how to do it again: read from its settings, its newest checkpoint and its
+compiled data.
+"""
 
 import json
 import math
@@ -38,7 +40,9 @@ Figures: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the newest start as plain values, each secret replaced by a word, and the key that they were read from."""
+    """The settings of the newest start as plain values, each secret replaced by a word, and the key that they were read
+    from.
+    """
 
     tree: dict[str, Any]
     key: str | None
@@ -95,8 +99,9 @@ def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | Non
 
 
 def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Figures:
-    """The part of the model that learns, and the base under it: `trainable` and `total` count parameters, and a loss is a mean over `loss_of`.
-    The manifest is the truth about a checkpoint; what it does not say, or where there is none, the settings tell."""
+    """The part of the model that learns, and the base under it: `trainable` and `total` count parameters, and a loss is
+    a mean over `loss_of`. The manifest is the truth about a checkpoint; what it does not say, or where there is none,
+    the settings tell."""
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
     adapter = dict(manifest.adapter) if manifest else {}
@@ -170,7 +175,9 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
 
 
 def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManifest | None) -> Figures | None:
-    """The way to do the same again: a command, and the configuration that it reads. None where no settings could be read."""
+    """The way to do the same again: a command, and the configuration that it reads. None where no settings could be
+    read.
+    """
     if settings.key is None:
         return None
     return {

@@ -1,6 +1,7 @@
 """`capstan smoke`: the whole life of a run in small, on the real stack, every figure measured in this very run.
 
-    material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size -> export -> verify
+    material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size
+    -> export -> verify
 
 A run that learns from what it samples is killed first, and the undisturbed one gets its answers.
 
@@ -61,13 +62,14 @@ def run_smoke(
     directory: Path,
     show: bool,
 ) -> SmokeResult:
-    """Take the `given` run through its life under `directory`; without one a run that is made on the spot with these `overrides`, which
-    learns from rewards if it is to be `online`. A failure in it is in the result, and not raised."""
+    """Take the `given` run through its life under `directory`; without one a run that is made on the spot with these
+    `overrides`, which learns from rewards if it is to be `online`. A failure in it is in the result, and not raised."""
     started = time.monotonic()
     given = anchored(given) if given else None
     if online and given is not None:
         raise ConfigError(
-            "--online: has no effect with a configuration, whose objective.name says what it learns from. Leave one of them out."
+            "--online: has no effect with a configuration, whose objective.name says what it learns from. Leave one of"
+            " them out."
         )
     life = _Life(directory.absolute(), SmokeResult(), show, online=online)
     with life.progress:
@@ -75,7 +77,8 @@ def run_smoke(
             with life.store(overrides if given is None else None), life.ray(given):
                 config = life.material(given, overrides, layers)
                 life.plan(config)
-                # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so may one run a GPU's.
+                # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so
+                # may one run a GPU's.
                 life.prove(config, together=given is None and not local_gpus())
         except CapstanError as error:
             life.result.error, life.result.exit_code = str(error), error.exit_code
@@ -119,9 +122,11 @@ class _Life:
 
     @contextmanager
     def store(self, sample: Sequence[str] | None) -> Iterator[None]:
-        """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says which.
+        """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says
+        which.
 
-        The sample with the settings `sample` is begun first, as a server's start is mostly waiting: its process asks for the store last.
+        The sample with the settings `sample` is begun first, as a server's start is mostly waiting: its process asks
+        for the store last.
         """
         server = local_s3.S3Server(self.directory / "s3") if local_s3.available() else None
         before = dict(os.environ)
@@ -148,8 +153,8 @@ class _Life:
 
     @contextmanager
     def ray(self, given: Config | None) -> Iterator[None]:
-        """One Ray for all the runs of a configuration that asks for Ray: each is a driver of its own, and the killed one is killed with its
-        ranks."""
+        """One Ray for all the runs of a configuration that asks for Ray: each is a driver of its own, and the killed
+        one is killed with its ranks."""
         with ExitStack() as stack:
             if given is not None and given.cluster.ray.address:
                 with self.phase("Ray on this machine"):
@@ -178,7 +183,9 @@ class _Life:
             raise DoesNotFit("\n".join(shortfalls))
 
     def prove(self, config: Config, *, together: bool) -> None:
-        """The undisturbed run, the killed one, its resumption and its export; `together`: the first beside the others."""
+        """The undisturbed run, the killed one, its resumption and its export; `together`: the first beside the
+        others.
+        """
         undisturbed_file = self.file(override(config, *ON_ONE_RANK), "undisturbed")
         if learns_from_rollouts(config):
             self.interrupt(config)
@@ -214,7 +221,9 @@ class _Life:
             self.follow(command, run, 2, "resumed on 1 rank")
 
     def hand_over_answers(self) -> None:
-        """Give the undisturbed run what was sampled: what it would draw itself may differ by a rounding, on another number of ranks."""
+        """Give the undisturbed run what was sampled: what it would draw itself may differ by a rounding, on another
+        number of ranks.
+        """
         run, other = self.runs.sub("smoke"), self.runs.sub("undisturbed")
         for entry in run.list(layout.ROLLOUTS):
             other.put(entry.key, run.get(entry.key))
@@ -268,7 +277,9 @@ class _Life:
             self.progress.update(task, completed=newest["step"], steps=text)
 
     def kill(self, command: Command, folder: Store, task: TaskID) -> int:
-        """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had reached."""
+        """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had
+        reached.
+        """
         while command.runs():
             metrics = read_generation(folder, 1)
             self.show(task, metrics)

@@ -36,8 +36,8 @@ def _binary() -> str | None:
 
 
 class S3Server:
-    """A server over `directory`, where its objects and log stay; its context is its time from `start` to `kill`. `start` after `kill` serves the
-    same objects at the same address."""
+    """A server over `directory`, where its objects and log stay; its context is its time from `start` to `kill`.
+    `start` after `kill` serves the same objects at the same address."""
 
     def __init__(self, directory: Path) -> None:
         binary = _binary()
@@ -134,8 +134,8 @@ class S3Server:
             "master.volumeSizeLimitMB": 1024,
             "master.electionTimeout": "1s",
             "master.heartbeatInterval": "100ms",
-            # A bucket takes seven volumes, however little is in them. Left to count what the free disk could hold of full
-            # ones, weed has none left for the third bucket on a disk with 20 GB free.
+            # A bucket takes seven volumes, however little is in them. Left to count what the free disk could hold of
+            # full ones, weed has none left for the third bucket on a disk with 20 GB free.
             "volume.max": 1000,
             "volume.preStopSeconds": 0,
             "filer.localSocket": self._directory / "filer.sock",

@@ -1,7 +1,8 @@
 """The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
 
-The data is the documentation of the running Python's standard library, as questions and answers. The base is an ordinary Hugging Face directory of the Llama architecture,
-trained for some seconds on the library's source code, so that it knows something and has something to learn.
+The data is the documentation of the running Python's standard library, as questions and answers. The base is an
+ordinary Hugging Face directory of the Llama architecture, trained for some seconds on the library's source code, so
+that it knows something and has something to learn.
 
 It is a process of its own, as it imports torch, and hundreds of stdlib modules:
 
@@ -268,8 +269,8 @@ def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
 
 
 def _begin_runs(config: Config) -> None:
-    """Find out what `plan` asks of the base, and compile what the runs read. Both are kept, and each of these processes would have to load
-    PyTorch for it, which this one has done."""
+    """Find out what `plan` asks of the base, and compile what the runs read. Both are kept, and each of these processes
+    would have to load PyTorch for it, which this one has done."""
     base = resolve_base(config.model)
     check_weights(base, config.model)
     prepare(config, base, open_run_store(config))

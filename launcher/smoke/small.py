@@ -32,13 +32,16 @@ def config_of_sample(
     *,
     online: bool = False,
 ) -> Config:
-    """The configuration of the sample whose base, files of rows and type of numbers are given; `online` learns from rewards of what it samples."""
+    """The configuration of the sample whose base, files of rows and type of numbers are given; `online` learns from
+    rewards of what it samples.
+    """
     rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
     tree = {
         **rewarded,
         "run": {"name": "smoke"},
         "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
-        # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of the time.
+        # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of
+        # the time.
         "data": {"train": [{"path": train[0]}], "sequence_length": SEQUENCE_LENGTH // 2},
         "optim": {"lr": 5e-3, "warmup_steps": 2},
         "train": {"steps": STEPS},
@@ -55,7 +58,9 @@ def write_rows(path: Path, rows: Iterable[Any]) -> str:
 
 
 def rows_with_regex(rows: str, directory: Path) -> str:
-    """A file of the sample's rows of chat, whose answers are a regular expression that some of the base's own answers match."""
+    """A file of the sample's rows of chat, whose answers are a regular expression that some of the base's own answers
+    match.
+    """
     answer = {"role": "assistant", "content": REGEX}
     questions = [json.loads(line)["messages"][0] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     rewarded = ({"messages": [question, answer]} for question in questions[:ROWS_OF_A_SOURCE])

@@ -28,8 +28,9 @@ class SmokePlan:
     def text(self) -> str:
         what = "a sample made on the spot" if self.config is None else yaml.safe_dump(self.config, sort_keys=False)
         return (
-            f"would work in {self.directory}: train {self.steps} steps undisturbed, train again with a kill (-9) after a commit "
-            f"(every {self.commit_every} steps), resume on another world size, export and verify; with\n{what.rstrip()}"
+            f"would work in {self.directory}: train {self.steps} steps undisturbed, train again with a kill (-9) after"
+            f" a commit (every {self.commit_every} steps), resume on another world size, export and verify;"
+            f" with\n{what.rstrip()}"
         )
 
 
@@ -42,8 +43,8 @@ class Finding(NamedTuple):
 
 @dataclass
 class SmokeResult:
-    """Everything that was measured. Losses in nats a target token, the mean of several steps; `error` says which part failed, None when
-    all ran."""
+    """Everything that was measured. Losses in nats a target token, the mean of several steps; `error` says which part
+    failed, None when all ran."""
 
     steps: int | None = None
     loss_first: float | None = None

@@ -1,4 +1,5 @@
-"""A run over all attempts at it: each starts the ranks, and `retry.decide` says whether another follows. Where ranks run is the caller's.
+"""A run over all attempts at it: each starts the ranks, and `retry.decide` says whether another follows. Where ranks
+run is the caller's.
 
 The ranks restore by themselves, so an attempt needs to know nothing of the one before.
 """
@@ -28,10 +29,11 @@ _LOOK_SECONDS = 2.0
 
 @dataclass
 class Attempts:
-    """A run and all attempts at it so far: `ends` are theirs, `began` is when the newest one was begun, in seconds since 1970.
+    """A run and all attempts at it so far: `ends` are theirs, `began` is when the newest one was begun, in seconds
+    since 1970.
 
-    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both are
-    what the store has told last.
+    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both
+    are what the store has told last.
     """
 
     config: Config
@@ -54,7 +56,8 @@ class Attempts:
 
 
 def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None], log: Callable[[str], None]) -> None:
-    """Make attempts until one is done or the budgets are used up; `attempt` returns why it ended, or None when the run is done.
+    """Make attempts until one is done or the budgets are used up; `attempt` returns why it ended, or None when the run
+    is done.
 
     Raises:
         CapstanError: the run's own, or a crash's with its reason.
@@ -83,8 +86,8 @@ def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None],
 
 
 def _after(attempts: Attempts, end: retry.Failure) -> str:
-    """Keep why an attempt ended, and return the sentence with which another follows, or raise the error that ends the run. A store that
-    does not answer keeps nobody from either."""
+    """Keep why an attempt ended, and return the sentence with which another follows, or raise the error that ends the
+    run. A store that does not answer keeps nobody from either."""
     run, before = attempts.run, attempts.before
     try:
         attempts.owner.check()  # the newest records would be another start's
@@ -116,8 +119,8 @@ def _between_attempts(attempts: Attempts, error: ConfigError | Stopped) -> Capst
 
 
 class Watch:
-    """The driver's checks while ranks work: a stop that need not wait for a step, and what else is to be looked at, `more`, which gets
-    whether the ranks train already."""
+    """The driver's checks while ranks work: a stop that need not wait for a step, and what else is to be looked at,
+    `more`, which gets whether the ranks train already."""
 
     def __init__(self, attempts: Attempts, more: Callable[[bool], None] = lambda training: None) -> None:
         self._attempts, self._more = attempts, more
@@ -125,8 +128,8 @@ class Watch:
         self._looked = time.monotonic()
 
     def look(self) -> None:
-        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already, and what `more`
-        raises. A store that does not answer is asked again at the next look."""
+        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already, and
+        what `more` raises. A store that does not answer is asked again at the next look."""
         try:
             self._look()
         except StorageError as error:

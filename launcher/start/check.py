@@ -82,8 +82,8 @@ def anchored(config: Config) -> Config:
 def checked(
     config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
 ) -> tuple[Config, bool]:
-    """`config`, which will train on other machines, checked and with its base pinned; and whether the store was seen. A `dry_run` shows what
-    would be submitted also from a login node that reaches neither the store nor the Hub."""
+    """`config`, which will train on other machines, checked and with its base pinned; and whether the store was seen. A
+    `dry_run` shows what would be submitted also from a login node that reaches neither the store nor the Hub."""
     warn_of_place(config, log)
     if not dry_run:
         return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
@@ -100,7 +100,9 @@ def checked(
 
 
 def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
-    """`config` as a well-known base decides it, checked against its sizes; unchecked where the base that raised `error` is not known."""
+    """`config` as a well-known base decides it, checked against its sizes; unchecked where the base that raised `error`
+    is not known.
+    """
     try:
         base = base_at_hand(config.model)
     except BaseOutOfReach:
@@ -115,9 +117,9 @@ def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str]
 
 
 def pinned(config: Config, resolved: Resolved) -> Config:
-    """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and every later start,
-    gets that one, wherever the branch is by then; the same of the checkpoint of another run in tuning.start; and quant.type, where it says nothing.
-    So are the classes of its data."""
+    """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and
+    every later start, gets that one, wherever the branch is by then; the same of the checkpoint of another run in
+    tuning.start; and quant.type, where it says nothing. So are the classes of its data."""
     found = resolved.config
     config = config.model_copy(update={"quant": found.quant, "tuning": found.tuning, "data": found.data})
     commit = hub_commit(resolved.base.directory)
@@ -131,11 +133,12 @@ def check(
 ) -> Resolved:
     """Refuse what would fail, or harm another run or this one; changes nothing.
 
-    `take_over`: start even if the run is alive. `again`: the name of this process's group, where it was
-    started again and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
+    `take_over`: start even if the run is alive. `again`: the name of this process's group, where it was started again
+    and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
 
     Raises:
-        ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to other ones, the run is alive, the
+        ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to
+            other ones, the run is alive, the
             name is taken, or a tracker is not installed.
         DataError: the data of the run to resume is not there.
         NothingToResume: `resume`, and nothing is committed.
@@ -145,8 +148,8 @@ def check(
     check_trackers(config.track)
     if config.sweep.settings:
         raise ConfigError(
-            "sweep.settings: a single run tries no settings. `capstan sweep` makes a run for each trial; add sweep={} to train "
-            "without it."
+            "sweep.settings: a single run tries no settings. `capstan sweep` makes a run for each trial; add sweep={}"
+            " to train without it."
         )
     resolved = resolve(config)
     check_weights(resolved.base, config.model)
@@ -174,15 +177,16 @@ def check_turn(folder: Store, submission: str) -> None:
     owner = last_owner(folder)
     if owner is not None and owner.group != submission:
         raise ConfigError(
-            f"run.name: {folder.uri} was taken by `{owner.by}` on {owner.host} since this job was submitted, so the job ends. "
-            f"{command('status', folder)} shows the run."
+            f"run.name: {folder.uri} was taken by `{owner.by}` on {owner.host} since this job was submitted, so the job"
+            f" ends. {command('status', folder)} shows the run."
         )
 
 
 def check_idle(folder: Store, *, resume: bool, by_store: bool = False) -> None:
     """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work.
 
-    `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a key.
+    `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a
+    key.
     """
     owner, now = read_owner(folder), time.time()
     if owner is None:
@@ -199,15 +203,15 @@ def check_name(folder: Store) -> None:
     """Raise `ConfigError` unless the name is free: a run that died before its first commit has nothing to lose."""
     if committed_steps(folder):
         raise ConfigError(
-            f"run.name: {folder.uri} exists and has checkpoints. {command('resume', folder)} continues it; a new run needs another "
-            "name."
+            f"run.name: {folder.uri} exists and has checkpoints. {command('resume', folder)} continues it; a new run"
+            " needs another name."
         )
     with suppress(NotFound):
         seconds = time.time() - folder.head(layout.CONFIG).modified.timestamp()
         if last_owner(folder) is None and not read_status(folder).generation and seconds < SILENT_SECONDS:
             raise ConfigError(
-                f"run.name: {folder.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', folder)} shows what becomes "
-                f"of it; if nothing does, the name is free again after {SILENT_SECONDS:.0f} s."
+                f"run.name: {folder.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', folder)}"
+                f" shows what becomes of it; if nothing does, the name is free again after {SILENT_SECONDS:.0f} s."
             )
 
 

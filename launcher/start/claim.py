@@ -32,12 +32,14 @@ def claimed(
     again: str | None = None,
     waits: bool = False,
 ) -> Iterator[Ownership]:
-    """The run taken for the body, its folder made this configuration's; as it was before, where the body fails before a rank trained.
+    """The run taken for the body, its folder made this configuration's; as it was before, where the body fails before a
+    rank trained.
 
     Writes config.yaml and the snapshot of the code, and takes back an earlier stop request; `log` gets what a resume
-    changes. `by` and `group` are the owner's; a start of a group that was called `again` and has the run goes on with it.
-    With `waits` the run is taken for a job that is about to be submitted, which claims it again when its turn comes:
-    until then the settings of a resume stand beside config.yaml. When several claims of a run race, one succeeds.
+    changes. `by` and `group` are the owner's; a start of a group that was called `again` and has the run goes on with
+    it. With `waits` the run is taken for a job that is about to be submitted, which claims it again when its turn
+    comes: until then the settings of a resume stand beside config.yaml. When several claims of a run race, one
+    succeeds.
     """
     run = run_folder(config)
     number, ours = newest_number(run), has_run(run, again)

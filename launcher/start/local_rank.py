@@ -2,8 +2,8 @@
 
     python -m launcher.start.local_rank TASK OUTCOME
 
-The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start began. How it ended
-comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.
+The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start
+began. How it ended comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The ranks of a run on this machine alone: processes beside the driver, without Ray, which would take longer to start than many a small run."""
+"""The ranks of a run on this machine alone: processes beside the driver, without Ray, which would take longer to start
+than many a small run.
+"""
 
 import json
 import os
@@ -25,8 +27,9 @@ _WORDS = 300
 
 
 def ranks_here(config: Config) -> int | None:
-    """How many ranks a run that joins no cluster has on this machine. None where it asks for what Ray gives: resources by name, or more
-    GPUs than this machine has, which Ray refuses with what is missing. Raises `ConfigError` where there is no room for its servers."""
+    """How many ranks a run that joins no cluster has on this machine. None where it asks for what Ray gives: resources
+    by name, or more GPUs than this machine has, which Ray refuses with what is missing. Raises `ConfigError` where
+    there is no room for its servers."""
     cluster = config.cluster
     if cluster.ray.address == STARTS_HERE or cluster.ray.resources:
         return None
@@ -94,7 +97,8 @@ def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
         for number, place in enumerate(places(ranks)):
             outcome, said = (task.with_name(f"{name}-{number}") for name in ("outcome.json", "said"))
             with said.open("wb") as output:
-                # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
+                # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a
+                # Ctrl-C.
                 process = children.start(
                     [sys.executable, "-m", "launcher.start.local_rank", str(task), str(outcome)],
                     env={**os.environ, **place, **devices},

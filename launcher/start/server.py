@@ -1,4 +1,6 @@
-"""A server of a run with rollout.engine: serve, kept alive beside its ranks. Where it answers its URL is in the run's folder, for `capstan rollout`."""
+"""A server of a run with rollout.engine: serve, kept alive beside its ranks. Where it answers its URL is in the run's
+folder, for `capstan rollout`.
+"""
 
 import os
 import socket
@@ -27,7 +29,9 @@ _SAY_SECONDS = 60.0
 _HEALTH_SECONDS = 5.0
 _END_SECONDS = 10.0
 _DEATHS = 3
-"""So many times in a row a server may die before it has answered for `_WELL_SECONDS`; then something is wrong that another start does not mend."""
+"""So many times in a row a server may die before it has answered for `_WELL_SECONDS`; then something is wrong that
+another start does not mend.
+"""
 _WELL_SECONDS = 600.0
 _LONGEST_WORDS = 600
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -46,7 +50,9 @@ class Program:
 
     @contextmanager
     def running(self, command: Sequence[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-        """The process of the command, which ends with the body, with all that it has started. Raises `OSError` where it does not start."""
+        """The process of the command, which ends with the body, with all that it has started. Raises `OSError` where it
+        does not start.
+        """
         self._last.clear()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with children.family(command, _END_SECONDS, env=environment, **pipes) as process:
@@ -100,8 +106,9 @@ def keep_server(
                     _watch(config, run, name, url, program, process, over, tell)
             except OSError as error:
                 raise ConfigError(
-                    f"rollout.serve.command: {command[0]!r} does not start on {socket.gethostname()} ({error.strerror or error}). Install vLLM there, or give the "
-                    "program by its path: [/opt/vllm/bin/vllm, serve]."
+                    f"rollout.serve.command: {command[0]!r} does not start on {socket.gethostname()}"
+                    f" ({error.strerror or error}). Install vLLM there, or give the program by its path:"
+                    " [/opt/vllm/bin/vllm, serve]."
                 ) from error
             finally:
                 with suppress(CapstanError):
@@ -112,7 +119,8 @@ def keep_server(
             how = f"{name} ended with exit code {process.returncode}: {program.last_words(3)}"
             if deaths == _DEATHS:
                 raise DataError(
-                    f"rollout.serve: {how}. It has died {_DEATHS} times in a row; its log is in logs/ of the run's folder."
+                    f"rollout.serve: {how}. It has died {_DEATHS} times in a row; its log is in logs/ of the run's"
+                    " folder."
                 )
             tell(f"{how}; it is started again")
 
@@ -144,8 +152,8 @@ def _watch(
             answers, heard = True, now
         elif now - heard > patience and not answers:
             raise ConfigError(
-                f"rollout.serve.start_seconds: {name} has not answered {url}/health within {patience:g} s; it said last: {program.last_words(3)}. Raise it, or "
-                "see the server's log in logs/ of the run's folder."
+                f"rollout.serve.start_seconds: {name} has not answered {url}/health within {patience:g} s; it said"
+                f" last: {program.last_words(3)}. Raise it, or see the server's log in logs/ of the run's folder."
             )
         elif now - heard > patience:
             tell(f"{name} has been silent for {patience:g} s, and is killed")
@@ -153,7 +161,8 @@ def _watch(
         elif now - told > _SAY_SECONDS and not answers:
             told = now
             tell(
-                f"{name} does not answer yet, {now - began:.0f} s after its start; it said last: {program.last_words(1)}"
+                f"{name} does not answer yet, {now - began:.0f} s after its start; it said last:"
+                f" {program.last_words(1)}"
             )
 
 

@@ -1,9 +1,11 @@
-"""The sidecars of a run that learns from what servers sample, processes beside its ranks: `capstan rollout`, which asks the servers, and with
-rollout.engine: serve the servers. Each is a command, which is placed on this machine, by cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
+"""The sidecars of a run that learns from what servers sample, processes beside its ranks: `capstan rollout`, which asks
+the servers, and with rollout.engine: serve the servers. Each is a command, which is placed on this machine, by
+cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
 
     python -m launcher.start.sidecars RUN_URI NAME ADDRESS
 
-It keeps its process alive, says what becomes of it to stdout, a line each, and ends with it at SIGTERM. ADDRESS is that of its machine, as the others reach it.
+It keeps its process alive, says what becomes of it to stdout, a line each, and ends with it at SIGTERM. ADDRESS is that
+of its machine, as the others reach it.
 """
 
 import os
@@ -50,7 +52,9 @@ class Sidecar(NamedTuple):
 
 
 def sidecars_of(config: Config, *, servers: bool = True) -> list[Sidecar]:
-    """All of the run, or without the `servers`; none where it asks no servers. The reward is a function of the folder that the run was started in."""
+    """All of the run, or without the `servers`; none where it asks no servers. The reward is a function of the folder
+    that the run was started in.
+    """
     if not isinstance(find_objective(config), LearnsFromRollouts) or config.rollout.engine == OWN:
         return []
     serve = config.rollout.serve
@@ -76,8 +80,9 @@ def sidecars_sentence(config: Config) -> str | None:
         )
     gpus = counted(serve.gpus, "GPU") if serve.gpus else "CPUs"
     return (
-        f"beside the ranks: {counted(serve.replicas, 'server')} ({shlex.join(serve.command)}) on {gpus}{' each' if serve.replicas > 1 else ''}, and "
-        f"capstan rollout, which has them sample; each ends with the run, {again}"
+        f"beside the ranks: {counted(serve.replicas, 'server')} ({shlex.join(serve.command)}) on"
+        f" {gpus}{' each' if serve.replicas > 1 else ''}, and capstan rollout, which has them sample; each ends with"
+        f" the run, {again}"
     )
 
 
@@ -97,7 +102,9 @@ class Placed(Protocol):
 def sidecars_alive(
     every: Sequence[Sidecar], run: Store, place: Callable[[Sidecar], Placed], log: Callable[[str], None]
 ) -> Iterator[None]:
-    """Inside, the run has these processes beside its ranks, where `place` places them, again where they are lost. `log` gets what they say."""
+    """Inside, the run has these processes beside its ranks, where `place` places them, again where they are lost. `log`
+    gets what they say.
+    """
     if len(every) > 1:
         forget_servers(run)
     tended = [_Tended(one, place, log) for one in every]

@@ -1,10 +1,11 @@
-"""The code that a run was started from: the tracked files of the user's git checkout, their git state, the installed versions.
+"""The code that a run was started from: the tracked files of the user's git checkout, their git state, the installed
+versions.
 
 `snapshot.tar.zst` in the run's folder holds
 
     config.yaml        the configuration, every default written out
     requirements.txt   the installed distributions, as `name==version` lines
-    git.json           commit, branch, remote, whether files differ from the commit, which were left out or cannot be read
+    git.json           commit, branch, remote, whether files differ from the commit, which are left out or unreadable
     git.diff           that difference
     code/...           the tracked files as they are, changes included, and links as links
 
@@ -35,7 +36,8 @@ MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
 _NAME_OR_VERSION = re.compile(r"^(Name|Version): (.+)$", re.MULTILINE)
 _GIT_SECONDS = 60
-# Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import it.
+# Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import
+# it.
 _SECRETS = """
     .env .env.* *.env .envrc .netrc _netrc .npmrc .pypirc .htpasswd .passwd* .pgpass pgpass.conf .my.cnf .mylogin.cnf
     .s3cfg .boto rclone.conf kaggle.json .dockercfg .dockerconfigjson .vault-token .ssh .aws .azure .gnupg .kube
@@ -50,7 +52,8 @@ _CODE = (".py", ".pyi", ".md", ".rst")
 
 @dataclass(frozen=True)
 class GitState:
-    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like secrets.
+    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like
+    secrets.
 
     Names that are not UTF-8 text have surrogates in them, as `os.fsdecode` makes them.
     """
@@ -91,7 +94,10 @@ class Snapshot:
             return "no git checkout here: the configuration and the installed versions"
         changed = " with changes" if self.git.dirty else ""
         commit = (self.git.commit or "no commit yet")[:12]
-        kept = f"{len(self.files)} tracked files of {_printable(str(self.root))} ({commit}{changed}, {self.size / 1e6:.1f} MB)"
+        kept = (
+            f"{len(self.files)} tracked files of {_printable(str(self.root))} ({commit}{changed},"
+            f" {self.size / 1e6:.1f} MB)"
+        )
         return kept + (f"; {left_out}" if (left_out := self.left_out()) else "")
 
     def left_out(self) -> str:
@@ -147,8 +153,9 @@ def _check_size(root: Path, files: list[Path]) -> None:
             for path in sorted(sizes, key=sizes.__getitem__)[:-4:-1]
         )
         raise ConfigError(
-            f"the tracked files of {_printable(str(root))} are {total / 1e6:.0f} MB, a snapshot takes at most {MOST_BYTES / 1e6:.0f} MB. "
-            f"The largest are {largest}. Leave data out of git, or start the run from another folder."
+            f"the tracked files of {_printable(str(root))} are {total / 1e6:.0f} MB, a snapshot takes at most"
+            f" {MOST_BYTES / 1e6:.0f} MB. The largest are {largest}. Leave data out of git, or start the run from"
+            " another folder."
         )
 
 

@@ -10,7 +10,9 @@ from trainer.store.store import Store
 
 
 def stop_if_asked(folder: Store, when: str) -> None:
-    """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume then."""
+    """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume
+    then.
+    """
     if asked := read_stop(folder):
         if committed_steps(folder):
             raise Stopped(

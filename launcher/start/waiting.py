@@ -26,12 +26,13 @@ def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[floa
     def wait() -> None:
         if watch.is_gone() or (watch.is_unheard and siblings.is_gone(0)):
             raise DataError(
-                "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all ranks again."
+                "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all"
+                " ranks again."
             )
         if time.monotonic() - watch.last_alive > config.timeouts.meet:
             raise DataError(
-                f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s, so this rank "
-                "ends. Its own output says why it did not start."
+                f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s,"
+                " so this rank ends. Its own output says why it did not start."
             )
         sleep(_LOOK_SECONDS)
 

@@ -17,12 +17,16 @@ def time_left() -> TimeRemainingColumn:
 
 
 def description() -> TextColumn:
-    """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do not wrap from all of them alike."""
+    """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do
+    not wrap from all of them alike.
+    """
     return TextColumn("{task.description}", table_column=Column(no_wrap=False))
 
 
 def progress_bars(*more: ProgressColumn, shown: bool | None = None, transient: bool = False) -> Progress:
-    """Bars on stderr, each with what it is of, `more` about it, and the time that is left; by default where stderr is a terminal."""
+    """Bars on stderr, each with what it is of, `more` about it, and the time that is left; by default where stderr is a
+    terminal.
+    """
     console = Terminal(stderr=True)
     disable = not (console.is_terminal if shown is None else shown)
     columns = (description(), BarColumn(20), *more, time_left())

@@ -25,9 +25,9 @@ _RUNS_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class RunLine:
-    """A run in a few words: losses in nats, `age_seconds` since its last sign of life; None is what is not known. `state` is
-    "unreadable" where the store does not tell, and `reason` then says why. A sweep has a number of `trials`, and is "running", "silent"
-    or "over"."""
+    """A run in a few words: losses in nats, `age_seconds` since its last sign of life; None is what is not known.
+    `state` is "unreadable" where the store does not tell, and `reason` then says why. A sweep has a number of `trials`,
+    and is "running", "silent" or "over"."""
 
     run: str
     state: State | str
@@ -73,7 +73,9 @@ def _line(folder: Store, name: str, now: float) -> RunLine:
 
 
 def _read(folder: Store, name: str, now: float) -> RunLine:
-    """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one before."""
+    """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one
+    before.
+    """
     found = streams(folder.list(layout.METRICS))
     numbers = starts_in(found)[::-1]
     if not numbers and is_sweep(folder):

@@ -17,8 +17,8 @@ _SMOOTHED_STEPS = 10
 
 
 class Scores:
-    """The metric of the run in `folder` after each step that has one, NaN where it was no finite number; each look reads only what is
-    new. Step 0 has none: there a trial is still the base."""
+    """The metric of the run in `folder` after each step that has one, NaN where it was no finite number; each look
+    reads only what is new. Step 0 has none: there a trial is still the base."""
 
     def __init__(self, folder: Store, metric: Metric) -> None:
         self._folder, self._metric = folder, metric
@@ -27,10 +27,14 @@ class Scores:
         self._by_step: dict[int, float] = {}
         self.of_data = TRAIN if metric.of == TRAIN else split_of(metric.of)
         self.data: Mapping[str, str | None] = {}
-        """The fingerprints of the data of the newest start, where they are known; the metric's own is that of `of_data`."""
+        """The fingerprints of the data of the newest start, where they are known; the metric's own is that of
+        `of_data`.
+        """
 
     def read(self) -> dict[int, float]:
-        """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its figures count."""
+        """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its
+        figures count.
+        """
         for _, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
             for record in records:
                 self._add(record)

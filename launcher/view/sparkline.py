@@ -30,8 +30,8 @@ def stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def sparkline(points: Sequence[tuple[int, float]], width: int = 40) -> str:
-    """The curve as blocks, lowest to highest; empty for less than two points. Where there are more points than `width`, each block is
-    the mean of its own."""
+    """The curve as blocks, lowest to highest; empty for less than two points. Where there are more points than `width`,
+    each block is the mean of its own."""
     if len(points) < 2:
         return ""
     columns = min(width, len(points))

@@ -1,7 +1,7 @@
 """The status of a run, from its folder alone: no scheduler, no Ray, and it works as well when its machines are gone.
 
-A generation is one start of the run; its records are in `metrics/` (trainer/run/records.py). A later generation goes on from
-a committed checkpoint, so its steps replace equal and later ones of the generations before it.
+A generation is one start of the run; its records are in `metrics/` (trainer/run/records.py). A later generation goes on
+from a committed checkpoint, so its steps replace equal and later ones of the generations before it.
 """
 
 import math
@@ -46,12 +46,13 @@ class Restart:
 class RunStatus:
     """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
 
-    `machines` has the ranks on each, of which `sequence_parallel` share each row, `device` is what rank 0 computes on; `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest
-    generation ended. `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base),
-    `restore` (a checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the
-    data, `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step, loss) of evenly spread steps, `eval_losses` the newest loss
-    of each named evaluation set. `gpu_hours` are those of all starts, and `cost` follows from track.price_per_gpu_hour.
-    `next` is the command that an ended run wants.
+    `machines` has the ranks on each, of which `sequence_parallel` share each row, `device` is what rank 0 computes on;
+    `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest generation ended.
+    `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
+    checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the data,
+    `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step,
+    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set. `gpu_hours` are those of
+    all starts, and `cost` follows from track.price_per_gpu_hour. `next` is the command that an ended run wants.
     """
 
     run: str
@@ -161,7 +162,9 @@ class Follower:
         return None
 
     def read(self) -> RunStatus:
-        """The run's state by its newest records; figures that a start has not written yet are those of the start before it."""
+        """The run's state by its newest records; figures that a start has not written yet are those of the start before
+        it.
+        """
         found = streams(self._folder.list(layout.METRICS))
         for number, records in self._reader.read(found):
             self._generations.setdefault(number, Summary()).add(records)
@@ -221,7 +224,9 @@ class Follower:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
 
     def _newest_value(self, kind: str, name: str) -> Any:
-        """The value from the newest generation that has written a record of this kind: one just restarted has no loss yet."""
+        """The value from the newest generation that has written a record of this kind: one just restarted has no loss
+        yet.
+        """
         return next((record.get(name) for records in self._newest_first() if (record := records.last(kind))), None)
 
     def _count(self, kind: str) -> int:
@@ -277,7 +282,9 @@ class Follower:
 
 
 def next_command(folder: Store, state: State, *, committed: bool) -> str:
-    """The command that somebody wants next who sees the run in this state, with what it is for; empty while it goes on."""
+    """The command that somebody wants next who sees the run in this state, with what it is for; empty while it goes
+    on.
+    """
     if state == "finished":
         return f"{command('export', folder, 'adapter/')} writes what was trained"
     resume = f"{command('resume', folder)} goes on"
@@ -305,7 +312,9 @@ def before_records(folder: Store, now: float) -> tuple[State, str]:
 
 
 def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, str]:
-    """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken the run since."""
+    """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken
+    the run since.
+    """
     end, owner = newest.last("end"), read_owner(folder)
     # A run that has no owner lives by its records: a large base takes minutes to load, without a line.
     heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))

@@ -1,4 +1,6 @@
-"""The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, and it works as well when all is over."""
+"""The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, and it works as well when all
+is over.
+"""
 
 import json
 import math
@@ -46,9 +48,9 @@ _SAME_DATA = ("optim.", "train.", "tuning.", "quant.", "run.")
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early"; `value` is the
-    metric at `value_step`, the last step that was evaluated; None also where it was no finite number there, or of `other_data` than that
-    of the first trial, as a file was changed in between."""
+    """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early";
+    `value` is the metric at `value_step`, the last step that was evaluated; None also where it was no finite number
+    there, or of `other_data` than that of the first trial, as a file was changed in between."""
 
     number: int
     run: str
@@ -65,7 +67,9 @@ class TrialStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """A sweep at one moment. `best` is the number of the trial that is best so far, `next` the command that suggests itself."""
+    """A sweep at one moment. `best` is the number of the trial that is best so far, `next` the command that suggests
+    itself.
+    """
 
     sweep: str
     state: SweepState
@@ -97,7 +101,9 @@ def is_sweep(folder: Store) -> bool:
 
 
 def read_plan(folder: Store) -> SearchPlan:
-    """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be read."""
+    """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be
+    read.
+    """
     try:
         return SearchPlan.from_json(json.loads(folder.get(layout.SWEEP)))
     except NotFound as error:
@@ -150,12 +156,13 @@ class SweepFollower:
         )
 
     def _comparable(self, trials: list[TrialStatus]) -> list[TrialStatus]:
-        """The trials, those without a value that were evaluated over other data than the first, or trained on other data than the first one
-        whose settings ask for the same."""
+        """The trials, those without a value that were evaluated over other data than the first, or trained on other
+        data than the first one whose settings ask for the same."""
         first = dict[tuple[str, ...], str]()
 
         def is_of_other(trial: TrialStatus, scores: Scores) -> bool:
-            # Trials that try settings of the data have other data by intention, so each such choice has a first trial of its own.
+            # Trials that try settings of the data have other data by intention, so each such choice has a first trial
+            # of its own.
             asked = (
                 f"{name} {word(value)}" for name, value in trial.settings.items() if not name.startswith(_SAME_DATA)
             )
@@ -233,8 +240,8 @@ def trial_state(folder: Store, status: RunStatus) -> str:
 
 
 def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
-    """The trial with the best last figure. Training losses of different steps are those of different rows, so by the training loss only
-    those that have finished count as soon as there are any."""
+    """The trial with the best last figure. Training losses of different steps are those of different rows, so by the
+    training loss only those that have finished count as soon as there are any."""
     counted = [trial for trial in trials if trial.state != "failed" and trial.value is not None]
     if metric.of == TRAIN:
         counted = [trial for trial in counted if trial.state == "finished"] or counted
@@ -243,7 +250,9 @@ def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
 
 
 def render_sweep(status: SweepStatus) -> RenderableType:
-    """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command too."""
+    """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command
+    too.
+    """
     table = FoldedTable(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("trial", *status.settings, "state", "step", status.metric):
         table.add_column(name, justify="left" if name == "state" else "right")
@@ -256,7 +265,9 @@ def render_sweep(status: SweepStatus) -> RenderableType:
 
 
 def summary(status: SweepStatus) -> list[str]:
-    """The sweep in a few lines: how many trials are in which state, the best one, what the metric depends on, what to do next."""
+    """The sweep in a few lines: how many trials are in which state, the best one, what the metric depends on, what to
+    do next.
+    """
     lines = [", ".join(f"{count} {state}" for state, count in status.counts().items())]
     best = status.best_trial
     if best is not None and best.value is not None:
@@ -266,7 +277,8 @@ def summary(status: SweepStatus) -> list[str]:
         )
     if others := [trial.run for trial in status.trials if trial.other_data]:
         lines.append(
-            f"{', '.join(others)}: trained or evaluated on other data than the first trial, as a file was changed in between, so {status.metric} does not compare"
+            f"{', '.join(others)}: trained or evaluated on other data than the first trial, as a file was changed in"
+            f" between, so {status.metric} does not compare"
         )
     lines += [one.sentence(status.metric) for one in status.sensitivity]
     lines += [f"next: {status.next}"] if status.next else []
@@ -274,8 +286,8 @@ def summary(status: SweepStatus) -> list[str]:
 
 
 def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: Callable[[str], None]) -> None:
-    """Show the sweep again and again, with `live` as a table on stderr, else by lines for `log`. `wait` takes the seconds to the next
-    look, and tells whether that is the last one."""
+    """Show the sweep again and again, with `live` as a table on stderr, else by lines for `log`. `wait` takes the
+    seconds to the next look, and tells whether that is the last one."""
     follower, before = SweepFollower(folder), None
     pause = max(_LOOK_SECONDS, poll_seconds(folder))
     with Live(console=Terminal(stderr=True), auto_refresh=False) if live else nullcontext() as view:
@@ -313,7 +325,8 @@ def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
         value = "" if trial.value is None else f", {now.metric} {trial.value:.4f}"
         step = f" at step {_steps(trial)}{value}" if trial.step else ""
         lines.append(
-            f"{trial.run} ({in_words(trial.settings)}): {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
+            f"{trial.run} ({in_words(trial.settings)}):"
+            f" {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
         )
     return lines
 

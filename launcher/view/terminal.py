@@ -1,5 +1,6 @@
-"""The one way to a terminal. Whoever may write to a store must not reach the terminal of those who look at it, so control characters are
-shown and never sent. launcher/view/console.py does the same for tables and bars; rich takes too long to import for a line."""
+"""The one way to a terminal. Whoever may write to a store must not reach the terminal of those who look at it, so
+control characters are shown and never sent. launcher/view/console.py does the same for tables and bars; rich takes too
+long to import for a line."""
 
 import re
 import sys
@@ -15,7 +16,9 @@ def visible(text: str) -> str:
 
 
 def in_lines(text: str) -> str:
-    """A log in which programs return to the beginning of a line to write it anew, as bars do: each time becomes a line."""
+    """A log in which programs return to the beginning of a line to write it anew, as bars do: each time becomes a
+    line.
+    """
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

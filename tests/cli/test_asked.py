@@ -1,4 +1,6 @@
-"""`capstan evaluate` and `capstan generate` as a person calls them: on two ranks of their own, on torchrun's, and as a chat in a terminal."""
+"""`capstan evaluate` and `capstan generate` as a person calls them: on two ranks of their own, on torchrun's, and as a
+chat in a terminal.
+"""
 
 import json
 import os
@@ -23,7 +25,10 @@ from tests.dist.evaluating import adapted, write_rows
 from tests.material import Workshop, byte_tokenizer, commit
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"
+    " endif %}"
+)
 TEXTS = ["a bee and a cat", "the jay saw an emu", "two hens, one fox: none left"]
 TOKENS = 8
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
@@ -129,7 +134,9 @@ def read_until(ours: int, whole: Callable[[str], bool], seconds: float) -> str:
 
 
 def shown(answer: str) -> str:
-    """An answer as it is streamed: the begin of a character that never got whole is left out, and controls are spelt."""
+    """An answer as it is streamed: the begin of a character that never got whole is left out, and controls are
+    spelt.
+    """
     whole = answer.rstrip("\N{REPLACEMENT CHARACTER}")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda c: f"\\x{ord(c[0]):02x}", whole) + "\n> "
 

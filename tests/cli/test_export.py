@@ -1,4 +1,6 @@
-"""`capstan export` as a user calls it, on a run that was really trained: what comes out is what was trained, or nothing."""
+"""`capstan export` as a user calls it, on a run that was really trained: what comes out is what was trained, or
+nothing.
+"""
 
 import json
 import shutil
@@ -132,7 +134,9 @@ def test_a_base_that_moved_is_found_by_config_yaml_and_known_by_its_fingerprint(
 def test_a_manifest_of_before_names_its_base_and_the_rest_is_in_config_yaml(
     capstan: Capstan, run: Store, tmp_path: Path
 ) -> None:
-    """Format 2 of the first release knew the base's path, layers and quantization, but no `name`, `revision` or `dtype`."""
+    """Format 2 of the first release knew the base's path, layers and quantization, but no `name`, `revision` or
+    `dtype`.
+    """
     manifest = read_manifest(run, 6)
     known = {key: value for key, value in manifest.base.items() if key not in ("name", "revision", "dtype")}
     exported(capstan, run, tmp_path / "expected")

@@ -1,4 +1,6 @@
-"""A command that is killed leaves no process behind, whatever it was doing; `python -m tests.kills` does it at random."""
+"""A command that is killed leaves no process behind, whatever it was doing; `python -m tests.kills` does it at
+random.
+"""
 
 from collections.abc import Iterator
 

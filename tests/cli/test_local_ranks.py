@@ -14,7 +14,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from tests.ray.cluster import Driver, alive, losses, write
 from tests.served_runs import ENDS_SECONDS, SERVE, base_of, servers, sidecars, until
-from tests.unit.test_served import stub
+from tests.unit.export.test_served import stub
 from trainer.config import dump_config
 from trainer.run import layout
 from trainer.run.segments import read_stream

@@ -1,4 +1,6 @@
-"""`capstan push` as a user calls it, against a stand-in of the Hub: a repository has a whole export, or what it had before."""
+"""`capstan push` as a user calls it, against a stand-in of the Hub: a repository has a whole export, or what it had
+before.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The snippets of docs/python-api.md, one after the other, as a program that a user has written: a rank of its own, without Ray."""
+"""The snippets of docs/python-api.md, one after the other, as a program that a user has written: a rank of its own,
+without Ray.
+"""
 
 import importlib
 import json

@@ -1,4 +1,6 @@
-"""Starting a run again, through the real command: what is refused, what a start leaves behind, and whose folder it is."""
+"""Starting a run again, through the real command: what is refused, what a start leaves behind, and whose folder it
+is.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The command a newcomer runs, whole: real ranks, real S3 server, a real kill, another world size, a verified adapter."""
+"""The command a newcomer runs, whole: real ranks, real S3 server, a real kill, another world size, a verified
+adapter.
+"""
 
 import json
 

@@ -1,5 +1,6 @@
-"""A real vLLM serves an export beside its base: `export --verify --server` finds it right, and the base alone beside it, and `evaluate --server` measures
-what the ranks do. It samples what the trainer computes, for runs that have started before it and for one that starts it."""
+"""A real vLLM serves an export beside its base: `export --verify --server` finds it right, and the base alone beside
+it, and `evaluate --server` measures what the ranks do. It samples what the trainer computes, for runs that have started
+before it and for one that starts it."""
 
 import json
 import os
@@ -31,7 +32,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 class Served(NamedTuple):
-    """A server at `url` of the workshop's base and of the export of its run `done`, which finds adapters in the store `there`; and its log."""
+    """A server at `url` of the workshop's base and of the export of its run `done`, which finds adapters in the store
+    `there`; and its log.
+    """
 
     workshop: Workshop
     url: str
@@ -86,7 +89,9 @@ def test_a_real_server_serves_what_was_exported(served: Served, tmp_path: Path, 
 
 
 def test_a_real_server_samples_what_the_trainer_computes(served: Served) -> None:
-    """It takes the adapters of one run from a folder, and finds those of another in the store of that, as it has our plugin."""
+    """It takes the adapters of one run from a folder, and finds those of another in the store of that, as it has our
+    plugin.
+    """
     before = len(served.log.read_text(errors="replace"))
     for name, store in (("folder", served.workshop.folder / "store"), ("store", served.there)):
         given = f"rollout.engine=[{served.url}]", "rollout.max_lag=0", "train.steps=4", f"run.store={store}"
@@ -106,7 +111,9 @@ def test_a_real_server_samples_what_the_trainer_computes(served: Served) -> None
 
 
 def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(tmp_path: Path) -> None:
-    """The trainer computes what it samples, and of neither of its starts a process is left: not of its engine, which renames itself, either."""
+    """The trainer computes what it samples, and of neither of its starts a process is left: not of its engine, which
+    renames itself, either.
+    """
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop, run = Workshop(tmp_path, hidden_size=128), open_store(str(tmp_path / "store")).sub("served")
     inside = [f"{name}={value}" for name, value in ENVIRONMENT.items() if name != "VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
@@ -143,7 +150,9 @@ def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(
 
 
 def installed(folder: Path) -> Path:
-    """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin needs."""
+    """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin
+    needs.
+    """
     described = folder / "capstan_llm-0.dist-info"
     described.mkdir(parents=True)
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: capstan-llm\nVersion: 0\n")

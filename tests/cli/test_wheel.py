@@ -1,4 +1,6 @@
-"""The wheel, installed alone: all of the code is in it, with the files beside it, and nothing comes from the checkout."""
+"""The wheel, installed alone: all of the code is in it, with the files beside it, and nothing comes from the
+checkout.
+"""
 
 import subprocess
 import zipfile

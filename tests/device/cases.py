@@ -27,7 +27,8 @@ class Case(NamedTuple):
 _OFFLOADED = ("train.activation_offload=true", "train.activation_checkpointing=all", "quant.double=true")
 STREAMS, ALONE = Case(), Case(1, "single_gpu")
 OFFLOADED_ALONE = Case(1, "single_gpu", _OFFLOADED)
-# Each node has the whole base there, and shares with the other what learns: two groups, whose collectives are in no order with each other.
+# Each node has the whole base there, and shares with the other what learns: two groups, whose collectives are in no
+# order with each other.
 NODES = Case(overrides=("sharding.scope=node",), ranks_per_node=1)
 CASES = {
     2: {

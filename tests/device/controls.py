@@ -1,8 +1,10 @@
-"""What orders the streams of the product's own code, taken out one line at a time: python -m tests.device.controls [WORD ...]
+"""What orders the streams of the product's own code, taken out one line at a time: python -m tests.device.controls
+[WORD ...]
 
-Each line is taken out in the processes of a run on the pretended device (pretended.cpp), which has to be caught: the run ends with a race, the
-host reads what has not come, or it waits at other places than the run of the same case does with every line in its place. A WORD picks the
-lines whose place contains it. Ends with exit code 1 where a line is missed by nothing. The table is benchmarks/README.md's.
+Each line is taken out in the processes of a run on the pretended device (pretended.cpp), which has to be caught: the
+run ends with a race, the host reads what has not come, or it waits at other places than the run of the same case does
+with every line in its place. A WORD picks the lines whose place contains it. Ends with exit code 1 where a line is
+missed by nothing. The table is benchmarks/README.md's.
 """
 
 import math
@@ -26,7 +28,9 @@ from trainer.store.store import open_store
 
 
 class Line(NamedTuple):
-    """A line of ours that has `text` in it once, in the module of this name, and what is put there; `keeps` says what it is for."""
+    """A line of ours that has `text` in it once, in the module of this name, and what is put there; `keeps` says what
+    it is for.
+    """
 
     keeps: str
     module: str
@@ -65,7 +69,9 @@ LINES = (
 
 
 class _Run(NamedTuple):
-    """How a run ended: the first rank's message or what is wrong with its adapter, and where the host waited how often, on each rank."""
+    """How a run ended: the first rank's message or what is wrong with its adapter, and where the host waited how often,
+    on each rank.
+    """
 
     message: str
     waits: list[Counter[str]]

@@ -21,15 +21,17 @@ from trainer.state.zero import engine
 
 
 def train(library: str, given: list[list[Any]]) -> list[dict[str, Any]]:
-    """Runs one after the other, each as `runs.run` takes it, and what the device was asked for in each; without a `library` on the CPU."""
+    """Runs one after the other, each as `runs.run` takes it, and what the device was asked for in each; without a
+    `library` on the CPU.
+    """
     if library:
         install(Path(library))
     return [_one(library, *arguments) for arguments in given]
 
 
 def _one(library: str, *arguments: Any) -> dict[str, Any]:
-    """How a run ended; with the inputs of layers that it `sent` to the host, in how many `places` there, where the host waited, and where in the last
-    step."""
+    """How a run ended; with the inputs of layers that it `sent` to the host, in how many `places` there, where the host
+    waited, and where in the last step."""
     before, sent, steps = _operations(library), list[int](), list[int]()
     waits.clear()
     with (
@@ -85,8 +87,8 @@ def train_untold(library: str, config_text: str, fingerprint: str) -> dict[str, 
 
 
 def joined(library: str) -> list[Any]:
-    """The device that the process group was told of as this rank's; and a number of every rank, as the host reads it when it has waited for
-    the exchange, and when it has not."""
+    """The device that the process group was told of as this rank's; and a number of every rank, as the host reads it
+    when it has waited for the exchange, and when it has not."""
     install(Path(library))
     here = ranks.join()
     waited = here.gather(7.0)
@@ -95,7 +97,9 @@ def joined(library: str) -> list[Any]:
 
 
 def logits(library: str, run: str, step: int, scratches: list[str | None]) -> list[list[float]]:
-    """Logits of the trained model as a proof computes them, a layer at a time where there is a folder for that: their mean a row, for each."""
+    """Logits of the trained model as a proof computes them, a layer at a time where there is a folder for that: their
+    mean a row, for each.
+    """
     if library:
         install(Path(library))
     from trainer.export.proof.models import Trained

@@ -20,11 +20,15 @@ _SOURCE = Path(__file__).with_name("pretended.cpp")
 told: list[str] = []
 """The devices that process groups were told of as this rank's."""
 waits: list[str] = []
-"""Where the host has waited for what the device had not come to, one after the other: the innermost place in our code or DeepSpeed's."""
+"""Where the host has waited for what the device had not come to, one after the other: the innermost place in our code
+or DeepSpeed's.
+"""
 
 
 def build(folder: Path) -> Path:
-    """The device's library in `folder`, compiled by this machine's C++ compiler against the torch that is installed, unless it is there."""
+    """The device's library in `folder`, compiled by this machine's C++ compiler against the torch that is installed,
+    unless it is there.
+    """
     torch_folder = Path(torch.__file__).parent
     digest = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = folder / f"{NAME}-{digest}.so"
@@ -115,8 +119,8 @@ def peak_from_here() -> int:
 
 
 def take_memory_as_cards_do() -> None:
-    """Have attention keep no matrix of scores, and SiLU's gradient come out of one operation, as on CPUs and cards: for a kind of device that it does
-    not know, PyTorch takes formulas of several operations."""
+    """Have attention keep no matrix of scores, and SiLU's gradient come out of one operation, as on CPUs and cards: for
+    a kind of device that it does not know, PyTorch takes formulas of several operations."""
 
     def attend(*states: Any, is_causal: bool = False, scale: float | None = None, **_: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*states, is_causal=is_causal, scale=scale)[0]

@@ -49,8 +49,8 @@ def device(workshops: dict[str, Workshop]) -> Workshop:
 def trained(
     request: pytest.FixtureRequest, workshops: dict[str, Workshop], library: str
 ) -> dict[str, tuple[list[dict[str, Any]], Config, Config]]:
-    """All cases of a number of ranks, one after the other in the same processes: how each ended on each rank, and the runs on the device and
-    on CPUs."""
+    """All cases of a number of ranks, one after the other in the same processes: how each ended on each rank, and the
+    runs on the device and on CPUs."""
     ranks: int = request.param
     configs, given = dict[str, list[Config]](), dict[str, list[Any]]()
     for where in ("", "-host"):

@@ -1,4 +1,6 @@
-"""The first step of a run by several ways to have activations in the backward pass, one after the other on the same ranks."""
+"""The first step of a run by several ways to have activations in the backward pass, one after the other on the same
+ranks.
+"""
 
 from collections import Counter
 from typing import Any
@@ -15,8 +17,8 @@ LAYERS = 3
 
 
 def first_steps(loads: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
-    """`gradients.first_step` of each configuration, data and destination in turn, with the 4-bit matrices that it dequantized and the
-    passes through MLPs in tiles, which are of 16 tokens."""
+    """`gradients.first_step` of each configuration, data and destination in turn, with the 4-bit matrices that it
+    dequantized and the passes through MLPs in tiles, which are of 16 tokens."""
     training.MLP_TILE = tiled.MLP_TILE = 16
     counts, found = Counter[str](), []
     _count(nf4, "dequantize_blocks", "dequantized", counts)
@@ -38,7 +40,9 @@ def _count(owner: Any, name: str, what: str, counts: Counter[str]) -> None:
 
 
 def settled(config_text: str, memories: list[int]) -> list[tuple[int, str]]:
-    """The decision of `train.activation_checkpointing: auto` where so many bytes of the host's memory are left, and the line on it."""
+    """The decision of `train.activation_checkpointing: auto` where so many bytes of the host's memory are left, and the
+    line on it.
+    """
     config, ranks, found = parse_config(config_text), join(), []
     for memory in memories:
         ranks_module.host_memory_left = lambda memory=memory: memory

@@ -1,4 +1,6 @@
-"""Bottleneck adapters by transformers and PyTorch alone: each block's output is changed where its decoder layer calls it."""
+"""Bottleneck adapters by transformers and PyTorch alone: each block's output is changed where its decoder layer calls
+it.
+"""
 
 from typing import Any
 
@@ -14,7 +16,8 @@ from trainer.tuning.bottleneck.settings import BottleneckSettings
 def plain_first_step(config_text: str, fingerprint: str, destination: str, slip: str = "") -> dict[str, Any]:
     """The first step's gradients; see `gradients.plain_first_step`.
 
-    `slip` is a mistake that must show: residual (the adapter's own is left out), or first (the adapter is before the block).
+    `slip` is a mistake that must show: residual (the adapter's own is left out), or first (the adapter is before the
+    block).
     """
     config = parse_config(config_text)
     model, adapters = plain_base(config), dict[str, Any]()

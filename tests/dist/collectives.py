@@ -1,8 +1,10 @@
-"""The collectives of a step in the order in which each rank begins them, and NCCL's rules, by which such orders come to an end or do not.
+"""The collectives of a step in the order in which each rank begins them, and NCCL's rules, by which such orders come to
+an end or do not.
 
-gloo's collectives have threads of their own and end in any order. NCCL's are kernels: those of a communicator run one behind the other, each takes a
-place on its device from its beginning until every rank of its group has come to it, and a device has a bounded number of places. The host
-begins them without waiting, but where it reads a value of the device all that it has begun must have ended.
+gloo's collectives have threads of their own and end in any order. NCCL's are kernels: those of a communicator run one
+behind the other, each takes a place on its device from its beginning until every rank of its group has come to it, and
+a device has a bounded number of places. The host begins them without waiting, but where it reads a value of the device
+all that it has begun must have ended.
 
     python -m tests.dist.collectives [WORD ...]     the table of all kinds of steps, or of those whose names have a WORD: a release script
 """
@@ -28,7 +30,9 @@ from trainer.train.supply import stored_teacher
 
 
 class Begun(NamedTuple):
-    """A collective that a rank begins: its communicator by name, the ranks of that, the operation, and the bytes of its largest tensor."""
+    """A collective that a rank begins: its communicator by name, the ranks of that, the operation, and the bytes of its
+    largest tensor.
+    """
 
     communicator: str
     members: tuple[int, ...]
@@ -88,7 +92,9 @@ class _Device:
         self.started: dict[str, int] = defaultdict(int)
 
     def advance(self, places: int, pick: Callable[[list[Begun]], list[Begun]]) -> list[tuple[Begun, int]]:
-        """Let the host begin what it may and the device start what it has places for: those that start now, with their numbers."""
+        """Let the host begin what it may and the device start what it has places for: those that start now, with their
+        numbers.
+        """
         while self.place < len(self.order):
             item = self.order[self.place]
             if item is None and (self.waiting or self.running):
@@ -115,8 +121,8 @@ class _Device:
 def stuck(orders: Sequence[Order], places: int, reverse: Sequence[int] = ()) -> str | None:
     """Why ranks with so many places on each device never come to an end, or None where they do.
 
-    A device starts collectives in the order in which they were begun; those of the ranks in `reverse` take, where streams leave the choice, the
-    last one first.
+    A device starts collectives in the order in which they were begun; those of the ranks in `reverse` take, where
+    streams leave the choice, the last one first.
     """
     devices = [_Device(order) for order in orders]
     there: dict[tuple[str, int], dict[int, Begun]] = defaultdict(dict)
@@ -149,7 +155,9 @@ def _named(came: Mapping[int, Begun]) -> str:
 
 
 def mixed(orders: Sequence[Order], rank: int) -> list[Order]:
-    """The same orders, but that `rank` begins two neighbours of different communicators the other way round, in as many places as there are."""
+    """The same orders, but that `rank` begins two neighbours of different communicators the other way round, in as many
+    places as there are.
+    """
     order = list(orders[rank])
     place = 0
     while place + 1 < len(order):
@@ -201,8 +209,9 @@ def kinds(workshop: Workshop) -> dict[str, tuple[str, ...]]:
 
 
 class Verdict(NamedTuple):
-    """The collectives of a step of a rank, its communicators, and how it ends on devices of one place, with streams in other orders, and with two
-    neighbours of rank 1 begun the other way round; None is well. A step may have no two neighbours of different communicators."""
+    """The collectives of a step of a rank, its communicators, and how it ends on devices of one place, with streams in
+    other orders, and with two neighbours of rank 1 begun the other way round; None is well. A step may have no two
+    neighbours of different communicators."""
 
     begun: int
     communicators: int
@@ -244,7 +253,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="capstan-order-") as folder:
         found = verdicts(Path(folder), words)
     print(
-        "| step | collectives | communicators of a rank | in its order | streams in others | two begun the other way round |"
+        "| step | collectives | communicators of a rank | in its order | streams in others | two begun the other way"
+        " round |"
     )
     print("|---|---|---|---|---|---|")
     for name, one in found.items():

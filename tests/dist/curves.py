@@ -25,7 +25,9 @@ def losses_of_each(config_texts: list[str], fingerprint: str) -> list[list[float
 
 
 def stock_losses(config_text: str, fingerprint: str) -> list[float]:
-    """The same by transformers, bitsandbytes and PEFT alone: one process, a 4-bit model, torch's AdamW, one mean a step."""
+    """The same by transformers, bitsandbytes and PEFT alone: one process, a 4-bit model, torch's AdamW, one mean a
+    step.
+    """
     from peft import inject_adapter_in_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -23,8 +23,8 @@ ROWS = (((19, 30, 11, 4), (50, 14)), ((64,), (7, 8, 9, 40)))
 
 
 def packed_and_alone(config_text: str, kinds: list[str], apart: bool) -> list[float]:
-    """For each of `kinds` the largest distance of a parameter's gradient, relative to its norm, of any step; all parameters
-    learn, and layers are computed again in backward. `apart`: whether we keep documents apart."""
+    """For each of `kinds` the largest distance of a parameter's gradient, relative to its norm, of any step; all
+    parameters learn, and layers are computed again in backward. `apart`: whether we keep documents apart."""
     ranks, config = join(), parse_config(config_text)
     torch.set_num_threads(1)
     settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)

@@ -16,7 +16,9 @@ from trainer.train.loop import train
 
 
 def engine_internals(config_text: str, fingerprint: str) -> dict[str, Any]:
-    """The internals that trainer/state/zero/engine.py takes from DeepSpeed, compared with DeepSpeed's public functions."""
+    """The internals that trainer/state/zero/engine.py takes from DeepSpeed, compared with DeepSpeed's public
+    functions.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     here = assemble_run(parse_config(config_text), fingerprint)
@@ -75,7 +77,9 @@ def _time_limits() -> list[float]:
 
 
 def _devices_of_one_gpu_a_rank() -> list[str]:
-    """The device that DeepSpeed's Init takes on a machine that shows each rank its own GPU alone, and LOCAL_RANK behind it."""
+    """The device that DeepSpeed's Init takes on a machine that shows each rank its own GPU alone, and LOCAL_RANK behind
+    it.
+    """
     accelerator: Any = type(get_accelerator())
     plain, accelerator.device_name = accelerator.device_name, lambda self, index=None: f"cuda:{index}"
     try:

@@ -1,4 +1,6 @@
-"""Runs that are evaluated and asked, by the functions that every rank of `capstan evaluate` and `capstan generate` calls."""
+"""Runs that are evaluated and asked, by the functions that every rank of `capstan evaluate` and `capstan generate`
+calls.
+"""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -13,8 +13,8 @@ from trainer.processes.ranks import Ranks, join
 
 
 def waits(config_text: str, memories: list[int]) -> list[int]:
-    """The waits of one forward pass on GPUs of so many bytes each, which CPUs stand in for, where a few of the small base's experts
-    are dequantized at once without a plan."""
+    """The waits of one forward pass on GPUs of so many bytes each, which CPUs stand in for, where a few of the small
+    base's experts are dequantized at once without a plan."""
     plan.EXPERTS_AT_ONCE = 2**10
     asked, ends = list[int](), Groups.ends.func
     Groups.ends.func = lambda groups: asked.append(1) or ends(groups)

@@ -1,4 +1,6 @@
-"""Bases of many families, each loaded by this loader and, in the same process, by transformers, bitsandbytes and PEFT alone."""
+"""Bases of many families, each loaded by this loader and, in the same process, by transformers, bitsandbytes and PEFT
+alone.
+"""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,8 +40,8 @@ from trainer.train.loop import train
 def compared(
     config_text: str, bases: dict[str, str], others: dict[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Every base over these ranks, with adapters that have learnt nothing, beside transformers' own load of the same folder,
-    or of the kind's folder in `others`.
+    """Every base over these ranks, with adapters that have learnt nothing, beside transformers' own load of the same
+    folder, or of the kind's folder in `others`.
 
     The facts are by the base's kind. A kind that fails has the failure, and stops no other.
     """
@@ -50,8 +52,8 @@ def compared(
 def trained(
     config_text: str, bases: dict[str, str], fingerprint: str, folder: str, in_fp32: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """The same, and then the steps of a run over each, its export and its merge, which rank 0 writes under `folder`. The kinds
-    `in_fp32` compute so."""
+    """The same, and then the steps of a run over each, its export and its merge, which rank 0 writes under `folder`.
+    The kinds `in_fp32` compute so."""
     exact = dump_config(override(parse_config(config_text), "model.dtype=fp32"))
     texts = {kind: exact if kind in in_fp32 else config_text for kind in bases}
     return {
@@ -218,7 +220,9 @@ def _pack(here: Assembled, stock: nn.Module, config: Config) -> tuple[list[str],
 
 
 def _other(here: Assembled, stock: nn.Module, packed: list[str]) -> Iterator[str]:
-    """The names of whatever is not in 4 bits and differs, in value or in type: norms, routers, biases, embeddings, buffers."""
+    """The names of whatever is not in 4 bits and differs, in value or in type: norms, routers, biases, embeddings,
+    buffers.
+    """
     model = here.engine.model
     ours = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
     expected = {name: value for name, value in stock.named_parameters() if name.removesuffix(".weight") not in packed}

@@ -19,7 +19,9 @@ from trainer.tuning.method import find_method
 
 
 def plain_first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
-    """The first step's gradients from `adapter_value`, each document by itself; one process, one mean over all targets."""
+    """The first step's gradients from `adapter_value`, each document by itself; one process, one mean over all
+    targets.
+    """
     config = parse_config(config_text)
     model, learning = plain_model(config)
     for name, parameter in learning.items():
@@ -38,8 +40,8 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
 
 
 def plain_losses(config_text: str, fingerprint: str) -> list[float]:
-    """The loss of every step by torch's AdamW, bitsandbytes' or transformers' Adafactor, whose weight decay leaves out all that
-    is no matrix."""
+    """The loss of every step by torch's AdamW, bitsandbytes' or transformers' Adafactor, whose weight decay leaves out
+    all that is no matrix."""
     config = parse_config(config_text)
     model, learning = plain_model(config)
     matrices = [parameter for parameter in learning.values() if parameter.ndim > 1]

@@ -1,5 +1,5 @@
-"""ZeRO-3's gathers, watched: in which order they begin, how many there are, and what they wait for where a device computes while the
-host goes on."""
+"""ZeRO-3's gathers, watched: in which order they begin, how many there are, and what they wait for where a device
+computes while the host goes on."""
 
 import contextlib
 import gc
@@ -92,8 +92,8 @@ def _pass(here: Assembled) -> None:
 
 
 def host_waits(config_text: str, throttled: bool = True, bounded: bool = True) -> dict[str, Any]:
-    """What the host waits for in the third micro-batch of one rank, how far gathers were ahead, the most bytes that they took, and
-    those that they may take."""
+    """What the host waits for in the third micro-batch of one rank, how far gathers were ahead, the most bytes that
+    they took, and those that they may take."""
     if not throttled:
         gather._AHEAD = 10**6
     device, found = GpuLike(), {}
@@ -120,8 +120,8 @@ def host_waits(config_text: str, throttled: bool = True, bounded: bool = True) -
 
 
 def starts(config_text: str, seeds: list[int]) -> dict[str, Any]:
-    """For each seed the collectives of two steps in the order in which this rank begins them, where a set's order is another on every
-    rank and with every seed; and such an order."""
+    """For each seed the collectives of two steps in the order in which this rank begins them, where a set's order is
+    another on every rank and with every seed; and such an order."""
     found: dict[str, Any] = {"orders": [], "set": []}
     log: list[tuple[int, str, int]] = []
     traffic._watch_collectives(
@@ -142,11 +142,11 @@ def starts(config_text: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def gathers(config_text: str, alone: int = gather._ALONE, unused: bool = False, ends: bool = True) -> dict[str, Any]:
-    """Of the third micro-batch: the all-gathers by dtype, the most parameters that were whole at one time, in layers, and whether the
-    head's gather began before the last layer had been computed.
+    """Of the third micro-batch: the all-gathers by dtype, the most parameters that were whole at one time, in layers,
+    and whether the head's gather began before the last layer had been computed.
 
-    Parameters from `alone` bytes on are gathered alone. With `unused`, layers have an input that wants a gradient and gets none.
-    Unless it `ends`, no backward pass through a layer is noticed to be over.
+    Parameters from `alone` bytes on are gathered alone. With `unused`, layers have an input that wants a gradient and
+    gets none. Unless it `ends`, no backward pass through a layer is noticed to be over.
     """
     gather._ALONE = alone
     if not ends:

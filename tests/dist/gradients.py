@@ -139,7 +139,9 @@ def first_rows(config: Config, fingerprint: str) -> list[MicroBatch]:
 
 
 def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (1, n) and labels (n,) of each document with a target, without the positions that are `reserved` before it."""
+    """Tokens (1, n) and labels (n,) of each document with a target, without the positions that are `reserved` before
+    it.
+    """
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
         for begin, end in zip(borders, borders[1:], strict=False):

@@ -34,8 +34,8 @@ def our_steps(config_text: str, fingerprint: str) -> dict[str, Any]:
 
 
 def plain_steps(config_text: str, steps: list[list[list[Any]]]) -> list[float]:
-    """The losses of these texts and classes, or of these chosen and rejected texts, those of a step at once, by transformers' class, PEFT and
-    AdamW."""
+    """The losses of these texts and classes, or of these chosen and rejected texts, those of a step at once, by
+    transformers' class, PEFT and AdamW."""
     config = parse_config(config_text)
     torch.set_num_threads(1)
     model, tokenizer = plain_model(config), transformers.AutoTokenizer.from_pretrained(config.model.base)

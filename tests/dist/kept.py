@@ -10,8 +10,8 @@ from trainer.model.stored import StoredWeights
 
 
 def kept_and_decoded(config_text: str, bases: list[str]) -> list[dict[str, Any]]:
-    """Both in fp32: the largest difference of their logits and the largest logit, the modules that are kept, and the bytes that this rank
-    holds and has read of the first."""
+    """Both in fp32: the largest difference of their logits and the largest logit, the modules that are kept, and the
+    bytes that this rank holds and has read of the first."""
     found = []
     for base in bases:
         runs = []

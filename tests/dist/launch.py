@@ -1,7 +1,8 @@
 """Runs a function of a module as several ranks: real processes, each with an end.
 
-Such functions stand beside the tests that use them, in a file for each topic. They are collective, and take and return JSON;
-tensors go through files. The processes are forked from a server that has imported the training stack once, as that import takes seconds.
+Such functions stand beside the tests that use them, in a file for each topic. They are collective, and take and return
+JSON; tensors go through files. The processes are forked from a server that has imported the training stack once, as
+that import takes seconds.
 """
 
 import faulthandler

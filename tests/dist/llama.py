@@ -10,8 +10,8 @@ CONTEXT = 128
 def log_probabilities(
     model: str, prompts: list[list[int]], vocabulary: int, word: int, adapter: str | None
 ) -> list[list[float]]:
-    """For each prompt of token ids those of every next token, with the adapter if there is one; `word` is any token that is a
-    word. Computed on one thread, with keys and values in fp32."""
+    """For each prompt of token ids those of every next token, with the adapter if there is one; `word` is any token
+    that is a word. Computed on one thread, with keys and values in fp32."""
     xllamacpp: Any = import_module("xllamacpp")
 
     params: Any = xllamacpp.CommonParams()
@@ -23,7 +23,8 @@ def log_probabilities(
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     server: Any = xllamacpp.Server(params)
-    # The probabilities are those before sampling. A sampled end of text, or a byte that is no character, would hide them.
+    # The probabilities are those before sampling. A sampled end of text, or a byte that is no character, would hide
+    # them.
     asked = {"logit_bias": [[word, 1000.0]], "n_predict": 1, "n_probs": vocabulary, "cache_prompt": False}
     found: list[list[float]] = []
     for prompt in prompts:

@@ -100,8 +100,8 @@ def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
 def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], destination: str) -> list[dict[str, Any]]:
     """Load bases in fewer bits: each a name for its logits, which rank 0 writes, the base and overrides.
 
-    -> for each {"compared", "differing": packed matrices against bitsandbytes' of the base's folder "decoded", as transformers
-    loads that, "other": those that do not stand for the very weights there, "read_bytes", "log"}.
+    -> for each {"compared", "differing": packed matrices against bitsandbytes' of the base's folder "decoded", as
+    transformers loads that, "other": those that do not stand for the very weights there, "read_bytes", "log"}.
     """
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -136,7 +136,9 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
 
 
 def loaded_logits(config_text: str, bases: list[str], overrides: list[str], destination: str) -> list[dict[str, Any]]:
-    """Through loader and engine: rank 0 writes each base's logits as `<base's name>.safetensors` under `destination`."""
+    """Through loader and engine: rank 0 writes each base's logits as `<base's name>.safetensors` under
+    `destination`.
+    """
     facts = []
     for base in bases:
         config = override(parse_config(config_text), f"model.base={base}", *overrides)
@@ -212,7 +214,9 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
 
 
 def _quantize_layers(model: Any) -> None:
-    """bitsandbytes' whole numbers in the decoder layers' matrices, experts among them: transformers has none with a scale a block."""
+    """bitsandbytes' whole numbers in the decoder layers' matrices, experts among them: transformers has none with a
+    scale a block.
+    """
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 3 or (isinstance(module, torch.nn.Linear) and ".layers." in name and parameter.ndim == 2):

@@ -47,7 +47,9 @@ def load_memory(config_text: str) -> dict[str, Any]:
 
 
 def gathered_in_step(config_text: str) -> dict[str, int]:
-    """The most bytes of gathered weights that are there at one time in a step: as it is, and with each kept to its end."""
+    """The most bytes of gathered weights that are there at one time in a step: as it is, and with each kept to its
+    end.
+    """
     here = assemble_run(parse_config(config_text))
     _most_gathered(here.engine)  # the first step finds out in which order parameters are used
     return {"released": _most_gathered(here.engine), "kept": _most_gathered(here.engine, keep=list[Tensor]().append)}
@@ -72,8 +74,9 @@ def _most_gathered(engine: Engine, keep: Callable[[Tensor], None] = lambda _: No
 
 
 def row_memory(config_text: str, lengths: list[int], tile: int, library: str) -> list[tuple[int, int]]:
-    """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise the resident memory, or that
-    of the pretended device in `library`; and those that this rank receives of its peers in it. MLPs that are tiled take so many tokens at a time."""
+    """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise
+    the resident memory, or that of the pretended device in `library`; and those that this rank receives of its peers in
+    it. MLPs that are tiled take so many tokens at a time."""
     config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
     begin, highest = (pretended.peak_from_here, pretended.peak) if library else (_peak_from_here, _highest)
     if library:
@@ -92,8 +95,9 @@ def row_memory(config_text: str, lengths: list[int], tile: int, library: str) ->
 
 
 def longest_row(config_text: str, memory: int, longest: int, tile: int) -> int:
-    """The longest document, of at most `longest` tokens, whose step this process can make with `memory` bytes beyond those that it has before the
-    base is loaded: bisected by steps, in 64ths of `longest`. MLPs that are tiled take so many tokens at a time."""
+    """The longest document, of at most `longest` tokens, whose step this process can make with `memory` bytes beyond
+    those that it has before the base is loaded: bisected by steps, in 64ths of `longest`. MLPs that are tiled take so
+    many tokens at a time."""
     config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
     reading._GLIBC_DEFAULT_LIMIT = 2**20
     with reading.freed_memory_given_back():
@@ -121,7 +125,9 @@ def _pass_through(engine: Engine, length: int, mine: tuple[int, int] = (0, 1)) -
 
 
 def training_memory(config_text: str, fingerprint: str) -> int:
-    """How far this process's resident memory rises above what it was before the load, in bytes, in a load and two steps."""
+    """How far this process's resident memory rises above what it was before the load, in bytes, in a load and two
+    steps.
+    """
     join()
     torch.set_num_threads(1)
     # Have glibc return what is freed during all of it, not only during the load, as CUDA's allocator would reuse it.

@@ -101,7 +101,9 @@ def answers(model: Any, config: Config, pair: dict[str, str], glued: bool) -> tu
 
 
 def answer(model: Any, config: Config, prompt: str, text: str, before: list[int]) -> tuple[Tensor, list[int]]:
-    """The log-probability of each token of the answer `text` and its end, behind the tokens `before`; and all of the tokens."""
+    """The log-probability of each token of the answer `text` and its end, behind the tokens `before`; and all of the
+    tokens.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.base)

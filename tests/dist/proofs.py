@@ -24,7 +24,9 @@ from trainer.store.store import Store, open_store
 
 
 def together(_device: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """In the place of `aside`: starting a process for each side would take longer than all that these tests do. tests/cli has them apart."""
+    """In the place of `aside`: starting a process for each side would take longer than all that these tests do.
+    tests/cli has them apart.
+    """
     return work(*arguments)
 
 
@@ -57,7 +59,8 @@ def export_and_prove(run: Store, adapter: Path) -> None:
 def one_start(
     config_in: Callable[[str], Config], worlds: Sequence[tuple[int, int]], folder: Path, starts_as_base: bool = True
 ) -> dict[str, Tensor]:
-    """The parameters that learn as they start, asserted to be the same in every world: so many ranks, so many of them a node.
+    """The parameters that learn as they start, asserted to be the same in every world: so many ranks, so many of them a
+    node.
 
     `config_in` makes the configuration of a scope. Where a world has several nodes, it is theirs.
     """
@@ -97,7 +100,9 @@ def _merge_and_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
 
 
 def proofs_by_old_names(run_uris: list[str]) -> list[float | str]:
-    """For each run the proof of an adapter by the names in the language model alone: its effect, where it does not hold, or the refusal."""
+    """For each run the proof of an adapter by the names in the language model alone: its effect, where it does not
+    hold, or the refusal.
+    """
     adapters.for_whole_class = lambda files, model: files
     adapters.as_peft_reads = lambda files, *_: files
     return [_proof_by_old_names(uri) for uri in run_uris]
@@ -114,7 +119,9 @@ def _proof_by_old_names(uri: str) -> float | str:
 
 
 def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
-    """The same where fp32 does not fit; and the largest logit of the trained model, and the largest difference of one."""
+    """The same where fp32 does not fit; and the largest logit of the trained model, and the largest difference of
+    one.
+    """
     compared: list[Tensor] = []
     distance = verify.distance
 

@@ -20,8 +20,8 @@ from trainer.train.schedule import learning_rate
 
 
 def plain_losses(config_text: str, fingerprint: str, frozen: bool = True) -> list[float]:
-    """The loss of every step by transformers and AdamW, each answer by itself, against a copy of the model as it was; with
-    `frozen` False against the model that learns, as if its reference went along."""
+    """The loss of every step by transformers and AdamW, each answer by itself, against a copy of the model as it was;
+    with `frozen` False against the model that learns, as if its reference went along."""
     config = parse_config(config_text)
     model, learning = plain_model(config)
     reference = copy.deepcopy(model) if frozen else model

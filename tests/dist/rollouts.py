@@ -1,4 +1,6 @@
-"""The processes beside a run of rollouts: the one that has servers sample, by the function that `capstan rollout` calls, and a server."""
+"""The processes beside a run of rollouts: the one that has servers sample, by the function that `capstan rollout`
+calls, and a server.
+"""
 
 import json
 import random
@@ -21,7 +23,9 @@ def judge(config_text: str) -> dict[str, Any]:
 
 
 def serve(port: int) -> None:
-    """Answer as a vLLM does, whose adapters say anything, by the seed; now and then it fails. It has the adapters that it was told of, until it ends."""
+    """Answer as a vLLM does, whose adapters say anything, by the seed; now and then it fails. It has the adapters that
+    it was told of, until it ends.
+    """
     loaded = set[str]()
 
     def answer(body: dict[str, Any]) -> Any:

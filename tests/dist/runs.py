@@ -34,11 +34,13 @@ def run(
 ) -> dict[str, Any]:
     """`run_rank`, and how it ended. `how`: start, resume, or something that goes wrong on the way.
 
-    hold: after the first commit showed up, no rank finishes another step; resume_hold: so after the second in a run that goes on.
+    hold: after the first commit showed up, no rank finishes another step; resume_hold: so after the second in a run
+        that goes on.
     terminate: rank 1 alone gets SIGTERM in its third step.
-    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number; poison_chapter: that of the fourth chapter of answers.
-    stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by collectives
-    that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
+    poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number; poison_chapter: that of the
+        fourth chapter of answers.
+    stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by
+        collectives that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
     """
     config = parse_config(config_text)
     if how in ("hold", "resume_hold"):

@@ -64,7 +64,9 @@ def half_is_the_masters(here: Assembled) -> bool:
 
 
 def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str, Any]:
-    """Restore what there is, as a restarted rank does, and train past step `last`, the first that is new and so committed."""
+    """Restore what there is, as a restarted rank does, and train past step `last`, the first that is new and so
+    committed.
+    """
     here = assemble_run(parse_config(config_text), fingerprint)
 
     def action() -> None:

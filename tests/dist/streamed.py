@@ -18,8 +18,8 @@ from trainer.store.store import open_store
 
 
 def compared(runs: dict[str, str], folder: str) -> dict[str, dict[str, Any]]:
-    """For step 4 of each run by its kind: whether the adapter changes any number at all, the sides whose numbers differ in a bit, and
-    the most layers that had weights at one time."""
+    """For step 4 of each run by its kind: whether the adapter changes any number at all, the sides whose numbers differ
+    in a bit, and the most layers that had weights at one time."""
     torch.set_num_threads(1)
     return {kind: _compared(uri, Path(folder, kind)) for kind, uri in runs.items()}
 
@@ -52,7 +52,9 @@ def _compared(uri: str, folder: Path) -> dict[str, Any]:
 
 
 def _observed(work: Any, trained: Trained) -> tuple[Any, int]:
-    """The result, and the most layers of the model in transformers that had all of their weights at one time; 0 where there is none."""
+    """The result, and the most layers of the model in transformers that had all of their weights at one time; 0 where
+    there is none.
+    """
     most, place_logits = 0, plain.place_logits
 
     def observing(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""A program that answers as `vllm serve` does, whose adapters say anything, by the seed: `python stub_server.py BASE --host=A --port=N ...`.
+"""A program that answers as `vllm serve` does, whose adapters say anything, by the seed: `python stub_server.py BASE
+--host=A --port=N ...`.
 
-It takes adapters by their paths, and each answer holds which GPUs it has. With --silent it never answers, with --broken it ends at once; --engine starts a process
-that outlives it unless somebody sees to that, as one of vLLM's does.
+It takes adapters by their paths, and each answer holds which GPUs it has. With --silent it never answers, with --broken
+it ends at once; --engine starts a process that outlives it unless somebody sees to that, as one of vLLM's does.
 """
 
 import argparse

@@ -72,8 +72,11 @@ def test_auto_keeps_activations_where_the_ranks_have_the_memory_and_says_so(tmp_
             [
                 3,
                 "activation checkpointing: 0 of 3 layers (auto, for 16.0 GiB a rank)",
-                "train.activation_offload: has no effect, as there is room for the activations of all 3 layers and "
-                "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host.",
+                (
+                    "train.activation_offload: has no effect, as there is room for the activations of all 3 layers and"
+                    " train.activation_checkpointing: auto has none computed again. Set that to all to keep their"
+                    " inputs on the host."
+                ),
             ],
             [0, "activation checkpointing: 3 of 3 layers (auto, for 0.2 GiB a rank)"],
         ]

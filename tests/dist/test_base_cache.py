@@ -1,4 +1,6 @@
-"""A quantized base in the store gives the same model at any number of ranks, for a quarter of the bytes, or is made again."""
+"""A quantized base in the store gives the same model at any number of ranks, for a quarter of the bytes, or is made
+again.
+"""
 
 from pathlib import Path
 

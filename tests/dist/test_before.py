@@ -1,7 +1,8 @@
 """Files that an earlier version wrote are read today, and results that it computed are computed today.
 
-`golden/before` holds the bucket of a run by that version: its base, rows, compiled data, quantized base and a checkpoint.
-In a bucket all names are the same wherever the tests run, and so are the versions of files, which are hashes there.
+`golden/before` holds the bucket of a run by that version: its base, rows, compiled data, quantized base and a
+checkpoint. In a bucket all names are the same wherever the tests run, and so are the versions of files, which are
+hashes there.
 """
 
 import hashlib
@@ -31,8 +32,9 @@ from trainer.store.store import Store, open_store
 BEFORE = Path(__file__).parents[1] / "golden/before"
 FACTS = json.loads((BEFORE / "facts.json").read_text(encoding="utf-8"))
 RUN = "kept"
-# Another version of torch, or a CPU with other instructions, rounds the products of 16-bit matrices otherwise (with AVX2 in
-# place of AVX-512 these losses differ by up to 0.0008). There they are compared with this tolerance, and bytes cannot be.
+# Another version of torch, or a CPU with other instructions, rounds the products of 16-bit matrices otherwise (with
+# AVX2 in place of AVX-512 these losses differ by up to 0.0008). There they are compared with this tolerance, and bytes
+# cannot be.
 SAME_ARITHMETIC = torch.__version__ == FACTS["torch"] and FACTS["cpu"] == sorted(
     name for name, has in torch.cpu.get_capabilities().items() if has is True
 )

@@ -31,7 +31,8 @@ from trainer.store.store import Store, open_store
 from trainer.tuning.method import find_method
 
 ROOT = Path(__file__).parents[2]
-# A base -> what differs from the defaults of its run. The experts of a mixture stay in 16 bits, where plain PyTorch has them.
+# A base -> what differs from the defaults of its run. The experts of a mixture stay in 16 bits, where plain PyTorch has
+# them.
 RUNS = {
     "qwen2": ("tuning.activation=gelu",),
     "gemma2": ("tuning.placement=pfeiffer", "tuning.activation=silu"),
@@ -67,7 +68,9 @@ def adapting(workshop: Workshop, name: str, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module", params=rows(RUNS, ["qwen2", "gpt-oss"]))
 def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
-    """The first step by what it is of, "plain", plain with a mistake, or so many ranks: (rank 0's record, its gradients)."""
+    """The first step by what it is of, "plain", plain with a mistake, or so many ranks: (rank 0's record, its
+    gradients).
+    """
     here = workshop_of(tmp_path_factory.mktemp(request.param), request.param)
     config = adapting(here, "gradients", "model.dtype=fp32", *RUNS[request.param])
     arguments, file = (dump_config(config), here.prepare(config).train), here.folder / "gradients.safetensors"

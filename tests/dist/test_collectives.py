@@ -1,4 +1,6 @@
-"""The order of collectives under NCCL's rules (tests/dist/collectives.py): it comes to an end, and mixed orders do not."""
+"""The order of collectives under NCCL's rules (tests/dist/collectives.py): it comes to an end, and mixed orders do
+not.
+"""
 
 from pathlib import Path
 
@@ -23,7 +25,8 @@ def test_two_groups_in_two_orders_end_where_a_device_has_a_place_for_both_and_ne
     found = stuck([[A], [A._replace(size=4)]], 1)
     assert (
         found
-        == "collective 0 of a is another one on every rank: allreduce of 8 bytes by rank 0, allreduce of 4 bytes by rank 1"
+        == "collective 0 of a is another one on every rank: allreduce of 8 bytes by rank 0, allreduce of 4 bytes by"
+        " rank 1"
     )
 
 

@@ -1,4 +1,6 @@
-"""`--verify` refuses a GGUF file in which anything has changed that llama.cpp reads: weights, settings, tokens, the template, files."""
+"""`--verify` refuses a GGUF file in which anything has changed that llama.cpp reads: weights, settings, tokens, the
+template, files.
+"""
 
 import json
 import shutil

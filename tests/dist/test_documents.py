@@ -1,4 +1,6 @@
-"""Documents of packed rows learn as they do alone, in every kind of layer, sharded over ranks whose rows hold different documents."""
+"""Documents of packed rows learn as they do alone, in every kind of layer, sharded over ranks whose rows hold different
+documents.
+"""
 
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from tests.dist.test_gradients import distance
 from tests.material import Workshop
 from trainer.config import dump_config
 
-# Attention with sinks, attention with chunks and scaled queries, a gated delta rule, and Mamba, beside mixtures of experts.
+# Attention with sinks, attention with chunks and scaled queries, a gated delta rule, and Mamba, beside mixtures of
+# experts.
 KINDS = ["gpt-oss", "llama4", "qwen3-next", "nemotron-h"]
 
 

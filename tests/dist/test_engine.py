@@ -1,4 +1,6 @@
-"""The names that trainer/state/zero/engine.py and trainer/base/load/load.py take from inside DeepSpeed still mean what they are used for."""
+"""The names that trainer/state/zero/engine.py and trainer/base/load/load.py take from inside DeepSpeed still mean what
+they are used for.
+"""
 
 import math
 from typing import Any

@@ -1,4 +1,6 @@
-"""`capstan evaluate` measures what plain transformers, PEFT and lm-evaluation-harness measure, on one rank and on two."""
+"""`capstan evaluate` measures what plain transformers, PEFT and lm-evaluation-harness measure, on one rank and on
+two.
+"""
 
 import json
 from contextlib import nullcontext
@@ -21,7 +23,7 @@ from tests.dist import evaluating, runs
 from tests.dist.evaluating import adapted, write_rows
 from tests.dist.launch import launch
 from tests.material import Workshop, byte_tokenizer, commit, make_data
-from tests.unit.test_served import completing, stub
+from tests.unit.export.test_served import completing, stub
 from trainer.config import dump_config
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.request import Ask

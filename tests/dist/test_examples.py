@@ -20,7 +20,9 @@ QUICK = ("dpo", "evaluation", "kto", "smoke-cpu")
 
 
 def in_small(path: Path, workshop: Workshop) -> Config:
-    """The example with what is large or elsewhere replaced; its rows are prompts and completions where they are conversations."""
+    """The example with what is large or elsewhere replaced; its rows are prompts and completions where they are
+    conversations.
+    """
     example = load_config(path)
     given = example.data
     made = {"preference": make_pairs, "labelled": make_labelled}.get(given.format, make_data)

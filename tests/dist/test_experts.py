@@ -84,7 +84,8 @@ def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
     assert distance(turned, theirs) > 0.1, "the control: the experts' gradients are not alike"
 
 
-# Stacks beside shared experts and dense layers, without a gate, transposed and of a class without an interface, beside a dense MLP.
+# Stacks beside shared experts and dense layers, without a gate, transposed and of a class without an interface, beside
+# a dense MLP.
 OTHERS = ("deepseek-v3", "nemotron-h", "llama4", "gemma4-moe")
 
 

@@ -80,7 +80,9 @@ def test_transformers_and_peft_predict_what_the_trained_model_predicts(run: Stor
 def test_a_right_export_of_a_deep_base_with_large_logits_is_proven_where_its_single_logits_differ(
     tmp_path: Path,
 ) -> None:
-    """As real models have them: logits of 70, sliding windows, and twenty-four layers that add up what rounding does."""
+    """As real models have them: logits of 70, sliding windows, and twenty-four layers that add up what rounding
+    does.
+    """
     workshop = Workshop(tmp_path, "gemma3", intermediate_size=192, num_hidden_layers=24)
     for file in workshop.base.glob("*.safetensors"):
         tensors = load_file(file)

@@ -1,4 +1,6 @@
-"""Every family of models that the tests have is loaded, trained, exported and merged as transformers, bitsandbytes and PEFT would."""
+"""Every family of models that the tests have is loaded, trained, exported and merged as transformers, bitsandbytes and
+PEFT would.
+"""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,8 +22,8 @@ _SECONDS = 1800  # many families in one go of the ranks
 pytestmark = pytest.mark.timeout(_SECONDS + 60)
 # Ranks and kind of base -> the facts that each of the ranks found.
 Facts = Callable[[int, str], list[dict[str, Any]]]
-# PEFT adapts linear layers of these by their weights, to which it adds the adapter's product: in bf16 that is rounded, and tokens
-# go to other experts. They are trained in fp32.
+# PEFT adapts linear layers of these by their weights, to which it adds the adapter's product: in bf16 that is rounded,
+# and tokens go to other experts. They are trained in fp32.
 BY_WEIGHT = ("qwen3-next", "deepseek-v2", "deepseek-v3", "glm4-moe", "glm4-moe-lite", "ernie4_5-moe")
 # Those that compute or are stored otherwise than most: a proof takes seconds each.
 PROVEN = ("gpt-oss", "gemma4", "qwen3-next", "deepseek-v3", "nemotron-h", "llama4", "granitemoe-hybrid", "kimi-linear")

@@ -61,8 +61,8 @@ def set_policy(workshop: Workshop, **zero: int) -> None:
     ids=lambda p: p[0],
 )
 def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The kind, and its first step, plain ("plain") or on so many ranks: (rank 0's record, its gradients). gemma2's head is tied, and
-    its logits are capped."""
+    """The kind, and its first step, plain ("plain") or on so many ranks: (rank 0's record, its gradients). gemma2's
+    head is tied, and its logits are capped."""
     kind, selected = request.param
     folder = tmp_path_factory.mktemp("full")
     workshop = Workshop(folder, kind)
@@ -173,8 +173,8 @@ def run(workshop: Workshop, whole: dict[int, float]) -> Store:
     ids=["adamw", "adamw_8bit", "adafactor", "lora-adamw_8bit", "lora-adafactor"],
 )
 def test_ten_steps_are_five_a_resume_and_five_more(workshop: Workshop, optimizer: str, more: tuple[str, ...]) -> None:
-    """In a checkpoint of the size that `plan` counts, which another optimizer does not go on from. In fp32 but for AdamW, as
-    other numbers of ranks add 16-bit gradients up to other sums, and these steps are large."""
+    """In a checkpoint of the size that `plan` counts, which another optimizer does not go on from. In fp32 but for
+    AdamW, as other numbers of ranks add 16-bit gradients up to other sums, and these steps are large."""
     name, stores = f"{optimizer}-{len(more)}", workshop.folder / "store"
     overrides = (*more, f"optim.name={optimizer}", *([] if optimizer == "adamw" else ["model.dtype=fp32"]))
     straight = train(workshop, f"{name}-straight", 10, ranks=2, overrides=overrides)
@@ -282,7 +282,9 @@ def test_from_a_bucket_to_a_bucket_are_the_files_of_a_folder(run: Store, tmp_pat
 
 
 def broken(model: Path, how: str, other: Store) -> Path:
-    """`model` after something went wrong with it: one bit of a norm flipped, a file cut, a setting changed, another step."""
+    """`model` after something went wrong with it: one bit of a norm flipped, a file cut, a setting changed, another
+    step.
+    """
     weights = sorted(model.glob("*.safetensors"))[1]
     data = bytearray(weights.read_bytes())
     if how == "bit":
@@ -316,7 +318,9 @@ def test_verify_holds_for_what_was_trained_and_catches_what_is_broken(run: Store
 
 @pytest.mark.long
 def test_routers_that_a_family_keeps_in_fp32_learn_and_are_exported(workshop: Workshop, tmp_path: Path) -> None:
-    """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in bf16."""
+    """DeepSpeed takes what learns in one type, and DeepSeek-V3's routers are in another one than the rest of a model in
+    bf16.
+    """
     base = make_base(tmp_path / "base", "deepseek-v3")
     assert len(train(workshop, "routers", 2, ranks=2, overrides=(f"model.base={base}", "optim.lr=0.01"))) == 2
     run = workshop.store.sub("routers")
@@ -353,7 +357,9 @@ def test_a_mixtures_experts_and_a_tied_head_that_is_stored_twice_are_written_whe
 
 @pytest.mark.long
 def test_the_peak_of_an_export_is_a_few_pieces_and_parts(workshop: Workshop, tmp_path: Path) -> None:
-    """With pieces of 256 KiB and parts of 1 MiB in the place of 4 and 32 MiB, which would want a base of some gigabytes."""
+    """With pieces of 256 KiB and parts of 1 MiB in the place of 4 and 32 MiB, which would want a base of some
+    gigabytes.
+    """
     sizes: dict[str, Any] = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048}
     base = make_base(tmp_path / "base", shard_size="1GB", dtype=torch.float32, **sizes)
     run = workshop.store.sub("heavy")

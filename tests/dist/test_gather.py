@@ -1,4 +1,6 @@
-"""A decoder layer is gathered as one, in the same order on every rank, and neither the host nor the device waits without need."""
+"""A decoder layer is gathered as one, in the same order on every rank, and neither the host nor the device waits
+without need.
+"""
 
 import json
 from pathlib import Path
@@ -47,7 +49,9 @@ def test_one_rank_waits_for_its_device_a_few_times_a_micro_batch(deep: Workshop,
 
 
 def test_gathers_are_at_most_two_layers_ahead_of_what_the_device_computes(deep: Workshop) -> None:
-    """The host asks for a gather while it is in the layer before: one layer at most may then be under way on the device."""
+    """The host asks for a gather while it is in the layer before: one layer at most may then be under way on the
+    device.
+    """
     config = dump_config(with_policy(deep, "ahead", "zero3_offload_cpu", stage3_param_persistence_threshold=300))
     (found,) = launch(1, gather.host_waits, config)
     assert found["furthest"] == 1
@@ -115,7 +119,9 @@ def test_no_more_is_whole_than_three_layers_or_the_head_and_a_layer(tmp_path: Pa
 
 
 def test_a_parameter_that_is_read_outside_of_its_modules_call_is_not_gathered(tmp_path: Path) -> None:
-    """Llama 4 asks its embedding for the device, which DeepSpeed would answer with a gather through the hooks that are not there."""
+    """Llama 4 asks its embedding for the device, which DeepSpeed would answer with a gather through the hooks that are
+    not there.
+    """
     config = with_policy(Workshop(tmp_path, "llama4"), "read", "zero3", stage3_param_persistence_threshold=0)
     assert [rank["left"] for rank in launch(2, gather.gathers, dump_config(config))] == [[], []]
 

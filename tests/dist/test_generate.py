@@ -1,4 +1,6 @@
-"""Answers are those of transformers and PEFT, with keys and values kept or not, on one rank and on two, and while a run trains."""
+"""Answers are those of transformers and PEFT, with keys and values kept or not, on one rank and on two, and while a run
+trains.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,10 @@ from trainer.store.store import Store
 pytestmark = pytest.mark.timeout(900)
 METHODS = ("lora", "prefix", "prompt")
 PROMPTS = ["a bee and ", "the jay saw an emu? ", "dog"]
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"
+    " endif %}"
+)
 TOKENS = 12
 FP32 = ("model.dtype=fp32", "quant.type=none")
 SAMPLED = {"max_tokens": TOKENS, "temperature": 0.9, "top_p": 0.95, "seed": 5}
@@ -28,7 +33,9 @@ SAMPLED = {"max_tokens": TOKENS, "temperature": 0.9, "top_p": 0.95, "seed": 5}
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """A base that ends a text, beside the tokenizer's own end, with a token that it soon writes behind the first prompt."""
+    """A base that ends a text, beside the tokenizer's own end, with a token that it soon writes behind the first
+    prompt.
+    """
     here = Workshop(tmp_path_factory.mktemp("generate"))
     free = continued(AutoModelForCausalLM.from_pretrained(here.base, dtype=torch.float32), encoded(PROMPTS[0]))
     (here.base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[4]]}))
@@ -43,7 +50,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def answers(workshop: Workshop) -> dict[str, dict[str, Any]]:
-    """Of each run, on one rank; "two" are those of lora on two, and "sampled" and "again" such that are drawn, on one and on two."""
+    """Of each run, on one rank; "two" are those of lora on two, and "sampled" and "again" such that are drawn, on one
+    and on two.
+    """
     plain, prompts = {"max_tokens": TOKENS}, [[{"prompt": prompt} for prompt in PROMPTS]]
 
     def asked(name: str, base: bool, sampling: dict[str, Any]) -> dict[str, Any]:

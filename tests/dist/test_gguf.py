@@ -110,7 +110,8 @@ def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: S
     expected, other = (in_transformers(loaded(tmp_path / name)) for name in ("merged", "other"))
     assert difference(in_llama_cpp(tmp_path / "gguf/done-f16.gguf"), expected) < 1e-2 < difference(expected, other)
 
-    # transformers' own reader of GGUF gives the weights that 8 bits leave: their error, and no other, is llama.cpp's too.
+    # transformers' own reader of GGUF gives the weights that 8 bits leave: their error, and no other, is llama.cpp's
+    # too.
     rounded = in_transformers(loaded(tmp_path / "gguf", gguf_file="done-q8_0.gguf"))
     own_error = difference(rounded, expected)
     found = in_llama_cpp(tmp_path / "gguf/done-q8_0.gguf")
@@ -127,7 +128,10 @@ def test_a_merged_model_predicts_the_same_in_llama_cpp_as_in_transformers(run: S
     [
         "rope_type: linear, factor: 4.0",
         "rope_type: yarn, factor: 4.0, original_max_position_embeddings: 16",
-        "rope_type: llama3, factor: 4.0, original_max_position_embeddings: 16, low_freq_factor: 1.0, high_freq_factor: 4.0",
+        (
+            "rope_type: llama3, factor: 4.0, original_max_position_embeddings: 16, low_freq_factor: 1.0,"
+            " high_freq_factor: 4.0"
+        ),
     ],
 )
 def test_scaled_positions_are_those_of_the_file(tmp_path: Path, scaling: str) -> None:
@@ -173,7 +177,10 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
         [
             "longrope",
             "data.packing=false",
-            f"model.rope_scaling={{rope_type: longrope, factor: 4.0, short_factor: {[1.0] * 8}, long_factor: {[4.0] * 8}}}",
+            (
+                f"model.rope_scaling={{rope_type: longrope, factor: 4.0, short_factor: {[1.0] * 8}, long_factor:"
+                f" {[4.0] * 8}}}"
+            ),
         ],
         ["full", "tuning.method=full", "tuning.rank=16", "tuning.alpha=32", "quant.type=none"],
     ):

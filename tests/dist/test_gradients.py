@@ -19,7 +19,8 @@ from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.run.layout import CONFIG, metrics
 
-# world size, micro_batch -> accumulation at a global batch of 4. Three ranks do not divide 4: two of their rows are empty.
+# world size, micro_batch -> accumulation at a global batch of 4. Three ranks do not divide 4: two of their rows are
+# empty.
 LAYOUTS = {(1, 1): 4, (1, 4): 1, (2, 1): 2, (2, 2): 1, (3, 1): 2}
 # fp32: the order of additions; bf16: its 8 bits of mantissa, through two layers and back.
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
@@ -105,7 +106,9 @@ def test_twenty_steps_give_the_losses_of_the_stock_path(workshop: Workshop) -> N
 
 
 def test_parameters_offloaded_to_the_cpu_give_the_same_losses(workshop: Workshop, tmp_path: Path) -> None:
-    """Without a GPU the partitions lie where they lay, but DeepSpeed goes its other way through load, gathers and step."""
+    """Without a GPU the partitions lie where they lay, but DeepSpeed goes its other way through load, gathers and
+    step.
+    """
     policy = json.loads(workshop.policy.read_text())
     policy["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": False}
     (tmp_path / "offload.json").write_text(json.dumps(policy))

@@ -1,4 +1,6 @@
-"""Heads learn beside LoRA as by transformers and PEFT, whatever the ranks and the packing, and are exported as PEFT keeps them."""
+"""Heads learn beside LoRA as by transformers and PEFT, whatever the ranks and the packing, and are exported as PEFT
+keeps them.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A run that begins from an adapter has its weights before the first step, and its preferences are measured against it."""
+"""A run that begins from an adapter has its weights before the first step, and its preferences are measured against
+it.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""KTO has the paper's loss and gradients, with one z0 for the global batch, whatever the ranks, the accumulation and the packing."""
+"""KTO has the paper's loss and gradients, with one z0 for the global batch, whatever the ranks, the accumulation and
+the packing.
+"""
 
 import json
 from functools import cache
@@ -41,7 +43,9 @@ def of_kto(workshop: Workshop, labelled: Path, name: str, *overrides: str) -> Co
 
 @pytest.fixture(scope="module")
 def steps(workshop: Workshop, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """layout -> objective -> (record of rank 0, its gradients) of a step over all rows; plain and divided are PyTorch's."""
+    """layout -> objective -> (record of rank 0, its gradients) of a step over all rows; plain and divided are
+    PyTorch's.
+    """
     folder = tmp_path_factory.mktemp("kto")
     rows = [json.loads(line) for line in labelled.read_text().splitlines()]
 

@@ -1,4 +1,6 @@
-"""A sharded load gives bitsandbytes' bytes and transformers' logits, whatever the ranks, and no rank holds the whole."""
+"""A sharded load gives bitsandbytes' bytes and transformers' logits, whatever the ranks, and no rank holds the
+whole.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -58,8 +58,8 @@ def test_the_peak_is_the_share_and_the_pieces_in_flight(
     files = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     results = launch(world_size, memory.load_memory, config)
     assert sum(result["read_bytes"] for result in results) <= 1.1 * files
-    # What is decoded is held as it is stored too: pieces of one byte a weight, or whole experts: two that are kept, and one that
-    # is read, twice while it is handed over.
+    # What is decoded is held as it is stored too: pieces of one byte a weight, or whole experts: two that are kept, and
+    # one that is read, twice while it is handed over.
     beside = {"bf16": 0, "fp8": PIECE_BYTES // 2 * PIECES_IN_FLIGHT, "mxfp4": 4 * 2880 * 5760 * 17 // 32}
     for result in results:
         allowed = 1.3 * result["kept_bytes"] + 2 * PIECE_BYTES * PIECES_IN_FLIGHT

@@ -55,7 +55,9 @@ Steps = Callable[[str], dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def steps(workshop: Workshop, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """layout -> objective -> (record of rank 0, its gradients) of a step over all pairs; plain and glued are PyTorch's."""
+    """layout -> objective -> (record of rank 0, its gradients) of a step over all pairs; plain and glued are
+    PyTorch's.
+    """
     folder = tmp_path_factory.mktemp("preference")
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
 

@@ -1,4 +1,6 @@
-"""The first run of the README works as it is written: over a base without a chat template, on a user's conversations."""
+"""The first run of the README works as it is written: over a base without a chat template, on a user's
+conversations.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +26,9 @@ ROWS = 30
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with the file of the README and rows. The Hub is a small base that has no chat template, nor tokens of one."""
+    """A user's folder with the file of the README and rows. The Hub is a small base that has no chat template, nor
+    tokens of one.
+    """
     base = make_base(tmp_path / "hub", "llama", max_position_embeddings=2048)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(base))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""A merged model in fewer bits is what bitsandbytes makes of the merged one, and what our own decoders read, in files of its own."""
+"""A merged model in fewer bits is what bitsandbytes makes of the merged one, and what our own decoders read, in files
+of its own.
+"""
 
 import json
 from pathlib import Path

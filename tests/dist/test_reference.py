@@ -1,4 +1,6 @@
-"""A reference that is stored before the first step gives DPO's losses, for every method, whatever the ranks, and only where it fits."""
+"""A reference that is stored before the first step gives DPO's losses, for every method, whatever the ranks, and only
+where it fits.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The report of a real run that was started three times: each figure is traced to the records, and a real browser shows it."""
+"""The report of a real run that was started three times: each figure is traced to the records, and a real browser shows
+it.
+"""
 
 import gzip
 import json
@@ -31,7 +33,9 @@ HOSTILE = '<script>alert("&")</script><img src=http://192.0.2.1/x>'
 
 @pytest.fixture(scope="module")
 def run(workshop: Workshop) -> Store:
-    """Ten steps of a mixture: a loss that is no number ends the first start, SIGKILL the second, the third one finishes."""
+    """Ten steps of a mixture: a loss that is no number ends the first start, SIGKILL the second, the third one
+    finishes.
+    """
     mixture = Workshop(workshop.folder / "mixture", "mixtral")
     held_out = make_data(mixture.folder / "held_out.jsonl", documents=8, seed=9)
     settings = (
@@ -208,7 +212,8 @@ def test_every_figure_on_the_page_is_that_of_the_records(run: Store) -> None:
             60 if of.endswith(("made", "began")) else 6e-4 if "share" in of else 5.1e-3 if "second" in of else 6e-5
         )
         assert shown_number(text) == pytest.approx(float(value), rel=0.06, abs=rounding), of
-    # Numbers that are no figure are the words of names, settings, versions and reasons, which the folder has as they are.
+    # Numbers that are no figure are the words of names, settings, versions and reasons, which the folder has as they
+    # are.
     words = page.words
     for text in sorted(_texts_of(run), key=len, reverse=True):
         words = words.replace(text, " ")
@@ -228,7 +233,12 @@ def _texts_of(folder: Store) -> set[str]:
     }
     texts |= {record["reason"] for records in streams for record in records if record["kind"] == "end"} - {""}
     texts |= {layer for record in streams[2] if record["kind"] == "experts" for layer in record["shares"]}
-    texts |= {*begun["data"].values(), folder.uri, HOSTILE, read_figures(folder).repeat["config"]}  # pyright: ignore[reportOptionalSubscript]
+    texts |= {
+        *begun["data"].values(),
+        folder.uri,
+        HOSTILE,
+        read_figures(folder).repeat["config"],
+    }  # pyright: ignore[reportOptionalSubscript]
     return texts | {str(path) for path in Path(folder.uri.removeprefix("file://")).parents[1].glob("*.jsonl")}
 
 

@@ -1,7 +1,9 @@
-"""Whatever learns is restored bit for bit by any number of ranks, and its next step is the one that it would have taken.
+"""Whatever learns is restored bit for bit by any number of ranks, and its next step is the one that it would have
+taken.
 
 One start of the ranks goes over all methods. Ten steps that are five, a resume and five more are proven for LoRA in
-test_resume.py, and for full fine-tuning and each optimizer in test_full.py: the data's position and the schedule are theirs too.
+test_resume.py, and for full fine-tuning and each optimizer in test_full.py: the data's position and the schedule are
+theirs too.
 """
 
 import shutil

@@ -1,4 +1,6 @@
-"""Answers are sampled while a run learns, by its ranks or by servers; whatever is killed, each is trained on once, with the same losses."""
+"""Answers are sampled while a run learns, by its ranks or by servers; whatever is killed, each is trained on once, with
+the same losses.
+"""
 
 import json
 import socket
@@ -20,7 +22,7 @@ from tests.material import Workshop, make_base
 from tests.needs import need
 from tests.real_vllm import TARGETS, VLLM, vllm
 from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
-from tests.unit.test_served import stub
+from tests.unit.export.test_served import stub
 from trainer.config import dump_config
 from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
@@ -197,7 +199,9 @@ def test_an_adapter_is_published_as_it_is_exported_for_vllm(
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_run_in_4_bits_is_sampled_on_its_base_as_it_is_quantized(tmp_path: Path) -> None:
-    """As `capstan dequantize` writes it. That a server has another base is found by the first step: here a run over the base itself is sampled there."""
+    """As `capstan dequantize` writes it. That a server has another base is found by the first step: here a run over the
+    base itself is sampled there.
+    """
     need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
     workshop = Workshop(tmp_path, hidden_size=128)
     model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)

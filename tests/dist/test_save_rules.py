@@ -1,4 +1,6 @@
-"""When a save is due while another is under way, when saves fail, and when a removal does: it is counted, and training goes on."""
+"""When a save is due while another is under way, when saves fail, and when a removal does: it is counted, and training
+goes on.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,9 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
 def test_what_comes_so_often_an_epoch_and_what_ends_a_run_hold_in_a_whole_run(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    """30 rows are 8 steps, so twice in each epoch are steps 4, 8, 12 and 16; no evaluation is better at a rate of nothing."""
+    """30 rows are 8 steps, so twice in each epoch are steps 4, 8, 12 and 16; no evaluation is better at a rate of
+    nothing.
+    """
     rows, other = make_data(tmp_path / "train.jsonl", 30), make_data(tmp_path / "eval.jsonl", documents=8, seed=6)
     config = workshop.config(
         "rhythm",

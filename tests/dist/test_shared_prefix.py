@@ -38,7 +38,9 @@ def make_answers(path: Path, rows: int = 4, each: int = 8, seed: int = 6) -> Pat
 
 @pytest.mark.long
 def test_loss_and_gradients_are_those_of_copied_prompts(tmp_path: Path) -> None:
-    """Of all documents in one step, as sharing packs them otherwise; at last with rows that two ranks have between them."""
+    """Of all documents in one step, as sharing packs them otherwise; at last with rows that two ranks have between
+    them.
+    """
     workshop, loads = Workshop(tmp_path), dict[tuple[str, bool, int], tuple[str, str, str]]()
     made = {"answers": make_answers, "dpo": make_pairs, "kto": make_labelled}
     for kind, settings in KINDS.items():

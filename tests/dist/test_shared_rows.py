@@ -1,4 +1,6 @@
-"""Ranks that share a row compute the loss and the gradients of one rank that has it whole, over the same data in the same order."""
+"""Ranks that share a row compute the loss and the gradients of one rank that has it whole, over the same data in the
+same order.
+"""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""A base in FP8 or MXFP4 is, at any number of ranks, the one that it is in 16 bits, for about the bytes of its files."""
+"""A base in FP8 or MXFP4 is, at any number of ranks, the one that it is in 16 bits, for about the bytes of its
+files.
+"""
 
 import json
 import shutil
@@ -130,8 +132,8 @@ def test_ranks_read_a_matrix_together_whose_files_have_its_transpose(workshop: W
 def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_are_the_stacks(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    """The first matrix of each expert is 43 whole blocks of one base, and 24 and a part of another; scales in 8 bits have blocks and a
-    mean for each matrix, so what is fused must be quantized anew with them."""
+    """The first matrix of each expert is 43 whole blocks of one base, and 24 and a part of another; scales in 8 bits
+    have blocks and a mean for each matrix, so what is fused must be quantized anew with them."""
     plain = {kind: make_base(tmp_path / "plain" / kind, kind) for kind in ("qwen3-moe", "mixtral")}
     loads = list[tuple[str, str, list[str]]]()
     for name, kind, double, experts in (

@@ -1,4 +1,6 @@
-"""`quant.type: stored`: the bytes of the publisher are the shards, and what is trained is the decoded base in 16 bits."""
+"""`quant.type: stored`: the bytes of the publisher are the shards, and what is trained is the decoded base in 16
+bits.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""Where the base is sharded inside nodes, no frozen weight crosses between them, and what crosses is what `plan` says."""
+"""Where the base is sharded inside nodes, no frozen weight crosses between them, and what crosses is what `plan`
+says.
+"""
 
 from tests.dist import traffic
 from tests.dist.launch import launch

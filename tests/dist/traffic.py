@@ -36,7 +36,8 @@ _COLLECTIVES: dict[str, Any] = {
 def step_traffic(config_text: str, fingerprint: str) -> dict[str, Any]:
     """The bytes that this rank receives in the second step, by the group's extent (its own node or not) and the dtype.
 
-    -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, both without pickled objects, "frozen": the ranks that frozen parameters are gathered from}
+    -> {"inside": {dtype: bytes}, "across": {dtype: bytes}, both without pickled objects, "frozen": the ranks that
+    frozen parameters are gathered from}
     """
     here = assemble_run(parse_config(config_text), fingerprint)
     begun = [group._get_sequence_number_for_group() for group in distributed_c10d._world.pg_map]  # type: ignore[attr-defined]

@@ -76,7 +76,9 @@ def _alone() -> None:
 def _losses(
     config: Config, rows: list[dict[str, Any]], trainer: Any, arguments: Any, model: Any = None, **settings: Any
 ) -> list[float]:
-    """The losses of a trainer of TRL from `adapter_value`, or from `model`, with our optimizer and learning rates, in fp32."""
+    """The losses of a trainer of TRL from `adapter_value`, or from `model`, with our optimizer and learning rates, in
+    fp32.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
 

@@ -14,7 +14,8 @@ from trainer.tuning.method import find_method
 
 
 def plain_first_step(config_text: str, fingerprint: str, destination: str, glued: bool) -> dict[str, float]:
-    """The first step's gradients from `adapter_value` by transformers and PEFT: each document by itself, one mean over all targets.
+    """The first step's gradients from `adapter_value` by transformers and PEFT: each document by itself, one mean over
+    all targets.
 
     `glued`: the documents of a row are one document, as they must not be.
     """
@@ -67,7 +68,9 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def switched_off(config_text: str, fingerprint: str) -> dict[str, float]:
-    """Nats of this rank's first row: with virtual tokens that have learnt, with them switched off, and with them again."""
+    """Nats of this rank's first row: with virtual tokens that have learnt, with them switched off, and with them
+    again.
+    """
     here = assemble_run(parse_config(config_text), fingerprint)
     here.set_masters()
     row, nats = here.stream.step(Position())[0], dict[str, float]()
@@ -94,7 +97,9 @@ def plain_nats(config_text: str, fingerprint: str) -> list[float]:
 
 
 def text_before(config_text: str, text: list[int]) -> dict[str, float]:
-    """How far the logits of the model at its start are from those of its base behind the tokens of a text, and alone."""
+    """How far the logits of the model at its start are from those of its base behind the tokens of a text, and
+    alone.
+    """
     here = assemble_run(parse_config(config_text))
     tokens = torch.arange(3, 40)[None]
     found = here.engine.logits(tokens)

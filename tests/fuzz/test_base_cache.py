@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.test_bases import FUZZ, leaves, odd, replaced
-from tests.unit.test_base_cache import BYTES, reseal, written
+from tests.unit.base.test_base_cache import BYTES, reseal, written
 from trainer.base.load.cache import MANIFEST, open_cache
 from trainer.errors import Damaged
 from trainer.store.store import open_store

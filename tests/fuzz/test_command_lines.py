@@ -45,10 +45,10 @@ NAMES = (
     "-mine",
 )
 OVERRIDES = (
-    "train.steps=5|train.steps=.inf|model.base=/none|model.base=~no-such-user/x|run.store=~no-such-user/x|run.store=s4://x|cluster.workers=0|"
-    "cluster.workers=[2, 4294967296]|cluster.workers=100000|tuning.targets=[]|data.train=[{path: /none/*}]|data.train=[{path: ~no-such-user/x}]|"
-    "sharding.deepspeed=/|sharding.deepspeed=~no-such-user/x|data.template=/|data.sequence_length=4294967296|train.global_batch=4294967296|"
-    "tuning.rank=4096|optim.lr=.nan|a=b|=|x|data.train=[{path: '['}]|quant.double=true|model.layers=1|cluster.gpus_per_worker=0"
+    "train.steps=5|train.steps=.inf|model.base=/none|model.base=~no-such-user/x|run.store=~no-such-user/x|run.store=s4://x|cluster.workers=0|cluster.workers=[2,"
+    " 4294967296]|cluster.workers=100000|tuning.targets=[]|data.train=[{path: /none/*}]|data.train=[{path:"
+    " ~no-such-user/x}]|sharding.deepspeed=/|sharding.deepspeed=~no-such-user/x|data.template=/|data.sequence_length=4294967296|train.global_batch=4294967296|tuning.rank=4096|optim.lr=.nan|a=b|=|x|data.train=[{path:"
+    " '['}]|quant.double=true|model.layers=1|cluster.gpus_per_worker=0"
 ).split("|") + [f"{key}={'x' * 5000}" for key in ("model.base", "run.store", "sharding.deepspeed", "data.template")]
 LINES = ("", "{", "null", "[1]", '{"kind": 5}', '{"kind": "step"}', '{"kind": "start", "step": 0, "machines": [[1]]}')
 VALUES: Any = st.sampled_from([None, 0, -1, 1.5, 10**30, "x", [], {}, float("nan")])

@@ -1,4 +1,6 @@
-"""Whatever lies in a run's folder, no verb that reads it ends in a traceback: it shows what is sound, or says what is damaged."""
+"""Whatever lies in a run's folder, no verb that reads it ends in a traceback: it shows what is sound, or says what is
+damaged.
+"""
 
 import json
 import random
@@ -18,7 +20,7 @@ from launcher.view.listing import list_runs
 from launcher.view.runs import find_run
 from launcher.view.status import read_status
 from launcher.view.tables import render
-from tests.unit.made_records import CONFIG, NOW, end, start, step, write
+from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.config import Checkpoint
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import model_card_evaluation

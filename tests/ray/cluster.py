@@ -54,7 +54,9 @@ _LOOK_SECONDS = 0.2
 
 
 class Driver:
-    """A `capstan` process, which runs the code `before` first; leaving the context kills it. Unless it is `real`, it and what it starts are forked."""
+    """A `capstan` process, which runs the code `before` first; leaving the context kills it. Unless it is `real`, it
+    and what it starts are forked.
+    """
 
     process: "subprocess.Popen[bytes]"
 

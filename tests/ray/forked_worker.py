@@ -1,7 +1,9 @@
-"""Ray's worker processes, forked from a server that has imported what they import: a start takes tenths of a second instead of seconds.
+"""Ray's worker processes, forked from a server that has imported what they import: a start takes tenths of a second
+instead of seconds.
 
-A raylet starts this file in the place of Ray's own setup_worker.py, where a cluster is told so. It hands what it was given to the server,
-and stays as long as the worker does, with which it ends. It imports little, as it is started for every worker.
+A raylet starts this file in the place of Ray's own setup_worker.py, where a cluster is told so. It hands what it was
+given to the server, and stays as long as the worker does, with which it ends. It imports little, as it is started for
+every worker.
 """
 
 import json

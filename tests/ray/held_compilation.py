@@ -1,4 +1,5 @@
-"""`capstan` with chapters of 4 KiB, whose compilation of the second waits until the run has come to a step, or is stopped.
+"""`capstan` with chapters of 4 KiB, whose compilation of the second waits until the run has come to a step, or is
+stopped.
 
 python -m tests.ray.held_compilation RUN_URI STEP train CONFIG ...
 """

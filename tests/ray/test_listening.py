@@ -27,7 +27,8 @@ def listening() -> set[str]:
 
 @pytest.mark.long
 def test_a_local_ray_listens_on_loopback_alone() -> None:
-    # In a process of its own: one that has had a local Ray keeps its token, and then no cluster of the other tests takes theirs.
+    # In a process of its own: one that has had a local Ray keeps its token, and then no cluster of the other tests
+    # takes theirs.
     program = "import json; from tests.ray.test_listening import listening; print(json.dumps(sorted(listening())))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == ["127.0.0.1"]

@@ -26,7 +26,9 @@ from trainer.errors import DataError
 from trainer.store.store import open_store
 
 ENOUGH = 2**20
-"""Bytes of rows that the processes of a cluster compile here, as a sixteenth of what a run needs for that tells as much."""
+"""Bytes of rows that the processes of a cluster compile here, as a sixteenth of what a run needs for that tells as
+much.
+"""
 
 
 def texts(folder: Path, rows: int) -> Data:

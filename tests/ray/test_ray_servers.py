@@ -1,4 +1,6 @@
-"""Servers that start with a run, as actors of a Ray cluster: what is killed is started again, and nothing is left of them."""
+"""Servers that start with a run, as actors of a Ray cluster: what is killed is started again, and nothing is left of
+them.
+"""
 
 import os
 import signal

@@ -1,7 +1,9 @@
-"""A whole sweep on a Ray of its own: trials that end early, a driver that is killed, one that is stopped, and what is left.
+"""A whole sweep on a Ray of its own: trials that end early, a driver that is killed, one that is stopped, and what is
+left.
 
-The learning rates go from good to useless, in the order of the trials. Each trial but the first is therefore worse than all
-before it when ASHA looks at it, and is stopped at its first look; the second may get to another one if the third is faster.
+The learning rates go from good to useless, in the order of the trials. Each trial but the first is therefore worse than
+all before it when ASHA looks at it, and is stopped at its first look; the second may get to another one if the third is
+faster.
 """
 
 import json
@@ -144,13 +146,15 @@ def test_a_sweep_is_killed_and_stopped_and_goes_on_and_its_trials_share_the_base
     page = folder.get("report.html").decode()
     assert all(f"rates-{number}" in page for number in range(1, len(RATES) + 1))
     assert "optim.lr" in page
-    # A trial that is stopped where an evaluation is due goes on without it, and only steps are compared that all trials have.
+    # A trial that is stopped where an evaluation is due goes on without it, and only steps are compared that all trials
+    # have.
     if stopped.trials[1].step % GRACE:
         (rate,) = done.sensitivity
         assert (rate.trials, len(rate.means)) == (len(RATES), len(RATES))
         assert rate.step >= GRACE
 
-    # The base was quantized by one trial and read from its cache by the others; what was killed or stopped read it again.
+    # The base was quantized by one trial and read from its cache by the others; what was killed or stopped read it
+    # again.
     assert [len(starts(run)) for run in runs] == [2, 1 if late else 3 - over, *[1] * (len(RATES) - 2)]
     assert [log_of_rank(run).count("the quantized base is cached in") for run in runs] == [1, *[0] * (len(RATES) - 1)]
     read = [starts(run)[0]["read_bytes"] for run in runs]

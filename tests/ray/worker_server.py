@@ -1,5 +1,5 @@
-"""The server of tests/ray/forked_worker.py, forked from the one of tests/forked.py. Ray is imported by each worker: its libraries in C++ read
-the worker's environment then."""
+"""The server of tests/ray/forked_worker.py, forked from the one of tests/forked.py. Ray is imported by each worker: its
+libraries in C++ read the worker's environment then."""
 
 import json
 import os
@@ -57,7 +57,9 @@ def _serve(address: str) -> None:
 
 
 def _become_worker(connection: socket.socket) -> None:
-    """In the new process: Ray's program with the arguments, streams, folder and environment of the process that asked for it."""
+    """In the new process: Ray's program with the arguments, streams, folder and environment of the process that asked
+    for it.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, streams, _, _ = socket.recv_fds(connection, 8, 2)
     with connection.makefile("rb") as sent:

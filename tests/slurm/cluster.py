@@ -203,10 +203,15 @@ class Cluster:
             "hosts": "".join(f"{address} {name}\n" for name, address in hosts.items()),
             "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
             "cgroup.conf": "CgroupPlugin=disabled\n",
-            "gres.conf": f"AutoDetect=off\nNodeName=n[1-{len(self.nodes)}] Name=gpu File={self.folder}/dev/gpu[0-{self._gpus - 1}]\n",
-            "slurm.conf": (HERE / "slurm.conf")
-            .read_text()
-            .format(folder=self.folder, nodes=len(self.nodes), gpus=self._gpus, login=LOGIN, network=NETWORK),
+            "gres.conf": (
+                f"AutoDetect=off\nNodeName=n[1-{len(self.nodes)}] Name=gpu"
+                f" File={self.folder}/dev/gpu[0-{self._gpus - 1}]\n"
+            ),
+            "slurm.conf": (
+                (HERE / "slurm.conf")
+                .read_text()
+                .format(folder=self.folder, nodes=len(self.nodes), gpus=self._gpus, login=LOGIN, network=NETWORK)
+            ),
         }
         for name, text in files.items():
             (self.folder / "etc" / name).write_text(text)

@@ -110,7 +110,9 @@ class Site:
             assert found["exit_code"]["return_code"]["number"] == exit_code, self.output(name)
 
     def assert_nothing_is_left(self) -> None:
-        """No process of ours on any node, and no file on any node's own disk; what is just ending gets a few seconds."""
+        """No process of ours on any node, and no file on any node's own disk; what is just ending gets a few
+        seconds.
+        """
         for node in self.cluster.nodes:
             try:
                 self.cluster.wait_until(lambda node=node: not self.cluster.processes(node), 10, f"{node} is empty")

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed: dict[int, float]) -> None:
-    """It was submitted from inside a job. Beside it on the same nodes runs another, which is cancelled. Then Slurm's time
-    limit comes near, and in the next start the driver is killed."""
+    """It was submitted from inside a job. Beside it on the same nodes runs another, which is cancelled. Then Slurm's
+    time limit comes near, and in the next start the driver is killed."""
     beside = site.submit(site.config("beside", "cluster.slurm.exclude=n3", "train.steps=5000"))
     limits = ("cluster.slurm.time='60'", "cluster.slurm.signal_seconds=30", "retry.failures=1")
     hurt_config = site.config("hurt", "cluster.slurm.exclude=n3", *limits)

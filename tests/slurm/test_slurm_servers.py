@@ -1,4 +1,6 @@
-"""Servers that start with a run on a real Slurm: as actors of its Ray, or as a step of srun, and nothing is left of them."""
+"""Servers that start with a run on a real Slurm: as actors of its Ray, or as a step of srun, and nothing is left of
+them.
+"""
 
 import os
 import signal

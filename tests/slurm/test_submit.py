@@ -15,7 +15,8 @@ from trainer.run import layout
 
 HELD = "cluster.slurm.extra=[--hold]"
 
-# It answers as launcher.cluster.slurm.job and a rank would: the first rank ends with 1, which leads to a start without its node.
+# It answers as launcher.cluster.slurm.job and a rank would: the first rank ends with 1, which leads to a start without
+# its node.
 FAKE_PYTHON = """\
 #!/bin/bash
 case "$2 $3 ${SLURM_RESTART_COUNT:-0}" in

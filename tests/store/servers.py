@@ -1,7 +1,7 @@
 """Servers that are not of our own choosing, so that the store's promises do not hang on one server's behaviour.
 
-`make servers` installs them under .servers: Azurite, Microsoft's emulator of Azure's blobs, and moto, which speaks S3. Neither
-can be among the project's own requirements: the one is of npm, the other needs an older python-dateutil.
+`make servers` installs them under .servers: Azurite, Microsoft's emulator of Azure's blobs, and moto, which speaks S3.
+Neither can be among the project's own requirements: the one is of npm, the other needs an older python-dateutil.
 """
 
 import base64

@@ -1,4 +1,6 @@
-"""Compiled data on a real S3 server (SeaweedFS): the same order as from a disk, through restarts, refusals and damage."""
+"""Compiled data on a real S3 server (SeaweedFS): the same order as from a disk, through restarts, refusals and
+damage.
+"""
 
 import json
 import time

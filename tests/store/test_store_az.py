@@ -1,4 +1,6 @@
-"""The sentences that a user reads when Azure refuses (Azurite), and where az:// takes its server and credentials from."""
+"""The sentences that a user reads when Azure refuses (Azurite), and where az:// takes its server and credentials
+from.
+"""
 
 import base64
 

@@ -1,7 +1,7 @@
 """gs://, as far as that can be checked without a server of its kind: there is no emulator that obstore works with.
 
-A stand-in answers each request as Google's documentation of its XML API says. It shows what we send and what a user reads, not
-that Google's servers agree.
+A stand-in answers each request as Google's documentation of its XML API says. It shows what we send and what a user
+reads, not that Google's servers agree.
 """
 
 import base64

@@ -1,5 +1,6 @@
-"""Run in a copy of the packages: commands of `capstan`, a JSON list of their arguments, one after the other. Each is a process forked from this one, which
-has imported what a rank imports; it trains in its own process, as torchrun's ranks do."""
+"""Run in a copy of the packages: commands of `capstan`, a JSON list of their arguments, one after the other. Each is a
+process forked from this one, which has imported what a rank imports; it trains in its own process, as torchrun's ranks
+do."""
 
 import json
 import os

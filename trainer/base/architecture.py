@@ -1,7 +1,7 @@
 """The architecture of a causal language model: its parameters and sizes, known without loading torch.
 
-`trainer/base/describe/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks a kernel
-asks here, and no other file knows what a model is called.
+`trainer/base/describe/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks
+a kernel asks here, and no other file knows what a model is called.
 """
 
 import math
@@ -30,12 +30,12 @@ class Parameter:
 
     `kind`: the matrix (outputs, inputs) of a linear layer that can be quantized and adapted; a stack (experts, rows,
     columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
-    routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each of its
-    matrices multiplies: less than 1 for experts to which tokens are routed.
-    A matrix that could be quantized by its form and is not says in `whole` why, as a clause; it is `small`.
-    A stack that is `transposed` has matrices (inputs, outputs), and its class says so; of a linear layer the files have the transpose.
-    `kept` is how the files hold it, where it may stay so (`quant.type: stored`).
-    A linear layer that is not `adaptable` is multiplied by code of the module around it as well, which hands its weight to a
+    routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each
+    of its matrices multiplies: less than 1 for experts to which tokens are routed. A matrix that could be quantized by
+    its form and is not says in `whole` why, as a clause; it is `small`. A stack that is `transposed` has matrices
+    (inputs, outputs), and its class says so; of a linear layer the files have the transpose. `kept` is how the files
+    hold it, where it may stay so (`quant.type: stored`). A linear layer that is not `adaptable` is multiplied by code
+    of the module around it as well, which hands its weight to a
     kernel: PEFT refuses adapters on such. Or PEFT would not find the adapter's weights under any name.
     """
 
@@ -71,9 +71,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The attention of one decoder layer, at `path` in the model: the keys of a token are (key_value_heads, head_size), or None
-    where they are no such thing. `window` is the number of tokens that a token sees, itself included, where it does not see all.
-    `query_heads` are its heads of queries, where they are known.
+    """The attention of one decoder layer, at `path` in the model: the keys of a token are (key_value_heads, head_size),
+    or None where they are no such thing. `window` is the number of tokens that a token sees, itself included, where it
+    does not see all. `query_heads` are its heads of queries, where they are known.
     """
 
     path: str
@@ -86,8 +86,8 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class MixingLayer:
-    """A layer at `path` that mixes tokens otherwise than by attention as it is known here. Ranks that share a row exchange what its functions take
-    and return; without `exchanges` each computes the whole row in it."""
+    """A layer at `path` that mixes tokens otherwise than by attention as it is known here. Ranks that share a row
+    exchange what its functions take and return; without `exchanges` each computes the whole row in it."""
 
     path: str
     layer: int
@@ -98,19 +98,22 @@ class MixingLayer:
 class Architecture:
     """A causal language model, cut to its first `layers` of `stored_layers` in the files.
 
-    Layers may differ; `rotary` says that it has rotary positions, whose frequencies transformers can scale. `embedding` and `head` are the names of these weights; `tied` maps a name to the parameter that it is
-    another name of, as often the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no
-    parameters. `positions` is the longest sequence, where the model has a limit. The attention caps its logits
-    (`caps_attention`, Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers
-    runs it with SDPA (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
-    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where `fails_packed` says why, and not on
-    ranks that share a row where `fails_shared` does, nor documents that share a prefix where `fails_prefix` does.
-    Its layers can compute their activations again in the backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of
-    each entry of `read_together` are called with one tensor, in this order, and are in one layer whose activations can be. `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the
-    experts. `heads` are transformers' classes with a head of another kind on the same model, where they have it under the name that all
-    families but a few use. `tokenizer` is the class that transformers reads its tokenizer by whatever the tokenizer's own settings name; None where it goes by these.
-    With logits z = `logit_factor` / `logit_divisor` * the product with the head, and `softcap` c, the model's are
-    c * tanh(z / c).
+    Layers may differ; `rotary` says that it has rotary positions, whose frequencies transformers can scale. `embedding`
+    and `head` are the names of these weights; `tied` maps a name to the parameter that it is another name of, as often
+    the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no parameters.
+    `positions` is the longest sequence, where the model has a limit. The attention caps its logits (`caps_attention`,
+    Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers runs it with SDPA
+    (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
+    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where
+    `fails_packed` says why, and not on ranks that share a row where `fails_shared` does, nor documents that share a
+    prefix where `fails_prefix` does. Its layers can compute their activations again in the backward pass
+    (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of each entry of
+    `read_together` are called with one tensor, in this order, and are in one layer whose activations can be.
+    `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the experts. `heads` are
+    transformers' classes with a head of another kind on the same model, where they have it under the name that all
+    families but a few use. `tokenizer` is the class that transformers reads its tokenizer by whatever the tokenizer's
+    own settings name; None where it goes by these. With logits z = `logit_factor` / `logit_divisor` * the product with
+    the head, and `softcap` c, the model's are c * tanh(z / c).
     """
 
     layers: int
@@ -182,7 +185,9 @@ class Architecture:
         return max(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
 
     def whole(self) -> dict[tuple[str, str], int]:
-        """The weights that could be packed by their form and stay in 16 bits, by the last name of their module and the reason."""
+        """The weights that could be packed by their form and stay in 16 bits, by the last name of their module and the
+        reason.
+        """
         found = dict[tuple[str, str], int]()
         for part in self.parameters:
             if part.whole and len(part.shape) > 1:
@@ -225,8 +230,8 @@ class Architecture:
         return {parameter.name: parameter for parameter in self.parameters if parameter.kind == "experts"}
 
     def blocks(self) -> dict[int, list[str]]:
-        """Decoder layer -> the paths in the model of its blocks, each of whose outputs is added to the hidden states: first
-        attention, last the MLP or the mixture of experts."""
+        """Decoder layer -> the paths in the model of its blocks, each of whose outputs is added to the hidden states:
+        first attention, last the MLP or the mixture of experts."""
         found: dict[int, dict[str, None]] = {}
         for parameter in self.parameters:
             if parameter.layer is not None and parameter.kind in ("linear", "experts"):
@@ -252,40 +257,44 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
         found.append("model.rope_scaling: this base has no rotary positions that transformers could scale. Remove it.")
     if config.model.rope_scaling.rope_type == "longrope" and config.data.packing:
         found.append(
-            "model.rope_scaling.rope_type: longrope has frequencies by the longest document of a row, which its other documents would have too. Set "
-            "data.packing: false, or yarn."
+            "model.rope_scaling.rope_type: longrope has frequencies by the longest document of a row, which its other"
+            " documents would have too. Set data.packing: false, or yarn."
         )
     if config.model.layers and config.model.layers > model.stored_layers:
         found.append(
-            f"model.layers: {config.model.layers} exceeds the base's {model.stored_layers} layers (config.json). Lower it."
+            f"model.layers: {config.model.layers} exceeds the base's {model.stored_layers} layers (config.json)."
+            " Lower it."
         )
     kept = config.train.activation_checkpointing
     if isinstance(kept, int) and kept > model.layers:
         found.append(
-            f"train.activation_checkpointing: {kept} exceeds the {model.layers} layers that are trained on. Lower it, or say none."
+            f"train.activation_checkpointing: {kept} exceeds the {model.layers} layers that are trained on. Lower it,"
+            " or say none."
         )
     if kept == model.layers and config.train.activation_offload:
         found.append(
-            f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all {model.layers} layers keep their "
-            "activations then and none is computed again. Remove one of them, or give a smaller number."
+            f"train.activation_offload: has no effect with train.activation_checkpointing: {kept}, as all"
+            f" {model.layers} layers keep their activations then and none is computed again. Remove one of them, or"
+            " give a smaller number."
         )
     if not model.recomputes and config.train.activation_checkpointing != "none":
         found.append(
-            "train.activation_checkpointing: the layers of this base cannot be computed again, as transformers says of its class. Set it to none."
+            "train.activation_checkpointing: the layers of this base cannot be computed again, as transformers says of"
+            " its class. Set it to none."
         )
     if config.quant.type == "stored" and not any(parameter.kept for parameter in model.parameters):
         found.append(
-            "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this base has none that "
-            "can stay so. Set quant.type: nf4, or none."
+            "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this"
+            " base has none that can stay so. Set quant.type: nf4, or none."
         )
     if config.data.packing and not model.isolates_documents:
         found.append(
-            "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell where "
-            "they begin, or does not heed them. Set data.packing: false."
+            "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell"
+            " where they begin, or does not heed them. Set data.packing: false."
         )
     if config.quant.type != "none" and model.fails_packed:
         found.append(
-            f"quant.type: this base cannot be computed with weights in 4 bits, as a small model of its kind shows ({model.fails_packed}). "
-            "Set quant.type: none."
+            "quant.type: this base cannot be computed with weights in 4 bits, as a small model of its kind shows"
+            f" ({model.fails_packed}). Set quant.type: none."
         )
     return found

@@ -1,8 +1,9 @@
 """A base as the other rooms see it: what it is made of, and the class of the ways in which its files store that.
 
 The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
-hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places them
-knows nothing of it. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in `STORED`.
+hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places
+them knows nothing of it. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in
+`STORED`.
 """
 
 import hashlib
@@ -39,7 +40,9 @@ class StoredFormat(ABC):
     decoded: ClassVar[bool] = True
     """Whether they are stored in fewer bits and become 16-bit values as they are read."""
     dequantizes: ClassVar[bool] = False
-    """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here otherwise."""
+    """Whether transformers by itself gives the same values, where it is told to dequantize; a proof reads them here
+    otherwise.
+    """
 
     @staticmethod
     @abstractmethod
@@ -51,19 +54,21 @@ class StoredFormat(ABC):
         return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any other. A load
-        asks the tensors themselves."""
+        """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any
+        other. A load asks the tensors themselves."""
         return None
 
     @abstractmethod
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
-        """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer bits and
-        its scales are one. Reads headers, and facts beside weights, but no weight. Raises `ConfigError` where a part of one is
-        missing, or has another shape or type than it should."""
+        """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer
+        bits and its scales are one. Reads headers, and facts beside weights, but no weight. Raises `ConfigError` where
+        a part of one is missing, or has another shape or type than it should."""
 
     # Most formats have one form, so there is nothing to check.
     def check(self, base: "Base", config: Config) -> None:  # noqa: B027
-        """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no weight."""
+        """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no
+        weight.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Description:
     architecture: Architecture
     stored: StoredFormat
     unrecognised: tuple[str, ...] = ()
-    """A sentence for each thing that config.json names and these facts lack; see trainer/base/describe/unrecognised.py."""
+    """A sentence for each thing that config.json names and these facts lack; see
+    trainer/base/describe/unrecognised.py.
+    """
 
     @property
     def in_4_bits(self) -> bool:
@@ -90,7 +97,8 @@ class Base:
     """A Hugging Face model with safetensors files.
 
     `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json, `description` what it says. `tokens` is how the run's tokenizer differs from that.
+    `config` is the parsed config.json, `description` what it says. `tokens` is how the run's tokenizer differs from
+    that.
     """
 
     name: str
@@ -135,7 +143,9 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not looked at."""
+        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not looked
+        at.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())

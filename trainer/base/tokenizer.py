@@ -1,4 +1,6 @@
-"""The type of a run's tokenizer, for whoever only names it: transformers takes seconds to import, and `plan` does without."""
+"""The type of a run's tokenizer, for whoever only names it: transformers takes seconds to import, and `plan` does
+without.
+"""
 
 from typing import TYPE_CHECKING, Any
 

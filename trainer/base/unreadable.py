@@ -22,8 +22,8 @@ def read_by_transformers(name: str, what: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"model.base: {what} of {name} needs code that the base brings along (auto_map), which is never run. Give a "
-                "base that transformers knows."
+                f"model.base: {what} of {name} needs code that the base brings along (auto_map), which is never run."
+                " Give a base that transformers knows."
             ) from error
         raise ConfigError(unreadable(name, what, error)) from error
 
@@ -47,4 +47,7 @@ def unreadable(name: str, what: str, error: BaseException) -> str:
     reason = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, LookupError):
         reason = f"it lacks {reason}"
-    return f"model.base: {what} of {name} cannot be read ({shown(reason)[1:-1] or type(error).__name__}). Copy the model again."
+    return (
+        f"model.base: {what} of {name} cannot be read ({shown(reason)[1:-1] or type(error).__name__}). Copy the model"
+        " again."
+    )

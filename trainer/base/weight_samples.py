@@ -1,8 +1,9 @@
-"""A fingerprint of a base's weights that costs next to nothing, whatever the base's size: some MB are read, in less than a second.
+"""A fingerprint of a base's weights that costs next to nothing, whatever the base's size: some MB are read, in less
+than a second.
 
-For each file it covers the size, every byte of the header, and ranges of the weights at fixed places, a tensor each. Another base
-of the same shapes differs there, and so does a merge, or a file of another version. A weight that has changed between
-the ranges is not seen: `hash_whole` reads everything.
+For each file it covers the size, every byte of the header, and ranges of the weights at fixed places, a tensor each.
+Another base of the same shapes differs there, and so does a merge, or a file of another version. A weight that has
+changed between the ranges is not seen: `hash_whole` reads everything.
 """
 
 import hashlib
@@ -39,7 +40,9 @@ def sample_weights(store: Store, headers: Mapping[str, FileHeader]) -> dict[str,
 
 
 def _places(headers: Mapping[str, FileHeader]) -> Iterator[_Range]:
-    """The ranges to read, the same at every call: whole files of a small base, else a part of as many tensors as there are ranges."""
+    """The ranges to read, the same at every call: whole files of a small base, else a part of as many tensors as there
+    are ranges.
+    """
     stored = {key: list(header.tensors.values()) for key, header in headers.items()}
     if sum(_bytes_of(tensor) for tensors in stored.values() for tensor in tensors) <= SAMPLED_BYTES:
         for key, header in headers.items():
@@ -68,7 +71,9 @@ def _bytes_of(tensor: TensorSource) -> int:
 def hash_whole(
     store: Store, headers: Mapping[str, FileHeader], report: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, str]:
-    """Name -> SHA-256 of each file of weights, of which every byte is read; `report` is told of bytes done and bytes in all."""
+    """Name -> SHA-256 of each file of weights, of which every byte is read; `report` is told of bytes done and bytes in
+    all.
+    """
     done, total = [0], sum(header.size for header in headers.values())
 
     def whole(key: str) -> str:

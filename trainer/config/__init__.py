@@ -61,7 +61,8 @@ def unsaid(_sentence: str) -> None:
 def load_config(path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = unsaid) -> Config:
     """Read a YAML file, apply `key.path=value` overrides (values are YAML; the last of one key counts), and validate.
 
-    An override replaces what it contradicts, such as train.epochs a train.steps of the file; `say` gets a sentence about it.
+    An override replaces what it contradicts, such as train.epochs a train.steps of the file; `say` gets a sentence
+    about it.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a setting is unknown, missing or wrong. All are named at once.
@@ -91,8 +92,8 @@ def parse_config(
 
 
 def parse_options(kind: type[SectionKind], given: Sequence[str]) -> SectionKind:
-    """The settings of `kind` from `key=value` options, for a command that takes some of its own. Raises `ConfigError` as
-    `load_config`."""
+    """The settings of `kind` from `key=value` options, for a command that takes some of its own. Raises `ConfigError`
+    as `load_config`."""
     tree: dict[str, Any] = {}
     apply_overrides(tree, given, "the options", unsaid)
     return _validated(kind, tree)
@@ -114,11 +115,15 @@ def dump_config(config: Config) -> str:
 
 
 def override(config: Config, *overrides: str) -> Config:
-    """A copy of `config` with dotted overrides applied and validated again. Where nothing was said of `quant`, nothing is."""
+    """A copy of `config` with dotted overrides applied and validated again. Where nothing was said of `quant`, nothing
+    is.
+    """
     tree = config.model_dump(mode="json", exclude=None if config.quant.model_fields_set else {"quant"})
     return parse_config(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 
 def assignment(key: str, value: Any) -> str:
-    """The override that gives the setting `key` this very value, which need not be YAML text: a path may hold `: ` or ` #`."""
+    """The override that gives the setting `key` this very value, which need not be YAML text: a path may hold `: ` or `
+    #`.
+    """
     return f"{key}={yaml.safe_dump(value, default_flow_style=True)}"

@@ -21,8 +21,10 @@ class Ray(Section):
 
     address: str | None = setting(
         None,
-        about="A running cluster, or `local` for a Ray that starts on this machine for this run. Without it the ranks are processes of this "
-        "machine.",
+        about=(
+            "A running cluster, or `local` for a Ray that starts on this machine for this run. Without it the ranks are"
+            " processes of this machine."
+        ),
         example="auto",
     )
     start_timeout: Seconds = setting(
@@ -42,8 +44,10 @@ class Ray(Section):
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK",
-        about="How Ray lays the ranks out over machines: PACK fills one after the other, SPREAD takes as many as there are; "
-        "STRICT refuses anything else.",
+        about=(
+            "How Ray lays the ranks out over machines: PACK fills one after the other, SPREAD takes as many as there"
+            " are; STRICT refuses anything else."
+        ),
         example="SPREAD",
     )
     runtime_env: dict[str, Any] = setting(
@@ -63,7 +67,9 @@ class Ray(Section):
 
 
 class Slurm(Section):
-    """The job that `capstan submit slurm` makes: its resources, and how it goes on after a time limit or a lost node."""
+    """The job that `capstan submit slurm` makes: its resources, and how it goes on after a time limit or a lost
+    node.
+    """
 
     nodes: int = setting(1, about="Machines.", example=2, ge=1, unit="nodes")
     gpus_per_node: int | None = setting(
@@ -72,7 +78,10 @@ class Slurm(Section):
     gpu_type: str | None = setting(None, about="Which GPUs, by Slurm's name for them.", example="h100")
     cpus_per_node: int | None = setting(
         None,
-        about="CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or 8 for a rank with a GPU, or one.",
+        about=(
+            "CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or 8 for a rank with a GPU,"
+            " or one."
+        ),
         example=96,
         ge=1,
         unit="CPUs",
@@ -115,7 +124,10 @@ class Slurm(Section):
     )
     output: str | None = setting(
         None,
-        about="Folder of the job's output file. Default: the run's folder where the store is one, else the current folder.",
+        about=(
+            "Folder of the job's output file. Default: the run's folder where the store is one, else the current"
+            " folder."
+        ),
         example="/home/me/logs",
     )
     launch: Literal["ray", "direct"] = setting(
@@ -133,7 +145,10 @@ class Slurm(Section):
     )
     chain: int = setting(
         0,
-        about="Where jobs must not be requeued: how many jobs to submit that follow each other. 0 is one that requeues itself.",
+        about=(
+            "Where jobs must not be requeued: how many jobs to submit that follow each other. 0 is one that requeues"
+            " itself."
+        ),
         example=4,
         ge=0,
         le=100,
@@ -161,14 +176,19 @@ class Cluster(Section):
 
     workers: int | tuple[int, int] | None = setting(
         None,
-        about="Ranks, or [fewest, most] for a run that goes on with fewer when machines leave the Ray cluster and grows when "
-        "they come. Default: one for each GPU of the cluster, one without GPUs.",
+        about=(
+            "Ranks, or [fewest, most] for a run that goes on with fewer when machines leave the Ray cluster and grows"
+            " when they come. Default: one for each GPU of the cluster, one without GPUs."
+        ),
         example=[8, 32],
         unit="ranks",
     )
     gpus_per_worker: Literal[0, 1] | None = setting(
         None,
-        about="GPUs of each rank; 0 is the CPU. Default: 1 where there are GPUs, else 0. GPUs that torch cannot use are an error.",
+        about=(
+            "GPUs of each rank; 0 is the CPU. Default: 1 where there are GPUs, else 0. GPUs that torch cannot use are"
+            " an error."
+        ),
         example=1,
         unit="GPUs",
     )
@@ -181,8 +201,11 @@ class Cluster(Section):
     )
     nccl: dict[str, str | int] = setting(
         {},
-        about="Variables of NCCL for every rank, whoever starts it: the network interfaces, InfiniBand adapters and so on that it "
-        "uses. They win over those of the environment; `capstan doctor --config` says what NCCL makes of them.",
+        about=(
+            "Variables of NCCL for every rank, whoever starts it: the network interfaces, InfiniBand adapters and so on"
+            " that it uses. They win over those of the environment; `capstan doctor --config` says what NCCL makes of"
+            " them."
+        ),
         example={"NCCL_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"},
     )
     ray: Ray = Ray()

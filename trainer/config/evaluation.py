@@ -53,7 +53,9 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate` measures all of it."""
+    """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan
+    evaluate` measures all of it.
+    """
 
     every: Steps = setting(
         0,
@@ -62,8 +64,10 @@ class Evaluation(Section):
     )
     per_epoch: float = setting(
         0,
-        about="Instead of every: evaluate so many times in each pass over the training data, at even distances and at its end, and "
-        "before the first step. `capstan plan` says which steps these are.",
+        about=(
+            "Instead of every: evaluate so many times in each pass over the training data, at even distances and at its"
+            " end, and before the first step. `capstan plan` says which steps these are."
+        ),
         example=4,
         ge=0,
         le=10_000,
@@ -71,7 +75,10 @@ class Evaluation(Section):
     )
     sets: dict[str, EvalSet] = setting(
         {},
-        about="Further evaluation data by name, each with a loss of its own, such as general data that shows what the model forgets.",
+        about=(
+            "Further evaluation data by name, each with a loss of its own, such as general data that shows what the"
+            " model forgets."
+        ),
         example={"general": {"path": "data/general.jsonl", "format": "text"}},
     )
     tasks: list[str] = setting(
@@ -86,7 +93,10 @@ class Evaluation(Section):
     )
     prompts: str | None = setting(
         None,
-        about="Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with one a line.",
+        about=(
+            "Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with"
+            " one a line."
+        ),
         example="data/prompts.jsonl",
     )
     max_tokens: TokenCount = setting(128, about="Longest answer to a prompt while the run trains.", example=64)
@@ -108,8 +118,8 @@ class Evaluation(Section):
         for name, given in sets.items():
             if name == UNNAMED or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not {UNNAMED!r}, which "
-                    "is the data of data.eval."
+                    f"eval.sets: {name!r} is not allowed as a name. Use letters, digits, '-' and '_', and not"
+                    f" {UNNAMED!r}, which is the data of data.eval."
                 )
             check_fields(f"eval.sets.{name}.fields", given.format or "auto", given.fields)
         return sets
@@ -118,7 +128,7 @@ class Evaluation(Section):
         """A sentence for each set that cannot be read beside this section `data`."""
         judged = [name for name, given in self.sets.items() if kind_of(given.format or data.format) not in LIKELY]
         return [
-            f"eval.sets.{name}.format: rows of data.format: {self.sets[name].format or data.format} have no likelihood. Set it to "
-            "auto, or the format of conversations, of prompts and completions or of texts."
+            f"eval.sets.{name}.format: rows of data.format: {self.sets[name].format or data.format} have no likelihood."
+            " Set it to auto, or the format of conversations, of prompts and completions or of texts."
             for name in judged
         ]

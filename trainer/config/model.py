@@ -9,7 +9,9 @@ from trainer.config.section import Section, setting, with_parts
 
 
 class Tokens(NamedTuple):
-    """Everything by which a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of special ones."""
+    """Everything by which a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of
+    special ones.
+    """
 
     added: tuple[str, ...] = ()
     special: tuple[tuple[str, str], ...] = ()
@@ -35,12 +37,16 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class RopeScaling(Section):
-    """Rotary positions for documents longer than the base's, as transformers scales them; exports have them in their config.json."""
+    """Rotary positions for documents longer than the base's, as transformers scales them; exports have them in their
+    config.json.
+    """
 
     rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
         None,
-        about="How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors are given. dynamic is not possible, "
-        "as its frequencies would follow from the rows before. Default: the base's own.",
+        about=(
+            "How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors are given."
+            " dynamic is not possible, as its frequencies would follow from the rows before. Default: the base's own."
+        ),
         example="yarn",
     )
     factor: float | None = setting(
@@ -83,8 +89,8 @@ class RopeScaling(Section):
     def _not_dynamic(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("rope_type") == "dynamic":
             raise ValueError(
-                "model.rope_scaling.rope_type: dynamic frequencies follow from the longest row so far, so that a resumed run would differ. Set yarn "
-                "or linear."
+                "model.rope_scaling.rope_type: dynamic frequencies follow from the longest row so far, so that a"
+                " resumed run would differ. Set yarn or linear."
             )
         return given
 
@@ -94,7 +100,8 @@ class RopeScaling(Section):
         if self.rope_type is None:
             if named:
                 raise ValueError(
-                    f"model.rope_scaling.{min(named)}: has no effect without model.rope_scaling.rope_type. Set that too."
+                    f"model.rope_scaling.{min(named)}: has no effect without model.rope_scaling.rope_type. Set that"
+                    " too."
                 )
             return self
         needed, allowed = SCALINGS[self.rope_type]
@@ -112,8 +119,10 @@ class Model(Section):
     """The base model."""
 
     base: str = setting(
-        about="A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by "
-        "ranges, without a local copy), or a Hub id (downloaded into Hugging Face's cache).",
+        about=(
+            "A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by"
+            " ranges, without a local copy), or a Hub id (downloaded into Hugging Face's cache)."
+        ),
         example="/models/Llama-3.1-8B",
     )
     revision: str | None = setting(None, about="Branch, tag or commit of a Hub id.", example="main")
@@ -128,16 +137,20 @@ class Model(Section):
         "eager",
     ] = setting(
         "auto",
-        about="Attention kernel. auto takes the first of these that can run here and does what the base needs, values and gradients: "
-        "those of the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager (plain products, which hold all "
-        "scores at once). The log says which and why; docs/attention.md says which where.",
+        about=(
+            "Attention kernel. auto takes the first of these that can run here and does what the base needs, values and"
+            " gradients: those of the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager (plain"
+            " products, which hold all scores at once). The log says which and why; docs/attention.md says which where."
+        ),
         example="sdpa",
     )
     kernels: Literal["auto", "liger", "none"] = setting(
         "auto",
-        about="Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU (the extra gpu). "
-        "none: the base's own operations. auto is liger where it is installed and knows the base, and otherwise none. The log says "
-        "which and why.",
+        about=(
+            "Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU"
+            " (the extra gpu). none: the base's own operations. auto is liger where it is installed and knows the base,"
+            " and otherwise none. The log says which and why."
+        ),
         example="none",
     )
     dtype: Literal["bf16", "fp32"] = setting(
@@ -152,8 +165,10 @@ class Model(Section):
     )
     add_tokens: list[str] = setting(
         [],
-        about="Texts that become one token each, whose rows of the embedding and of the output head learn beside the adapter. A "
-        "token that the tokenizer has already, such as a reserved one, learns in its own row.",
+        about=(
+            "Texts that become one token each, whose rows of the embedding and of the output head learn beside the"
+            " adapter. A token that the tokenizer has already, such as a reserved one, learns in its own row."
+        ),
         example=["<tool>", "</tool>"],
     )
 
@@ -180,9 +195,12 @@ class Quant(Section):
 
     type: Literal["nf4", "fp4", "int8", "stored", "none"] = setting(
         "nf4",
-        about="Type that the base is quantized to: nf4 or fp4 in 4 bits, or int8; none for 16-bit weights; or stored: weights stay as the base's files have them, in "
-        "INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too. Where a configuration says nothing of quant and the base is published in "
-        "4 bits, it is stored. docs/bases.md says which bases can.",
+        about=(
+            "Type that the base is quantized to: nf4 or fp4 in 4 bits, or int8; none for 16-bit weights; or stored:"
+            " weights stay as the base's files have them, in INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too."
+            " Where a configuration says nothing of quant and the base is published in 4 bits, it is stored."
+            " docs/bases.md says which bases can."
+        ),
         example="nf4",
     )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
@@ -192,8 +210,11 @@ class Quant(Section):
 
     cache: bool = setting(
         False,
-        about="Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs) and read it "
-        "from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked against its hash.",
+        about=(
+            "Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs)"
+            " and read it from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked"
+            " against its hash."
+        ),
         example=True,
     )
 
@@ -213,11 +234,13 @@ class Quant(Section):
             for name in ("double", "cache"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type: nf4."
+                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type:"
+                        " nf4."
                     )
         if self.type == "int8" and self.double:
             raise ValueError(
-                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for fewer scales."
+                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for"
+                " fewer scales."
             )
         return self
 
@@ -228,10 +251,13 @@ class Tuning(Section):
 
     method: str = setting(
         "lora",
-        about="lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora, and a "
-        "length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner activations. oft: rotations of a layer's inputs. bottleneck: "
-        "narrow layers after attention and MLP. prompt: virtual tokens before each document. prefix: keys and values of such "
-        "tokens in every layer. full: the base itself, which needs quant.type: none.",
+        about=(
+            "lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora,"
+            " and a length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner"
+            " activations. oft: rotations of a layer's inputs. bottleneck: narrow layers after attention and MLP."
+            " prompt: virtual tokens before each document. prefix: keys and values of such tokens in every layer. full:"
+            " the base itself, which needs quant.type: none."
+        ),
         example="rslora",
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
@@ -241,15 +267,20 @@ class Tuning(Section):
     dropout: float = setting(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
-        about="Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of linear "
-        "attention, but no router and not the output head), names, which are ends of paths, patterns of whole paths, where * "
-        "is any text, or behind re: regular expressions for whole paths, as in PEFT. auto is all-linear, but k_proj, v_proj and down_proj for ia3.",
+        about=(
+            "Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of"
+            " linear attention, but no router and not the output head), names, which are ends of paths, patterns of"
+            " whole paths, where * is any text, or behind re: regular expressions for whole paths, as in PEFT. auto is"
+            " all-linear, but k_proj, v_proj and down_proj for ia3."
+        ),
         example=["q_proj", "v_proj"],
     )
     layers: tuple[int, int] | None = setting(
         None,
-        about="Adapt the targets in these decoder layers only: the number of the first one, counted from 0, and that behind the last. "
-        "Default: in all.",
+        about=(
+            "Adapt the targets in these decoder layers only: the number of the first one, counted from 0, and that"
+            " behind the last. Default: in all."
+        ),
         example=[10, 32],
     )
     virtual_tokens: int = setting(
@@ -262,8 +293,10 @@ class Tuning(Section):
     )
     init_text: str | None = setting(
         None,
-        about="Text whose tokens, repeated or cut to virtual_tokens, are those that prompt and prefix start from. Default: tokens drawn from "
-        "the vocabulary by run.seed.",
+        about=(
+            "Text whose tokens, repeated or cut to virtual_tokens, are those that prompt and prefix start from."
+            " Default: tokens drawn from the vocabulary by run.seed."
+        ),
         example="Classify the message as spam or not: ",
         min_length=1,
     )
@@ -277,16 +310,21 @@ class Tuning(Section):
     )
     modules_to_save: list[str] = setting(
         [],
-        about="Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms, embed_tokens, "
-        "lm_head, routers. As in PEFT.",
+        about=(
+            "Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms,"
+            " embed_tokens, lm_head, routers. As in PEFT."
+        ),
         example=["norm", "lm_head"],
     )
 
     start: str | None = setting(
         None,
-        about="An adapter that learning begins from: a run of this store by its name (its newest checkpoint at the first start) or NAME@STEP, the path or URI of a "
-        "run, of one of its checkpoints/step-... or of a LoRA adapter in PEFT's folder. Its rank, alpha and layers must be those of this section. The "
-        "reference of dpo and kto is then the base with that adapter. Default: the method's own start.",
+        about=(
+            "An adapter that learning begins from: a run of this store by its name (its newest checkpoint at the first"
+            " start) or NAME@STEP, the path or URI of a run, of one of its checkpoints/step-... or of a LoRA adapter in"
+            " PEFT's folder. Its rank, alpha and layers must be those of this section. The reference of dpo and kto is"
+            " then the base with that adapter. Default: the method's own start."
+        ),
         example="runs/support-sft/checkpoints/step-000000400",
         min_length=1,
     )
@@ -302,8 +340,8 @@ class Tuning(Section):
     def _range(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
         if layers is not None and not 0 <= layers[0] < layers[1]:
             raise ValueError(
-                f"tuning.layers: {list(layers)} is not allowed. Give the number of the first layer, from 0, and that behind the last. "
-                "Example: [10, 32]."
+                f"tuning.layers: {list(layers)} is not allowed. Give the number of the first layer, from 0, and that"
+                " behind the last. Example: [10, 32]."
             )
         return layers
 
@@ -311,6 +349,7 @@ class Tuning(Section):
     def _experts(self) -> "Tuning":
         if self.experts_rank is not None and not self.experts:
             raise ValueError(
-                f"tuning.experts_rank: {self.experts_rank} has no effect without tuning.experts: true. Remove it, or set that."
+                f"tuning.experts_rank: {self.experts_rank} has no effect without tuning.experts: true. Remove it, or"
+                " set that."
             )
         return self

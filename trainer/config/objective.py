@@ -1,4 +1,6 @@
-"""The settings of the objective, what training minimises, and of the answers that are sampled for one that learns from rewards."""
+"""The settings of the objective, what training minimises, and of the answers that are sampled for one that learns from
+rewards.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +14,10 @@ from trainer.config.section import Seconds, Section, Share, TokenCount, declared
 class Head:
     """A head that an objective has of its own: it learns beside the method, in the place of the language model's head.
 
-    It is a matrix (outputs, hidden), `biased` with a bias, and has an output for each of `data.labels` where it is `labelled`, else one. It reads the
-    last token of a text, or each token (`per_token`). With `several` each output says for itself whether its label holds. `task` is PEFT's name for what it does and `pipeline` the Hub's, `transformers_class` loads base
-    and head together, and `what` it is begins a sentence.
+    It is a matrix (outputs, hidden), `biased` with a bias, and has an output for each of `data.labels` where it is
+    `labelled`, else one. It reads the last token of a text, or each token (`per_token`). With `several` each output
+    says for itself whether its label holds. `task` is PEFT's name for what it does and `pipeline` the Hub's,
+    `transformers_class` loads base and head together, and `what` it is begins a sentence.
     """
 
     task: str
@@ -28,46 +31,64 @@ class Head:
 
 
 HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
-"""The heads of those objectives that have one, by the objective's name: the `settings.py` of an objective's folder names it in `HEADS`."""
+"""The heads of those objectives that have one, by the objective's name: the `settings.py` of an objective's folder
+names it in `HEADS`.
+"""
 
 
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md say when to use which, and give the formulas."""
+    """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md
+    say when to use which, and give the formulas.
+    """
 
     name: str = setting(
         "sft",
-        about="sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference). "
-        "kto: desired and undesired answers (data.format: labelled). classification: the class of a text (data.format: classified). "
-        "multilabel_classification: any of several (data.format: multilabel). token_classification: "
-        "those of words (data.format: tagged). "
-        "reward: a number for an answer, by pairs. distil: what a stored teacher says of each target. grpo: what sampled answers are worth. opd: what a teacher says of sampled answers.",
+        about=(
+            "sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference)."
+            " kto: desired and undesired answers (data.format: labelled). classification: the class of a text"
+            " (data.format: classified). multilabel_classification: any of several (data.format: multilabel)."
+            " token_classification: those of words (data.format: tagged). reward: a number for an answer, by pairs."
+            " distil: what a stored teacher says of each target. grpo: what sampled answers are worth. opd: what a"
+            " teacher says of sampled answers."
+        ),
         example="dpo",
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
         "auto",
-        about="dpo and kto: where the base's log-probabilities come from. adapter_off: a second pass in every step, with what learns "
-        "switched off. stored: one pass over all data before the first step, kept beside the data. auto: adapter_off where the "
-        "method can be switched off, else stored.",
+        about=(
+            "dpo and kto: where the base's log-probabilities come from. adapter_off: a second pass in every step, with"
+            " what learns switched off. stored: one pass over all data before the first step, kept beside the data."
+            " auto: adapter_off where the method can be switched off, else stored."
+        ),
         example="stored",
     )
     beta: float | None = setting(
         None,
-        about="dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the base, 0 by default. orpo: weight of the odds ratio beside the next-token "
-        "loss. simpo: scale of the log-probability a token. Default: 0.1, for simpo 2.",
+        about=(
+            "dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the"
+            " base, 0 by default. orpo: weight of the odds ratio beside the next-token loss. simpo: scale of the"
+            " log-probability a token. Default: 0.1, for simpo 2."
+        ),
         example=0.1,
         gt=0,
         le=100,
     )
     teacher: str | None = setting(
         None,
-        about="distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its log-probabilities "
-        "beside the data, once, before the run. Or the URL of a vLLM, with the model's name behind a #. Give this or teacher_run. opd: the same, and the teacher judges sampled answers while the run learns.",
+        about=(
+            "distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its"
+            " log-probabilities beside the data, once, before the run. Or the URL of a vLLM, with the model's name"
+            " behind a #. Give this or teacher_run. opd: the same, and the teacher judges sampled answers while the run"
+            " learns."
+        ),
         example="Qwen/Qwen3-235B-A22B",
     )
     teacher_run: str | None = setting(
         None,
-        about="distil and opd: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI.",
+        about=(
+            "distil and opd: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI."
+        ),
         example="big@1200",
     )
     teacher_quant: str | None = setting(
@@ -77,8 +98,10 @@ class ObjectiveSettings(Section):
     )
     label_smoothing: Share = setting(
         0.0,
-        about="sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of the "
-        "pairs that are thought to be the wrong way round, below 0.5.",
+        about=(
+            "sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of"
+            " the pairs that are thought to be the wrong way round, below 0.5."
+        ),
         example=0.1,
     )
 
@@ -94,7 +117,10 @@ class Serve(Section):
     replicas: int = setting(1, about="Servers, each of the whole base.", example=2, ge=1, le=1024, unit="servers")
     gpus: int = setting(
         1,
-        about="GPUs of each server, all of one machine; several share the base (--tensor-parallel-size). 0 serves on CPUs.",
+        about=(
+            "GPUs of each server, all of one machine; several share the base (--tensor-parallel-size). 0 serves on"
+            " CPUs."
+        ),
         example=4,
         ge=0,
         le=64,
@@ -102,8 +128,11 @@ class Serve(Section):
     )
     command: list[str] = setting(
         ["vllm", "serve"],
-        about="The program and its first words, by its path where it is in an environment of its own. Behind them come the base and vLLM's options for "
-        "adapters, the address, model.dtype, and data.sequence_length as the longest text.",
+        about=(
+            "The program and its first words, by its path where it is in an environment of its own. Behind them come"
+            " the base and vLLM's options for adapters, the address, model.dtype, and data.sequence_length as the"
+            " longest text."
+        ),
         example=["/opt/vllm/bin/vllm", "serve"],
     )
     options: list[str] = setting(
@@ -113,7 +142,10 @@ class Serve(Section):
     )
     base: str | None = setting(
         None,
-        about="The base that is served, as a folder or on the Hub, where that is not model.base: what the 4 bits of quant.type stand for, in 16.",
+        about=(
+            "The base that is served, as a folder or on the Hub, where that is not model.base: what the 4 bits of"
+            " quant.type stand for, in 16."
+        ),
         example="/models/as-quantized",
     )
     start_seconds: Seconds = setting(
@@ -132,25 +164,33 @@ class Serve(Section):
     def _not_those_that_are_given(cls, options: list[str]) -> list[str]:
         if found := [option for option in options if option.partition("=")[0].replace("_", "-") in _CHOSEN]:
             raise ValueError(
-                f"rollout.serve.options: {found[0]} is not allowed, as Capstan chooses the address and asks without a key. Leave it out."
+                f"rollout.serve.options: {found[0]} is not allowed, as Capstan chooses the address and asks without a"
+                " key. Leave it out."
             )
         return options
 
 
 class Rollout(Section):
-    """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of data.train: all before the last answer of a row,
-    which is given to the reward and never trained. docs/rollouts.md says how to go about it."""
+    """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of
+    data.train: all before the last answer of a row, which is given to the reward and never trained. docs/rollouts.md
+    says how to go about it."""
 
     reward: str | None = setting(
         None,
-        about="What an answer is worth: exact, regex, math, json_schema or length, or your function as module:function, called as TRL calls one: with lists "
-        "prompts, completions and answer, by name; it returns a number for each. Or verifiers:TASKSET, for an environment of verifiers.",
+        about=(
+            "What an answer is worth: exact, regex, math, json_schema or length, or your function as module:function,"
+            " called as TRL calls one: with lists prompts, completions and answer, by name; it returns a number for"
+            " each. Or verifiers:TASKSET, for an environment of verifiers."
+        ),
         example="rewards:correct",
     )
     engine: Literal["own", "serve"] | list[str] = setting(
         OWN,
-        about="Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is needed. serve: vLLM servers that are started "
-        "with the run (rollout.serve). Or URLs of vLLM servers of the same base. Servers are asked by `capstan rollout`, beside the run.",
+        about=(
+            "Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is"
+            " needed. serve: vLLM servers that are started with the run (rollout.serve). Or URLs of vLLM servers of the"
+            " same base. Servers are asked by `capstan rollout`, beside the run."
+        ),
         example="serve",
     )
     serve: Serve = Serve()
@@ -171,8 +211,11 @@ class Rollout(Section):
     )
     max_lag: int | None = setting(
         None,
-        about="Updates that an answer's adapter may be behind the update that learns from it; the trainer waits for newer answers. 0 samples and "
-        "trains in turns. Not with engine: own, which always does. Default: rollout.updates, so that both are done at once.",
+        about=(
+            "Updates that an answer's adapter may be behind the update that learns from it; the trainer waits for newer"
+            " answers. 0 samples and trains in turns. Not with engine: own, which always does. Default:"
+            " rollout.updates, so that both are done at once."
+        ),
         example=0,
         ge=0,
         le=1000,
@@ -180,16 +223,21 @@ class Rollout(Section):
     )
     updates: int = setting(
         1,
-        about="Updates that learn from the same answers, one after the other; TRL's num_iterations. From the second on the ratio is one between the model as it "
-        "sampled and as it has become, which is what objective.clip_low and clip_high bound.",
+        about=(
+            "Updates that learn from the same answers, one after the other; TRL's num_iterations. From the second on"
+            " the ratio is one between the model as it sampled and as it has become, which is what objective.clip_low"
+            " and clip_high bound."
+        ),
         example=2,
         ge=1,
         le=64,
     )
     held_out: int = setting(
         0,
-        about="So many prompts of the evaluation data (data.eval or data.held_out) are answered, by the likeliest tokens, every eval.every steps, and get the "
-        "same reward: held_out_reward in the records.",
+        about=(
+            "So many prompts of the evaluation data (data.eval or data.held_out) are answered, by the likeliest tokens,"
+            " every eval.every steps, and get the same reward: held_out_reward in the records."
+        ),
         example=64,
         ge=0,
         le=100_000,
@@ -198,7 +246,10 @@ class Rollout(Section):
     reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
     reward_python: str | None = setting(
         None,
-        about="The Python that runs the reward, for one that has an environment of its own. Default: the one that runs Capstan.",
+        about=(
+            "The Python that runs the reward, for one that has an environment of its own. Default: the one that runs"
+            " Capstan."
+        ),
         example="/envs/verifiers/bin/python",
     )
 
@@ -230,6 +281,7 @@ class Rollout(Section):
             not engine or any(not url.startswith(("http://", "https://")) for url in engine)
         ):
             raise ValueError(
-                f"rollout.engine: {engine} is not allowed. Give own, serve, or a list of URLs. Example: [http://gpu-1:8000]."
+                f"rollout.engine: {engine} is not allowed. Give own, serve, or a list of URLs. Example:"
+                " [http://gpu-1:8000]."
             )
         return engine

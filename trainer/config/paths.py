@@ -49,7 +49,9 @@ def check_file(path: Path) -> None:
 
 
 def check_files(paths: Iterable[Path], setting: str) -> None:
-    """Raises `ConfigError` where one of them, which are read by their names, is no file. `setting` is what messages call their folder."""
+    """Raises `ConfigError` where one of them, which are read by their names, is no file. `setting` is what messages
+    call their folder.
+    """
     for path in paths:
         try:
             check_file(path)

@@ -22,8 +22,8 @@ Kind = TypeVar("Kind")
 
 
 def kinds(package: str, table: str, speaks: str = "method") -> dict[str, Any]:
-    """All entries of the dictionaries called `table` in the package's files; a file without one has no kind of its own. A kind
-    with parts of its own is a folder there, for which its file `speaks` has the table."""
+    """All entries of the dictionaries called `table` in the package's files; a file without one has no kind of its own.
+    A kind with parts of its own is a folder there, for which its file `speaks` has the table."""
     return dict(_kinds(package, tuple(import_module(package).__path__), table, speaks))
 
 
@@ -49,7 +49,9 @@ def chosen(known: Mapping[str, Kind], setting: str, name: str) -> Kind:
 
 
 def refuse_unread(section: BaseModel, setting: str, read: Collection[str]) -> None:
-    """Raise `ConfigError` for a value in the section of `setting`, such as tuning.method, that its choice does not read."""
+    """Raise `ConfigError` for a value in the section of `setting`, such as tuning.method, that its choice does not
+    read.
+    """
     where, _, choice = setting.partition(".")
     for name, field in type(section).model_fields.items():
         if name not in (choice, *read) and getattr(section, name) != field.default:

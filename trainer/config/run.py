@@ -1,4 +1,6 @@
-"""The life of a run: its name and place, when it is saved, how often it starts again, how long a rank may take, and where its curves are shown."""
+"""The life of a run: its name and place, when it is saved, how often it starts again, how long a rank may take, and
+where its curves are shown.
+"""
 
 from typing import Any, Literal
 
@@ -39,7 +41,8 @@ class Run(Section):
     def _not_the_stores_own(cls, name: str) -> str:
         if name in _SHARED_FOLDERS:
             raise ValueError(
-                f"run.name: {name!r} is not allowed. The store keeps what runs share in a folder of this name. Choose another."
+                f"run.name: {name!r} is not allowed. The store keeps what runs share in a folder of this name. Choose"
+                " another."
             )
         return name
 
@@ -54,7 +57,10 @@ class Checkpoint(Section):
     )
     per_epoch: float = setting(
         0,
-        about="Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this rule off.",
+        about=(
+            "Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this"
+            " rule off."
+        ),
         example=1,
         ge=0,
         le=10_000,
@@ -73,16 +79,21 @@ class Checkpoint(Section):
     )
     keep_best: int = setting(
         0,
-        about="Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
-        "none.",
+        about=(
+            "Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
+            "none."
+        ),
         example=2,
         ge=0,
         unit="checkpoints",
     )
     adapters: bool = setting(
         False,
-        about="Beside each commit write what it has learnt as a PEFT adapter, `checkpoints/step-.../adapter/`, in a process of "
-        "its own beside the training. It goes with its checkpoint. Not for tuning.method: full, which has no adapter.",
+        about=(
+            "Beside each commit write what it has learnt as a PEFT adapter, `checkpoints/step-.../adapter/`, in a"
+            " process of its own beside the training. It goes with its checkpoint. Not for tuning.method: full, which"
+            " has no adapter."
+        ),
         example=True,
     )
     when_busy: Literal["wait", "skip"] = setting(
@@ -93,8 +104,10 @@ class Checkpoint(Section):
     )
     failed_saves: int = setting(
         3,
-        about="Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
-        "of a start may not fail at all.",
+        about=(
+            "Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
+            "of a start may not fail at all."
+        ),
         example=0,
         ge=0,
         unit="saves",
@@ -113,8 +126,10 @@ class Retry(Section):
 
     failures: int = setting(
         3,
-        about="Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a second "
-        "crash at the same step ends the run.",
+        about=(
+            "Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a"
+            " second crash at the same step ends the run."
+        ),
         example=3,
         ge=0,
         unit="restarts",
@@ -128,8 +143,10 @@ class Retry(Section):
     )
     skip_bad_window: bool = setting(
         True,
-        about="After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without it, "
-        "or the second time, the run ends with exit code 5.",
+        about=(
+            "After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without"
+            " it, or the second time, the run ends with exit code 5."
+        ),
         example=False,
     )
 
@@ -153,8 +170,10 @@ class Track(Section):
     )
     trackers: list[str] = setting(
         [],
-        about="Services that show the curves, each an extra: wandb, mlflow, trackio. Addresses and keys come from the environment. "
-        "One that fails never ends the run. See docs/tracking.md.",
+        about=(
+            "Services that show the curves, each an extra: wandb, mlflow, trackio. Addresses and keys come from the"
+            " environment. One that fails never ends the run. See docs/tracking.md."
+        ),
         example=["wandb", "mlflow"],
     )
     project: str = setting(
@@ -171,19 +190,28 @@ class Track(Section):
     tags: list[str] = setting([], about="The run's tags there.", example=["lora", "8b"])
     print_steps: Steps = setting(
         10,
-        about="Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0 prints none.",
+        about=(
+            "Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0"
+            " prints none."
+        ),
         example=1,
     )
     price_per_gpu_hour: float | None = setting(
         None,
-        about="The price of one GPU for an hour, in your money: `capstan status` and `report` then show what the run has cost.",
+        about=(
+            "The price of one GPU for an hour, in your money: `capstan status` and `report` then show what the run has"
+            " cost."
+        ),
         example=2.5,
         ge=0,
         unit="money",
     )
     flush_seconds: Seconds = setting(
         5.0,
-        about="How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends less often.",
+        about=(
+            "How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends"
+            " less often."
+        ),
         example=10,
     )
 

@@ -1,4 +1,6 @@
-"""Names and texts that look like secrets. Everyone who may read a run's folder reads all of it, so none is written there."""
+"""Names and texts that look like secrets. Everyone who may read a run's folder reads all of it, so none is written
+there.
+"""
 
 import re
 from collections.abc import Iterator
@@ -29,8 +31,8 @@ _HARMLESS = re.compile(
 )
 # AWS's secret keys are 40 characters of base64, which may begin with a slash and hold others, as a path does.
 _AWS_SECRET = re.compile(r"(?=(?:[^A-Z]*[A-Z]){4})(?=(?:[^a-z]*[a-z]){4})(?=\D*\d)[A-Za-z0-9/+]{40}")
-# `NAME=value`, `--name value` and `-H "name: value"`. The value is only looked at, as another assignment may begin in it
-# (--env=NAME=value).
+# `NAME=value`, `--name value` and `-H "name: value"`. The value is only looked at, as another assignment may begin in
+# it (--env=NAME=value).
 _ASSIGNED = re.compile(
     r"(?:\b([A-Za-z_]\w*)\+?=|(?:-H|--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
     r"(?=[\"']?([^\s\"',;|&)<>]{1,200}))"
@@ -49,7 +51,10 @@ _SAID = r"\b(?:echo|printf)\s+(?:-\w+\s+|[\"']?%s(?:\\n)?[\"']?\s+){0,3}" + _WOR
 _SUBSTITUTED = r"(?P<name>[A-Za-z_][\w-]{0,80})(?:=|\s)\s{0,9}[\"']?(?:\$\(|`)"
 _TOKEN_FILE = r"[\"']?\S{0,200}?(?:(?<![a-z])token|_token_(?:path|file))\b"
 # Programs that read a secret, and files that keep one.
-_READER = rf"(?:\slogin\b|--with-token|--password-stdin|\bkinit\b|\bsudo\s+-S|--passphrase-fd|\btee\s[^\n|;]{{0,80}}?{_TOKEN_FILE})"
+_READER = (
+    r"(?:\slogin\b|--with-token|--password-stdin|\bkinit\b|\bsudo\s+-S|--passphrase-fd"
+    rf"|\btee\s[^\n|;]{{0,80}}?{_TOKEN_FILE})"
+)
 # Programs by the letter of their option for a password, whose word may follow at once.
 _LETTERS = {
     "mysql|mysqldump|mariadb|7za?": "p",
@@ -109,8 +114,10 @@ _URL = re.compile(
 _MASK = "(removed, as it looks like a secret)"
 _PASS = {
     "cluster.ray": "Set it in the environment of `ray start` on the cluster's nodes, which its jobs inherit.",
-    "cluster.slurm": "Export it in the shell that submits, which sbatch passes on to the job, or read it in the job from a file "
-    "of your own: export NAME=$(cat ~/.name).",
+    "cluster.slurm": (
+        "Export it in the shell that submits, which sbatch passes on to the job, or read it in the job from a file "
+        "of your own: export NAME=$(cat ~/.name)."
+    ),
 }
 _PASS_ELSEWHERE = "Give it in the environment of the process, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
 
@@ -118,8 +125,8 @@ _PASS_ELSEWHERE = "Give it in the environment of the process, such as AWS_ACCESS
 def refuse_secrets(config: Config) -> None:
     """Raises `ConfigError` for every setting that holds a secret, without repeating it."""
     found = [
-        f"{setting}: {what} looks like a secret, and the configuration is kept in the store for all to read. Remove it. "
-        + next((way for section, way in _PASS.items() if setting.startswith(section)), _PASS_ELSEWHERE)
+        f"{setting}: {what} looks like a secret, and the configuration is kept in the store for all to read. Remove"
+        " it. " + next((way for section, way in _PASS.items() if setting.startswith(section)), _PASS_ELSEWHERE)
         for setting, text in _texts(config.model_dump(mode="json"), "")
         if (what := _secret_in(setting, text))
     ]
@@ -136,7 +143,8 @@ def names_secret(name: str) -> bool:
 
 
 def masked(tree: Any, setting: str = "") -> Any:
-    """A copy of `tree`, settings as plain values that begin at `setting`, with a word in place of each value that holds a
+    """A copy of `tree`, settings as plain values that begin at `setting`, with a word in place of each value that holds
+    a
     secret: for settings of an earlier version, which did not refuse them."""
     if isinstance(tree, dict):
         return {key: masked(value, f"{setting}.{key}" if setting else str(key)) for key, value in tree.items()}
@@ -196,7 +204,9 @@ def _is_harmless(value: str) -> bool:
 
 
 def _texts(tree: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(setting, text) of every leaf; a list of words or lines is one text, as an option and its value may be two words."""
+    """(setting, text) of every leaf; a list of words or lines is one text, as an option and its value may be two
+    words.
+    """
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _texts(value, f"{path}.{key}" if path else str(key))

@@ -1,7 +1,8 @@
-"""The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a folder has.
+"""The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a
+folder has.
 
-A method or an objective with settings of its own is a folder, whose `settings.py` names classes of them in `SETTINGS`. It
-imports nothing of trainer.config, which reads it.
+A method or an objective with settings of its own is a folder, whose `settings.py` names classes of them in `SETTINGS`.
+It imports nothing of trainer.config, which reads it.
 """
 
 import re
@@ -66,7 +67,9 @@ def _kinds(annotation: Any) -> Iterator[type]:
 
 
 def setting(default: Any = ..., *, about: str, example: Any, unit: str | None = None, **constraints: Any) -> Any:
-    """One setting: what it is about, an example, and unless its type has them its unit and its bounds as pydantic knows them."""
+    """One setting: what it is about, an example, and unless its type has them its unit and its bounds as pydantic knows
+    them.
+    """
     if unit:
         constraints["json_schema_extra"] = {"unit": unit}
     return Field(default, description=about, examples=[example], **constraints)
@@ -86,7 +89,9 @@ PartKind = TypeVar("PartKind", bound=Section)
 
 
 def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]:
-    """A decorator for a section that also has the settings of each folder in `package`; `part` reads them with their types."""
+    """A decorator for a section that also has the settings of each folder in `package`; `part` reads them with their
+    types.
+    """
 
     def complete(section: type[SectionKind]) -> type[SectionKind]:
         known = set(section.model_fields)

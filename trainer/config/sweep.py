@@ -1,4 +1,6 @@
-"""The settings of a search over other settings: which values are tried, how trials are compared, and when one ends early."""
+"""The settings of a search over other settings: which values are tried, how trials are compared, and when one ends
+early.
+"""
 
 import difflib
 import math
@@ -25,8 +27,11 @@ class Sweep(Section):
 
     settings: dict[str, Any] = setting(
         {},
-        about="The settings that are tried, by their dotted names, and their values. grid: [..] tries each of them; choice: [..] "
-        "draws one; uniform, log_uniform and int: [lowest, highest] draw a number in between, the bounds included.",
+        about=(
+            "The settings that are tried, by their dotted names, and their values. grid: [..] tries each of them;"
+            " choice: [..] draws one; uniform, log_uniform and int: [lowest, highest] draw a number in between, the"
+            " bounds included."
+        ),
         example={"optim.lr": {"log_uniform": [1e-5, 1e-3]}, "tuning.rank": {"grid": [8, 64]}},
     )
     samples: int | None = setting(
@@ -39,22 +44,30 @@ class Sweep(Section):
     )
     metric: str | None = setting(
         None,
-        about="The figure that trials are compared by: eval (the loss of the evaluation data), the name of one of eval.sets, "
-        "or train (the training loss, a mean over ten steps). NAME/MEASURE is another figure of the same records, such "
-        "as eval/reward_accuracy of preferences. Default: eval where there is evaluation data, else train.",
+        about=(
+            "The figure that trials are compared by: eval (the loss of the evaluation data), the name of one of"
+            " eval.sets, or train (the training loss, a mean over ten steps). NAME/MEASURE is another figure of the"
+            " same records, such as eval/reward_accuracy of preferences. Default: eval where there is evaluation data,"
+            " else train."
+        ),
         example="general",
         min_length=1,
     )
     mode: Literal["min", "max"] | None = setting(
         None,
-        about="Whether a low or a high metric is good. Default: min for losses, max for reward_accuracy and reward_margin; any other "
-        "figure needs it.",
+        about=(
+            "Whether a low or a high metric is good. Default: min for losses, max for reward_accuracy and"
+            " reward_margin; any other figure needs it."
+        ),
         example="max",
     )
     grace_steps: int | None = setting(
         None,
-        about="Stop bad trials early (ASHA): a trial that has taken so many steps, or reduction_factor times as many, and so on, "
-        "goes on only if it is among the best 1 / reduction_factor of those that got there. Default: each trial trains to its end.",
+        about=(
+            "Stop bad trials early (ASHA): a trial that has taken so many steps, or reduction_factor times as many, and"
+            " so on, goes on only if it is among the best 1 / reduction_factor of those that got there. Default: each"
+            " trial trains to its end."
+        ),
         example=100,
         ge=1,
         unit="steps",
@@ -83,8 +96,8 @@ class Sweep(Section):
             kind, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else ("", None)
             if kind not in _CHECKS:
                 raise ValueError(
-                    f"sweep.settings.{name}: {given!r} is not allowed. Give one of {', '.join(_CHECKS)} and its values. "
-                    f"Example: {name}: {{grid: [..]}}."
+                    f"sweep.settings.{name}: {given!r} is not allowed. Give one of {', '.join(_CHECKS)} and its values."
+                    f" Example: {name}: {{grid: [..]}}."
                 )
             if lack := _CHECKS[kind](values):
                 raise ValueError(f"sweep.settings.{name}.{kind}: {values!r} is not allowed. {lack}")
@@ -95,14 +108,14 @@ class Sweep(Section):
         drawn = [name for name, given in self.settings.items() if GRID not in given]
         if self.samples is not None and self.samples > 1 and not drawn:
             raise ValueError(
-                f"sweep.samples: {self.samples} would repeat the same trials, as nothing is drawn. Remove it, or draw a setting "
-                "with choice, uniform, log_uniform or int."
+                f"sweep.samples: {self.samples} would repeat the same trials, as nothing is drawn. Remove it, or draw a"
+                " setting with choice, uniform, log_uniform or int."
             )
         return self
 
     def mismatches(self, known: Collection[str], evaluated: Collection[str], every: int) -> list[str]:
-        """A sentence for each setting that the run cannot have tried. `known` are all settings, `evaluated` the names of the run's
-        evaluation sets, which it evaluates `every` so many steps."""
+        """A sentence for each setting that the run cannot have tried. `known` are all settings, `evaluated` the names
+        of the run's evaluation sets, which it evaluates `every` so many steps."""
         wrong = [
             f"sweep.settings: {name!r} {lack}"
             for name in self.settings
@@ -111,13 +124,14 @@ class Sweep(Section):
         metrics = (*evaluated, TRAIN)
         if self.metric is not None and self.metric.partition("/")[0] not in metrics:
             wrong.append(
-                f"sweep.metric: {self.metric!r} is not measured by this run. Allowed: {', '.join(metrics)}, or one of these and "
-                "a measure of its records, such as eval/reward_accuracy of preferences."
+                f"sweep.metric: {self.metric!r} is not measured by this run. Allowed: {', '.join(metrics)}, or one of"
+                " these and a measure of its records, such as eval/reward_accuracy of preferences."
             )
         if self.grace_steps and self.judged_by(evaluated)[0] != TRAIN and not 0 < every <= self.grace_steps:
             wrong.append(
-                f"sweep.grace_steps: {self.grace_steps} steps need an evaluation by then, and the run evaluates "
-                f"{f'every {every} steps' if every else 'only at its end'}. Evaluate at least so often, or set sweep.metric: train."
+                f"sweep.grace_steps: {self.grace_steps} steps need an evaluation by then, and the run evaluates"
+                f" {f'every {every} steps' if every else 'only at its end'}. Evaluate at least so often, or set"
+                " sweep.metric: train."
             )
         return wrong
 

@@ -19,9 +19,12 @@ class Optim(Section):
 
     name: str = setting(
         "adamw",
-        about="adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of one "
-        "byte each. adafactor: of a matrix one number a row and one a column, and no first moment. lion: a momentum, 4 bytes, and updates of one size; "
-        "it wants a third of AdamW's lr. muon: a momentum, 4 bytes, made orthogonal for each matrix; vectors learn by AdamW, at the same lr.",
+        about=(
+            "adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of"
+            " one byte each. adafactor: of a matrix one number a row and one a column, and no first moment. lion: a"
+            " momentum, 4 bytes, and updates of one size; it wants a third of AdamW's lr. muon: a momentum, 4 bytes,"
+            " made orthogonal for each matrix; vectors learn by AdamW, at the same lr."
+        ),
         example="adamw_8bit",
     )
     lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
@@ -29,9 +32,12 @@ class Optim(Section):
         "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "inverse_sqrt", "wsd", "one_cycle"
     ] = setting(
         "cosine",
-        about="Course of the learning rate after warm-up. cosine, linear, polynomial (by optim.power) and cosine_with_restarts (by "
-        "optim.cycles) fall over all steps, wsd over the last ones (optim.decay_ratio), inverse_sqrt for ever more slowly; constant "
-        "stays. one_cycle rises along a cosine from a 25th and falls to nearly nothing.",
+        about=(
+            "Course of the learning rate after warm-up. cosine, linear, polynomial (by optim.power) and"
+            " cosine_with_restarts (by optim.cycles) fall over all steps, wsd over the last ones (optim.decay_ratio),"
+            " inverse_sqrt for ever more slowly; constant stays. one_cycle rises along a cosine from a 25th and falls"
+            " to nearly nothing."
+        ),
         example="wsd",
     )
     warmup_steps: Steps = setting(0, about="Steps over which the learning rate rises from 0.", example=100)
@@ -66,8 +72,10 @@ class Optim(Section):
     )
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
-        about="Decay of the first and second moment (adamw, adamw_8bit; muon, of vectors). lion: share of the momentum in the update, "
-        "and its decay, of which the paper has [0.9, 0.99].",
+        about=(
+            "Decay of the first and second moment (adamw, adamw_8bit; muon, of vectors). lion: share of the momentum in"
+            " the update, and its decay, of which the paper has [0.9, 0.99]."
+        ),
         example=[0.9, 0.95],
     )
     eps: float = setting(
@@ -89,7 +97,8 @@ class Optim(Section):
         for name, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial"), ("decay_ratio", "wsd")):
             if self.schedule != schedule and getattr(self, name) != Optim.model_fields[name].default:
                 raise ValueError(
-                    f"optim.{name}: has no effect with optim.schedule: {self.schedule}. Remove it, or set optim.schedule: {schedule}."
+                    f"optim.{name}: has no effect with optim.schedule: {self.schedule}. Remove it, or set"
+                    f" optim.schedule: {schedule}."
                 )
         if self.warmup_steps and self.warmup_ratio is not None:
             raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
@@ -112,8 +121,10 @@ class StopWhen(Section):
     loss_steps: int = setting(3, about="So many times in a row.", example=10, ge=1, unit="steps")
     no_better: int = setting(
         0,
-        about="End after so many evaluations in a row whose loss is not below the best one's; 0 is never. Needs checkpoint.keep_best, "
-        "which keeps the best one.",
+        about=(
+            "End after so many evaluations in a row whose loss is not below the best one's; 0 is never. Needs"
+            " checkpoint.keep_best, which keeps the best one."
+        ),
         example=3,
         ge=0,
         unit="evaluations",
@@ -140,55 +151,73 @@ class Train(Section):
     )
     global_batch: Rows = setting(
         8,
-        about="Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not "
-        "move with the number of GPUs.",
+        about=(
+            "Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not"
+            " move with the number of GPUs."
+        ),
         example=64,
     )
     micro_batch: Rows = setting(1, about="Packed rows a rank takes through the model at once.", example=1)
     activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
         "auto",
-        about="Which decoder layers compute their activations again in the backward pass, which frees their memory and takes half "
-        "more time with adapters, a third with method full: all (or true), none (or false), or all but the last N. auto: as few as the memory of the GPU allows, by the "
-        "plan; on CPUs that of the host. The result is the same to the last bit, unless tiled_mlp tiles rows so long.",
+        about=(
+            "Which decoder layers compute their activations again in the backward pass, which frees their memory and"
+            " takes half more time with adapters, a third with method full: all (or true), none (or false), or all but"
+            " the last N. auto: as few as the memory of the GPU allows, by the plan; on CPUs that of the host. The"
+            " result is the same to the last bit, unless tiled_mlp tiles rows so long."
+        ),
         example="all",
     )
     tiled_mlp: bool | Literal["auto"] = setting(
         "auto",
-        about="Whether MLPs take long rows 4,096 tokens at a time, and compute each portion again in the backward pass. auto: from "
-        "16,384 tokens on, in layers that are computed again anyway, where it takes no time.",
+        about=(
+            "Whether MLPs take long rows 4,096 tokens at a time, and compute each portion again in the backward pass."
+            " auto: from 16,384 tokens on, in layers that are computed again anyway, where it takes no time."
+        ),
         example=True,
     )
     activation_offload: bool = setting(
         False,
-        about="Keep the inputs of the layers that are computed again in pinned host memory. For rows so long that these alone are too "
-        "much for the GPU.",
+        about=(
+            "Keep the inputs of the layers that are computed again in pinned host memory. For rows so long that these"
+            " alone are too much for the GPU."
+        ),
         example=True,
     )
     products: Literal["plain", "fp8"] = setting(
         "plain",
-        about="How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a scale a row, sums in fp32, "
-        "on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose peak is twice that in bf16; what learns stays in model.dtype. It needs a base in 4 "
-        "or 8 bits and model.dtype bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly.",
+        about=(
+            "How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a"
+            " scale a row, sums in fp32, on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose peak is"
+            " twice that in bf16; what learns stays in model.dtype. It needs a base in 4 or 8 bits and model.dtype"
+            " bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly."
+        ),
         example="fp8",
     )
     sample_every: Steps = setting(
         0,
-        about="Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the answers in the "
-        "run's folder; 0 turns it off.",
+        about=(
+            "Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the"
+            " answers in the run's folder; 0 turns it off."
+        ),
         example=200,
     )
     deterministic: bool = setting(
         False,
-        about="Have a GPU add in the same order every time, where attention's backward pass and others would add as their parts happen to "
-        "end: a run then repeats to the last bit on the same GPUs, and is a few percent slower. A kernel that has no such way is named in the "
-        "log. CPUs always do.",
+        about=(
+            "Have a GPU add in the same order every time, where attention's backward pass and others would add as their"
+            " parts happen to end: a run then repeats to the last bit on the same GPUs, and is a few percent slower. A"
+            " kernel that has no such way is named in the log. CPUs always do."
+        ),
         example=True,
     )
     stop_when: StopWhen = StopWhen()
     profile: tuple[int, int] | None = setting(
         None,
-        about="First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for https://ui.perfetto.dev. Tracing "
-        "slows these steps. Default: none.",
+        about=(
+            "First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for"
+            " https://ui.perfetto.dev. Tracing slows these steps. Default: none."
+        ),
         example=[10, 12],
         unit="steps",
     )
@@ -201,7 +230,8 @@ class Train(Section):
         if given in ("auto", "all", "none") or (isinstance(given, int) and given >= 0):
             return given
         raise ValueError(
-            f"train.activation_checkpointing: {given!r} is not allowed. Give auto, all, none, or a number of layers, at least 0."
+            f"train.activation_checkpointing: {given!r} is not allowed. Give auto, all, none, or a number of layers, at"
+            " least 0."
         )
 
     @field_validator("tiled_mlp", mode="before")
@@ -212,13 +242,15 @@ class Train(Section):
         raise ValueError(f"train.tiled_mlp: {given!r} is not allowed. Give auto, true or false.")
 
     def kept_layers(self, layers: int) -> int:
-        """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as long as
-        `trainer.plan.plan.settled` has not decided it."""
+        """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as
+        long as `trainer.plan.plan.settled` has not decided it."""
         given = self.activation_checkpointing
         return min(layers, given) if isinstance(given, int) else layers if given == "none" else 0
 
     def longest_mlp(self, *, recomputed: bool) -> int | None:
-        """The tokens that an MLP takes at most as they come, in a layer that is computed again or in another; None is any number."""
+        """The tokens that an MLP takes at most as they come, in a layer that is computed again or in another; None is
+        any number.
+        """
         if self.tiled_mlp == "auto":
             return _LONG_ROW if recomputed else None
         return MLP_TILE if self.tiled_mlp else None
@@ -228,13 +260,13 @@ class Train(Section):
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= (self.steps or math.inf):
             most = f", at most train.steps: {self.steps}" if self.steps else ""
             raise ValueError(
-                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace, counted from 1{most}. "
-                "Example: [10, 12]."
+                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace,"
+                f" counted from 1{most}. Example: [10, 12]."
             )
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
-                "train.activation_offload: has no effect with train.activation_checkpointing: none, which computes no layer again. "
-                "Remove one of them."
+                "train.activation_offload: has no effect with train.activation_checkpointing: none, which computes no"
+                " layer again. Remove one of them."
             )
         if (self.steps is None) == (self.epochs is None):
             given = "both" if self.steps else "neither"
@@ -249,21 +281,29 @@ class Sharding(Section):
 
     deepspeed: str = setting(
         "auto",
-        about="A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several GPUs, single_gpu on one, cpu without.",
+        about=(
+            "A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several"
+            " GPUs, single_gpu on one, cpu without."
+        ),
         example="zero3",
     )
     scope: Literal["auto", "world", "node"] = setting(
         "auto",
-        about="Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a "
-        "whole base and no frozen weight crosses the network). auto is node where there are several nodes and their GPUs "
-        "have the memory, as `capstan plan --gpu` tells; else world.",
+        about=(
+            "Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a"
+            " whole base and no frozen weight crosses the network). auto is node where there are several nodes and"
+            " their GPUs have the memory, as `capstan plan --gpu` tells; else world."
+        ),
         example="node",
     )
     sequence_parallel: int = setting(
         1,
-        about="Ranks that share each row: every one of them has an equal slice of its tokens, and in attention, Mamba and linear attention a share of its heads (Ulysses). The "
-        "memory of activations falls as much. The ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md "
-        "says what it needs.",
+        about=(
+            "Ranks that share each row: every one of them has an equal slice of its tokens, and in attention, Mamba and"
+            " linear attention a share of its heads (Ulysses). The memory of activations falls as much. The ranks of a"
+            " run are a multiple of it, and those that share a row are on one node. docs/long-rows.md says what it"
+            " needs."
+        ),
         example=4,
         ge=1,
         le=1024,

@@ -56,16 +56,18 @@ class Config(Section):
         if self.train.products == "fp8" and (self.quant.type == "none" or self.model.dtype != "bf16"):
             name, given = ("quant.type", "none") if self.quant.type == "none" else ("model.dtype", self.model.dtype)
             raise ValueError(
-                f"train.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16, but {name} is {given}. Set plain."
+                f"train.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16, but {name} is {given}."
+                " Set plain."
             )
         if self.checkpoint.keep_best and not self.eval.between:
             raise ValueError(
-                "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it to 0."
+                "checkpoint.keep_best: has no effect without eval.every or eval.per_epoch. Set one of them, or set it"
+                " to 0."
             )
         if self.train.stop_when.no_better and not self.checkpoint.keep_best:
             raise ValueError(
-                "train.stop_when.no_better: the best checkpoint would not be kept. Set checkpoint.keep_best: 1, and eval.every or "
-                "eval.per_epoch."
+                "train.stop_when.no_better: the best checkpoint would not be kept. Set checkpoint.keep_best: 1, and"
+                " eval.every or eval.per_epoch."
             )
         if self.sweep.settings:
             known = [name for name, _ in fields()]
@@ -80,8 +82,8 @@ class Config(Section):
         workers, size = self.cluster.workers, self.sharding.sequence_parallel
         if size > 1 and isinstance(workers, tuple):
             return (
-                f"cluster.workers: {list(workers)} lets the number of ranks change, which sharding.sequence_parallel: {size} does not allow, as "
-                "the ranks are a multiple of it. Give one number."
+                f"cluster.workers: {list(workers)} lets the number of ranks change, which sharding.sequence_parallel:"
+                f" {size} does not allow, as the ranks are a multiple of it. Give one number."
             )
         if isinstance(workers, int) and workers % size:
             return (
@@ -90,8 +92,8 @@ class Config(Section):
         return None
 
     def decided(self, in_4_bits: bool) -> "Config":
-        """With `quant.type: stored` where nothing is said of `quant` and the base is published `in_4_bits`: quantizing it once more would lose some
-        of what it has."""
+        """With `quant.type: stored` where nothing is said of `quant` and the base is published `in_4_bits`: quantizing
+        it once more would lose some of what it has."""
         if self.quant.model_fields_set or not in_4_bits:
             return self
         return self.model_copy(update={"quant": Quant(type="stored")})

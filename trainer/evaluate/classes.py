@@ -25,12 +25,15 @@ def refuse_writing(ask: Ask, config: Config) -> None:
         raise ConfigError(f"--base: the base has no head for objective.name: {config.objective.name}. Leave it out.")
     if ask.sampling.get("temperature"):
         raise ConfigError(
-            f"--temperature: objective.name: {config.objective.name} draws no tokens, so it has no effect. Leave it out."
+            f"--temperature: objective.name: {config.objective.name} draws no tokens, so it has no effect. Leave it"
+            " out."
         )
 
 
 class _Asked(NamedTuple):
-    """The tokens of a text, the places in it that are asked for, and the words that begin there, if it is words that have classes."""
+    """The tokens of a text, the places in it that are asked for, and the words that begin there, if it is words that
+    have classes.
+    """
 
     tokens: list[int]
     places: list[int]
@@ -65,7 +68,9 @@ def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
 
 
 def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
-    """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that cannot be done."""
+    """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that
+    cannot be done.
+    """
     words = str(prompt.get("prompt", "")).split()
     data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
     (found,) = TaggedRenderer(opened.words.tokenizer, data).encode(

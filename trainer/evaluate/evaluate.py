@@ -15,8 +15,9 @@ _TOLD_SECONDS = 0.2
 
 
 def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
-    """Measure both sides, or the base alone; keeps the evaluation of a checkpoint in the run's folder, unless it is `under` other settings
-    than the run's, which it names. Collective. Where a server answers (`ask.server`), this process alone asks it, and loads no model."""
+    """Measure both sides, or the base alone; keeps the evaluation of a checkpoint in the run's folder, unless it is
+    `under` other settings than the run's, which it names. Collective. Where a server answers (`ask.server`), this
+    process alone asks it, and loads no model."""
     progress = _progress(tell)
     if ask.server:
         return evaluate_served(ask, tell, progress)

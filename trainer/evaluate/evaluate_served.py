@@ -1,4 +1,6 @@
-"""`capstan evaluate --server`: the same sets, pairs and tasks by what a server has of a run, and where it has that too, by its base there."""
+"""`capstan evaluate --server`: the same sets, pairs and tasks by what a server has of a run, and where it has that too,
+by its base there.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,7 +42,8 @@ _OF_A_REQUEST = 2
 
 
 def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
-    """Measure what the server has. `ask.step` is the checkpoint that this is of, as the user says: with it the result is kept in the run's folder.
+    """Measure what the server has. `ask.step` is the checkpoint that this is of, as the user says: with it the result
+    is kept in the run's folder.
 
     Raises:
         ConfigError: nothing answers there, it serves no such model, or the run's has a head.

@@ -22,15 +22,16 @@ from trainer.tuning.head import head_of
 
 
 def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
-    """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them. Collective.
-    An empty list asks nothing: it ends the other ranks' wait before the time-out of their group does.
+    """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them.
+    Collective. An empty list asks nothing: it ends the other ranks' wait before the time-out of their group does.
 
     Where a server answers (`ask.server`), this process alone asks it, and loads no model.
 
     `tell` gets each piece of an answer of rank 0 as it is written, and the whole answers to a list when they are there.
 
     Raises:
-        ConfigError: the base beside the adapter of a method that trains the base itself: the base is gone when the checkpoint is there.
+        ConfigError: the base beside the adapter of a method that trains the base itself: the base is gone when the
+            checkpoint is there.
     """
     if ask.server:
         return _by_server(ask, prompts, tell)
@@ -40,8 +41,8 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     assert opened.manifest is not None
     if ask.base and opened.resolved.method.trains_base:
         raise ConfigError(
-            f"--base: tuning.method: {opened.resolved.config.tuning.method} has changed the base itself, so it cannot answer beside the "
-            "checkpoint. Leave --base out."
+            f"--base: tuning.method: {opened.resolved.config.tuning.method} has changed the base itself, so it cannot"
+            " answer beside the checkpoint. Leave --base out."
         )
     if (head := head_of(opened.resolved.method)) is not None:
         refuse_writing(ask, opened.resolved.config)

@@ -47,7 +47,9 @@ Losses = tuple[Any, Any]
 
 
 class EvaluatedSet(NamedTuple):
-    """A set under its settings, and the cluster of each of its documents: the pieces of one long row, and copies of each other, are of one."""
+    """A set under its settings, and the cluster of each of its documents: the pieces of one long row, and copies of
+    each other, are of one.
+    """
 
     config: Config
     dataset: Dataset
@@ -56,8 +58,8 @@ class EvaluatedSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """The things to measure: sets by name, pairs of sentences, tasks. `trained_on` is the number of documents of each set that are in the training
-    data, where that is known."""
+    """The things to measure: sets by name, pairs of sentences, tasks. `trained_on` is the number of documents of each
+    set that are in the training data, where that is known."""
 
     sets: Mapping[str, EvaluatedSet]
     pairs: Sequence[SentencePair]
@@ -90,7 +92,9 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
 
 
 def evaluated(config: Config, base: Base, store: Store, progress: Progress) -> dict[str, str]:
-    """The sets by name, compiled where the store has them not. Raises `DataError` where a source is missing or unreadable."""
+    """The sets by name, compiled where the store has them not. Raises `DataError` where a source is missing or
+    unreadable.
+    """
 
     def compiling(what: str, now: Any) -> None:
         progress(f"compiling {what}", now.bytes_done, now.bytes)
@@ -109,8 +113,8 @@ def sets_of(config: Config, store: Store, keys: Mapping[str, str]) -> dict[str, 
 
 
 def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[str, str]) -> dict[str, int]:
-    """The documents of each set that are in the training data of the checkpoint, or of those that it began from (`tuning.start`): the most in one of
-    these, as far as they are there to look at."""
+    """The documents of each set that are in the training data of the checkpoint, or of those that it began from
+    (`tuning.start`): the most in one of these, as far as they are there to look at."""
     found = dict[str, int]()
     if manifest is None:
         return found
@@ -180,7 +184,9 @@ def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continue
 def evaluation(
     config: Config, base: Base, step: int | None, work: Work, sides: Mapping[str, MeasuredSide]
 ) -> dict[str, Any]:
-    """The sides by their names, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every field."""
+    """The sides by their names, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every
+    field.
+    """
     one = next(iter(sides.values()))
     return {
         "step": step,
@@ -193,7 +199,9 @@ def evaluation(
 
 
 def keep(run: Store, config: Config, manifest: CheckpointManifest, found: dict[str, Any]) -> dict[str, Any]:
-    """Keep the evaluation of a checkpoint under `config` in the run's folder, unless these are other settings than the run's, which the result names."""
+    """Keep the evaluation of a checkpoint under `config` in the run's folder, unless these are other settings than the
+    run's, which the result names.
+    """
     if under := other_settings(override(trained_config(run, manifest)), config):
         return {**found, "under": under}
     keep_evaluation(run, found)

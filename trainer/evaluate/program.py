@@ -2,8 +2,8 @@
 
     python -m trainer.evaluate.program ASK
 
-ASK is JSON, as `Ask` has it. Rank 0 writes an object a line to its output: what it has to tell on the way, and as the last one
-the result or an error with its exit code.
+ASK is JSON, as `Ask` has it. Rank 0 writes an object a line to its output: what it has to tell on the way, and as the
+last one the result or an error with its exit code.
 """
 
 import json
@@ -20,8 +20,8 @@ from trainer.processes.devices import stay_on_cpu
 
 
 def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
-    """Do as asked, as one rank; the same result on every one. `prompts` come to rank 0 in the order in which they are to be
-    answered, those of one list at once.
+    """Do as asked, as one rank; the same result on every one. `prompts` come to rank 0 in the order in which they are
+    to be answered, those of one list at once.
 
     Raises:
         CapstanError: on every rank alike.

@@ -1,4 +1,6 @@
-"""The request to the ranks of an evaluation, as it travels between processes, and the function by which they report progress."""
+"""The request to the ranks of an evaluation, as it travels between processes, and the function by which they report
+progress.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +15,8 @@ class Ask:
     """The request to every rank.
 
     Attributes:
-        what: evaluate the run at the URI `run`, generate its answers, sample for it (rollout), or have a teacher write for it or judge its answers.
+        what: evaluate the run at the URI `run`, generate its answers, sample for it (rollout), or have a teacher write
+            for it or judge its answers.
         step: the step of the checkpoint; None is the newest whole one.
         overrides: settings as on the command line.
         base: evaluate the base alone, or generate its answers beside the adapter's.

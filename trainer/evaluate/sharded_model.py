@@ -35,7 +35,9 @@ Log = Callable[[str], None]
 
 
 class Words:
-    """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were read."""
+    """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were
+    read.
+    """
 
     def __init__(self, base: Base, data: Data) -> None:
         self.base, self.data = base, data
@@ -51,8 +53,8 @@ class Words:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest` there is
-    nothing to load."""
+    """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest`
+    there is nothing to load."""
 
     run: Store
     resolved: Resolved
@@ -90,8 +92,9 @@ class OpenedRun:
 def settings_of(
     folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
 ) -> tuple[Config, CheckpointManifest | None]:
-    """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the base alone
-    those of the run's folder, over the base that the run has had. `overrides` may change what does not belong to the checkpoint.
+    """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the
+    base alone those of the run's folder, over the base that the run has had. `overrides` may change what does not
+    belong to the checkpoint.
 
     Raises:
         NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
@@ -107,14 +110,16 @@ def settings_of(
 
 
 def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
-    """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's progress.
+    """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's
+    progress.
 
     Raises:
         CapstanError: on every rank alike.
     """
     if any(change.startswith("sharding.sequence_parallel=") for change in overrides):
         raise ConfigError(
-            "sharding.sequence_parallel: an evaluation computes each row on one rank, so this would have no effect. Remove it."
+            "sharding.sequence_parallel: an evaluation computes each row on one rank, so this would have no effect."
+            " Remove it."
         )
     ranks = join_run(_whole_rows(run_config(folder, overrides)))
     config, manifest = ranks.on_first(lambda: settings_of(folder, step, overrides, base_alone=base_alone))
@@ -148,7 +153,9 @@ def _whole_rows(config: Config) -> Config:
 
 
 def _check_base(folder: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is asked for."""
+    """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is
+    asked for.
+    """
     if manifest is None and not _names_model(overrides):
         manifest = next(readable_manifests(folder, []), None)
     if manifest is not None:

@@ -1,4 +1,6 @@
-"""The sets, tasks and pairs that a run would be evaluated on, found and refused before any rank starts. Without torch."""
+"""The sets, tasks and pairs that a run would be evaluated on, found and refused before any rank starts. Without
+torch.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,8 @@ def subjects(config: Config) -> list[str]:
     """The names of the sets, the tasks, and the file of pairs.
 
     Raises:
-        ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not installed.
+        ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not
+            installed.
         DataError: a set's source is missing.
     """
     found = find_evaluated(config)
@@ -40,8 +43,8 @@ def subjects(config: Config) -> list[str]:
     ]
     if not every:
         raise ConfigError(
-            "there is nothing to evaluate: set data.eval, data.held_out, eval.sets, eval.tasks or eval.bias, or name a set with "
-            "--set NAME=PATH."
+            "there is nothing to evaluate: set data.eval, data.held_out, eval.sets, eval.tasks or eval.bias, or name a"
+            " set with --set NAME=PATH."
         )
     return every
 

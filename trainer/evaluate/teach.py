@@ -1,7 +1,9 @@
-"""`capstan teach` on one rank: a teacher's log-probabilities of a run's data, written beside it before the run, by this rank's blocks of documents.
+"""`capstan teach` on one rank: a teacher's log-probabilities of a run's data, written beside it before the run, by this
+rank's blocks of documents.
 
-The teacher is sharded over the ranks as a run's base is. Each rank computes blocks of the data by itself and writes each as soon as it
-is whole, so nothing is gathered, and what is there already is not computed again, at whatever number of ranks it was.
+The teacher is sharded over the ranks as a run's base is. Each rank computes blocks of the data by itself and writes
+each as soon as it is whole, so nothing is gathered, and what is there already is not computed again, at whatever number
+of ranks it was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +84,9 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """The teacher on this rank, as the settings that it computes under resolve it; of a run the checkpoint that was loaded."""
+    """The teacher on this rank, as the settings that it computes under resolve it; of a run the checkpoint that was
+    loaded.
+    """
 
     resolved: Resolved
     ranks: Ranks
@@ -116,7 +120,9 @@ def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
 
 
 def open_teacher(config: Config, base: Base, teacher: Teacher, tell: Tell) -> TeacherModel:
-    """The teacher, sharded over these ranks, for a run over `base`. Collective. Raises `ConfigError` where its tokenizer is another."""
+    """The teacher, sharded over these ranks, for a run over `base`. Collective. Raises `ConfigError` where its
+    tokenizer is another.
+    """
     opened = partial(_open_run, store=open_run_store(config)) if teacher.is_run else _open_base
     model = opened(config, teacher, log=lambda text: tell({"log": text}))
     model.ranks.on_first(lambda: _check_tokenizer(teacher, model.resolved.base, base))
@@ -160,8 +166,9 @@ def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
         return
     token = next(token for token in sorted(there.keys() | here.keys()) if there.get(token) != here.get(token))
     raise ConfigError(
-        f"{teacher.setting}: {shown(teacher.name)} has another tokenizer than model.base: {ours.name}: {token!r} is "
-        f"{_number(there.get(token))} there and {_number(here.get(token))} here. Give a teacher with the same tokenizer."
+        f"{teacher.setting}: {shown(teacher.name)} has another tokenizer than model.base: {ours.name}: {token!r} is"
+        f" {_number(there.get(token))} there and {_number(here.get(token))} here. Give a teacher with the same"
+        " tokenizer."
     )
 
 
@@ -204,7 +211,9 @@ class TeacherPass:
         return len(missing)
 
     def _compute(self, block: int | None) -> list[Likeliest]:
-        """Compute what the teacher says of each document of a block, while the other ranks pass as many rows. Collective."""
+        """Compute what the teacher says of each document of a block, while the other ranks pass as many rows.
+        Collective.
+        """
         rows, padding = list[MicroBatch](), None
         stream = block_stream(self.dataset, 0 if block is None else block, self.order, self.micro_batch)
         if block is not None:
@@ -234,7 +243,7 @@ class TeacherPass:
         # The tail alone may be nothing: where the whole vocabulary is stored.
         if any(not np.isfinite(log_p[:, :-1]).all() for _, log_p in documents):
             raise NonFiniteLoss(
-                f"{self.teacher.setting}: {shown(self.teacher.name)} gives a token of block {block} of the data no finite log-probability, so "
-                "it cannot teach. Try model.dtype: bf16, or another teacher."
+                f"{self.teacher.setting}: {shown(self.teacher.name)} gives a token of block {block} of the data no"
+                " finite log-probability, so it cannot teach. Try model.dtype: bf16, or another teacher."
             )
         write_block(self.folder, self.record, block, documents)

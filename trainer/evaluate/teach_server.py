@@ -1,4 +1,6 @@
-"""A vLLM server as the teacher: one process asks it for its likeliest tokens of each document, several documents at a time."""
+"""A vLLM server as the teacher: one process asks it for its likeliest tokens of each document, several documents at a
+time.
+"""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -81,16 +83,18 @@ def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np
     found = server.likeliest((stored & ID_BITS).tolist(), k) if places else []
     if any(len(found[place]) < k for place in places):
         raise ConfigError(
-            f"{server.setting}: {server.url} gives fewer than the {k} likeliest tokens that objective.top_k asks for. Start it with --max-logprobs "
-            f"{k}, or lower objective.top_k."
+            f"{server.setting}: {server.url} gives fewer than the {k} likeliest tokens that objective.top_k asks for."
+            f" Start it with --max-logprobs {k}, or lower objective.top_k."
         )
     if any(not 0 <= token < vocabulary for place in places for token in found[place]):
         raise ConfigError(
-            f"{server.setting}: {server.url} gives tokens that model.base lacks, which has {vocabulary:,}. Give a teacher with the same tokenizer."
+            f"{server.setting}: {server.url} gives tokens that model.base lacks, which has {vocabulary:,}. Give a"
+            " teacher with the same tokenizer."
         )
     if any(sum(map(math.exp, found[place].values())) > _MOST_PROBABILITY for place in places):
         raise ConfigError(
-            f"{server.setting}: {server.url} gives probabilities that add up to more than 1. Start it with --logprobs-mode raw_logprobs."
+            f"{server.setting}: {server.url} gives probabilities that add up to more than 1. Start it with"
+            " --logprobs-mode raw_logprobs."
         )
     ids, log_p = np.zeros((len(places), k), np.int64), np.zeros((len(places), k + 1), np.float32)
     for row, place in enumerate(places):
@@ -101,11 +105,13 @@ def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np
 
 
 def check_tokenizer(server: CompletionsServer, base: Base, tokens: list[int]) -> None:
-    """By the text of these tokens, as the server does not give its vocabulary. Raises `ConfigError` where it is another one."""
+    """By the text of these tokens, as the server does not give its vocabulary. Raises `ConfigError` where it is another
+    one.
+    """
     tokenizer = load_tokenizer(base)
     text: Any = tokenizer.decode(tokens[:_PROBE_TOKENS])
     if tokenizer.encode(text, add_special_tokens=False) != server.tokens_of(text):
         raise ConfigError(
-            f"{server.setting}: {server.url} has another tokenizer than model.base: {base.name}: a text of the data becomes other tokens there. Give a "
-            "teacher with the same tokenizer."
+            f"{server.setting}: {server.url} has another tokenizer than model.base: {base.name}: a text of the data"
+            " becomes other tokens there. Give a teacher with the same tokenizer."
         )

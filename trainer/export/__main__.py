@@ -1,7 +1,7 @@
 """The process that `capstan export` starts: it exports, may import torch, and tells its progress in lines.
 
-"progress", bytes done, bytes in all; "say" and a sentence; and last one JSON object: the step, the bytes written, whether the
-base itself was tuned, what the format found out, and with --verify the proof.
+"progress", bytes done, bytes in all; "say" and a sentence; and last one JSON object: the step, the bytes written,
+whether the base itself was tuned, what the format found out, and with --verify the proof.
 """
 
 import argparse
@@ -29,7 +29,9 @@ _SAY_SECONDS = 30.0
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made later."""
+    """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made
+    later.
+    """
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
     progress = ExportProgress(print_bytes, lambda sentence: print("say", sentence, flush=True))
@@ -41,7 +43,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             raise
         written = Written(whole_checkpoint(run, arguments.step))
         progress.say(
-            f"--verify: {destination.uri} is there already: nothing is written, and it is compared with the checkpoint of step {written.manifest.step}"
+            f"--verify: {destination.uri} is there already: nothing is written, and it is compared with the checkpoint"
+            f" of step {written.manifest.step}"
         )
     step = written.manifest.step
     if newest is not None and step < newest.step:
@@ -57,7 +60,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             get_ready("trainer.export.proof.models")
             progress.say(f"--verify: the base's files: {check_whole(base, run, progress.written)}")
             progress.say(
-                "--verify: compares the export's predictions with the trained model's, both of which are loaded for that"
+                "--verify: compares the export's predictions with the trained model's, both of which are loaded for"
+                " that"
             )
             with patiently("--verify", progress.say, _SAY_SECONDS):
                 result["proof"] = asdict(_prove(arguments, form, run, step, destination))

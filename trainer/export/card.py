@@ -1,7 +1,9 @@
-"""The model card of an export, README.md, as the Hub reads it: what it is, how it was made, how good it is, how it is loaded.
+"""The model card of an export, README.md, as the Hub reads it: what it is, how it was made, how good it is, how it is
+loaded.
 
-Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `base_model` must be a Hub id there, so a base that
-is a folder is named in the table alone, and without its path, as the card may be public; the licence is the one that the base's own card names.
+Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `base_model` must be a Hub id there, so a
+base that is a folder is named in the table alone, and without its path, as the card may be public; the licence is the
+one that the base's own card names.
 """
 
 import re
@@ -32,8 +34,8 @@ _OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
 
 @dataclass(frozen=True)
 class CardContent:
-    """The parts of a card that the format knows. `what`: a sentence; `relation` to the base, as the Hub has it; `usage`: lines
-    that load it, in `language`."""
+    """The parts of a card that the format knows. `what`: a sentence; `relation` to the base, as the Hub has it;
+    `usage`: lines that load it, in `language`."""
 
     library: str
     what: str
@@ -48,8 +50,8 @@ _TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
 def peft_usage(whole: str | None, *, grows: bool = False) -> str:
     """The lines that load an adapter of PEFT's over its base.
 
-    `whole` is the class of a base that sees or hears as well, which PEFT's own class for language models does not load for every
-    family. The adapter `grows` the base where it brings rows of new tokens.
+    `whole` is the class of a base that sees or hears as well, which PEFT's own class for language models does not load
+    for every family. The adapter `grows` the base where it brings rows of new tokens.
     """
     if whole is None:
         return f"""\
@@ -104,9 +106,9 @@ def model_card(folder: Store, config: Config, manifest: CheckpointManifest, cont
     """The card of the checkpoint of `manifest`; `config`: as it was trained."""
     usage = f"\n## Use\n\n```{content.language}\n{content.usage}\n```\n" if content.usage else ""
     text = (
-        f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n## Training\n\n"
-        f"{_table(('', ''), _facts(config, manifest).items())}\n\n## Evaluation\n\n"
-        f"{model_card_evaluation(folder, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
+        f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n##"
+        f" Training\n\n{_table(('', ''), _facts(config, manifest).items())}\n\n##"
+        f" Evaluation\n\n{model_card_evaluation(folder, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
     )
     return text.encode()
 
@@ -126,8 +128,8 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
 
 
 def _named(place: str) -> str:
-    """A base or data as a reader of the card may see it: by its Hub id, or else by the last part of its path alone, as the others
-    tell of the machine or the bucket that it lies on."""
+    """A base or data as a reader of the card may see it: by its Hub id, or else by the last part of its path alone, as
+    the others tell of the machine or the bucket that it lies on."""
     if place.startswith(_HUB_DATA) or on_the_hub(place):
         return place
     return place.rstrip("/").rpartition("/")[2]
@@ -165,7 +167,10 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
         "sequence length": manifest.order.get("sequence_length", config.data.sequence_length),
         "global batch": config.train.global_batch,
         "seed": manifest.order.get("seed", config.run.seed),
-        "saved": f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on {counted(manifest.world_size, 'rank')}",
+        "saved": (
+            f"{datetime.fromtimestamp(manifest.created, UTC):%Y-%m-%d %H:%M} UTC on"
+            f" {counted(manifest.world_size, 'rank')}"
+        ),
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
 
@@ -222,6 +227,7 @@ def _table(head: Any, rows: Any) -> str:
 def _limitations(config: Config) -> str:
     over = "" if config.quant.type == "none" else f" It was trained over that base {config.quant.in_words}."
     return (
-        "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety, nor bias, nor "
-        f"other languages and tasks than those of the data. It keeps the limits and the licence of its base, {_named(config.model.base)}.{over}"
+        "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety,"
+        " nor bias, nor other languages and tasks than those of the data. It keeps the limits and the licence of its"
+        f" base, {_named(config.model.base)}.{over}"
     )

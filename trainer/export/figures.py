@@ -12,14 +12,17 @@ class Proof:
     Attributes:
         kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
         kl_allowed: the largest divergence that rounding explains.
-        kl_effect: the same divergence between the exported model and its base as it was before the training. For a model in fewer
+        kl_effect: the same divergence between the exported model and its base as it was before the training. For a
+            model in fewer
             bits it is the trained model that is compared with that base.
         log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
         log_prob_allowed, log_prob_effect: likewise.
         computed_in: fp32 or bf16.
         rows: the rows in words, such as "8 rows of the evaluation data".
-        trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No bound.
-        rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No bound.
+        trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No
+            bound.
+        rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No
+            bound.
         compared: the two sides in words, to begin a sentence.
     """
 
@@ -49,27 +52,32 @@ class Proof:
         if self.holds:
             return "It is what was trained."
         if self.is_alike:
-            return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or export without --verify."
+            return (
+                "That proves nothing: what was learnt changes no more than rounding does. Train longer, or export"
+                " without --verify."
+            )
         return NOT_TRAINED
 
     def sentence(self) -> str:
         figures = (
-            f"KL {self.kl:.2g} nats a token (allowed {self.kl_allowed:.2g}; the training's own effect is {self.kl_effect:.2g}), "
-            f"log-probabilities of the trained tokens {self.log_prob:.2g} nats (allowed {self.log_prob_allowed:.2g}, effect "
-            f"{self.log_prob_effect:.2g}), computed in {self.computed_in} on {self.rows}"
+            f"KL {self.kl:.2g} nats a token (allowed {self.kl_allowed:.2g}; the training's own effect is"
+            f" {self.kl_effect:.2g}), log-probabilities of the trained tokens {self.log_prob:.2g} nats (allowed"
+            f" {self.log_prob_allowed:.2g}, effect {self.log_prob_effect:.2g}), computed in {self.computed_in} on"
+            f" {self.rows}"
         )
         if self.trained_kl is None or self.rounding_kl is None:
             return f"{self.compared}: {figures}"
         return (
-            f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base and "
-            f"adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was trained"
+            f"its predictions in transformers against PEFT's own merge: {figures}; KL {self.rounding_kl:.2g} from base"
+            f" and adapter side by side, whose sum is not rounded, and {self.trained_kl:.2g} from the model as it was"
+            " trained"
         )
 
 
 @dataclass(frozen=True)
 class ServedProof:
-    """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32: mean absolute differences in
-    nats a token.
+    """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32:
+    mean absolute differences in nats a token.
 
     Attributes:
         server, model: its URL, and the name of the model that was asked.
@@ -108,14 +116,21 @@ class ServedProof:
         if self.holds:
             return "It serves what was exported."
         if self.is_alike:
-            return "That proves nothing: what was learnt changes no more than rounding does. Train longer, or leave --server out."
+            return (
+                "That proves nothing: what was learnt changes no more than rounding does. Train longer, or leave"
+                " --server out."
+            )
         if self.from_base <= self.allowed:
             return "It answers as the base alone. Load the export into it, and name it behind a # of the URL."
-        return "It serves another model, or this one over another base. Start it with the run's base, and with this export."
+        return (
+            "It serves another model, or this one over another base. Start it with the run's base, and with this"
+            " export."
+        )
 
     def sentence(self) -> str:
         return (
-            f"log-probabilities of {self.model} at {self.server} against transformers (and PEFT): {self.prompt:.2g} nats a token over {self.tokens:,} "
-            f"tokens, {self.drawn:.2g} over {self.draws:,} that it drew, {self.largest:.2g} at most (allowed {self.allowed:.2g} in the mean; the "
-            f"training's own effect is {self.effect:.2g}), on {self.rows}"
+            f"log-probabilities of {self.model} at {self.server} against transformers (and PEFT): {self.prompt:.2g}"
+            f" nats a token over {self.tokens:,} tokens, {self.drawn:.2g} over {self.draws:,} that it drew,"
+            f" {self.largest:.2g} at most (allowed {self.allowed:.2g} in the mean; the training's own effect is"
+            f" {self.effect:.2g}), on {self.rows}"
         )

@@ -20,19 +20,24 @@ class DestinationTaken(ConfigError):
 
 
 def check_destination(destination: Store, *ours: str) -> None:
-    """Raises `DestinationTaken` unless it is empty, or holds only what a killed export has left: the card and files like `ours`."""
+    """Raises `DestinationTaken` unless it is empty, or holds only what a killed export has left: the card and files
+    like `ours`.
+    """
     taken = {entry.key for entry in destination.list()}
     if not taken:
         return
     known = all(_like(name, CARD, *ours) for name in taken)
     if not (known and CARD in taken and TRAINED.encode() in destination.get(CARD)):
         raise DestinationTaken(
-            f"the destination {destination.uri} is not empty. Name a new folder; if it is an export of this run, --verify proves it."
+            f"the destination {destination.uri} is not empty. Name a new folder; if it is an export of this run,"
+            " --verify proves it."
         )
 
 
 def holds_export(destination: Store, *ours: str) -> bool:
-    """Whether an export to `destination` was finished: it then holds the file that is written last, which is neither the card nor like `ours`."""
+    """Whether an export to `destination` was finished: it then holds the file that is written last, which is neither
+    the card nor like `ours`.
+    """
     return any(not _like(entry.key, CARD, *ours) for entry in destination.list())
 
 

@@ -1,8 +1,8 @@
 """The seam of the formats that a run can be exported in, and how one is found by its name in `--format`.
 
-A format is one file in trainer/export/formats/. Its `FORMATS` maps each name to a class whose fields are the options of the
-format, given on the command line as `key=value`. Importing the file loads no torch, as the command line asks every format
-for its name; code that handles tensors imports torch when it is called.
+A format is one file in trainer/export/formats/. Its `FORMATS` maps each name to a class whose fields are the options of
+the format, given on the command line as `key=value`. Importing the file loads no torch, as the command line asks every
+format for its name; code that handles tensors imports torch when it is called.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,9 @@ class ExportProgress(NamedTuple):
 
 
 def print_bytes(done: int, total: int) -> None:
-    """Prints them in a line that the launcher reads: one for each piece of some MiB, which costs nothing beside reading it."""
+    """Prints them in a line that the launcher reads: one for each piece of some MiB, which costs nothing beside reading
+    it.
+    """
     print("progress", done, total, flush=True)
 
 
@@ -66,12 +68,12 @@ class ExportFormat(Protocol):
         ...
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        """Compare the predictions of what is in `destination`, every byte of which has been compared with a second export, with those of the
-        trained model of `step`. Raises `ConfigError` where that cannot be done."""
+        """Compare the predictions of what is in `destination`, every byte of which has been compared with a second
+        export, with those of the trained model of `step`. Raises `ConfigError` where that cannot be done."""
         ...
 
 
 def find_format(name: str, options: Sequence[str] = ()) -> ExportFormat:
-    """The format that `--format` names, with its `key=value` options. Raises `ConfigError` where there is none, or an option is
-    unknown or wrong."""
+    """The format that `--format` names, with its `key=value` options. Raises `ConfigError` where there is none, or an
+    option is unknown or wrong."""
     return parse_options(chosen(kinds("trainer.export.formats", "FORMATS"), "--format", name), options)

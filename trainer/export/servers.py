@@ -1,11 +1,11 @@
 """The servers that take an exported adapter beside its base, by their documented rules, before anybody starts one.
 
-vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA, modules_to_save, and ranks and alphas by module,
-which it reads as PEFT does; docs.vllm.ai, features/lora, for experts, of which each matrix has a name of its own (`layout=vllm`), unless the
-server takes both layouts or the files of the base hold stacks.
-SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`): one rank and one alpha, no DoRA, no tokens
-that the base has not; docs.sglang.ai, advanced_features/lora, for the modules.
-Both read LoRA alone, rsLoRA's scaling among it, and nothing beside its two matrices.
+vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA, modules_to_save, and ranks and
+alphas by module, which it reads as PEFT does; docs.vllm.ai, features/lora, for experts, of which each matrix has a name
+of its own (`layout=vllm`), unless the server takes both layouts or the files of the base hold stacks.
+SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`): one rank and one alpha, no
+DoRA, no tokens that the base has not; docs.sglang.ai, advanced_features/lora, for the modules. Both read LoRA alone,
+rsLoRA's scaling among it, and nothing beside its two matrices.
 """
 
 import re
@@ -20,8 +20,8 @@ _STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 
 
 def refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Server -> the reasons, each a clause, for which it refuses the adapter of these `settings` (adapter_config.json) and tensors;
-    none where it takes it."""
+    """Server -> the reasons, each a clause, for which it refuses the adapter of these `settings` (adapter_config.json)
+    and tensors; none where it takes it."""
     tensors = list(names)
     both = list(_of_both(settings, tensors))
     return {VLLM: [*both, *_of_vllm(settings, tensors)], SGLANG: [*both, *_of_sglang(settings, tensors)]}
@@ -50,8 +50,8 @@ def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
         yield f"its largest rank is {VLLM_RANKS[-1]}, and this has {rank}"
     if any(_STACK.search(name) for name in names):
         yield (
-            "it wants each expert's matrices by their own names where the base's files have them so: export with layout=vllm, or start it "
-            "with --enable-mixed-moe-lora-format and load the adapter with is_3d_lora_weight"
+            "it wants each expert's matrices by their own names where the base's files have them so: export with"
+            " layout=vllm, or start it with --enable-mixed-moe-lora-format and load the adapter with is_3d_lora_weight"
         )
 
 

@@ -1,4 +1,5 @@
-"""The settings that a checkpoint was trained with. Its manifest is the truth; config.yaml is a request for the next start.
+"""The settings that a checkpoint was trained with. Its manifest is the truth; config.yaml is a request for the next
+start.
 
 A manifest that was written before some value was recorded falls back to config.yaml for that value alone.
 """
@@ -69,14 +70,15 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
     """config.yaml, with the base, its quantization, and the tuning method and its settings from the manifest.
 
     Raises:
-        ConfigError: config.yaml cannot be read, or the base is not where the manifest says, and config.yaml names another.
+        ConfigError: config.yaml cannot be read, or the base is not where the manifest says, and config.yaml names
+            another.
         Damaged: the manifest holds settings that do not exist, or does not say where the base is.
     """
     for key, kind in _PLACE.items():
         if not isinstance(manifest.base.get(key), kind):
             raise Damaged(
-                f"the manifest of step {manifest.step} is damaged: it has base.{key}: {shown(manifest.base.get(key))}. Export "
-                "another step."
+                f"the manifest of step {manifest.step} is damaged: it has base.{key}: {shown(manifest.base.get(key))}."
+                " Export another step."
             )
     given = run_config(folder)
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
@@ -95,7 +97,8 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
 
 
 def with_trained_template(folder: Store, given: Data, manifest: CheckpointManifest) -> Data:
-    """The data's settings with the chat template of the training, whatever `data.template` holds by now, in a file of this machine.
+    """The data's settings with the chat template of the training, whatever `data.template` holds by now, in a file of
+    this machine.
 
     Raises `ConfigError` where it has changed and the run's folder has lost it.
     """
@@ -107,8 +110,8 @@ def with_trained_template(folder: Store, given: Data, manifest: CheckpointManife
         kept = kept_text(folder, replace(manifest.text, tokenizer={})).template
     except StorageError as error:
         raise ConfigError(
-            f"data.template: {shown(given.template)} is not the template that the checkpoint of step {manifest.step} was trained with, "
-            f"and the run's own copy cannot be read: {error} Put that template back."
+            f"data.template: {shown(given.template)} is not the template that the checkpoint of step {manifest.step}"
+            f" was trained with, and the run's own copy cannot be read: {error} Put that template back."
         ) from error
     assert kept is not None
     copy = cached_folder({CHAT_TEMPLATE: kept.encode()})
@@ -123,19 +126,21 @@ def _template_hash(data: Data) -> str | None:
 
 
 def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest) -> None:
-    """Raises `ConfigError` where `given` would be another model than `trained`, the settings that the checkpoint was trained with."""
+    """Raises `ConfigError` where `given` would be another model than `trained`, the settings that the checkpoint was
+    trained with.
+    """
     if given.data.template != trained.data.template:
         raise ConfigError(
-            f"data.template: {shown(given.data.template)} would be other texts than the checkpoint of step {manifest.step} was trained on. "
-            "Leave it out."
+            f"data.template: {shown(given.data.template)} would be other texts than the checkpoint of step"
+            f" {manifest.step} was trained on. Leave it out."
         )
     for section, free in _FREE.items():
         before, after = getattr(trained, section).model_dump(), getattr(given, section).model_dump()
         for key in before.keys() - free:
             if after[key] != before[key]:
                 raise ConfigError(
-                    f"{section}.{key}: {shown(after[key])} would be another model than the checkpoint of step {manifest.step}, which "
-                    f"was trained with {shown(before[key])}. Leave it out."
+                    f"{section}.{key}: {shown(after[key])} would be another model than the checkpoint of step"
+                    f" {manifest.step}, which was trained with {shown(before[key])}. Leave it out."
                 )
 
 
@@ -153,13 +158,13 @@ def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManif
 
 
 def check_mergeable_run(config: Config, base: Description) -> None:
-    """Raises `ConfigError` for a run that has no whole model: it has a part of its base only, or what it has learnt cannot become part of the
-    base's weights."""
+    """Raises `ConfigError` for a run that has no whole model: it has a part of its base only, or what it has learnt
+    cannot become part of the base's weights."""
     method = method_of(config)
     if method.exports_model and config.model.layers:
         raise ConfigError(
-            f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a model have "
-            "all. Only a run of the whole base can be exported as a model."
+            f"model.layers: the run has the first {config.model.layers} layers of its base only, and the files of a"
+            " model have all. Only a run of the whole base can be exported as a model."
         )
     if not method.exports_model:
         check_mergeable(config.model, base)
@@ -199,14 +204,16 @@ def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
     """Raises `ConfigError` for another base than the checkpoint's, as far as samples of its weights tell."""
     if base.fingerprint != manifest.base["fingerprint"]:
         raise ConfigError(
-            f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on (other "
-            "config.json, tensors or files). Put that one back."
+            f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on"
+            " (other config.json, tensors or files). Put that one back."
         )
     check_content(manifest, {"name": base.name, "path": base.name, **content_of(base)})
 
 
 def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
-    """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its commit."""
+    """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its
+    commit.
+    """
     directory = base_files(model)
     if on_the_hub(model.base):
         check_content(manifest, {"name": model.base, "commit": hub_commit(directory)})
@@ -215,9 +222,11 @@ def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
 
 
 def trained_directory(folder: Store, directory: Path, manifest: CheckpointManifest) -> Path:
-    """The base's `directory`, or where it has another tokenizer by now a copy of its small files with the one that the run keeps.
+    """The base's `directory`, or where it has another tokenizer by now a copy of its small files with the one that the
+    run keeps.
 
-    Raises `ConfigError` where the run's folder has lost it, or the rows of added tokens are counted by the one beside the base.
+    Raises `ConfigError` where the run's folder has lost it, or the rows of added tokens are counted by the one beside
+    the base.
     """
     if manifest.text is None or hash_tokenizer(directory) == manifest.text.tokenizer:
         return directory
@@ -227,8 +236,8 @@ def trained_directory(folder: Store, directory: Path, manifest: CheckpointManife
         files = kept_text(folder, manifest.text).files
     except StorageError as error:
         raise ConfigError(
-            f"model.base: the tokenizer in {directory} is not the one that the checkpoint of step {manifest.step} was trained with, and "
-            f"the run's own copy cannot be read: {error} Put that tokenizer back."
+            f"model.base: the tokenizer in {directory} is not the one that the checkpoint of step {manifest.step} was"
+            f" trained with, and the run's own copy cannot be read: {error} Put that tokenizer back."
         ) from error
     others = {path.name: path.read_bytes() for path in directory.iterdir() if is_small_file(path.name)}
     return cached_folder({**{name: others[name] for name in others.keys() - {*TOKENIZER_FILES}}, **files})
@@ -258,6 +267,6 @@ def _updated(settings: Settings, values: dict[str, Any], manifest: CheckpointMan
     except ValidationError as error:
         problem = error.errors()[0]
         raise Damaged(
-            f"the manifest of step {manifest.step} has {'.'.join(map(str, problem['loc']))}: {problem['input']!r}, which this "
-            f"version does not know ({problem['msg']}). Use the version that wrote it."
+            f"the manifest of step {manifest.step} has {'.'.join(map(str, problem['loc']))}: {problem['input']!r},"
+            f" which this version does not know ({problem['msg']}). Use the version that wrote it."
         ) from error

@@ -14,9 +14,11 @@ from trainer.processes.accelerator import kind
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
-    """Have layers of `model` compute their activations again, keep their inputs on the host and tile their MLPs, as `settings` say.
+    """Have layers of `model` compute their activations again, keep their inputs on the host and tile their MLPs, as
+    `settings` say.
 
-    The last layers are the cheapest to keep: their backward passes come first, and when the others are computed again, theirs are gone.
+    The last layers are the cheapest to keep: their backward passes come first, and when the others are computed again,
+    theirs are gone.
     """
     layers: list[Any] = [module for module in model.modules() if is_layer(module)]
     again = len(layers) - settings.kept_layers(len(layers))

@@ -1,8 +1,8 @@
 """Which attention kernel runs, picked once, and the reason for the log.
 
-All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, flex_attention and the eager one, which is
-plain matrix products and holds all scores at once, through masks, and SDPA document by document, or through a mask too; see
-trainer/model/documents.py.
+All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, flex_attention and the
+eager one, which is plain matrix products and holds all scores at once, through masks, and SDPA document by document, or
+through a mask too; see trainer/model/documents.py.
 """
 
 from collections.abc import Mapping
@@ -42,8 +42,9 @@ class Attention:
     ) -> dict[str, Any]:
         """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart.
 
-        One text whose earlier keys were kept has borders `of_keys` beside those of its new tokens. flash-attn is not told them: a
-        layer with a window keeps fewer keys than they say, and transformers calls it for one text by the keys that are there.
+        One text whose earlier keys were kept has borders `of_keys` beside those of its new tokens. flash-attn is not
+        told them: a layer with a window keeps fewer keys than they say, and transformers calls it for one text by the
+        keys that are there.
         """
         if self.name not in (*FLASH, VARLEN) or (self.name in FLASH and of_keys):
             return {}
@@ -67,8 +68,8 @@ def choose_attention(
 ) -> Attention:
     """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base.
 
-    `refused` gives the reason for each kernel that the run's method cannot compute with; with `masked` its rows have a mask that is more than
-    borders of documents.
+    `refused` gives the reason for each kernel that the run's method cannot compute with; with `masked` its rows have a
+    mask that is more than borders of documents.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     missing = {
@@ -117,10 +118,11 @@ def varlen_attention(
     max_length_k: int,
     **beyond: Any,
 ) -> tuple[Tensor, None]:
-    """query and key (1, heads or kv_heads, T or K, head_dim), value (1, kv_heads, K, value_dim) -> (1, T, heads, value_dim).
+    """query and key (1, heads or kv_heads, T or K, head_dim), value (1, kv_heads, K, value_dim) -> (1, T, heads,
+    value_dim).
 
-    A document's tokens are the last of its keys, of which it may have more. Values that are narrower than keys, as in latent
-    attention, are widened with zeros for the kernel, which wants all alike.
+    A document's tokens are the last of its keys, of which it may have more. Values that are narrower than keys, as in
+    latent attention, are widened with zeros for the kernel, which wants all alike.
     """
     from torch.nn.attention import varlen
 
@@ -169,10 +171,12 @@ def sdpa_with_sinks(
     s_aux: Tensor | None = None,
     **beyond: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, as transformers calls it, where a head's softmax has a term more, its sink, which weighs no value; `s_aux` (heads,).
+    """SDPA, as transformers calls it, where a head's softmax has a term more, its sink, which weighs no value; `s_aux`
+    (heads,).
 
-    The term is the score of one more key, whose value is zero: with a feature that is 1 in this key and 0 in the others, and in
-    all queries of a head sink / scaling. Eight features and keys, as kernels on GPUs want widths that eight divides.
+    The term is the score of one more key, whose value is zero: with a feature that is 1 in this key and 0 in the
+    others, and in all queries of a head sink / scaling. Eight features and keys, as kernels on GPUs want widths that
+    eight divides.
     """
     assert all(beyond.get(name) is None for name in ("softcap", "position_bias", "indices"))
     if s_aux is None:

@@ -1,13 +1,13 @@
 """The divergence of a target's distribution from a stored teacher's, and its gradient, over k + 1 outcomes.
 
-A teacher's k likeliest tokens are k outcomes, and all other tokens together, the tail, are one. With t the teacher's probabilities,
-s the student's, T and S those of the tail, all at one temperature:
+A teacher's k likeliest tokens are k outcomes, and all other tokens together, the tail, are one. With t the teacher's
+probabilities, s the student's, T and S those of the tail, all at one temperature:
 
     forward    sum over the k of t (log t - log s)  +  T (log T - log S)
     reverse    sum over the k of s (log s - log t)  +  S (log S - log T)
 
-With k the whole vocabulary there is no tail, and these are KL(teacher || student) and KL(student || teacher). Their gradients on a logit,
-with f the bracket of its outcome in `reverse`, and R the value of `reverse`:
+With k the whole vocabulary there is no tail, and these are KL(teacher || student) and KL(student || teacher). Their
+gradients on a logit, with f the bracket of its outcome in `reverse`, and R the value of `reverse`:
 
     forward    s - t for one of the k,    s (1 - T / S) for one of the tail
     reverse    s (f - R) for each
@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The reverse divergence is infinite where the teacher leaves nothing for the tail, as with nearly the whole vocabulary stored.
+# The reverse divergence is infinite where the teacher leaves nothing for the tail, as with nearly the whole vocabulary
+# stored.
 _SMALLEST_TAIL = -40.0
 
 
 class Taught(NamedTuple):
-    """A teacher's word on some targets: `ids` (targets, k) int64, its likeliest tokens, and `log_p` (targets, k + 1) fp32 in nats, theirs
-    and behind them the tail's."""
+    """A teacher's word on some targets: `ids` (targets, k) int64, its likeliest tokens, and `log_p` (targets, k + 1)
+    fp32 in nats, theirs and behind them the tail's."""
 
     ids: Tensor
     log_p: Tensor
@@ -34,8 +35,8 @@ class Taught(NamedTuple):
 
 
 class Distillation(NamedTuple):
-    """A loss by a teacher: `next_tokens` times -log p of the target, and the rest of 1 times the divergence, at `temperature` and times its
-    square, so that gradients keep their size (arXiv:1503.02531, section 2.1)."""
+    """A loss by a teacher: `next_tokens` times -log p of the target, and the rest of 1 times the divergence, at
+    `temperature` and times its square, so that gradients keep their size (arXiv:1503.02531, section 2.1)."""
 
     taught: Taught
     reverse: bool = False

@@ -1,17 +1,18 @@
 """Documents of one packed row stay apart in every layer that mixes tokens, whichever model transformers builds.
 
-A row may be divided over ranks (trainer/model/rows/): then attention, and its mask, is for all of the row's tokens, and every other
-layer for this rank's slice of them; trainer/model/rows/mixing.py has the layers that pass a state on.
+A row may be divided over ranks (trainer/model/rows/): then attention, and its mask, is for all of the row's tokens, and
+every other layer for this rank's slice of them; trainer/model/rows/mixing.py has the layers that pass a state on.
 
-A document may go on from a prefix that lies before it in the row, as several answers do that share their prompt (`data.share_prefix`):
+A document may go on from a prefix that lies before it in the row, as several answers do that share their prompt
+(`data.share_prefix`):
 
     row:        p p p p a a a b b b    a is one document with the prefix p, and b goes on from p
     positions:  0 1 2 3 4 5 6 4 5 6    b sees p and itself, and none of a
 
-Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting position_ids, but
-some models make theirs without: here every mask that is made for a row gets the borders. Any other layer that mixes tokens
-(linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the documents apart (trainer/model/rows/row.py), so that the
-kernels that are installed for it need not know about borders.
+Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting
+position_ids, but some models make theirs without: here every mask that is made for a row gets the borders. Any other
+layer that mixes tokens (linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the
+documents apart (trainer/model/rows/row.py), so that the kernels that are installed for it need not know about borders.
 """
 
 import functools
@@ -37,20 +38,23 @@ from trainer.model.rows.attention import attend_across, attend_by_documents
 from trainer.model.rows.mixing import divides, on_whole_row
 from trainer.model.rows.row import AtWork, CannotDivide, by_documents, described, row_at_work
 
-# The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to generate.
+# The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to
+# generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
 # Arguments that speak of the whole row's borders, and mean nothing to a batch of documents.
 _BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of activation checkpointing: a layer that is computed again in backward, by another thread and after
-    other rows maybe, computes for the row that it did."""
+    """The `context_fn` of activation checkpointing: a layer that is computed again in backward, by another thread and
+    after other rows maybe, computes for the row that it did."""
     return nullcontext(), AtWork(row_at_work())
 
 
 def keep_documents_apart(model: PreTrainedModel) -> None:
-    """Have documents of a row not see each other in any layer of `model`, and attention exchange its heads with those that share the row."""
+    """Have documents of a row not see each other in any layer of `model`, and attention exchange its heads with those
+    that share the row.
+    """
     masking_utils.find_packed_sequence_indices = _find_documents
     AttentionInterface.get_interface = _interface_of_row  # type: ignore[method-assign]
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
@@ -63,8 +67,8 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
 
 
 def mixers(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules inside a model's layers in which a token's result depends on other tokens: those that take a cache,
-    as they could not generate without one, or have a convolution."""
+    """The outermost modules inside a model's layers in which a token's result depends on other tokens: those that take
+    a cache, as they could not generate without one, or have a convolution."""
     for child in model.children():
         if _mixes(child) and not any(isinstance(module, GradientCheckpointingLayer) for module in child.modules()):
             yield child
@@ -73,9 +77,10 @@ def mixers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def knows_borders(mixer: nn.Module) -> bool:
-    """Whether tokens see each other only as a mask allows, or cu_seqlens: by an attention function of transformers' interface,
-    which all read `is_causal` of their module, and by what picks keys for it under the same mask. Attention that scales queries
-    without rotation by their place (Llama 4) counts tokens from the beginning of the row, whatever position_ids say."""
+    """Whether tokens see each other only as a mask allows, or cu_seqlens: by an attention function of transformers'
+    interface, which all read `is_causal` of their module, and by what picks keys for it under the same mask. Attention
+    that scales queries without rotation by their place (Llama 4) counts tokens from the beginning of the row, whatever
+    position_ids say."""
     if getattr(mixer, "attn_temperature_tuning", False) and not mixer.use_rope:
         return False
     if (attention := _normed_attention(mixer)) is not None:
@@ -85,8 +90,8 @@ def knows_borders(mixer: nn.Module) -> bool:
 
 
 def _is_told_documents(mixer: nn.Module) -> bool:
-    """Whether a layer needs no mask for the documents of a row: it takes them apart, or calls an attention function of transformers' interface, which
-    can, and nothing else that would read the mask."""
+    """Whether a layer needs no mask for the documents of a row: it takes them apart, or calls an attention function of
+    transformers' interface, which can, and nothing else that would read the mask."""
     if not knows_borders(mixer):
         return True
     inside = [module for module in mixer.modules() if module is not mixer and _mixes(module)]
@@ -96,7 +101,9 @@ def _is_told_documents(mixer: nn.Module) -> bool:
 
 
 def _normed_attention(mixer: nn.Module) -> nn.Module | None:
-    """The attention in a module that has norms beside it and nothing else that could mix tokens (DBRX); None for any other module."""
+    """The attention in a module that has norms beside it and nothing else that could mix tokens (DBRX); None for any
+    other module.
+    """
     mixing = [child for child in mixer.children() if _mixes(child)]
     others = [child for child in mixer.children() if child not in mixing]
     is_plain = all("norm" in type(child).__name__.lower() for child in others) and not convolves(mixer)
@@ -120,8 +127,9 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 
 def _find_documents(position_ids: Tensor) -> Tensor | None:
-    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row they are known, and `of_row` has
-    them in the mask: the positions of a slice would be too few for it, and would hide a prefix."""
+    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row
+    they are known, and `of_row` has them in the mask: the positions of a slice would be too few for it, and would hide
+    a prefix."""
     return _find_packed(position_ids) if row_at_work() is None else None
 
 
@@ -129,8 +137,8 @@ _interface = AttentionInterface.get_interface
 
 
 def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function that a layer is about to call, by which kernel soever: document by document where the mask of several was left out, and
-    across the ranks that share the row, if some do."""
+    """The attention function that a layer is about to call, by which kernel soever: document by document where the mask
+    of several was left out, and across the ranks that share the row, if some do."""
     attend, row = _interface(known, name, default), row_at_work()
     if row is not None and row.unmasked:
         attend = functools.partial(attend_by_documents, attend, row)
@@ -138,8 +146,8 @@ def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..
 
 
 def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `make` of a mask, with the borders of the row's documents in it. SDPA needs none for documents that it computes one by one, each
-    of them causal."""
+    """transformers' `make` of a mask, with the borders of the row's documents in it. SDPA needs none for documents that
+    it computes one by one, each of them causal."""
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = row_at_work()
@@ -162,8 +170,8 @@ sdpa_mask_of_row = of_row(sdpa_mask)
 
 
 def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
-    """The forward of a model's body, for the row that its position_ids describe, whose layers `are_told` the documents without a mask. A body that
-    takes no positions computes one document, with nothing but padding behind it."""
+    """The forward of a model's body, for the row that its position_ids describe, whose layers `are_told` the documents
+    without a mask. A body that takes no positions computes one document, with nothing but padding behind it."""
     taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
@@ -199,8 +207,9 @@ def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 
 @contextmanager
 def _unfused(mixer: nn.Module) -> Iterator[None]:
-    """Inside, `mixer` calls its projections. A layer with a convolution whose own flag says that it trains hands the weights of its
-    projections to one kernel of mamba-ssm, where that is installed; here they may be packed, or have adapters around them."""
+    """Inside, `mixer` calls its projections. A layer with a convolution whose own flag says that it trains hands the
+    weights of its projections to one kernel of mamba-ssm, where that is installed; here they may be packed, or have
+    adapters around them."""
     training = mixer.training
     mixer.training = training and not convolves(mixer)
     try:

@@ -1,9 +1,11 @@
-"""The experts of a mixture: one forward pass for every class that lets transformers choose one, over 4-bit stacks or 16-bit.
+"""The experts of a mixture: one forward pass for every class that lets transformers choose one, over 4-bit stacks or
+16-bit.
 
-It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of itself: has_gate,
-has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by expert (trainer/model/kernels/grouped.py)
-and multiplied in groups. A 4-bit stack is dequantized `at_once` bytes at a time, and again in the backward pass; one that fits costs no
-host synchronisation, a larger one costs one a pass for both of its products.
+It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of
+itself: has_gate, has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by
+expert (trainer/model/kernels/grouped.py) and multiplied in groups. A 4-bit stack is dequantized `at_once` bytes at a
+time, and again in the backward pass; one that fits costs no host synchronisation, a larger one costs one a pass for
+both of its products.
 """
 
 from types import MethodType
@@ -22,9 +24,9 @@ _DOWN = "down_proj"
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for it and for adapters, those of classes
-    without the interface too. Their attribute `visits` counts the rows of each expert, (count,) on the device, where a token has
-    `each`; it is 0 before the first pass."""
+    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for it and for adapters, those of
+    classes without the interface too. Their attribute `visits` counts the rows of each expert, (count,) on the device,
+    where a token has `each`; it is 0 before the first pass."""
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
             _WITHOUT_INTERFACE[type(module).__name__](module)
@@ -66,8 +68,8 @@ def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
 class _GroupedLinear(Function):
     """Rows (S, in), sorted by expert, by the experts' matrices -> (S, out).
 
-    As in trainer/model/nf4.py the function keeps the module, never a gathered weight. `weight` is the stack of a base in 16 bits,
-    for its gradient alone.
+    As in trainer/model/nf4.py the function keeps the module, never a gathered weight. `weight` is the stack of a base
+    in 16 bits, for its gradient alone.
     """
 
     @staticmethod

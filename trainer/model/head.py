@@ -1,9 +1,9 @@
 """The output head and token-summed cross entropy, without ever holding the logits of a whole row.
 
-Where the head is frozen, the gradient with respect to the hidden states is computed chunk by chunk in the forward pass: no
-recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass. Where it learns, tied to the
-embedding or not, the backward pass makes the logits of each chunk again and sums the weight's gradient over them in fp32.
-Where only the rows of some tokens learn, these are a small matrix of their own beside the frozen head.
+Where the head is frozen, the gradient with respect to the hidden states is computed chunk by chunk in the forward pass:
+no recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass. Where it learns, tied
+to the embedding or not, the backward pass makes the logits of each chunk again and sums the weight's gradient over them
+in fp32. Where only the rows of some tokens learn, these are a small matrix of their own beside the frozen head.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,14 @@ IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of logits, were they in fp32
 _CHUNK_ROWS = 512  # of which a chunk has a multiple, as many as kernels of products take at once or twice
-# So many bytes of logits are in fp32 at one time: a core's cache holds them, and on a GPU each kernel is worth its launch.
+# So many bytes of logits are in fp32 at one time: a core's cache holds them, and on a GPU each kernel is worth its
+# launch.
 _BLOCK_BYTES, _BLOCK_BYTES_ON_GPU = 2**22, 2**26
 
 
 class LossTerms(NamedTuple):
-    """The terms of a target's loss beside its -log p. Both are computed within the chunks of logits, forward and backward.
+    """The terms of a target's loss beside its -log p. Both are computed within the chunks of logits, forward and
+    backward.
 
     label_smoothing: e, the share of the loss that is the mean of -log p over the vocabulary
         (arXiv:1512.00567, section 7).
@@ -39,7 +41,9 @@ _PLAIN = LossTerms()
 
 
 class Goal(NamedTuple):
-    """All that the loss of some targets is made of: their `labels` (targets,) int64, the `terms` beside -log p, or a teacher."""
+    """All that the loss of some targets is made of: their `labels` (targets,) int64, the `terms` beside -log p, or a
+    teacher.
+    """
 
     labels: Tensor
     terms: LossTerms = _PLAIN
@@ -51,8 +55,8 @@ class Goal(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows `ids` (N,) int64 of a head of `vocabulary` rows are those of `matrix` (N, H). All that the head's own weight
-    lacks are among them."""
+    """The rows `ids` (N,) int64 of a head of `vocabulary` rows are those of `matrix` (N, H). All that the head's own
+    weight lacks are among them."""
 
     matrix: Tensor
     ids: Tensor
@@ -62,8 +66,8 @@ class Rows(NamedTuple):
 class LossHead(nn.Linear):
     """The output head: logits without labels, the summed loss with them.
 
-    A logit z is `factor` / `divisor` times the product with the weight, as in Cohere's models and Granite. With `softcap` c it
-    is then c * tanh(z / c), as in Gemma 2.
+    A logit z is `factor` / `divisor` times the product with the weight, as in Cohere's models and Granite. With
+    `softcap` c it is then c * tanh(z / c), as in Gemma 2.
     """
 
     factor = divisor = 1.0
@@ -74,7 +78,9 @@ class LossHead(nn.Linear):
     _vocabulary: int | None = None
 
     def learn(self, ids: Tensor, tokens: nn.Parameter, start: Tensor) -> None:
-        """Have `tokens` (N, H) be the rows `ids` (N,) int64, or `start` where `active` is off; V is then the larger vocabulary."""
+        """Have `tokens` (N, H) be the rows `ids` (N,) int64, or `start` where `active` is off; V is then the larger
+        vocabulary.
+        """
         self.trainable_tokens_delta, self.active = tokens, True
         self._ids, self._start = nn.Buffer(ids, persistent=False), nn.Buffer(start, persistent=False)
         self._vocabulary = max(self.out_features, int(ids.max()) + 1)
@@ -104,11 +110,12 @@ class LossHead(nn.Linear):
         """hidden (..., T, H).
 
         Without labels: logits (..., T, V). With labels (..., T), -100 where there is no target: the sum over targets of
-        -log p(label) with the further `terms`, or of the loss by `distillation`, a () fp32 tensor in nats, which is 0 with a zero gradient for a row without
-        targets; or, `per_target`, the summands, (targets,), in the order of the labels; or, `ranked`, without a gradient
-        (targets, 2): -log p, and 1 where no token is likelier, else 0; or, with `top`, what a teacher says of each,
-        (targets, 2 k + 1): its likeliest tokens, whose numbers are whole in fp32, and `Taught.log_p`. `places` (targets,) int64 are those of the labels of
-        targets, from the first of all on: a caller that knows them on the host spares it to wait for the device.
+        -log p(label) with the further `terms`, or of the loss by `distillation`, a () fp32 tensor in nats, which is 0
+        with a zero gradient for a row without targets; or, `per_target`, the summands, (targets,), in the order of the
+        labels; or, `ranked`, without a gradient (targets, 2): -log p, and 1 where no token is likelier, else 0; or,
+        with `top`, what a teacher says of each, (targets, 2 k + 1): its likeliest tokens, whose numbers are whole in
+        fp32, and `Taught.log_p`. `places` (targets,) int64 are those of the labels of targets, from the first of all
+        on: a caller that knows them on the host spares it to wait for the device.
         """
         rows = self._rows
         if labels is None:
@@ -147,8 +154,8 @@ class LossHead(nn.Linear):
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
-    """A frozen head, of which some `rows` may learn. `matrix` is that of the rows, given once more for its gradient. `learns` says whether
-    autograd records: torch has switched that off inside of `forward`."""
+    """A frozen head, of which some `rows` may learn. `matrix` is that of the rows, given once more for its gradient.
+    `learns` says whether autograd records: torch has switched that off inside of `forward`."""
 
     @staticmethod
     def forward(
@@ -162,7 +169,8 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         matrix: Tensor | None,
         learns: bool,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target. Gradients are kept for the backward
+        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target. Gradients
+        are kept for the backward
         pass: of `hidden`, and of the logits of `rows`, (N, rows)."""
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         learns = learns and any(ctx.needs_input_grad)
@@ -236,7 +244,9 @@ class _LearningCrossEntropy(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None, bias: Tensor | None) -> Tensor:
-    """hidden (..., H), weight (V, H), bias (V,) -> (..., V), or as many as `rows` say; a row beyond the weight's has no bias."""
+    """hidden (..., H), weight (V, H), bias (V,) -> (..., V), or as many as `rows` say; a row beyond the weight's has no
+    bias.
+    """
     logits = nn.functional.linear(hidden, weight, bias)
     if rows is None:
         return logits
@@ -254,7 +264,9 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _nats(logits: Tensor, goal: Goal, head: LossHead, *, turn_into_gradient: bool = False) -> Tensor:
-    """The nats of each target, (n,) fp32, by logits (n, V). Its gradient may take the place of the logits, which nobody else needs."""
+    """The nats of each target, (n,) fp32, by logits (n, V). Its gradient may take the place of the logits, which nobody
+    else needs.
+    """
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for place, block in _blocks(logits, goal, head):
         nats[place] = block.nats()
@@ -264,7 +276,9 @@ def _nats(logits: Tensor, goal: Goal, head: LossHead, *, turn_into_gradient: boo
 
 
 def _blocks(logits: Tensor, goal: Goal, head: LossHead) -> Iterator[tuple[slice, "_Block"]]:
-    """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on others."""
+    """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on
+    others.
+    """
     size = max(1, (_BLOCK_BYTES_ON_GPU if is_accelerator(logits.device) else _BLOCK_BYTES) // (4 * logits.shape[1]))
     for begin in range(0, len(logits), size):
         place = slice(begin, begin + size)
@@ -306,8 +320,8 @@ class _Block:
         return likeliest(self._logits, top)
 
     def gradient(self) -> Tensor:
-        """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms it is
-        softmax - one_hot(target)."""
+        """d nats / d products before scale and softcap, (n, V) fp32, in the memory of the logits. Without further terms
+        it is softmax - one_hot(target)."""
         smoothing, z_loss = self._terms
         taught = None if self._taught is None else self._taught.gradient()
         slopes = self._logits.sub_(self._log_normalizer).exp_()

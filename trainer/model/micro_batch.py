@@ -45,16 +45,20 @@ class MicroBatch:
         rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
         beginnings: (documents,) int32, the segments that documents begin with.
         desired: (documents,) bool, whether each is a labelled answer that is desired.
-        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py. Or, of words with
+        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py.
+            Or, of words with
             tags, those with the tags' numbers; see trainer/data/render/numbered.py.
-        survey: the figures that the losses of the step were found to need beforehand; see trainer/tuning/objective/objective.py.
+        survey: the figures that the losses of the step were found to need beforehand; see
+            trainer/tuning/objective/objective.py.
         reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
             without one.
         taught: a stored teacher's word on each target, in the order of the labels; None without one.
-        sampled: (targets, 2) fp32, of sampled answers each target's log p by the sampler, in nats, and its advantage; None without any.
+        sampled: (targets, 2) fp32, of sampled answers each target's log p by the sampler, in nats, and its advantage;
+            None without any.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
-        prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its first token in the row,
+        prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its
+            first token in the row,
             and its tokens, 0 for none. Empty where no segment has one.
         uncut: the whole row on the host, for a slice of one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
@@ -115,8 +119,9 @@ class MicroBatch:
         return onto(_places((self.host or self).labels), self.labels.device)
 
     def cut(self, part: int, parts: int) -> "MicroBatch":
-        """The slice number `part` of a row on the host that `parts` ranks share: ids, labels and positions are of its tokens, `targets` and
-        `places` of its labels, and segments and their borders of the whole row. The first one alone counts the row's tokens, bins and documents."""
+        """The slice number `part` of a row on the host that `parts` ranks share: ids, labels and positions are of its
+        tokens, `targets` and `places` of its labels, and segments and their borders of the whole row. The first one
+        alone counts the row's tokens, bins and documents."""
         size = self.input_ids.shape[1] // parts
         assert size * parts == self.input_ids.shape[1]
         ids, labels, positions = (
@@ -151,9 +156,9 @@ class MicroBatch:
         )
 
     def part(self, segments: Literal["beginnings", "mismatched"]) -> "MicroBatch":
-        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and where ranks share the row perhaps
-        padding behind them; this rank's slice of that. All that it has of the row where they are none, as a pass needs tokens. `max_seqlen` may be
-        more than the longest."""
+        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and where
+        ranks share the row perhaps padding behind them; this rank's slice of that. All that it has of the row where
+        they are none, as a pass needs tokens. `max_seqlen` may be more than the longest."""
         row = self.uncut or self.host or self
         chosen: torch.Tensor = getattr(row, segments).long()
         if not len(chosen):

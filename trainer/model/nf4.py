@@ -4,7 +4,8 @@ All storage is uint8: DeepSpeed value-casts floating parameters to the engine's 
 nibbles, and it gathers parameters of one dtype in one collective, so a layer costs one all-gather. The arithmetic is
 bitsandbytes' (QLoRA, arXiv:2305.14314): blocks of `block_size` weights share one fp32 absmax; with double quantization
 the absmax, less its mean over the tensor, is itself stored in 8 bits in blocks of 256. int8 has the same blocks, whose
-weights are whole numbers from -127 to 127 of the absmax over 127: bitsandbytes' blockwise quantization by its linear map.
+weights are whole numbers from -127 to 127 of the absmax over 127: bitsandbytes' blockwise quantization by its linear
+map.
 """
 
 import math
@@ -33,8 +34,8 @@ NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantiza
 class Layout:
     """Sizes of `slices` quantized tensors of `numel` weights each, one after another and each quantized by itself.
 
-    A matrix is one slice, the experts of a layer are one each. A slice's last block may be short, its odd last nibble is
-    padded. All sizes but `slice_*` are those of all slices together.
+    A matrix is one slice, the experts of a layer are one each. A slice's last block may be short, its odd last nibble
+    is padded. All sizes but `slice_*` are those of all slices together.
     """
 
     numel: int
@@ -115,8 +116,8 @@ class Packed(nn.Module):
     def matrices(self, first: int, last: int) -> Tensor:
         """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered.
 
-        They are dequantized as one row, as they were quantized: on a CPU, bitsandbytes 0.50 lets every row begin a block,
-        which is wrong for rows that are not whole blocks.
+        They are dequantized as one row, as they were quantized: on a CPU, bitsandbytes 0.50 lets every row begin a
+        block, which is wrong for rows that are not whole blocks.
         """
         form, layout, count = self.format, self.layout, last - first
         if count > 1 and not self._is_even:
@@ -169,7 +170,9 @@ _made: "dict[FrozenLinear4bit, Tensor] | None" = None
 
 @contextmanager
 def dequantized_once() -> Iterator[None]:
-    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay gathered."""
+    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay
+    gathered.
+    """
     global _made
     outer, _made = _made, {}
     try:
@@ -179,7 +182,9 @@ def dequantized_once() -> Iterator[None]:
 
 
 class FrozenLinear4bit(Packed, nn.Linear):
-    """`y = x W^T + b` with W in 4 bits; x is (..., in_features). `in_fp8` says that it multiplies by trainer/model/kernels/fp8.py."""
+    """`y = x W^T + b` with W in 4 bits; x is (..., in_features). `in_fp8` says that it multiplies by
+    trainer/model/kernels/fp8.py.
+    """
 
     in_fp8 = False
 
@@ -200,17 +205,22 @@ class FrozenLinear4bit(Packed, nn.Linear):
 
 
 def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
-    """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be gathered."""
+    """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be
+    gathered.
+    """
     weight = weight_of(linear)
     if bias is None:
         return fp8.product(x, weight) if _is_in_fp8(linear) else nn.functional.linear(x, weight)
     result = fp8.product(x, weight).add_(bias) if _is_in_fp8(linear) else nn.functional.linear(x, weight, bias)
-    # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as Falcon's code does.
+    # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as
+    # Falcon's code does.
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
 def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
-    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where that is given, to which it is added."""
+    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where
+    that is given, to which it is added.
+    """
     weight = weight_of(linear)
     if total is not None and not _is_in_fp8(linear):
         total.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
@@ -224,8 +234,8 @@ def _is_in_fp8(linear: nn.Linear) -> bool:
 
 
 def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Have the model's packed linear layers multiply in FP8, those whose sizes fit; returns how many do, of how many. Raises `ConfigError`
-    where the device cannot."""
+    """Have the model's packed linear layers multiply in FP8, those whose sizes fit; returns how many do, of how many.
+    Raises `ConfigError` where the device cannot."""
     fp8.check(device)
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear4bit)]
     for layer in layers:
@@ -239,8 +249,9 @@ def weight_of(linear: nn.Linear) -> Tensor:
 
 
 class FrozenStack4bit(Packed):
-    """Matrices in 4 bits where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
-    trainer/model/experts.py and makes `at_once` bytes of them at a time. That module must be a leaf to ZeRO-3, as nothing calls this one's forward.
+    """Matrices in 4 bits where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass
+    is that of trainer/model/experts.py and makes `at_once` bytes of them at a time. That module must be a leaf to
+    ZeRO-3, as nothing calls this one's forward.
     """
 
     at_once = EXPERTS_AT_ONCE
@@ -270,7 +281,8 @@ class _FrozenMatmul(torch.autograd.Function):
 def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Packed bytes (ceil(n / 2),) uint8 and absmax (ceil(n / block_size),) fp32 of a flat run of whole blocks.
 
-    Blocks are independent, so a run that starts at a block's border gives the very bytes of quantizing the whole tensor.
+    Blocks are independent, so a run that starts at a block's border gives the very bytes of quantizing the whole
+    tensor.
     """
     if quant_type == "int8":
         packed, state = bnb.quantize_blockwise(weights, code=int8_code(weights.device), blocksize=block_size)
@@ -298,7 +310,9 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization of one tensor's whole absmax (blocks,): codes (blocks,) uint8, nested absmax fp32, mean ()."""
+    """Double quantization of one tensor's whole absmax (blocks,): codes (blocks,) uint8, nested absmax fp32, mean
+    ().
+    """
     mean = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
     return codes, state.absmax, mean
@@ -324,14 +338,17 @@ def int8_code(device: torch.device) -> Tensor:
 
 @cache
 def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the Triton that PyTorch brings
-    for it, which compiles what launches a kernel on the machine itself (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
+    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the
+    Triton that PyTorch brings for it, which compiles what launches a kernel on the machine itself
+    (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
     return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
 
 
 def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
-    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at n."""
+    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
+    n.
+    """
     size = math.ceil(numel / world_size)
     return min(numel, rank * size), min(numel, (rank + 1) * size)

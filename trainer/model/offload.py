@@ -1,11 +1,12 @@
-"""Inputs of layers in pinned memory of the host between forward and backward, carried by a stream of their own while the device computes.
+"""Inputs of layers in pinned memory of the host between forward and backward, carried by a stream of their own while
+the device computes.
 
     compute | layer 3      | layer 4      | ... | layer 4, backward | layer 3, backward
     copies  | input of 3 > | input of 4 > |     | < input of 3      | < input of 2
 
-An input leaves while its layer and the next one compute. It comes back one layer early, so two are on the device at a time. Memory of the device
-is given and taken by the stream that computes alone, which waits for the copies: so the host may run ahead of both by any number of layers
-without a need for more.
+An input leaves while its layer and the next one compute. It comes back one layer early, so two are on the device at a
+time. Memory of the device is given and taken by the stream that computes alone, which waits for the copies: so the host
+may run ahead of both by any number of layers without a need for more.
 """
 
 import weakref
@@ -25,8 +26,8 @@ _LEAVING = 2  # inputs that are on the device though they are saved on the host
 
 
 class _Arena:
-    """Pinned memory for `count` inputs of layers, in places as large as the largest of them. All copies from and to it are a stream's, in their order: so
-    a place may be another input's at once when its own is gone."""
+    """Pinned memory for `count` inputs of layers, in places as large as the largest of them. All copies from and to it
+    are a stream's, in their order: so a place may be another input's at once when its own is gone."""
 
     def __init__(self, count: int) -> None:
         self._count, self._size = count, 0
@@ -48,8 +49,9 @@ class _Arena:
 
 
 class _Input:
-    """An input of a layer, `there` on the host and, until it has gone and again once it was called back, `here`; `copied` marks the end of the
-    last copy between the two. `before` is the one that was saved before it, as long as its backward pass is to come."""
+    """An input of a layer, `there` on the host and, until it has gone and again once it was called back, `here`;
+    `copied` marks the end of the last copy between the two. `before` is the one that was saved before it, as long as
+    its backward pass is to come."""
 
     def __init__(self, here: Tensor, there: Tensor, before: "Callable[[], _Input | None]") -> None:
         self.here: Tensor | None = here

@@ -15,8 +15,8 @@ from trainer.model.rows.row import lengths_known
 
 @dataclass(frozen=True)
 class PackedModel:
-    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document. Rows in parts are shared
-    with `peers`."""
+    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document.
+    Rows in parts are shared with `peers`."""
 
     model: PreTrainedModel
     attention: Attention
@@ -30,7 +30,9 @@ class PackedModel:
         return head
 
     def hidden(self, row: MicroBatch) -> Tensor:
-        """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the row."""
+        """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the
+        row.
+        """
         with lengths_known(row.lengths, self.peers if row.parts > 1 else None, row.prefixes):
             return body(self.model)(
                 input_ids=row.input_ids,

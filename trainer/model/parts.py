@@ -10,8 +10,8 @@ EXPERTS_WITHOUT_INTERFACE = ("Llama4TextExperts",)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: tokens to hidden states. That is transformers' decoder, or the part with the embedding where
-    that is not inside."""
+    """The model without its head: tokens to hidden states. That is transformers' decoder, or the part with the
+    embedding where that is not inside."""
     embedding, decoder = model.get_input_embeddings(), model.get_decoder()
     if decoder is not model and any(module is embedding for module in decoder.modules()):
         return decoder
@@ -51,11 +51,14 @@ def recomputed_share(model: nn.Module) -> float:
 
 
 def is_computed_at_once(module: nn.Module) -> bool:
-    """Whether its forward pass reads the parameters of the modules in it without calling these, as that of trainer/tuning/lora/layer.py does."""
+    """Whether its forward pass reads the parameters of the modules in it without calling these, as that of
+    trainer/tuning/lora/layer.py does.
+    """
     return getattr(module, "computed_at_once", False) is True
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it is the experts' module of a mixture, whose 3-D parameters trainer/model/experts.py multiplies with: transformers'
-    interface of experts gives their class this attribute, and those of `EXPERTS_WITHOUT_INTERFACE` are older."""
+    """Whether it is the experts' module of a mixture, whose 3-D parameters trainer/model/experts.py multiplies with:
+    transformers' interface of experts gives their class this attribute, and those of `EXPERTS_WITHOUT_INTERFACE` are
+    older."""
     return "has_gate" in vars(module) or type(module).__name__ in EXPERTS_WITHOUT_INTERFACE

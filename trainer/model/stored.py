@@ -1,7 +1,7 @@
 """Frozen weights that stay as the files of the base have them, in 4 or 8 bits, and are decoded when a layer computes.
 
-As in trainer/model/nf4.py the codes and their scales are uint8 parameters that ZeRO-3 divides, and the layer and the stack of experts are
-those of that file: what differs is how bytes become matrices.
+As in trainer/model/nf4.py the codes and their scales are uint8 parameters that ZeRO-3 divides, and the layer and the
+stack of experts are those of that file: what differs is how bytes become matrices.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Layout, Packed
 from trainer.store.codes import VALUES, Kept, Numbers
 
-# Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile (trainer/plan/memory.py).
+# Weights that are decoded at once: their values and scales in fp32 are beside the result meanwhile
+# (trainer/plan/memory.py).
 _AT_ONCE = 2**23
 _TYPES = {
     "BF16": torch.bfloat16,
@@ -37,7 +38,8 @@ class KeptFormat:
 
 
 class StoredWeights(Packed):
-    """Weights as their files have them. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, slice after slice:
+    """Weights as their files have them. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, slice after
+    slice:
 
     weight: the codes
     scales: one for each tile
@@ -97,7 +99,8 @@ def packed_module(model: nn.Module, name: str, parameter: Tensor, form: Format |
 
 
 def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """Rows of codes (n, bytes) with the scales of their tiles (n, columns of tiles) -> (n, columns), in the type that the files' values
+    """Rows of codes (n, bytes) with the scales of their tiles (n, columns of tiles) -> (n, columns), in the type that
+    the files' values
     have: the product in fp32, rounded once."""
     values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
     spread = scales.float()

@@ -1,8 +1,9 @@
-"""MLPs over long rows: a tile of tokens at a time, so that what is wider than a hidden state is there for one tile only.
+"""MLPs over long rows: a tile of tokens at a time, so that what is wider than a hidden state is there for one tile
+only.
 
-What a token leaves an MLP with depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996, section 3.1, has sequence
-tiling). The backward pass of a tile computes the tile again, so a layer that is computed again in its backward pass costs nothing more:
-its own recomputation ends where the MLP's input is there.
+What a token leaves an MLP with depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996, section 3.1,
+has sequence tiling). The backward pass of a tile computes the tile again, so a layer that is computed again in its
+backward pass costs nothing more: its own recomputation ends where the MLP's input is there.
 """
 
 import inspect
@@ -20,8 +21,9 @@ from trainer.processes.accelerator import is_accelerator
 
 
 def mlps(layer: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules inside a layer that treat each token by itself: several linear layers and nothing else that learns, and
-    a forward pass that takes the tokens' values alone, where whatever mixes tokens takes masks, positions or a cache too."""
+    """The outermost modules inside a layer that treat each token by itself: several linear layers and nothing else that
+    learns, and a forward pass that takes the tokens' values alone, where whatever mixes tokens takes masks, positions
+    or a cache too."""
     for child in layer.children():
         if _is_mlp(child):
             yield child
@@ -42,8 +44,8 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def tile(module: nn.Module, longest: int) -> None:
-    """Have an MLP take more than `longest` tokens a tile at a time. Its values and the gradient of its input stay the same; those of
-    its parameters are added up over the tiles in fp32."""
+    """Have an MLP take more than `longest` tokens a tile at a time. Its values and the gradient of its input stay the
+    same; those of its parameters are added up over the tiles in fp32."""
     whole = module.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -66,7 +68,9 @@ class _Kept:
 
 
 class _Keep(torch.autograd.Function):
-    """Saves the MLP's input before the MLP is computed: the recomputation of a layer ends with the last tensor that was saved in it."""
+    """Saves the MLP's input before the MLP is computed: the recomputation of a layer ends with the last tensor that was
+    saved in it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: _Kept) -> Tensor:

@@ -1,7 +1,8 @@
-"""A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can learn.
+"""A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can
+learn.
 
-Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve_alike`, `settle`, `attention_of`,
-`choose_sharding`, `assemble`.
+Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve_alike`,
+`settle`, `attention_of`, `choose_sharding`, `assemble`.
 """
 
 import os
@@ -38,10 +39,12 @@ from trainer.state.zero.policy import Scope, build_deepspeed_config
 
 
 def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Ranks:
-    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has ended meanwhile.
+    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has
+    ended meanwhile.
 
     Raises:
-        ConfigError: this process does not see the GPUs that it should, or the ranks cannot share rows as the settings say.
+        ConfigError: this process does not see the GPUs that it should, or the ranks cannot share rows as the settings
+            say.
         CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
@@ -72,7 +75,8 @@ def check_same_base(base: Base, ranks: Ranks) -> None:
     for other, found in copies:
         if found is not None and found != weights:
             raise ConfigError(
-                f"model.base: {base.name} has other weights on {other} than on {host}. Copy one of them to every machine."
+                f"model.base: {base.name} has other weights on {other} than on {host}. Copy one of them to every"
+                " machine."
             )
 
 
@@ -91,7 +95,9 @@ def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Reso
 
 
 def attention_of(resolved: Resolved, device: torch.device) -> Attention:
-    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set cannot be used."""
+    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set
+    cannot be used.
+    """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
     return choose_attention(
@@ -100,8 +106,8 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
 
 
 class Sharding(NamedTuple):
-    """How the model is divided: DeepSpeed's settings, which ranks hold one copy of the frozen base together, and the bytes of a mixture's experts
-    that a rank dequantizes at once."""
+    """How the model is divided: DeepSpeed's settings, which ranks hold one copy of the frozen base together, and the
+    bytes of a mixture's experts that a rank dequantizes at once."""
 
     deepspeed: dict[str, Any]
     scope: Scope
@@ -134,7 +140,8 @@ def assemble(
     """Load the base, attach what learns, and put DeepSpeed around it; `log` gets rank 0's progress. Collective.
 
     Raises:
-        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type.
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or
+            type.
     """
     config, base, method = resolved.config, resolved.base, resolved.method
     model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
@@ -153,7 +160,9 @@ def assemble(
 
 
 def peers_of(config: Config, ranks: Ranks) -> Peers | None:
-    """The ranks that share rows with this one, which follow each other; None where each has rows of its own. Collective."""
+    """The ranks that share rows with this one, which follow each other; None where each has rows of its own.
+    Collective.
+    """
     size, mine = config.sharding.sequence_parallel, None
     if size == 1:
         return None
@@ -173,7 +182,8 @@ def checksums(model: nn.Module) -> dict[str, int]:
         for name, parameter in model.named_parameters()
         if parameter.dtype == torch.uint8
     }
-    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on the host.
+    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on
+    # the host.
     return {name: int(_sum(part)) for name, part in parts.items()}
 
 

@@ -1,16 +1,17 @@
 """The floating point operations that a step asks for, and the share of the device's peak that they come to (MFU).
 
-A product of a (T, inputs) and an (inputs, outputs) matrix is 2 T inputs outputs operations. Only what learning from these documents
-needs is counted: no padding, and of a causal attention the half that it computes. Where activations are recomputed, that is
-counted too, so that figures with and without it compare.
+A product of a (T, inputs) and an (inputs, outputs) matrix is 2 T inputs outputs operations. Only what learning from
+these documents needs is counted: no padding, and of a causal attention the half that it computes. Where activations are
+recomputed, that is counted too, so that figures with and without it compare.
 
     per token of a document        forward   backward: of inputs, of weights   again, where recomputed
     frozen weight                     2              2            -                     2
     weight that learns                2              2            2                     2
-    pair of tokens, width w          4 w            8 w           -                    4 w       a token and one that it sees
+    pair of tokens, width w          4 w            8 w           -                    4 w    and the one that it sees
     weight of the head, a target      2              2     2, and 2 for its logits      -
 
-Norms, rotary embeddings, activation functions and dequantizing are left out, as their time is the memory's; so are embeddings.
+Norms, rotary embeddings, activation functions and dequantizing are left out, as their time is the memory's; so are
+embeddings.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one sees at most."""
+    """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one
+    sees at most.
+    """
 
     pair: float
     window: int | None
@@ -46,7 +49,8 @@ class AttentionWork:
 
 @dataclass(frozen=True)
 class StepWork:
-    """Operations of all passes of a step for a token of a document and for a target, and of `passes` forward passes for pairs of tokens.
+    """Operations of all passes of a step for a token of a document and for a target, and of `passes` forward passes for
+    pairs of tokens.
 
     `peak` is the device's operations a second, where that is known.
     """
@@ -58,7 +62,9 @@ class StepWork:
     peak: float | None = None
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
-        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many each."""
+        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many
+        each.
+        """
         found = 0.0
         for batch in batches:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
@@ -66,13 +72,17 @@ class StepWork:
         return found
 
     def of_row(self, tokens: int) -> float:
-        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row can ask for."""
+        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row
+        can ask for.
+        """
         return tokens * (self.token + self.target) + self.passes * sum(
             layer.pair * layer.pairs(tokens) for layer in self.attention
         )
 
     def measured(self, operations: float, seconds: float) -> dict[str, float]:
-        """The measures of a step of so many operations and seconds, summed over the ranks: TFLOP/s of a rank, and MFU."""
+        """The measures of a step of so many operations and seconds, summed over the ranks: TFLOP/s of a rank, and
+        MFU.
+        """
         if not operations:
             return {}
         rate = operations / seconds
@@ -106,7 +116,8 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
         learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
-    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a survey.
+    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a
+    # survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
     return StepWork(
@@ -125,7 +136,9 @@ def _products(model: Architecture) -> dict[str, float]:
 
 
 def _attention(model: Architecture) -> Iterator[AttentionWork]:
-    """The width of what enters the last linear layer of attention, that of its values, counts for queries and keys as well."""
+    """The width of what enters the last linear layer of attention, that of its values, counts for queries and keys as
+    well.
+    """
     for layer in model.attention:
         widths = [
             part.shape[1]

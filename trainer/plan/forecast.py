@@ -1,6 +1,7 @@
 """How long a run is and how long it takes: epochs, tokens, steps, time and money, before it has begun. No torch.
 
-Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is assumed.
+Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is
+assumed.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.needs import GlobalBatch
 
-# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to 35 to 40 %.
+# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to
+# 35 to 40 %.
 UTILISATION = 0.3
 
 
@@ -24,8 +26,9 @@ UTILISATION = 0.3
 class Length:
     """How much a run trains; None is what cannot be told.
 
-    `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the steps are
-    those that the run will take, and `compiled` that the tokens are counted rather than estimated from `file_bytes`.
+    `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the
+    steps are those that the run will take, and `compiled` that the tokens are counted rather than estimated from
+    `file_bytes`.
     """
 
     steps: int | None
@@ -40,7 +43,8 @@ class Length:
 
 @dataclass(frozen=True)
 class Rate:
-    """The seconds that a rank takes over one packed row, or the ranks that share it, and where they come from: a run of the store and its GPU, or an assumption.
+    """The seconds that a rank takes over one packed row, or the ranks that share it, and where they come from: a run of
+    the store and its GPU, or an assumption.
 
     `tokens_per_second` are those of a rank.
     """
@@ -53,7 +57,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait for."""
+    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait
+    for.
+    """
 
     step_seconds: float
     seconds: float
@@ -85,8 +91,8 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
-    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is computed again;
-    None where its peak is not known."""
+    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is
+    computed again; None where its peak is not known."""
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
@@ -94,8 +100,8 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
     work = work_of(config, model, recomputed, gpu.name)
     seconds = work.of_row(tokens) / reached / config.sharding.sequence_parallel
     basis = (
-        f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data sheet of "
-        f"{gpu.name} says for bf16. The share is assumed, not measured"
+        f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
+        f" sheet of {gpu.name} says for bf16. The share is assumed, not measured"
     )
     return Rate(seconds, tokens / seconds / config.sharding.sequence_parallel, basis)
 

@@ -9,9 +9,9 @@ from trainer.errors import ConfigError, shown
 
 _MOST_GIB = 1e6
 
-# Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense products in
-# bf16 with sums in fp32, as the maker's data sheet says without sparsity. Of cards of one name the smaller comes first.
-# Cards before Ampere, such as V100 and T4, have no bf16.
+# Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense
+# products in bf16 with sums in fp32, as the maker's data sheet says without sparsity. Of cards of one name the smaller
+# comes first. Cards before Ampere, such as V100 and T4, have no bf16.
 _GPUS: dict[str, tuple[int, float | None]] = {
     "H100": (81559, 989),
     "H100 PCIe": (81559, 756),
@@ -73,10 +73,11 @@ def names() -> list[str]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means; None for one that is not known here.
+    """The GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means; None for one that is not known
+    here.
 
-    All words of a card's name in the table have to be in `name`, and of several such cards the longest counts. A person may
-    also leave words out: A100 is the one of 40 GB, and 4090 an RTX 4090.
+    All words of a card's name in the table have to be in `name`, and of several such cards the longest counts. A person
+    may also leave words out: A100 is the one of 40 GB, and 4090 an RTX 4090.
     """
     words = _words(name)
     if words & _LESSER:
@@ -109,8 +110,8 @@ def read_gpu(text: str, option: str) -> Gpu:
     close = difflib.get_close_matches(text.upper(), [name.upper() for name in _GPUS], n=1)
     near = next((f"Did you mean {name}? " for name in _GPUS if [name.upper()] == close), "")
     raise ConfigError(
-        f"{option}: {shown(text)} is no GPU that is known here. {near}Give its memory, such as 24GB or 80GiB, or one of "
-        f"{', '.join(_GPUS)}."
+        f"{option}: {shown(text)} is no GPU that is known here. {near}Give its memory, such as 24GB or 80GiB, or one of"
+        f" {', '.join(_GPUS)}."
     )
 
 

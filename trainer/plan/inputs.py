@@ -22,8 +22,8 @@ from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the formulas, `deepspeed` its dictionary among them. `group` ranks hold one copy of the base; `item` is the bytes of a 16- or
-    32-bit value; so many bytes of a mixture's experts are dequantized at once."""
+    """The inputs of the formulas, `deepspeed` its dictionary among them. `group` ranks hold one copy of the base;
+    `item` is the bytes of a 16- or 32-bit value; so many bytes of a mixture's experts are dequantized at once."""
 
     config: Config
     model: Architecture
@@ -128,7 +128,9 @@ class Inputs:
         return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
 
     def is_whole(self, stored: StoredParameter) -> bool:
-        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are offloaded."""
+        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are
+        offloaded.
+        """
         return stored.elements <= self.zero["stage3_param_persistence_threshold"]
 
     @cached_property
@@ -158,7 +160,9 @@ class Inputs:
 
     @cached_property
     def row(self) -> int:
-        """Positions of a packed row, with those that are reserved for a method's virtual tokens (trainer/data/order/settings.py)."""
+        """Positions of a packed row, with those that are reserved for a method's virtual tokens
+        (trainer/data/order/settings.py).
+        """
         data = self.config.data
         return data.sequence_length + data.segments(self.objective.formats) * self.method.virtual.reserved
 
@@ -186,8 +190,8 @@ class Inputs:
 
     @property
     def communicators(self) -> int:
-        """NCCL's: all ranks have two, as DeepSpeed clones theirs, those of a node one where they share a copy of the base, and those that
-        share rows one. CPUs use gloo."""
+        """NCCL's: all ranks have two, as DeepSpeed clones theirs, those of a node one where they share a copy of the
+        base, and those that share rows one. CPUs use gloo."""
         if not self.on_gpu:
             return 0
         return 2 * (self.world_size > 1) + (1 < self.group < self.world_size) + (self.shared > 1)

@@ -1,4 +1,6 @@
-"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No torch."""
+"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No
+torch.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -18,8 +20,8 @@ _OF_LENGTH = ("data.sequence_length:", "memory:")
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The longest row with some `settings`, in tokens, one a rank or a group of ranks at a time; 0 where none fits. `activations` are the bytes of
-    its activations on a rank, `host` those of host memory on a node."""
+    """The longest row with some `settings`, in tokens, one a rank or a group of ranks at a time; 0 where none fits.
+    `activations` are the bytes of its activations on a rank, `host` those of host memory on a node."""
 
     settings: dict[str, Any]
     tokens: int
@@ -38,8 +40,8 @@ class Ranks:
 
 
 def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[LongestRow]:
-    """First with the settings as they are, then without any that saves memory of activations, and with one more in each line. A line that does not
-    suit the base or the run is left out."""
+    """First with the settings as they are, then without any that saves memory of activations, and with one more in each
+    line. A line that does not suit the base or the run is left out."""
     found = [_longest(config, base, ranks, {})]
     settings: dict[str, Any] = {}
     for more in _ladder(config, ranks):

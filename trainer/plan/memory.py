@@ -1,6 +1,7 @@
 """The memory of one GPU, by arithmetic, and how many layers keep their activations in it. No GPU, no torch.
 
-Bytes of stored tensors are exact; activations and gathered layers are estimates, by the formulas stated at each function.
+Bytes of stored tensors are exact; activations and gathered layers are estimates, by the formulas stated at each
+function.
 """
 
 from math import ceil, prod
@@ -18,17 +19,20 @@ from trainer.plan.sizes import (
 from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
-# trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
+# trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at
+# once.
 _DECODING_BYTES = 16 * 2**23
-# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a GPU.
+# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a
+# GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
-# Gradients of a hidden state that the backward pass of a norm has at one time, by the bytes of a value, and where the norm is one kernel. PyTorch
-# computes it in fp32: of 16-bit values it has five of four bytes, of fp32 ones four, as some are the same tensor (benchmarks/length.py --device).
+# Gradients of a hidden state that the backward pass of a norm has at one time, by the bytes of a value, and where the
+# norm is one kernel. PyTorch computes it in fp32: of 16-bit values it has five of four bytes, of fp32 ones four, as
+# some are the same tensor (benchmarks/length.py --device).
 _NORM_GRADIENTS, _FUSED_NORM_GRADIENTS = {2: 10, 4: 4}, 2
 # trainer/state/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
-# CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB (NCCL_BUFFSIZE) to
-# send and to receive. Allowances, not measurements.
+# CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB
+# (NCCL_BUFFSIZE) to send and to receive. Allowances, not measurements.
 _CONTEXT_BYTES = 3 * 2**28
 _COMMUNICATOR_BYTES = 2**27
 
@@ -43,11 +47,11 @@ def base_bytes(given: Inputs) -> int:
 def memory_of(given: Inputs) -> GpuMemory:
     """Bytes on one GPU.
 
-    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded. What of it is under ZeRO-3's
-    persistence threshold is whole beside that, and never offloaded: norms, and scales where the adapters are wide.
-    What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's persistence
-    threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW 16 bytes an
-    element) / world size.
+    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded. What of it is under
+    ZeRO-3's persistence threshold is whole beside that, and never offloaded: norms, and scales where the adapters are
+    wide. What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's
+    persistence threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW
+    16 bytes an element) / world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
     parts = (part for layer in range(model.layers) for part in model.in_layer(layer) if is_packed(part, config.quant))
@@ -79,16 +83,16 @@ def memory_of(given: Inputs) -> GpuMemory:
 
 
 def _frozen_whole(given: Inputs) -> int:
-    """Bytes of what is frozen and small: whole beside this rank's partition of it, which is a part of the frozen bytes unless those are
-    offloaded."""
+    """Bytes of what is frozen and small: whole beside this rank's partition of it, which is a part of the frozen bytes
+    unless those are offloaded."""
     small = sum(stored.bytes for stored in given.frozen if given.is_whole(stored))
     share = ceil(small / given.group)
     return (small if given.group > 1 else 0) + (share if given.offloaded else 0)
 
 
 def offloaded_base(given: Inputs) -> int:
-    """Bytes of host memory for a rank's partitions of the base where they are offloaded: each is a block of its own, pinned where the
-    policy says so."""
+    """Bytes of host memory for a rank's partitions of the base where they are offloaded: each is a block of its own,
+    pinned where the policy says so."""
     if not given.offloaded:
         return 0
     parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
@@ -96,8 +100,9 @@ def offloaded_base(given: Inputs) -> int:
 
 
 def offloaded_states(given: Inputs) -> int:
-    """Bytes of host memory for a rank's masters, moments and gradients where they are offloaded, with the update. Gradients are pinned
-    where the policy says so: what is added up, and the fp32 copy of each sub-group that its update takes."""
+    """Bytes of host memory for a rank's masters, moments and gradients where they are offloaded, with the update.
+    Gradients are pinned where the policy says so: what is added up, and the fp32 copy of each sub-group that its update
+    takes."""
     if not given.states_offloaded:
         return 0
     gradient, group = 4 * given.share, 4 * given.sub_group
@@ -112,8 +117,9 @@ def offloaded_states(given: Inputs) -> int:
 
 
 def _dequantized(given: Inputs) -> int:
-    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as many of a mixture's
-    experts as are multiplied at once; those that stay as they are stored are decoded in fp32, some at a time."""
+    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as
+    many of a mixture's experts as are multiplied at once; those that stay as they are stored are decoded in fp32, some
+    at a time."""
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
         for parameter in given.model.parameters
@@ -141,12 +147,13 @@ def optimizer_step(given: Inputs) -> int:
 
 
 def _gathered(given: Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/state/zero/gather.py gathers them.
+    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/state/zero/gather.py gathers
+    them.
 
-    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that this one
-    came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer before it. What the
-    policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the turn. Never more than the whole
-    base; nothing when a partition is the whole parameter.
+    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that
+    this one came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer
+    before it. What the policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the
+    turn. Never more than the whole base; nothing when a partition is the whole parameter.
     """
     if given.group == 1 and not given.offloaded:
         return 0
@@ -159,8 +166,8 @@ def _gathered(given: Inputs) -> int:
 
 
 def _gradient_buckets(given: Inputs) -> int:
-    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to. Of a CPU's memory it takes what
-    gradients are written to."""
+    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to. Of
+    a CPU's memory it takes what gradients are written to."""
     bucket = given.zero.get("reduce_bucket_size", 500_000_000)
     written = min(bucket, given.trainable)
     reduced = written if given.world_size > 1 else 0
@@ -168,14 +175,15 @@ def _gradient_buckets(given: Inputs) -> int:
 
 
 def _activations(given: Inputs) -> tuple[int, int]:
-    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix: those that lie there from the
-    forward pass on, and those that the backward pass of a layer adds, when the logits are gone.
+    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix: those
+    that lie there from the forward pass on, and those that the backward pass of a layer adds, when the logits are gone.
 
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see trainer/base/describe/activations.py.
-    The last layers may keep theirs. Any other keeps its hidden state, and is computed again in its backward pass, when those behind
-    it are gone. On top come the widest gradients: a hidden state, and two of what enters the last linear layer of a block. Where MLPs are
-    tiled, theirs are there for one tile only. Of inputs that are offloaded two are on the GPU. Liger's kernels count where they are set, as
-    with auto a run finds out itself whether they fit the base.
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see
+    trainer/base/describe/activations.py. The last layers may keep theirs. Any other keeps its hidden state, and is
+    computed again in its backward pass, when those behind it are gone. On top come the widest gradients: a hidden
+    state, and two of what enters the last linear layer of a block. Where MLPs are tiled, theirs are there for one tile
+    only. Of inputs that are offloaded two are on the GPU. Liger's kernels count where they are set, as with auto a run
+    finds out itself whether they fit the base.
     """
     model = given.model
     again = given.recomputed_layers
@@ -189,8 +197,8 @@ def _activations(given: Inputs) -> tuple[int, int]:
 
 
 def _masks(given: Inputs) -> int:
-    """Bytes of the mask of a row of T tokens, T x T, which SDPA takes for windows (trainer/model/documents.py): as it is made, and in values for each
-    layer that keeps its activations."""
+    """Bytes of the mask of a row of T tokens, T x T, which SDPA takes for windows (trainer/model/documents.py): as it
+    is made, and in values for each layer that keeps its activations."""
     kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
     sdpa = kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
     masked = [one.layer for one in given.model.attention if sdpa and one.window and one.window < tokens]
@@ -199,7 +207,9 @@ def _masks(given: Inputs) -> int:
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of pinned host memory for the inputs of a rank's layers that are computed again, which lie together (trainer/model/offload.py)."""
+    """Bytes of pinned host memory for the inputs of a rank's layers that are computed again, which lie together
+    (trainer/model/offload.py).
+    """
     if not given.offloads_inputs:
         return 0
     size = place_bytes(given.item * given.tokens * given.model.hidden)
@@ -229,8 +239,8 @@ def _tile(given: Inputs, place: int) -> float:
 
 
 def _logits(given: Inputs) -> int:
-    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; those that are in fp32 at one time, and what is
-    computed of them; and the gradient of the hidden states of all T tokens."""
+    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; those that are in
+    fp32 at one time, and what is computed of them; and the gradient of the hidden states of all T tokens."""
     model, tokens = given.model, given.tokens
     chunk = min(
         tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary) // _LOGITS_CHUNK_ROWS) * _LOGITS_CHUNK_ROWS

@@ -1,5 +1,5 @@
-"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that does not; and where the
-reference of an objective comes from, which follows from all of them. No torch."""
+"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that
+does not; and where the reference of an objective comes from, which follows from all of them. No torch."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -19,7 +19,9 @@ _SHARED_PREFIX = "data.share_prefix"
 
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
-    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of the base."""
+    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of
+    the base.
+    """
     own = [
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
@@ -46,28 +48,30 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
             yield f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it."
     if method.trains_base and config.sharding.scope == "node":
         yield (
-            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train apart. Set "
-            "sharding.scope: world."
+            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train"
+            " apart. Set sharding.scope: world."
         )
     if method.exports_model and config.checkpoint.adapters:
         yield (
-            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter to write "
-            "beside a commit. Set it to false; capstan export writes the whole model."
+            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter"
+            " to write beside a commit. Set it to false; capstan export writes the whole model."
         )
     if method.exports_model and config.quant.type != "none":
         yield (
-            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method} trains its "
-            "weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
+            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method}"
+            " trains its weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
     yield from _of_virtual_tokens(config, method.virtual, architecture)
 
 
 def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:
-    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold these."""
+    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold
+    these.
+    """
     if method.exports_model and stored.unmergeable:
         yield (
-            f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and this base is "
-            f"{stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
+            f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and"
+            f" this base is {stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
         )
 
 
@@ -79,8 +83,8 @@ def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Arc
     needed, window, kernel = length + virtual.count, architecture.sliding_window, config.model.attention
     if config.data.on_too_long == "split":
         yield (
-            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual tokens "
-            "before a text's beginning. Set it to truncate, drop or fail."
+            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual"
+            " tokens before a text's beginning. Set it to truncate, drop or fail."
         )
     if architecture.positions and length <= architecture.positions < needed:
         yield (
@@ -89,14 +93,14 @@ def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Arc
         )
     if window and not virtual.in_row:
         yield (
-            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window} tokens back "
-            "only (a sliding window). Choose another method, such as prompt or lora."
+            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window}"
+            " tokens back only (a sliding window). Choose another method, such as prompt or lora."
         )
     elif window and window < needed:
         yield (
-            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back only (a "
-            f"sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length. Lower these, or "
-            "choose another method."
+            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back"
+            f" only (a sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length."
+            " Lower these, or choose another method."
         )
     if kernel in virtual.refused_kernels:
         yield (f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto.")
@@ -115,17 +119,20 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
         yield f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it."
     if reference == "adapter_off" and method.trains_base:
         yield (
-            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base and cannot be "
-            "switched off. Set it to stored."
+            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base"
+            " and cannot be switched off. Set it to stored."
         )
     elif reference == "adapter_off" and config.tuning.start:
         yield (
-            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it to stored."
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it"
+            " to stored."
         )
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is trainer/model/rows'."""
+    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is
+    trainer/model/rows'.
+    """
     size, data = config.sharding.sequence_parallel, config.data
     reserved = method.virtual.reserved * data.segments(objective.formats)
     tokens = config.train.micro_batch * (data.sequence_length + reserved)
@@ -140,10 +147,16 @@ def _of_shared_rows(config: Config, model: Architecture, method: Method, objecti
     }
     heads |= {layer.query_heads: "heads of this base's attention" for layer in model.attention if layer.query_heads}
     if uneven := sorted(count for count in heads if count % size):
-        yield f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of {uneven[0]}."
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of"
+            f" {uneven[0]}."
+        )
     if tokens % size:
         less = f", less the {reserved} of tuning.virtual_tokens" if reserved else ""
-        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a multiple of {size}{less}."
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a"
+            f" multiple of {size}{less}."
+        )
 
 
 def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:
@@ -156,7 +169,10 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
     if why := kernels_without_masks(config.data.share_prefix).get(kernel):
         yield f"model.attention: {kernel} cannot run with {_SHARED_PREFIX}: {why}. Use auto."
     if method.virtual.count:
-        yield f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which differ from the prompt's. Remove it."
+        yield (
+            f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which"
+            " differ from the prompt's. Remove it."
+        )
 
 
 def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:

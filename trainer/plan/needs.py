@@ -9,8 +9,8 @@ from trainer.state.zero.policy import Scope
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of the model. The base is embedding + linear + small (norms and biases); `frozen` is the part of it that does
-    not learn, `trainable` are adapters or the other part."""
+    """Elements of the model. The base is embedding + linear + small (norms and biases); `frozen` is the part of it that
+    does not learn, `trainable` are adapters or the other part."""
 
     embedding: int
     linear: int
@@ -22,8 +22,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class WholeWeights:
-    """Matrices that could be quantized by their form and are not: the last name of their module, why they stay as they are, their
-    elements and bytes."""
+    """Matrices that could be quantized by their form and are not: the last name of their module, why they stay as they
+    are, their elements and bytes."""
 
     name: str
     reason: str
@@ -36,10 +36,12 @@ class GlobalBatch:
     """One optimizer step.
 
     Attributes:
-        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share theirs.
+        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share
+            theirs.
         empty_rows: rows that are computed without targets, as global_batch does not divide evenly.
         reference_time_percent: the time of the objective's passes through the reference, as a share of the others'.
-        stored_reference_percent: where the reference is stored, the time of the one pass before the first step, as a share of an epoch's.
+        stored_reference_percent: where the reference is stored, the time of the one pass before the first step, as a
+            share of an epoch's.
     """
 
     world_size: int
@@ -126,7 +128,8 @@ class Plan:
         left_out: the parts of the base's files that are not trained, where the files are at hand.
         notes: sentences on settings without an effect.
         whole: the matrices that the quantization leaves as they are.
-        unrecognised: sentences on what config.json names and the sizes lack; with any of them nobody can say whether the run fits.
+        unrecognised: sentences on what config.json names and the sizes lack; with any of them nobody can say whether
+            the run fits.
     """
 
     parameters: Parameters

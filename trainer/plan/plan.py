@@ -23,10 +23,11 @@ from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, 
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 
-# trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it is handed over.
+# trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it
+# is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20
-# The share of a rank's memory up to which layers keep their activations, and then experts are dequantized: the plan is within 12 % of what is
-# measured. Kept activations save more time a byte.
+# The share of a rank's memory up to which layers keep their activations, and then experts are dequantized: the plan is
+# within 12 % of what is measured. Kept activations save more time a byte.
 _KEPT_SHARE = 0.85
 
 
@@ -83,8 +84,8 @@ def make_plan(
 def _untried(model: Architecture) -> Iterator[str]:
     if not model.tried:
         yield (
-            "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not see each other, and that it "
-            "computes with weights in 4 bits, is not known."
+            "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not"
+            " see each other, and that it computes with weights in 4 bits, is not known."
         )
 
 
@@ -97,8 +98,9 @@ def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
 
 
 def settled(config: Config, model: Architecture, world_size: int, ranks_per_node: int, memory: int | None) -> Config:
-    """The settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each: as many layers keep their
-    activations as the plan has room for. None do where that is not known, or not all that layers keep is counted."""
+    """The settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each: as many layers
+    keep their activations as the plan has room for. None do where that is not known, or not all that layers keep is
+    counted."""
     if config.train.activation_checkpointing != "auto":
         return config
     kept = 0
@@ -115,15 +117,18 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
 
 
 def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterator[str]:
-    """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of this run."""
+    """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of
+    this run.
+    """
     if not asked.train.activation_offload:
         return
     if asked.cluster.gpus_per_worker == 0:
         yield "train.activation_offload: has no effect on CPUs, whose memory is the host's."
     elif asked.train.activation_checkpointing == "auto" and decided.train.kept_layers(model.layers) == model.layers:
         yield (
-            f"train.activation_offload: has no effect, as there is room for the activations of all {model.layers} layers and "
-            "train.activation_checkpointing: auto has none computed again. Set that to all to keep their inputs on the host."
+            f"train.activation_offload: has no effect, as there is room for the activations of all {model.layers}"
+            " layers and train.activation_checkpointing: auto has none computed again. Set that to all to keep their"
+            " inputs on the host."
         )
 
 
@@ -133,8 +138,8 @@ def _products(config: Config, model: Architecture) -> Iterator[str]:
         linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
         some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
         yield (
-            f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11. The time below is that of plain "
-            "products where no run of this GPU was measured."
+            f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11."
+            " The time below is that of plain products where no run of this GPU was measured."
         )
 
 
@@ -142,14 +147,14 @@ def _undecided(asked: Config, model: Architecture, memory: int | None) -> Iterat
     """A sentence where the run will decide by a memory that the plan does not know."""
     if asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model):
         yield (
-            "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is not known. The run computes "
-            "none again that it has room for, which is faster."
+            "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is"
+            " not known. The run computes none again that it has room for, which is faster."
         )
 
 
 def _counts_all_activations(config: Config, model: Architecture) -> bool:
-    """Whether `trainer.plan.memory` knows all that a layer keeps: it does not where tokens are mixed by something else than attention, or
-    by one that may need a kernel which keeps scores."""
+    """Whether `trainer.plan.memory` knows all that a layer keeps: it does not where tokens are mixed by something else
+    than attention, or by one that may need a kernel which keeps scores."""
     has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
     keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
     # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
@@ -165,7 +170,8 @@ def choose_scope(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, gpu_memory: int | None
 ) -> Scope:
     """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
-    of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns."""
+    of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns.
+    """
     if config.sharding.scope != "auto":
         return config.sharding.scope
     if method_of(config).trains_base:
@@ -179,8 +185,9 @@ def choose_scope(
 def choose_experts_at_once(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope, gpu_memory: int | None
 ) -> int:
-    """Bytes of a mixture's experts to dequantize at once, for settings that are `settled`: the largest stack of a layer, for which the host need not
-    wait to learn which experts are visited, where there is room for it beside all else."""
+    """Bytes of a mixture's experts to dequantize at once, for settings that are `settled`: the largest stack of a
+    layer, for which the host need not wait to learn which experts are visited, where there is room for it beside all
+    else."""
     return _experts_at_once(_inputs(config, model, world_size, ranks_per_node, scope), gpu_memory)
 
 
@@ -210,9 +217,9 @@ def _parameters(given: Inputs) -> Parameters:
 
 
 def _batch(given: Inputs) -> GlobalBatch:
-    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and twice as
-    many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some of the tokens, one forward pass
-    each, and leaves the loss the others."""
+    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and
+    twice as many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some
+    of the tokens, one forward pass each, and leaves the loss the others."""
     train = given.config.train
     rows = given.accumulation * given.data_groups * train.micro_batch
     surveyed = given.survey.share if given.survey else 0
@@ -233,9 +240,9 @@ def _batch(given: Inputs) -> GlobalBatch:
 
 
 def _host_memory(given: Inputs) -> HostMemory:
-    """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the policy
-    offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and the copies of what learns
-    that checkpoints are uploaded from."""
+    """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the
+    policy offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and
+    the copies of what learns that checkpoints are uploaded from."""
     ranks = min(given.ranks_per_node, given.world_size)
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
     inputs = ranks * offloaded_activations(given)
@@ -246,10 +253,11 @@ def _host_memory(given: Inputs) -> HostMemory:
 def _traffic(given: Inputs) -> Traffic:
     """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
 
-    The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are recomputed. A
-    pass through the reference and a survey gather it once more each.
-    Ranks that share rows exchange queries, keys, values and results of attention in each pass through a layer, on their node.
-    What learns, adapters or the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
+    The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are
+    recomputed. A pass through the reference and a survey gather it once more each. Ranks that share rows exchange
+    queries, keys, values and results of attention in each pass through a layer, on their node. What learns, adapters or
+    the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every
+    micro-batch; DeepSpeed does not wait for the last.
     """
     world_size, group = given.world_size, given.group
     passes = 2 * given.accumulation
@@ -272,8 +280,8 @@ def _traffic(given: Inputs) -> Traffic:
 
 
 def _exchanged(given: Inputs) -> int:
-    """Bytes that a rank receives of the others that share its rows: in the forward and the backward pass of each layer, and where it is computed
-    again. Of the values of its tokens all but its own part go to them, and as many come."""
+    """Bytes that a rank receives of the others that share its rows: in the forward and the backward pass of each layer,
+    and where it is computed again. Of the values of its tokens all but its own part go to them, and as many come."""
     layers = given.model.layers
     again = 1 - given.kept_layers / layers
     passes = given.accumulation * (2 + again)
@@ -286,8 +294,8 @@ def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> Iterator[
         yield uneven
     if given.scope == "node" and given.world_size % min(given.ranks_per_node, given.world_size):
         yield (
-            f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple of "
-            f"{given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
+            f"sharding.scope: node needs as many ranks on every node, but {given.world_size} ranks are not a multiple"
+            f" of {given.ranks_per_node} a node. Change cluster.workers, or set sharding.scope: world."
         )
     if gpu_memory is not None and needed > gpu_memory:
         yield (

@@ -1,7 +1,8 @@
 """A run's settings, resolved once: the things that they name are found, and whether these fit together is checked.
 
-Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing that trains looks a method or an
-objective up again. Plans and the order of data follow from the configuration alone, and look up what they count with. Without torch.
+Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing that
+trains looks a method or an objective up again. Plans and the order of data follow from the configuration alone, and
+look up what they count with. Without torch.
 """
 
 from dataclasses import dataclass, replace
@@ -64,11 +65,12 @@ class Resolved:
         return self.method.virtual.longest(self.base.architecture.positions)
 
     def identity(self, dataset: str) -> Identity:
-        """The facts that a checkpoint must share to be continued; `dataset` is the fingerprint of the compiled training data.
+        """The facts that a checkpoint must share to be continued; `dataset` is the fingerprint of the compiled training
+        data.
 
-        Every key is named here, by the method or by the objective, and never taken over from a dump of settings: a setting that
-        is added later stays out, or comes with a default for the checkpoints that were written before it. Reads samples of the
-        base's weights; raises as `content_of`.
+        Every key is named here, by the method or by the objective, and never taken over from a dump of settings: a
+        setting that is added later stays out, or comes with a default for the checkpoints that were written before it.
+        Reads samples of the base's weights; raises as `content_of`.
         """
         model, quant, base = self.config.model, self.config.quant, self.base
         teacher = teacher_of(self.objective)
@@ -104,11 +106,13 @@ class Resolved:
 
 
 def resolve(config: Config, base: Base | None = None, start: str | None = None) -> Resolved:
-    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is given. In the settings
-    of the result `tuning.start` names a checkpoint where it was a run: that of `start`, where this is given.
+    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is
+    given. In the settings of the result `tuning.start` names a checkpoint where it was a run: that of `start`, where
+    this is given.
 
     Raises:
-        ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each other; the
+        ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each
+            other; the
             last with a sentence for each.
         StorageError: the bucket of the base does not answer or refuses.
     """
@@ -127,8 +131,8 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
 
 
 def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
-    """`resolve`, with one adapter to begin from on all ranks: a run that is learning may have a newer checkpoint by the time that another rank
-    looks, so that all take the one which rank 0 has found. Collective.
+    """`resolve`, with one adapter to begin from on all ranks: a run that is learning may have a newer checkpoint by the
+    time that another rank looks, so that all take the one which rank 0 has found. Collective.
 
     Raises as `resolve`, and `ConfigError` where a folder of PEFT has other weights on another machine.
     """
@@ -142,6 +146,7 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
             resolved = resolve(config, resolved.base, facts["start"])
         if resolved.beginning is None or resolved.beginning.facts != facts:
             raise ConfigError(
-                f"{SETTING}: {shown(config.tuning.start)} has other weights on one machine than on another. Copy one of them to every machine."
+                f"{SETTING}: {shown(config.tuning.start)} has other weights on one machine than on another. Copy one of"
+                " them to every machine."
             )
     return resolved

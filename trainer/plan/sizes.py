@@ -21,8 +21,9 @@ def quantized_bytes(numel: int, quant: Quant) -> int:
 
 
 def _quantized_parts(numel: int, quant: Quant) -> list[int]:
-    """Bytes of a quantized matrix's codes, two weights a byte or one in int8, and of its scales: an fp32 one for each `block_size` weights, or
-    under double quantization a byte, and an fp32 one for each 256 of those (QLoRA, arXiv:2305.14314, section 3)."""
+    """Bytes of a quantized matrix's codes, two weights a byte or one in int8, and of its scales: an fp32 one for each
+    `block_size` weights, or under double quantization a byte, and an fp32 one for each 256 of those (QLoRA,
+    arXiv:2305.14314, section 3)."""
     blocks = ceil(numel / quant.block_size)
     scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
     return [numel if quant.type == "int8" else ceil(numel / 2), *scales]
@@ -45,7 +46,9 @@ def multiplies_in_fp8(config: Config, parameter: Parameter) -> bool:
 
 
 def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
-    """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not quantized."""
+    """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not
+    quantized.
+    """
     if not parameter.matrices:
         return 0
     if not is_packed(parameter, quant) or quant.type == "stored":
@@ -54,7 +57,9 @@ def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
 
 
 class StoredParameter(NamedTuple):
-    """A parameter of the frozen base as ZeRO-3 divides it: a quantized matrix is several, its codes and its scales, of bytes each."""
+    """A parameter of the frozen base as ZeRO-3 divides it: a quantized matrix is several, its codes and its scales, of
+    bytes each.
+    """
 
     elements: int
     item: int
@@ -86,9 +91,10 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
 
 
 def exchanged_values(model: Architecture, size: int) -> int:
-    """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys, values and results of
-    attention, keys and values as often as ranks need them (trainer/model/rows/attention.py), and likewise what other layers take and return. Keys of
-    an unknown form count as queries do. A layer that each rank computes whole takes all states of the row."""
+    """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys,
+    values and results of attention, keys and values as often as ranks need them (trainer/model/rows/attention.py), and
+    likewise what other layers take and return. Keys of an unknown form count as queries do. A layer that each rank
+    computes whole takes all states of the row."""
     found = 0
     for layer in model.attention if size > 1 else ():
         if layer.path in model.computed_whole:
@@ -112,8 +118,9 @@ def _copies(heads: int, groups: int, size: int) -> int:
 
 
 def most_whole(config: Config, model: Architecture) -> int:
-    """The elements up to which parameters stay whole on every rank, where the policy does not say: all adapters, as long as they are
-    few bytes beside a decoder layer. Then a pass gathers nothing but the base, and each layer in one collective."""
+    """The elements up to which parameters stay whole on every rank, where the policy does not say: all adapters, as
+    long as they are few bytes beside a decoder layer. Then a pass gathers nothing but the base, and each layer in one
+    collective."""
     if method_of(config).trains_base:
         return WHOLE
     learning = [prod(shape) for shape in method_of(config).shapes(model).values()]

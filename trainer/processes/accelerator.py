@@ -1,7 +1,8 @@
-"""The device that computes beside the host, while the host goes on: a GPU, or another one that PyTorch has been told of.
+"""The device that computes beside the host, while the host goes on: a GPU, or another one that PyTorch has been told
+of.
 
-Whoever has to know whether there is one asks here, so that its kind is a value: tests/device runs the whole training on a device that PyTorch's
-extension point makes.
+Whoever has to know whether there is one asks here, so that its kind is a value: tests/device runs the whole training on
+a device that PyTorch's extension point makes.
 """
 
 import torch
@@ -22,7 +23,8 @@ def is_accelerator(device: torch.device) -> bool:
 def own_device(number: int) -> torch.device:
     """The accelerator of the rank with this number on its node, or the CPU.
 
-    srun's --gpus-per-task and --gpu-bind show each rank its own GPUs alone, which it counts from 0 whatever its number is.
+    srun's --gpus-per-task and --gpu-bind show each rank its own GPUs alone, which it counts from 0 whatever its number
+    is.
     """
     here = kind()
     return torch.device(here, number % torch.accelerator.device_count()) if here else torch.device("cpu")
@@ -36,5 +38,7 @@ def mark(device: torch.device) -> torch.Event:
 
 
 def onto(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`. The host does not wait for a copy to a GPU, which needs pinned memory for that."""
+    """A tensor of the host on `device`. The host does not wait for a copy to a GPU, which needs pinned memory for
+    that.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if is_accelerator(device) else tensor.to(device)

@@ -1,8 +1,9 @@
 """The one way to start another process, so that none outlives the one that needs it.
 
-A process that is killed (`kill -9`, or by Linux where memory runs out) cannot end its children itself. A child therefore ends by its
-own means: a command by Linux, which is asked to kill it with its parent; a worker of multiprocessing by a thread that waits for the end of
-its parent. Each of ours starts its own children in the same way, so grandchildren end too.
+A process that is killed (`kill -9`, or by Linux where memory runs out) cannot end its children itself. A child
+therefore ends by its own means: a command by Linux, which is asked to kill it with its parent; a worker of
+multiprocessing by a thread that waits for the end of its parent. Each of ours starts its own children in the same way,
+so grandchildren end too.
 
 The command dies with the *thread* that starts it: start it from a thread that waits for it.
 """
@@ -43,8 +44,8 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by whomever, ends within
-    seconds when this process is killed."""
+    """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by
+    whomever, ends within seconds when this process is killed."""
     with _guard() as mark:
         os.environ[_FAMILY] = mark
         try:
@@ -55,8 +56,8 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A command that starts processes in its own way, such as vLLM. It and they end with the body, SIGTERM first and after `patience` seconds
-    SIGKILL, or within seconds when this process is killed. Raises `FileNotFoundError`."""
+    """A command that starts processes in its own way, such as vLLM. It and they end with the body, SIGTERM first and
+    after `patience` seconds SIGKILL, or within seconds when this process is killed. Raises `FileNotFoundError`."""
     given: dict[str, str] = options.pop("env", dict(os.environ))
     with _guard() as mark:
         # Without the leash: the guard has to find the command alive to know what it has started.
@@ -103,7 +104,9 @@ def _found(program: str) -> str:
 
 
 def end_with_parent() -> None:
-    """Have this worker of multiprocessing end with its parent, whom it would else wait for until the machine is switched off."""
+    """Have this worker of multiprocessing end with its parent, whom it would else wait for until the machine is
+    switched off.
+    """
     parent = parent_process()
     assert parent is not None
 
@@ -115,7 +118,9 @@ def end_with_parent() -> None:
 
 
 def end_with_agent() -> None:
-    """Have this rank end with torchrun's agent, which cannot end its ranks where it is killed. Without one nothing happens."""
+    """Have this rank end with torchrun's agent, which cannot end its ranks where it is killed. Without one nothing
+    happens.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         leash.tie()
         if _is_orphan():  # the agent was killed before it could be tied to
@@ -123,8 +128,9 @@ def end_with_agent() -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether another process has taken this one over: the first of the machine, or one that has asked for it, as systemd and the first
-    processes of containers do. Torchrun's agent has torch loaded, and a program between it and the rank has the rank's variables."""
+    """Whether another process has taken this one over: the first of the machine, or one that has asked for it, as
+    systemd and the first processes of containers do. Torchrun's agent has torch loaded, and a program between it and
+    the rank has the rank's variables."""
     parent, mine = Path(f"/proc/{os.getppid()}"), f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}"
     try:
         between = os.fsencode(mine) in (parent / "environ").read_bytes().split(b"\0")

@@ -1,12 +1,12 @@
 """Keep libraries that no run uses out of a rank's start.
 
-DeepSpeed imports its autotuner, and with it mlflow, pandas and fastapi. transformers imports scipy for losses of images.
-bitsandbytes imports torch's compiler for devices that it has no kernels for, and DeepSpeed imports it, with networkx, for
-an optimizer. Together they are a third of the processor time that every rank, and every process of a proof, would spend on
-imports before it does anything.
+DeepSpeed imports its autotuner, and with it mlflow, pandas and fastapi. transformers imports scipy for losses of
+images. bitsandbytes imports torch's compiler for devices that it has no kernels for, and DeepSpeed imports it, with
+networkx, for an optimizer. Together they are a third of the processor time that every rank, and every process of a
+proof, would spend on imports before it does anything.
 
-Nothing is taken away. While such a module is imported, a stand-in takes the place of the library, and gets it when one of
-its functions is called.
+Nothing is taken away. While such a module is imported, a stand-in takes the place of the library, and gets it when one
+of its functions is called.
 """
 
 import sys

@@ -24,14 +24,18 @@ _MEMORY_FILES = {
 
 @dataclass(frozen=True)
 class ListedGpu:
-    """A GPU of this machine by its UUID, which is empty where only its device file tells of it, and its MIG instances' UUIDs."""
+    """A GPU of this machine by its UUID, which is empty where only its device file tells of it, and its MIG instances'
+    UUIDs.
+    """
 
     uuid: str = ""
     instances: list[str] = field(default_factory=list)
 
 
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine that a process computes on: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves to it."""
+    """GPUs of this machine that a process computes on: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves to
+    it.
+    """
     return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -59,8 +63,8 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
     """How many devices a process gets from CUDA, where `setting` is its CUDA_VISIBLE_DEVICES.
 
     The list ends at its first word that names no device, and a word that comes twice empties it (torch's
-    `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in NVIDIA's
-    MIG user guide).
+    `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in
+    NVIDIA's MIG user guide).
     """
     chosen = list(_chosen(gpus, setting))
     if any(instance or gpu.instances for gpu, instance in chosen):
@@ -69,7 +73,9 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
 
 
 def _chosen(gpus: list[ListedGpu], setting: str | None) -> Iterator[tuple[ListedGpu, str | None]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, all of them where it is not set; each with the MIG instance of it that is meant."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, all of them where it is not set; each with the MIG instance of it that
+    is meant.
+    """
     if setting is None:
         yield from ((gpu, None) for gpu in gpus)
         return
@@ -98,7 +104,9 @@ class LocalGpu(NamedTuple):
 
 
 def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to a process, as NVIDIA's driver describes them; none without it, and no parts of one."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to a process, as NVIDIA's driver describes them; none without it, and
+    no parts of one.
+    """
     told = _told_by_driver("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits") or ""
     # A size may be "[N/A]". A name has no comma.
     rows = [row for line in told.splitlines() if len(row := line.split(", ")) == 3]
@@ -147,8 +155,8 @@ def check_device(gpus_per_worker: int | None, torch_gpus: int, torch_build: str 
         )
     if gpus_per_worker:
         raise ConfigError(
-            f"cluster.gpus_per_worker: {gpus_per_worker}, but {machine} shows no GPU to this process. Start where there is one, "
-            "or set it to 0 to compute on the CPU."
+            f"cluster.gpus_per_worker: {gpus_per_worker}, but {machine} shows no GPU to this process. Start where there"
+            " is one, or set it to 0 to compute on the CPU."
         )
 
 
@@ -160,14 +168,16 @@ def unused(torch_build: str | None) -> tuple[str, str]:
 
 
 def host_memory_left() -> int:
-    """Bytes of this machine's memory that are free or that Linux would give up of its caches, and no more than what the control groups
-    of this process, such as those of a container or a job, have left."""
+    """Bytes of this machine's memory that are free or that Linux would give up of its caches, and no more than what the
+    control groups of this process, such as those of a container or a job, have left."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     return min([1024 * int(fields["MemAvailable"].split()[0]), *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Bytes up to the limits of the process's control group and of those around it, by version 2 of cgroups or by version 1."""
+    """Bytes up to the limits of the process's control group and of those around it, by version 2 of cgroups or by
+    version 1.
+    """
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in _MEMORY_FILES:

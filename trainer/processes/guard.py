@@ -2,8 +2,8 @@
 
     python -I -S guard.py VARIABLE=VALUE < pipe
 
-It waits for the end of its input, which the head holds open. Unless the head has written a farewell, every process that has this
-variable in its environment, and what these have started, is killed once it has had a moment to end by itself.
+It waits for the end of its input, which the head holds open. Unless the head has written a farewell, every process that
+has this variable in its environment, and what these have started, is killed once it has had a moment to end by itself.
 """
 
 import os
@@ -54,8 +54,11 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 
 def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
-    """End the family with this mark: those that are `asked` get SIGTERM, and all that is left after `patience` seconds SIGKILL."""
-    # One that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. It is known by its parent, while that is there.
+    """End the family with this mark: those that are `asked` get SIGTERM, and all that is left after `patience` seconds
+    SIGKILL.
+    """
+    # One that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. It is known by its
+    # parent, while that is there.
     known = descendants(family(mark))
     _signal(asked, signal.SIGTERM)
     deadline = time.monotonic() + patience

@@ -1,4 +1,6 @@
-"""Threads beside whatever is done meanwhile, which nobody has to wait for: unlike those of a pool they keep no process from ending."""
+"""Threads beside whatever is done meanwhile, which nobody has to wait for: unlike those of a pool they keep no process
+from ending.
+"""
 
 import sys
 import threading
@@ -33,7 +35,9 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
 def helper_thread(
     work: Callable[[threading.Event], object], name: str, patience: float | None = None
 ) -> Iterator[None]:
-    """Around what is done meanwhile: `work` gets an event that is set when it is over, and then has `patience` seconds to end, by default any."""
+    """Around what is done meanwhile: `work` gets an event that is set when it is over, and then has `patience` seconds
+    to end, by default any.
+    """
     over = threading.Event()
     thread = threading.Thread(target=work, args=(over,), name=name, daemon=True)
     thread.start()
@@ -51,7 +55,9 @@ def _to_stderr(line: str) -> None:
 
 @contextmanager
 def patiently(doing: str, say: Callable[[str], None] = _to_stderr, every: float | None = None) -> Iterator[None]:
-    """Around what may take long, for whoever waits before a terminal: says what is `doing` once that has taken 3 seconds, and now and then that it goes on, or both `every` so many."""
+    """Around what may take long, for whoever waits before a terminal: says what is `doing` once that has taken 3
+    seconds, and now and then that it goes on, or both `every` so many.
+    """
     began = time.monotonic()
 
     def tell(done: threading.Event) -> None:

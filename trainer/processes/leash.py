@@ -1,9 +1,10 @@
-"""The program that `trainer.processes.children` puts before every command: it ties itself to its parent, and becomes the command.
+"""The program that `trainer.processes.children` puts before every command: it ties itself to its parent, and becomes
+the command.
 
     python -I -S leash.py PARENT COMMAND...
 
-Linux kills the command as soon as the process PARENT ends, however that ends. A file of its own, with next to no imports, as every
-child waits for it.
+Linux kills the command as soon as the process PARENT ends, however that ends. A file of its own, with next to no
+imports, as every child waits for it.
 """
 
 import ctypes

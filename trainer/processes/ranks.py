@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    PrefixStore,
+    Store,
+    TCPStore,
+    distributed_c10d,
+)  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.errors import CapstanError, ConfigError, first_line
 from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
@@ -59,8 +64,8 @@ class Ranks:
     def begin_groups(self) -> None:
         """Have every process group of this process make its communicator now, with the limit `timeout`. Collective.
 
-        One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first pass, where
-        `timeouts.step` is its limit instead of that of the load.
+        One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first
+        pass, where `timeouts.step` is its limit instead of that of the load.
         """
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(self.timeout, group)
@@ -94,7 +99,9 @@ class Ranks:
         return self.begin_gather(*values, sums=sums)()
 
     def begin_gather(self, *values: float, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
-        """The same, on its way to the host: a call of the result waits for that, no longer than until the device has come here. Collective."""
+        """The same, on its way to the host: a call of the result waits for that, no longer than until the device has
+        come here. Collective.
+        """
         mine = onto(torch.tensor(values, dtype=torch.float64), self.device)
         every = self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).to("cpu", non_blocking=True)
         there = mark(self.device) if is_accelerator(self.device) else None
@@ -113,7 +120,9 @@ class Ranks:
         return every.view(self.world_size, len(mine))
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing. Collective."""
+        """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing.
+        Collective.
+        """
         every = onto(counts, self.device) if counts.device != self.device else counts.clone()
         dist.all_reduce(every)
         return every
@@ -140,7 +149,8 @@ class Ranks:
         with self.agreeing():
             if self.rank == 0:
                 result = action()
-        # Not `together`: a gather makes room on each rank for as many objects as there are ranks, each of the largest size.
+        # Not `together`: a gather makes room on each rank for as many objects as there are ranks, each of the largest
+        # size.
         return self.broadcast(result)
 
     def broadcast(self, value: Any) -> Any:
@@ -150,7 +160,8 @@ class Ranks:
         return box[0]
 
     def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
-        """`values` of every rank, unless one of them failed: then the same error on all, so that none waits for it. Collective.
+        """`values` of every rank, unless one of them failed: then the same error on all, so that none waits for it.
+        Collective.
 
         Raises:
             CapstanError: the first failing rank's, of its own kind and exit code. A failure of another kind (a bug) is
@@ -192,7 +203,8 @@ def join(
     collectives; `is_gone` tells whether a rank has ended before it came to the meeting.
 
     Raises:
-        CapstanError: not all ranks have come within `meeting`, or one of those will not come any more; it names those that are missing.
+        CapstanError: not all ranks have come within `meeting`, or one of those will not come any more; it names those
+            that are missing.
         ConfigError: two ranks would compute on one GPU.
     """
     let_segments_grow()
@@ -224,23 +236,27 @@ def join(
 
 
 def bound_device(device: torch.device, world_size: int) -> torch.device | None:
-    """The device that the process group is told of: NCCL then makes other groups' communicators of this one's, and need not guess which device
-    is whose. Of one rank NCCL cannot do so on some machines (CUDA error 600, deepspeedai/DeepSpeed#8248), and need not."""
+    """The device that the process group is told of: NCCL then makes other groups' communicators of this one's, and need
+    not guess which device is whose. Of one rank NCCL cannot do so on some machines (CUDA error 600,
+    deepspeedai/DeepSpeed#8248), and need not."""
     return device if is_accelerator(device) and world_size > 1 else None
 
 
 def let_segments_grow() -> None:
-    """Have torch's allocator take memory of a GPU in segments that grow, unless the environment has settings for it: layers are
-    gathered into memory of ever other sizes, of which fixed segments would leave gaps.
+    """Have torch's allocator take memory of a GPU in segments that grow, unless the environment has settings for it:
+    layers are gathered into memory of ever other sizes, of which fixed segments would leave gaps.
 
-    The environment would be too late for that, as torch reads it once, when CUDA begins, and bitsandbytes begins it in its import.
+    The environment would be too late for that, as torch reads it once, when CUDA begins, and bitsandbytes begins it in
+    its import.
     """
     if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def add_in_one_order() -> None:
-    """Have kernels add in the same order every time, where they have such a way and another one that is faster. Before CUDA begins."""
+    """Have kernels add in the same order every time, where they have such a way and another one that is faster. Before
+    CUDA begins.
+    """
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it for FlashAttention's packages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -248,13 +264,16 @@ def add_in_one_order() -> None:
 
 
 def take_gpu(store: Store, device: torch.device, rank: int) -> None:
-    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` where another has it, which NCCL allows to none."""
+    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` where another has it, which NCCL allows
+    to none.
+    """
     gpu = torch.cuda.get_device_properties(device)
     others = store.add(f"gpu-{gpu.uuid}", 1) - 1
     if others:
         raise ConfigError(
-            f"rank {rank} would compute on the GPU of another rank: {gpu.name} is shown to both ({torch.cuda.device_count()} to "
-            "each). Start as many ranks on a machine as it has GPUs, or show each its own (srun --gpus-per-task=1)."
+            f"rank {rank} would compute on the GPU of another rank: {gpu.name} is shown to both"
+            f" ({torch.cuda.device_count()} to each). Start as many ranks on a machine as it has GPUs, or show each its"
+            " own (srun --gpus-per-task=1)."
         )
 
 
@@ -287,18 +306,20 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int]
     limit = f"{took:.0f} s" if took < within.total_seconds() else f"{within.total_seconds():.0f} s (timeouts.meet)"
     if missing is None:
         raise CapstanError(
-            f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT): it did not come within {limit}, or "
-            "has given up. Its log or the job's output says why."
+            f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT): it did not come within"
+            f" {limit}, or has given up. Its log or the job's output says why."
         )
     named = f"{', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}"
     raise CapstanError(
-        f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were killed, "
-        "or did not start: the job's output says why."
+        f"{world_size - len(missing)} of {world_size} ranks came together within {limit}; missing: {named}. They were"
+        " killed, or did not start: the job's output says why."
     )
 
 
 def _waited_for(store: Store, keys: Mapping[str, int], within: timedelta, is_gone: Callable[[int], bool]) -> list[int]:
-    """The ranks of `keys` that have not come: none, or where time is up or one of them is gone those that are missing."""
+    """The ranks of `keys` that have not come: none, or where time is up or one of them is gone those that are
+    missing.
+    """
     deadline = time.monotonic() + within.total_seconds()
     while True:
         left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
@@ -320,8 +341,8 @@ def _served(host: str, port: int, within: timedelta) -> TCPStore:
 
 
 def _listening(host: str, port: int) -> int:
-    """A socket at `host` and `port`, as its file descriptor. It is at every address where `host` is not an address that this machine
-    knows itself by, or only one that others cannot reach it by."""
+    """A socket at `host` and `port`, as its file descriptor. It is at every address where `host` is not an address that
+    this machine knows itself by, or only one that others cannot reach it by."""
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if not ip_address(place[0]).is_loopback or _on_one_machine():
@@ -338,15 +359,17 @@ def _on_one_machine() -> bool:
 
 
 def stay_on_loopback() -> None:
-    """Have gloo and NCCL open their sockets where no other machine reaches them, as long as all ranks are on this one and nobody has named an
-    interface."""
+    """Have gloo and NCCL open their sockets where no other machine reaches them, as long as all ranks are on this one
+    and nobody has named an interface."""
     if _on_one_machine():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, _LOOPBACK)
 
 
 def _reached(host: str, port: int, within: timedelta, is_gone: Callable[[], bool]) -> TCPStore:
-    """The store that rank 0 serves, as soon as it does. In short attempts, as torch would go on asking for one that has ended."""
+    """The store that rank 0 serves, as soon as it does. In short attempts, as torch would go on asking for one that has
+    ended.
+    """
     deadline = time.monotonic() + within.total_seconds()
     while True:
         left = timedelta(seconds=max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,6 @@
-"""The ranks of one machine that were started by hand or by srun, as processes: nobody tells the others when one of them is killed."""
+"""The ranks of one machine that were started by hand or by srun, as processes: nobody tells the others when one of them
+is killed.
+"""
 
 import os
 import time
@@ -14,8 +16,8 @@ _LATE_SECONDS = 30.0
 class Siblings:
     """Looks for the processes of the other ranks by the environment that they were started with.
 
-    Where this process was not started with a rank of its own, as by Ray, or where ranks are on several machines or under torchrun's agent,
-    which ends them itself, it knows nothing.
+    Where this process was not started with a rank of its own, as by Ray, or where ranks are on several machines or
+    under torchrun's agent, which ends them itself, it knows nothing.
     """
 
     def __init__(

@@ -9,13 +9,17 @@ from trainer.config.secrets import without_credentials
 
 
 def say(text: str) -> None:
-    """A line on stderr, rid of what opens the URLs in it, as logs are kept; one that cannot be written, as to a full disk, is dropped."""
+    """A line on stderr, rid of what opens the URLs in it, as logs are kept; one that cannot be written, as to a full
+    disk, is dropped.
+    """
     with suppress(OSError, ValueError):
         print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 class Harmless:
-    """Calls what may fail in any way without harm. A failure is said once, and again only after a success in between."""
+    """Calls what may fail in any way without harm. A failure is said once, and again only after a success in
+    between.
+    """
 
     def __init__(self, what: str) -> None:
         self._what, self._failing = what, False

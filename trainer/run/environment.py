@@ -12,8 +12,8 @@ _PACKAGES = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsa
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide what a run computes. One that is not installed is left out: a rank that torchrun
-    started needs no Ray, and a checkout is perhaps run without an installation."""
+    """The versions of the packages that decide what a run computes. One that is not installed is left out: a rank that
+    torchrun started needs no Ray, and a checkout is perhaps run without an installation."""
     found = dict[str, str]()
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):

@@ -11,7 +11,9 @@ from trainer.run import layout
 from trainer.store.store import Store
 
 FEWEST = 6
-"""The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise less than 95 %."""
+"""The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise
+less than 95 %.
+"""
 
 _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 """Settings that may name the data of an evaluation where the run has none."""
@@ -39,7 +41,9 @@ def _by_name(value: Any) -> bool:
 
 
 def other_settings(own: Config, given: Config) -> list[str]:
-    """The settings by which an evaluation under `given` measures something else than the run's `own`, so that its figures are not the run's."""
+    """The settings by which an evaluation under `given` measures something else than the run's `own`, so that its
+    figures are not the run's.
+    """
     before, after = own.data.model_dump(), given.data.model_dump()
     held_out = set[str]() if own.data.eval or own.data.held_out else _HELD_OUT
     changed = [f"data.{name}" for name in before if name not in held_out and before[name] != after[name]]
@@ -48,7 +52,9 @@ def other_settings(own: Config, given: Config) -> list[str]:
 
 
 def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:
-    """Keep `found`. Earlier findings of its step over the same base stay, as far as `found` has not measured them anew."""
+    """Keep `found`. Earlier findings of its step over the same base stay, as far as `found` has not measured them
+    anew.
+    """
     earlier = read_evaluation(folder, found["step"])
     if earlier.get("base") == found["base"]:
         found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}

@@ -43,10 +43,12 @@ def run_config(
     document: str = layout.CONFIG,
     say: Callable[[str], None] = unsaid,
 ) -> Config:
-    """The configuration of the run in `folder`, with dotted `overrides`; `say` gets what these replace, as in `load_config`.
+    """The configuration of the run in `folder`, with dotted `overrides`; `say` gets what these replace, as in
+    `load_config`.
 
-    The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another name.
-    Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to another run.
+    The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another
+    name. Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to
+    another run.
     """
     key = f"{folder.uri}/{document}"
     store, _, name = folder.uri.removeprefix("file://").rpartition("/")
@@ -62,7 +64,7 @@ def run_config(
         setting, _, value = override.partition("=")
         if setting in ("run", "run.name", "run.store"):
             raise ConfigError(
-                f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave it out; a "
-                "copy of the folder is a run of its own."
+                f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave"
+                " it out; a copy of the folder is a run of its own."
             )
     return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key, say)

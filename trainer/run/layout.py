@@ -79,7 +79,9 @@ def rank_log(generation: int, rank: int) -> str:
 
 
 def sidecar_log(generation: int, name: str) -> str:
-    """The stream of what a process beside the ranks says: `rollout`, which has servers sample, or `server-1` and so on. It begins before this start's ranks."""
+    """The stream of what a process beside the ranks says: `rollout`, which has servers sample, or `server-1` and so on.
+    It begins before this start's ranks.
+    """
     return f"{LOGS}{generation:06d}/{name}.log"
 
 
@@ -149,7 +151,9 @@ def adapter(step: int) -> str:
 
 
 def rollouts(key: str) -> str:
-    """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them but what was learnt."""
+    """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them
+    but what was learnt.
+    """
     return f"{ROLLOUTS}{key}"
 
 
@@ -189,7 +193,9 @@ def samples(step: int) -> str:
 
 
 def profile(step: int) -> str:
-    """The trace of some steps of rank 0, of which the update that makes `step` is the first: Chrome's format, compressed."""
+    """The trace of some steps of rank 0, of which the update that makes `step` is the first: Chrome's format,
+    compressed.
+    """
     return f"{PROFILES}step-{step:09d}.json.gz"
 
 
@@ -209,5 +215,7 @@ def bases(fingerprint: str) -> str:
 
 
 def dataset(fingerprint: str) -> str:
-    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in a folder of their own."""
+    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in a folder of their
+    own.
+    """
     return f"data/{fingerprint}/"

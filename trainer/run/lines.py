@@ -13,8 +13,8 @@ _PHASES = {
 
 
 class PlainLines:
-    """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and a step in every so many (`every`;
-    0 makes none)."""
+    """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and a step in every so many
+    (`every`; 0 makes none)."""
 
     def __init__(self, every: int) -> None:
         self._every = every

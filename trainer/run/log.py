@@ -53,8 +53,8 @@ def rank_log(
     """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
 
     File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log. Yields a
-    function that brings the store up to date, for a process that is about to end at once. A rank that prints little is sent
-    within `flush_seconds`; the requests of all ranks together are bounded.
+    function that brings the store up to date, for a process that is about to end at once. A rank that prints little is
+    sent within `flush_seconds`; the requests of all ranks together are bounded.
     """
     log = Appender(folder, layout.rank_log(generation, rank))
     allowance = log_allowance(rank, world_size)

@@ -63,8 +63,8 @@ class _Held:
 
 
 class Metrics:
-    """Gives every record to the trackers, the first of which keeps them in the run's folder. Rank 0 has trackers; the others have
-    none, and their calls do nothing. No call fails, whatever goes wrong."""
+    """Gives every record to the trackers, the first of which keeps them in the run's folder. Rank 0 has trackers; the
+    others have none, and their calls do nothing. No call fails, whatever goes wrong."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._held = [_Held(tracker) for tracker in trackers]

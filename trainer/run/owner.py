@@ -1,10 +1,10 @@
 """The owner of a run: the process or the submitted job that has it, known from keys in its folder.
 
-Every start that takes a run creates the next of the keys owners/000001.json, owners/000002.json and so on, and the highest
-number has the run: of several starts that take it at once only one can create the key, and a start that was taken over
-sees a higher number than its own. The owner keeps its key fresh as long as it lives, and marks it as ended when it ends
-in order. Records do not tell whether a run is alive: a compilation, a large base or a long step leaves none for minutes.
-At rest an owner costs one request every `BEAT_SECONDS`.
+Every start that takes a run creates the next of the keys owners/000001.json, owners/000002.json and so on, and the
+highest number has the run: of several starts that take it at once only one can create the key, and a start that was
+taken over sees a higher number than its own. The owner keeps its key fresh as long as it lives, and marks it as ended
+when it ends in order. Records do not tell whether a run is alive: a compilation, a large base or a long step leaves
+none for minutes. At rest an owner costs one request every `BEAT_SECONDS`.
 """
 
 import json
@@ -32,7 +32,8 @@ _ANEW_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Owner:
-    """`by` is the command that was given, such as "capstan train"; `since` and `time`, its last beat, are in seconds since 1970.
+    """`by` is the command that was given, such as "capstan train"; `since` and `time`, its last beat, are in seconds
+    since 1970.
 
     `process` is None for a submitted job whose turn has not come yet. A process number means something in one `place`
     only (a boot of a machine and a namespace of it), and names one process together with when that was `born`. All
@@ -115,8 +116,8 @@ class Ownership:
 
 
 class OwnerWatch:
-    """The owner of a run as another process of the same start sees it: a rank that waits for rank 0. `group` is the owner's where that is
-    known."""
+    """The owner of a run as another process of the same start sees it: a rank that waits for rank 0. `group` is the
+    owner's where that is known."""
 
     def __init__(self, folder: Store, group: str | None = None) -> None:
         self._run, self._group = folder, group
@@ -130,8 +131,8 @@ class OwnerWatch:
         return not self._seen
 
     def is_gone(self) -> bool:
-        """Whether it was there and has ended for certain, by what /proc tells or by its own word. One that starts anew within
-        `_ANEW_SECONDS` has not; one on another machine is only silent."""
+        """Whether it was there and has ended for certain, by what /proc tells or by its own word. One that starts anew
+        within `_ANEW_SECONDS` has not; one on another machine is only silent."""
         owner, now = last_owner(self._run), time.monotonic()
         if owner is None or self._group not in (None, owner.group):
             return False
@@ -141,8 +142,8 @@ class OwnerWatch:
 
 
 def lost_ranks(folder: Store) -> Callable[[int], bool]:
-    """A function that tells whether the process of a rank has ended, as far as this rank can know: rank 0's by the run's owner, the others' by
-    the processes of this machine."""
+    """A function that tells whether the process of a rank has ended, as far as this rank can know: rank 0's by the
+    run's owner, the others' by the processes of this machine."""
     owner, siblings = OwnerWatch(folder), Siblings()
     return lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank)
 
@@ -186,8 +187,8 @@ def take(
 ) -> Ownership:
     """Make the run this process's, or with `waits` that of the job which it is about to submit.
 
-    `after` is the `newest_number` that the decision to take the run rests on. A `place` of the caller's own says that the
-    owner outlives this process. Raises `ConfigError` when somebody has taken the run since.
+    `after` is the `newest_number` that the decision to take the run rests on. A `place` of the caller's own says that
+    the owner outlives this process. Raises `ConfigError` when somebody has taken the run since.
     """
     now, process = time.time(), None if waits else os.getpid()
     born = _born(os.getpid())
@@ -218,7 +219,9 @@ def _end_if(folder: Store, condition: Callable[[Owner], bool]) -> bool:
 
 
 def age(folder: Store) -> float:
-    """Seconds since the last owner's beat by the store's clock alone, as machines' clocks may differ; writes a key for a moment."""
+    """Seconds since the last owner's beat by the store's clock alone, as machines' clocks may differ; writes a key for
+    a moment.
+    """
     key = f"{layout.OWNERS}clock-{uuid4().hex}"
     folder.put(key, b"")
     try:
@@ -254,7 +257,9 @@ _HIDDEN = "hidden"
 
 
 def _born(process: int) -> str | None:
-    """When the process began, in clock ticks since the boot; None when it has ended, `_HIDDEN` where /proc does not tell."""
+    """When the process began, in clock ticks since the boot; None when it has ended, `_HIDDEN` where /proc does not
+    tell.
+    """
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -41,8 +41,8 @@ class PowerMeter:
 
 @contextmanager
 def metered(device: torch.device, *, reads: bool) -> Iterator[Callable[[], dict[str, float]]]:
-    """A function that gives what `PowerMeter.measured` does of `device`: nothing on a CPU, without nvidia-smi, or unless this rank
-    `reads` it."""
+    """A function that gives what `PowerMeter.measured` does of `device`: nothing on a CPU, without nvidia-smi, or
+    unless this rank `reads` it."""
     if not reads or device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield dict
         return

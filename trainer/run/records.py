@@ -1,7 +1,7 @@
 """The records of a run, one JSON object a line, as anyone reads and adds to them.
 
-The generation's rank 0 writes the stream `metrics/<generation>.jsonl` (trainer/run/metrics.py). Anyone else adds a record as an
-object of its own beside it, so that no two ever write the same object.
+The generation's rank 0 writes the stream `metrics/<generation>.jsonl` (trainer/run/metrics.py). Anyone else adds a
+record as an object of its own beside it, so that no two ever write the same object.
 """
 
 import json
@@ -58,8 +58,8 @@ def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> Record | None:
-    """The record in a line, without values of null that readers would have to tell from missing ones; None for one that was torn by a
-    crash, or lacks what everybody takes for granted."""
+    """The record in a line, without values of null that readers would have to tell from missing ones; None for one that
+    was torn by a crash, or lacks what everybody takes for granted."""
     try:
         record = json.loads(line)
     except NOT_JSON:
@@ -87,8 +87,8 @@ def _is_sound(value: Any, of: Any) -> bool:
 class Lifetime:
     """How long a start has lasted, from the launch of its processes to its last record.
 
-    Records of rank 0 tell the `clock` of its process, which no correction of the machine's time moves. Only where none does, as in
-    records that others have added, the time of day counts.
+    Records of rank 0 tell the `clock` of its process, which no correction of the machine's time moves. Only where none
+    does, as in records that others have added, the time of day counts.
     """
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class Lifetime:
 
 
 class _Span:
-    """The time between the first and the last moment of one clock. The first is the one at which a start's record says that it began: its own moment
-    less the seconds that it took until then."""
+    """The time between the first and the last moment of one clock. The first is the one at which a start's record says
+    that it began: its own moment less the seconds that it took until then."""
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -183,8 +183,8 @@ class RunReader:
         self._readers: dict[int, RecordReader] = {}
 
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[tuple[int, Iterator[Record]]]:
-        """The number of each start in `found`, in order, with its new records; those that are not iterated stay new. `found` is as
-        for `RecordReader.read`."""
+        """The number of each start in `found`, in order, with its new records; those that are not iterated stay new.
+        `found` is as for `RecordReader.read`."""
         for number in starts_in(found):
             reader = self._readers.setdefault(number, RecordReader(self._folder, number))
             yield number, reader.read(found)
@@ -214,8 +214,8 @@ def read_records(folder: Store, generation: int) -> Iterator[Record]:
 
 
 def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Segment]], most: int) -> list[Record]:
-    """The first and the last records of a generation, from about so many bytes of each: what a start is, and how far it is. `found` has
-    the segments of the run's metrics, by stream."""
+    """The first and the last records of a generation, from about so many bytes of each: what a start is, and how far it
+    is. `found` has the segments of the run's metrics, by stream."""
     text = bytearray()
     for stream in _streams_of(found, generation):
         segments, tail = found[stream], Appended(folder)
@@ -250,8 +250,8 @@ def record_restart(folder: Store, reason: str) -> None:
 def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0) -> None:
     """Write why the newest generation ended into its records, unless its ranks did.
 
-    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it had a
-    rank, so that no generation is newer than `after`, gets its generation here.
+    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it
+    had a rank, so that no generation is newer than `after`, gets its generation here.
     """
     newest = max(generations(folder), default=0)
     if newest <= after:

@@ -30,7 +30,9 @@ def request_stop(folder: Store, by: str | None = None, reason: str | None = None
 
 
 def request_restart(folder: Store, reason: str) -> None:
-    """Ask the ranks to commit a checkpoint and end, so that the driver starts them again; `reason` completes "stopped"."""
+    """Ask the ranks to commit a checkpoint and end, so that the driver starts them again; `reason` completes
+    "stopped".
+    """
     folder.put(layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
 
 
@@ -80,7 +82,8 @@ class StopSignal:
     ) -> None:
         self._asked, self.reason = Stop.NO, _ON_REQUEST
         self._folder, self._preempted = folder, preempted
-        # One request a look: it goes on as long as the run. A restart, which only an elastic run is asked for, can wait.
+        # One request a look: it goes on as long as the run. A restart, which only an elastic run is asked for, can
+        # wait.
         self._keys = itertools.cycle((layout.STOP, layout.STOP, layout.RESTART))
         self._watcher = Every(seconds, self._look, "looking for a stop request") if watches else None
 

@@ -1,10 +1,10 @@
 """Streams that grow in a store that cannot append: metrics, logs and TensorBoard's events.
 
-A stream lies in segments. The first has the stream's own key, each other one that key and the position of its first byte:
-`rank-00003.log`, then `rank-00003.log.000001048576`. The newest bytes are in a short segment, which is written again with
-more of them up to `SHORT_WRITES` times and then closed. Once a block of `BLOCK_BYTES` is there, it is written as one segment in
-the place of its short ones, and never again. So the writer keeps one block in memory, a byte is written about
-`SHORT_WRITES / 2 + 1` times however long the stream, and there are few segments to list.
+A stream lies in segments. The first has the stream's own key, each other one that key and the position of its first
+byte: `rank-00003.log`, then `rank-00003.log.000001048576`. The newest bytes are in a short segment, which is written
+again with more of them up to `SHORT_WRITES` times and then closed. Once a block of `BLOCK_BYTES` is there, it is
+written as one segment in the place of its short ones, and never again. So the writer keeps one block in memory, a byte
+is written about `SHORT_WRITES / 2 + 1` times however long the stream, and there are few segments to list.
 
 A reader goes by positions alone: segments may overlap for the moment in which a block replaces short ones. For people,
 `cat KEY*` prints a stream that is not being written.
@@ -57,7 +57,9 @@ def length(segments: Sequence[Segment]) -> int:
 
 
 class Appender:
-    """Writes one stream, from its first byte on. `append` is cheap and never waits for the store; `flush` does the writing."""
+    """Writes one stream, from its first byte on. `append` is cheap and never waits for the store; `flush` does the
+    writing.
+    """
 
     def __init__(self, folder: Store, stream: str) -> None:
         self._folder, self._stream = folder, stream

@@ -17,7 +17,9 @@ _PLACE = ("run.name", "run.store")
 
 
 class Change(NamedTuple):
-    """A setting by its dotted name, with its value before and from now on; neither shows a secret of an earlier version."""
+    """A setting by its dotted name, with its value before and from now on; neither shows a secret of an earlier
+    version.
+    """
 
     setting: str
     old: Any
@@ -38,8 +40,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def record_settings(folder: Store, generation: int, config: Config) -> list[Change]:
-    """Keep what this start trains with; returns what changed since the start before it that trained, as far as that can be
-    read."""
+    """Keep what this start trains with; returns what changed since the start before it that trained, as far as that can
+    be read."""
     keys = [entry.key for entry in folder.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
     folder.put(layout.settings(generation), dump_config(config).encode())
     earlier = next(filter(None, (_kept(folder, key) for key in sorted(keys, reverse=True))), None)

@@ -1,4 +1,6 @@
-"""A tree of JSON as one text, whoever writes it: by its hash, what is kept as JSON is known to be whole, and settings are told apart."""
+"""A tree of JSON as one text, whoever writes it: by its hash, what is kept as JSON is known to be whole, and settings
+are told apart.
+"""
 
 import hashlib
 import json

@@ -1,5 +1,6 @@
-"""How a weight in 4 or 8 bits is coded in files: which numbers its codes are, and which weights share a scale. Facts only, without numpy
-and torch: trainer/base/stored/shared/coded.py decodes as files are read, trainer/model/stored.py when a layer computes."""
+"""How a weight in 4 or 8 bits is coded in files: which numbers its codes are, and which weights share a scale. Facts
+only, without numpy and torch: trainer/base/stored/shared/coded.py decodes as files are read, trainer/model/stored.py
+when a layer computes."""
 
 from dataclasses import dataclass
 from math import ceil, ldexp, nan
@@ -32,8 +33,9 @@ VALUES: dict[Numbers, list[float]] = {
 
 @dataclass(frozen=True)
 class Code:
-    """Codes that are these `numbers`, in tiles of (rows, columns), those at the borders cut off. int4 and offset8 count from the least
-    number up, int8 is the two's complement. Of two codes of 4 bits in a byte, the lower half is the first."""
+    """Codes that are these `numbers`, in tiles of (rows, columns), those at the borders cut off. int4 and offset8 count
+    from the least number up, int8 is the two's complement. Of two codes of 4 bits in a byte, the lower half is the
+    first."""
 
     numbers: Numbers
     tile: tuple[int, int]
@@ -49,8 +51,8 @@ class Code:
 
 @dataclass(frozen=True)
 class Kept:
-    """A weight that can stay as its files have it: its `code`, the type of its scales, as safetensors names it, and the type that the
-    values have. `transposed` says that the files hold each matrix's transpose."""
+    """A weight that can stay as its files have it: its `code`, the type of its scales, as safetensors names it, and the
+    type that the values have. `transposed` says that the files hold each matrix's transpose."""
 
     code: Code
     scales: str

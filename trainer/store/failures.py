@@ -1,4 +1,6 @@
-"""Failures of a store, told from the text of obstore's exceptions: what went wrong in one clause, and whether another try may help."""
+"""Failures of a store, told from the text of obstore's exceptions: what went wrong in one clause, and whether another
+try may help.
+"""
 
 import re
 
@@ -15,10 +17,15 @@ _METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/
 
 
 def reason(error: BaseException, scheme: str) -> str:
-    """The cause in one clause, without secrets: obstore's text has the request, the server's XML and a debug rendering."""
+    """The cause in one clause, without secrets: obstore's text has the request, the server's XML and a debug
+    rendering.
+    """
     text = without_credentials(str(error).strip())
     if _METADATA_SERVICE.search(text):
-        return f"no credentials were found, neither in the environment ({CREDENTIALS[scheme]}) nor as a role of this machine"
+        return (
+            f"no credentials were found, neither in the environment ({CREDENTIALS[scheme]}) nor as a role of this"
+            " machine"
+        )
     if NO_BUCKET.search(text):
         return "the bucket does not exist"
     host = _first(r"https?://[^/\s]+", text)

@@ -1,4 +1,6 @@
-"""Whether the Hugging Face Hub can be reached: huggingface_hub itself asks for half a minute before it takes what is in its cache."""
+"""Whether the Hugging Face Hub can be reached: huggingface_hub itself asks for half a minute before it takes what is in
+its cache.
+"""
 
 import os
 import socket

@@ -1,7 +1,8 @@
 """Tensor name -> file, dtype, shape and byte range, read from the headers of safetensors files.
 
 Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian header length, a JSON header, the data.
-Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is read.
+Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is
+read.
 """
 
 import hashlib
@@ -86,8 +87,8 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Joined:
-    """Stretches of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which files hold
-    singly, or one of the projections that they hold as one."""
+    """Stretches of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which
+    files hold singly, or one of the projections that they hold as one."""
 
     parts: tuple[StoredTensor, ...]
     stretches: tuple[Stretch, ...]
@@ -115,8 +116,8 @@ class Joined:
 
 @dataclass(frozen=True)
 class PackedSources:
-    """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in a `Packed`;
-    `mean` is that of absmax, one for each slice, under double quantization."""
+    """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in
+    a `Packed`; `mean` is that of absmax, one for each slice, under double quantization."""
 
     parts: dict[str, StoredTensor]
     mean: list[float] | None
@@ -124,7 +125,9 @@ class PackedSources:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight of `shape` that files hold in 4 bits: values of the type `made_of`, as torch names it, in blocks of `block_size`."""
+    """A weight of `shape` that files hold in 4 bits: values of the type `made_of`, as torch names it, in blocks of
+    `block_size`.
+    """
 
     shape: tuple[int, ...]
     sources: PackedSources
@@ -151,7 +154,8 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
     """The header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
 
     Raises:
-        ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is missing or
+        ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is
+            missing or
             truncated; a damaged header; a tensor in two files.
     """
     sizes = {
@@ -159,14 +163,15 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
     }
     if not sizes:
         raise ConfigError(
-            f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which writes them."
+            f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which"
+            " writes them."
         )
     # Without an index there is one file; some repositories keep the same weights beside it in another layout.
     indexed = _indexed_files(store)
     if not indexed and SINGLE_FILE not in sizes:
         raise ConfigError(
-            f"model.base: {store.uri} holds {min(sizes)}, but neither {SINGLE_FILE} nor {INDEX_FILE}, where transformers looks. "
-            f"Rename a single file to {SINGLE_FILE}, or convert the model with save_pretrained()."
+            f"model.base: {store.uri} holds {min(sizes)}, but neither {SINGLE_FILE} nor {INDEX_FILE}, where"
+            f" transformers looks. Rename a single file to {SINGLE_FILE}, or convert the model with save_pretrained()."
         )
     files = indexed or {SINGLE_FILE}
     missing = sorted(files - set(sizes))
@@ -176,8 +181,8 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
         )
     if indexed and SINGLE_FILE in sizes and SINGLE_FILE not in indexed:
         raise ConfigError(
-            f"model.base: {store.uri} holds {SINGLE_FILE} beside {INDEX_FILE}, which names other files: transformers would read the "
-            "first, and others what the index names. Remove the one that is not meant."
+            f"model.base: {store.uri} holds {SINGLE_FILE} beside {INDEX_FILE}, which names other files: transformers"
+            " would read the first, and others what the index names. Remove the one that is not meant."
         )
     names = sorted(files)
     with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
@@ -192,8 +197,8 @@ def _check_no_tensor_is_in_two(store: Store, headers: Mapping[str, FileHeader]) 
         if both := found.keys() & header.tensors.keys():
             name = min(both)
             raise ConfigError(
-                f"model.base: {store.uri} holds {shown(name)} in two files, {found[name]} and {file}, of which programs read one or the other. "
-                "Write the model again with save_pretrained()."
+                f"model.base: {store.uri} holds {shown(name)} in two files, {found[name]} and {file}, of which programs"
+                " read one or the other. Write the model again with save_pretrained()."
             )
         found |= dict.fromkeys(header.tensors, file)
 
@@ -239,8 +244,8 @@ def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """The bytes before the data of a file with this `header`, filled up as the format's own writer does: the data begins at a
-    multiple of 8."""
+    """The bytes before the data of a file with this `header`, filled up as the format's own writer does: the data
+    begins at a multiple of 8."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -30,7 +30,9 @@ _YOUNG_SECONDS = 60.0
 
 @contextmanager
 def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
-    """A folder, in `directory` or in the temporary one, that is removed at the end, or by `collect_leftovers` after a kill."""
+    """A folder, in `directory` or in the temporary one, that is removed at the end, or by `collect_leftovers` after a
+    kill.
+    """
     with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", dir=directory, ignore_cleanup_errors=True) as folder:
         assert _OURS.fullmatch(Path(folder).name), f"{purpose} is not among the purposes that are collected"
         held = os.open(folder, os.O_RDONLY)
@@ -42,7 +44,9 @@ def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
 
 
 def collect_leftovers(directory: str | None = None) -> list[str]:
-    """Remove what processes of this user that are gone left in `directory`, or in the temporary one; returns the paths."""
+    """Remove what processes of this user that are gone left in `directory`, or in the temporary one; returns the
+    paths.
+    """
     with suppress(OSError):  # nothing here may keep a run from starting
         found = [
             Path(entry.path) for entry in os.scandir(directory or tempfile.gettempdir()) if _OURS.fullmatch(entry.name)

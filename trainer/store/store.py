@@ -31,7 +31,8 @@ SCHEMES = ("file", "s3", "gs", "az", "memory")
 # time, which bounds the memory of an upload.
 PART_BYTES = 32 * 2**20
 _PARTS_IN_FLIGHT = 4
-# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) is never retried.
+# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) is never
+# retried.
 RETRY_SECONDS = 30.0
 # How long one request may take with its body: a part has to fit in on a slow line.
 REQUEST_SECONDS = 60.0
@@ -58,8 +59,8 @@ class Entry:
 
 
 class Store:
-    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`. `range_bytes`
-    counts the bytes that `get_range` has read, on any thread."""
+    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`.
+    `range_bytes` counts the bytes that `get_range` has read, on any thread."""
 
     def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
         self.uri = uri.rstrip("/")
@@ -98,7 +99,9 @@ class Store:
         return data
 
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
-        """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight together."""
+        """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight
+        together.
+        """
         if not starts:
             return []
         spans, owners = _merged(starts, ends)
@@ -220,8 +223,8 @@ class Store:
     def _sync(self, key: str) -> None:
         """Make a local write survive a power cut: obstore renames into place, but does not fsync.
 
-        Every folder above is synced too, as the write may have made them. What another process has removed since needs none: of two that
-        compile the same data, the first to end takes away how far they have come.
+        Every folder above is synced too, as the write may have made them. What another process has removed since needs
+        none: of two that compile the same data, the first to end takes away how far they have come.
         """
         if not isinstance(self._backend, LocalStore):
             return
@@ -286,11 +289,12 @@ def open_store(
     retry_seconds: float = RETRY_SECONDS,
     request_seconds: float = REQUEST_SECONDS,
 ) -> Store:
-    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its first object.
+    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its
+    first object.
 
     Credentials, region and endpoint come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An endpoint may be http://; a
-    bucket of S3 is then addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take
+    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An endpoint may be http://;
+    a bucket of S3 is then addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take
     `request_seconds`. `setting` is what messages call `uri`.
 
     Raises `ConfigError` for what is no URI of a folder or an endpoint, `StorageError` for a folder that cannot be one.
@@ -307,8 +311,8 @@ def open_store(
         return _open_folder(uri, setting)
     if re.search(r"[?#]|^[^/]*//[^/]*@", uri):
         raise ConfigError(
-            f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or what follows "
-            f"'?' or '#'. Remove that; credentials come from the environment ({CREDENTIALS[scheme]})."
+            f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or"
+            f" what follows '?' or '#'. Remove that; credentials come from the environment ({CREDENTIALS[scheme]})."
         )
     options: dict[str, Any] = {
         "retry_config": {
@@ -342,7 +346,9 @@ def _endpoint(scheme: str) -> str:
 
 
 def _open_folder(uri: str, setting: str) -> Store:
-    """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the keys."""
+    """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the
+    keys.
+    """
     name = uri.removeprefix("file://")
     if name != uri and not name.startswith("/"):
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Where a run ends: after so many steps, or where its epochs do, which is counted from the position in the data.
 
-A start goes on from a position, whatever `train.global_batch` led there. So the steps that are left are those that the present
-settings make of the data behind it, and a run of one epoch takes every row once, also when the batch changes on the way.
+A start goes on from a position, whatever `train.global_batch` led there. So the steps that are left are those that the
+present settings make of the data behind it, and a run of one epoch takes every row once, also when the batch changes on
+the way.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,8 +20,9 @@ from trainer.train.schedule import learning_rate
 class Horizon:
     """The end of a run, as one start of it sees it.
 
-    `steps` is the last step. `whole` are the steps that the present settings make of all of the run's data: as many, unless the
-    batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where nothing goes by them.
+    `steps` is the last step. `whole` are the steps that the present settings make of all of the run's data: as many,
+    unless the batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where
+    nothing goes by them.
     """
 
     steps: int
@@ -28,8 +30,8 @@ class Horizon:
     epochs: Sequence[EpochBins] = ()
 
     def rate(self, optim: Optim, step: int) -> float:
-        """The learning rate of the update that makes `step`: the schedule goes by the data, so it counts the steps that the present
-        settings would have made of what lies before."""
+        """The learning rate of the update that makes `step`: the schedule goes by the data, so it counts the steps that
+        the present settings would have made of what lies before."""
         return learning_rate(optim, step - self.steps + self.whole, self.whole)
 
     def passes(self, position: Position) -> float | None:
@@ -42,7 +44,8 @@ class Horizon:
         return position.epoch + bins.before(epoch, position) / bins.total(epoch)
 
     def is_due(self, per_epoch: float, before: Position, after: Position) -> bool:
-        """Whether what comes `per_epoch` times in each pass comes with the update whose data lies between the two positions.
+        """Whether what comes `per_epoch` times in each pass comes with the update whose data lies between the two
+        positions.
 
         It goes by the data alone, so a start with another batch or other epochs finds the same places in them.
         """

@@ -69,8 +69,8 @@ class _RankStep(NamedTuple):
 
 
 def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
-    """Go from the state after `step` updates, whose next data is at `position`, to the last step, or to where `train.stop_when` ends it; yields each
-    update's record.
+    """Go from the state after `step` updates, whose next data is at `position`, to the last step, or to where
+    `train.stop_when` ends it; yields each update's record.
 
     Raises:
         NonFiniteLoss: on every rank, before anything is saved.
@@ -113,7 +113,9 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
 
 
 class _Update(NamedTuple):
-    """An update that was made: each rank's part, the loss with the learning rate and the norm of the gradient, and the objective's figures."""
+    """An update that was made: each rank's part, the loss with the learning rate and the norm of the gradient, and the
+    objective's figures.
+    """
 
     every: list[_RankStep]
     figures: dict[str, float]
@@ -137,8 +139,9 @@ def _update(
     # accumulation, the packing and the number of ranks: count them all before the first backward pass.
     mine = sum(map(objective.weight, batches))
     sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
-    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read in the
-    # update's wait for the gradient's norm, our one wait for the device in a step. An update by a loss that is not finite is never kept.
+    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read
+    # in the update's wait for the gradient's norm, our one wait for the device in a step. An update by a loss that is
+    # not finite is never kept.
     exchange = _exchange(run, batches, sums, mine, since_save=since_save, waited=waited)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
@@ -158,7 +161,8 @@ def _update(
 def _follow(
     run: Training, update: _Update, step: int, window: _Window, saves: SaveRules, routing: Routing, *, first: bool
 ) -> bool:
-    """Evaluate, sample and save the state at `step` where that is due; returns whether the training ends there. Collective.
+    """Evaluate, sample and save the state at `step` where that is due; returns whether the training ends there.
+    Collective.
 
     Raises `Stopped` after a stop request, with the state committed.
     """
@@ -190,8 +194,8 @@ def _follow(
 
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:
-    """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the device; returns its summed loss
-    and measures, fp64."""
+    """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the
+    device; returns its summed loss and measures, fp64."""
     run.engine.clock.enter("forward")
     surveys = _surveys(run, batches)
     sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
@@ -206,7 +210,9 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
 
 
 def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
-    """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all ranks. Collective."""
+    """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all
+    ranks. Collective.
+    """
     survey = run.start.objective.survey
     if survey is None:
         return repeat(None)
@@ -220,7 +226,9 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
 def _exchange(
     run: Training, batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, since_save: float, waited: float
 ) -> Callable[[], tuple[list[_RankStep], list[float]]]:
-    """Ask for every rank's part of the step, in rank order, and the `sums` over all ranks, which a call of the result reads. Collective."""
+    """Ask for every rank's part of the step, in rank order, and the `sums` over all ranks, which a call of the result
+    reads. Collective.
+    """
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
         weight=weight,
@@ -243,7 +251,9 @@ def _exchange(
 
 
 def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
-    """The part of a step's record that adds up over the ranks, and how long each phase of rank 0's took since the record before."""
+    """The part of a step's record that adds up over the ranks, and how long each phase of rank 0's took since the
+    record before.
+    """
     tokens = sum(int(rank.tokens) for rank in every)
     data = max(rank.waited for rank in every)  # on the rank that waited longest
     run.engine.clock.enter("save")
@@ -269,8 +279,8 @@ def _begin(run: Training, phase: Phase, step: int = 0) -> None:
 
 
 def _evaluate_if_due(run: Training, step: int, due: bool, stopping: Stop, routing: Routing) -> float | None:
-    """Evaluate the state at `step` where that is `due` or the end; returns the loss, in nats, of the unnamed data, or without any of the first
-    set. Collective."""
+    """Evaluate the state at `step` where that is `due` or the end; returns the loss, in nats, of the unnamed data, or
+    without any of the first set. Collective."""
     if not (step == run.horizon.steps or (due and not stopping)):
         return None
     loss = None
@@ -329,7 +339,8 @@ def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
     if stopping is Stop.RESTART:
         return Interrupted(f"stopped at step {step} {reason}, with a checkpoint committed")
     return Stopped(
-        f"stopped at step {step} {reason}, with a checkpoint committed. {command('resume', run.checkpoints.run)} goes on."
+        f"stopped at step {step} {reason}, with a checkpoint committed. {command('resume', run.checkpoints.run)}"
+        " goes on."
     )
 
 
@@ -350,7 +361,9 @@ def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 
 def samples_key(batches: Sequence[MicroBatch]) -> int:
-    """A number for one rank's documents of a step: the sum over ranks tells which they were, whatever the world size."""
+    """A number for one rank's documents of a step: the sum over ranks tells which they were, whatever the world
+    size.
+    """
     documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
     places = [
         (at.epoch << 48) + (at.chapter << 40) + (at.window << 24) + at.bin for batch in batches for at in batch.bins
@@ -361,7 +374,9 @@ def samples_key(batches: Sequence[MicroBatch]) -> int:
 
 
 def evaluate(run: Training, stream: Stream) -> dict[str, float]:
-    """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures. Collective."""
+    """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures.
+    Collective.
+    """
     surveys = _surveys(run, _evaluated(run, stream))
     with run.engine.evaluating(), torch.no_grad():
         means, total = objective_means(

@@ -1,4 +1,6 @@
-"""Opens what a start of a run does beside its steps: it logs, writes records, hears requests and shows that it is alive."""
+"""Opens what a start of a run does beside its steps: it logs, writes records, hears requests and shows that it is
+alive.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +17,9 @@ from trainer.train.start import ClaimedStart, Start
 
 @contextmanager
 def opened(claimed: ClaimedStart) -> Iterator[Start]:
-    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to those before it."""
+    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to those
+    before it.
+    """
     resolved, ranks, folder, generation = claimed.resolved, claimed.ranks, claimed.folder, claimed.generation
     config, first = claimed.config, ranks.rank == 0
     with (

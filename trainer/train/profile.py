@@ -14,10 +14,11 @@ from trainer.store.store import Store
 
 
 class StepProfile:
-    """Traces the first to the last of `steps`, both included, and keeps the trace in the run's folder; None traces nothing.
+    """Traces the first to the last of `steps`, both included, and keeps the trace in the run's folder; None traces
+    nothing.
 
-    It is told by `reached` which state the loop has come to. A run that ends in between leaves the trace of the steps until then. A trace
-    that cannot be made or kept ends no run.
+    It is told by `reached` which state the loop has come to. A run that ends in between leaves the trace of the steps
+    until then. A trace that cannot be made or kept ends no run.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Store, log: Callable[[str], None]) -> None:

@@ -1,7 +1,8 @@
 """The reference that is stored: one pass through the base over all data before the first step, and none in any step.
 
-The model is as it was attached, before a checkpoint is restored, so that a base that learns is still the base. Every rank
-computes its own rows of one order that knows no ranks; what is there already, from an earlier start or another run, is read.
+The model is as it was attached, before a checkpoint is restored, so that a base that learns is still the base. Every
+rank computes its own rows of one order that knows no ranks; what is there already, from an earlier start or another
+run, is read.
 """
 
 import time
@@ -159,6 +160,7 @@ class ReferencePass:
         wrong = np.flatnonzero(~np.isfinite(log_p).all(axis=1))
         if len(wrong):
             raise NonFiniteLoss(
-                f"the base gives {len(wrong):,} of {len(log_p):,} {self.start.objective.unit} of the data no finite log-probability, "
-                f"document {wrong[0]} first, so it cannot be their reference. Leave them out of the data."
+                f"the base gives {len(wrong):,} of {len(log_p):,} {self.start.objective.unit} of the data no finite"
+                f" log-probability, document {wrong[0]} first, so it cannot be their reference. Leave them out of the"
+                " data."
             )

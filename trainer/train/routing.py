@@ -1,7 +1,7 @@
 """Where a mixture's routers send the tokens: counted on the device by each experts' module, exchanged once a step.
 
-An expert's share is that of the tokens of its layer that it sees; the shares of a layer add up to the experts that a token visits.
-Padding is counted, and the recomputation of activations, which is alike in all layers.
+An expert's share is that of the tokens of its layer that it sees; the shares of a layer add up to the experts that a
+token visits. Padding is counted, and the recomputation of activations, which is alike in all layers.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,9 @@ class Routing:
         self._since: dict[str, Layer] = {}
 
     def measured(self) -> dict[str, float]:
-        """The measures of a step that has passed: the largest `load` of all layers, and the experts that saw no token. Collective."""
+        """The measures of a step that has passed: the largest `load` of all layers, and the experts that saw no token.
+        Collective.
+        """
         layers = self._taken()
         self._since = {path: Layer(_added(self._since.get(path), layer), layer.each) for path, layer in layers.items()}
         return _measures(layers)

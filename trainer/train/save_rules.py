@@ -19,8 +19,8 @@ class SaveRules:
         return self._clock() - self._saved
 
     def is_due(self, step: int, since_save: float) -> bool:
-        """Whether the state at `step` is saved by its number or the time. `since_save` is rank 0's: the clocks of the ranks differ, and
-        all must save at once."""
+        """Whether the state at `step` is saved by its number or the time. `since_save` is rank 0's: the clocks of the
+        ranks differ, and all must save at once."""
         every, minutes = self._rules.every_steps, self._rules.every_minutes
         return (every > 0 and step % every == 0) or (minutes > 0 and since_save >= 60 * minutes)
 

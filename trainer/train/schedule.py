@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step, so that a resumed run has no scheduler state to restore.
 
-`SCHEDULES` has the course after warm-up by the name in `optim.schedule`, as a share of the peak. The formulas are those of
-transformers.optimization; one_cycle is torch.optim.lr_scheduler.OneCycleLR (arXiv:1708.07120).
+`SCHEDULES` has the course after warm-up by the name in `optim.schedule`, as a share of the peak. The formulas are those
+of transformers.optimization; one_cycle is torch.optim.lr_scheduler.OneCycleLR (arXiv:1708.07120).
 """
 
 import math
@@ -20,8 +20,8 @@ _INVERSE_SQRT_STEPS = 10_000  # that transformers counts as warm-up where there 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
     """The rate of the update that makes step `step` (1 .. total_steps).
 
-    Warm-up is linear, or a power of that, and reaches `lr` at step `warmup_steps`, or after `warmup_ratio` of all steps; then comes the
-    schedule. one_cycle rises along a cosine.
+    Warm-up is linear, or a power of that, and reaches `lr` at step `warmup_steps`, or after `warmup_ratio` of all
+    steps; then comes the schedule. one_cycle rises along a cosine.
     """
     warmup_steps = optim.warmup_steps or math.ceil((optim.warmup_ratio or 0) * total_steps)
     if step <= warmup_steps:

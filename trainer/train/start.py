@@ -1,4 +1,6 @@
-"""One start of a run, as one of its ranks sees it: the values that everything which this rank does for the run needs."""
+"""One start of a run, as one of its ranks sees it: the values that everything which this rank does for the run
+needs.
+"""
 
 import socket
 import time
@@ -51,7 +53,9 @@ class Elapsed:
 
 @dataclass(frozen=True)
 class ClaimedStart:
-    """One start of the run that has its number, on this rank. `folder` is the run's own in the `store`, where its data lies beside it."""
+    """One start of the run that has its number, on this rank. `folder` is the run's own in the `store`, where its data
+    lies beside it.
+    """
 
     resolved: Resolved
     ranks: Ranks
@@ -77,7 +81,9 @@ class ClaimedStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Start(ClaimedStart):
-    """The same once it can write records, hears requests to stop, shows that it is alive, and has adapters written after commits."""
+    """The same once it can write records, hears requests to stop, shows that it is alive, and has adapters written
+    after commits.
+    """
 
     metrics: Metrics
     stop: StopSignal

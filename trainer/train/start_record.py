@@ -1,4 +1,6 @@
-"""The records of a start: what it is and how long each part of it took, what was planned for it, and which settings are new."""
+"""The records of a start: what it is and how long each part of it took, what was planned for it, and which settings are
+new.
+"""
 
 import os
 import socket

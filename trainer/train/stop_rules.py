@@ -1,4 +1,6 @@
-"""When a run ends by itself before its last step, `train.stop_when`: the loss stays high, or evaluations no longer get better."""
+"""When a run ends by itself before its last step, `train.stop_when`: the loss stays high, or evaluations no longer get
+better.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +15,8 @@ _NONE: Mapping[int, float] = {}
 
 
 class StopRules:
-    """The rules of a run, and what they have seen; every rank sees the same. Of earlier starts `evaluated` are the losses of evaluations, and
-    `losses` those of updates, each by its step."""
+    """The rules of a run, and what they have seen; every rank sees the same. Of earlier starts `evaluated` are the
+    losses of evaluations, and `losses` those of updates, each by its step."""
 
     ended = ""
     """Why the run has ended, as a clause; empty while it goes on."""
@@ -27,8 +29,8 @@ class StopRules:
             self._count(losses[step])
 
     def end(self, step: int, loss: float, evaluated: float | None) -> bool:
-        """Whether the run ends with the state at `step`. `loss` is that of the update, `evaluated` that of the evaluation after it, if
-        there was one."""
+        """Whether the run ends with the state at `step`. `loss` is that of the update, `evaluated` that of the
+        evaluation after it, if there was one."""
         self._count(loss)
         self.ended = self._high_loss() or (self._no_better(step, evaluated) if evaluated is not None else "")
         return bool(self.ended)
@@ -52,8 +54,8 @@ class StopRules:
         if not self._rules.no_better or since < self._rules.no_better:
             return ""
         return (
-            f"{since} evaluations in a row were no better than {self._evaluated[best]:.4f}, that of step {best}, which is kept "
-            "(train.stop_when.no_better)"
+            f"{since} evaluations in a row were no better than {self._evaluated[best]:.4f}, that of step {best}, which"
+            " is kept (train.stop_when.no_better)"
         )
 
 
@@ -63,8 +65,8 @@ class _Seen(NamedTuple):
 
 
 def open_stop_rules(start: Start, step: int, evaluated: str | None) -> StopRules:
-    """The rules of a start that goes on from `step`; `evaluated` is the fingerprint of the data by which checkpoints are kept. Collective.
-    The records of earlier starts are read only where a rule asks for them."""
+    """The rules of a start that goes on from `step`; `evaluated` is the fingerprint of the data by which checkpoints
+    are kept. Collective. The records of earlier starts are read only where a rule asks for them."""
     rules = start.config.train.stop_when
     asks = step > 0 and (rules.no_better or rules.loss_above is not None)
     seen = _seen(start, step, evaluated) if asks and start.ranks.rank == 0 else _Seen({}, {})
@@ -72,7 +74,9 @@ def open_stop_rules(start: Start, step: int, evaluated: str | None) -> StopRules
 
 
 def _seen(start: Start, step: int, evaluated: str | None) -> _Seen:
-    """The losses up to `step` in earlier starts: of the evaluations over the same data, and of the last updates that may count."""
+    """The losses up to `step` in earlier starts: of the evaluations over the same data, and of the last updates that
+    may count.
+    """
     config, seen = start.config, _Seen({}, {})
     named = None if config.data.eval or config.data.held_out else next(iter(config.eval.sets), None)
     for generation in generations(start.folder):

@@ -1,5 +1,5 @@
-"""The parts of a run's data that no compilation makes: what a stored teacher says of the rows, and the answers that are sampled while the run
-learns."""
+"""The parts of a run's data that no compilation makes: what a stored teacher says of the rows, and the answers that are
+sampled while the run learns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ from trainer.train.start import Start
 from trainer.tuning.objective.teacher import teacher_of
 
 Supply = Callable[[Engine, int], Mapping[str, Any]]
-"""Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the update's record. Collective;
-raises `Stopped` where a stop was asked for meanwhile."""
+"""Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the
+update's record. Collective; raises `Stopped` where a stop was asked for meanwhile."""
 
 _LOOK_SECONDS = 0.2
 _SAY_SECONDS = 30.0
@@ -73,7 +73,9 @@ def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> 
 
 
 def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
-    """The figures of the step's chapter, once others have done with it what is theirs to do: sampled it, or judged it."""
+    """The figures of the step's chapter, once others have done with it what is theirs to do: sampled it, or judged
+    it.
+    """
     ranks, told, chapter = start.ranks, time.monotonic(), start.config.rollout.chapter(step)
     while True:
         there = ranks.rank == 0 and rollouts.is_ready(chapter)
@@ -115,8 +117,9 @@ def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeache
     record, whole = read_teacher(folder), read_whole(folder)
     if record is None or whole is None:
         raise ConfigError(
-            f"{teacher.setting}: {shown(teacher.name)} has not yet written {'all of ' if record else ''}its log-probabilities of this run's "
-            f"data into {folder.uri}. Run capstan teach CONFIG first, with this configuration."
+            f"{teacher.setting}: {shown(teacher.name)} has not yet written {'all of ' if record else ''}its"
+            f" log-probabilities of this run's data into {folder.uri}. Run capstan teach CONFIG first, with this"
+            " configuration."
         )
     start.log(f"the teacher's {record.k} likeliest tokens of {whole.targets:,} targets are in {folder.uri}")
     return StoredTeacher(folder, record, whole, reads)

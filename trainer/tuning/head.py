@@ -1,7 +1,8 @@
-"""A small head that learns beside a method, in the place of the language model's: that of an objective that has one of its own.
+"""A small head that learns beside a method, in the place of the language model's: that of an objective that has one of
+its own.
 
-It is the module that transformers' classes for such models have, by the same name, and stands in PEFT's folder as such a module
-does (`modules_to_save`): whole, beside the adapter.
+It is the module that transformers' classes for such models have, by the same name, and stands in PEFT's folder as such
+a module does (`modules_to_save`): whole, beside the adapter.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def head_of(method: Method) -> WithHead | None:
 
 
 def outputs(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
-    """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row have the same of all of them, so
-    that one of them counts what follows."""
+    """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row
+    have the same of all of them, so that one of them counts what follows."""
     hidden = model.hidden(row)[0]
     here = places.to(hidden.device) - row.first
     mine = (here >= 0) & (here < len(hidden))
@@ -130,18 +131,18 @@ def with_head(method: Method, config: Config) -> Method:
         adapter = adapter.method
     if not isinstance(adapter, SavedByPeft):
         raise ConfigError(
-            f"tuning.method: {config.tuning.method} has no adapter that PEFT keeps beside a head, as objective.name: {name} wants one. "
-            "Choose lora, rslora or dora."
+            f"tuning.method: {config.tuning.method} has no adapter that PEFT keeps beside a head, as objective.name:"
+            f" {name} wants one. Choose lora, rslora or dora."
         )
     if config.model.add_tokens:
         raise ConfigError(
-            f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of. Remove it, and where a "
-            "template needs them give a base that has them."
+            f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of."
+            " Remove it, and where a template needs them give a base that has them."
         )
     if config.tuning.start:
         raise ConfigError(
-            f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter (capstan export --merge), and give "
-            "the result as model.base."
+            f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter"
+            " (capstan export --merge), and give the result as model.base."
         )
     labels = (config.data.labels or ()) if head.labelled else ()
     return cast(Method, WithHead(method, head, name, labels, config.model))

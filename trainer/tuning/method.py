@@ -1,8 +1,8 @@
 """The interface of a way to fine-tune, and how one is found by its name in `tuning.method`.
 
 A method is one file in this folder. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings; a file without `METHODS` is something that several methods share. Importing the file loads no torch, as `plan` counts on a login node; code
-that handles tensors imports torch when it is called.
+the method from the section's settings; a file without `METHODS` is something that several methods share. Importing the
+file loads no torch, as `plan` counts on a login node; code that handles tensors imports torch when it is called.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
 
 
 class LearntWeights(Protocol):
-    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in the type of the training's
-    forward pass."""
+    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in the type of
+    the training's forward pass."""
 
     def __getitem__(self, name: str, /) -> Tensor:
         """The whole parameter; the first look-up reads all parameters into memory."""
@@ -79,8 +79,8 @@ class ExportedFiles:
 class VirtualTokens:
     """Tokens that are learnt and stand before the first token of each document, `count` of them.
 
-    They take the first positions of the document in its packed row (`in_row`), or lie beside the row as keys and values.
-    `refused_kernels` gives for each attention kernel that cannot compute with them the reason, as a clause.
+    They take the first positions of the document in its packed row (`in_row`), or lie beside the row as keys and
+    values. `refused_kernels` gives for each attention kernel that cannot compute with them the reason, as a clause.
     """
 
     count: int = 0
@@ -101,18 +101,19 @@ class Method(Protocol):
     """One way to fine-tune, with the settings of one run. A class of it says what is not so of most."""
 
     settings: ClassVar[Collection[str]] = ()
-    """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for any
-    other of them is refused, as it would be ignored. So are settings of what learns beside a method, see `method_of`."""
+    """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for
+    any other of them is refused, as it would be ignored. So are settings of what learns beside a method, see
+    `method_of`."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that older
-    checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
+    """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that
+    older checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
     trains_base: ClassVar[bool] = False
     """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
     uncounted_activations: ClassVar[bool] = False
     """Whether a layer keeps much more for its backward pass than `plan` counts."""
     exports_model: ClassVar[bool] = False
-    """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same and
-    `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
+    """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same
+    and `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -122,7 +123,9 @@ class Method(Protocol):
     unmergeable: ClassVar[str | None] = None
     """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
     file_names: ClassVar[Collection[str]] = ()
-    """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one counts as half."""
+    """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one
+    counts as half.
+    """
 
     @property
     def virtual(self) -> VirtualTokens:
@@ -155,20 +158,22 @@ class Method(Protocol):
         ...
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`. `weights` are those of
-        all that learns, so they may have parameters beside those of the method's own `shapes`."""
+        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`. `weights` are those
+        of all that learns, so they may have parameters beside those of the method's own `shapes`."""
         raise AssertionError(self.unmergeable)
 
 
 @dataclass(frozen=True)
 class OfSettings(Method):
-    """A method whose identity are its settings. The modules that it adds, and those of what learns beside it, have a flag `active`;
-    where others learn, it says itself how it is switched off."""
+    """A method whose identity are its settings. The modules that it adds, and those of what learns beside it, have a
+    flag `active`; where others learn, it says itself how it is switched off."""
 
     tuning: Tuning
 
     groups_by_end: ClassVar[Mapping[str, str]] = {}
-    """Name of each of the optimizer's groups -> the end of the names in the model of the parameters in it, without the dot before it."""
+    """Name of each of the optimizer's groups -> the end of the names in the model of the parameters in it, without the
+    dot before it.
+    """
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -219,8 +224,8 @@ class OwnFormat(Protocol):
     """A method whose exports PEFT does not read has this beside `Method`."""
 
     def load_exported(self, model: PreTrainedModel, folder: Path) -> AbstractContextManager[None]:
-        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given. Inside
-        the context that is returned, `model` computes as its base does."""
+        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given.
+        Inside the context that is returned, `model` computes as its base does."""
         ...
 
 
@@ -238,8 +243,8 @@ def find_method(settings: Tuning) -> Method:
     method = chosen(methods(), "tuning.method", settings.method)(settings)
     if settings.start is not None and method.exports_model:
         raise ConfigError(
-            f"tuning.start: tuning.method: {settings.method} has no adapter to begin from. Merge that adapter (capstan export --merge), "
-            "and give the result as model.base."
+            f"tuning.start: tuning.method: {settings.method} has no adapter to begin from. Merge that adapter (capstan"
+            " export --merge), and give the result as model.base."
         )
     refuse_unread(settings, "tuning.method", (*method.settings, "start"))
     return method
@@ -248,8 +253,8 @@ def find_method(settings: Tuning) -> Method:
 def method_of(config: Config) -> Method:
     """The run's method: the one that `tuning.method` names, with what other settings have learn beside it.
 
-    A file of this folder says so by `AROUND`, a function for each such setting, which gets the method and the configuration, and
-    returns the method as it is where the setting is not used.
+    A file of this folder says so by `AROUND`, a function for each such setting, which gets the method and the
+    configuration, and returns the method as it is where the setting is not used.
 
     Raises:
         ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.

@@ -1,7 +1,8 @@
-"""Whole modules of the base that learn beside an adapter, in 16 bits: norms, the embedding, the output head, a mixture's routers.
+"""Whole modules of the base that learn beside an adapter, in 16 bits: norms, the embedding, the output head, a
+mixture's routers.
 
-`tuning.modules_to_save` names them as PEFT does, by the end of their paths. Their parameters learn as with method full. In PEFT's
-folder they stand whole, beside the adapter; there a tied embedding is two modules with the same weight.
+`tuning.modules_to_save` names them as PEFT does, by the end of their paths. Their parameters learn as with method full.
+In PEFT's folder they stand whole, beside the adapter; there a tied embedding is two modules with the same weight.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class WithModules(Around):
                 found.append(f"{SETTING}: {name!r} {what}. Name some of {shown}.")
             elif self.adds_tokens and _own(matched).keys() & {architecture.embedding, architecture.head}:
                 found.append(
-                    f"{SETTING}: {name!r} learns whole, and model.add_tokens has some of its rows learn. Remove one of them."
+                    f"{SETTING}: {name!r} learns whole, and model.add_tokens has some of its rows learn. Remove one of"
+                    " them."
                 )
         return found
 
@@ -91,7 +93,9 @@ class WithModules(Around):
 
 
 def _modules(architecture: Architecture) -> dict[str, list[Parameter]]:
-    """Path in the model -> the parameters in it, for every module that has some, those of modules inside it included."""
+    """Path in the model -> the parameters in it, for every module that has some, those of modules inside it
+    included.
+    """
     found: dict[str, list[Parameter]] = {}
     for parameter in architecture.parameters:
         aliases = [alias for alias, name in architecture.tied.items() if name == parameter.name]

@@ -25,7 +25,9 @@ _SETTLE_SECONDS = 5.0
 
 
 def check_ray(what: str) -> None:
-    """Raise `ConfigError` where Ray is not installed, which `what` asks for. It is an extra: a run on one machine needs none."""
+    """Raise `ConfigError` where Ray is not installed, which `what` asks for. It is an extra: a run on one machine needs
+    none.
+    """
     if find_spec("ray") is None:
         raise ConfigError(f"{what} needs Ray. Install it: pip install 'capstan-llm[ray]'.")
 
@@ -59,8 +61,8 @@ def local_ray(workers: int) -> Iterator[str]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for its own address, at which alone it then listens. It would take that of the network instead, and listen at
-    every address."""
+    """Let Ray take 127.0.0.1 for its own address, at which alone it then listens. It would take that of the network
+    instead, and listen at every address."""
     from ray._private import services  # no public setting keeps Ray to loopback
 
     with_network, services.resolve_ip_for_localhost = services.resolve_ip_for_localhost, lambda host: host
@@ -71,7 +73,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def address_of(config: Config, given: str | None = None) -> str | None:
-    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where the run stays on this machine."""
+    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where the run stays
+    on this machine.
+    """
     address = given or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
     return None if address == STARTS_HERE else address
 
@@ -81,7 +85,8 @@ def joined_ray(address: str) -> Iterator[str]:
     """A running cluster; yields its dashboard's address, which may be empty.
 
     Raises:
-        ConfigError: Ray is not installed; the cluster cannot be reached, refuses the token, or runs another Ray or Python.
+        ConfigError: Ray is not installed; the cluster cannot be reached, refuses the token, or runs another Ray or
+            Python.
     """
     check_ray(f"cluster.ray.address: {address}")
     import ray
@@ -89,8 +94,8 @@ def joined_ray(address: str) -> Iterator[str]:
 
     if is_dashboard(address):
         raise ConfigError(
-            f"cluster.ray.address: {address!r} is the address of a dashboard, which takes jobs (`capstan submit ray`). To train "
-            "from here give the cluster's own, such as head:6379."
+            f"cluster.ray.address: {address!r} is the address of a dashboard, which takes jobs (`capstan submit ray`)."
+            " To train from here give the cluster's own, such as head:6379."
         )
     _knock(address)
     try:
@@ -149,16 +154,17 @@ def _quiet() -> None:
 
 def refused_token(address: str) -> ConfigError:
     return ConfigError(
-        f"the Ray cluster at {address!r} refused the token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) "
-        "to the cluster's own."
+        f"the Ray cluster at {address!r} refused the token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or"
+        " RAY_AUTH_TOKEN_PATH) to the cluster's own."
     )
 
 
 def _not_joined(address: str, error: Exception) -> ConfigError:
     if len(versions := re.findall(r"(?:Ray|Python): (\S+)", str(error))) == 4:
         return ConfigError(
-            f"cluster.ray.address: the cluster at {address!r} has Ray {versions[0]} and Python {versions[1]}, this machine Ray "
-            f"{versions[2]} and Python {versions[3]}. Use the same on both, or `capstan submit ray`, whose driver runs there."
+            f"cluster.ray.address: the cluster at {address!r} has Ray {versions[0]} and Python {versions[1]}, this"
+            f" machine Ray {versions[2]} and Python {versions[3]}. Use the same on both, or `capstan submit ray`, whose"
+            " driver runs there."
         )
     return ConfigError(
         f"cluster.ray.address: no Ray cluster answers at {address!r} ({first_line(error)}). "
@@ -225,7 +231,9 @@ def room(each: Mapping[str, float]) -> int:
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """The resources that a cluster with `total` lacks for `asked` ranks, were it free: "asked for 16 GPUs, the cluster has 8"; empty where it has them."""
+    """The resources that a cluster with `total` lacks for `asked` ranks, were it free: "asked for 16 GPUs, the cluster
+    has 8"; empty where it has them.
+    """
     missing = []
     for name, amount in each.items():
         needed, has = amount * asked, total.get(name, 0.0)
@@ -244,7 +252,8 @@ def wait_for_room(
     of them, which makes an autoscaling cluster add nodes.
 
     Raises:
-        ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or with not `can_grow` there never will be.
+        ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or with not `can_grow` there
+            never will be.
     """
     import ray
     from ray.util import placement_group, remove_placement_group

@@ -44,7 +44,8 @@ def map_on_cluster(
     import ray
 
     start()  # an error of it is raised here, and not in a task
-    # The strategy is named because a trial of a sweep would else keep its tasks to its own placement group, which has no CPU.
+    # The strategy is named because a trial of a sweep would else keep its tasks to its own placement group, which has
+    # no CPU.
     task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="DEFAULT")(_work)
     handle = ray.put(start)
     waiting: deque[tuple[Any, str, T]] = deque()
@@ -80,8 +81,8 @@ def _cpus() -> int:
 
 
 def _next(waiting: "deque[tuple[Any, str, T]]", log: Log, look: Callable[[], None]) -> tuple[Any, T]:
-    """The result of the oldest piece that waits, and the value that it came with. Its errors are told as the user's, the machine's or the file's,
-    since Ray wraps each into one of its own."""
+    """The result of the oldest piece that waits, and the value that it came with. Its errors are told as the user's,
+    the machine's or the file's, since Ray wraps each into one of its own."""
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
@@ -102,8 +103,8 @@ def _next(waiting: "deque[tuple[Any, str, T]]", log: Log, look: Callable[[], Non
             raise error.cause from error
         if isinstance(error.cause, ImportError) or "failed to import" in str(error):
             raise ConfigError(
-                f"the Ray cluster: a machine cannot import Capstan or what it needs ({first_line(error.cause)}). Install the "
-                "same there as here, or give cluster.ray.runtime_env."
+                f"the Ray cluster: a machine cannot import Capstan or what it needs ({first_line(error.cause)})."
+                " Install the same there as here, or give cluster.ray.runtime_env."
             ) from error
         raise
     except (WorkerCrashedError, OutOfMemoryError) as error:

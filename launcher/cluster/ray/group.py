@@ -1,7 +1,8 @@
-"""The process group of a run's ranks under Ray Train: it tells them where they meet, and they join as ranks of torchrun do.
+"""The process group of a run's ranks under Ray Train: it tells them where they meet, and they join as ranks of torchrun
+do.
 
-Ray's own group would be served at every address of its machine, and says no more of a CPU build of torch than that it lacks NCCL.
-Imports torch, as Ray Train's own does.
+Ray's own group would be served at every address of its machine, and says no more of a CPU build of torch than that it
+lacks NCCL. Imports torch, as Ray Train's own does.
 """
 
 import os

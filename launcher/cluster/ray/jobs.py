@@ -1,4 +1,6 @@
-"""`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this machine."""
+"""`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this
+machine.
+"""
 
 import os
 import secrets
@@ -48,8 +50,9 @@ class RaySubmission:
             return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
         sidecars = f"{self.sidecars}\n" if self.sidecars else ""
         return (
-            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\n"
-            f"entrypoint: {self.entrypoint}\nruntime environment: {self.runtime_env}\n{sidecars}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
+            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\nentrypoint:"
+            f" {self.entrypoint}\nruntime environment:"
+            f" {self.runtime_env}\n{sidecars}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
         )
 
 
@@ -59,7 +62,8 @@ def submit(
     """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
 
     Raises:
-        ConfigError: a setting is wrong, the name is taken, the run is alive, or the cluster cannot be reached or refuses.
+        ConfigError: a setting is wrong, the name is taken, the run is alive, or the cluster cannot be reached or
+            refuses.
         NothingToResume: `resume`, and nothing is committed.
     """
     config = anchored(config)
@@ -111,8 +115,8 @@ def _client(address: str) -> Any:
         raise refused_token(address) from error
     except (ConnectionError, RuntimeError, ValueError, requests.RequestException) as error:
         raise ConfigError(
-            f"cluster.ray.address: no Ray job server answers at {address!r} ({first_line(error)}). Give the dashboard's "
-            "address, such as http://head:8265, and start the head with `ray start --head --dashboard-host 0.0.0.0`."
+            f"cluster.ray.address: no Ray job server answers at {address!r} ({first_line(error)}). Give the dashboard's"
+            " address, such as http://head:8265, and start the head with `ray start --head --dashboard-host 0.0.0.0`."
         ) from error
 
 

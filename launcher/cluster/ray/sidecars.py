@@ -1,4 +1,6 @@
-"""The processes beside a run's ranks as actors of Ray. The GPUs of its servers are reserved in one placement group before its ranks ask for theirs."""
+"""The processes beside a run's ranks as actors of Ray. The GPUs of its servers are reserved in one placement group
+before its ranks ask for theirs.
+"""
 
 import os
 import time
@@ -17,7 +19,9 @@ _SAY_SECONDS = 5.0
 
 
 def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
-    """`sidecars_alive` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a bundle each."""
+    """`sidecars_alive` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a
+    bundle each.
+    """
     every = sidecars_of(config)
     return sidecars_alive(every, run, lambda one: _Actor(one, run, group, every.index(one)), log)
 
@@ -26,7 +30,8 @@ def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str],
 def gpus_for_servers(
     config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> Iterator[Any]:
-    """A placement group with a bundle for each of the run's servers; None where they need no GPUs. `stop` may raise to end the wait for it.
+    """A placement group with a bundle for each of the run's servers; None where they need no GPUs. `stop` may raise to
+    end the wait for it.
 
     Raises:
         ConfigError: there is no room within cluster.ray.start_timeout, or with not `can_grow` there never will be.
@@ -51,8 +56,9 @@ def gpus_for_servers(
             if never or time.monotonic() - began >= patience:
                 waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
                 raise ConfigError(
-                    f"rollout.serve: {serve.replicas} x {serve.gpus} GPUs for servers and {ranks} for ranks find no room{waited}: {short}. Lower rollout.serve.replicas or "
-                    "rollout.serve.gpus (0 serves on CPUs), or free some."
+                    f"rollout.serve: {serve.replicas} x {serve.gpus} GPUs for servers and {ranks} for ranks find no"
+                    f" room{waited}: {short}. Lower rollout.serve.replicas or rollout.serve.gpus (0 serves on CPUs), or"
+                    " free some."
                 )
             if not told and time.monotonic() - began >= _SAY_SECONDS:
                 told = True
@@ -63,7 +69,9 @@ def gpus_for_servers(
 
 
 class _Keeper:
-    """The actor: it has the process as a child, which Ray starts in the actor's main thread, and says what that says."""
+    """The actor: it has the process as a child, which Ray starts in the actor's main thread, and says what that
+    says.
+    """
 
     def __init__(self, one: Sidecar, run: str, folder: str, variables: dict[str, str]) -> None:
         import ray.util

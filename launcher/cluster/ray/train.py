@@ -39,7 +39,8 @@ _PREEMPTION_GRACE_SECONDS = 30.0
 
 
 def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
-    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the budgets.
+    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the
+    budgets.
 
     `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run. Raises what
     `keep_trying` does.
@@ -69,7 +70,8 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
 def _attempt(
     attempts: Attempts, dashboard: str | None, stop: Callable[[], None], log: Callable[[str], None]
 ) -> retry.Failure | None:
-    """One start of as many ranks as find room; returns why it ended, or None when the run is done. `stop` may raise to end the wait for room.
+    """One start of as many ranks as find room; returns why it ended, or None when the run is done. `stop` may raise to
+    end the wait for room.
 
     Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
     """
@@ -174,8 +176,9 @@ class _Group:
             self._attempts.run.delete(layout.RANKS_BEGUN)
         if not self._begun and now - self._began >= patience:
             raise ConfigError(
-                f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not begun. "
-                "Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its machines)."
+                f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not"
+                " begun. Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its"
+                " machines)."
             )
 
 
@@ -188,8 +191,8 @@ def _original(error: BaseException) -> BaseException:
         error = error.health_check_failure
     if isinstance(error, OutOfMemoryError):
         return DoesNotFit(
-            f"Ray ended a rank because its machine ran low on host memory ({first_line(error)}). `capstan plan` shows what a "
-            "host needs; use fewer ranks on a machine, or larger machines."
+            f"Ray ended a rank because its machine ran low on host memory ({first_line(error)}). `capstan plan` shows"
+            " what a host needs; use fewer ranks on a machine, or larger machines."
         )
     if isinstance(error, RayActorError):
         words = str(error).strip().splitlines()[-1]

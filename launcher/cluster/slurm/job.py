@@ -1,6 +1,6 @@
 """Answers to the batch file on the nodes, beside the driver: each is one line on stdout, for bash's `read`.
 
-    python -m launcher.cluster.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when there is nothing left to do
+    python -m launcher.cluster.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when nothing is left to do
     python -m launcher.cluster.slurm.job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
     python -m launcher.cluster.slurm.job ports                          two free TCP ports
 
@@ -134,7 +134,9 @@ def silent_nodes(nodes: list[dict]) -> list[str]:
 
 
 def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
-    """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of nodes."""
+    """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of
+    nodes.
+    """
     names = {_short(node["hostname"]): node["name"] for node in nodes}
     found = []
     for generation in range(newest, 0, -1):

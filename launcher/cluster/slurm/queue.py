@@ -97,7 +97,9 @@ def _when(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class SlurmStatus:
-    """A run's folder and Slurm's word side by side. `jobs` is empty where Slurm cannot be asked or has forgotten them."""
+    """A run's folder and Slurm's word side by side. `jobs` is empty where Slurm cannot be asked or has forgotten
+    them.
+    """
 
     run: RunStatus
     jobs: list[SlurmJob]
@@ -192,7 +194,8 @@ def check_no_job(folder: Store) -> None:
     active = [job for job in jobs_of(found) if job.is_active] if found else []
     if active:
         raise ConfigError(
-            f"run.name: job {active[0].job} of {folder.uri} is {active[0].state}. {command('stop', folder)} ends it first."
+            f"run.name: job {active[0].job} of {folder.uri} is {active[0].state}. {command('stop', folder)} ends it"
+            " first."
         )
 
 
@@ -229,7 +232,9 @@ def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:
 
 
 def parse_squeue(text: str) -> list[SlurmJob]:
-    """The jobs in squeue's JSON. A state is a list of a base state and flags, of which a flag such as COMPLETING says more."""
+    """The jobs in squeue's JSON. A state is a list of a base state and flags, of which a flag such as COMPLETING says
+    more.
+    """
     return [
         SlurmJob(
             job=job["job_id"],

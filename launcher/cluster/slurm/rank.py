@@ -1,4 +1,6 @@
-"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m launcher.cluster.slurm.rank RUN_URI SUBMISSION"""
+"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m
+launcher.cluster.slurm.rank RUN_URI SUBMISSION
+"""
 
 import os
 import sys

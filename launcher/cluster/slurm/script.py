@@ -1,4 +1,5 @@
-"""The batch file of a run, as text: `#SBATCH` options, the run's values as quoted shell words, then slurm/run.sh as it is.
+"""The batch file of a run, as text: `#SBATCH` options, the run's values as quoted shell words, then slurm/run.sh as it
+is.
 
 Nothing is interpolated into code. An option is quoted for Slurm, which splits `#SBATCH` lines itself, and a value for
 bash. The user's `cluster.slurm.setup` is shell, and stands in the file as shell.
@@ -21,7 +22,9 @@ _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 
 @dataclass(frozen=True)
 class Shape:
-    """The nodes of a job; all ranks, their nodes, and the ranks and CPUs of each. The last nodes are those of the servers that srun starts."""
+    """The nodes of a job; all ranks, their nodes, and the ranks and CPUs of each. The last nodes are those of the
+    servers that srun starts.
+    """
 
     nodes: int
     ranks: int
@@ -35,7 +38,8 @@ def shape(config: Config) -> Shape:
     """The layout of the run's ranks and servers over the job's nodes.
 
     Raises:
-        ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks, or no room is left for the servers.
+        ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks, or no room is
+            left for the servers.
     """
     slurm, workers = config.cluster.slurm, config.cluster.most_workers
     if workers is None and not slurm.gpus_per_node:
@@ -44,15 +48,17 @@ def shape(config: Config) -> Shape:
         )
     serving = config.rollout.serving_gpus
     server_nodes = _server_nodes(config)
-    # On their own nodes where there are several; else the servers have the last GPUs of the nodes. Ray finds room for them by itself.
+    # On their own nodes where there are several; else the servers have the last GPUs of the nodes. Ray finds room for
+    # them by itself.
     apart = serving and slurm.launch == "direct" and slurm.nodes > 1
     nodes = slurm.nodes - server_nodes if apart else slurm.nodes
     gpus = nodes * (slurm.gpus_per_node or 0) - (0 if apart else serving)
     ranks = workers or gpus
     if slurm.gpus_per_node and (gpus < 1 or (serving and ranks > gpus and config.cluster.gpus_per_worker != 0)):
         raise ConfigError(
-            f"rollout.serve: {config.rollout.serve.replicas} x {config.rollout.serve.gpus} GPUs for servers leave {max(gpus, 0)} of cluster.slurm.nodes: {slurm.nodes} x "
-            f"gpus_per_node: {slurm.gpus_per_node} for {workers or 'the'} ranks. Ask for more nodes, or lower rollout.serve.replicas or cluster.workers."
+            f"rollout.serve: {config.rollout.serve.replicas} x {config.rollout.serve.gpus} GPUs for servers leave"
+            f" {max(gpus, 0)} of cluster.slurm.nodes: {slurm.nodes} x gpus_per_node: {slurm.gpus_per_node} for"
+            f" {workers or 'the'} ranks. Ask for more nodes, or lower rollout.serve.replicas or cluster.workers."
         )
     per_node, rest = divmod(ranks, nodes)
     if rest and serving and slurm.launch == "ray":
@@ -82,7 +88,8 @@ def _server_nodes(config: Config) -> int:
         return 0
     if serve.gpus > gpus:
         raise ConfigError(
-            f"rollout.serve.gpus: {serve.gpus} GPUs for a server are more than cluster.slurm.gpus_per_node: {gpus}. Lower the one (0 serves on CPUs) or raise the other."
+            f"rollout.serve.gpus: {serve.gpus} GPUs for a server are more than cluster.slurm.gpus_per_node: {gpus}."
+            " Lower the one (0 serves on CPUs) or raise the other."
         )
     return math.ceil(serve.replicas / (gpus // serve.gpus)) if serve.gpus else 1
 

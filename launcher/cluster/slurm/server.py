@@ -1,4 +1,6 @@
-"""One server of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m launcher.cluster.slurm.server RUN_URI"""
+"""One server of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m
+launcher.cluster.slurm.server RUN_URI
+"""
 
 import os
 import socket

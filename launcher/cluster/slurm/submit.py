@@ -69,7 +69,8 @@ def submit(
     `after` is a run, a name in the same store or a URI, that has to finish first.
 
     Raises:
-        ConfigError: a setting is wrong, Ray is not installed, the name is taken, or Slurm refuses (with its own words; the name is free again).
+        ConfigError: a setting is wrong, Ray is not installed, the name is taken, or Slurm refuses (with its own words;
+            the name is free again).
         NothingToResume: `resume`, and nothing is committed.
     """
     config = inside_a_job(anchored(config))

@@ -1,4 +1,6 @@
-"""The bases of a sweep: each trial trains over the one that the first trial had, or not at all, as other weights are no setting."""
+"""The bases of a sweep: each trial trains over the one that the first trial had, or not at all, as other weights are no
+setting.
+"""
 
 import hashlib
 import json
@@ -18,9 +20,11 @@ def base_facts(base: Base) -> dict[str, str]:
 
 
 def check_same(config: Config, known: dict[str, str]) -> None:
-    """Raises `ConfigError` where the base of a trial's `config` is another than the `known` one; without facts nothing is read."""
+    """Raises `ConfigError` where the base of a trial's `config` is another than the `known` one; without facts nothing
+    is read.
+    """
     if known and base_facts(resolve_base(config.model)) != known:
         raise ConfigError(
-            f"model.base: {config.model.base} is not the model that this sweep began with: its weights have changed since. Put that one back, or "
-            "start another sweep under another run.name."
+            f"model.base: {config.model.base} is not the model that this sweep began with: its weights have changed"
+            " since. Put that one back, or start another sweep under another run.name."
         )

@@ -1,8 +1,8 @@
 """The process that owns a sweep: it lays the trials out, has Ray Tune run them, and ends with the sweep's exit code.
 
-The folders of the trials are the truth. Tune's own storage is a scratch folder: a sweep that goes on, after a stop or after the
-death of this process, asks each trial's folder whether it is over, tells Tune the figures of those that are again, and resumes
-the others.
+The folders of the trials are the truth. Tune's own storage is a scratch folder: a sweep that goes on, after a stop or
+after the death of this process, asks each trial's folder whether it is over, tells Tune the figures of those that are
+again, and resumes the others.
 """
 
 import json
@@ -70,10 +70,12 @@ _TRIAL_BYTES = 2**20
 
 
 def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
-    """The configuration that the trials vary, and the trials. Everything is refused here that can be before a trial starts.
+    """The configuration that the trials vary, and the trials. Everything is refused here that can be before a trial
+    starts.
 
     Raises:
-        ConfigError: a trial's settings are not allowed, a name is taken, or with `resume` the search is another than it was.
+        ConfigError: a trial's settings are not allowed, a name is taken, or with `resume` the search is another than it
+            was.
     """
     folder = run_folder(config)
     config = _from_one_start(anchored(_sharing_base(config)), folder, resume=resume)
@@ -83,14 +85,15 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
         plan.bases.update(before.bases)
         if (plan.metric, plan.trials[: len(before.trials)]) != (before.metric, before.trials):
             raise ConfigError(
-                f"sweep: {folder.uri} has tried other values, and its search does not change. More sweep.samples are allowed; "
-                "start another search under another run.name."
+                f"sweep: {folder.uri} has tried other values, and its search does not change. More sweep.samples are"
+                " allowed; start another search under another run.name."
             )
         _check_shared(run_config(folder), config, folder.uri)
     elif is_sweep(folder) or folder.exists(layout.CONFIG):
         which = "a sweep" if is_sweep(folder) else "a run"
         raise ConfigError(
-            f"run.name: {folder.uri} is {which} already. {command('resume', folder)} continues it; a new sweep needs another name."
+            f"run.name: {folder.uri} is {which} already. {command('resume', folder)} continues it; a new sweep needs"
+            " another name."
         )
     for trial in plan.trials:
         own = trial_config(config, trial)
@@ -122,8 +125,9 @@ def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
         key = json.dumps(hash_tokens(base_files(model), model), sort_keys=True)
         if len(seen | {key: trial.number}) > 1:
             raise ConfigError(
-                f"sweep.settings: {tried[0]!r} gives trials {next(iter(seen.values()))} and {trial.number} different tokenizers, so their "
-                f"{plan.metric.name} is a mean over different tokens. Try bases with the same tokenizer, or each by a sweep of its own."
+                f"sweep.settings: {tried[0]!r} gives trials {next(iter(seen.values()))} and {trial.number} different"
+                f" tokenizers, so their {plan.metric.name} is a mean over different tokens. Try bases with the same"
+                " tokenizer, or each by a sweep of its own."
             )
         seen.setdefault(key, trial.number)
 
@@ -133,14 +137,16 @@ def _check_shared(before: Config, now: Config, uri: str) -> None:
     for change in changes(before.model_dump(mode="json"), now.model_dump(mode="json")):
         if not change.setting.startswith(_MAY_CHANGE):
             raise ConfigError(
-                f"{change.setting}: {change.new!r} would set later trials of {uri} apart from those before, which had {change.old!r}. "
-                f"On a resume only settings of {', '.join(name.rstrip('.') for name in _MAY_CHANGE)} change; start another sweep "
-                "under another run.name."
+                f"{change.setting}: {change.new!r} would set later trials of {uri} apart from those before, which had"
+                f" {change.old!r}. On a resume only settings of {', '.join(name.rstrip('.') for name in _MAY_CHANGE)}"
+                " change; start another sweep under another run.name."
             )
 
 
 def _sharing_base(config: Config) -> Config:
-    """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or has none to cache."""
+    """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or
+    has none to cache.
+    """
     if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
         return config
     base = describe_base(config.model)
@@ -308,7 +314,9 @@ class _Search:
         return key in self._made
 
     def _room(self, number: int) -> int:
-        """How many trials like this one the cluster can train at once, as it is now. One in any case: it waits, and says for what."""
+        """How many trials like this one the cluster can train at once, as it is now. One in any case: it waits, and
+        says for what.
+        """
         import ray
 
         wanted = need(self._configs[number])
@@ -317,7 +325,9 @@ class _Search:
         return min(found, self._config.sweep.concurrent or found)
 
     def _look(self, running: list[Candidate]) -> None:
-        """Pass on the stop requests to trials, and again to one that was just starting: it takes back those before its start."""
+        """Pass on the stop requests to trials, and again to one that was just starting: it takes back those before its
+        start.
+        """
         with suppress(Superseded):
             self._owner.check()
             stopping = stop_requester(self._folder) is not None

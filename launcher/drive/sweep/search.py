@@ -1,7 +1,8 @@
-"""The search as Ray Tune sees it: a searcher that says whose turn it is, and ASHA, whose verdict is an ordinary stop request.
+"""The search as Ray Tune sees it: a searcher that says whose turn it is, and ASHA, whose verdict is an ordinary stop
+request.
 
-Tune never ends a trial itself. Its schedulers would have the trial's process stopped, and count the trial as over while its
-ranks still commit; here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.
+Tune never ends a trial itself. Its schedulers would have the trial's process stopped, and count the trial as over while
+its ranks still commit; here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.
 """
 
 import time
@@ -67,7 +68,9 @@ class Queue(Searcher):
 
 
 class EarlyStopping(ASHAScheduler):
-    """Asynchronous successive halving (arXiv:1810.05934) as Tune has it; `stop` asks the trial of Tune's settings to end."""
+    """Asynchronous successive halving (arXiv:1810.05934) as Tune has it; `stop` asks the trial of Tune's settings to
+    end.
+    """
 
     def __init__(self, sweep: Sweep, mode: str, stop: Callable[[Mapping[str, Any], int], None]) -> None:
         super().__init__(

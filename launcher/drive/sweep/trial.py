@@ -1,4 +1,6 @@
-"""One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their own."""
+"""One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their
+own.
+"""
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,17 +33,20 @@ from trainer.store.store import Store, open_store
 
 _LOOK_SECONDS = 0.5
 _WORST = 1e30
-"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they overflow by."""
+"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they
+overflow by.
+"""
 
 
 class TuneTrial(Trainable):
-    """Trains the run of a trial, or goes on with it; each result is the metric where ASHA looks. A run that is done already only
-    tells its figures again."""
+    """Trains the run of a trial, or goes on with it; each result is the metric where ASHA looks. A run that is done
+    already only tells its figures again."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """`config` has the folder of the sweep as `sweep`, and the trial's number as `trial`.
 
-        The run begins at the first `step`: Tune may set a process up for a trial, and then give the trial to one that has become free.
+        The run begins at the first `step`: Tune may set a process up for a trial, and then give the trial to one that
+        has become free.
         """
         folder = open_store(config["sweep"])
         plan, whole = read_plan(folder), run_config(folder)
@@ -81,8 +86,8 @@ def _end(work: "Future[None]") -> dict[str, Any]:
 
 
 def train_trial(config: Config, base: dict[str, str]) -> None:
-    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has one. `base` has
-    the facts about the base that the sweep began with.
+    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has
+    one. `base` has the facts about the base that the sweep began with.
 
     Raises:
         CapstanError: the run's own, which is in its folder too.
@@ -111,7 +116,8 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
                     keep_report(run, say)
     except CapstanError as error:
         if taken and not isinstance(error, Superseded):  # else its records are another start's
-            # A start without ranks puts back the request before it. Ranks that are about to end may still read this one, so it has its reason.
+            # A start without ranks puts back the request before it. Ranks that are about to end may still read this
+            # one, so it has its reason.
             if asked and asked.by == EARLY and asked != read_stop(run):
                 request_stop(run, *asked)
             _record(run, config, error, known)

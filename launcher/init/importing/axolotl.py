@@ -70,7 +70,9 @@ def _method(keys: Keys) -> None:
 
 
 def _published(keys: Keys) -> None:
-    """A base whose files are in FP8 or MXFP4, which `model_quantization_config` names. They are read as 16-bit values."""
+    """A base whose files are in FP8 or MXFP4, which `model_quantization_config` names. They are read as 16-bit
+    values.
+    """
     names = ("model_quantization_config", "model_quantization_config_kwargs")
     arguments = keys.given.get(names[1])
     for name in (name for name in names if keys.given.get(name)):
@@ -94,7 +96,9 @@ def _trained_part(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """The objective. axolotl says it by several keys, and some of them ask for what we do not train, which is refused."""
+    """The objective. axolotl says it by several keys, and some of them ask for what we do not train, which is
+    refused.
+    """
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
     if asked and asked not in known:
@@ -131,7 +135,9 @@ def _objective(keys: Keys) -> None:
 
 
 def _distillation(keys: Keys) -> None:
-    """Its rows bring what a teacher says of their tokens, or a server says it while training; here `capstan teach` has it written once."""
+    """Its rows bring what a teacher says of their tokens, or a server says it while training; here `capstan teach` has
+    it written once.
+    """
     keys.put("objective.name", "distil", "kd_trainer")
     server = keys.given.get("kd_online_server_base_url")
     if server:
@@ -139,7 +145,8 @@ def _distillation(keys: Keys) -> None:
     else:
         keys.put("objective.teacher", "FILL-IN", "kd_trainer")
         keys.to_do.append(
-            "objective.teacher: the rows there bring its log-probabilities. Name the teacher, and have it write them by `capstan teach`."
+            "objective.teacher: the rows there bring its log-probabilities. Name the teacher, and have it write them by"
+            " `capstan teach`."
         )
     if keys.given.get("kd_temperature") and not server:
         keys.attempt("kd_temperature", lambda: {"objective.temperature": to.number(keys.given["kd_temperature"])})
@@ -208,7 +215,9 @@ def _data(keys: Keys) -> None:
 
 
 def _template(keys: Keys) -> None:
-    """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences brings."""
+    """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences
+    brings.
+    """
     named = [name for name in keys.given if name.rpartition(".")[2] == "chat_template" and keys.given[name]]
     if named:
         joint_settings.template(keys, named[0], keys.given[named[0]])

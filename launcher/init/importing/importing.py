@@ -26,7 +26,8 @@ JOINS: Mapping[str, tuple[Peer, Callable[[Keys], None]]] = {
 """The peers whose files are read, by the names that `--from` takes."""
 _LAUNCHER = JOINS["accelerate"][0]  # says where something runs, beside the file of another peer
 _SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)")
-# A configuration that lacks one of these is none. The file is written with these in their places, and the table says so.
+# A configuration that lacks one of these is none. The file is written with these in their places, and the table says
+# so.
 _FILL_IN: Mapping[str, tuple[Any, str]] = {
     "run.name": ("imported", "a name for the run"),
     "model.base": ("FILL-IN", "the base: a directory, a bucket's URI or a Hub id"),
@@ -37,7 +38,9 @@ _FILL_IN: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A configuration of ours, as text and as settings by their dotted names; what became of each key; and what is left to do by hand."""
+    """A configuration of ours, as text and as settings by their dotted names; what became of each key; and what is left
+    to do by hand.
+    """
 
     peers: tuple[str, ...]
     text: str
@@ -149,7 +152,9 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
 
 
 def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:
-    """Give the settings values that have none and need one. Returns a sentence for each that is for the user to fill in."""
+    """Give the settings values that have none and need one. Returns a sentence for each that is for the user to fill
+    in.
+    """
     found: list[str] = []
     for name, (value, what) in _FILL_IN.items():
         if name in settings or (name == "train.epochs" and "train.steps" in settings):
@@ -201,7 +206,8 @@ def _text(
     to_do: Sequence[str],
 ) -> str:
     head = [
-        f"Imported from {' and '.join(str(path) for path in paths)} ({' and '.join(peers)}). Behind each setting is what it comes from."
+        f"Imported from {' and '.join(str(path) for path in paths)} ({' and '.join(peers)}). Behind each setting is"
+        " what it comes from."
     ]
     head += [f"To do: {line}" for line in to_do]
     lost = [outcome for outcome in outcomes if outcome.status in ("not supported", "unknown")]

@@ -15,7 +15,8 @@ from trainer.errors import ConfigError
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
 """Objectives that compare answers, or judge whole ones."""
 _OF_FULL = ("tuning.method", "tuning.train")
-# LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own template has thoughts.
+# LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own
+# template has thoughts.
 _WITHOUT_THOUGHTS = ("qwen3_nothink", "qwen3_5_nothink")
 
 
@@ -45,8 +46,8 @@ def in_8_bits(keys: Keys, key: str) -> None:
 
 
 def in_bits(keys: Keys, section: str, bnb: bool, *others: str) -> None:
-    """`quant.type` and `quant.double` of a base in the bits that LLaMA-Factory's `section` asks for; with `bnb` as bitsandbytes has them. `others` are
-    keys that say no more than that."""
+    """`quant.type` and `quant.double` of a base in the bits that LLaMA-Factory's `section` asks for; with `bnb` as
+    bitsandbytes has them. `others` are keys that say no more than that."""
     bits, kind = f"{section}quantization_bit", f"{section}quantization_type"
     if keys.whole(bits) == 8 and bnb:
         in_8_bits(keys, bits)
@@ -102,7 +103,8 @@ def without_next_tokens(keys: Keys) -> None:
     """TRL's SimPO has CPO's term unless it is told not to."""
     if keys.given.get("cpo_alpha") is None:
         keys.to_do.append(
-            "objective.name: TRL adds the chosen answer's next-token loss to SimPO's, as cpo_alpha is 1 there where none is given; here it is SimPO alone."
+            "objective.name: TRL adds the chosen answer's next-token loss to SimPO's, as cpo_alpha is 1 there where"
+            " none is given; here it is SimPO alone."
         )
 
 
@@ -181,7 +183,9 @@ def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_
 
 
 def _in_steps(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
-    """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is given."""
+    """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is
+    given.
+    """
     value = to.number(keys.given[key])
     if not 0 < value < 1:
         return {by_steps: to.steps(keys.given[key])}
@@ -211,7 +215,9 @@ def without_evaluation(keys: Keys) -> None:
 
 
 def pairs(keys: Keys, *names: str) -> None:
-    """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of one."""
+    """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of
+    one.
+    """
     if keys.settings.get("objective.name") in OF_ANSWERS and keys.settings.get("data.sequence_length"):
         keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
         keys.origins["data.sequence_length"].append("twice that, as both answers with their prompts lie in one row")
@@ -231,19 +237,25 @@ def head(keys: Keys) -> None:
 
 
 def _bare(name: str) -> str:
-    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25, and DeepSeek-V3 of deepseek3."""
+    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25, and DeepSeek-V3 of
+    deepseek3.
+    """
     return re.sub(r"[^a-z0-9]|(?<![a-z])v(?=[0-9])", "", name.lower())
 
 
 def _is_of(base: str, asked: str) -> bool:
-    """Whether a template is that of the base's family. A last word says which of its models: those that see, or that do not think."""
+    """Whether a template is that of the base's family. A last word says which of its models: those that see, or that do
+    not think.
+    """
     family, _, kind = asked.rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
     return _bare(family if of_kind else asked) in _bare(base)
 
 
 def template(keys: Keys, key: str, name: Any) -> None:
-    """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to carry over."""
+    """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to
+    carry over.
+    """
     asked, known = str(name or "").lower(), to.words("templates")
     if ours := known.get(asked):
         keys.put("data.template", ours, key)
@@ -255,8 +267,8 @@ def template(keys: Keys, key: str, name: Any) -> None:
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,
-            f"{name} is none of ours ({', '.join(dict.fromkeys(known.values()))}). The tokenizer's own is taken; `capstan data show` "
-            "shows its text.",
+            f"{name} is none of ours ({', '.join(dict.fromkeys(known.values()))}). The tokenizer's own is taken;"
+            " `capstan data show` shows its text.",
         )
 
 
@@ -312,9 +324,12 @@ def tracking(keys: Keys) -> None:
 
 
 def training_arguments(keys: Keys) -> None:
-    """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are known. The peer's table has the keys."""
+    """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are
+    known. The peer's table has the keys.
+    """
     table = keys.peer.tables["joint"]
-    # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is doubled once.
+    # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is
+    # doubled once.
     batch(keys, table["batch"])
     divided(keys, *table.get("sharing", "").split())
     duration(keys)

@@ -1,4 +1,6 @@
-"""LLaMA-Factory's keys that make settings together: stage and fine-tuning type, quantization, and data sets of dataset_info.json."""
+"""LLaMA-Factory's keys that make settings together: stage and fine-tuning type, quantization, and data sets of
+dataset_info.json.
+"""
 
 import json
 from pathlib import Path
@@ -34,14 +36,17 @@ def join(keys: Keys) -> None:
     if keys.asked("create_new_adapter"):
         keys.drop(
             "tuning.start",
-            "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as model.base.",
+            "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as"
+            " model.base.",
         )
     _data(keys)
     joint_settings.without_evaluation(keys)
 
 
 def _method(keys: Keys) -> None:
-    """The method and the storage of the base, which LLaMA-Factory says together: its adapters of a quantized base are QLoRA's."""
+    """The method and the storage of the base, which LLaMA-Factory says together: its adapters of a quantized base are
+    QLoRA's.
+    """
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
     if kind not in ("lora", "full", "freeze", "oft"):
@@ -78,7 +83,9 @@ def _oft(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """The objective by the stage and the loss over pairs, and whether rows are packed, which there depends on the stage."""
+    """The objective by the stage and the loss over pairs, and whether rows are packed, which there depends on the
+    stage.
+    """
     stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
     if stage not in stages:
         raise no_training(f"stage: {stage}")
@@ -118,7 +125,9 @@ def _data(keys: Keys) -> None:
 
 
 def _dataset_info(keys: Keys) -> tuple[dict[str, Any], Path]:
-    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is said to be."""
+    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is
+    said to be.
+    """
     if keys.data_info is not None:
         try:
             return json.loads(keys.data_info.read_text(encoding="utf-8")), keys.data_info.parent
@@ -143,8 +152,8 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
             return [{"path": path} for path in source_paths(name)]
         keys.lose(
             key,
-            f"dataset_info.json, which says what {name} is, is not in {place}. Name it by --data-info, or write the path of its rows into the "
-            "configuration.",
+            f"dataset_info.json, which says what {name} is, is not in {place}. Name it by --data-info, or write the"
+            " path of its rows into the configuration.",
         )
         return sources_at([f"{place}/{name}.json"], {"take": keys.whole("max_samples") or None})
     where = (

@@ -32,8 +32,8 @@ class Outcome:
 class Keys:
     """The keys of one file and the settings that they have made so far.
 
-    `settings`, and `origins`, the keys that each comes from, are shared by the files of one import. `to_do` are sentences about
-    what only the user can fill in.
+    `settings`, and `origins`, the keys that each comes from, are shared by the files of one import. `to_do` are
+    sentences about what only the user can fill in.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Keys:
         self.origins = origins
         self.to_do: list[str] = []
         self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, where it is named apart
-        # By key: the settings that it made; why it is lost; what is different where it is carried over; why it is not needed.
+        # By key: the settings that it made; why it is lost; what is different where it is carried over; why it is not
+        # needed.
         self._made: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
         self._notes: dict[str, str] = {}
@@ -70,7 +71,9 @@ class Keys:
         return str(self.given.get(key) or "").lower() not in ("", "false", "0", "no", "none")
 
     def whole(self, key: str, otherwise: int = 0) -> int:
-        """A whole number that is given or the peer's default; `otherwise` where there is none, or none that can be read."""
+        """A whole number that is given or the peer's default; `otherwise` where there is none, or none that can be
+        read.
+        """
         try:
             given = self.get(key)
             return otherwise if given is None else to.whole(given)
@@ -111,7 +114,8 @@ class Keys:
     def convert(self) -> None:
         """Make the settings of all keys that need no other, those of defaults among them."""
         given = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
-        # Defaults come first, so that of two keys for one setting the given one counts, and of two given ones the later.
+        # Defaults come first, so that of two keys for one setting the given one counts, and of two given ones the
+        # later.
         for key, value in {**self.peer.defaults, **given}.items():
             row = self.row(key)
             if isinstance(row, To) and value is not None:
@@ -133,8 +137,8 @@ class Keys:
             self.attempt(key, lambda: {setting: convert(value)})
 
     def drop(self, setting: str, why: str) -> bool:
-        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because of `why`; returns whether one
-        is."""
+        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because
+        of `why`; returns whether one is."""
         self.settings.pop(setting, None)
         before = len(self._lost)
         for key, made in self._made.items():
@@ -198,7 +202,7 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
 def no_training(what: str) -> ConfigError:
     """The refusal of a file that would become another training than it is."""
     return ConfigError(
-        f"{what}: this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and docs/rollouts.md says how answers are "
-        "sampled and rewarded here; of a base that sees or hears the language model learns on texts, and `capstan export` and `generate` merge and answer. "
-        "Nothing was written."
+        f"{what}: this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
+        " docs/rollouts.md says how answers are sampled and rewarded here; of a base that sees or hears the language"
+        " model learns on texts, and `capstan export` and `generate` merge and answer. Nothing was written."
     )

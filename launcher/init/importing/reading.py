@@ -23,8 +23,8 @@ _NUMBER = re.compile(r"-\d|-\.\d")
 
 
 def read_peer_file(path: Path) -> dict[str, Any]:
-    """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a Python script of
-    TRL's, whose values that are computed are listed in `COMPUTED`.
+    """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a
+    Python script of TRL's, whose values that are computed are listed in `COMPUTED`.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -46,7 +46,9 @@ def read_peer_file(path: Path) -> dict[str, Any]:
 
 
 def _arguments(text: str, path: str) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--flag` and `--list a b` of a command line, with the launcher's own in front of the script."""
+    """`--key value`, `--key=value`, `--flag` and `--list a b` of a command line, with the launcher's own in front of
+    the script.
+    """
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
     variables = {found[1]: found[2].strip("\"'") for found in assignments if found}

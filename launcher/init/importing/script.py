@@ -1,7 +1,7 @@
 """A training script of TRL as a tree of its command line's keys: its calls are read in the syntax tree, and never run.
 
-Most people call `SFTConfig(...)`, `LoraConfig(...)` and `load_dataset(...)` with plain values. A value that is computed is not known
-without running the script, and is left out with a sentence.
+Most people call `SFTConfig(...)`, `LoraConfig(...)` and `load_dataset(...)` with plain values. A value that is computed
+is not known without running the script, and is left out with a sentence.
 """
 
 import ast
@@ -19,8 +19,8 @@ _NOT_OURS = re.compile(
     r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
 )
 _REFUSED = (
-    "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and docs/rollouts.md says how answers are sampled and "
-    "rewarded here. Nothing was written."
+    "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
+    " docs/rollouts.md says how answers are sampled and rewarded here. Nothing was written."
 )
 _REGRESSION = "a head of one number"
 
@@ -29,7 +29,8 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     """The keys that the script's calls make, and the names of those whose values are computed.
 
     Raises:
-        ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another training.
+        ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another
+            training.
     """
     try:
         tree = ast.parse(text)
@@ -66,7 +67,9 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 
 
 class _Reader:
-    """`arguments` are those of the training's own class, and `beside` what trainers and unsloth's models are given in their place."""
+    """`arguments` are those of the training's own class, and `beside` what trainers and unsloth's models are given in
+    their place.
+    """
 
     def __init__(self, constants: Mapping[str, Any]) -> None:
         self._constants = constants
@@ -78,8 +81,8 @@ class _Reader:
         self.head: str | None = None
 
     def read(self, call: ast.Call) -> None:
-        """Keep what a call of the script says. Only its name is known, as nothing of the script is run; where several calls give one setting
-        the last one counts, as it would there."""
+        """Keep what a call of the script says. Only its name is known, as nothing of the script is run; where several
+        calls give one setting the last one counts, as it would there."""
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _TABLES["trainings"]:

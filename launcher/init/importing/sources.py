@@ -34,8 +34,8 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
 def sources_at(
     paths: Sequence[str], rows: Mapping[str, Any], subset: Any = None, split: str | None = None
 ) -> list[dict[str, Any]]:
-    """A source at each path, with what of `rows` is given, such as their format; with a subset, and a split other than train, where
-    it is a data set of the Hub."""
+    """A source at each path, with what of `rows` is given, such as their format; with a subset, and a split other than
+    train, where it is a data set of the Hub."""
     of_hub = {"subset": subset, "split": None if split == "train" else split}
     return [
         {
@@ -61,7 +61,9 @@ def is_hub_id(path: str) -> bool:
 
 
 def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, int | float | None]:
-    """The name of a split, and what is taken of it, as `data.train[].take` has it. Where `key` asks for more than that, it is said to be lost."""
+    """The name of a split, and what is taken of it, as `data.train[].take` has it. Where `key` asks for more than that,
+    it is said to be lost.
+    """
     if not given:
         return None, None
     if (found := _FIRST.fullmatch(str(given).strip())) is not None:

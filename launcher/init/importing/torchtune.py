@@ -1,4 +1,6 @@
-"""torchtune's components and their arguments: model, optimizer, schedule, loss and data set by the names of their functions."""
+"""torchtune's components and their arguments: model, optimizer, schedule, loss and data set by the names of their
+functions.
+"""
 
 import re
 from typing import Any
@@ -42,7 +44,8 @@ def _model(keys: Keys) -> None:
         keys.lose("model._component_", "Images are not read; of such a base the language model is trained.")
     if "Meta" in str(keys.given.get("checkpointer._component_")):
         keys.to_do.append(
-            "model.base: the checkpointer reads Meta's own format. Give the directory of the same model in Hugging Face's."
+            "model.base: the checkpointer reads Meta's own format. Give the directory of the same model in Hugging"
+            " Face's."
         )
     if joint_settings.method(keys, "model._component_", not kind, {"model.use_dora": "dora"}) == "full":
         keys.put("quant.type", "none", "model._component_")
@@ -68,7 +71,8 @@ def _course(keys: Keys) -> None:
         keys.assume("optim.weight_decay", 0.01, "the default of torch.optim.AdamW")
     if "data.sequence_length" not in keys.settings:
         keys.to_do.append(
-            "data.sequence_length: the file limits no length (tokenizer.max_seq_len); longer rows are cut at 2048 tokens."
+            "data.sequence_length: the file limits no length (tokenizer.max_seq_len); longer rows are cut at 2048"
+            " tokens."
         )
     if (limit := keys.whole("max_steps_per_epoch")) > 0:
         steps = limit * keys.whole("epochs", 1)
@@ -77,7 +81,9 @@ def _course(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
-    """The sources. A data set there also says how its rows are packed, and what of them is trained, which we say once for all."""
+    """The sources. A data set there also says how its rows are packed, and what of them is trained, which we say once
+    for all.
+    """
     for name, setting in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         given = keys.tree.get(name)
         listed = sections(given)

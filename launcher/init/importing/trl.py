@@ -21,7 +21,8 @@ def join(keys: Keys) -> None:
     joint_settings.training_arguments(keys)
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
-            "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the length of the longest."
+            "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the"
+            " length of the longest."
         )
     _data(keys)
     joint_settings.without_evaluation(keys)
@@ -54,8 +55,8 @@ def _objective(keys: Keys) -> None:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
     if name == "sft" and "assistant_only_loss" not in keys.given:
         keys.to_do.append(
-            "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns are trained. "
-            "Set data.loss_on: all for TRL's."
+            "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns"
+            " are trained. Set data.loss_on: all for TRL's."
         )
     # TRL masks by the assistant's turns wherever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
@@ -86,7 +87,9 @@ def _method(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
-    """The sources. TRL names data sets in three ways, and gives shares of a mixture to all of them, where we leave the last one the rest."""
+    """The sources. TRL names data sets in three ways, and gives shares of a mixture to all of them, where we leave the
+    last one the rest.
+    """
     listed = sections(keys.tree.get("datasets"))
     single = keys.given.get("dataset_name")
     if not listed and single:

@@ -1,4 +1,6 @@
-"""The values that a decoder layer keeps between its forward and its backward pass, counted over the layers that it has."""
+"""The values that a decoder layer keeps between its forward and its backward pass, counted over the layers that it
+has.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,10 +9,12 @@ from trainer.base.architecture import Architecture, Parameter
 
 
 class LayerValues(NamedTuple):
-    """The values a token that a decoder layer keeps for its backward pass, and half of the gradients that are there at one time in the widest of its
-    blocks, as many as enter its last linear layer: those of attention and of MLPs, which can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
-    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of what is kept `kept_whole` is for all tokens of a
-    row on each of the ranks that share it; these keep `exchanged` beside it, attention's results as their heads computed them and as their tokens have them."""
+    """The values a token that a decoder layer keeps for its backward pass, and half of the gradients that are there at
+    one time in the widest of its blocks, as many as enter its last linear layer: those of attention and of MLPs, which
+    can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
+    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of
+    what is kept `kept_whole` is for all tokens of a row on each of the ranks that share it; these keep `exchanged`
+    beside it, attention's results as their heads computed them and as their tokens have them."""
 
     kept: float
     widest: float
@@ -27,10 +31,11 @@ class LayerValues(NamedTuple):
 def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     """The values that one decoder layer keeps of each token, in values of `item` bytes.
 
-    For each weight of a norm its input in fp32, and its output: three values of 16 bits, two of 32. In each block, such as attention or an MLP: what leaves
-    its linear layers but the last, what enters those that do not read the hidden state, and what enters the last; in an MLP as
-    much again, the gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
-    6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
+    For each weight of a norm its input in fp32, and its output: three values of 16 bits, two of 32. In each block, such
+    as attention or an MLP: what leaves its linear layers but the last, what enters those that do not read the hidden
+    state, and what enters the last; in an MLP as much again, the gate's function. With h the hidden size, m an MLP's
+    width, q and kv those of queries and keys, a Llama layer has 6h + 2q + 2kv + 4m. A mixture's matrices count by the
+    share of tokens that visits them.
     """
     kept = fused = 0.0
     blocks = dict[str, list[Parameter]]()
@@ -70,16 +75,17 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:
     """The number of values a token that newly made keys have; 0 in most families.
 
-    Where keys and values come out of a latent (DeepSeek-V2, arXiv:2405.04434), the keys are concatenated from a linear layer's output and a
-    part that all heads share, so they take memory of their own. They are as many as the queries, whose layer is the first that is not a latent's.
+    Where keys and values come out of a latent (DeepSeek-V2, arXiv:2405.04434), the keys are concatenated from a linear
+    layer's output and a part that all heads share, so they take memory of their own. They are as many as the queries,
+    whose layer is the first that is not a latent's.
     """
     latents = {part.shape[1] for part in parts if hidden not in part.shape[1:]}
     return next(part.shape[0] for part in parts if part.shape[0] not in latents) if latents else 0
 
 
 def _values(part: Parameter, hidden: int, *, entering: bool) -> float:
-    """Values a token that enter or leave a linear layer, or all experts of a stack; those of a stack may be transposed, so there
-    it is the width that is not `hidden`."""
+    """Values a token that enter or leave a linear layer, or all experts of a stack; those of a stack may be transposed,
+    so there it is the width that is not `hidden`."""
     if part.kind == "linear":
         return part.shape[1] if entering else part.shape[0]
     experts, rows, columns = part.shape

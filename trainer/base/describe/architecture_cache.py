@@ -1,4 +1,6 @@
-"""The architecture of a base by its config.json, read off transformers' model once (trainer/base/describe/torch_answers.py)."""
+"""The architecture of a base by its config.json, read off transformers' model once
+(trainer/base/describe/torch_answers.py).
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,10 +24,12 @@ _IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_vers
 def read_architecture(
     base_config: Mapping[str, Any], layers: int | None = None, *, name: str = "the base"
 ) -> Architecture:
-    """The architecture of the base that messages call `name` by its parsed config.json; `layers` cuts it to its first so many.
+    """The architecture of the base that messages call `name` by its parsed config.json; `layers` cuts it to its first
+    so many.
 
     Raises:
-        ConfigError: transformers is of an unsupported version or does not know it, or it is no causal language model that can be
+        ConfigError: transformers is of an unsupported version or does not know it, or it is no causal language model
+            that can be
             trained.
     """
     check_transformers()
@@ -41,8 +45,8 @@ def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Archite
 
 
 def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str], name: str) -> dict[str, list[str]]:
-    """The paths that each of these layers of a base may have in PEFT's folder of an adapter, beside those in the language model alone;
-    `directory` has its config.json. Raises `ConfigError` where transformers cannot say."""
+    """The paths that each of these layers of a base may have in PEFT's folder of an adapter, beside those in the
+    language model alone; `directory` has its config.json. Raises `ConfigError` where transformers cannot say."""
     given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
     question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
@@ -51,8 +55,8 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
 
 @cache
 def check_transformers() -> None:
-    """Raises `ConfigError` where transformers is outside of the range that this distribution declares: another trains some families wrong without a
-    word. A rank whose machine has no installation of Capstan itself knows none."""
+    """Raises `ConfigError` where transformers is outside of the range that this distribution declares: another trains
+    some families wrong without a word. A rank whose machine has no installation of Capstan itself knows none."""
     try:
         declared = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
@@ -61,6 +65,6 @@ def check_transformers() -> None:
     found = metadata.version(_PACKAGE)
     if allowed is not None and not allowed.contains(found, prereleases=True):
         raise ConfigError(
-            f"{_PACKAGE} {found} is installed, and {allowed} is needed: with another, models may be trained wrong without a word. "
-            f"Install it: pip install '{_PACKAGE}{allowed}'."
+            f"{_PACKAGE} {found} is installed, and {allowed} is needed: with another, models may be trained wrong"
+            f" without a word. Install it: pip install '{_PACKAGE}{allowed}'."
         )

@@ -1,4 +1,6 @@
-"""The layers of a model on `meta` that mix tokens: heads of attention, and how far each looks back, and what ranks exchange in the others."""
+"""The layers of a model on `meta` that mix tokens: heads of attention, and how far each looks back, and what ranks
+exchange in the others.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,4 +1,6 @@
-"""The language model inside a model that sees or hears as well: its part is found, what else is in the files is left out."""
+"""The language model inside a model that sees or hears as well: its part is found, what else is in the files is left
+out.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +16,8 @@ from trainer.base.describe.trial.peft_names import saved_paths
 
 
 def composite_model(directory: Path) -> PreTrainedModel | None:
-    """The whole model that transformers builds of the config.json in `directory`, on `meta`; None where that is a language
-    model alone."""
+    """The whole model that transformers builds of the config.json in `directory`, on `meta`; None where that is a
+    language model alone."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if config.get_text_config() is config:
         return None
@@ -24,7 +26,9 @@ def composite_model(directory: Path) -> PreTrainedModel | None:
 
 
 def composite_class(directory: Path) -> str | None:
-    """The name of transformers' class for the whole model of the config.json in `directory`; None for a language model alone."""
+    """The name of transformers' class for the whole model of the config.json in `directory`; None for a language model
+    alone.
+    """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if config.get_text_config() is config:
         return None
@@ -33,8 +37,8 @@ def composite_class(directory: Path) -> str | None:
 
 
 def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str | None]:
-    """Maps the name of a weight of `whole` to its name in the `language` model, which transformers builds of a part of its
-    settings; to None where it is not of that part."""
+    """Maps the name of a weight of `whole` to its name in the `language` model, which transformers builds of a part of
+    its settings; to None where it is not of that part."""
     pairs = _places(whole, language)
 
     def name_in_language(name: str) -> str | None:
@@ -47,7 +51,9 @@ def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callabl
 
 
 def whole_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str]:
-    """The opposite of `language_names`: maps the name of a module or weight of the `language` model to its name in `whole`."""
+    """The opposite of `language_names`: maps the name of a module or weight of the `language` model to its name in
+    `whole`.
+    """
     pairs = _places(whole, language)
 
     def name_in_whole(name: str) -> str:
@@ -62,8 +68,8 @@ def whole_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[
 
 
 def adapter_paths(directory: str, layers: int | None, paths: Sequence[str]) -> dict[str, list[str]]:
-    """The paths under which PEFT's folder of an adapter may have each of these layers of the language model: its path in the class that people
-    load, and the one that PEFT renames to that. `directory` has the base's config.json."""
+    """The paths under which PEFT's folder of an adapter may have each of these layers of the language model: its path
+    in the class that people load, and the one that PEFT renames to that. `directory` has the base's config.json."""
     whole, language = composite_model(Path(directory)), meta_model(model_config(Path(directory), layers))
     in_whole = {path: path if whole is None else whole_names(whole, language)(path) for path in paths}
     saved = saved_paths(whole or language, list(in_whole.values()))

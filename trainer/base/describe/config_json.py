@@ -1,7 +1,7 @@
 """Reads the config.json of a base: another person's file, which is checked before it is used.
 
-transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings along
-(`auto_map`) is never run.
+transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings
+along (`auto_map`) is never run.
 """
 
 import json
@@ -49,8 +49,9 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the parsed config.json that says how the weights are stored, {} where there is none: its quantization_config, or that of its
-    text_config, with the `expert_dtype` that stands beside it at the top in DeepSeek-V4."""
+    """The part of the parsed config.json that says how the weights are stored, {} where there is none: its
+    quantization_config, or that of its text_config, with the `expert_dtype` that stands beside it at the top in
+    DeepSeek-V4."""
     experts = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
     found = config.get("quantization_config") or _text_config(config).get("quantization_config")
     return {**experts, **found} if found else {}
@@ -73,13 +74,13 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_quantization(name: str, stored: Any) -> None:
     if stored is not None and not isinstance(stored, dict):
         raise ConfigError(
-            f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy the "
-            "model again."
+            f"model.base: {name}/config.json has the quantization_config {shown(stored)}, which is no JSON object. Copy"
+            " the model again."
         )
     if stored == {}:
         raise ConfigError(
-            f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove it from "
-            "there."
+            f"model.base: {name}/config.json has an empty quantization_config, which transformers cannot read. Remove"
+            " it from there."
         )
 
 
@@ -91,21 +92,21 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
         every = value if key in _MAY_BE_LISTS and isinstance(value, list) else [value]
         if value is not None and not all(type(size) is int and least <= size <= largest for size in every):
             raise ConfigError(
-                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from {least} to {largest}. "
-                "Copy the model again."
+                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are whole numbers from {least} to"
+                f" {largest}. Copy the model again."
             )
     for key in _CAPS:
         value = config.get(key)
         if value is not None and not (type(value) in (int, float) and 0 < value < 2**31):
             raise ConfigError(
-                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are positive numbers and null. Copy the model "
-                "again."
+                f"model.base: {name}/config.json has {key} {shown(value)}. Possible are positive numbers and null. Copy"
+                " the model again."
             )
     heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and shared and heads % shared:
         raise ConfigError(
-            f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not "
-            "divide. Copy the model again."
+            f"model.base: {name}/config.json has {heads} num_attention_heads, which {shared} num_key_value_heads do not"
+            " divide. Copy the model again."
         )
     layers, experts = (
         config.get("num_hidden_layers"),
@@ -120,5 +121,6 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
     active = config.get("num_experts_per_tok")
     if isinstance(active, int) and isinstance(experts, int) and active > experts:
         raise ConfigError(
-            f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model again."
+            f"model.base: {name}/config.json has {active} num_experts_per_tok, but {experts} experts. Copy the model"
+            " again."
         )

@@ -40,7 +40,9 @@ def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture
 
 
 def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
-    """The format that the quantization_config of the base called `name` tells of. Raises `ConfigError` where none is known."""
+    """The format that the quantization_config of the base called `name` tells of. Raises `ConfigError` where none is
+    known.
+    """
     given, known = quantization or {}, kinds("trainer.base.stored", "STORED", speaks="format")
     for stored in known.values():
         if stored.stores(given):
@@ -49,6 +51,6 @@ def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredForma
     details = f" ({', '.join(told)})" if told else ""
     *most, last = sorted((stored.readable for stored in known.values()), key=str.casefold)
     raise ConfigError(
-        f"model.base: {name} is stored by {shown(given.get('quant_method'))}{details}, which cannot be read. Readable are "
-        f"{', '.join(most)} and {last}. Give the 16-bit model; quant.type quantizes it."
+        f"model.base: {name} is stored by {shown(given.get('quant_method'))}{details}, which cannot be read. Readable"
+        f" are {', '.join(most)} and {last}. Give the 16-bit model; quant.type quantizes it."
     )

@@ -1,7 +1,7 @@
 """A model that transformers builds without weights: what files hold is on `meta`, what no file holds is there.
 
-As in transformers' own `from_pretrained`, a family's `_init_weights` computes the buffers that are not stored, such as rotary
-frequencies, and some weights and buffers stay in fp32 in a model of another type.
+As in transformers' own `from_pretrained`, a family's `_init_weights` computes the buffers that are not stored, such as
+rotary frequencies, and some weights and buffers stay in fp32 in a model of another type.
 """
 
 from typing import Any
@@ -17,8 +17,9 @@ from trainer.base.describe.language_part import LanguagePart, is_part
 
 
 def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of `from_config`. Where
-    `config` is that of a whole class that has none for its language model, that is a part of the whole one.
+    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of
+    `from_config`. Where `config` is that of a whole class that has none for its language model, that is a part of the
+    whole one.
 
     accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
     """
@@ -30,7 +31,9 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 class TransposedLinear(nn.Linear):
-    """A linear layer in the place of transformers' `Conv1D`, which computes the same with the transpose of its weight: files have that."""
+    """A linear layer in the place of transformers' `Conv1D`, which computes the same with the transpose of its weight:
+    files have that.
+    """
 
 
 def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
@@ -44,8 +47,8 @@ def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, whose experts without weights have no place in a stack. transformers 5.24 makes one for each of LongCat's 256 in the first of the
-    two stacks: no file has them, and no code reads them."""
+    """`model`, whose experts without weights have no place in a stack. transformers 5.24 makes one for each of
+    LongCat's 256 in the first of the two stacks: no file has them, and no code reads them."""
     for module in model.modules():
         up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and len(up) > len(down):

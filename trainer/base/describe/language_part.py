@@ -1,7 +1,9 @@
-"""The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put together.
+"""The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put
+together.
 
-transformers says which module is the decoder (`get_decoder`) and which the head. What the whole class does to text beside these two is
-nothing: tests/unit/test_weight_readers.py holds it to that, to the last bit.
+transformers says which module is the decoder (`get_decoder`) and which the head. What the whole class does to text
+beside these two is
+nothing: tests/unit/base/test_weight_readers.py holds it to that, to the last bit.
 """
 
 from typing import Any
@@ -37,7 +39,9 @@ class LanguagePart(PreTrainedModel):
 
     @classmethod
     def of(cls, whole: PreTrainedModel) -> "LanguagePart":
-        """The part of a model that is `whole`, which shares its modules. Raises `ValueError` where it has no decoder or no head."""
+        """The part of a model that is `whole`, which shares its modules. Raises `ValueError` where it has no decoder or
+        no head.
+        """
         decoder, head = whole.get_decoder(), whole.get_output_embeddings()
         if not isinstance(decoder, PreTrainedModel) or head is None:
             raise ValueError(f"{type(whole).__name__} has no decoder with an output head")

@@ -1,4 +1,6 @@
-"""transformers' settings of the language model of a base: taken out of those of a model that sees or hears as well, and cut to its first layers."""
+"""transformers' settings of the language model of a base: taken out of those of a model that sees or hears as well, and
+cut to its first layers.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +22,8 @@ SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model where
-    its language model has no class of its own."""
+    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model
+    where its language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return first_layers(causal(config, str(directory)), layers)[0]
 
@@ -29,7 +31,10 @@ def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
 def unknown(base_config: Mapping[str, Any], name: str) -> str:
     kind, classes = base_config.get("model_type"), base_config.get("architectures")
     code = " Its own code (auto_map) is never run." if base_config.get("auto_map") else ""
-    said = f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not know.{code}"
+    said = (
+        f"model.base: {name} is a {shown(kind)} model, which transformers {transformers.__version__} does not"
+        f" know.{code}"
+    )
     for known, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if isinstance(classes, list) and made in classes and made.lower().startswith(known.replace("_", "")):
             return (
@@ -79,8 +84,8 @@ def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[Pretrain
 
 
 def own_tokenizer(kind: str) -> str | None:
-    """The class that transformers reads the tokenizer of a base of this type by, as what such tokenizers name for themselves is known to be wrong;
-    None where it goes by the tokenizer. Its lists of these are private."""
+    """The class that transformers reads the tokenizer of a base of this type by, as what such tokenizers name for
+    themselves is known to be wrong; None where it goes by the tokenizer. Its lists of these are private."""
     if kind not in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
         return None
     return tokenization_auto.TOKENIZER_MAPPING_NAMES.get(kind)

@@ -1,6 +1,7 @@
 """How a causal language model makes logits of its hidden states beside the product with its head, found by trying.
 
-Training calls the body alone and makes the logits itself, a chunk at a time, so it must know what the model's own forward pass does.
+Training calls the body alone and makes the logits itself, a chunk at a time, so it must know what the model's own
+forward pass does.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class _HiddenStates(dict[str, Any]):
 
 
 def probe_logits(model: PreTrainedModel, head: nn.Linear) -> Logits | None:
-    """How the model's forward pass makes logits of hidden states, or None where that is not one of the ways of `Logits`.
+    """How the model's forward pass makes logits of hidden states, or None where that is not one of the ways of
+    `Logits`.
 
     The body is made to return numbers that are known, and the head to return them as they are.
     """

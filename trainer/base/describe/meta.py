@@ -1,7 +1,8 @@
 """The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
 
-transformers alone says which parameters there are, and how logits are made of hidden states. No family is named here; the one table has the
-names that families give the number of experts a token is routed to. A base that cannot be trained is refused by its name.
+transformers alone says which parameters there are, and how logits are made of hidden states. No family is named here;
+the one table has the names that families give the number of experts a token is routed to. A base that cannot be trained
+is refused by its name.
 """
 
 import inspect
@@ -89,11 +90,13 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         count: Any = getattr(text, "num_hidden_layers", None)
         if not isinstance(count, int):
             raise ConfigError(
-                f"model.base: {name} is a {kind} model, which has layers in several parts, none of which is the decoder. Give another base."
+                f"model.base: {name} is a {kind} model, which has layers in several parts, none of which is the"
+                " decoder. Give another base."
             )
         if (getattr(text, SHARED, 0) or 0) >= count:
             raise ConfigError(
-                f"model.base: {name} is a {kind} model, which takes the keys of all its layers from the model that it drafts for. Give that one."
+                f"model.base: {name} is a {kind} model, which takes the keys of all its layers from the model that it"
+                " drafts for. Give that one."
             )
         config, stored_layers = first_layers(config, layers)
         model = meta_model(config)
@@ -114,7 +117,9 @@ def _is_handed_on(around: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as well."""
+    """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as
+    well.
+    """
 
     model: PreTrainedModel
     config: PretrainedConfig
@@ -122,7 +127,9 @@ class _Reader:
     whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
-        """The description of the model. Raises `ConfigError` for each kind of model that cannot be trained, as the description would be wrong for it."""
+        """The description of the model. Raises `ConfigError` for each kind of model that cannot be trained, as the
+        description would be wrong for it.
+        """
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = probe_logits(self.model, self._head)
         if logits is None:
@@ -175,7 +182,9 @@ class _Reader:
         )
 
     def _heads(self) -> Iterator[str]:
-        """The classes by which transformers loads this model with a head for another task, of those built alike for most families."""
+        """The classes by which transformers loads this model with a head for another task, of those built alike for
+        most families.
+        """
         alone = self.whole.get_text_config() is self.whole
         for mapping, generic, name in _OTHER_HEADS if alone else ():
             made = mapping.get(type(self.config), None)
@@ -272,8 +281,8 @@ class _Reader:
 
     @cached_property
     def _small(self) -> tuple[PreTrainedModel, set[Place]] | None:
-        """A small model of the same kinds of layers, and the places of the linear layers that its code reads; None where it cannot be made or
-        does not compute."""
+        """A small model of the same kinds of layers, and the places of the linear layers that its code reads; None
+        where it cannot be made or does not compute."""
         try:
             small = small_model(self.config, self.model)
             return small, places_read(small)
@@ -304,8 +313,8 @@ class _Reader:
             raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error
 
     def _fails_shared(self, trial: Found | None) -> str | None:
-        """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a model computes, which a
-        small model's do not come to."""
+        """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a
+        model computes, which a small model's do not come to."""
         if trial is None:
             return _NOT_TRIED
         rotary: Any = getattr(self.config, "rope_parameters", None) or {}
@@ -322,8 +331,8 @@ class _Reader:
         return build_glob_alternation(names)[0] if names else None
 
     def _share_of_unknown_experts(self, path: str, parameter: Tensor) -> float | None:
-        """The share of tokens that visit one of the matrices in a parameter that has those of all experts, one behind the other; None
-        for any other parameter."""
+        """The share of tokens that visit one of the matrices in a parameter that has those of all experts, one behind
+        the other; None for any other parameter."""
         count = self._expert_count
         if count is None or isinstance(self._modules[path], (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
             return None
@@ -343,8 +352,8 @@ class _Reader:
         yield from (value for value in vars(self.config).values() if isinstance(value, PretrainedConfig))
 
     def _routers(self) -> Iterator[str]:
-        """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their module: a
-        shared expert, which has three, may be as wide."""
+        """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their
+        module: a shared expert, which has three, may be as wide."""
         for name, parameter in self.model.named_parameters():
             path = name.rpartition(".")[0]
             if _is_stack(self._modules[path], parameter):
@@ -359,8 +368,8 @@ class _Reader:
                             yield inner
 
     def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
-        """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the same last name
-        for an expert and adapts the stacks instead (huggingface/peft#3711)."""
+        """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the
+        same last name for an expert and adapts the stacks instead (huggingface/peft#3711)."""
         if self._expert_count is None and not any(part.kind == "experts" for part in parameters):
             return
         from peft import LoraConfig

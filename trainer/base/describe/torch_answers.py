@@ -1,10 +1,11 @@
-"""Answers that need torch and transformers, for processes that must answer at once: each is made once, some seconds in a process of
-its own, and kept in the user's cache.
+"""Answers that need torch and transformers, for processes that must answer at once: each is made once, some seconds in
+a process of its own, and kept in the user's cache.
 
     <cache>/capstan/<function>/<hash>.json
     python -m trainer.base.describe.torch_answers < question > answer
 
-What decides an answer is in the hash: the facts that are given, the versions of transformers and of what a base is tried with, and the code of `trainer/base` and `trainer/model`.
+What decides an answer is in the hash: the facts that are given, the versions of transformers and of what a base is
+tried with, and the code of `trainer/base` and `trainer/model`.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ _SECONDS = 300  # transformers' import takes most of it on a slow disk; the mode
 
 
 class Question(NamedTuple):
-    """A function of a module of `trainer/base`, such as `describe.meta`, and its arguments, all in JSON; its answer is too.
+    """A function of a module of `trainer/base`, such as `describe.meta`, and its arguments, all in JSON; its answer is
+    too.
 
     `base` is the name of the base in messages, `doing` what is done in the meantime.
     """
@@ -49,8 +51,8 @@ def user_cache() -> Path:
 
 
 def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) -> Parsed:
-    """The answer, from the cache where it is there for these `facts`. `parse` may raise `LookupError`, `TypeError` or `AttributeError` for a
-    tree that is none.
+    """The answer, from the cache where it is there for these `facts`. `parse` may raise `LookupError`, `TypeError` or
+    `AttributeError` for a tree that is none.
 
     Raises:
         CapstanError: whatever the function raises.

@@ -1,4 +1,5 @@
-"""Finds the parts that a config.json names and the description of the base lacks: its sizes are then those of another model.
+"""Finds the parts that a config.json names and the description of the base lacks: its sizes are then those of another
+model.
 
 A plan for such a base may be several times off, so it says so and gives no verdict.
 """
@@ -31,8 +32,8 @@ def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> 
             )
         elif _EXPERTS.fullmatch(key) and _is_several(value) and not routes and not _routes_to_all(entries, value):
             found.append(
-                f"config.json names {value} experts ({path}), and none is recognised to which tokens are routed: all weights are counted "
-                "as ones that each token passes."
+                f"config.json names {value} experts ({path}), and none is recognised to which tokens are routed: all"
+                " weights are counted as ones that each token passes."
             )
     return found
 

@@ -26,8 +26,8 @@ class LeftOutPart(NamedTuple):
 
 
 def check_base(base: Base, config: Config) -> None:
-    """Raises `ConfigError` for everything about the base and the settings of its model that can be wrong before a byte of weights is
-    read, but for the weights' names, shapes and types."""
+    """Raises `ConfigError` for everything about the base and the settings of its model that can be wrong before a byte
+    of weights is read, but for the weights' names, shapes and types."""
     wrong = base.description.mismatches(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -35,7 +35,9 @@ def check_base(base: Base, config: Config) -> None:
 
 
 def check_base_files(base: Base, config: Config) -> None:
-    """The part of `check_base` that looks into files beside config.json: the tokenizer, and the headers of the weights."""
+    """The part of `check_base` that looks into files beside config.json: the tokenizer, and the headers of the
+    weights.
+    """
     vocabulary = base.architecture.vocabulary
     tokens = tokenizer_size(base.directory, base.name)
     if tokens > vocabulary:
@@ -83,7 +85,8 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
     """The parts of the files that training leaves out. The ranks check and find the same as they load.
 
     Raises:
-        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have another one.
+        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have
+            another one.
         StorageError: the store of the files fails.
     """
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
@@ -93,7 +96,9 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
 
 
 def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
-    """The same where there are files to look into; a base that is only planned with may be a config.json, or still on the Hub."""
+    """The same where there are files to look into; a base that is only planned with may be a config.json, or still on
+    the Hub.
+    """
     if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
         return []
     base = resolve_base(model)

@@ -17,14 +17,15 @@ from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store
 
-# huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its SHA-256.
+# huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its
+# SHA-256.
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def content_of(base: Base) -> dict[str, Any]:
-    """`weights` are the samples of each file. Where there are some, the `commit` of the Hub and its `hashes` of whole files are beside
-    them, or a digest of the `versions` of a bucket's objects.
+    """`weights` are the samples of each file. Where there are some, the `commit` of the Hub and its `hashes` of whole
+    files are beside them, or a digest of the `versions` of a bucket's objects.
 
     Raises `ConfigError` where a file is damaged, `StorageError` where the store fails.
     """
@@ -54,8 +55,9 @@ def hub_hashes(base: Base) -> dict[str, str]:
 
 
 def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Read every byte of the base's files, and compare them with what the Hub says of them or, where it does not, with what the first call has
-    kept in the folder of the run, which has one base from its first commit on. Returns what they are the same as, in words; `report` is told of bytes done and bytes in all.
+    """Read every byte of the base's files, and compare them with what the Hub says of them or, where it does not, with
+    what the first call has kept in the folder of the run, which has one base from its first commit on. Returns what
+    they are the same as, in words; `report` is told of bytes done and bytes in all.
 
     Raises `ConfigError` where a file is another.
     """
@@ -65,7 +67,8 @@ def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = 
     for file, sha256 in found.items():
         if known.get(file, sha256) != sha256:
             raise ConfigError(
-                f"model.base: {base.name} is not what it was: {file} has the SHA-256 {sha256} instead of {known[file]}. Copy that file again."
+                f"model.base: {base.name} is not what it was: {file} has the SHA-256 {sha256} instead of {known[file]}."
+                " Copy that file again."
             )
     if committed:
         folder.put(layout.BASE_HASHES, json.dumps(found, indent=1).encode())

@@ -9,7 +9,9 @@ from trainer.store.store import Entry, Store
 
 
 def copy_weights(base: Base, folder: Path) -> None:
-    """Copy the base's files into `folder`, and link to weights on this machine: for tools that read neither a bucket nor ranges."""
+    """Copy the base's files into `folder`, and link to weights on this machine: for tools that read neither a bucket
+    nor ranges.
+    """
     local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
     write_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():

@@ -1,7 +1,8 @@
-"""The sizes of well-known bases, by which they are planned where the Hub is out of reach or wants a licence accepted first.
+"""The sizes of well-known bases, by which they are planned where the Hub is out of reach or wants a licence accepted
+first.
 
-known.jsonl has one line for each config.json: the Hub ids that have it, the parameters that the makers state, in billions, and the parts that
-say of what sizes the base is. `python -m tests.known_bases` writes it.
+known.jsonl has one line for each config.json: the Hub ids that have it, the parameters that the makers state, in
+billions, and the parts that say of what sizes the base is. `python -m tests.known_bases` writes it.
 """
 
 import json

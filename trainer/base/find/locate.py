@@ -1,6 +1,7 @@
 """The base model: where it is, its files, and what it says of itself.
 
-Weights stay where they are, in a directory or a bucket; config.json and the tokenizer's files are always in a directory.
+Weights stay where they are, in a directory or a bucket; config.json and the tokenizer's files are always in a
+directory.
 """
 
 import re
@@ -92,8 +93,8 @@ def _directory(model: Model, patterns: list[str]) -> Path:
             reason = "its licence has to be accepted there first, and HF_TOKEN set"
         at = f" at model.revision={model.revision}" if model.revision else ""
         said = (
-            f"model.base: {model.base!r} is no directory here, and the Hub did not give it{at} ({reason}). "
-            f"Check the name{', the revision' if at else ''}, HF_TOKEN for a gated model, or download it to a directory first."
+            f"model.base: {model.base!r} is no directory here, and the Hub did not give it{at} ({reason}). Check the"
+            f" name{', the revision' if at else ''}, HF_TOKEN for a gated model, or download it to a directory first."
         )
         if HF_HUB_OFFLINE or not hub_answers() or isinstance(error, GatedRepoError):
             raise BaseOutOfReach(said, reason) from error
@@ -107,8 +108,8 @@ def describe_base(model: Model) -> Description:
 
 @dataclass(frozen=True)
 class AtHand:
-    """The parts of a base that a plan takes. `directory` has its config.json and the tokenizer's files; it is None where the sizes are those that the
-    package knows, which `said` says in a sentence."""
+    """The parts of a base that a plan takes. `directory` has its config.json and the tokenizer's files; it is None
+    where the sizes are those that the package knows, which `said` says in a sentence."""
 
     description: Description
     directory: Path | None
@@ -116,8 +117,8 @@ class AtHand:
 
 
 def base_at_hand(model: Model) -> AtHand:
-    """The description of the base as `describe_base` has it, and of a well-known one also where it cannot be had from the Hub. Raises as
-    `resolve_base`."""
+    """The description of the base as `describe_base` has it, and of a well-known one also where it cannot be had from
+    the Hub. Raises as `resolve_base`."""
     try:
         directory = base_files(model)
     except BaseOutOfReach as error:
@@ -125,8 +126,8 @@ def base_at_hand(model: Model) -> AtHand:
         if config is None:
             raise
         said = (
-            f"model.base: {model.base} was not seen ({error.reason}); its sizes are those that Capstan has with it of well-known bases, "
-            "and neither its tokenizer nor its files were looked at."
+            f"model.base: {model.base} was not seen ({error.reason}); its sizes are those that Capstan has with it of"
+            " well-known bases, and neither its tokenizer nor its files were looked at."
         )
         if model.rope_scaling.rope_type:
             config = rescaled(config, model.rope_scaling)
@@ -152,10 +153,11 @@ def check_mergeable(model: Model, base: Description) -> None:
     """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
     if base.stored.unmergeable:
         raise ConfigError(
-            f"there is no merged model: {model.base} is {base.stored.unmergeable}. Take --format peft: PEFT and vLLM load the adapter beside it."
+            f"there is no merged model: {model.base} is {base.stored.unmergeable}. Take --format peft: PEFT and vLLM"
+            " load the adapter beside it."
         )
     if model.layers:
         raise ConfigError(
-            f"there is no merged model: the run has the first {model.layers} layers of its base only (model.layers), and would leave the rest "
-            "untrained. Take --format peft."
+            f"there is no merged model: the run has the first {model.layers} layers of its base only (model.layers),"
+            " and would leave the rest untrained. Take --format peft."
         )

@@ -1,7 +1,7 @@
 """config.json of a base whose rotary positions are scaled (`model.rope_scaling`), as transformers and servers read it.
 
-The base's files stay as they are. Its small files with the other config.json are a folder of this machine's cache, which is the base's directory
-from then on: whatever builds, compares, exports or merges the model reads it there.
+The base's files stay as they are. Its small files with the other config.json are a folder of this machine's cache,
+which is the base's directory from then on: whatever builds, compares, exports or merges the model reads it there.
 """
 
 import copy
@@ -19,8 +19,9 @@ _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embedd
 def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     """The parsed config.json with `scaling` in place of the base's own.
 
-    Where kinds of layers have rotary parameters of their own, those that see all tokens get it. `max_position_embeddings` become as many as
-    the base was trained for times the factor, as published models with such a scaling have it.
+    Where kinds of layers have rotary parameters of their own, those that see all tokens get it.
+    `max_position_embeddings` become as many as the base was trained for times the factor, as published models with such
+    a scaling have it.
 
     Raises:
         ConfigError: it does not say for how many positions the base was trained, or has no layers that see all tokens.
@@ -32,7 +33,8 @@ def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     by_kind = any(isinstance(value, dict) for value in before.values())
     if by_kind and not isinstance(before.get(_OF_ALL_TOKENS), dict):
         raise ConfigError(
-            f"model.rope_scaling: the base has rotary parameters for each of {', '.join(sorted(before))}, and none for {_OF_ALL_TOKENS}. Remove it."
+            f"model.rope_scaling: the base has rotary parameters for each of {', '.join(sorted(before))}, and none for"
+            f" {_OF_ALL_TOKENS}. Remove it."
         )
     own: dict[str, Any] = before[_OF_ALL_TOKENS] if by_kind else before
     original = (
@@ -43,7 +45,8 @@ def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     )
     if not isinstance(original, int) or scaling.factor is None:
         raise ConfigError(
-            f"model.rope_scaling: config.json of the base does not say for how many positions it was trained. Set model.rope_scaling.{_ORIGINAL}."
+            "model.rope_scaling: config.json of the base does not say for how many positions it was trained. Set"
+            f" model.rope_scaling.{_ORIGINAL}."
         )
     made = {name: value for name, value in own.items() if name not in _OF_SCALING} | copy.deepcopy(scaling.given)
     if scaling.rope_type == "linear":

@@ -1,4 +1,6 @@
-"""The files of a base beside its weights: config.json, the tokenizer's, and folders of this machine's cache that hold them."""
+"""The files of a base beside its weights: config.json, the tokenizer's, and folders of this machine's cache that hold
+them.
+"""
 
 import hashlib
 import json
@@ -46,7 +48,9 @@ def read_config(name: str, directory: Path) -> dict[str, Any]:
 
 
 def read_scaled(name: str, directory: Path, scaling: RopeScaling) -> tuple[Path, dict[str, Any]]:
-    """The config.json of the base called `name`, with `scaling` in it, and the directory that has it and the base's other small files."""
+    """The config.json of the base called `name`, with `scaling` in it, and the directory that has it and the base's
+    other small files.
+    """
     config = read_config(name, directory)
     if scaling.rope_type is None:
         return directory, config
@@ -103,7 +107,9 @@ def cached_folder(files: Mapping[str, bytes]) -> Path:
 
 
 def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
-    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to rename its own wins."""
+    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to
+    rename its own wins.
+    """
     folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
     if folder.is_dir():
         return folder

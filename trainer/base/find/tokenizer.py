@@ -1,4 +1,5 @@
-"""The tokenizer of a run: its base's own, the tokens that `model.add_tokens` adds to it, and the uses that `model.special_tokens` gives.
+"""The tokenizer of a run: its base's own, the tokens that `model.add_tokens` adds to it, and the uses that
+`model.special_tokens` gives.
 
 An added token is found wherever its text stands, inside a word too, before anything else is split. It is not special in
 transformers' sense, so decoding shows it.
@@ -26,8 +27,8 @@ _TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
 def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokenizer:
-    """The tokenizer in the directory of the base `name`, with the run's own `tokens`. Raises `ConfigError` when it cannot be read, or has
-    no token of a name."""
+    """The tokenizer in the directory of the base `name`, with the run's own `tokens`. Raises `ConfigError` when it
+    cannot be read, or has no token of a name."""
     from transformers import AddedToken, AutoTokenizer
 
     with read_by_transformers(name, "the tokenizer"):
@@ -39,15 +40,15 @@ def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokeniz
     for use, text in tokens.special:
         if text not in tokenizer.get_vocab():
             raise ConfigError(
-                f"model.special_tokens.{use}: {text!r} is no token of the tokenizer of {name}. Name one that is, or put it into "
-                "model.add_tokens as well."
+                f"model.special_tokens.{use}: {text!r} is no token of the tokenizer of {name}. Name one that is, or put"
+                " it into model.add_tokens as well."
             )
         known = next((token for token in tokenizer.added_tokens_decoder.values() if token.content == text), None)
         if known is None:
             raise ConfigError(
-                f"model.special_tokens.{use}: {text!r} is a token that words are made of, and programs find a special one wherever its text "
-                f"stands, so texts would become other tokens in an export. Name one of {_listed(tokenizer)}, or a new one that is in "
-                "model.add_tokens as well."
+                f"model.special_tokens.{use}: {text!r} is a token that words are made of, and programs find a special"
+                " one wherever its text stands, so texts would become other tokens in an export. Name one of"
+                f" {_listed(tokenizer)}, or a new one that is in model.add_tokens as well."
             )
         # As transformers reads it from an export: what is special, an answer is shown without.
         found = {flag: getattr(known, flag) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
@@ -62,7 +63,9 @@ def _listed(tokenizer: Tokenizer) -> str:
 
 
 class TokenRow(NamedTuple):
-    """The row of an added token in embedding and head, and the tokens that its text was before: itself, where it was one."""
+    """The row of an added token in embedding and head, and the tokens that its text was before: itself, where it was
+    one.
+    """
 
     row: int
     pieces: list[int]
@@ -90,8 +93,8 @@ def find_rows(model: Model) -> list[TokenRow]:
 
 
 def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict[str, bytes]:
-    """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves what was added to;
-    with the run's own chat `template` where it has one."""
+    """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves
+    what was added to; with the run's own chat `template` where it has one."""
     if model.tokens == _OWN:
         files = tokenizer_content(directory)
     else:
@@ -100,8 +103,8 @@ def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict
             files = tokenizer_content(Path(folder))
     if template is None:
         return files
-    # Programs of before transformers 4.51 look for the template among the settings, others in a file of its own. It replaces those by
-    # name, too, which programs take for calls of tools.
+    # Programs of before transformers 4.51 look for the template among the settings, others in a file of its own. It
+    # replaces those by name, too, which programs take for calls of tools.
     kept = {name: content for name, content in files.items() if not name.startswith((*_TEMPLATES, NAMED_TEMPLATES))}
     return {**kept, **_with_settings(files, chat_template=template), CHAT_TEMPLATE: template.encode()}
 
@@ -116,8 +119,9 @@ def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
 
 
 def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> dict[str, bytes]:
-    """The `files` of a tokenizer for a folder without a config.json. The class that transformers takes for them by the config.json in
-    `directory`, that of the base `name`, is written into the settings where they alone would give another, which may split texts otherwise."""
+    """The `files` of a tokenizer for a folder without a config.json. The class that transformers takes for them by the
+    config.json in `directory`, that of the base `name`, is written into the settings where they alone would give
+    another, which may split texts otherwise."""
     with suppress(ConfigError), scratch_folder("export") as folder:
         write_files(Path(folder), files)
         alone, beside = (type(read_tokenizer(place, name)).__name__ for place in (Path(folder), directory))

@@ -53,7 +53,9 @@ class Extent:
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """A packed tensor in the cache, as a flat uint8 source. Raises `Damaged` for bytes that are not what was written."""
+    """A packed tensor in the cache, as a flat uint8 source. Raises `Damaged` for bytes that are not what was
+    written.
+    """
 
     store: Store
     extents: tuple[Extent, ...]
@@ -104,11 +106,14 @@ class BaseCache:
 
 
 def cache_key(base: Base, config: Config) -> str:
-    """The folder's key under the store's root. Another base, version of its files, quantization or number of layers is another folder. Reads samples of the base's weights."""
+    """The folder's key under the store's root. Another base, version of its files, quantization or number of layers is
+    another folder. Reads samples of the base's weights.
+    """
     facts = [
         FORMAT,
         base.fingerprint,
-        # Sizes and times may be those of another base, where files were copied with theirs. A bucket's versions are hashes.
+        # Sizes and times may be those of another base, where files were copied with theirs. A bucket's versions are
+        # hashes.
         *([] if in_bucket(base.name) else [base.samples]),
         base.versions,
         {"type": config.quant.type, "block_size": config.quant.block_size, "double": config.quant.double},
@@ -137,7 +142,9 @@ def open_cache(folder: Store) -> BaseCache:
 
 
 def _cached(folder: Store, name: str, given: list[list[Any]]) -> CachedTensor:
-    """Raises `ValueError` unless its extents follow each other from 0 on, in objects of this cache and no other place."""
+    """Raises `ValueError` unless its extents follow each other from 0 on, in objects of this cache and no other
+    place.
+    """
     extents = tuple(Extent(*extent) for extent in sorted(given))
     expected = 0
     for extent in extents:

@@ -36,7 +36,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class LoadReport:
-    """The work of a load on this rank: bytes read from the store, bytes kept, seconds; `kernels` is what `model.kernels` came to."""
+    """The work of a load on this rank: bytes read from the store, bytes kept, seconds; `kernels` is what
+    `model.kernels` came to.
+    """
 
     read_bytes: int = 0
     kept_bytes: int = 0
@@ -56,7 +58,8 @@ def load_model(
     """The base, sharded over the ranks by `scope`, nothing of it trainable; `log` gets rank 0's progress. Collective.
 
     Raises:
-        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or type; or when
+        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or
+            type; or when
             `model.kernels` cannot be used.
     """
     started = time.monotonic()
@@ -110,7 +113,9 @@ def _through_cache(
     fill: Callable[[Callable[[str], PackedSources | None]], _Filled],
     log: Callable[[str], None],
 ) -> _Filled:
-    """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into it."""
+    """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into
+    it.
+    """
     store = open_run_store(config)
     # One rank tells the folder: nodes with copies of their own know other times of change.
     folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))

@@ -101,7 +101,9 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | KeptFormat | None:
-    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32 bits."""
+    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32
+    bits.
+    """
     if kept is not None:
         return KeptFormat(kept.kept, dtype)
     if quant.type in ("none", "stored"):

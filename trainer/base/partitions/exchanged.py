@@ -1,7 +1,8 @@
 """A matrix whose files have its transpose, read once by all ranks together.
 
-A rank's share of a matrix is some of its rows. Where the files have the transpose, these lie all over the tensor, so that every rank would
-read all of it. Instead each rank reads as many rows of the transpose, which lie together, and the ranks exchange what the others need.
+A rank's share of a matrix is some of its rows. Where the files have the transpose, these lie all over the tensor, so
+that every rank would read all of it. Instead each rank reads as many rows of the transpose, which lie together, and the
+ranks exchange what the others need.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from trainer.store.safetensors_index import StoredTensor
 
 @runtime_checkable
 class StoredTransposed(StoredTensor, Protocol):
-    """A matrix (rows, columns) that is better read as its `transpose`, by multiples of so many of its rows `together`: facts beside it
-    are shared by these."""
+    """A matrix (rows, columns) that is better read as its `transpose`, by multiples of so many of its rows `together`:
+    facts beside it are shared by these."""
 
     @property
     def transpose(self) -> StoredTensor: ...
@@ -31,7 +32,9 @@ class StoredTransposed(StoredTensor, Protocol):
 
 
 def exchanged(job: Job, source: StoredTensor, ranks: Partitioner) -> Job:
-    """`job`, which fills the partitions of a parameter from `source`, with the reading shared where that is worth it."""
+    """`job`, which fills the partitions of a parameter from `source`, with the reading shared where that is worth
+    it.
+    """
     return _Exchanged(job, source, ranks) if isinstance(source, StoredTransposed) and ranks.size > 1 else job
 
 

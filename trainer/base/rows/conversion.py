@@ -1,9 +1,10 @@
 """Which stored tensors make up each parameter of the model, by transformers' own conversion of checkpoints.
 
-transformers renames the tensors of a checkpoint, and makes some parameters of several of them: it stacks the experts, puts
-gate and up one over the other, splits a fused projection. Here the same operations run on numbers in place of weights, one
-for each row of a stored tensor, so that the result says which stored row each row of a parameter is. Where an operation needs
-values, as a transposition does, it is applied to them when they are read (trainer/base/rows/converted.py).
+transformers renames the tensors of a checkpoint, and makes some parameters of several of them: it stacks the experts,
+puts gate and up one over the other, splits a fused projection. Here the same operations run on numbers in place of
+weights, one for each row of a stored tensor, so that the result says which stored row each row of a parameter is. Where
+an operation needs values, as a transposition does, it is applied to them when they are read
+(trainer/base/rows/converted.py).
 """
 
 import math
@@ -32,10 +33,10 @@ Shape = tuple[int, ...]
 class Conversion:
     """The files' tensors as transformers assigns them to the model.
 
-    `sources` are by name in the model's `state_dict`, each in the shape that its files give it, which need not be the model's.
-    `failed` says why a parameter cannot be made of the tensors that are there for it. `others` maps each stored tensor that
-    the model has no place for to the name that it would have there. `beside` are the weights of a model that sees or hears, by their
-    names there, which its language model has no place for.
+    `sources` are by name in the model's `state_dict`, each in the shape that its files give it, which need not be the
+    model's. `failed` says why a parameter cannot be made of the tensors that are there for it. `others` maps each
+    stored tensor that the model has no place for to the name that it would have there. `beside` are the weights of a
+    model that sees or hears, by their names there, which its language model has no place for.
     """
 
     sources: dict[str, Weight] = field(default_factory=dict)
@@ -45,7 +46,8 @@ class Conversion:
 
 
 def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
-    """Assign the tensors `stored`, by name, to the parameters and persistent buffers of `model`, which may be on `meta`.
+    """Assign the tensors `stored`, by name, to the parameters and persistent buffers of `model`, which may be on
+    `meta`.
 
     Reads no weight. The steps are those of transformers' `convert_and_load_state_dict_in_model`.
     """
@@ -78,7 +80,9 @@ def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
 
 @dataclass
 class _Job:
-    """The parameter `name`, the first where there are several, and the tensors by pattern that a converter makes it of."""
+    """The parameter `name`, the first where there are several, and the tensors by pattern that a converter makes it
+    of.
+    """
 
     name: str
     converter: WeightConverter
@@ -111,7 +115,9 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a parameter comes of a job's parts: these stretches of them, or, where rows do not suffice (None), by their values."""
+    """How a parameter comes of a job's parts: these stretches of them, or, where rows do not suffice (None), by their
+    values.
+    """
 
     shape: Shape
     stretches: tuple[Stretch, ...] | None
@@ -126,7 +132,9 @@ class _Operations:
         self._last_made = LastMade[Tensor]()
 
     def sources(self, job: _Job) -> dict[str, Weight]:
-        """Name -> source of each parameter that the job makes. Raises whatever the operations raise, or `ValueError`."""
+        """Name -> source of each parameter that the job makes. Raises whatever the operations raise, or
+        `ValueError`.
+        """
         if len({part.dtype for part in job.parts}) > 1:
             raise ValueError("they are of several types")
         counts = tuple(len(parts) for parts in job.tensors.values())
@@ -148,8 +156,8 @@ class _Operations:
         return {name: _Recipe(shape, stretches.get(name)) for name, shape in shapes.items()}
 
     def _stretches(self, job: _Job, shapes: dict[str, Shape]) -> dict[str, tuple[Stretch, ...]]:
-        """The stretches of the job's parts that make up parameters of these `shapes`, but for those where an operation does more
-        than to move rows."""
+        """The stretches of the job's parts that make up parameters of these `shapes`, but for those where an operation
+        does more than to move rows."""
         numbers, widths = _row_numbers(job.shapes), {_width(shape) for shape in job.shapes}
         last = int(numbers[-1].max())
         try:
@@ -188,7 +196,9 @@ class _Operations:
     def _slices(
         self, job: _Job, name: str, shape: Shape, stored: dict[str, list[StoredTensor]]
     ) -> list[dict[str, list[StoredPart]]]:
-        """The values, by pattern, that each slice along the first axis is made of; all of them in one where slices mix."""
+        """The values, by pattern, that each slice along the first axis is made of; all of them in one where slices
+        mix.
+        """
         count, ones = shape[0], [1] * (len(shape) - 1)
         in_order = torch.arange(count).view(-1, *ones)
         slices: list[dict[str, list[StoredPart]]] = [{} for _ in range(count)]
@@ -233,7 +243,9 @@ def _columns(shape: Shape) -> int:
 
 
 def _row_numbers(shapes: Sequence[Shape]) -> list[Tensor]:
-    """Numbers in place of tensors of these shapes, int32: consecutive ones for each row, and none for a row between tensors."""
+    """Numbers in place of tensors of these shapes, int32: consecutive ones for each row, and none for a row between
+    tensors.
+    """
     numbers, start = list[Tensor](), 0
     for shape in shapes:
         like = (*shape[:-1], _columns(shape)) if len(shape) > 1 else shape

@@ -1,4 +1,6 @@
-"""A parameter that is made of stored values, by transformers' operations or a transposition, as a tensor that is read in parts."""
+"""A parameter that is made of stored values, by transformers' operations or a transposition, as a tensor that is read
+in parts.
+"""
 
 import math
 from collections.abc import Callable
@@ -64,7 +66,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix whose `transpose` is stored. Read by rows of its own it takes all of that, once where `last_made` keeps it."""
+    """A matrix whose `transpose` is stored. Read by rows of its own it takes all of that, once where `last_made` keeps
+    it.
+    """
 
     transpose: TensorSource
     last_made: LastMade[Tensor] = field(repr=False, compare=False)

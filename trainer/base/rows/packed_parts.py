@@ -1,7 +1,7 @@
 """Weights that files hold in 4 or 8 bits as parts of a parameter: a mixture's experts, which they have one by one.
 
-Those of bitsandbytes, as older transformers quantized them, are a `PackedTensor` each. Those of the other formats are a `CodedTensor` each, and
-may stay in their codes (`quant.type: stored`)."""
+Those of bitsandbytes, as older transformers quantized them, are a `PackedTensor` each. Those of the other formats are a
+`CodedTensor` each, and may stay in their codes (`quant.type: stored`)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -72,8 +72,8 @@ def unpacked(weight: Weight) -> StoredTensor:
 def join_packed(parts: Sequence[Weight], stretches: Iterable[Stretch], shape: tuple[int, ...]) -> PackedTensor | None:
     """The stretches of `parts` as a stack of this shape in the 4 bits that they are in; None where that cannot be.
 
-    A stack is quantized matrix by matrix. Its blocks are those of the parts where each of these is whole, and begins a block of its
-    matrix; and those of its scales in 8 bits only where each is a whole matrix.
+    A stack is quantized matrix by matrix. Its blocks are those of the parts where each of these is whole, and begins a
+    block of its matrix; and those of its scales in 8 bits only where each is a whole matrix.
     """
     placed, at, size = list[PackedTensor](), 0, math.prod(shape[1:])
     for stretch in stretches:
@@ -104,7 +104,8 @@ def _joined(sources: Sequence[StoredTensor], stretches: Sequence[Stretch]) -> Jo
 def kept_sources(weight: Weight) -> KeptSources | None:
     """Where the codes and the scales of a parameter are stored; None where it has to be decoded as it is read.
 
-    Stretches of rows are joined where each is whole rows of tiles, so that the tiles of the parameter are those of its parts.
+    Stretches of rows are joined where each is whole rows of tiles, so that the tiles of the parameter are those of its
+    parts.
     """
     if isinstance(weight, CodedTensor):
         return weight.kept
@@ -130,7 +131,9 @@ def kept_sources(weight: Weight) -> KeptSources | None:
 
 
 def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence[int]) -> bool:
-    """Whether a stretch is whole rows of tiles, of its part of the shape `part` and of the parameter of this `shape`."""
+    """Whether a stretch is whole rows of tiles, of its part of the shape `part` and of the parameter of this
+    `shape`.
+    """
     columns, down = shape[-1], kept.code.tile[0]
     if part[-1] != columns or stretch.begin % columns or stretch.numel % columns:
         return False

@@ -35,8 +35,9 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 class FoundWeights:
     """The source of each parameter and persistent buffer of a model, by name.
 
-    A tied parameter is there under its first name. `copies` are what the files hold under its other names. `left_out` are the parts of
-    the files that the language model is without: the vision tower of a model that sees, layers that predict several tokens.
+    A tied parameter is there under its first name. `copies` are what the files hold under its other names. `left_out`
+    are the parts of the files that the language model is without: the vision tower of a model that sees, layers that
+    predict several tokens.
     """
 
     sources: dict[str, Weight]
@@ -45,19 +46,23 @@ class FoundWeights:
 
 
 def find_all_weights(base: Base, layers: int | None = None) -> FoundWeights:
-    """Where the files hold the weights of the whole base, or of its first `layers`. Raises `ConfigError` as `find_weights` does."""
+    """Where the files hold the weights of the whole base, or of its first `layers`. Raises `ConfigError` as
+    `find_weights` does.
+    """
     with read_by_transformers(base.name, "config.json"):
         model = meta_model(model_config(base.directory, layers))
     return find_weights(base, model, layers)
 
 
 def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) -> FoundWeights:
-    """Where the files of `base` hold the weights of `model`, which transformers built of its config.json and may be on `meta`.
+    """Where the files of `base` hold the weights of `model`, which transformers built of its config.json and may be on
+    `meta`.
 
     With `layers` the model is cut to the first so many, and the files' other layers are left out on purpose.
 
     Raises:
-        ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor that the
+        ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor
+            that the
             model has not.
     """
     found = _convert(base, model)
@@ -86,14 +91,18 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
 def _as_in_model(
     model: PreTrainedModel, name: str, source: Weight | None, last_made: LastMade[Tensor]
 ) -> Weight | None:
-    """The source of a linear layer of which plain files have the transpose; formats of fewer bits have it as it is computed with."""
+    """The source of a linear layer of which plain files have the transpose; formats of fewer bits have it as it is
+    computed with.
+    """
     path, _, leaf = name.rpartition(".")
     transposed = leaf == "weight" and isinstance(model.get_submodule(path), TransposedLinear)
     return Transposed(source, last_made) if transposed and isinstance(source, TensorSource) else source
 
 
 def _convert(base: Base, model: PreTrainedModel) -> Conversion:
-    """The tensors in the files by the names in `model`; of a model that sees or hears as well, those of its language model."""
+    """The tensors in the files by the names in `model`; of a model that sees or hears as well, those of its language
+    model.
+    """
     with read_by_transformers(base.name, "config.json"):
         whole = composite_model(base.directory)
     if whole is None:
@@ -111,11 +120,12 @@ def _convert(base: Base, model: PreTrainedModel) -> Conversion:
 
 
 def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], layers: int | None) -> dict[str, Weight]:
-    """The tensors that the model is without on purpose, by the name that each would have there; `others` as in a `Conversion`, `ignored`
-    are patterns that transformers ignores as well.
+    """The tensors that the model is without on purpose, by the name that each would have there; `others` as in a
+    `Conversion`, `ignored` are patterns that transformers ignores as well.
 
     Raises:
-        ConfigError: for a tensor that nothing says may be left out. Such a model is not the one that config.json describes: a bias or
+        ConfigError: for a tensor that nothing says may be left out. Such a model is not the one that config.json
+            describes: a bias or
             a layer would be left out without a word.
     """
     patterns = [re.compile(pattern) for pattern in ignored]
@@ -130,7 +140,9 @@ def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], lay
 
 
 def _is_beyond(name: str, layers: int | None) -> bool:
-    """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the layer's."""
+    """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the
+    layer's.
+    """
     number = re.search(r"\.(\d+)\.", name)
     return layers is not None and number is not None and int(number[1]) >= layers
 
@@ -159,8 +171,8 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
         )
     if packed and name not in base.architecture.quantizable():
         raise ConfigError(
-            f"model.base: {name} is in 4 bits in {base.name}, and is computed with in 16. Give the 16-bit model; quant.type "
-            "quantizes it."
+            f"model.base: {name} is in 4 bits in {base.name}, and is computed with in 16. Give the 16-bit model;"
+            " quant.type quantizes it."
         )
     if source.shape != tensor.shape:
         raise ConfigError(

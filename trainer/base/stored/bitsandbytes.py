@@ -1,7 +1,7 @@
 """Bases that bitsandbytes has quantized. The packed bytes of those in 4 bits are loaded as they are.
 
-Beside each packed `weight`, `save_pretrained` writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4` (or fp4),
-JSON as bytes; under double quantization also `weight.nested_absmax` and `weight.nested_quant_map`.
+Beside each packed `weight`, `save_pretrained` writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4` (or
+fp4), JSON as bytes; under double quantization also `weight.nested_absmax` and `weight.nested_quant_map`.
 """
 
 import hashlib
@@ -65,19 +65,21 @@ class BitsAndBytes4bit(StoredFormat):
             for (setting, asked), value in zip(given.items(), stored, strict=True):
                 if value != asked:
                     raise ConfigError(
-                        f"{setting}: {str(asked).lower()}, but {name} is stored with {str(value).lower()} in {base.name}, "
-                        f"which is loaded as it is. Set {setting}: {str(value).lower()}."
+                        f"{setting}: {str(asked).lower()}, but {name} is stored with {str(value).lower()} in"
+                        f" {base.name}, which is loaded as it is. Set {setting}: {str(value).lower()}."
                     )
             if weight.made_of != _DTYPES[config.model.dtype]:
                 raise ConfigError(
-                    f"model.base: {name} was {weight.made_of} before it was quantized, and would be rounded twice as "
-                    f"{config.model.dtype} (model.dtype) in {base.name}. Give the 16-bit model; quant.type quantizes it."
+                    f"model.base: {name} was {weight.made_of} before it was quantized, and would be rounded twice as"
+                    f" {config.model.dtype} (model.dtype) in {base.name}. Give the 16-bit model; quant.type"
+                    " quantizes it."
                 )
 
 
 class BitsAndBytes8bit(StoredFormat):
-    """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is `SCB`, the largest
-    value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's 1/127, as bitsandbytes dequantizes them."""
+    """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is
+    `SCB`, the largest value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's
+    1/127, as bitsandbytes dequantizes them."""
 
     readable: ClassVar[str] = "8 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 8 bits by bitsandbytes, where no merged weight fits"
@@ -97,8 +99,8 @@ class BitsAndBytes8bit(StoredFormat):
             scales = base.tensors.get(f"{path}.SCB")
             if scales is None or len(source.shape) != 2 or (scales.dtype, scales.shape) != ("F32", source.shape[:1]):
                 raise ConfigError(
-                    f"model.base: {path} is in 8 bits in {base.name}, and has no SCB with a number for each of its rows. Copy the model "
-                    "again."
+                    f"model.base: {path} is in 8 bits in {base.name}, and has no SCB with a number for each of its"
+                    " rows. Copy the model again."
                 )
             code = Code("int8", (1, source.shape[1]))
             found[name] = Coded(source, scales, source.shape, code, last_reads, "F32", then=_PART_OF_127)
@@ -108,14 +110,17 @@ class BitsAndBytes8bit(StoredFormat):
 
 
 def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """Name of each weight in 4 bits -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty without one)."""
+    """Name of each weight in 4 bits -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty
+    without one).
+    """
     states = {name.partition(_STATE)[0]: source for name, source in base.tensors.items() if _STATE in name}
     maps = {f"{name}.nested_quant_map" for name in states}
     wanted = states | {name: base.tensors[name] for name in sorted(maps & base.tensors.keys())}
     for name, source in wanted.items():
         if not 0 < numel(source) <= _MOST_NUMBERS:
             raise ConfigError(
-                f"model.base: what {base.name} says of the 4 bits of {name} has {numel(source)} numbers. Copy the model again."
+                f"model.base: what {base.name} says of the 4 bits of {name} has {numel(source)} numbers. Copy the model"
+                " again."
             )
     read: dict[str, bytes] = {}
     for file in {source.key for source in wanted.values()}:
@@ -127,7 +132,9 @@ def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
 
 
 def _names_before_dots(name: str) -> set[str]:
-    """`name`, and what it is without its last one or two parts: the weight that an absmax or a quant_state belongs to."""
+    """`name`, and what it is without its last one or two parts: the weight that an absmax or a quant_state belongs
+    to.
+    """
     shorter = name.rpartition(".")[0]
     return {name, shorter, shorter.rpartition(".")[0]}
 

@@ -1,17 +1,20 @@
-"""Bases of compressed-tensors, as llm-compressor writes them and Kimi K2 is published: integers or floats of 4 or 8 bits.
+"""Bases of compressed-tensors, as llm-compressor writes them and Kimi K2 is published: integers or floats of 4 or 8
+bits.
 
-`config_groups` (config.json, quantization_config) say how the weights of some linear layers are stored; which layers these are, the
-files tell. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row (`channel`), a `block` of
-`block_structure`, or the whole matrix (`tensor`). Beside `weight_scale`, in the place of `weight` (rows, columns), there is
+`config_groups` (config.json, quantization_config) say how the weights of some linear layers are stored; which layers
+these are, the files tell. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row
+(`channel`), a `block` of `block_structure`, or the whole matrix (`tensor`). Beside `weight_scale`, in the place of
+`weight` (rows, columns), there is
 
-- `weight_packed` of I32, eight codes of 4 bits or four of 8 each, which count from the least number up (pack-quantized). Where they are not
-  symmetric, `weight_zero_point` has the codes that stand for 0, packed along the rows. `weight_g_idx` has the group of each column, where
-  its columns do not lie together;
-- `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides (nvfp4-pack-quantized),
-  or with powers of two for 32 (mxfp4-pack-quantized);
+- `weight_packed` of I32, eight codes of 4 bits or four of 8 each, which count from the least number up
+  (pack-quantized). Where they are not symmetric, `weight_zero_point` has the codes that stand for 0, packed along the
+  rows. `weight_g_idx` has the group of each column, where its columns do not lie together;
+- `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides
+  (nvfp4-pack-quantized), or with powers of two for 32 (mxfp4-pack-quantized);
 - `weight` in FP8 (float-quantized) or in whole numbers of 8 bits (int-quantized).
 
-Weights are read in the type of their scales, or in bf16 where that has 8 bits, as the compressed-tensors package decompresses them.
+Weights are read in the type of their scales, or in bf16 where that has 8 bits, as the compressed-tensors package
+decompresses them.
 """
 
 import re
@@ -92,7 +95,9 @@ class CompressedTensors(StoredFormat):
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How the weights of a group of layers are stored: codes of `bits`, `number` int or float; None for a side of a tile is all of it."""
+    """How the weights of a group of layers are stored: codes of `bits`, `number` int or float; None for a side of a
+    tile is all of it.
+    """
 
     number: str
     bits: int
@@ -150,8 +155,8 @@ class _Scheme:
 
 
 def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> StoredTensor:
-    """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is missing or has
-    another shape than it should."""
+    """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is
+    missing or has another shape than it should."""
     from trainer.base.stored.shared.coded import Coded
     from trainer.base.stored.shared.floats import SCALES
 

@@ -1,16 +1,18 @@
-"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, and a scale for each tile of a matrix.
+"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, and a scale for each tile of a
+matrix.
 
-Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which a weight is multiplied: one number for each
-tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128, those at the borders cut off; or, where that
-is null, one for the whole matrix. DeepSeek-V4 calls it `q_proj.scale`, Mistral `q_proj.qscale_weight`. Tensors without a scale are in 16
-or 32 bits.
+Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which a weight is multiplied: one
+number for each tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128, those at the borders
+cut off; or, where that is null, one for the whole matrix. DeepSeek-V4 calls it `q_proj.scale`, Mistral
+`q_proj.qscale_weight`. Tensors without a scale are in 16 or 32 bits.
 
-With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as DeepSeek-V4's are: two E2M1 numbers in each byte of an I8, and a
-power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later ones in the quantization_config.
+With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as DeepSeek-V4's are: two E2M1 numbers in each byte
+of an I8, and a power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later ones in
+the quantization_config.
 
-Weights become bf16 as they are read: the product in fp32, rounded once. transformers' dequantize=True and DeepSeek's own
-inference/fp8_cast_bf16.py give the same bits, the former where the tile divides both sides: it takes the shape of the scales
-for a number of equal tiles, which is another tile for 192 rows (two of 96), and an error for 576.
+Weights become bf16 as they are read: the product in fp32, rounded once. transformers' dequantize=True and DeepSeek's
+own inference/fp8_cast_bf16.py give the same bits, the former where the tile divides both sides: it takes the shape of
+the scales for a number of equal tiles, which is another tile for 192 rows (two of 96), and an error for 576.
 """
 
 import math
@@ -47,8 +49,8 @@ class Fp8(StoredFormat):
         if self._has_tile:
             return []
         return [
-            f"model.base: config.json has weight_block_size {shown(self._block_size)} in its quantization_config. Possible are two whole "
-            "numbers, rows and columns of a tile, and null. Copy the model again."
+            f"model.base: config.json has weight_block_size {shown(self._block_size)} in its quantization_config."
+            " Possible are two whole numbers, rows and columns of a tile, and null. Copy the model again."
         ]
 
     @property
@@ -99,8 +101,8 @@ class Fp8(StoredFormat):
         scales = next((base.tensors[other] for other in _scale_names(name) if other in base.tensors), None)
         if scales is None or len(source.shape) < 2:
             raise ConfigError(
-                f"model.base: {name} is in FP8 in {base.name}, and has no scales for its tiles, {name}_scale_inv. Copy the model "
-                "again, or give the 16-bit model; quant.type quantizes it."
+                f"model.base: {name} is in FP8 in {base.name}, and has no scales for its tiles, {name}_scale_inv. Copy"
+                " the model again, or give the 16-bit model; quant.type quantizes it."
             )
         *matrices, rows, columns = source.shape
         numbers = self._codes[source.dtype]
@@ -113,9 +115,9 @@ class Fp8(StoredFormat):
         fits = numel(scales) == math.prod(expected) if whole else scales.shape == expected
         if scales.dtype not in SCALES or not fits:
             raise ConfigError(
-                f"model.base: the scales of {name} are {list(scales.shape)} of {scales.dtype} in {base.name}. Tiles of "
-                f"{tile[0]} x {tile[1]} of its {[*matrices, rows, columns]} have {list(expected)} of {', '.join(SCALES)}. Give the "
-                "config.json that belongs to these files."
+                f"model.base: the scales of {name} are {list(scales.shape)} of {scales.dtype} in {base.name}. Tiles of"
+                f" {tile[0]} x {tile[1]} of its {[*matrices, rows, columns]} have {list(expected)} of"
+                f" {', '.join(SCALES)}. Give the config.json that belongs to these files."
             )
         return Coded(source, scales, (*matrices, rows, columns), code, last_reads)
 

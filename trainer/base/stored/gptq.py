@@ -2,12 +2,15 @@
 
 In the place of `weight` (outputs, inputs) the files have, of its transpose,
 
-- `qweight` of I32: eight codes of 4 bits each, or four of 8. GPTQ packs along the inputs, AWQ along the outputs, and there the codes of
+- `qweight` of I32: eight codes of 4 bits each, or four of 8. GPTQ packs along the inputs, AWQ along the outputs, and
+  there the codes of
   columns 0, 2, 4, 6, 1, 3, 5, 7 one after another;
-- `qzeros` of I32 (groups, outputs / codes an int32): the codes that stand for 0, in GPTQ's first `checkpoint_format` less one;
+- `qzeros` of I32 (groups, outputs / codes an int32): the codes that stand for 0, in GPTQ's first `checkpoint_format`
+  less one;
 - `scales` (groups, outputs), and in GPTQ `g_idx`, the group of each input, whose inputs lie apart under `desc_act`.
 
-Weights are read in the type of their scales: (code - zero) * scale, rounded once, as AutoGPTQ and AutoAWQ dequantize them.
+Weights are read in the type of their scales: (code - zero) * scale, rounded once, as AutoGPTQ and AutoAWQ dequantize
+them.
 """
 
 from collections.abc import Mapping
@@ -40,8 +43,10 @@ class Gptq(StoredFormat):
             return wrong
         return [
             *wrong,
-            f"model.base: config.json has checkpoint_format {shown(form)} in its quantization_config. Readable are gptq and gptq_v2. Give "
-            "the 16-bit model; quant.type quantizes it.",
+            (
+                f"model.base: config.json has checkpoint_format {shown(form)} in its quantization_config. Readable are"
+                " gptq and gptq_v2. Give the 16-bit model; quant.type quantizes it."
+            ),
         ]
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
@@ -71,8 +76,8 @@ def _wrong_groups(quantization: dict[str, Any]) -> list[str]:
     if type(group) is int and (group == -1 or group > 0):
         return []
     return [
-        f"model.base: config.json has group_size {shown(group)} in its quantization_config. Possible are whole numbers from 1 on, and -1, which "
-        "is all inputs. Copy the model again."
+        f"model.base: config.json has group_size {shown(group)} in its quantization_config. Possible are whole numbers"
+        " from 1 on, and -1, which is all inputs. Copy the model again."
     ]
 
 
@@ -92,8 +97,8 @@ def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, m
 def _columns(
     base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
 ) -> StoredTensor:
-    """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape than it
-    should."""
+    """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape
+    than it should."""
     from trainer.base.stored.shared.columns import Columns
 
     part = {leaf: base.tensors.get(f"{path}.{leaf}") for leaf in _PARTS}

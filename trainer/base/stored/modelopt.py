@@ -1,8 +1,9 @@
 """Bases of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each matrix.
 
-Beside `weight` the files have `weight_scale`: in NVFP4, where a byte of `weight` is two E2M1 numbers, one in E4M3 for 16 columns, times
-`weight_scale_2`, one of fp32 for the whole matrix (modelopt/torch/quantization/qtensor/nvfp4_tensor.py). Weights become bf16 as they are read:
-the product in fp32, rounded once.
+Beside `weight` the files have `weight_scale`: in NVFP4, where a byte of `weight` is two E2M1 numbers, one in E4M3 for
+16 columns, times `weight_scale_2`, one of fp32 for the whole matrix
+(modelopt/torch/quantization/qtensor/nvfp4_tensor.py). Weights become bf16 as they are read: the product in fp32,
+rounded once.
 """
 
 from collections.abc import Mapping
@@ -52,7 +53,9 @@ class ModelOpt(StoredFormat):
 
 
 def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
-    """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another shape."""
+    """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another
+    shape.
+    """
     from trainer.base.stored.shared.coded import Coded
 
     scales, second = (base.tensors.get(f"{path}.{leaf}") for leaf in ("weight_scale", "weight_scale_2"))
@@ -66,8 +69,8 @@ def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -
             if scales.dtype == "F8_E4M3" and second is not None and numel(second) == 1:
                 return Coded(source, scales, shape, code, last_reads, second=second)
     raise ConfigError(
-        f"model.base: {path} has no scales in {base.name} that belong to its weight of {source.dtype}, weight_scale and in NVFP4 "
-        "weight_scale_2. Copy the model again."
+        f"model.base: {path} has no scales in {base.name} that belong to its weight of {source.dtype}, weight_scale and"
+        " in NVFP4 weight_scale_2. Copy the model again."
     )
 
 

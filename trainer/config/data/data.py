@@ -28,7 +28,10 @@ class TrainOn(Section):
 
     roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
-        about="The roles whose turns are trained, or all for the whole text. Default: assistant, and the answer where there are no roles.",
+        about=(
+            "The roles whose turns are trained, or all for the whole text. Default: assistant, and the answer where"
+            " there are no roles."
+        ),
         example=["assistant", "tool"],
     )
     turns: Literal["all", "last"] = setting(
@@ -51,8 +54,10 @@ class Data(Section):
     )
     held_out: float = setting(
         0.0,
-        about="Share of the training rows that is evaluated instead of trained on, chosen by content, so that equal rows stay "
-        "together. Instead of eval.",
+        about=(
+            "Share of the training rows that is evaluated instead of trained on, chosen by content, so that equal rows"
+            " stay together. Instead of eval."
+        ),
         example=0.01,
         ge=0,
         lt=1,
@@ -61,49 +66,67 @@ class Data(Section):
     held_out_seed: Seed = setting(0, about="Chooses other rows to hold out.", example=1)
     format: Format = setting(
         "auto",
-        about="auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt (conversations), alpaca "
-        "(instruction, output), question_answer, prompt_completion_messages. Strings: prompt_completion, text, segments. Answers to compare: "
-        "preference. Answers with a label: labelled. Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified, classified_messages; with several: multilabel, multilabel_messages. Words with tags: tagged. "
-        "docs/data-format.md has an example of each.",
+        about=(
+            "auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt"
+            " (conversations), alpaca (instruction, output), question_answer, prompt_completion_messages. Strings:"
+            " prompt_completion, text, segments. Answers to compare: preference. Answers with a label: labelled."
+            " Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified,"
+            " classified_messages; with several: multilabel, multilabel_messages. Words with tags: tagged."
+            " docs/data-format.md has an example of each."
+        ),
         example="chat",
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in your rows, where they differ from those of the format, such as messages, tools, prompt, completion, "
-        "text, chosen, rejected and label.",
+        about=(
+            "Names of the fields in your rows, where they differ from those of the format, such as messages, tools,"
+            " prompt, completion, text, chosen, rejected and label."
+        ),
         example={"messages": "dialogue"},
     )
     labels: list[str] | None = setting(
         None,
-        about="The names of the classes, in the order of their numbers, for objective.name: classification, multilabel_classification and token_classification. Default: those of the rows of "
-        "data.train, sorted; the run keeps them.",
+        about=(
+            "The names of the classes, in the order of their numbers, for objective.name: classification,"
+            " multilabel_classification and token_classification. Default: those of the rows of data.train, sorted; the"
+            " run keeps them."
+        ),
         example=["negative", "positive"],
         min_length=2,
     )
     template: str | None = setting(
         None,
-        about="Instead of the tokenizer's own chat template, such as for a base that has none: chatml, llama3, gemma, mistral or phi3, or the "
-        "path of a Jinja file. docs/data-format.md says which fits.",
+        about=(
+            "Instead of the tokenizer's own chat template, such as for a base that has none: chatml, llama3, gemma,"
+            " mistral or phi3, or the path of a Jinja file. docs/data-format.md says which fits."
+        ),
         example="chatml",
     )
     today: str = setting(
         "2025-01-01",
-        about="The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the same "
-        "tokens on every day.",
+        about=(
+            "The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the"
+            " same tokens on every day."
+        ),
         example="2026-06-30",
         unit="YYYY-MM-DD",
     )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None,
-        about="Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, answers, preference and labelled, all for "
-        "text.",
+        about=(
+            "Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, answers,"
+            " preference and labelled, all for text."
+        ),
         example="last_assistant",
     )
     train_on: TrainOn = TrainOn()
     thinking: Literal["as_template", "keep", "strip"] = setting(
         "as_template",
-        about="The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat template writes it, "
-        "mostly in the last turn alone; keep: in all turns, in the template's own form; strip: in none.",
+        about=(
+            "The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat"
+            " template writes it, mostly in the last turn alone; keep: in all turns, in the template's own form; strip:"
+            " in none."
+        ),
         example="strip",
     )
     drop_system: bool = setting(
@@ -120,15 +143,20 @@ class Data(Section):
     packing: bool = setting(True, about="Put several documents into one row; they never see each other.", example=True)
     share_prefix: bool = setting(
         False,
-        about="Hold a prompt once in a row where several answers to it follow: the two of a pair, a labelled and its mismatched one, all of `answers`. "
-        "Each sees the prompt and itself, so that loss and gradients are the same, of fewer tokens. For bases whose layers mix tokens by attention "
-        "alone, and kernels that take a mask (sdpa, flex_attention, eager).",
+        about=(
+            "Hold a prompt once in a row where several answers to it follow: the two of a pair, a labelled and its"
+            " mismatched one, all of `answers`. Each sees the prompt and itself, so that loss and gradients are the"
+            " same, of fewer tokens. For bases whose layers mix tokens by attention alone, and kernels that take a mask"
+            " (sdpa, flex_attention, eager)."
+        ),
         example=True,
     )
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
-        about="What happens to a document longer than sequence_length; it is counted either way. split makes documents of "
-        "its pieces.",
+        about=(
+            "What happens to a document longer than sequence_length; it is counted either way. split makes documents of"
+            " its pieces."
+        ),
         example="drop",
     )
     min_length: int = setting(
@@ -151,7 +179,8 @@ class Data(Section):
             known = {name for form in ROW_FORMATS.values() for name in form.fields}
             if unknown := [name for name in self.fields if name not in known]:
                 raise ValueError(
-                    f"data.fields: {unknown[0]!r} is not a field of any data.format. Allowed are {', '.join(sorted(known))}."
+                    f"data.fields: {unknown[0]!r} is not a field of any data.format. Allowed are"
+                    f" {', '.join(sorted(known))}."
                 )
             return self
         check_fields("data.fields", self.format, self.fields)
@@ -176,11 +205,16 @@ class Data(Section):
         if unread := self._unread_by(kind):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
         if kind in WHOLE and self.on_too_long == "split":
-            return f"data.on_too_long: split would {WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or fail."
+            return (
+                f"data.on_too_long: split would {WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or"
+                " fail."
+            )
         return None
 
     def for_rows(self, format: str) -> "Data":
-        """The settings with those alone of what is trained, of thinking and of the template that rows of this format have a use for."""
+        """The settings with those alone of what is trained, of thinking and of the template that rows of this format
+        have a use for.
+        """
         kind, on = ROW_FORMATS[format].kind, self.train_on
         talks = kind in TALKING
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
@@ -223,7 +257,8 @@ class Data(Section):
     def _consistent(self) -> "Data":
         if self.min_length > self.sequence_length:
             raise ValueError(
-                f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that nothing is left. Lower it."
+                f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that"
+                " nothing is left. Lower it."
             )
         if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
             raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
@@ -242,13 +277,14 @@ class Data(Section):
         fractions = [source.fraction for source in self.train if source.fraction is not None]
         if fractions and (len(fractions) == len(self.train) or sum(fractions) >= 1):
             raise ValueError(
-                f"data.train: the fractions {', '.join(map(str, fractions))} leave nothing to the other sources. Their sum "
-                "must be below 1, and one source needs a weight in place of a fraction."
+                f"data.train: the fractions {', '.join(map(str, fractions))} leave nothing to the other sources. Their"
+                " sum must be below 1, and one source needs a weight in place of a fraction."
             )
         for index, source in enumerate(self.eval):
             if source.weight != 1.0 or source.fraction is not None:
                 raise ValueError(
-                    f"data.eval[{index}]: weight and fraction have no effect, every document is evaluated once. Remove them."
+                    f"data.eval[{index}]: weight and fraction have no effect, every document is evaluated once. Remove"
+                    " them."
                 )
         return self
 
@@ -263,8 +299,9 @@ class Data(Section):
         return kind_of(self.format)
 
     def segments(self, kinds: Collection[str]) -> int:
-        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a mismatched one,
-        and words and tags. Where the format is yet to be found, rows may be of any of `kinds`, which the objective learns from."""
+        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a
+        mismatched one, and words and tags. Where the format is yet to be found, rows may be of any of `kinds`, which
+        the objective learns from."""
         return max(map(most_segments, kinds)) if self.format == "auto" else most_segments(self.format)
 
     @property
@@ -290,8 +327,8 @@ class Data(Section):
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
-        """Whatever decides what is trained, or what the text is, and `targets` has no word for. Earlier versions had other words for
-        thinking, of which they made other tokens."""
+        """Whatever decides what is trained, or what the text is, and `targets` has no word for. Earlier versions had
+        other words for thinking, of which they made other tokens."""
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),

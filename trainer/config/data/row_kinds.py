@@ -7,7 +7,9 @@ from trainer.config.registry import kinds
 
 
 class RowFacts(Protocol):
-    """The facts of a format of rows that settings are compared with. trainer/data/format/row_format.py says what they are."""
+    """The facts of a format of rows that settings are compared with. trainer/data/format/row_format.py says what they
+    are.
+    """
 
     @property
     def fields(self) -> tuple[str, ...]: ...
@@ -17,7 +19,8 @@ class RowFacts(Protocol):
     def place(self) -> int: ...
 
 
-# The formats of rows are files of trainer/data/format/known, which import nothing of the configuration: a new one is known here.
+# The formats of rows are files of trainer/data/format/known, which import nothing of the configuration: a new one is
+# known here.
 ROW_FORMATS: "dict[str, RowFacts]" = dict(
     sorted(
         kinds("trainer.data.format.known", "ROW_FORMATS").items(),
@@ -83,5 +86,6 @@ def check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:
     for name in fields:
         if format != "auto" and name not in ROW_FORMATS[format].fields:
             raise ValueError(
-                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there: {', '.join(ROW_FORMATS[format].fields)}."
+                f"{setting}: {name!r} is not a field of data.format: {format}. Allowed there:"
+                f" {', '.join(ROW_FORMATS[format].fields)}."
             )

@@ -10,8 +10,11 @@ class Source(Section):
     """One place that documents come from."""
 
     path: str = setting(
-        about="A file or a glob: .jsonl, .json, .csv, .tsv, .txt (a text a line; also .gz, .zst), .parquet, .arrow or .mds; or the folder of a saved HF data set "
-        "or of MDS shards. Local, or s3://, gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it.",
+        about=(
+            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (a text a line; also .gz, .zst), .parquet, .arrow or"
+            " .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or a data set"
+            " of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it."
+        ),
         example="data/train-*.jsonl",
     )
     weight: float = setting(
@@ -24,8 +27,10 @@ class Source(Section):
     )
     fraction: float | None = setting(
         None,
-        about="Instead of weight: the share of an epoch's tokens that comes from this source, such as general data mixed in "
-        "so that the model keeps what it knew (replay).",
+        about=(
+            "Instead of weight: the share of an epoch's tokens that comes from this source, such as general data mixed"
+            " in so that the model keeps what it knew (replay)."
+        ),
         example=0.1,
         gt=0,
         lt=1,
@@ -36,7 +41,10 @@ class Source(Section):
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a format.",
+        about=(
+            "Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a"
+            " format."
+        ),
         example={"messages": "dialogue"},
     )
 
@@ -61,7 +69,8 @@ class Source(Section):
     def _consistent(self) -> "Source":
         if self.take is not None and self.take > 1 and self.take % 1:
             raise ValueError(
-                f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example: 0.01."
+                f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example:"
+                " 0.01."
             )
         if isinstance(self.take, float) and self.take == 1:
             raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")

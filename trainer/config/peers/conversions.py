@@ -94,7 +94,9 @@ def when(on: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Callabl
 
 
 def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
-    """A choice among names, of which the last part counts, as of torch.bfloat16; `otherwise` says what holds for the rest."""
+    """A choice among names, of which the last part counts, as of torch.bfloat16; `otherwise` says what holds for the
+    rest.
+    """
 
     def convert(value: Any) -> Any:
         name = str(value).lower().rpartition(".")[2]
@@ -106,7 +108,9 @@ def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
 
 
 def rope_scaling(value: Any) -> dict[str, Any]:
-    """A scaling of rotary positions as config.json has it; by a name alone its factor would follow from the base and the rows."""
+    """A scaling of rotary positions as config.json has it; by a name alone its factor would follow from the base and
+    the rows.
+    """
     if not isinstance(value, dict):
         raise Inconvertible(f"{value!r} names no factor. Set model.rope_scaling, whose factor `capstan plan` gives.")
     kind = value.get("rope_type", value.get("type"))
@@ -154,7 +158,9 @@ def optimizer(value: Any) -> str:
 
 
 def attention(value: Any) -> dict[str, Any]:
-    """The attention kernel. Kernels of others are left to model.attention: auto, which takes the fastest that can run."""
+    """The attention kernel. Kernels of others are left to model.attention: auto, which takes the fastest that can
+    run.
+    """
     kernel = words("attention").get(str(value).lower())
     return {"model.attention": kernel} if kernel else {}
 
@@ -192,8 +198,8 @@ def adapter(value: Any) -> str:
 
 
 def offload(value: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration: what of it is kept in the host's memory. `value` is its content, or its path, by whose name it is
-    known where nobody has the file."""
+    """A DeepSpeed configuration: what of it is kept in the host's memory. `value` is its content, or its path, by whose
+    name it is known where nobody has the file."""
     if isinstance(value, str):
         name = PurePosixPath(value).name.lower()
         base = "offload" in name and "opt" not in name.replace("without_opt", "")

@@ -1,4 +1,6 @@
-"""The settings of other tools by what they are called here, for whoever writes their names into a configuration of ours."""
+"""The settings of other tools by what they are called here, for whoever writes their names into a configuration of
+ours.
+"""
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
@@ -9,7 +11,9 @@ SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)
 
 
 def said_of(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
-    """A sentence about a key of a peer that is a setting here, or none: what it is called, or why there is none. None where no peer has such a one."""
+    """A sentence about a key of a peer that is a setting here, or none: what it is called, or why there is none. None
+    where no peer has such a one.
+    """
     for peer in PEERS:
         row = peer.rows.get(key) or next(
             (row for name, row in peer.rows.items() if name.rpartition(".")[2] == key and isinstance(row, kinds)), None

@@ -1,4 +1,5 @@
-"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported; each says why.
+"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported; each
+says why.
 
 The tables are the YAML files beside this one. docs/extending.md says how a key is added.
 """
@@ -20,8 +21,8 @@ OFF = (None, False, 0, "", "none", "None", "no", [], {})
 
 @dataclass(frozen=True)
 class To:
-    """The key is the setting `setting`, with its value converted. A conversion may give several settings, as a dict of them, and
-    raises `Inconvertible`."""
+    """The key is the setting `setting`, with its value converted. A conversion may give several settings, as a dict of
+    them, and raises `Inconvertible`."""
 
     setting: str
     convert: Conversion
@@ -56,9 +57,10 @@ Row = To | Together | Needless | Unsupported
 class Peer:
     """A tool whose configurations are read.
 
-    Keys of sections are dotted, `[]` stands for each item of a list, and a last `*` for whatever is in a section. `defaults` are
-    values of keys that are not given, where another value of ours would follow from their absence. `tables` are what the peer's
-    module in launcher/init/importing/ looks up: the peer's words for formats, losses and the like.
+    Keys of sections are dotted, `[]` stands for each item of a list, and a last `*` for whatever is in a section.
+    `defaults` are values of keys that are not given, where another value of ours would follow from their absence.
+    `tables` are what the peer's module in launcher/init/importing/ looks up: the peer's words for formats, losses and
+    the like.
     """
 
     name: str

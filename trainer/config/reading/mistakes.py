@@ -45,8 +45,8 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 
 
 def _hint(key: str, model: type[BaseModel]) -> str:
-    """The words to write instead: what another tool's name is here, a name of the section that is all but equal, the same name elsewhere,
-    why a name of another tool is none here, or one of the section that is near."""
+    """The words to write instead: what another tool's name is here, a name of the section that is all but equal, the
+    same name elsewhere, why a name of another tool is none here, or one of the section that is near."""
     # Most configurations have no name that is unknown here, and none needs the names of other tools then.
     from trainer.config.peers.names import NONE_HERE, SETTINGS_HERE, said_of
 
@@ -61,7 +61,9 @@ def _hint(key: str, model: type[BaseModel]) -> str:
 
 
 def _places(value: Any, annotation: Any) -> list[tuple[str, Any]]:
-    """The sections in a setting's value, each with its place: those of a list, those that have names, or the value itself."""
+    """The sections in a setting's value, each with its place: those of a list, those that have names, or the value
+    itself.
+    """
     if isinstance(value, list):
         return [(f"[{index}]", item) for index, item in enumerate(value)]
     if get_origin(annotation) is dict:
@@ -72,8 +74,8 @@ def _places(value: Any, annotation: Any) -> list[tuple[str, Any]]:
 def explained(errors: Sequence[Any], model: type[BaseModel]) -> Iterator[str]:
     """One sentence for each wrong setting of `model`: its name, the value, what is allowed, an example.
 
-    pydantic reports every branch of a union under a tag such as `list[str]`: the branch that got deepest is the one that
-    was meant, and branches that got equally far are alternatives.
+    pydantic reports every branch of a union under a tag such as `list[str]`: the branch that got deepest is the one
+    that was meant, and branches that got equally far are alternatives.
     """
     unions: dict[tuple[Any, ...], list[Any]] = {}
     for item in errors:
@@ -99,7 +101,10 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseMode
     if first["type"] == "model_type" and field is not None and "[" not in name:
         example = _section_example(name, field)
     elif field is not None and field.examples:
-        example = f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
+        example = (
+            " Example:"
+            f" {yaml.safe_dump(field.examples[0], default_flow_style=True).strip().removesuffix('...').strip()}."
+        )
     if first["type"] == "missing":
         return f"{name}: missing, and it has no default.{example}"
     messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]

@@ -56,7 +56,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], name: str, s
 
 
 def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any, list[str]]:
-    """Change `tree`; returns the key, its value, and the settings of a section that are gone, as the value gives the section anew."""
+    """Change `tree`; returns the key, its value, and the settings of a section that are gone, as the value gives the
+    section anew.
+    """
     key, equals, value = override.partition("=")
     name = f"override {shown(override)}"
     if not equals or not key:

@@ -31,8 +31,8 @@ _PLAIN = {
 
 
 def read_yaml(text: str | bytes, name: str, repeated: bool = False) -> Any:
-    """The value of `text`, which is UTF-8 where it is bytes; `name` is what messages call it. Of a key that is `repeated` the last
-    value counts, where that is allowed, as in the files of other tools.
+    """The value of `text`, which is UTF-8 where it is bytes; `name` is what messages call it. Of a key that is
+    `repeated` the last value counts, where that is allowed, as in the files of other tools.
 
     Raises:
         ConfigError: it is no YAML, or holds what is refused above.
@@ -78,7 +78,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
-        """No key twice, and merges (`<<`) followed: PyYAML's own way lets the merged value win over the one that replaces it."""
+        """No key twice, and merges (`<<`) followed: PyYAML's own way lets the merged value win over the one that
+        replaces it.
+        """
         node = super().compose_mapping_node(anchor)
         own: dict[Any, tuple[Node, Node]] = {}
         for key, value in node.value:
@@ -137,7 +139,9 @@ _Loader.yaml_constructors = {
 
 
 def _storable(value: Any) -> Any:
-    """The value of a scalar; raises `ValueError` for a number beyond 64 bits and for text that is not valid in UTF-8."""
+    """The value of a scalar; raises `ValueError` for a number beyond 64 bits and for text that is not valid in
+    UTF-8.
+    """
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError
     if isinstance(value, str):
@@ -148,7 +152,9 @@ def _storable(value: Any) -> Any:
 
 
 def _measure(node: Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """How deep `node` nests and how many values it holds, with aliases followed; `known` has what was measured before."""
+    """How deep `node` nests and how many values it holds, with aliases followed; `known` has what was measured
+    before.
+    """
     if id(node) in known:
         size = known[id(node)]
         if size is None:

@@ -1,11 +1,11 @@
 """Compiles rows into token shards, once for all runs that use the same data in the same way.
 
 The fingerprint names the result before it exists: it covers everything that decides a token. Rows are encoded on all
-cores and written in their order, so the result is the same on any machine: of two racing compilations both write the same
-bytes, and a killed one goes on after its last shard. Nothing counts before a manifest says so.
+cores and written in their order, so the result is the same on any machine: of two racing compilations both write the
+same bytes, and a killed one goes on after its last shard. Nothing counts before a manifest says so.
 
-A large data set is compiled in chapters. Each takes the same share of every source, so that all have the same mixture and
-training can begin with the first.
+A large data set is compiled in chapters. Each takes the same share of every source, so that all have the same mixture
+and training can begin with the first.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from trainer.store.store import Store
 class Progress:
     """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
 
-    `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first: how the
-    rows of each source are read, where that was found out. `notes` are sentences on what was found, for people.
+    `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first:
+    how the rows of each source are read, where that was found out. `notes` are sentences on what was found, for people.
     """
 
     bytes_done: int
@@ -58,10 +58,12 @@ def compile_chapters(
     mapper: Mapper | None = None,
     progress: Callable[[Progress], None] = lambda now: None,
 ) -> Iterator[int]:
-    """Compile `files` into `store`: yields the number of each chapter once it can be opened, in order from 0; what is there already stays.
+    """Compile `files` into `store`: yields the number of each chapter once it can be opened, in order from 0; what is
+    there already stays.
 
     `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
-    batches, by default as `mapper_for` says. Each chapter is a call of it, and none is under way while the caller has a number.
+    batches, by default as `mapper_for` says. Each chapter is a call of it, and none is under way while the caller has a
+    number.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -104,7 +106,9 @@ def compile_chapters(
 
 @dataclass(frozen=True)
 class _At:
-    """Where a batch lies: its source and chapter, the place behind it, and the bytes read by then, of its source or of all."""
+    """Where a batch lies: its source and chapter, the place behind it, and the bytes read by then, of its source or of
+    all.
+    """
 
     source: int
     chapter: int
@@ -113,7 +117,9 @@ class _At:
 
 
 def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -> Iterator[tuple[Batch, _At]]:
-    """Every batch from `starts` on, which has a place for each source: chapter by chapter, and in it source by source."""
+    """Every batch from `starts` on, which has a place for each source: chapter by chapter, and in it source by
+    source.
+    """
     owned = [[file for file in files if file.source == source] for source in range(len(starts))]
     readers = [_read_source(own, chapters, start) for own, start in zip(owned, starts, strict=True)]
     ahead = [next(reader, None) for reader in readers]
@@ -128,14 +134,17 @@ def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -
 
 
 def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> Iterator[tuple[Batch, _At]]:
-    """The batches of one source from `start` on. Raises `DataError` for a file that is not what it was when it was found."""
+    """The batches of one source from `start` on. Raises `DataError` for a file that is not what it was when it was
+    found.
+    """
     size = max(1, sum(file.size for file in files))
     before = sum(file.size for file in files[: start.file])
     for number, file in enumerate(files[start.file :], start.file):
         skipped, read = start.batch if number == start.file else 0, 0
         for index, batch in enumerate(batches(file)):
             if index >= skipped:
-                # Use the position before the batch: after the last one it equals the size, which would give one chapter too many.
+                # Use the position before the batch: after the last one it equals the size, which would give one chapter
+                # too many.
                 chapter = min(chapters * (before + read) // size, chapters - 1)
                 yield batch, _At(file.source, chapter, Place(file=number, batch=index + 1), before + batch.read)
             read = batch.read

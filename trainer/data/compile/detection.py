@@ -22,11 +22,14 @@ def with_forms(
     setting: str,
     kinds: Collection[str],
 ) -> list[SourceFile]:
-    """The files of `sources`, which the setting of this name gives, each with the form of its rows; `data` says how they are read.
+    """The files of `sources`, which the setting of this name gives, each with the form of its rows; `data` says how
+    they are read.
 
     Raises:
-        ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a setting.
-        DataError: the first rows are of no format known here, cannot be read at all, or have fields of known meaning beside
+        ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a
+            setting.
+        DataError: the first rows are of no format known here, cannot be read at all, or have fields of known meaning
+            beside
             those of their format.
     """
     found: list[SourceFile] = []
@@ -36,8 +39,9 @@ def with_forms(
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
             if form.kind not in kinds:
                 raise ConfigError(
-                    f"{name}: its rows are {form}, and objective.name: {config.objective.name} learns from {' or '.join(kinds)}. Choose "
-                    f"objective.name={_LEARNS[form.kind]}, other data, or name the format and the fields with data.format and data.fields."
+                    f"{name}: its rows are {form}, and objective.name: {config.objective.name} learns from"
+                    f" {' or '.join(kinds)}. Choose objective.name={_LEARNS[form.kind]}, other data, or name the format"
+                    " and the fields with data.format and data.fields."
                 )
             if unsuited := data.unsuited(form.format):
                 raise ConfigError(f"{name}: {unsuited}")
@@ -46,7 +50,9 @@ def with_forms(
 
 
 def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
-    """A line for each of the `sources` whose format was found out: where it is, its format, its fields, and those not read."""
+    """A line for each of the `sources` whose format was found out: where it is, its format, its fields, and those not
+    read.
+    """
     forms = {file.source: file.form for file in files}
     return [
         f"{source.path} is read as {forms[index]}{_unread(forms[index])}"
@@ -73,15 +79,16 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
     form = detect(sample, given, kinds)
     if form is None:
         raise DataError(
-            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are {', '.join(sample[0])}. Name the format and the "
-            f"fields, such as data.format=prompt_completion data.fields.prompt=... data.fields.completion=...; formats are {', '.join(ROW_FORMATS)}."
+            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are"
+            f" {', '.join(sample[0])}. Name the format and the fields, such as data.format=prompt_completion"
+            f" data.fields.prompt=... data.fields.completion=...; formats are {', '.join(ROW_FORMATS)}."
         )
     if form.kind in kinds and (lost := lost_fields(form, sample)):
         wider = wider_form(form, sample, lost)
         more = f"{wider.overrides} reads them too" if wider else "Name the format and the fields that read them"
         raise DataError(
-            f"{name}: the rows of {files[0].uri} look like {form}, which leaves out what they say in {', '.join(lost)}. "
-            f"{more}; {form.overrides} does without."
+            f"{name}: the rows of {files[0].uri} look like {form}, which leaves out what they say in {', '.join(lost)}."
+            f" {more}; {form.overrides} does without."
         )
     return replace(form, unread=tuple(dict.fromkeys(unused for row in sample for unused in form.unused(row))))
 

@@ -31,8 +31,8 @@ BAD_ROWS_SHOWN = 20
 class Encoded:
     """The documents of a batch.
 
-    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and `lengths`
-    (documents,) how many each has. `error` is the first row that ends the compilation, if any does.
+    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and
+    `lengths` (documents,) how many each has. `error` is the first row that ends the compilation, if any does.
     """
 
     tokens: NDArray[np.uint32]
@@ -66,8 +66,8 @@ Document = Alternatives | Example | Pair | Labelled | Classified | Tagged
 
 
 class RowEncoder:
-    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come; it raises `ConfigError` where the
-    tokenizer cannot serve the form."""
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come;
+    it raises `ConfigError` where the tokenizer cannot serve the form."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
@@ -97,7 +97,9 @@ class _Fatal(Exception):
 
 
 class Encoder:
-    """Turns batches into documents as the settings say, and counts what did not become one. Raises `ConfigError` as `RowEncoder`."""
+    """Turns batches into documents as the settings say, and counts what did not become one. Raises `ConfigError` as
+    `RowEncoder`.
+    """
 
     def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
         self._data = data
@@ -150,8 +152,8 @@ def row_tokens(example: Document) -> int:
 
 
 def documents_of(data: Data, example: Document, counters: Counters) -> list[NDArray[np.uint32]]:
-    """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those that train nothing.
-    `counters` counts what became of it."""
+    """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those
+    that train nothing. `counters` counts what became of it."""
     limit = data.sequence_length
     if row_tokens(example) < data.min_length:
         counters.dropped += 1
@@ -177,13 +179,15 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
 def nothing_to_train(what: str, counters: Counters) -> str:
     """The refusal of data of which no row becomes a document; `what` is the setting that names it, or its files."""
     return (
-        f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows, {counters.without_targets:,} without "
-        f"a token to train, {counters.dropped:,} dropped as too long or too short. Check data.format, data.fields, data.loss_on and data.sequence_length."
+        f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows,"
+        f" {counters.without_targets:,} without a token to train, {counters.dropped:,} dropped as too long or too"
+        " short. Check data.format, data.fields, data.loss_on and data.sequence_length."
     )
 
 
 def refusals(data: Data, what: str, counters: Counters, documents: Sequence[int]) -> list[str]:
-    """The reasons why rows that were all read cannot be trained on, in sentences: for a report on them and for their compilation.
+    """The reasons why rows that were all read cannot be trained on, in sentences: for a report on them and for their
+    compilation.
 
     `what` is the setting that names them, `documents` how many there are of each source.
     """

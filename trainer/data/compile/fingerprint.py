@@ -1,4 +1,6 @@
-"""The name of a compiled data set, which is known before anything is compiled: it covers everything that decides a token."""
+"""The name of a compiled data set, which is known before anything is compiled: it covers everything that decides a
+token.
+"""
 
 import hashlib
 import json
@@ -25,8 +27,8 @@ CHAPTER_BYTES = 4 * 2**30
 
 
 def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
-    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the run's own tokens,
-    where there are any."""
+    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the
+    run's own tokens, where there are any."""
     contents = tokenizer_content(directory)
     for setting, own in (("model.add_tokens", list(tokens.added)), ("model.special_tokens", dict(tokens.special))):
         if own:
@@ -37,8 +39,9 @@ def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
 
 
 def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
-    """The facts that decide the tokens of a text in a run over `model`, whose small files are in `directory`: `hash_tokenizer`, and the tokenizer's class
-    where config.json has a say in it. The same files give Qwen2's class and the general one other tokens.
+    """The facts that decide the tokens of a text in a run over `model`, whose small files are in `directory`:
+    `hash_tokenizer`, and the tokenizer's class where config.json has a say in it. The same files give Qwen2's class and
+    the general one other tokens.
 
     Raises:
         ConfigError: config.json is of a kind that is not supported.
@@ -62,7 +65,8 @@ def fingerprint(
 ) -> str:
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
-    `tokenizer_files` comes from `hash_tokens`. The sources' weights and packing belong to the epoch's plan and are not in it.
+    `tokenizer_files` comes from `hash_tokens`. The sources' weights and packing belong to the epoch's plan and are not
+    in it.
 
     Raises:
         ConfigError: `data.template` cannot be read.

@@ -44,8 +44,8 @@ def find(config: Config) -> dict[str, Input]:
 
 
 def with_labels(config: Config) -> Config:
-    """`config` with `data.labels`, for an objective whose head has an output for each: those of the rows of `data.train`, unless they are
-    set. Reads all of these rows.
+    """`config` with `data.labels`, for an objective whose head has an output for each: those of the rows of
+    `data.train`, unless they are set. Reads all of these rows.
 
     Raises:
         ConfigError, DataError: as `find`, or there are not two classes.
@@ -70,7 +70,8 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
         raise DataError("data.train: no row has a class. Check data.format and data.fields.label.")
     if len(found) == 1:
         raise DataError(
-            f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in data.labels."
+            f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in"
+            " data.labels."
         )
     return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
 
@@ -98,7 +99,9 @@ def find_train(config: Config) -> Input:
 
 
 def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
-    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known already."""
+    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known
+    already.
+    """
     data, inputs = with_labels(config).data, dict[str, Input]()
     if data.eval:
         inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
@@ -117,7 +120,8 @@ def _read_set(config: Config, data: Data, what: str) -> Input:
 
 
 def check_sources(config: Config, tokenizer: Path) -> None:
-    """Raises what a run would end with before it reads all of its rows; `tokenizer` is the directory with the base's files.
+    """Raises what a run would end with before it reads all of its rows; `tokenizer` is the directory with the base's
+    files.
 
     Raises:
         ConfigError: as `find`, or there are conversations and no chat template.
@@ -129,7 +133,9 @@ def check_sources(config: Config, tokenizer: Path) -> None:
 
 
 def has_conversations(file: SourceFile) -> bool:
-    """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their first row tells."""
+    """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their
+    first row tells.
+    """
     form = file.form
     if form is None or form.kind in PLAIN:
         return False
@@ -140,8 +146,9 @@ def has_conversations(file: SourceFile) -> bool:
 
 
 def as_trained(config: Config) -> Data:
-    """The settings of the data with the kind of the training rows in the place of `format: auto`; conversations count before other kinds.
-    The settings stay as they are where the rows cannot be read here and now, or are answers, whose prompts may be either kind."""
+    """The settings of the data with the kind of the training rows in the place of `format: auto`; conversations count
+    before other kinds. The settings stay as they are where the rows cannot be read here and now, or are answers, whose
+    prompts may be either kind."""
     data = config.data
     if data.format != "auto":
         return data

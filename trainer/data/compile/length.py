@@ -1,4 +1,6 @@
-"""The length of an epoch before anything is compiled for a run: by what an earlier start has compiled, else by the sizes of the files."""
+"""The length of an epoch before anything is compiled for a run: by what an earlier start has compiled, else by the
+sizes of the files.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,8 @@ from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
 
-# Bytes of a file that become one token. A token of English text has some four; the signs of JSON about make up for added tokens.
+# Bytes of a file that become one token. A token of English text has some four; the signs of JSON about make up for
+# added tokens.
 BYTES_A_TOKEN = 4
 # Bytes of text in a byte of a file that is compressed, as Parquet is too.
 _COMPRESSED = 3
@@ -38,10 +41,11 @@ class EpochLength:
 
 
 def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) -> EpochLength | None:
-    """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which are not downloaded
-    for this.
+    """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which
+    are not downloaded for this.
 
-    `tokenizer` is the directory with its files, or None where these are not here; `store` the run's, or None where it does not answer.
+    `tokenizer` is the directory with its files, or None where these are not here; `store` the run's, or None where it
+    does not answer.
     """
     if any(is_of_hub(source) for source in config.data.train):
         return None

@@ -28,7 +28,8 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Gives every batch's result together with what came beside the batch. The order is that of the batches, whatever does the work.
+    """Gives every batch's result together with what came beside the batch. The order is that of the batches, whatever
+    does the work.
 
     `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
     """
@@ -68,8 +69,8 @@ def map_batches(
                 yield result.result(), beside
         except BrokenProcessPool as error:
             raise DoesNotFit(
-                "a process that reads the data was killed, as happens when the machine's memory runs out. Free some and start "
-                "again: what is compiled stays."
+                "a process that reads the data was killed, as happens when the machine's memory runs out. Free some and"
+                " start again: what is compiled stays."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -77,8 +78,8 @@ def map_batches(
 
 @contextmanager
 def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) -> Iterator[ProcessPoolExecutor]:
-    # In a file, as what is handed to a process that starts goes through a pipe: with a tokenizer in it, which is larger than
-    # a pipe holds, each process would be started only when the one before has finished its imports.
+    # In a file, as what is handed to a process that starts goes through a pipe: with a tokenizer in it, which is larger
+    # than a pipe holds, each process would be started only when the one before has finished its imports.
     with scratch_folder("start") as folder:
         file = Path(folder, "start.pickle")
         file.write_bytes(pickle.dumps(start))

@@ -39,8 +39,8 @@ from trainer.store.store import Store
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epochs` are the bins of each epoch; they are counted where `train.epochs` ends the run, perhaps within the last of them, or where
-    something comes so many times in an epoch. `sets` are those of `eval.sets`, by name.
+    `epochs` are the bins of each epoch; they are counted where `train.epochs` ends the run, perhaps within the last of
+    them, or where something comes so many times in an epoch. `sets` are those of `eval.sets`, by name.
     """
 
     train: str
@@ -50,7 +50,9 @@ class Datasets:
 
     @property
     def evaluated(self) -> str | None:
-        """The fingerprint of the data whose loss decides what is kept and when a run ends: the unnamed, or without any the first set."""
+        """The fingerprint of the data whose loss decides what is kept and when a run ends: the unnamed, or without any
+        the first set.
+        """
         return self.eval or next(iter(self.sets.values()), None)
 
 
@@ -69,7 +71,8 @@ def prepare(
     `mapper` encodes what is not small, by default on this machine's cores.
 
     Raises:
-        DataError: a source is missing, unreadable, or holds nothing to learn from, or evaluation data is what is trained on.
+        DataError: a source is missing, unreadable, or holds nothing to learn from, or evaluation data is what is
+            trained on.
     """
     datasets, rest = prepare_start(config, base, store, progress, mapper)
     for _ in rest:
@@ -86,8 +89,8 @@ def prepare_start(
 ) -> tuple[Datasets, Iterator[int]]:
     """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It yields the number of each chapter. It is empty for data of one chapter, and where all bins have to be counted first: `train.epochs`
-    ends the run, or something comes so many times in an epoch.
+    It yields the number of each chapter. It is empty for data of one chapter, and where all bins have to be counted
+    first: `train.epochs` ends the run, or something comes so many times in an epoch.
     """
     inputs = find(config)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -117,7 +120,9 @@ def prepare_start(
 def prepare_evaluated(
     config: Config, base: Base, store: Store, progress: OnProgress = lambda what, now: None
 ) -> dict[str, str]:
-    """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as "eval"."""
+    """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as
+    "eval".
+    """
     inputs = find_evaluated(config)
     keys = locate(config, base, inputs)
     for what, key in keys.items():
@@ -185,8 +190,8 @@ def locate(config: Config, base: Base, inputs: Mapping[str, Input] | None = None
 
 
 def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins]:
-    """The bins of the epochs that the run visits, the last of which may be a part only. A run that has begun goes on from its place, to which
-    another `train.global_batch` may have led."""
+    """The bins of the epochs that the run visits, the last of which may be a part only. A run that has begun goes on
+    from its place, to which another `train.global_batch` may have led."""
     order, train = train_order(config), config.train
     if train.epochs:
         return _epoch_bins(store, fingerprint, order, ceil(train.epochs))

@@ -30,7 +30,9 @@ class Place(Record):
 
 
 class JournalEntry(Record):
-    """The state after a shard, by which a compilation goes on as if nothing had happened. `next` has a place for each source."""
+    """The state after a shard, by which a compilation goes on as if nothing had happened. `next` has a place for each
+    source.
+    """
 
     shard: ShardRecord
     next: list[Place]
@@ -84,7 +86,9 @@ class ShardWriter:
             self.left_out = entry.left_out or {}
 
     def add(self, source: int, batch: Encoded, after: Place) -> None:
-        """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its source."""
+        """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its
+        source.
+        """
         if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
             self.close()
             self._source = source
@@ -142,8 +146,8 @@ def _journal(shard: int) -> str:
 
 
 def hash_documents(tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(documents,) a hash of the tokens of each and of their order; `tokens` are those of all, end to end. What is trained of a document
-    makes no difference, and nor does which answer of a pair is the better one."""
+    """(documents,) a hash of the tokens of each and of their order; `tokens` are those of all, end to end. What is
+    trained of a document makes no difference, and nor does which answer of a pair is the better one."""
     if not len(lengths):
         return np.zeros(0, np.uint64)
     starts = np.cumsum(lengths) - lengths

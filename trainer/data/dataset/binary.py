@@ -1,4 +1,6 @@
-"""The binary files of a compiled data set as numpy sees them: tokens with their bits, offsets and hashes of documents, and blocks."""
+"""The binary files of a compiled data set as numpy sees them: tokens with their bits, offsets and hashes of documents,
+and blocks.
+"""
 
 import numpy as np
 
@@ -13,7 +15,8 @@ REJECTED_BIT = np.uint32(1 << 30)
 # The next two say so of the first token of a desired answer, and of the mismatched answer behind a labelled one.
 DESIRED_BIT = np.uint32(1 << 29)
 MISMATCHED_BIT = np.uint32(1 << 28)
-# The bit below them says that a token is the first of another answer to the prompt that its document begins with, which is there once.
+# The bit below them says that a token is the first of another answer to the prompt that its document begins with, which
+# is there once.
 SHARED_BIT = np.uint32(1 << 27)
 ID_BITS = np.uint32(SHARED_BIT - 1)
 # A segment of its own begins with a token that has one of these, inside of a document.

@@ -1,7 +1,8 @@
 """Opens the chapters of a data set as a reader comes near them, and waits for those that are still compiled.
 
-The process that compiles them owns the ranks (launcher/drive/driver.py): when it cannot go on it leaves its reason in the run's
-folder, and when it is killed without a word the ranks end with it. So a wait needs no time limit and no other sign of life.
+The process that compiles them owns the ranks (launcher/drive/driver.py): when it cannot go on it leaves its reason in
+the run's folder, and when it is killed without a word the ranks end with it. So a wait needs no time limit and no other
+sign of life.
 """
 
 import json
@@ -25,8 +26,8 @@ _OPEN = 4
 class Chapters:
     """`count` chapters. `open_chapter` opens one, or raises `NotFound` until it is compiled.
 
-    At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading them
-    had to repeat.
+    At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading
+    them had to repeat.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ def open_chapters(store: Store, fingerprint: str, folder: Store) -> Chapters:
 
 
 def give_up(folder: Store, error: BaseException) -> None:
-    """Tell the ranks of `folder` that no more of its data will be compiled, or sampled, as they may be waiting for it."""
+    """Tell the ranks of `folder` that no more of its data will be compiled, or sampled, as they may be waiting for
+    it.
+    """
     reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
     folder.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 

@@ -1,9 +1,10 @@
 """The compiled data set: its format, and verified reading of it. `docs/data-format.md` describes it for other tools.
 
 A folder holds shards of documents and a manifest, written last. Shard i is three files: `tokens-i.bin`, the tokens of
-its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of every
-block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is longer, up to
-1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon as it is compiled.
+its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of
+every block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is
+longer, up to 1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon
+as it is compiled.
 """
 
 import hashlib
@@ -39,8 +40,8 @@ T = TypeVar("T")
 
 @dataclass
 class Reads:
-    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed. Once it is `over`, nobody needs
-    what is read, and nothing is repeated."""
+    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed. Once it
+    is `over`, nobody needs what is read, and nothing is repeated."""
 
     retried: int = 0
     refetched: int = 0
@@ -73,8 +74,8 @@ class Reads:
         digests: Sequence[bytes],
         damaged: Callable[[int, int], Damaged],
     ) -> list[Buffer]:
-        """Ranges of an object whose SHA-256 are `digests`. A range that differs is read once more; if it differs again, `damaged` makes the
-        error that is raised."""
+        """Ranges of an object whose SHA-256 are `digests`. A range that differs is read once more; if it differs again,
+        `damaged` makes the error that is raised."""
         found = self.patiently(lambda: store.get_ranges(key, starts, ends))
         for number, (start, end, digest) in enumerate(zip(starts, ends, digests, strict=True)):
             if hashlib.sha256(found[number]).digest() != digest:
@@ -87,7 +88,9 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained ones."""
+    """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained
+    ones.
+    """
 
     dataset: "Dataset"
     numbers: NDArray[np.int64]
@@ -241,7 +244,9 @@ def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardReco
 
 
 def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
-    """Reads the binary files of a data set, each of them whole; raises `Damaged` for one that is not what was written."""
+    """Reads the binary files of a data set, each of them whole; raises `Damaged` for one that is not what was
+    written.
+    """
 
     def read(file: FileRecord) -> NDArray:
         where = f"{folder.uri}/{file.key}"
@@ -259,7 +264,8 @@ def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
 def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64], firsts: NDArray[np.uint64]) -> None:
     """Raises `Damaged` unless documents and blocks follow each other from the shard's first token to its last.
 
-    `offsets` (documents + 1,) are where its documents begin, in tokens, and the end; `firsts` (blocks,) each block's first.
+    `offsets` (documents + 1,) are where its documents begin, in tokens, and the end; `firsts` (blocks,) each block's
+    first.
     """
     borders = np.append(firsts, np.uint64(shard.documents))
     whole = offsets[0] == 0 and offsets[-1] == shard.tokens and borders[0] == 0
@@ -268,7 +274,9 @@ def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64],
 
 
 def write_shard(folder: Store, suffix: str, tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> dict[str, Any]:
-    """Write the files that every shard has; their records by the fields of `ShardRecord`. `offsets` (documents + 1,) say where its documents begin."""
+    """Write the files that every shard has; their records by the fields of `ShardRecord`. `offsets` (documents + 1,)
+    say where its documents begin.
+    """
     contents = {"tokens": tokens.astype(TOKEN), "documents": offsets.astype(OFFSET), "blocks": _blocks(tokens, offsets)}
     return {
         f"{kind}_file": FileRecord.put(folder, f"{kind}-{suffix}.bin", values.tobytes())

@@ -87,8 +87,8 @@ class FileRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of rollouts have two files of their
-    own, see trainer/data/dataset/rollouts.py."""
+    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of
+    rollouts have two files of their own, see trainer/data/dataset/rollouts.py."""
 
     source: Count
     chapter: Count
@@ -121,8 +121,8 @@ class SourceRecord(Record):
 
 
 class Counters(Record):
-    """Counts of rows: all, those that are no documents, those that were cut to the sequence length, and, where rows have labels,
-    the desired answers that can be trained on."""
+    """Counts of rows: all, those that are no documents, those that were cut to the sequence length, and, where rows
+    have labels, the desired answers that can be trained on."""
 
     rows: Count = 0
     bad_rows: Count = 0
@@ -145,7 +145,9 @@ class LeftOut(Record):
 
 
 def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None:
-    """Add to `total` what was found in the rows behind it. Rows can bring any number of names; the first ones are kept."""
+    """Add to `total` what was found in the rows behind it. Rows can bring any number of names; the first ones are
+    kept.
+    """
     for what, found in more.items():
         if what in total or len(total) < _LEFT_OUT_NAMES:
             known = total.get(what, LeftOut())
@@ -156,8 +158,8 @@ def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None
 class DatasetManifest(Record):
     """The content of a data set of so many `chapters`, or of those that are compiled so far.
 
-    `bad_rows` describes the first few of them, as `file:line: reason`. `left_out` is there where the chat template leaves
-    out something that rows carry.
+    `bad_rows` describes the first few of them, as `file:line: reason`. `left_out` is there where the chat template
+    leaves out something that rows carry.
     """
 
     format: Literal[3]

@@ -1,7 +1,9 @@
-"""Documents of an evaluation set that are trained on: a loss over those tells what was learnt by heart, not what was learnt.
+"""Documents of an evaluation set that are trained on: a loss over those tells what was learnt by heart, not what was
+learnt.
 
-A compilation keeps a hash of 8 bytes for each document, over its tokens alone: the same text is the same document in whatever file it
-stands and whatever of it is trained. Two sets are compared once, and what was found is kept beside the training data.
+A compilation keeps a hash of 8 bytes for each document, over its tokens alone: the same text is the same document in
+whatever file it stands and whatever of it is trained. Two sets are compared once, and what was found is kept beside the
+training data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,9 @@ _SAID_SHARE = 0.01
 
 
 class Overlap(Record):
-    """The documents of an evaluation set that are training documents too, as far as the training data is compiled, out of all its documents."""
+    """The documents of an evaluation set that are training documents too, as far as the training data is compiled, out
+    of all its documents.
+    """
 
     shared: Count
     documents: Count
@@ -34,7 +38,8 @@ class Overlap(Record):
 
 
 def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The name of each set and a sentence, where some of its documents are trained on. `train` and `evaluated` are fingerprints.
+    """The name of each set and a sentence, where some of its documents are trained on. `train` and `evaluated` are
+    fingerprints.
 
     Raises:
         DataError: a set is the training data, or a part of it.
@@ -47,8 +52,8 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
         if found.share >= _REFUSED_SHARE:
             where = "data.eval" if name == "eval" else name
             raise DataError(
-                f"{where}: {what}, so its loss would tell what was learnt by heart. Give other data, or data.held_out: 0.01 to "
-                "take some of the training data out."
+                f"{where}: {what}, so its loss would tell what was learnt by heart. Give other data, or data.held_out:"
+                " 0.01 to take some of the training data out."
             )
         yield name, f"{what}: its loss is better than that of other text"
 

@@ -2,8 +2,8 @@
 
     data/<fingerprint>/reference-<hash of the facts>.safetensors
 
-Its tensor `log_p` is (documents, answers) F32, in nats; an answer that is not computed yet has NaN. The metadata are JSON:
-`facts`, which decide the values, `progress`, which is null once all are there, and a `sha256` of the three.
+Its tensor `log_p` is (documents, answers) F32, in nats; an answer that is not computed yet has NaN. The metadata are
+JSON: `facts`, which decide the values, `progress`, which is null once all are there, and a `sha256` of the three.
 """
 
 import hashlib

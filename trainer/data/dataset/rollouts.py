@@ -1,14 +1,18 @@
 """Sampled answers as data: a chapter for each step, in the run's own folder. It is committed once, and trained on once.
 
     <run>/rollouts/<key>/data/chapter-000000012/
-        manifest.json                   a data set of one chapter and one shard, see trainer/data/dataset/manifest.py; written last, with a create-only PUT
-        tokens-<attempt>.bin ...        its documents: each is a prompt and an answer, whose tokens are the targets
-        columns-<attempt>.bin           fp32 (tokens, 2): of each answer's token the sampler's log p in nats and the advantage; NaN for a prompt's
-        samples-<attempt>.jsonl         the figures of the chapter in the first line, then a line for each answer: texts, reward
-        judged.json                     where a teacher on ranks of its own judges the answers: the record of that, written last, with a create-only PUT
-        judged-<attempt>.bin            fp32 (targets,): its log p of each in nats
+        manifest.json           a data set of one chapter and shard (trainer/data/dataset/manifest.py); written last,
+                                with a create-only PUT
+        tokens-<attempt>.bin    its documents: each is a prompt and an answer, whose tokens are the targets
+        columns-<attempt>.bin   fp32 (tokens, 2): of each answer's token the sampler's log p in nats and the advantage;
+                                NaN for a prompt's
+        samples-<attempt>.jsonl  the chapter's figures in the first line, then a line for each answer: texts, reward
+        judged.json             where a teacher on ranks of its own judges the answers: its record, written last,
+                                with a create-only PUT
+        judged-<attempt>.bin    fp32 (targets,): its log p of each in nats
 
-Of two processes that sample, or judge, the same chapter one commits. What is not committed when its process dies is sampled, or judged, again.
+Of two processes that sample, or judge, the same chapter one commits. What is not committed when its process dies is
+sampled, or judged, again.
 """
 
 import json
@@ -49,7 +53,9 @@ _NUMBERS = 2**32  # so far apart are the numbers of the documents of two chapter
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; one advantage, or one for each; `shown` is the line of samples."""
+    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; one advantage,
+    or one for each; `shown` is the line of samples.
+    """
 
     prompt: Sequence[int]
     answer: Sequence[int]
@@ -102,7 +108,9 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
 
 
 def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]) -> bool:
-    """Create the record by which the files count; False where another process was faster, and then the files are removed."""
+    """Create the record by which the files count; False where another process was faster, and then the files are
+    removed.
+    """
     try:
         folder.create(key, record.sealed())
     except AlreadyExists:
@@ -113,7 +121,9 @@ def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]
 
 
 class _Judgement(Record):
-    """The file of a teacher's log p of a chapter's targets, and the mean of the sampler's less these, in nats a token."""
+    """The file of a teacher's log p of a chapter's targets, and the mean of the sampler's less these, in nats a
+    token.
+    """
 
     file: FileRecord
     divergence: float
@@ -144,8 +154,9 @@ def read_figures(place: Store, number: int) -> dict[str, Any]:
 
 
 class Rollouts:
-    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents. Where a teacher judges them (`judged`), a
-    chapter is ready when it has done so, and the advantage of a token is the teacher's log p less the sampler's."""
+    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents. Where a
+    teacher judges them (`judged`), a chapter is ready when it has done so, and the advantage of a token is the
+    teacher's log p less the sampler's."""
 
     def __init__(self, place: Store, count: int, *, judged: bool = False) -> None:
         self.place, self._judged = place, judged

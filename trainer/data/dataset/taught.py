@@ -1,14 +1,16 @@
-"""A teacher's log-probabilities of a data set's targets: a folder beside the data, which any run with such a teacher reads.
+"""A teacher's log-probabilities of a data set's targets: a folder beside the data, which any run with such a teacher
+reads.
 
     data/<fingerprint>/teacher-<hash of its settings>/
         teacher.json             its settings, what it was made of, and the form of the records
         block-000000007.bin      a record for each target of the documents in block 7 of the data set, in their order
-        block-000000007.json     which of them are each document's, with their SHA-256; written second, so it commits the block
+        block-000000007.json     which are each document's, and their SHA-256; written second, it commits the block
         whole.json               the first document of each block and the totals; written last
 
-A record is little-endian: the ids of the teacher's k likeliest tokens, the likeliest first, in 2 bytes each for a vocabulary of at
-most 65,536 tokens, else in 4; then their log-probabilities in nats and that of all other tokens together, F16. It has no padding.
-Each object is whole and checks itself, so what a pass has written before it was killed is kept.
+A record is little-endian: the ids of the teacher's k likeliest tokens, the likeliest first, in 2 bytes each for a
+vocabulary of at most 65,536 tokens, else in 4; then their log-probabilities in nats and that of all other tokens
+together, F16. It has no padding. Each object is whole and checks itself, so what a pass has written before it was
+killed is kept.
 """
 
 import hashlib
@@ -36,7 +38,9 @@ _LEAST = -1000.0
 
 
 class TeacherRecord(Record):
-    """The `settings` that name a teacher, and the `facts` that decide its values; k tokens of `vocabulary` are stored."""
+    """The `settings` that name a teacher, and the `facts` that decide its values; k tokens of `vocabulary` are
+    stored.
+    """
 
     format: Literal[1] = 1
     settings: dict[str, Any]
@@ -58,7 +62,9 @@ class BlockRecord(Record):
 
 
 class WholeRecord(Record):
-    """`firsts` has the first document of each block, and behind them the number of all. `values` is a hash over those of all values."""
+    """`firsts` has the first document of each block, and behind them the number of all. `values` is a hash over those
+    of all values.
+    """
 
     firsts: list[Count]
     targets: Count
@@ -87,7 +93,9 @@ def read_teacher(folder: Store) -> TeacherRecord | None:
 
 
 def begin_teacher(folder: Store, teacher: Teacher, facts: Mapping[str, Any], vocabulary: int) -> TeacherRecord:
-    """The record of the folder, made now unless it is there. Raises `ConfigError` where a teacher of other `facts` has written there."""
+    """The record of the folder, made now unless it is there. Raises `ConfigError` where a teacher of other `facts` has
+    written there.
+    """
     k = min(teacher.top_k, vocabulary)
     record = TeacherRecord(settings=teacher.to_json(), facts=dict(facts), k=k, vocabulary=vocabulary)
     try:
@@ -97,8 +105,8 @@ def begin_teacher(folder: Store, teacher: Teacher, facts: Mapping[str, Any], voc
     other = sorted(name for name in record.facts.keys() | facts.keys() if record.facts.get(name) != facts.get(name))
     if other:
         raise ConfigError(
-            f"{teacher.setting}: {shown(teacher.name)} is not the teacher that has written {folder.uri}: its {other[0]} is another. "
-            "Put that one back, or delete the folder and have this one write it anew."
+            f"{teacher.setting}: {shown(teacher.name)} is not the teacher that has written {folder.uri}: its {other[0]}"
+            " is another. Put that one back, or delete the folder and have this one write it anew."
         )
     return record
 
@@ -138,13 +146,17 @@ def read_whole(folder: Store) -> WholeRecord | None:
 
 
 def taught_identity(store: Store, dataset: str, teacher: Teacher) -> dict[str, Any]:
-    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued; nothing before it is there."""
+    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued;
+    nothing before it is there.
+    """
     whole = read_whole(teacher_folder(store.sub(layout.dataset(dataset)), teacher.to_json()))
     return {"teacher_values": whole.values} if whole else {}
 
 
 class StoredTeacher:
-    """Reads what a teacher says of documents, by their numbers in the whole data set. Each is read when it is needed, and checked."""
+    """Reads what a teacher says of documents, by their numbers in the whole data set. Each is read when it is needed,
+    and checked.
+    """
 
     def __init__(self, folder: Store, record: TeacherRecord, whole: WholeRecord, reads: Reads) -> None:
         self._folder, self._dtype, self._reads = folder.failing_fast(), record.dtype, reads

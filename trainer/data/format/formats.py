@@ -1,5 +1,5 @@
-"""How the rows of a source are read: which of the formats in trainer/data/format/known most of them are of, and under which
-names their fields are."""
+"""How the rows of a source are read: which of the formats in trainer/data/format/known most of them are of, and under
+which names their fields are."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,8 @@ _KNOWN = ("system", "instruction", "context", "input", "history", "tools")
 
 @dataclass(frozen=True)
 class RowForm:
-    """How the rows of a source are read: their format, and (field, name) where the row's name is not the format's first.
+    """How the rows of a source are read: their format, and (field, name) where the row's name is not the format's
+    first.
 
     `unread` are the fields that the rows had beside them when the form was found out.
     """
@@ -53,7 +54,9 @@ class RowForm:
         return {name: FORMATS[self.format].called(name)[0] for name in FORMATS[self.format].fields} | dict(self.fields)
 
     def read(self, row: Row) -> Row:
-        """The row as one of its kind, whose fields `renderer_fields` renames. Raises `DataError` for a row of another format."""
+        """The row as one of its kind, whose fields `renderer_fields` renames. Raises `DataError` for a row of another
+        format.
+        """
         found = FORMATS[self.format]
         if found.read is None:
             return row
@@ -89,7 +92,9 @@ def explicit_form(data: Data) -> RowForm:
 
 
 def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
-    """The form of a row of `format`, some of whose fields have a `given` name; None if the row is none of that format."""
+    """The form of a row of `format`, some of whose fields have a `given` name; None if the row is none of that
+    format.
+    """
     found, names = FORMATS[format], dict[str, str]()
     for name in FORMATS[format].fields:
         called = (given[name],) if name in given else found.called(name)
@@ -101,7 +106,9 @@ def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
 
 
 def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]) -> RowForm | None:
-    """The form that most of the rows have, one of these `kinds` if there is any; None if they are of no format known here."""
+    """The form that most of the rows have, one of these `kinds` if there is any; None if they are of no format known
+    here.
+    """
     known = [format for format in FORMATS if given.keys() <= set(FORMATS[format].fields)]
     for formats in (
         [f for f in known if FORMATS[f].kind in kinds],
@@ -132,7 +139,9 @@ def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> 
 
 
 def lost_fields(form: RowForm, rows: Iterable[Row]) -> list[str]:
-    """The fields of known meaning that no part of the form reads, where a row of it says something there and nowhere else."""
+    """The fields of known meaning that no part of the form reads, where a row of it says something there and nowhere
+    else.
+    """
     own = [row for row in rows if form_of(row, form.format, dict(form.fields))]
     return [
         name for name in _KNOWN if name not in form.names.values() and any(_is_lost(form, row, name) for row in own)
@@ -171,7 +180,9 @@ def or_error(read: Callable[[Row], Result], row: Row) -> Result | DataError:
 
 
 def missing_field(row: Row, name: str, called: str, kind: str) -> DataError:
-    """The error for a row without the field `name`, which it should have as `called`; proposes the setting that reads it."""
+    """The error for a row without the field `name`, which it should have as `called`; proposes the setting that reads
+    it.
+    """
     return DataError(f"no field {called!r} (the row has: {', '.join(row) or 'none'}); {_proposal(row, name, kind)}")
 
 

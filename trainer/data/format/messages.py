@@ -35,8 +35,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 LONGEST_TEXT = 16 * 2**20
 
 Message = dict[str, Any]
-"""One message as `role`, `content` and whatever else the template may use; with `weight: 0` where it is not trained, with `train: true`
-where it is though it is not the assistant's."""
+"""One message as `role`, `content` and whatever else the template may use; with `weight: 0` where it is not trained,
+with `train: true` where it is though it is not the assistant's."""
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -77,7 +77,8 @@ def _message(message: Any, turn: int) -> Message:
 def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
     """A content as text, and what of it is not trained: OpenAI's form may give it in parts.
 
-    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are pieces of one text.
+    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are pieces of one
+    text.
     """
     if not isinstance(content, list) or not content:
         return content, []
@@ -99,14 +100,17 @@ def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
 
 
 def _not_in_detail(detail: Any, length: int, turn: int) -> list[Span]:
-    """The ranges of a content that `train_detail` leaves untrained; its offsets are of characters, and the last one is in the range."""
+    """The ranges of a content that `train_detail` leaves untrained; its offsets are of characters, and the last one is
+    in the range.
+    """
     spans = list[Span]()
     for part in detail if isinstance(detail, list) else [detail]:
         given = part if isinstance(part, dict) else {}
         begin, end, told = (given.get(key) for key in ("begin_offset", "end_offset", "train"))
         if not (type(begin) is int and type(end) is int and isinstance(told, bool) and 0 <= begin <= end < length):
             raise DataError(
-                f"turn {turn} has a {DETAIL} that is no list of begin_offset, end_offset and train with offsets in its content"
+                f"turn {turn} has a {DETAIL} that is no list of begin_offset, end_offset and train with offsets in its"
+                " content"
             )
         if told:
             spans.append((begin, end + 1))
@@ -156,7 +160,9 @@ def _role_of(given: Any) -> str | None:
 
 
 def _flags(message: Message, turn: int) -> Message:
-    """The `weight` by which a message, or a part of one, is trained, whichever key gives it, and whether it asks to be trained."""
+    """The `weight` by which a message, or a part of one, is trained, whichever key gives it, and whether it asks to be
+    trained.
+    """
     for flag in FLAGS:
         if message.get(flag) not in (None, 0, 1):
             raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")

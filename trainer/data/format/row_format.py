@@ -1,9 +1,10 @@
 """One format of rows: how it is recognised, and how its rows become those of the few kinds that are tokenized.
 
-A file of trainer/data/format/known names its formats in `ROW_FORMATS`. The configuration reads these tables for the names that
-`data.format` and `data.fields` may have, so this file and those import nothing of trainer.config.
+A file of trainer/data/format/known names its formats in `ROW_FORMATS`. The configuration reads these tables for the
+names that `data.format` and `data.fields` may have, so this file and those import nothing of trainer.config.
 
-Rows of the kinds `chat`, `prompt_completion`, `text`, `segments`, `preference`, `labelled` and `answers` are tokenized as they are.
+Rows of the kinds `chat`, `prompt_completion`, `text`, `segments`, `preference`, `labelled` and `answers` are tokenized
+as they are.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,6 @@
-"""Finds what a conversation carries and its rendered text does not contain: a chat template may ignore what it does not know."""
+"""Finds what a conversation carries and its rendered text does not contain: a chat template may ignore what it does not
+know.
+"""
 
 import json
 import re
@@ -10,10 +12,11 @@ from typing import Any
 from trainer.data.format.messages import Message, own_keys
 
 END_OF_TURN = "end of turn"
-"""The name of an end that the template does not write behind an assistant's turn, so that none is trained. Behind it may stand the tag
-that begins the next turn."""
+"""The name of an end that the template does not write behind an assistant's turn, so that none is trained. Behind it
+may stand the tag that begins the next turn."""
 _WORD = re.compile(r"\w+")
-# A text is recognised by so many of its words, or by so many letters of a long word. Anything may stand between the words.
+# A text is recognised by so many of its words, or by so many letters of a long word. Anything may stand between the
+# words.
 _WORDS, _LONG_WORD = 20, 100
 # JSON writes a line break as \n. Both are two characters of white space here, so that places stay what they are.
 _ESCAPE = re.compile(r"\\[a-z]")
@@ -23,7 +26,8 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
     """Each thing that `text` lacks, once: `tool_calls`, another key of a message, or the content of a role.
 
     `given` are the row's own messages, and `messages` what became of them. A thing is there when it stands after the
-    message before, as it is or with other characters between its words: templates trim text, and write some of it as JSON.
+    message before, as it is or with other characters between its words: templates trim text, and write some of it as
+    JSON.
     """
     missing: dict[str, None] = {}
     rendered = _Rendered(text)
@@ -51,12 +55,12 @@ def in_words(name: str) -> str:
     what = "the end of the assistant's turns, for which the template writes no token"
     if tag := name.removeprefix(END_OF_TURN).strip():
         return (
-            f"{what} but the next turn's {tag}, so that the model does not learn to stop (set data.template to a copy of the template that writes "
-            f"{tag} behind the last answer, too, or set data.train_on.end to false)"
+            f"{what} but the next turn's {tag}, so that the model does not learn to stop (set data.template to a copy"
+            f" of the template that writes {tag} behind the last answer, too, or set data.train_on.end to false)"
         )
     return (
-        f"{what}, so that the model does not learn to stop (set data.template to a template that writes one, name its text in "
-        "model.add_tokens, or set data.train_on.end to false)"
+        f"{what}, so that the model does not learn to stop (set data.template to a template that writes one, name its"
+        " text in model.add_tokens, or set data.train_on.end to false)"
     )
 
 
@@ -106,6 +110,7 @@ class _Rendered:
             words.append(found[0][:_LONG_WORD])
             if len(found[0]) > _LONG_WORD:
                 break
-        # A gap between words begins and ends where the words do, in one way only: a search takes one pass over the text.
+        # A gap between words begins and ends where the words do, in one way only: a search takes one pass over the
+        # text.
         match = re.compile(r"\W+".join(words)).search(self._plain, begin) if words else None
         return match and match.end()

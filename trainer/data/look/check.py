@@ -38,17 +38,19 @@ class Findings:
     """The findings in the rows of one split. Counts are rows, unless they say otherwise.
 
     Attributes:
-        bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal reasons.
+        bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal
+            reasons.
         undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
-        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it, `dropped` the rows that are left out for it.
+        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it, `dropped` the rows that are
+            left out for it.
         without_targets: nothing in them is trained, so they are left out.
         desired: of those with labels that are not left out, the desired ones; None where rows have none.
         one_sided: without a user's or without an assistant's turn.
         empty_turns: with a turn that says nothing.
         odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
         left_out: what rows carry and their text does not contain, such as calls that the chat template ignores.
-        unused_fields: fields of rows that `data.format` has no use for.
-        exact_duplicates, near_duplicates: like an earlier row of this split; `duplicate_examples` are (row, earlier row).
+        unused_fields: fields of rows that `data.format` has no use for. exact_duplicates, near_duplicates: like an
+            earlier row of this split; `duplicate_examples` are (row, earlier row).
         in_train: of evaluation rows, those that are trained on too, exactly or nearly.
         fill: share of tokens in packed rows that are not padding, at this sequence length.
         lost: what rows of other lengths would lose, by the length: powers of two below the longest document.
@@ -90,8 +92,8 @@ class Findings:
 
 
 class LostAt(NamedTuple):
-    """The share of documents that are longer than a length, and the share of all targets that is lost: if such documents are cut, and if
-    they are dropped."""
+    """The share of documents that are longer than a length, and the share of all targets that is lost: if such
+    documents are cut, and if they are dropped."""
 
     documents: float
     targets_cut: float
@@ -149,8 +151,8 @@ def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, tuple[int, int]]]:
 
 @dataclass
 class _Inspected:
-    """The findings in one batch, the number of tokens of each of its rows and of each document that a run has of them, and the place and
-    text of each row."""
+    """The findings in one batch, the number of tokens of each of its rows and of each document that a run has of them,
+    and the place and text of each row."""
 
     found: Findings = field(default_factory=Findings)
     counters: Counters = field(default_factory=Counters)
@@ -307,8 +309,8 @@ def _refusals(data: Data, what: str, found: Findings, documents: Sequence[int]) 
         )
     if found.too_long and data.on_too_long == "fail":
         refused.append(
-            f"{setting}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it, or "
-            f"set data.on_too_long to {data.too_long_remedies}."
+            f"{setting}: {found.too_long} rows are longer than data.sequence_length: {data.sequence_length}. Raise it,"
+            f" or set data.on_too_long to {data.too_long_remedies}."
         )
     counters = Counters(
         rows=found.rows,

@@ -1,8 +1,8 @@
 """Finds texts that are equal or nearly so, in one pass.
 
-Near duplicates by MinHash (Broder 1997) over all 8-byte sequences of the text, with case and white space evened out: the
-share of 60 minima that two texts agree in estimates the Jaccard similarity of their sequences. Texts that agree in all six
-minima of one of ten bands are compared, so of pairs with a similarity of 0.8 some 95 % are looked at.
+Near duplicates by MinHash (Broder 1997) over all 8-byte sequences of the text, with case and white space evened out:
+the share of 60 minima that two texts agree in estimates the Jaccard similarity of their sequences. Texts that agree in
+all six minima of one of ten bands are compared, so of pairs with a similarity of 0.8 some 95 % are looked at.
 """
 
 import hashlib

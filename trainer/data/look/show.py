@@ -1,7 +1,8 @@
-"""A few rows of a run's data as the model sees them: which pieces of the text are trained, and what of a row did not get there.
+"""A few rows of a run's data as the model sees them: which pieces of the text are trained, and what of a row did not
+get there.
 
-They are encoded as a compilation encodes them, one by one, so nothing is written and nothing else is read. Packed rows are those
-of the first documents alone: a run packs those of a whole window (`order`).
+They are encoded as a compilation encodes them, one by one, so nothing is written and nothing else is read. Packed rows
+are those of the first documents alone: a run packs those of a whole window (`order`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,9 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class SeenDocument:
-    """A document, or one of the two answers of one: its place, what it is of its row, its tokens, and which are trained."""
+    """A document, or one of the two answers of one: its place, what it is of its row, its tokens, and which are
+    trained.
+    """
 
     where: str
     part: str
@@ -79,14 +82,18 @@ class Viewer:
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
-        """`count` rows from the `first` on, from 1, of those that can be read. Raises `DataError` where there are not so many."""
+        """`count` rows from the `first` on, from 1, of those that can be read. Raises `DataError` where there are not
+        so many.
+        """
         shown = [self._seen(row) for row in islice(self._read(), first - 1, first - 1 + count)]
         if not shown:
             raise DataError(f"--row: there is no row {first} in this data, or none before it can be read.")
         return shown
 
     def packed(self, number: int) -> SeenRow:
-        """The packed row of this number, from 1, of those that the first documents fill. Raises `DataError` where there are not so many."""
+        """The packed row of this number, from 1, of those that the first documents fill. Raises `DataError` where there
+        are not so many.
+        """
         order, places, stored = train_order(self._config), list[str](), list[NDArray[np.uint32]]()
         for row in islice(self._read(), _MOST_ROWS):
             documents = _split(self._encoded(row))
@@ -163,8 +170,8 @@ class Viewer:
         return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 
     def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
-        """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a token alone may
-        lose white space before it."""
+        """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a
+        token alone may lose white space before it."""
 
         def kind(place: int) -> tuple[bool, int | None]:
             return trained[place], place if tokens[place] in self._special else None

@@ -1,4 +1,6 @@
-"""The bins of a run's epochs, which are counted once and kept beside the data, and the optimizer's steps that they make."""
+"""The bins of a run's epochs, which are counted once and kept beside the data, and the optimizer's steps that they
+make.
+"""
 
 import hashlib
 import json
@@ -61,8 +63,8 @@ def steps_of_epochs(
 ) -> list[int]:
     """The optimizer steps of each of `epochs` behind the bins that are `taken` of it; none are by default.
 
-    Where only a part of the last epoch is asked for, it has its first steps, rounded up to whole ones. `epochs` is the very number
-    that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
+    Where only a part of the last epoch is asked for, it has its first steps, rounded up to whole ones. `epochs` is the
+    very number that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
     """
     steps = list[int]()
     for epoch, bins in enumerate(epoch_bins):

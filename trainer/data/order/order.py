@@ -1,8 +1,8 @@
 """The order of an epoch: which documents share a bin, and in which order bins are used.
 
-A window of an epoch is a pure function of (lengths and blocks of its chapter, the order's settings, epoch, number of the
-window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window, so
-a run resumes by planning the one it stopped in.
+A window of an epoch is a pure function of (lengths and blocks of its chapter, the order's settings, epoch, number of
+the window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window,
+so a run resumes by planning the one it stopped in.
 
     chapters of the data set, one after the other
     -> blocks of a chapter's documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
@@ -60,7 +60,9 @@ def turns(chapters: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """`blocks` (at most 64,) int64 are the blocks to read, sorted; bin k holds `documents[borders[k] : borders[k + 1]]`."""
+    """`blocks` (at most 64,) int64 are the blocks to read, sorted; bin k holds `documents[borders[k] : borders[k +
+    1]]`.
+    """
 
     blocks: NDArray[np.int64]
     documents: NDArray[np.int64]

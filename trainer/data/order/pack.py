@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
     """The bin of each document, (documents,) int64; no bin holds more than `capacity` tokens.
 
-    `lengths` (documents,) must not rise. Each document goes into the fullest bin that still takes it. Documents of equal
-    length go in the order they are given in, so a caller shuffles by permuting them.
+    `lengths` (documents,) must not rise. Each document goes into the fullest bin that still takes it. Documents of
+    equal length go in the order they are given in, so a caller shuffles by permuting them.
 
     Documents of one length are placed together: the fullest bin that takes the first of them is, with that one in it,
     the fullest that takes the next. So the work is one search in the sorted list of rooms (tokens left) for each bin

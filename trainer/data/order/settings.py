@@ -10,17 +10,20 @@ from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 
 VERSION = 2
-"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing then."""
+"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing
+then.
+"""
 
 
 @dataclass(frozen=True)
 class Order:
     """The settings that the order depends on, beside the data set and the epoch.
 
-    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is visited in
-    every second epoch, and half of the documents in each. A source that has one of `fractions` gets this share of the tokens
-    instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a bin of its own. Before each of
-    a document's `segments` lie `reserved` positions; a bin has room for those of one document of `sequence_length` tokens.
+    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is
+    visited in every second epoch, and half of the documents in each. A source that has one of `fractions` gets this
+    share of the tokens instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a
+    bin of its own. Before each of a document's `segments` lie `reserved` positions; a bin has room for those of one
+    document of `sequence_length` tokens.
     """
 
     weights: tuple[float, ...]

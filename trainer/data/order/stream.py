@@ -47,7 +47,8 @@ WindowPlace = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where each begins.
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where
+    each begins.
 
     Documents have their `numbers` in the whole data set.
     """
@@ -63,14 +64,16 @@ class Stream:
     """One rank's view of a data set, chapter by chapter, in one order.
 
     A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
-    up. In memory are the window in use and the two after it, read in the background, and for a moment the one before: at
-    most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond `epochs`.
+    up. In memory are the window in use and the two after it, read in the background, and for a moment the one before:
+    at most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond
+    `epochs`.
 
-    With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of a `parts`-th of the ranks.
+    With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of
+    a `parts`-th of the ranks.
 
-    `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which each
-    row gets its own. So may `teacher`, which tells each row about its targets, and `rollouts`: then a step is a chapter, with as many rows as
-    that has.
+    `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which
+    each row gets its own. So may `teacher`, which tells each row about its targets, and `rollouts`: then a step is a
+    chapter, with as many rows as that has.
     """
 
     chapters: Chapters
@@ -100,7 +103,8 @@ class Stream:
         self._windows = _ReadAhead(self._load, self._next_window)
 
     def step(self, position: Position) -> list[MicroBatch]:
-        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them, or those of a chapter.
+        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them, or
+        those of a chapter.
 
         Bin b of the step belongs to rank (b // micro_batch) % world_size. Where the epoch ends or the ranks outnumber
         the bins, rows are empty: all padding, no targets.
@@ -125,8 +129,8 @@ class Stream:
     ) -> Iterator[list[MicroBatch]]:
         """Every step from `position` on, without end; the next one is read while the caller works on the last.
 
-        Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet, and
-        `compiling(False)` once it is, should the step's data take longer.
+        Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet,
+        and `compiling(False)` once it is, should the step's data take longer.
 
         Raises:
             DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
@@ -220,7 +224,9 @@ class Stream:
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity; missing ones are padding. -> the row, or this rank's slice of it."""
+        """Lay bins end to end, each padded to its capacity; missing ones are padding. -> the row, or this rank's slice
+        of it.
+        """
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
@@ -298,7 +304,8 @@ def _prefixes(
 ) -> tuple[tuple[int, int], ...]:
     """The prefix of each segment between `borders`, as `MicroBatch.prefixes` has it; documents begin at `starts`.
 
-    Answers that share a prompt have all of it but its last token in common: that one predicts the first of each answer, so each has its own.
+    Answers that share a prompt have all of it but its last token in common: that one predicts the first of each answer,
+    so each has its own.
     """
     shared = np.flatnonzero(stored & SHARED_BIT)
     if not len(shared):
@@ -312,7 +319,9 @@ def _prefixes(
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The token that each position must predict, (T,) both. No label crosses a border: a document's first token is no target."""
+    """The token that each position must predict, (T,) both. No label crosses a border: a document's first token is no
+    target.
+    """
     labels = np.empty_like(input_ids)
     following = labels[:-1]
     np.right_shift(stored.view(np.int32)[1:], 31, out=following)  # all ones where the top bit, `TARGET_BIT`, is set
@@ -374,7 +383,7 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 
 
 def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
-    """One rank's rows of one block of the data set, each of whose documents `epoch(0)` visits once; `order` has the weights of an
-    evaluation."""
+    """One rank's rows of one block of the data set, each of whose documents `epoch(0)` visits once; `order` has the
+    weights of an evaluation."""
     order = replace(order, weights=order.weights[:1])
     return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)

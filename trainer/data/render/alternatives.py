@@ -1,4 +1,6 @@
-"""Turns a row of one prompt and several answers into a document for each of them, or into one in which all share their prompt."""
+"""Turns a row of one prompt and several answers into a document for each of them, or into one in which all share their
+prompt.
+"""
 
 from dataclasses import replace
 from typing import Any, Self
@@ -75,7 +77,7 @@ def _together(answers: list[Example | DataError], data: Data) -> Alternatives | 
     alike = [np.array_equal(answer.tokens[: prompt_tokens(answer)], first) for answer in teaching]
     if not all(alike):
         return DataError(
-            f"the prompt is not the same tokens before answer {alike.index(False) + 1} and before the first one: a token reaches across its end; "
-            "end a prompt of text with white space"
+            f"the prompt is not the same tokens before answer {alike.index(False) + 1} and before the first one: a"
+            " token reaches across its end; end a prompt of text with white space"
         )
     return Alternatives(teaching, shared_tokens(teaching[0]))

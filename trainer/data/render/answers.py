@@ -1,5 +1,6 @@
-"""Rows that have answers to a prompt, of messages or of strings: how they are encoded, whether they have one answer, two or several, and the
-document that they become, in which the answers may have the prompt's tokens in common (`data.share_prefix`).
+"""Rows that have answers to a prompt, of messages or of strings: how they are encoded, whether they have one answer,
+two or several, and the document that they become, in which the answers may have the prompt's tokens in common
+(`data.share_prefix`).
 
 alone:    p p p P a a a    p p p P b b        both predict their first token from P, the prompt's last one
 sharing:  p p p P a a a P b b                 P and b see p p p, and none of a
@@ -25,8 +26,8 @@ Document = TypeVar("Document")
 
 
 class EitherRenderer:
-    """Encodes rows of messages, with the chat template, and rows of strings without: each kind by a renderer of the settings `messages` or
-    `texts`, which is made when its first rows come. `ends` is that of `Renderer`."""
+    """Encodes rows of messages, with the chat template, and rows of strings without: each kind by a renderer of the
+    settings `messages` or `texts`, which is made when its first rows come. `ends` is that of `Renderer`."""
 
     def __init__(
         self,
@@ -66,7 +67,9 @@ class EitherRenderer:
 
 
 class ReadRow(NamedTuple):
-    """A row as one of chat or of prompt_completion for each of its answers; its turns; and whether its answer is desired, where it says so."""
+    """A row as one of chat or of prompt_completion for each of its answers; its turns; and whether its answer is
+    desired, where it says so.
+    """
 
     rows: list[Row]
     turns: list[Turn]
@@ -78,8 +81,9 @@ Encoded = tuple[ReadRow, list[Example | DataError]]
 
 
 class AnswersRenderer(Generic[Document]):
-    """Encodes rows of one kind with one tokenizer. `read` takes a row apart, and raises `DataError` where it is none of this kind. `documents`
-    makes of the rows that are encoded together a document each, or says what is wrong with the row."""
+    """Encodes rows of one kind with one tokenizer. `read` takes a row apart, and raises `DataError` where it is none of
+    this kind. `documents` makes of the rows that are encoded together a document each, or says what is wrong with the
+    row."""
 
     def __init__(
         self,
@@ -95,7 +99,9 @@ class AnswersRenderer(Generic[Document]):
         self._answers = EitherRenderer(tokenizer, data, messages, texts)
 
     def encode(self, rows: Sequence[Row]) -> list[Document | DataError]:
-        """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as `EitherRenderer`."""
+        """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as
+        `EitherRenderer`.
+        """
         read = [or_error(self._read, row) for row in rows]
         whole = [row for row in read if isinstance(row, ReadRow)]
         examples = iter(self._answers.encode([answer for row in whole for answer in row.rows]))
@@ -118,8 +124,8 @@ def messages_of(given: Any, name: str) -> list[Message]:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Tokenized answers to one prompt, each with the prompt; a row holds the first `shared` tokens once. The first token of answer i is stored with
-    the bit `marks[i]`."""
+    """Tokenized answers to one prompt, each with the prompt; a row holds the first `shared` tokens once. The first
+    token of answer i is stored with the bit `marks[i]`."""
 
     answers: Sequence[Example]
     shared: int = 0
@@ -170,6 +176,6 @@ def prompt_tokens(answer: Example) -> int:
 
 
 def shared_tokens(answer: Example) -> int:
-    """The tokens that all answers to a prompt share, counted in one of them with its prompt: all of the prompt but its last token, which
-    predicts the first one of each answer."""
+    """The tokens that all answers to a prompt share, counted in one of them with its prompt: all of the prompt but its
+    last token, which predicts the first one of each answer."""
     return max(0, prompt_tokens(answer) - 1)

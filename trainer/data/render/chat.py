@@ -1,7 +1,7 @@
 """Turns a row into token ids, and decides which of them are trained.
 
-The document is rendered and tokenized once, as a whole, exactly as the model will see it. Which tokens are trained follows from the characters
-that are, which `chat_text` finds in a conversation.
+The document is rendered and tokenized once, as a whole, exactly as the model will see it. Which tokens are trained
+follows from the characters that are, which `chat_text` finds in a conversation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -69,8 +69,8 @@ class Turn:
 
 
 class Renderer:
-    """Encodes rows of one format with one tokenizer. Texts without a chat template get an end token, from which a model learns to stop,
-    unless `ends` is False; the tokenizer's own framing stays.
+    """Encodes rows of one format with one tokenizer. Texts without a chat template get an end token, from which a model
+    learns to stop, unless `ends` is False; the tokenizer's own framing stays.
 
     Raises:
         ConfigError: the tokenizer cannot serve the format: it is not a fast one, or lacks a chat template or an
@@ -165,7 +165,9 @@ class Renderer:
         return [Turn("assistant" if answers else "user", text) for text, answers in self._parts(row)]
 
     def _parts(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
-        """The texts of a row that no template writes, end to end, and whether each is an answer, which is trained in any case."""
+        """The texts of a row that no template writes, end to end, and whether each is an answer, which is trained in
+        any case.
+        """
         match self._data.format:
             case "segments":
                 return _segments(self._field(row, "segments"))
@@ -202,7 +204,9 @@ class Renderer:
         return overlapping(encoding, document.spans)
 
     def _as_ends_are(self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The targets without the special token that ends each run of them, and white space behind it, where ends are not trained."""
+        """The targets without the special token that ends each run of them, and white space behind it, where ends are
+        not trained.
+        """
         if self._wanted.end:
             return targets
         kept = targets.copy()

@@ -1,8 +1,8 @@
 """Writes a conversation by the tokenizer's chat template, and finds which characters of the text are trained.
 
-That is a question of where the assistant's turns lie in the text: a template with `{% generation %}` tags says so itself; otherwise
-`conversation` finds the turns. Where thinking is kept or stripped, the text is that of the template with some edits (`thinking`), and
-places in it are moved with them.
+That is a question of where the assistant's turns lie in the text: a template with `{% generation %}` tags says so
+itself; otherwise `conversation` finds the turns. Where thinking is kept or stripped, the text is that of the template
+with some edits (`thinking`), and places in it are moved with them.
 """
 
 import re
@@ -42,8 +42,8 @@ _LONGEST_END = 128  # characters of a token that ends a turn, with white space b
 class Rendered:
     """A document's text, and the characters of it that are trained: `spans` are sorted and disjoint.
 
-    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get. `left_out` is as in
-    `Example`.
+    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get. `left_out` is
+    as in `Example`.
     """
 
     text: str
@@ -53,7 +53,9 @@ class Rendered:
 
 
 class ChatText:
-    """Conversations as text, by one tokenizer's template. `added` are its added tokens by number, and those of `special` end turns."""
+    """Conversations as text, by one tokenizer's template. `added` are its added tokens by number, and those of
+    `special` end turns.
+    """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, added: Mapping[int, str], special: set[int]) -> None:
         self._data, self._wanted = data, data.wanted
@@ -69,15 +71,18 @@ class ChatText:
         self._ended = re.compile(f"(?:{_any_of(added.values()).pattern})\\s*\\Z")
 
     def render(self, given: Any, given_tools: Any) -> Rendered:
-        """The text of a row's messages and tools, and what of it is trained. Raises `DataError` for a row that cannot be trained so."""
+        """The text of a row's messages and tools, and what of it is trained. Raises `DataError` for a row that cannot
+        be trained so.
+        """
         messages, tools = read_messages(given), read_tools(given_tools)
         if self._data.drop_system:
             messages = without_system(messages)
             given = given[-len(messages) :]
         if tools and self._for_tools:
             raise DataError(
-                f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used, and conversations are "
-                f"trained by the default one; set data.template to a file with that template, {NAMED_TEMPLATES}/{self._for_tools}.jinja of the base"
+                f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used,"
+                " and conversations are trained by the default one; set data.template to a file with that template,"
+                f" {NAMED_TEMPLATES}/{self._for_tools}.jinja of the base"
             )
         if self._data.thinking == "strip":
             messages = given = [without_thinking(message) for message in messages]
@@ -111,8 +116,8 @@ class ChatText:
         return form.given(message) if form else message
 
     def _as_read(self, message: Message) -> Message:
-        """The message with its thinking by a key where the template reads that: tags in its content would stand in the answer, or behind
-        an empty block of the template's."""
+        """The message with its thinking by a key where the template reads that: tags in its content would stand in the
+        answer, or behind an empty block of the template's."""
         if thought_of(message) is None or any(key in message for key in THOUGHTS):
             return message
         form = self._form(message)
@@ -144,7 +149,9 @@ class ChatText:
         return {turn: self._kept(talk, turn) for turn in self._dropped(talk)}
 
     def _dropped(self, talk: Conversation) -> list[int]:
-        """The turns whose thinking the template leaves out. A thought's words may stand in an answer too, so a mark takes its place."""
+        """The turns whose thinking the template leaves out. A thought's words may stand in an answer too, so a mark
+        takes its place.
+        """
         messages = talk.messages
         marks = {turn: f"{_MARK}{turn}{_MARK}" for turn, message in enumerate(messages) if thought_of(message)}
         if not marks:
@@ -160,13 +167,15 @@ class ChatText:
             edit = kept(form, talk.whole, place, thought_of(message) or "")
         if edit is None:
             raise DataError(
-                f"turn {turn + 1}: the chat template leaves out its thinking and shows no form for it, so it cannot be kept; set "
-                "data.thinking to as_template or strip, or data.template to a template that writes it"
+                f"turn {turn + 1}: the chat template leaves out its thinking and shows no form for it, so it cannot be"
+                " kept; set data.thinking to as_template or strip, or data.template to a template that writes it"
             )
         return edit
 
     def _spans(self, talk: Conversation, turns: Sequence[int], edited: EditedText) -> tuple[list[Span], bool]:
-        """The spans that are trained in the edited text, and whether an end is trained in each of the assistant's turns."""
+        """The spans that are trained in the edited text, and whether an end is trained in each of the assistant's
+        turns.
+        """
         messages, wanted = talk.messages, self._wanted
         if wanted.roles == "all":
             kept_out = [edited.moved(span) for span in _silent(talk)]
@@ -222,7 +231,8 @@ class ChatText:
                 place = talk.marked(turn, with_thought(message, _MARK), _MARK)
                 if place is None:
                     raise DataError(
-                        f"turn {turn + 1}: its thinking is not found in the conversation's text, so it cannot be left untrained"
+                        f"turn {turn + 1}: its thinking is not found in the conversation's text, so it cannot be left"
+                        " untrained"
                     )
                 yield block_around(form, text, edited.moved(place))
             else:
@@ -241,12 +251,14 @@ def _silent(talk: Conversation) -> list[Span]:
 
 
 def _check_shown(talk: Conversation, turns: Sequence[int]) -> None:
-    """Raises `DataError` where the template leaves out what the assistant says in one of these turns: its end alone would be trained."""
+    """Raises `DataError` where the template leaves out what the assistant says in one of these turns: its end alone
+    would be trained.
+    """
     if lost := talk.vanished(turns):
         turn, what = lost
         raise DataError(
-            f"turn {turn + 1}: the chat template leaves out the assistant's {what}; set data.template to a template that writes them, or "
-            "give the turn a weight of 0"
+            f"turn {turn + 1}: the chat template leaves out the assistant's {what}; set data.template to a template"
+            " that writes them, or give the turn a weight of 0"
         )
 
 

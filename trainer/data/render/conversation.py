@@ -1,9 +1,9 @@
 """One conversation in a chat template: its text, and where in it a turn lies.
 
-A turn reaches from the end of the generation prompt to the end of its text, as the text of the conversation up to there begins the
-whole. Templates do not always keep to that: those of models that reason drop what earlier turns thought, others move the system message
-to the last question. There a turn is found by rendering the conversation once more with another content in its place, and from where the
-turn before it ends.
+A turn reaches from the end of the generation prompt to the end of its text, as the text of the conversation up to there
+begins the whole. Templates do not always keep to that: those of models that reason drop what earlier turns thought,
+others move the system message to the last question. There a turn is found by rendering the conversation once more with
+another content in its place, and from where the turn before it ends.
 """
 
 import re
@@ -15,8 +15,8 @@ from trainer.data.render.templates.chat_template import ChatTemplate, Tools
 from trainer.data.render.thinking import OPEN
 from trainer.errors import DataError
 
-# Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages and
-# characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
+# Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages
+# and characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
 _MOST_MESSAGES, _MOST_CHARACTERS = 2**19, 2**30
 # Stands for the content of a turn. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0ff"
@@ -27,8 +27,8 @@ class Misplaced(DataError):
 
 
 class Conversation:
-    """One conversation: its text `whole`, and that of its beginnings. `ends` matches the tokenizer's special tokens, which may end a turn. Raises
-    `DataError` where the template refuses it."""
+    """One conversation: its text `whole`, and that of its beginnings. `ends` matches the tokenizer's special tokens,
+    which may end a turn. Raises `DataError` where the template refuses it."""
 
     def __init__(self, template: ChatTemplate, ends: re.Pattern[str], messages: list[Message], tools: Tools) -> None:
         self._template, self._tools = template, tools
@@ -45,9 +45,9 @@ class Conversation:
         messages, most = sum(2 * turn + 1 for turn in turns), _MOST_MESSAGES
         if messages > most or messages * len(self.whole) > _MOST_CHARACTERS * len(self.messages):
             raise DataError(
-                f"{len(self.messages):,} turns of {len(self.whole):,} characters are too long to find {len(turns):,} of them in the "
-                "text; split the conversation, give data.template a template with {% generation %} tags, or set data.loss_on: "
-                "last_assistant or all"
+                f"{len(self.messages):,} turns of {len(self.whole):,} characters are too long to find {len(turns):,} of"
+                " them in the text; split the conversation, give data.template a template with {% generation %}"
+                " tags, or set data.loss_on: last_assistant or all"
             )
 
     def ignores_tools(self) -> bool:
@@ -67,13 +67,16 @@ class Conversation:
         if not self.whole.startswith(prefix):
             turn = count + 1 if generation_prompt else count
             raise Misplaced(
-                f"turn {turn}: what the chat template makes of the conversation up to it is not how the whole begins, so "
-                "its place is unknown; give data.template a template with {% generation %} tags, or set data.loss_on: all"
+                f"turn {turn}: what the chat template makes of the conversation up to it is not how the whole begins,"
+                " so its place is unknown; give data.template a template with {% generation %} tags, or set"
+                " data.loss_on: all"
             )
         return len(prefix)
 
     def vanished(self, turns: Sequence[int]) -> tuple[int, str] | None:
-        """The first of these turns whose content or calls the template leaves out, and which of both; None where all come out."""
+        """The first of these turns whose content or calls the template leaves out, and which of both; None where all
+        come out.
+        """
         others, marks = dict[int, Message](), dict[str, tuple[int, int | None]]()
         for turn in turns:
             message = self.messages[turn]
@@ -106,8 +109,8 @@ class Conversation:
             return False
 
     def written(self, turn: int) -> list[Span]:
-        """The characters of the whole text that the model has to write in an assistant's turn, with white space behind its end. They are
-        several spans where the template puts something else between a turn's calls and its words.
+        """The characters of the whole text that the model has to write in an assistant's turn, with white space behind
+        its end. They are several spans where the template puts something else between a turn's calls and its words.
 
         Raises:
             DataError: the place of the turn cannot be told.
@@ -129,7 +132,9 @@ class Conversation:
             return self._apart(turn, error)
 
     def said(self, turn: int) -> Span:
-        """The characters of the whole text that a message of another role has as its content, and the end of its turn."""
+        """The characters of the whole text that a message of another role has as its content, and the end of its
+        turn.
+        """
         content = self.content(turn)
         if content is None:
             raise Misplaced(f"turn {turn + 1}: its content is not found in the conversation's text")
@@ -159,24 +164,29 @@ class Conversation:
         text = self.whole[slice(*place)] if place else ""
         if not place or content.strip() != text.strip():
             raise DataError(
-                f"turn {turn + 1}: the chat template rewrites its content, so which characters are not to be trained is unknown; give "
-                "the turn a weight as a whole"
+                f"turn {turn + 1}: the chat template rewrites its content, so which characters are not to be trained is"
+                " unknown; give the turn a weight as a whole"
             )
         begin = place[0] + _indent(text) - _indent(content)
         found = ((max(place[0], begin + start), min(place[1], begin + end)) for start, end in message[UNTRAINED])
         return [(start, end) for start, end in found if start < end]
 
     def marked(self, turn: int, message: Message, mark: str) -> Span | None:
-        """The characters in whose place `mark` stands once `message` is that of the turn; None where that cannot be told."""
+        """The characters in whose place `mark` stands once `message` is that of the turn; None where that cannot be
+        told.
+        """
         before, found, after = self._with(turn, message).partition(mark)
         if not found or mark in after or not self.whole.endswith(after):
             return None
-        # Templates write a line break between a content and a call; of an empty content that would be the one before the call.
+        # Templates write a line break between a content and a call; of an empty content that would be the one before
+        # the call.
         begin = shared_beginning(before, self.whole)
         return begin, max(begin, len(self.whole) - len(after))
 
     def anchor(self, turn: int) -> int | None:
-        """Where a turn's words begin, or the name of its first call where it has no words; None where that cannot be told."""
+        """Where a turn's words begin, or the name of its first call where it has no words; None where that cannot be
+        told.
+        """
         message = self.messages[turn]
         if message["content"].strip() or not message.get("tool_calls"):
             content = self.content(turn)
@@ -185,7 +195,9 @@ class Conversation:
         return len(before) if mark and self.whole.startswith(before) else None
 
     def content(self, turn: int) -> Span | None:
-        """The characters in which the text differs once the content of the turn is another; None where that cannot be told."""
+        """The characters in which the text differs once the content of the turn is another; None where that cannot be
+        told.
+        """
         if turn not in self._contents:
             self._contents[turn] = self.marked(turn, {**self.messages[turn], "content": _MARK}, _MARK)
         return self._contents[turn]
@@ -193,8 +205,8 @@ class Conversation:
     def _begin(self, turn: int, anchor: int, otherwise: Misplaced) -> int:
         """The place behind the generation prompt of a turn whose words or calls begin at `anchor`.
 
-        The prompt follows the end of the turn before it, if that can be told. Else it is the last one before the anchor. One that opens
-        a block of thinking may be there without it.
+        The prompt follows the end of the turn before it, if that can be told. Else it is the last one before the
+        anchor. One that opens a block of thinking may be there without it.
         """
         before = self.content(turn - 1)
         if before is not None:
@@ -214,7 +226,9 @@ class Conversation:
         raise otherwise
 
     def _goes_on(self, turn: int, anchor: int) -> bool:
-        """Whether a turn goes on where the words of an earlier one of the assistant end, to whose calls there were results."""
+        """Whether a turn goes on where the words of an earlier one of the assistant end, to whose calls there were
+        results.
+        """
         for earlier in reversed(range(turn)):
             content = self.content(earlier)
             if self.messages[earlier]["role"] not in ("assistant", "tool"):
@@ -246,7 +260,9 @@ class Conversation:
         return match.end() if match else end
 
     def _is_alone(self, turn: int, span: Span) -> bool:
-        """Whether the span of a turn reaches neither over the content of the turn before it, nor over that of the one behind it."""
+        """Whether the span of a turn reaches neither over the content of the turn before it, nor over that of the one
+        behind it.
+        """
         before = self.content(turn - 1)
         behind = self.content(turn + 1) if turn + 1 < len(self.messages) else None
         return not ((before and span[0] < before[1]) or (behind and behind[0] < behind[1] <= span[1]))

@@ -1,8 +1,9 @@
 """Turns a labelled row into a document: an answer to a prompt, and whether it is desired.
 
 Behind the answer stands, in the same document, the same prompt with the answer of another row: KTO estimates from such
-mismatched pairs how far the model is from its reference. The other row is the one before, in the same batch of rows that are
-read together, with another prompt; before the first comes the last. So the pairing depends on the data set alone.
+mismatched pairs how far the model is from its reference. The other row is the one before, in the same batch of rows
+that are read together, with another prompt; before the first comes the last. So the pairing depends on the data set
+alone.
 """
 
 from dataclasses import replace
@@ -21,7 +22,9 @@ _WRITTEN = {"true": True, "True": True, "false": False, "False": False}
 
 
 class Labelled(Answers):
-    """An answer to its prompt, marked where it is desired. Where there is room, the mismatched answer stands behind it."""
+    """An answer to its prompt, marked where it is desired. Where there is room, the mismatched answer stands behind
+    it.
+    """
 
     def cut(self, limit: int) -> "Labelled":
         """The first `limit` tokens of the answer; beside one that needs a cut there is no room for another."""
@@ -53,7 +56,9 @@ def _labelled(answer: Example | DataError, desired: bool) -> Labelled | DataErro
 
 
 def _paired(found: list[Labelled], data: Data) -> list[Labelled]:
-    """Each answer with the one before it that has another prompt, as far as a row holds both; else with the one before it."""
+    """Each answer with the one before it that has another prompt, as far as a row holds both; else with the one before
+    it.
+    """
     answers = [one.answers[0] for one in found]
     prompts = [answer.tokens[: prompt_tokens(answer)].tobytes() for answer in answers]
     result = []
@@ -81,6 +86,6 @@ def one_kind(desired: int, answers: int) -> str | None:
     if desired not in (0, answers):
         return None
     return (
-        f"data.train: the label is {'true' if desired else 'false'} in all of the {answers} rows that can be trained on, so nothing "
-        "tells desired answers from others. Add rows of the other kind, or choose another objective."
+        f"data.train: the label is {'true' if desired else 'false'} in all of the {answers} rows that can be trained"
+        " on, so nothing tells desired answers from others. Add rows of the other kind, or choose another objective."
     )

@@ -1,11 +1,13 @@
 """Turns a row with a class, or of words with tags, into a document: the text's tokens, and behind them numbers.
 
-A class: behind the text stands the number of its class, stored as a trained token; or, where a row may have several classes, for each class
-a 1 or a 0. So the text's last token is the first place whose label is to be predicted, and its label is the number. The model reads the
-numbers as tokens too, but behind all that counts: in a causal model nothing before them can see them.
+A class: behind the text stands the number of its class, stored as a trained token; or, where a row may have several
+classes, for each class a 1 or a 0. So the text's last token is the first place whose label is to be predicted, and its
+label is the number. The model reads the numbers as tokens too, but behind all that counts: in a causal model nothing
+before them can see them.
 
-Tags: the text is the words with a space between them, as the tokenizer frames it, and behind it stands a number for each token. The number
-of a word's first token is its tag, and is trained; no other is. The numbers are a segment of their own, which no model reads.
+Tags: the text is the words with a space between them, as the tokenizer frames it, and behind it stands a number for
+each token. The number of a word's first token is its tag, and is trained; no other is. The numbers are a segment of
+their own, which no model reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,9 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Numbered:
-    """A text's tokens, (n,) uint32, and behind them `numbers`, (m,) uint32; those that are `trained`, (m,) bool, are to be predicted."""
+    """A text's tokens, (n,) uint32, and behind them `numbers`, (m,) uint32; those that are `trained`, (m,) bool, are to
+    be predicted.
+    """
 
     text: NDArray[np.uint32]
     numbers: NDArray[np.uint32]
@@ -65,7 +69,8 @@ class Classified(Numbered):
 
 
 class ClassifiedRenderer:
-    """Encodes rows of the kinds classified and multilabel with one tokenizer: a conversation by the chat template, a text as the tokenizer itself frames it.
+    """Encodes rows of the kinds classified and multilabel with one tokenizer: a conversation by the chat template, a
+    text as the tokenizer itself frames it.
 
     Tokens of padding at the end are left out: transformers' classifiers look at the last token that is none.
     """
@@ -83,7 +88,9 @@ class ClassifiedRenderer:
         return list(map(self._classified, self._examples.encode(rows), numbers))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The turns of the conversation; a text is a user's turn. Raises `DataError` where the row is none of this kind."""
+        """The turns of the conversation; a text is a user's turn. Raises `DataError` where the row is none of this
+        kind.
+        """
         turns = self._examples.turns(row)
         return turns if "messages" in row else [Turn("user", turn.content) for turn in turns]
 
@@ -179,7 +186,9 @@ def _tagged(
 
 
 def number_of(value: Any, numbers: Mapping[str, int]) -> int:
-    """The number of a class by its name; a whole number that is no name is that of a class itself. Raises `DataError` for any other."""
+    """The number of a class by its name; a whole number that is no name is that of a class itself. Raises `DataError`
+    for any other.
+    """
     name = label_name(value)
     if name in numbers:
         return numbers[name]

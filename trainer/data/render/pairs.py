@@ -1,7 +1,8 @@
-"""Turns a preference row into a pair: a chosen and a rejected answer to one prompt, as two documents that stay together.
+"""Turns a preference row into a pair: a chosen and a rejected answer to one prompt, as two documents that stay
+together.
 
-An answer is a list of messages, rendered by the chat template, or a string. The prompt is the field `prompt`, or without one
-what chosen and rejected have in common at their beginning. It is never trained.
+An answer is a list of messages, rendered by the chat template, or a string. The prompt is the field `prompt`, or
+without one what chosen and rejected have in common at their beginning. It is never trained.
 """
 
 import re
@@ -31,11 +32,12 @@ class Pair(Answers):
         return chosen.teaches and rejected.teaches and not np.array_equal(chosen.tokens, rejected.tokens)
 
     def cut(self, limit: int) -> "Pair":
-        """Both answers cut so that they have `limit` tokens together. Each gets half of the room behind what they share, and what the other
-        leaves of its half."""
+        """Both answers cut so that they have `limit` tokens together. Each gets half of the room behind what they
+        share, and what the other leaves of its half."""
         (chosen, rejected), shared = self.answers, self.shared
         room = max(0, limit - shared)
-        # A prompt that is longer than a row leaves no room: the row has a part of the prompt alone, which trains nothing.
+        # A prompt that is longer than a row leaves no room: the row has a part of the prompt alone, which trains
+        # nothing.
         chosen = chosen.cut(min(limit, shared + max(room // 2, room - len(rejected.tokens) + shared)))
         return replace(self, answers=(chosen, rejected.cut(limit - len(chosen.tokens) + shared)))
 
@@ -83,7 +85,9 @@ def documents(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
 
 
 def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data) -> Pair | DataError:
-    """Both documents, whose prompts must be the same tokens: a difference before the first trained token would not be judged."""
+    """Both documents, whose prompts must be the same tokens: a difference before the first trained token would not be
+    judged.
+    """
     if isinstance(chosen, DataError):
         return DataError(f"chosen: {chosen}")
     if isinstance(rejected, DataError):
@@ -92,8 +96,8 @@ def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data
         first, second = prompt_tokens(chosen), prompt_tokens(rejected)
         if not np.array_equal(chosen.tokens[:first], rejected.tokens[:second]):
             return DataError(
-                f"the prompt is not the same tokens in chosen ({first}) and rejected ({second}): they differ before an answer "
-                "begins, or a token reaches across the prompt's end; end a prompt of text with white space"
+                f"the prompt is not the same tokens in chosen ({first}) and rejected ({second}): they differ before an"
+                " answer begins, or a token reaches across the prompt's end; end a prompt of text with white space"
             )
     pair = Pair((chosen, rejected), marks=_MARKS)
     return replace(pair, shared=shared_tokens(chosen)) if data.share_prefix and pair.teaches else pair

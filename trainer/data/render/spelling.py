@@ -20,8 +20,8 @@ _SAMPLE = "one two"
 class Spelling:
     """Finds tokens by the bytes that each stands for, in a byte-level tokenizer (those of Llama 3, Qwen, GPT-2, ...).
 
-    A tokenizer that records offsets, as the function `overlapping` needs, takes a fourth longer. Nothing is taken on trust: a text
-    counts as spelled only if the bytes of its tokens, end to end, are its own.
+    A tokenizer that records offsets, as the function `overlapping` needs, takes a fourth longer. Nothing is taken on
+    trust: a text counts as spelled only if the bytes of its tokens, end to end, are its own.
     """
 
     def __init__(self, backend: "Tokenizer") -> None:
@@ -58,8 +58,8 @@ class Spelling:
 def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens of a `tokenizers.Encoding` with offsets share a character with a span, (tokens,).
 
-    Asks for the tokens at the borders alone, as the encoding's list of all offsets takes half as long to make as the tokens
-    themselves.
+    Asks for the tokens at the borders alone, as the encoding's list of all offsets takes half as long to make as the
+    tokens themselves.
     """
     targets = np.zeros(len(encoding), bool)
     for start, end in spans:
@@ -80,7 +80,8 @@ def _token_at(encoding: Any, characters: Iterable[int]) -> int | None:
 
 
 def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else one from U+0100 on.
+    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else one from
+    U+0100 on.
 
     Source: `bytes_to_unicode` in GPT-2's encoder.
     """

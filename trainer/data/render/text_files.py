@@ -1,7 +1,7 @@
 """The files that decide how a run's texts become tokens: those of its tokenizer, and its chat template.
 
-They belong to the run: a manifest has their hashes, and the run's folder keeps each under its hash from the first start on. What
-lies beside the base later, or under `data.template`, may have been changed for other runs.
+They belong to the run: a manifest has their hashes, and the run's folder keeps each under its hash from the first start
+on. What lies beside the base later, or under `data.template`, may have been changed for other runs.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class RunText:
-    """Name -> content of the base's own files of the tokenizer; and the `template` of `data.template`, or None for the tokenizer's own."""
+    """Name -> content of the base's own files of the tokenizer; and the `template` of `data.template`, or None for the
+    tokenizer's own.
+    """
 
     files: Mapping[str, bytes]
     template: str | None
@@ -33,7 +35,9 @@ class RunText:
 
 
 def text_of(data: Data, directory: Path) -> RunText:
-    """As it is now beside the base in `directory`, and under `data.template`. Raises `ConfigError` where that cannot be read."""
+    """As it is now beside the base in `directory`, and under `data.template`. Raises `ConfigError` where that cannot be
+    read.
+    """
     return RunText(tokenizer_content(directory), template_text(data))
 
 

@@ -1,7 +1,8 @@
-"""The thinking of models that reason: a block of text before an answer, in `reasoning_content` or between tags in the content.
+"""The thinking of models that reason: a block of text before an answer, in `reasoning_content` or between tags in the
+content.
 
-Chat templates write the block of the last turn, and mostly drop those of earlier ones, where no model sees them when it answers. How a
-template writes it is not known here: it is found from what the template makes of conversations of marks.
+Chat templates write the block of the last turn, and mostly drop those of earlier ones, where no model sees them when it
+answers. How a template writes it is not known here: it is found from what the template makes of conversations of marks.
 """
 
 import re
@@ -22,7 +23,9 @@ _ASKED, _ANSWERED, _THOUGHT = "\ue0f5asked\ue0f5", "\ue0f6answered\ue0f6", "\ue0
 
 
 def thought_of(message: Message) -> str | None:
-    """The thought of the message: by its key, or between tags at the beginning of the content. White space around it is removed."""
+    """The thought of the message: by its key, or between tags at the beginning of the content. White space around it is
+    removed.
+    """
     if message["role"] != "assistant":
         return None
     by_key = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
@@ -60,8 +63,8 @@ def _in_tags(message: Message, thought: str) -> Message:
 
 @dataclass(frozen=True)
 class ThinkingForm:
-    """How a template writes what was thought. Each text reaches from the beginning of an assistant's turn to its answer, or to the name
-    of its first call where it has no words.
+    """How a template writes what was thought. Each text reaches from the beginning of an assistant's turn to its
+    answer, or to the name of its first call where it has no words.
 
     Attributes:
         by_key: whether the thinking is given by a key of the message, and not between tags in the content.
@@ -94,8 +97,8 @@ class ThinkingForm:
 
     @property
     def begin(self) -> int:
-        """The characters of a turn that stand before a thought in any case: the template writes them without one too, or the generation prompt
-        has written them."""
+        """The characters of a turn that stand before a thought in any case: the template writes them without one too,
+        or the generation prompt has written them."""
         return min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
 
     @property
@@ -106,8 +109,8 @@ class ThinkingForm:
 
 
 def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None:
-    """The form of turns with an answer, or of those with `calls` alone; `render` makes a text of messages. None where the template does
-    not show it."""
+    """The form of turns with an answer, or of those with `calls` alone; `render` makes a text of messages. None where
+    the template does not show it."""
     asks: Message = {"role": "user", "content": _ASKED}
     turn = _call(_ANSWERED) if calls else {"role": "assistant", "content": _ANSWERED}
     result = [{"role": "tool", "name": "f", "content": "b", "tool_call_id": "call00001"}] if calls else []
@@ -165,8 +168,8 @@ def _behind_question(text: str, alone: str) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """Other characters in the place of [begin, end) of a text. `lead` is where the turn begins that it belongs to, and `prompted` how much
-    of that turn, from there on, the generation prompt has written."""
+    """Other characters in the place of [begin, end) of a text. `lead` is where the turn begins that it belongs to, and
+    `prompted` how much of that turn, from there on, the generation prompt has written."""
 
     begin: int
     end: int
@@ -180,8 +183,8 @@ class Edit:
 
 
 def kept(form: ThinkingForm, whole: str, answer: int, thought: str) -> Edit | None:
-    """The edit that writes a dropped thought before the answer, which begins at `answer`; None where the turn does not begin as the
-    template's earlier turns do."""
+    """The edit that writes a dropped thought before the answer, which begins at `answer`; None where the turn does not
+    begin as the template's earlier turns do."""
     return _replaced(form, whole, answer, form.dropped, form.full(thought))
 
 
@@ -209,7 +212,9 @@ class EditedText:
             self.text = self.text[: edit.begin] + edit.text + self.text[edit.end :]
 
     def moved(self, span: Span) -> Span:
-        """Where the span of the whole lies in the text. What is written at its beginning belongs to it, what is written behind it does not."""
+        """Where the span of the whole lies in the text. What is written at its beginning belongs to it, what is written
+        behind it does not.
+        """
         begin, end = span
         before = [edit for edit in self._edits if edit.begin < begin]
         within = [edit for edit in self._edits if edit.begin < end]
@@ -223,7 +228,9 @@ class EditedText:
 
 
 def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
-    """The block of a thought in the text, with what the template writes around it, and tags with white space behind them."""
+    """The block of a thought in the text, with what the template writes around it, and tags with white space behind
+    them.
+    """
     begin, end = thought
     opened, closed = _OPENED.search(text, max(0, begin - _FAR), begin), _CLOSED.match(text, end)
     tagged = (opened.start(), closed.end()) if opened and closed else thought

@@ -1,4 +1,6 @@
-"""The rows of files that are no text: Parquet, Arrow and MDS. Apart from those of text, as pyarrow and numpy are loaded for it."""
+"""The rows of files that are no text: Parquet, Arrow and MDS. Apart from those of text, as pyarrow and numpy are loaded
+for it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,7 +73,9 @@ def parquet_rows(file: SourceFile) -> int:
 
 
 def read_binary(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    """The rows of a file of this `kind`, such as .parquet. Raises errors of Python where it is damaged, and none of pyarrow's own."""
+    """The rows of a file of this `kind`, such as .parquet. Raises errors of Python where it is damaged, and none of
+    pyarrow's own.
+    """
     try:
         yield from _READERS[kind](file, compression)
     except pyarrow.ArrowException as error:

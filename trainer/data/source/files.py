@@ -34,8 +34,8 @@ _WILDCARDS = frozenset("*?[")
 class SourceFile:
     """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
 
-    `version` changes when the content does. `form` is how its rows are read, once that is known, and `take` says which are taken,
-    where not all are. An `immutable` one has its version from elsewhere, and never changes.
+    `version` changes when the content does. `form` is how its rows are read, once that is known, and `take` says which
+    are taken, where not all are. An `immutable` one has its version from elsewhere, and never changes.
     """
 
     uri: str
@@ -55,7 +55,9 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Take:
-    """`amount`: a number of rows from 1, or a share of them below 1. `seed`: None takes the first. `files` are all of the source's."""
+    """`amount`: a number of rows from 1, or a share of them below 1. `seed`: None takes the first. `files` are all of
+    the source's.
+    """
 
     amount: int | float
     seed: int | None
@@ -137,7 +139,8 @@ def _find(given: Source, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
-    # Absolute, as it is part of the fingerprint: whoever compiles and whoever trains may stand in different directories.
+    # Absolute, as it is part of the fingerprint: whoever compiles and whoever trains may stand in different
+    # directories.
     local = Path(unquote(urlsplit(path).path) if "://" in path else path).expanduser().absolute()
     # A name with brackets in it may be a file, and not a pattern.
     if local.exists():
@@ -194,8 +197,8 @@ def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[Sour
             keys = _mds_shards(store)
         if keys is None:
             raise DataError(
-                f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards (index.json). "
-                f"Name its files, for example {uri.rstrip('/')}/*.jsonl."
+                f"{name}: {uri!r} is a folder, but neither a saved HF data set (state.json) nor MDS shards"
+                f" (index.json). Name its files, for example {uri.rstrip('/')}/*.jsonl."
             )
         entries = [store.head(key) for key in keys]
     except (StorageError, KeyError, TypeError, ValueError, RecursionError) as error:

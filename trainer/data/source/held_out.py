@@ -11,7 +11,9 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows are used: all, or one side of a split in which `fraction` of them is held out, by content and `seed`."""
+    """Which rows are used: all, or one side of a split in which `fraction` of them is held out, by content and
+    `seed`.
+    """
 
     fraction: float = 0.0
     seed: int = 0
@@ -26,7 +28,9 @@ class Part:
         return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
 
     def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
-        """The rows of a batch that are on this side, with their places. A bad row counts once: among those trained on."""
+        """The rows of a batch that are on this side, with their places. A bad row counts once: among those trained
+        on.
+        """
         report: OnBad = (lambda error: None) if self.held_out else on_bad
         rows: list[tuple[str, Row]] = []
         for where, row in batch.rows(report):

@@ -1,8 +1,8 @@
 """Finds the files of a data set on the Hugging Face Hub, and keeps them in huggingface_hub's cache.
 
-A path is `hf://owner/name` or `hf://datasets/owner/name`, as pandas and `datasets` write it, with `@revision` behind the name, and
-behind that a file or a glob. Without one the data set's own description says which files a subset and a split have: `configs` in
-its README.md, else the names of the files, as `datasets` takes them (datasets/data_files.py).
+A path is `hf://owner/name` or `hf://datasets/owner/name`, as pandas and `datasets` write it, with `@revision` behind
+the name, and behind that a file or a glob. Without one the data set's own description says which files a subset and a
+split have: `configs` in its README.md, else the names of the files, as `datasets` takes them (datasets/data_files.py).
 """
 
 import fnmatch
@@ -41,7 +41,8 @@ def repository(path: str) -> str | None:
 def find_hub_files(
     path: str, subset: str | None, split: str | None, name: str, endings: Sequence[str]
 ) -> dict[str, Path]:
-    """The files of a split, with these `endings`, in the cache, by their URIs without the revision; those that it lacks are downloaded.
+    """The files of a split, with these `endings`, in the cache, by their URIs without the revision; those that it lacks
+    are downloaded.
 
     HF_TOKEN opens private data sets, HF_ENDPOINT names another Hub, and with HF_HUB_OFFLINE the cache alone is asked.
 
@@ -86,8 +87,8 @@ def find_hub_files(
 
 
 def _listed_before(repo: str, revision: str | None) -> tuple[list[str], bool]:
-    """The names of a revision's files by the cache, and whether they are all: an earlier huggingface_hub has kept no list of them, and then those
-    that it has fetched are what is known. Raises `OSError` where there are none."""
+    """The names of a revision's files by the cache, and whether they are all: an earlier huggingface_hub has kept no
+    list of them, and then those that it has fetched are what is known. Raises `OSError` where there are none."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -103,7 +104,8 @@ def _check_parts(chosen: list[str]) -> None:
     for (start, whole, _), there in parts.items():
         if there < int(whole):
             raise FileNotFoundError(
-                f"the cache has {there} of the {int(whole)} parts of {start}, and HF_HUB_OFFLINE forbids to ask for others"
+                f"the cache has {there} of the {int(whole)} parts of {start}, and HF_HUB_OFFLINE forbids to ask for"
+                " others"
             )
 
 
@@ -116,8 +118,8 @@ def _read_card(path: Path, repo: str, name: str) -> Mapping[str, Any]:
     except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{name}: the description in the {_CARD} of the data set {repo} cannot be read ({reason}). Name its files, such as "
-            f"hf://{repo}/*.parquet."
+            f"{name}: the description in the {_CARD} of the data set {repo} cannot be read ({reason}). Name its files,"
+            f" such as hf://{repo}/*.parquet."
         ) from error
 
 
@@ -130,8 +132,8 @@ def _of_split(
     name: str,
     endings: Sequence[str],
 ) -> list[str]:
-    """Those of the `keys` that are the files of a split. The data set's card lists them by subset and split, where it does; else their names tell, as
-    the Hub's own viewer reads them."""
+    """Those of the `keys` that are the files of a split. The data set's card lists them by subset and split, where it
+    does; else their names tell, as the Hub's own viewer reads them."""
     data = [key for key in keys if key.endswith(tuple(endings)) and not _is_hidden(key)]
     entries = [entry for entry in _listed(card.get("configs")) if isinstance(entry, dict)]
     configs = {str(entry.get("config_name", "default")): entry for entry in entries}
@@ -211,6 +213,6 @@ def _explained(repo: str, name: str) -> Iterator[None]:
         yield
     except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise DataError(
-            f"{name}: the Hub did not give the data set {repo} ({first_line(error)}). Check the name, HF_TOKEN for a private or gated one, "
-            "HF_ENDPOINT, or HF_HUB_OFFLINE for one that is in the cache."
+            f"{name}: the Hub did not give the data set {repo} ({first_line(error)}). Check the name, HF_TOKEN for a"
+            " private or gated one, HF_ENDPOINT, or HF_HUB_OFFLINE for one that is in the cache."
         ) from error

@@ -11,7 +11,8 @@ _SPACE = re.compile(r"\s*")
 
 
 def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, int]]:
-    """Each element of the array that `read` gives the bytes of, as `io.BufferedReader.read` does, and how many characters it has.
+    """Each element of the array that `read` gives the bytes of, as `io.BufferedReader.read` does, and how many
+    characters it has.
 
     Raises:
         ValueError: this is no array of JSON and nothing else, or an element has more than `longest` characters.

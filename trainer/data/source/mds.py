@@ -1,7 +1,7 @@
 """Reads a shard of MosaicML Streaming's MDS format, version 2.
 
-A shard is, end to end: uint32 samples, uint32 offsets (samples + 1 of them), a JSON object that describes the columns, the
-samples. A sample begins with the sizes (uint32 each) of those of its columns whose size varies; all values follow.
+A shard is, end to end: uint32 samples, uint32 offsets (samples + 1 of them), a JSON object that describes the columns,
+the samples. A sample begins with the sizes (uint32 each) of those of its columns whose size varies; all values follow.
 """
 
 import json
@@ -59,7 +59,9 @@ def _values(header: Any, key: str, kind: Any) -> list[Any]:
 
 
 def decode_sample(columns: list[Column], sample: bytes) -> dict[str, Any]:
-    """The columns of a sample that are text or numbers. Raises `ValueError`, `RecursionError`: it is not what the columns say."""
+    """The columns of a sample that are text or numbers. Raises `ValueError`, `RecursionError`: it is not what the
+    columns say.
+    """
     varying = sum(column.size is None for column in columns)
     sizes = iter(np.frombuffer(sample, "<u4", varying).tolist())
     at, row = 4 * varying, {}

@@ -1,8 +1,8 @@
 """Reads a source's file, of whatever kind it is: all of its rows, or those that `take` leaves.
 
-`take` asks for the first rows, or for a choice by a seed, as a number or as a share of them. A share and a choice are known once all rows
-are counted: a pass over the source, or a look into Parquet's footers. The choice is that of `datasets.Dataset.shuffle(seed)` cut to as
-many rows; its order is left to the epoch's plan.
+`take` asks for the first rows, or for a choice by a seed, as a number or as a share of them. A share and a choice are
+known once all rows are counted: a pass over the source, or a look into Parquet's footers. The choice is that of
+`datasets.Dataset.shuffle(seed)` cut to as many rows; its order is left to the epoch's plan.
 """
 
 import csv
@@ -54,7 +54,9 @@ def _whole(file: SourceFile) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Some:
-    """Rows of `content`: those that are `kept`, by their numbers in it from 0. In the places of the others there is none."""
+    """Rows of `content`: those that are `kept`, by their numbers in it from 0. In the places of the others there is
+    none.
+    """
 
     content: Content
     kept: frozenset[int]

@@ -1,4 +1,6 @@
-"""The rows of a file in batches, which travel between processes undecoded, and those of text. trainer/data/source/binary_rows.py has the others."""
+"""The rows of a file in batches, which travel between processes undecoded, and those of text.
+trainer/data/source/binary_rows.py has the others.
+"""
 
 import codecs
 import csv
@@ -103,7 +105,9 @@ def _object(line: str) -> Row | DataError:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of a file, each with its end. `begins` says whether the first is that of the file, and `row` makes a row of one."""
+    """Lines of a file, each with its end. `begins` says whether the first is that of the file, and `row` makes a row of
+    one.
+    """
 
     lines: list[bytes]
     begins: bool
@@ -193,7 +197,9 @@ def _gathered(file: SourceFile, source: io.BufferedReader, elements: Iterable[tu
 
 
 def _portions(items: Iterable[tuple[Any, int]]) -> Iterator[tuple[int, list[Any], int]]:
-    """The items, each with its size, in portions for a batch: the number of the first one from 1, the portion, and the size of all by its end."""
+    """The items, each with its size, in portions for a batch: the number of the first one from 1, the portion, and the
+    size of all by its end.
+    """
     first, portion, size, before = 1, [], 0, 0
     for item, more in items:
         portion.append(item)
@@ -248,7 +254,9 @@ def buffered(file: SourceFile) -> io.BufferedReader:
 
 
 class _Uncompressed(io.RawIOBase):
-    """The bytes of a file as they are. It leaves the file open when it is closed, as a file is asked last how far it was read."""
+    """The bytes of a file as they are. It leaves the file open when it is closed, as a file is asked last how far it
+    was read.
+    """
 
     def __init__(self, source: io.BufferedReader) -> None:
         self._source = source

@@ -34,13 +34,16 @@ def _as_stored(column: pyarrow.Array) -> pyarrow.Array:
     try:
         return column.cast(field.type)
     except pyarrow.ArrowNotImplementedError:
-        # Arrow's messages hold memory as it is, and another schema gives it another meaning; but they know no dictionaries.
+        # Arrow's messages hold memory as it is, and another schema gives it another meaning; but they know no
+        # dictionaries.
         message = pyarrow.record_batch([column], ["column"]).serialize()
         return pyarrow.ipc.read_record_batch(message, pyarrow.schema([field])).column(0)
 
 
 def _stored(kind: Any) -> Any:
-    """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and times."""
+    """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and
+    times.
+    """
     return next((make(kind) for is_one, make in _STORED if is_one(kind)), kind)
 
 
@@ -76,7 +79,9 @@ class Table:
     batch: pyarrow.RecordBatch
 
     def rows(self) -> list[dict[str, Any]] | Iterator[dict[str, Any] | DataError]:
-        """Each row, or what is wrong with it; one by one where a value has no form in Python, such as the year 300,000."""
+        """Each row, or what is wrong with it; one by one where a value has no form in Python, such as the year
+        300,000.
+        """
         try:
             return self.batch.to_pylist()
         except _UNDECODABLE:

@@ -1,4 +1,6 @@
-"""Pairs of sentences that differ in one group's word: how much likelier the model finds the first, before and after training."""
+"""Pairs of sentences that differ in one group's word: how much likelier the model finds the first, before and after
+training.
+"""
 
 import json
 import statistics

@@ -19,7 +19,8 @@ class GrowingText:
 
     Attributes:
         tokens: (1, T) int64.
-        keeps: whether the layers may keep anything. They may not where virtual tokens in the row are switched off: these are documents of
+        keeps: whether the layers may keep anything. They may not where virtual tokens in the row are switched off:
+            these are documents of
             their own then, which keys that are kept would not show.
         read: so many of the tokens have been read.
         kept: what the layers keep of them, keys and values or states, with transformers' name for it.

@@ -23,8 +23,9 @@ class Opening(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is chosen. A `temperature` of 0 takes the most likely one; else it is drawn from the likeliest tokens
-    that together have the probability `top_p`. A draw depends on `seed` and the number of the text alone, not on the ranks."""
+    """How a next token is chosen. A `temperature` of 0 takes the most likely one; else it is drawn from the likeliest
+    tokens that together have the probability `top_p`. A draw depends on `seed` and the number of the text alone, not on
+    the ranks."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -64,8 +65,8 @@ def continued(
 ) -> list[list[int]]:
     """The tokens that the model writes behind each of the texts, all of them on every rank. Collective.
 
-    `keeps` as in `GrowingText`; no text grows longer than `longest` tokens. `told` gets each token of this rank's texts, with the
-    text's number, as it is written; `begin` is called before each pass.
+    `keeps` as in `GrowingText`; no text grows longer than `longest` tokens. `told` gets each token of this rank's
+    texts, with the text's number, as it is written; `begin` is called before each pass.
     """
     ranks, mine = engine.ranks, dict[int, list[int]]()
     with engine.evaluating():
@@ -97,8 +98,8 @@ class _Answer:
 
     @property
     def row(self) -> GrowingText:
-        """The text that the next pass reads. A rank that is done reads one token again and again, which helps the others to gather
-        the model."""
+        """The text that the next pass reads. A rank that is done reads one token again and again, which helps the
+        others to gather the model."""
         return self.text if self.going else GrowingText(_row((0,)))
 
     def take(self, token: int, most: int) -> int:

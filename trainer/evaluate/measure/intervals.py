@@ -16,14 +16,14 @@ Figures = NDArray[np.float64]
 def difference_interval(
     before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64], level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,) of the same documents; None where they
-    are too few for one that keeps what `level` promises, or a loss is no finite number. Documents of one of the `clusters`, such as
-    the pieces of a long text, are no independent draws and count as one.
+    """The interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,) of the same documents;
+    None where they are too few for one that keeps what `level` promises, or a loss is no finite number. Documents of
+    one of the `clusters`, such as the pieces of a long text, are no independent draws and count as one.
 
-    Its ends are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using subsample values as typical
-    values"): this inverts the test that turns the signs of the clusters' residuals round. It is exact for any number and any lengths of
-    documents, as long as a change that helps is as likely as one that hurts as much; a bootstrap's percentiles are far too narrow for
-    few. The subsets are the same in every call.
+    Its ends are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using subsample values
+    as typical values"): this inverts the test that turns the signs of the clusters' residuals round. It is exact for
+    any number and any lengths of documents, as long as a change that helps is as likely as one that hurts as much; a
+    bootstrap's percentiles are far too narrow for few. The subsets are the same in every call.
     """
     _, members = np.unique(clusters, return_inverse=True)
     changes, sizes = (np.bincount(members, figures).astype(np.float64) for figures in (after - before, tokens))
@@ -38,8 +38,9 @@ def difference_interval(
 def clusters_of(
     lengths: NDArray[np.int64], longest: int | None, hashes: NDArray[np.uint64] | None = None
 ) -> NDArray[np.int64]:
-    """The cluster of each document of a set. Where rows are split into pieces of `longest` tokens, one that follows such a piece may be
-    the rest of the same row. Rows that are the same by the `hashes` of their documents change alike: a copy is no second draw."""
+    """The cluster of each document of a set. Where rows are split into pieces of `longest` tokens, one that follows
+    such a piece may be the rest of the same row. Rows that are the same by the `hashes` of their documents change
+    alike: a copy is no second draw."""
     rows = np.arange(len(lengths))
     if longest is not None and len(lengths):
         rows = np.cumsum(np.concatenate([[0], lengths[:-1] != longest]))

@@ -1,4 +1,6 @@
-"""The losses of an evaluation set, as a whole and a document at a time, by the same rows and the same engine that training uses."""
+"""The losses of an evaluation set, as a whole and a document at a time, by the same rows and the same engine that
+training uses.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,8 +18,8 @@ from trainer.tuning.objective.objective import Objective, measured, sums_of
 
 
 class DocumentLosses(NamedTuple):
-    """Some documents of a set by their `numbers` in it: -log p of their trained tokens in `nats`, and how many those are; all
-    (documents,), int64 or fp64."""
+    """Some documents of a set by their `numbers` in it: -log p of their trained tokens in `nats`, and how many those
+    are; all (documents,), int64 or fp64."""
 
     numbers: Tensor
     nats: Tensor
@@ -25,7 +27,9 @@ class DocumentLosses(NamedTuple):
 
 
 def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None]) -> DocumentLosses:
-    """The losses of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done. Collective."""
+    """The losses of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done.
+    Collective.
+    """
     numbers, values = list[int](), list[Tensor]()
     with engine.evaluating():
         for batches in stream.epoch(0):
@@ -55,8 +59,8 @@ def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
 def objective_means(
     ranks: Ranks, objective: Objective, batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
 ) -> tuple[dict[str, float], int]:
-    """The loss and the measures of `objective` over the `batches` of all ranks, by name, and how many targets (or pairs, or answers) these
-    have. `loss_of` a row gives what `Objective.loss` does. Collective."""
+    """The loss and the measures of `objective` over the `batches` of all ranks, by name, and how many targets (or
+    pairs, or answers) these have. `loss_of` a row gives what `Objective.loss` does. Collective."""
     sums, weight = torch.zeros(1 + sums_of(objective), dtype=torch.float64, device=ranks.device), 0
     for batch in batches:
         sums += loss_of(batch).reshape(-1)

@@ -1,4 +1,6 @@
-"""Prompts as the model was trained to see them: files of them, their tokens, and where an answer ends. Without torch."""
+"""Prompts as the model was trained to see them: files of them, their tokens, and where an answer ends. Without
+torch.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -59,8 +61,9 @@ def asked(prompt: Prompt) -> str:
 class Prompter:
     """The tokens of prompts under the run's template and format, and of its answers.
 
-    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's end of text,
-    those of the base's generation_config.json, and in a chat the token that the template puts behind an assistant's turn.
+    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's
+    end of text, those of the base's generation_config.json, and in a chat the token that the template puts behind an
+    assistant's turn.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, directory: Path) -> None:
@@ -83,7 +86,9 @@ class Prompter:
         return tokens if tokens[:1] == begin else [*begin, *tokens]
 
     def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[list[int]]:
-        """The tokens of each. Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in `longest` tokens."""
+        """The tokens of each. Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in
+        `longest` tokens.
+        """
         tokens = [self.tokens(prompt) for prompt in prompts]
         most = max(map(len, tokens))
         if longest is not None and most >= longest:
@@ -123,7 +128,9 @@ class Prompter:
 
 
 def _generation_ends(directory: Path) -> set[int]:
-    """The ends of text in the base's generation_config.json, which many chat models have more of than their tokenizer."""
+    """The ends of text in the base's generation_config.json, which many chat models have more of than their
+    tokenizer.
+    """
     from transformers import GenerationConfig
 
     if not (directory / "generation_config.json").is_file():

@@ -19,7 +19,9 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """The prompts of a run, as this rank needs them, and the texts that answers to them begin with; `prompter` is on rank 0 alone."""
+    """The prompts of a run, as this rank needs them, and the texts that answers to them begin with; `prompter` is on
+    rank 0 alone.
+    """
 
     run: Store
     resolved: Resolved
@@ -29,8 +31,9 @@ class PromptSamples:
     keeping: Harmless
 
     def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
-        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing. Collective: as
-        many prompts as there are ranks take at most `eval.max_tokens` passes, and `begin` is called before each pass."""
+        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing.
+        Collective: as many prompts as there are ranks take at most `eval.max_tokens` passes, and `begin` is called
+        before each pass."""
         sampling, longest = Sampling(self.resolved.config.eval.max_tokens), self.resolved.longest
         written = continued(engine, self.openings, sampling, longest=longest, begin=begin)
         if (prompter := self.prompter) is None:
@@ -47,7 +50,8 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
     """The samples of `eval.prompts`. Collective.
 
     Raises:
-        ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too long.
+        ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too
+            long.
     """
     config, base = resolved.config, resolved.base
     prompter: Prompter | None = None

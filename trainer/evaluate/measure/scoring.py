@@ -1,4 +1,6 @@
-"""The likelihood of given continuations of given texts: many of them packed into each row, the rows divided over the ranks."""
+"""The likelihood of given continuations of given texts: many of them packed into each row, the rows divided over the
+ranks.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +16,9 @@ from trainer.tuning.objective.answers import segments_of_targets
 
 
 class Continued(NamedTuple):
-    """A text of two or more `tokens`, of which those from `first` on are scored; the very first never is, as nothing predicts it."""
+    """A text of two or more `tokens`, of which those from `first` on are scored; the very first never is, as nothing
+    predicts it.
+    """
 
     tokens: Sequence[int]
     first: int = 1
@@ -32,14 +36,15 @@ def likelihoods(
 ) -> list[Likelihood]:
     """The likelihoods of all texts, on every rank. Collective.
 
-    A row takes texts up to `capacity` tokens, or a longer one alone; `reserved` positions before each text belong to virtual
-    tokens. `told` gets the number of texts that are done.
+    A row takes texts up to `capacity` tokens, or a longer one alone; `reserved` positions before each text belong to
+    virtual tokens. `told` gets the number of texts that are done.
     """
     rows = list(packed([len(text.tokens) - 1 + reserved for text in texts], capacity))
     world, mine = engine.ranks.world_size, dict[int, Likelihood]()
     with engine.evaluating():
         for first in range(0, len(rows), world):
-            # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the first again.
+            # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the
+            # first again.
             numbers = rows[first + engine.ranks.rank] if first + engine.ranks.rank < len(rows) else rows[0]
             log_p, wrong = engine.look(_scores, _row([texts[number] for number in numbers], reserved)).tolist()
             found = (Likelihood(*values) for values in zip(log_p, (not count for count in wrong), strict=True))

@@ -1,4 +1,5 @@
-"""Adapters after each update, published in the folder of their run for the servers that sample, as `capstan export` with layout=vllm writes them.
+"""Adapters after each update, published in the folder of their run for the servers that sample, as `capstan export`
+with layout=vllm writes them.
 
 <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
@@ -22,7 +23,9 @@ from trainer.tuning.shared.peft_folder import SETTINGS
 
 
 def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
-    """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more. Collective."""
+    """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more.
+    Collective.
+    """
     ranks = engine.ranks
     if ranks.on_first(lambda: place.exists(layout.published(step))):
         return
@@ -44,7 +47,9 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that learns, by its name, on the host of rank 0; empty on the others. Collective, a parameter at a time."""
+    """Everything that learns, by its name, on the host of rank 0; empty on the others. Collective, a parameter at a
+    time.
+    """
     ranks, found = engine.ranks, dict[str, Tensor]()
     for part in engine.partitions():
         places = ranks.gather(part.begin, part.end)

@@ -38,7 +38,9 @@ def patiently(request: Callable[[], T], between: Callable[[], object] = lambda: 
 def judged_gaps(
     judge: CompletionsServer, prompts: Sequence[Sequence[int]], answers: Sequence[Drawn]
 ) -> list[list[float]]:
-    """The judge's log p of each token of each answer less the sampler's, in nats. Raises `CapstanError` where it gives none after some attempts."""
+    """The judge's log p of each token of each answer less the sampler's, in nats. Raises `CapstanError` where it gives
+    none after some attempts.
+    """
 
     def of_answer(prompt: Sequence[int], answer: Drawn) -> list[float]:
         found = patiently(partial(judge.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
@@ -49,7 +51,8 @@ def judged_gaps(
 
 
 def judge_of(resolved: Resolved, asked: Asked) -> CompletionsServer | None:
-    """The teacher that judges for the run's objective, where that is a server, so that no rank has it in memory; `asked` is a prompt by which its tokenizer is seen.
+    """The teacher that judges for the run's objective, where that is a server, so that no rank has it in memory;
+    `asked` is a prompt by which its tokenizer is seen.
 
     Raises:
         ConfigError: nothing answers there, or it has another tokenizer.

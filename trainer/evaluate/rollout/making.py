@@ -1,4 +1,6 @@
-"""Makes the chapter of a step: its prompts in their order, answers by a sampler, their rewards and advantages, committed."""
+"""Makes the chapter of a step: its prompts in their order, answers by a sampler, their rewards and advantages,
+committed.
+"""
 
 import time
 from collections.abc import Sequence
@@ -44,7 +46,9 @@ class _Scored(NamedTuple):
 
 
 def rollouts_of(resolved: Resolved, run: Store, dataset: str) -> Store:
-    """The folder, in the run's, of the answers to the prompts of this data set. A run that is begun anew with other settings finds none of before."""
+    """The folder, in the run's, of the answers to the prompts of this data set. A run that is begun anew with other
+    settings finds none of before.
+    """
     config = resolved.config
     facts = {
         "dataset": dataset,
@@ -58,7 +62,9 @@ def rollouts_of(resolved: Resolved, run: Store, dataset: str) -> Store:
 
 @dataclass(frozen=True)
 class Making:
-    """The parts of a run that its chapters are made of; `place` is the folder of the rollouts, and `held_out` are prompts that are never trained on."""
+    """The parts of a run that its chapters are made of; `place` is the folder of the rollouts, and `held_out` are
+    prompts that are never trained on.
+    """
 
     resolved: Resolved
     place: Store
@@ -92,7 +98,9 @@ class Making:
         )
 
     def wanted(self, chapter: int) -> list[Wanted]:
-        """The answers that the chapter needs: to its prompts, and where that is due in one of its steps to those that are held out."""
+        """The answers that the chapter needs: to its prompts, and where that is due in one of its steps to those that
+        are held out.
+        """
         config, rollout = self.resolved.config, self.resolved.config.rollout
         every, seed = config.eval.every, int(hash_key(config.run.seed, chapter)) >> 33  # of 31 bits
         trained = self._request(self.prompts.of(chapter), rollout.answers, rollout.temperature, seed)
@@ -117,8 +125,8 @@ class Making:
         drawn: Sequence[Sequence[Sequence[Drawn]]],
         began: float,
     ) -> bool:
-        """Reward the answers that the adapter of the update `adapter` has given, and make them the chapter of this number; False where
-        another process was faster. `began` is when sampling did, by `time.monotonic`."""
+        """Reward the answers that the adapter of the update `adapter` has given, and make them the chapter of this
+        number; False where another process was faster. `began` is when sampling did, by `time.monotonic`."""
         objective = self.resolved.objective
         assert isinstance(objective, LearnsFromRollouts)
         sampled = time.monotonic()

@@ -1,4 +1,6 @@
-"""The prompts of a run's data in their exact order: all before the last answer of each document, which the reward gets."""
+"""The prompts of a run's data in their exact order: all before the last answer of each document, which the reward
+gets.
+"""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,7 +25,9 @@ class Asked(NamedTuple):
 
 
 class Prompts:
-    """The documents of `chapters` in the `order` of training, `batch` a step; which they are depends on the number of the step alone."""
+    """The documents of `chapters` in the `order` of training, `batch` a step; which they are depends on the number of
+    the step alone.
+    """
 
     def __init__(self, chapters: Chapters, order: Order, batch: int) -> None:
         self._chapters, self._order, self._batch = chapters, order, batch

@@ -1,4 +1,6 @@
-"""The adapters that a run has published for the servers that sample, and the names by which these take them. Without torch: a server's process reads it."""
+"""The adapters that a run has published for the servers that sample, and the names by which these take them. Without
+torch: a server's process reads it.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +21,9 @@ class Published(NamedTuple):
 
 
 def name_of(place: Store, step: int, nonce: str) -> str:
-    """The name of an adapter in the folder of a run's rollouts, as a server hears it: from it and the store of the runs the adapter is found."""
+    """The name of an adapter in the folder of a run's rollouts, as a server hears it: from it and the store of the runs
+    the adapter is found.
+    """
     return f"{'/'.join(place.uri.split('/')[-3:])}/{layout.rollout_adapter(step)}{nonce}"
 
 

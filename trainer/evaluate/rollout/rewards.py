@@ -1,7 +1,8 @@
-"""The built-in rewards, how one is found by its name (`exact`, `module:function` of the user's, or `verifiers:TASKSET`), and the process that has it.
+"""The built-in rewards, how one is found by its name (`exact`, `module:function` of the user's, or
+`verifiers:TASKSET`), and the process that has it.
 
-Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them (`completions`), and of the answers that the
-data has (`answer`); it returns a number for each. Without torch.
+Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them
+(`completions`), and of the answers that the data has (`answer`); it returns a number for each. Without torch.
 
     python -m trainer.evaluate.rollout.rewards NAME
 
@@ -55,7 +56,9 @@ def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
 
 
 def math(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}, or the last of what is said."""
+    """1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}, or the last of
+    what is said.
+    """
     from math_verify import parse, verify
 
     def value(said: str, wanted: str) -> float:

@@ -1,4 +1,6 @@
-"""The request to whoever samples, and the ranks themselves, of which each continues a text at a time with the sharded model."""
+"""The request to whoever samples, and the ranks themselves, of which each continues a text at a time with the sharded
+model.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ class Drawn(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The answers that a step needs: `answers` to each of the `prompts`, of at most `room` tokens each, drawn as `seed` and `temperature` say. A token of
-    `stops` ends one."""
+    """The answers that a step needs: `answers` to each of the `prompts`, of at most `room` tokens each, drawn as `seed`
+    and `temperature` say. A token of `stops` ends one."""
 
     prompts: Sequence[Sequence[int]]
     answers: int
@@ -31,7 +33,9 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class OwnSampler:
-    """The model on these ranks; `begin` is called before each pass. What is sampled does not depend on the number of ranks."""
+    """The model on these ranks; `begin` is called before each pass. What is sampled does not depend on the number of
+    ranks.
+    """
 
     engine: Engine
     longest: int | None

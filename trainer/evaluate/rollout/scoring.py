@@ -34,8 +34,8 @@ class RewardFailed(CapstanError):
 
 
 class Scoring:
-    """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the first, and is kept; it is of
-    the interpreter `python`, where one is named."""
+    """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the
+    first, and is kept; it is of the interpreter `python`, where one is named."""
 
     def __init__(self, name: str, seconds: float, python: str | None = None) -> None:
         self._name, self._seconds, self._python = name, seconds, python
@@ -55,7 +55,8 @@ class Scoring:
                 return found
             self.close()
         raise RewardFailed(
-            f"rollout.reward: {self._name} {wrong}, {ATTEMPTS} times. Nothing of this step is kept; correct it, and `capstan resume` goes on."
+            f"rollout.reward: {self._name} {wrong}, {ATTEMPTS} times. Nothing of this step is kept; correct it, and"
+            " `capstan resume` goes on."
         )
 
     def close(self) -> None:

@@ -39,7 +39,8 @@ _SAY_SECONDS = 60.0
 
 
 def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
-    """Commit the chapters that the run lacks, each by the newest adapter that is not too old, until the run has all of them or has ended.
+    """Commit the chapters that the run lacks, each by the newest adapter that is not too old, until the run has all of
+    them or has ended.
 
     Raises:
         CapstanError: a server does not answer, or the reward gives nothing, after some attempts.
@@ -87,7 +88,9 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 @contextmanager
 def giving_up(run: Store) -> Iterator[None]:
-    """Inside, what no waiting mends ends the run, whose ranks wait for the answers: a reward that fails, a prompt that a server does not take."""
+    """Inside, what no waiting mends ends the run, whose ranks wait for the answers: a reward that fails, a prompt that
+    a server does not take.
+    """
     try:
         yield
     except (RewardFailed, Refused) as error:
@@ -107,7 +110,9 @@ def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:
 
 
 def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
-    """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where the chapter was lost behind the first."""
+    """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where
+    the chapter was lost behind the first.
+    """
     first = rules.first_step(chapter)
     newest = next((update for update in reversed(published(place)) if update < first + rules.updates), None)
     return newest if newest is not None and newest >= first - rules.lag else None
@@ -124,8 +129,8 @@ def has_finished(run: Store) -> bool:
 
 @dataclass
 class ServerSampler:
-    """Servers of one base, each of which has the adapter loaded that was loaded last. Those that have Capstan's plugin take it from the store, and the
-    others find it below `folder`."""
+    """Servers of one base, each of which has the adapter loaded that was loaded last. Those that have Capstan's plugin
+    take it from the store, and the others find it below `folder`."""
 
     place: Store
     folder: Path

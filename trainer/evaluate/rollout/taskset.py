@@ -1,7 +1,9 @@
-"""`rollout.reward: verifiers:TASKSET`: what the tasks of an environment of verifiers 0.4 (pypi.org/project/verifiers) say of answers to them.
+"""`rollout.reward: verifiers:TASKSET`: what the tasks of an environment of verifiers 0.4 (pypi.org/project/verifiers)
+say of answers to them.
 
-A row has the prompt of a task, and as the answer its number in the taskset, by which the task is found again. An answer is worth what verifiers makes of
-a saved conversation (verifiers/v1/cli/replay.py). Without torch: any Python that has verifiers runs it.
+A row has the prompt of a task, and as the answer its number in the taskset, by which the task is found again. An answer
+is worth what verifiers makes of a saved conversation (verifiers/v1/cli/replay.py). Without torch: any Python that has
+verifiers runs it.
 """
 
 import asyncio
@@ -12,7 +14,9 @@ from typing import Any
 
 
 def reward_of(name: str) -> Callable[..., list[float]]:
-    """The reward of the taskset called `name`. Raises `TypeError` for an environment that judges something else than one answer."""
+    """The reward of the taskset called `name`. Raises `TypeError` for an environment that judges something else than
+    one answer.
+    """
     import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
     from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
     from verifiers.v1.types import AssistantMessage, UserMessage  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,5 @@
-"""`capstan teach` for a run that learns from its own answers: the teacher, sharded over ranks of its own, judges each chapter as soon as it is committed.
+"""`capstan teach` for a run that learns from its own answers: the teacher, sharded over ranks of its own, judges each
+chapter as soon as it is committed.
 
 So it is in the memory of nobody who trains, and the process may be killed and started again at any time.
 """
@@ -92,8 +93,9 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
         log_p = np.concatenate([every[number] for number in numbers])
         if not np.isfinite(log_p).all():
             raise NonFiniteLoss(
-                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step {config.rollout.first_step(chapter) + 1} no finite log-probability, so it cannot teach. Try "
-                "model.dtype: bf16, or another teacher."
+                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step"
+                f" {config.rollout.first_step(chapter) + 1} no finite log-probability, so it cannot teach. Try"
+                " model.dtype: bf16, or another teacher."
             )
         divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())
         return commit_judgement(rollouts.place, chapter, log_p, divergence)

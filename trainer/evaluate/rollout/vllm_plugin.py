@@ -1,7 +1,9 @@
-"""A plugin of vLLM: a server takes a run's adapters by their names from the store of the runs, so it shares no folder with anybody.
+"""A plugin of vLLM: a server takes a run's adapters by their names from the store of the runs, so it shares no folder
+with anybody.
 
-vLLM calls `register` where Capstan is installed beside it (docs.vllm.ai, design/lora_resolver_plugins). The store is that of CAPSTAN_STORE, and
-nothing outside it can be named, unlike in a request to /v1/load_lora_adapter, which has a path.
+vLLM calls `register` where Capstan is installed beside it (docs.vllm.ai, design/lora_resolver_plugins). The store is
+that of CAPSTAN_STORE, and nothing outside it can be named, unlike in a request to /v1/load_lora_adapter, which has a
+path.
 """
 
 import asyncio

@@ -1,4 +1,6 @@
-"""Tasks of lm-evaluation-harness on the sharded model or a served one, as its own model of transformers would do them (lm_eval/models/huggingface.py)."""
+"""Tasks of lm-evaluation-harness on the sharded model or a served one, as its own model of transformers would do them
+(lm_eval/models/huggingface.py).
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -37,7 +39,9 @@ class Answering(Protocol):
 
 
 class HarnessLM(TemplateLM):
-    """The harness's view of a model that takes texts of up to `longest` tokens; `told` gets how many requests of a kind are done, and how many there are."""
+    """The harness's view of a model that takes texts of up to `longest` tokens; `told` gets how many requests of a kind
+    are done, and how many there are.
+    """
 
     def __init__(self, model: Answering, words: Words, longest: int | None, told: Told) -> None:
         super().__init__()
@@ -108,8 +112,8 @@ class HarnessLM(TemplateLM):
             until, most = handle_stop_sequences(settings.get("until"), eos=end), settings["max_gen_toks"]
             if most >= self.max_length:
                 raise ConfigError(
-                    f"eval.tasks: a task asks for up to {most} tokens, and the base has positions for {self.max_length}. Lower the "
-                    "task's max_gen_toks."
+                    f"eval.tasks: a task asks for up to {most} tokens, and the base has positions for"
+                    f" {self.max_length}. Lower the task's max_gen_toks."
                 )
             tokens = self.tok_encode(context)[-(self.max_length - most) :]
             sampling = Sampling(most, settings.get("temperature") or 0.0, settings.get("top_p") or 1.0)
@@ -157,7 +161,9 @@ def run_tasks(
 
 
 def task_specs(names: Sequence[str]) -> list[str]:
-    """Names of tasks as they are, and the YAML files of folders one by one. Raises `ConfigError` for a folder without any."""
+    """Names of tasks as they are, and the YAML files of folders one by one. Raises `ConfigError` for a folder without
+    any.
+    """
     specs = list[str]()
     for name in names:
         path = Path(local_path(name, "eval.tasks"))

@@ -1,4 +1,6 @@
-"""One model of many ranks, of which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all of them."""
+"""One model of many ranks, of which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all of
+them.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,8 +15,8 @@ Told = Callable[[int], None]
 
 
 class PassFailed(BaseException):
-    """A pass of all ranks failed on this one, which must end for it: the others wait inside that pass, and whoever started the
-    ranks ends them then. No `Exception`, so that no program that asks the model can catch it."""
+    """A pass of all ranks failed on this one, which must end for it: the others wait inside that pass, and whoever
+    started the ranks ends them then. No `Exception`, so that no program that asks the model can catch it."""
 
 
 class OpenText(NamedTuple):
@@ -31,8 +33,8 @@ class SharedModel:
         self._opened = opened
 
     def serve(self, ask: Callable[["SharedModel"], T]) -> T | None:
-        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised on all, but
-        for `PassFailed`."""
+        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised
+        on all, but for `PassFailed`."""
         ranks, result, failure = self._opened.ranks, None, None
         if ranks.rank == 0:
             try:

@@ -1,8 +1,8 @@
 """The merged model for llama.cpp, ollama and LM Studio: one GGUF file for each type of weights.
 
-llama.cpp's converter reads the merged model from a disk, so that is written first and removed at the end. Its matrices are in the
-type asked for, vectors in fp32; q8_0 has a scale for each 32 weights. Smaller types are made of the f16 file by llama.cpp's
-own llama-quantize.
+llama.cpp's converter reads the merged model from a disk, so that is written first and removed at the end. Its matrices
+are in the type asked for, vectors in fp32; q8_0 has a scale for each 32 weights. Smaller types are made of the f16 file
+by llama.cpp's own llama-quantize.
 """
 
 import tempfile
@@ -46,12 +46,14 @@ class Gguf(Section):
         check_mergeable_run(config, base)
         if config.model.rope_scaling.rope_type == "longrope":
             raise ConfigError(
-                "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the file would have other positions. "
-                "Take --format merged."
+                "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the"
+                " file would have other positions. Take --format merged."
             )
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        """As of `ExportFormat`. llama.cpp's converter reads folders only, so the merged model is written to one first."""
+        """As of `ExportFormat`. llama.cpp's converter reads folders only, so the merged model is written to one
+        first.
+        """
         from trainer.export.write.decoded import as_plain
         from trainer.export.write.merged import write_model
 
@@ -70,7 +72,8 @@ class Gguf(Section):
         results = sum(int(_BYTES[kind] * weights) for kind in names)
         check_room([(temporary, merged), (directory or temporary, results)])
         progress.say(
-            f"The merged model takes {decimal(merged)} in {temporary} until it is converted; the result takes {decimal(results)}."
+            f"The merged model takes {decimal(merged)} in {temporary} until it is converted; the result takes"
+            f" {decimal(results)}."
         )
         what = f"The model of the run {config.run.name}, {TRAINED}, in GGUF ({', '.join(names)}) for llama.cpp."
         content = CardContent("gguf", what, "quantized", f"llama-server -m {names[self.types[0]]}", "sh")

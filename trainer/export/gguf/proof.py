@@ -1,7 +1,7 @@
 """Proof of a GGUF export: llama.cpp's predictions against those of the same model in transformers.
 
-The two share no code, from the tokens to the products. What is in 16 or 8 bits differs by that, so, as for every export in fewer
-bits, the difference is allowed to be half of what the training changed.
+The two share no code, from the tokens to the products. What is in 16 or 8 bits differs by that, so, as for every export
+in fewer bits, the difference is allowed to be half of what the training changed.
 """
 
 import json
@@ -32,7 +32,9 @@ _PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells
 
 
 def prove_gguf(folder: Store, step: int, exported: Store) -> Proof:
-    """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from it."""
+    """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from
+    it.
+    """
     trained = Trained.at(folder, step)
     with directory_of(exported) as directory:
         files = list(directory.glob("*.gguf"))
@@ -51,8 +53,8 @@ def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def _check_texts(file: Path, ours: Texts) -> None:
-    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens than the run, or begins a
-    text with another token."""
+    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens
+    than the run, or begins a text with another token."""
     reader = GGUFReader(file)
 
     def told(key: str) -> Any:
@@ -78,7 +80,9 @@ def _check_texts(file: Path, ours: Texts) -> None:
 
 
 def _merges(ours: Texts) -> list[str]:
-    """The merges of a byte-level tokenizer as llama.cpp has them: two parts with a space between, and another sign for a space in them."""
+    """The merges of a byte-level tokenizer as llama.cpp has them: two parts with a space between, and another sign for
+    a space in them.
+    """
     backend: Any = ours.tokenizer
     pairs = json.loads(backend.backend_tokenizer.to_str())["model"].get("merges") or []
     return [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]

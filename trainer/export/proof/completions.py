@@ -1,4 +1,6 @@
-"""A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it draws. By the standard library alone."""
+"""A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it
+draws. By the standard library alone.
+"""
 
 import json
 import math
@@ -44,8 +46,8 @@ class CompletionsServer:
 
     @classmethod
     def find(cls, setting: str, given: str, name: str = "") -> "CompletionsServer":
-        """The server at the URL that `setting` gives. Its model is the one that is named behind a # in the URL, else the one called `name`,
-        else its only one.
+        """The server at the URL that `setting` gives. Its model is the one that is named behind a # in the URL, else
+        the one called `name`, else its only one.
 
         Raises:
             ConfigError: nothing answers there, or it serves none of these.
@@ -64,18 +66,23 @@ class CompletionsServer:
         if chosen is None or chosen not in models:
             what = f"no model called {shown(wanted or name)}"
             raise ConfigError(
-                f"{setting}: {url} serves {what}; it has {', '.join(models) or 'none'}. Name one behind a #: {url}#{models[0] if models else 'NAME'}."
+                f"{setting}: {url} serves {what}; it has {', '.join(models) or 'none'}. Name one behind a #:"
+                f" {url}#{models[0] if models else 'NAME'}."
             )
         return cls(setting, url, chosen)
 
     def ask(self, tokens: list[int], draws: int) -> Answer:
-        """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without log-probabilities."""
+        """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without
+        log-probabilities.
+        """
         wanted = {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
         drawing = {"max_tokens": draws, "temperature": 1.0, "seed": 0}
         return self._complete(tokens, lambda choices: _answer(choices[0], tokens), **drawing, **wanted)
 
     def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
-        """Its `top` likeliest tokens in the place of each of these but the first, by their numbers, the likeliest first. Raises as `ask`."""
+        """Its `top` likeliest tokens in the place of each of these but the first, by their numbers, the likeliest
+        first. Raises as `ask`.
+        """
         return self._complete(
             tokens, lambda choices: _places(choices[0], tokens, top), max_tokens=1, prompt_logprobs=top
         )
@@ -94,7 +101,9 @@ class CompletionsServer:
         return self._read("/tokenize", asked, lambda found: list(found["tokens"]))
 
     def has(self, model: str) -> bool:
-        """Whether it knows a model of this name, or finds one (trainer/evaluate/rollout/vllm_plugin.py). Raises as `ask`."""
+        """Whether it knows a model of this name, or finds one (trainer/evaluate/rollout/vllm_plugin.py). Raises as
+        `ask`.
+        """
         try:
             replace(self, model=model).tokens_of("a")
         except NotServed:
@@ -110,7 +119,9 @@ class CompletionsServer:
         self._read("/v1/unload_lora_adapter", {"lora_name": name}, None)
 
     def sample(self, model: str, tokens: list[int], **sampling: Any) -> list[tuple[list[int], list[float]]]:
-        """Answers of the model called so to a prompt of these tokens: the tokens of each, and the log p of each of them before the temperature. Raises as `ask`."""
+        """Answers of the model called so to a prompt of these tokens: the tokens of each, and the log p of each of them
+        before the temperature. Raises as `ask`.
+        """
         wanted = {"logprobs": 0, "return_token_ids": True, **sampling}
         return self._complete(tokens, lambda choices: [_drawn(choice) for choice in choices], model, **wanted)
 
@@ -119,7 +130,9 @@ class CompletionsServer:
         return self._read("/v1/models", None, lambda found: {one["id"]: one for one in found["data"]})
 
     def _complete(self, prompt: list[int], read: Any, model: str = "", **options: Any) -> Any:
-        """What `read` finds in the choices of its answer to a prompt of these tokens, by another `model` where one is named."""
+        """What `read` finds in the choices of its answer to a prompt of these tokens, by another `model` where one is
+        named.
+        """
         asked = {"model": model or self.model, "prompt": prompt, **options}
         return self._read("/v1/completions", asked, lambda found: read(found["choices"]))
 
@@ -132,21 +145,25 @@ class CompletionsServer:
                 text = answer.read(_LONGEST_ANSWER)
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-            # A request to load an adapter gets 400 as well, for instance where it is loaded already: that refuses no prompt.
+            # A request to load an adapter gets 400 as well, for instance where it is loaded already: that refuses no
+            # prompt.
             refused = error.code == 400 and path == "/v1/completions"
             kind = NotServed if error.code == 404 else Refused if refused else CapstanError
             raise kind(
-                f"{self.setting}: {self.url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says more."
+                f"{self.setting}: {self.url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says"
+                " more."
             ) from error
         except (OSError, HTTPException) as error:
             raise ConfigError(
-                f"{self.setting}: {self.url} does not answer ({getattr(error, 'reason', error)}). Start the server, or give the URL of one that runs."
+                f"{self.setting}: {self.url} does not answer ({getattr(error, 'reason', error)}). Start the server, or"
+                " give the URL of one that runs."
             ) from error
         try:
             return read and read(json.loads(text))
         except (*NOT_JSON, LookupError, TypeError) as error:
             raise CapstanError(
-                f"{self.setting}: {self.url} answered {path} without what vLLM gives (models, prompt_logprobs, token_ids): {text[:80]!r}. Give a vLLM."
+                f"{self.setting}: {self.url} answered {path} without what vLLM gives (models, prompt_logprobs,"
+                f" token_ids): {text[:80]!r}. Give a vLLM."
             ) from error
 
 
@@ -154,7 +171,8 @@ def refuse_head(config: Config) -> None:
     """Raises `ConfigError` for a run whose head gives no next tokens, as a server is asked for these alone."""
     if config.objective.name in HEADS:
         raise ConfigError(
-            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server out."
+            f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server"
+            " out."
         )
 
 

@@ -1,7 +1,8 @@
-"""How far apart two models' predictions are: the Kullback-Leibler divergence, and the trained tokens' log-probabilities.
+"""How far apart two models' predictions are: the Kullback-Leibler divergence, and the trained tokens'
+log-probabilities.
 
-Differences of single logits say little: real models have logits above a hundred, whose last bits in bf16 are worth a whole
-nat each and yet hardly move a probability.
+Differences of single logits say little: real models have logits above a hundred, whose last bits in bf16 are worth a
+whole nat each and yet hardly move a probability.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from trainer.export.proof.rows import ProbeRow
 class Distance(NamedTuple):
     """Both are means over the places of all rows, in nats a token.
 
-    `kl`: KL(one || other) of the next token's distributions. `log_prob`: the absolute difference of the log-probability of
-    the token that is trained there.
+    `kl`: KL(one || other) of the next token's distributions. `log_prob`: the absolute difference of the log-probability
+    of the token that is trained there.
     """
 
     kl: float
@@ -25,8 +26,8 @@ class Distance(NamedTuple):
 
 
 def as_shares(outputs: Tensor, row: ProbeRow) -> Tensor:
-    """The outputs (P, outputs) of a head as logits of a distribution. Those of classes are logits already. Others get a 0 beside them: a
-    softmax over an output and 0 is its logistic function."""
+    """The outputs (P, outputs) of a head as logits of a distribution. Those of classes are logits already. Others get a
+    0 beside them: a softmax over an output and 0 is its logistic function."""
     return torch.nn.functional.pad(outputs, (0, 1)) if row.beside_zero else outputs
 
 

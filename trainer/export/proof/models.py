@@ -1,4 +1,6 @@
-"""The models that a proof compares: a checkpoint as it was trained, in our own loader; and its base and its export, in transformers."""
+"""The models that a proof compares: a checkpoint as it was trained, in our own loader; and its base and its export, in
+transformers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,7 +59,9 @@ _A_LAYER_AT_A_TIME = "zero3_offload_cpu"
 
 @dataclass(frozen=True)
 class Trained:
-    """The checkpoint that was exported, as it was trained. `scratch` is a folder for a side that computes a decoder layer at a time."""
+    """The checkpoint that was exported, as it was trained. `scratch` is a folder for a side that computes a decoder
+    layer at a time.
+    """
 
     run: Store
     manifest: CheckpointManifest
@@ -87,8 +91,8 @@ class Trained:
         return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
 
     def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:
-        """`work(self, *arguments)` in a process that has room for an exported model. transformers unpacks a model whole that is stored in fewer
-        bits, as a `recoded` one is."""
+        """`work(self, *arguments)` in a process that has room for an exported model. transformers unpacks a model whole
+        that is stored in fewer bits, as a `recoded` one is."""
         model, stored = self.base.architecture, self.base.stored
         held = max(held_in(self.base), self.dtype, key=lambda dtype: dtype.itemsize)
         refused = "what is stored in 4 or 8 bits is read whole" if recoded or stored.quantized or stored.decoded else ""
@@ -148,8 +152,8 @@ class Trained:
             check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows, sources)
 
     def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
-        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was `learnt`
-        those before the first step, over the base as it was quantized for the training."""
+        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was
+        `learnt` those before the first step, over the base as it was quantized for the training."""
         ranks, base = join(), self.base
         # Settings that made the training faster only add rounding here, or need more than one rank.
         changes = [
@@ -227,7 +231,9 @@ def stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: Str
 
 
 def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None) -> Any:
-    """The base in transformers with every weight as the files have it, and rows for the added tokens, ready for an adapter."""
+    """The base in transformers with every weight as the files have it, and rows for the added tokens, ready for an
+    adapter.
+    """
     model = stored_base(trained, folder, held_in(trained.base), streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
@@ -271,7 +277,9 @@ def directory_of(store: Store) -> Iterator[Path]:
 
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
-    """The same for a base, whose small files are on this machine already, and of which a run may have another config.json."""
+    """The same for a base, whose small files are on this machine already, and of which a run may have another
+    config.json.
+    """
     local = local_folder(base.store)
     configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
     if local is not None and configs[0] == configs[1]:

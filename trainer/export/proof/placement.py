@@ -22,8 +22,8 @@ class Room:
 
 @dataclass(frozen=True)
 class ProofPlace:
-    """A device that a side may compute on, all of it there at once or `streamed`, a decoder layer at a time; and the bytes that it then
-    takes of the GPU and of the host."""
+    """A device that a side may compute on, all of it there at once or `streamed`, a decoder layer at a time; and the
+    bytes that it then takes of the GPU and of the host."""
 
     device: Device
     gpu: int
@@ -36,7 +36,9 @@ class ProofPlace:
 
 @dataclass(frozen=True)
 class ProofSide:
-    """A side by its name, and the places for it, the fastest first. `refused` says in a clause why none of them is streamed."""
+    """A side by its name, and the places for it, the fastest first. `refused` says in a clause why none of them is
+    streamed.
+    """
 
     name: str
     places: tuple[ProofPlace, ...]
@@ -64,12 +66,13 @@ class ProofSide:
 
 
 def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int) -> ProofSide:
-    """The checkpoint in our own loader, as one rank: what is not quantized in `bytes_each`, and for what learns a master and room for
-    a gradient. `learnt` counts its elements."""
+    """The checkpoint in our own loader, as one rank: what is not quantized in `bytes_each`, and for what learns a
+    master and room for a gradient. `learnt` counts its elements."""
     held = _stored(model.parameters, quant, bytes_each)
     layers = [model.in_layer(number) for number in range(model.layers)]
     layer = max(_stored(parts, quant, bytes_each) for parts in layers)
-    # As trainer/state/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its 4 bits.
+    # As trainer/state/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its
+    # 4 bits.
     gathered = max(3 * layer, layer + bytes_each * model.largest("embedding", "head"))
     matrix = bytes_each * max(size for part in model.parameters for size in part.matrices)
     whole = _with_margin(held + 8 * learnt)
@@ -79,8 +82,8 @@ def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int
 
 
 def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed: bool, refused: str = "") -> ProofSide:
-    """The export in transformers: whole, or a layer at a time unless that is `refused`. The base is read in `bytes_each`, and quantized
-    afterwards if it is to be `packed`."""
+    """The export in transformers: whole, or a layer at a time unless that is `refused`. The base is read in
+    `bytes_each`, and quantized afterwards if it is to be `packed`."""
     whole = _with_margin(bytes_each * sum(part.numel for part in model.parameters))
     needed = _with_margin(_stored(model.parameters, quant, bytes_each)) if packed else whole
     on_gpu, on_cpu = ProofPlace("gpu", needed, whole), ProofPlace("cpu", 0, whole)

@@ -1,7 +1,7 @@
 """One side of a proof, in a process of its own.
 
-DeepSpeed, PEFT and transformers leave much of a model alive that nobody uses any more, and no garbage collector finds it. A process
-that has ended holds nothing, neither on the host nor on its GPU.
+DeepSpeed, PEFT and transformers leave much of a model alive that nobody uses any more, and no garbage collector finds
+it. A process that has ended holds nothing, neither on the host nor on its GPU.
 """
 
 import os
@@ -41,7 +41,9 @@ def getting_ready() -> Iterator[None]:
 
 
 def get_ready(module: str) -> None:
-    """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another side, works."""
+    """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another
+    side, works.
+    """
     ready = _READY.get()
     if ready is not None:
         device: Device = "gpu" if local_gpus() else "cpu"
@@ -79,7 +81,9 @@ def _no_memory(what: str) -> DoesNotFit:
 
 
 def _alone(device: Device) -> None:
-    """A group of one, whatever group this process was started in, products in full fp32, and no GPU where the CPU is meant."""
+    """A group of one, whatever group this process was started in, products in full fp32, and no GPU where the CPU is
+    meant.
+    """
     end_with_parent()
     for name in OF_A_RANK:
         os.environ.pop(name, None)
@@ -91,7 +95,9 @@ def _alone(device: Device) -> None:
 
 
 def _pickled(work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
-    """Pickled here: multiprocessing itself hands tensors on in shared memory, which ends with the process that made it."""
+    """Pickled here: multiprocessing itself hands tensors on in shared memory, which ends with the process that made
+    it.
+    """
     import torch
 
     try:

@@ -1,7 +1,8 @@
-"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was trained.
+"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was
+trained.
 
-No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the training changed:
-otherwise the quantization has undone much of it.
+No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the
+training changed: otherwise the quantization has undone much of it.
 """
 
 from contextlib import nullcontext
@@ -20,7 +21,9 @@ from trainer.store.store import Store, open_store
 
 
 def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
-    """The trained model of `step` against the files in `exported`, and against itself before the training for the effect."""
+    """The trained model of `step` against the files in `exported`, and against itself before the training for the
+    effect.
+    """
     trained = Trained.at(folder, step)
     trained.check_texts(exported)
     rows, computed_in = trained.probe.rows, trained.computed_in

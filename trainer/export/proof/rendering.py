@@ -1,8 +1,10 @@
-"""The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the training.
+"""The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the
+training.
 
-The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its sources as a compilation encodes them, and
-of the compiled data, which may be all that is left; a text of many kinds of characters and conversations; then what rows cannot show: every
-token's number, which of them are special, and the template's own text.
+The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its sources as a
+compilation encodes them, and of the compiled data, which may be all that is left; a text of many kinds of characters
+and conversations; then what rows cannot show: every token's number, which of them are special, and the template's own
+text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,10 @@ from trainer.export.figures import NOT_TRAINED
 from trainer.export.proof.source_rows import SourceRow, documents
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-_CHARACTERS = 'Zoë paid 1,234.50 € at 12:05.\n\n\tdef f(x):\r\n    return x ** 2  # "ok"\n東京は今日も晴れ。 Привет, мир! नमस्ते مرحبا 👩‍👩‍👧 ﬁ Å A\u030a'
+_CHARACTERS = (
+    'Zoë paid 1,234.50 € at 12:05.\n\n\tdef f(x):\r\n    return x ** 2  # "ok"\n東京は今日も晴れ。 Привет, мир! नमस्ते'
+    " مرحبا 👩‍👩‍👧 ﬁ Å A\u030a"
+)
 _CONVERSATIONS = (
     [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4."}],
     [
@@ -76,8 +81,8 @@ def trained_texts(config: Config, directory: Path) -> Texts:
 def check_rendering(
     trained: Texts, folder: Path, rows: Sequence[Sequence[int]], sources: Sequence[SourceRow] = ()
 ) -> None:
-    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents, `sources` rows
-    before they became some."""
+    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents,
+    `sources` rows before they became some."""
     try:
         tokenizer = read_tokenizer(folder, "the export")
     except ConfigError as error:

@@ -50,8 +50,9 @@ class Probe:
 
 
 def judged(probe: Probe, head: WithHead | None) -> Probe:
-    """The rows as a `head` is compared on them. A head whose outputs stand for themselves, a reward or several classes, is compared in all
-    of them at once, at the end of the text: the tokens that are trained there name none of its outputs."""
+    """The rows as a `head` is compared on them. A head whose outputs stand for themselves, a reward or several classes,
+    is compared in all of them at once, at the end of the text: the tokens that are trained there name none of its
+    outputs."""
     if head is None or not (head.head.several or head.outputs == 1):
         return probe
     kept = slice(1) if head.head.several else slice(None)

@@ -1,7 +1,8 @@
-"""Proof of a served export: a server's log-probabilities are those of transformers and PEFT, of the run's rows and of tokens that it draws.
+"""Proof of a served export: a server's log-probabilities are those of transformers and PEFT, of the run's rows and of
+tokens that it draws.
 
-The other side computes in fp32. The server usually computes in bf16, so the allowed difference is what moving the last bit of
-every product in bf16 does, and the control is what the training has changed.
+The other side computes in fp32. The server usually computes in bf16, so the allowed difference is what moving the last
+bit of every product in bf16 does, and the control is what the training has changed.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ _DRAWS = 24
 
 
 def prove_served(folder: Store, step: int, destination: Store, given: str, *, whole_model: bool) -> ServedProof:
-    """Compare what the server at the URL `given` serves with the export of `step`: the whole model in `destination`, or the adapter over the
-    base as its files hold it.
+    """Compare what the server at the URL `given` serves with the export of `step`: the whole model in `destination`, or
+    the adapter over the base as its files hold it.
 
     Raises:
         ConfigError, CapstanError: as the server is asked, or the run has a head.
@@ -38,7 +39,8 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]
     if any(max(answer.drawn) >= trained.vocabulary for answer in answers):
         raise ConfigError(
-            f"--server: {server.url} draws tokens that the export lacks. Start it with the run's base, and with this export."
+            f"--server: {server.url} draws tokens that the export lacks. Start it with the run's base, and with this"
+            " export."
         )
     rows = [_whole(row, answer) for row, answer in zip(probe, answers, strict=True)]
     whole_model = whole_model or trained.method.exports_model

@@ -1,4 +1,6 @@
-"""Rows of a run's own data as its sources have them, to be rendered by the tokenizer and the chat template of an export."""
+"""Rows of a run's own data as its sources have them, to be rendered by the tokenizer and the chat template of an
+export.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,7 +30,9 @@ class SourceRow(NamedTuple):
 
 
 def source_rows(config: Config) -> list[SourceRow]:
-    """The first rows of the files of each of the run's data sets; none of one whose sources cannot be read from here any more."""
+    """The first rows of the files of each of the run's data sets; none of one whose sources cannot be read from here
+    any more.
+    """
     found = list[SourceRow]()
     inputs = list[Input]()
     with suppress(CapstanError):

@@ -1,18 +1,20 @@
 """Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
-Compared are distributions over the next token on rows of the run's own data (trainer/export/proof/distributions.py), in fp32: there
-the two sides differ by the order of additions alone. Where fp32 does not fit, or the base is stored in 4 bits for products in
-bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the spot, by moving the
-last bits of every product. The adapter's own effect is the control: a difference that is allowed must be smaller.
+Compared are distributions over the next token on rows of the run's own data (trainer/export/proof/distributions.py), in
+fp32: there the two sides differ by the order of additions alone. Where fp32 does not fit, or the base is stored in 4
+bits for products in bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the
+spot, by moving the last bits of every product. The adapter's own effect is the control: a difference that is allowed
+must be smaller.
 
-Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU where it fits there, whole or a decoder layer at a time,
-else on the CPU (trainer/export/proof/placement.py).
+Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU where it fits there, whole or a
+decoder layer at a time, else on the CPU (trainer/export/proof/placement.py).
 
-A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's own
-weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
+A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's
+own weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
 
-Before that the export's bytes are compared with those of a second one (trainer/export/proof/same_bytes.py). Its tokenizer and chat template must
-give the run's texts the tokens of the training, too (trainer/export/proof/rendering.py).
+Before that the export's bytes are compared with those of a second one (trainer/export/proof/same_bytes.py). Its
+tokenizer and chat template must give the run's texts the tokens of the training, too
+(trainer/export/proof/rendering.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +41,8 @@ from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
-# How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16; in fp32
-# five bits, as the order of thousands of additions reaches so far.
+# How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16;
+# in fp32 five bits, as the order of thousands of additions reaches so far.
 SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 # A divergence grows with the square of a difference.
 TOLERATED_NOISE = 3.0
@@ -61,7 +63,9 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
 
 
 def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[list[Tensor], Distance, Distance]:
-    """The base with the exported adapter: its logits, how far rounding may move them, and how far they are from the base's own."""
+    """The base with the exported adapter: its logits, how far rounding may move them, and how far they are from the
+    base's own.
+    """
     rows, look = trained.probe.rows, plain.head_logits if trained.head else plain.place_logits
     with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
         model = plain_base(trained, base, computed_in, plain.adapted_weights(folder))
@@ -74,7 +78,9 @@ def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[lis
 
 
 def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
-    """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of `step`."""
+    """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of
+    `step`.
+    """
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, merged)
@@ -95,7 +101,9 @@ def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
 
 
 def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Tensor], Distance]:
-    """Logits of base and adapter side by side, of the base alone, and of PEFT's own merge; and how far rounding may move these."""
+    """Logits of base and adapter side by side, of the base alone, and of PEFT's own merge; and how far rounding may
+    move these.
+    """
     rows = trained.probe.rows
     stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
@@ -121,8 +129,8 @@ def merged_side(trained: Trained, merged: str, rows: Sequence[ProbeRow]) -> list
 
 
 def _prove_model(trained: Trained, destination: Store) -> Proof:
-    """A model whose base has learnt itself: its predictions against those of the model of `step`, with those of the base as it was for
-    the effect."""
+    """A model whose base has learnt itself: its predictions against those of the model of `step`, with those of the
+    base as it was for the effect."""
     trained.check_texts(destination)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
@@ -151,8 +159,8 @@ def _predictions(
     computed_in: str,
     look: Callable[[Any, Sequence[ProbeRow]], list[Tensor]] = plain.place_logits,
 ) -> tuple[list[Tensor], Distance]:
-    """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of every product
-    move them."""
+    """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of
+    every product move them."""
     found = look(model, rows)
     with plain.shaken(model, SHAKEN_BY[computed_in]):
         noise = distance(found, look(model, rows), rows)
@@ -169,7 +177,9 @@ def make_proof(
     trained_kl: float | None = None,
     rounding_kl: float | None = None,
 ) -> Proof:
-    """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the training."""
+    """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the
+    training.
+    """
     return Proof(
         kl=found.kl,
         kl_allowed=allowed.kl,

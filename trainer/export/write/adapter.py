@@ -1,9 +1,9 @@
 """Exports what a committed checkpoint has learnt, without a GPU, and without the base in memory.
 
-Where the base itself has learnt, that is the whole model (trainer/export/write/merged.py). Otherwise the folder, on a disk or in a
-bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes), the tokenizer's files and a model
-card with the run's facts. The file without which nothing loads is written last, so an export that was killed is not mistaken
-for one.
+Where the base itself has learnt, that is the whole model (trainer/export/write/merged.py). Otherwise the folder, on a
+disk or in a bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes), the
+tokenizer's files and a model card with the run's facts. The file without which nothing loads is written last, so an
+export that was killed is not mistaken for one.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,12 +37,14 @@ def export_adapter(
     arranged: Callable[[Mapping[str, bytes], Model], Mapping[str, bytes]] = lambda files, model: files,
 ) -> CheckpointManifest:
     """Write what `step`, or the newest whole checkpoint, has learnt to `destination`; returns its manifest. `report` is
-    told of the progress where that is a whole model; `arranged` gives the adapter's files another layout, in the same order.
+    told of the progress where that is a whole model; `arranged` gives the adapter's files another layout, in the same
+    order.
 
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or a store fails.
-        ConfigError: `destination` holds something that is no half export, or the base's folder is not here, or PEFT would load
+        ConfigError: `destination` holds something that is no half export, or the base's folder is not here, or PEFT
+            would load
             a part of the adapter only; or where a whole model is written, what `write_model` raises.
     """
     # Before the shards are read, so by the files of every method.

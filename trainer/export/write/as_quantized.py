@@ -2,8 +2,9 @@
 
     python -m trainer.export.write.as_quantized CONFIG DEST
 
-CONFIG is the text of the run's settings. The files are made as those of a merge (trainer/export/write/merged.py), and have the names, shapes and types of
-the base's own. It tells its progress as `trainer.export` does; the last line is a JSON object with the bytes that were written.
+CONFIG is the text of the run's settings. The files are made as those of a merge (trainer/export/write/merged.py), and
+have the names, shapes and types of the base's own. It tells its progress as `trainer.export` does; the last line is a
+JSON object with the bytes that were written.
 """
 
 import json
@@ -34,14 +35,17 @@ _KEPT = 16  # matrices whose scales stay, as pieces of several are in flight
 
 
 def write_as_quantized(config: Config, destination: Store, report: BytesWritten) -> None:
-    """Raises `ConfigError` where the base is not here, the destination is taken, or the base's files cannot hold what the run computes with."""
+    """Raises `ConfigError` where the base is not here, the destination is taken, or the base's files cannot hold what
+    the run computes with.
+    """
     base, quant, dtype = as_plain(resolve_base(config.model)), config.quant, DTYPES[config.model.dtype]
     weights, updates, scales = find_all_weights(base), dict[str, AsQuantized](), LastMade[Tensor]()
     for name, shape in base.architecture.quantizable().items() if quant.quantizes else ():
         source = weights.sources[name]
         if dtype == torch.float32 != SOURCE_DTYPES[source.dtype]:
             raise ConfigError(
-                f"model.dtype: fp32 computes with weights that {base.name} has no room for in its type, {source.dtype.lower()}. Set model.dtype: bf16."
+                f"model.dtype: fp32 computes with weights that {base.name} has no room for in its type,"
+                f" {source.dtype.lower()}. Set model.dtype: bf16."
             )
         form = Format(quant.type, quant.block_size, quant.double, dtype)  # type: ignore[arg-type]  # `quantizes` says that it is one
         updates[name] = AsQuantized(name, source, shape, form, scales)  # type: ignore[arg-type]  # nothing in a plain base is packed
@@ -54,7 +58,9 @@ def write_as_quantized(config: Config, destination: Store, report: BytesWritten)
 
 @dataclass(frozen=True)
 class AsQuantized:
-    """The weight `name` as packed layers make it (trainer/model/nf4.py): each of its matrices is quantized by itself and dequantized."""
+    """The weight `name` as packed layers make it (trainer/model/nf4.py): each of its matrices is quantized by itself
+    and dequantized.
+    """
 
     name: str
     source: StoredTensor

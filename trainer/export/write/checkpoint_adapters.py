@@ -1,8 +1,8 @@
 """The adapter beside each commit (`checkpoint.adapters`), where people's tools look for `adapter_model.safetensors`.
 
-Rank 0 has a process of its own export it, so that the training loses no step to it: a thread would hold Python's lock while
-it copies gigabytes. Whatever is missing is written, newest first, after each commit and at each start: an adapter whose
-writing was killed, or failed, is made up for then. No commit depends on it.
+Rank 0 has a process of its own export it, so that the training loses no step to it: a thread would hold Python's lock
+while it copies gigabytes. Whatever is missing is written, newest first, after each commit and at each start: an adapter
+whose writing was killed, or failed, is made up for then. No commit depends on it.
 """
 
 import os
@@ -24,7 +24,9 @@ from trainer.store.store import Store
 
 
 class AdapterWriter:
-    """Writes the adapters that a run's commits lack; `log` gets a line about each. `half` are the names of a half export."""
+    """Writes the adapters that a run's commits lack; `log` gets a line about each. `half` are the names of a half
+    export.
+    """
 
     def __init__(self, folder: Store, half: Collection[str], log: Callable[[str], None]) -> None:
         self._run, self._half, self._log = folder, half, log
@@ -89,8 +91,8 @@ class AdapterWriter:
 def adapters_beside(
     folder: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
 ) -> Iterator[Callable[[], None]]:
-    """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an exception:
-    a machine that is taken away waits for nothing."""
+    """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an
+    exception: a machine that is taken away waits for nothing."""
     if not (writes and resolved.config.checkpoint.adapters):
         yield lambda: None
         return

@@ -26,9 +26,9 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: 
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Blocks of the flattened matrix, as bitsandbytes quantizes and transformers' `save_pretrained` writes them: beside `weight` its
-    `absmax`, `quant_map` and the JSON of its quant_state (bitsandbytes/functional.py, QuantState.as_dict). Before they are quantized
-    the weights are rounded to the type of the products, as transformers does."""
+    """Blocks of the flattened matrix, as bitsandbytes quantizes and transformers' `save_pretrained` writes them: beside
+    `weight` its `absmax`, `quant_map` and the JSON of its quant_state (bitsandbytes/functional.py, QuantState.as_dict).
+    Before they are quantized the weights are rounded to the type of the products, as transformers does."""
 
     form: Format
 
@@ -96,8 +96,9 @@ class BitsAndBytes:
 
 @dataclass(frozen=True)
 class Fp8Blocks:
-    """float8_e4m3 with a scale for each tile of 128 x 128 in `weight_scale_inv`, as DeepSeek-V3 is published: transformers'
-    FineGrainedFP8Config and vLLM's and SGLang's `fp8` with a weight_block_size (docs.vllm.ai, features/quantization/fp8) read it.
+    """float8_e4m3 with a scale for each tile of 128 x 128 in `weight_scale_inv`, as DeepSeek-V3 is published:
+    transformers' FineGrainedFP8Config and vLLM's and SGLang's `fp8` with a weight_block_size (docs.vllm.ai,
+    features/quantization/fp8) read it.
 
     A scale is the tile's largest magnitude over 448, the largest of the type.
     """

@@ -1,7 +1,8 @@
-"""A base in fewer bits as the plain base that it stands for: the same weights by the same names, in the types that they are decoded to.
+"""A base in fewer bits as the plain base that it stands for: the same weights by the same names, in the types that they
+are decoded to.
 
-Nothing is written: its files are laid out in memory, and a range of one is decoded from the base's own when it is read. So an export of a
-whole model, which edits a base's files as they pass, needs to know no stored format.
+Nothing is written: its files are laid out in memory, and a range of one is decoded from the base's own when it is read.
+So an export of a whole model, which edits a base's files as they pass, needs to know no stored format.
 """
 
 import json

@@ -1,13 +1,13 @@
 """The trained model as an ordinary one, file by file: it is never whole in memory, nor is the base on this machine.
 
 Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
-only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not as
-they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt itself has
-the trained weights in the place of its own, as the forward pass of the training had them. A base that is stored in fewer bits
-is merged into as the plain one that it stands for (trainer/export/write/decoded.py): its merged model has 16 bits.
-Where tokens were added that the base has no rows for, its embedding and head have more rows here: then the header of their
-file, and all that lies behind them in it, is written anew.
-config.json is written last: nothing loads a model without it, so a merge that was killed is not mistaken for one.
+only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not
+as they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt
+itself has the trained weights in the place of its own, as the forward pass of the training had them. A base that is
+stored in fewer bits is merged into as the plain one that it stands for (trainer/export/write/decoded.py): its merged
+model has 16 bits. Where tokens were added that the base has no rows for, its embedding and head have more rows here:
+then the header of their file, and all that lies behind them in it, is written anew. config.json is written last:
+nothing loads a model without it, so a merge that was killed is not mistaken for one.
 """
 
 import json
@@ -67,7 +67,8 @@ def export_merged(
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or a store fails.
-        ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not here,
+        ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not
+            here,
             or is another than the run's.
     """
     manifest, config, _ = checkpoint_of_model(folder, destination, step)
@@ -76,7 +77,9 @@ def export_merged(
 
 
 def checkpoint_of_model(folder: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
-    """The checkpoint of `step`, or the newest whole one, for a model at `destination`. Raises as `export_merged`, but for the base."""
+    """The checkpoint of `step`, or the newest whole one, for a model at `destination`. Raises as `export_merged`, but
+    for the base.
+    """
     check_destination(destination, *OURS)
     return trained_checkpoint(folder, step)
 
@@ -84,8 +87,8 @@ def checkpoint_of_model(folder: Store, destination: Store, step: int | None) -> 
 def write_model(
     folder: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
 ) -> None:
-    """Write the whole model of a checkpoint. Raises `ConfigError` as `check_mergeable_run`, and when its base is not here, or is another
-    than the run's."""
+    """Write the whole model of a checkpoint. Raises `ConfigError` as `check_mergeable_run`, and when its base is not
+    here, or is another than the run's."""
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
     content = CardContent(
@@ -130,8 +133,8 @@ def _description(config: Config) -> str:
 
 @dataclass(frozen=True)
 class _Change:
-    """An update of the `numel` elements of a stored tensor from its element `first` on, which are those of the updated parameter
-    from `begin` on. The tensor has `more` rows in the new file."""
+    """An update of the `numel` elements of a stored tensor from its element `first` on, which are those of the updated
+    parameter from `begin` on. The tensor has `more` rows in the new file."""
 
     source: TensorSource
     first: int
@@ -152,8 +155,8 @@ class _Change:
 
 @dataclass(frozen=True)
 class ChangedFile:
-    """A file of the base with the trained weights in it. The base's own has `old_size` bytes, of which the first `old_header`
-    give way to the bytes `header`, where tensors have more rows now."""
+    """A file of the base with the trained weights in it. The base's own has `old_size` bytes, of which the first
+    `old_header` give way to the bytes `header`, where tensors have more rows now."""
 
     store: Store
     key: str
@@ -240,7 +243,8 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
     """The changes of the stored tensors that the parameter `name` is made of.
 
     Raises:
-        ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored tensor.
+        ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored
+            tensor.
     """
     if isinstance(source, TensorSource):
         yield _Change(source, 0, numel(source), update, 0, more)
@@ -250,8 +254,8 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
         return
     if not isinstance(source, Joined) or more:
         raise ConfigError(
-            f"there is no merged model: {base.name} stores {name} in another layout than the model has it in. Take --format peft: PEFT and vLLM "
-            "load the adapter beside the base."
+            f"there is no merged model: {base.name} stores {name} in another layout than the model has it in. Take"
+            " --format peft: PEFT and vLLM load the adapter beside the base."
         )
     for stretch, start in zip(source.stretches, source.starts, strict=True):
         part = source.parts[stretch.part]
@@ -261,7 +265,9 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
 
 @dataclass(frozen=True)
 class _OfTheTranspose:
-    """An update for files that hold the transpose of the weight. All of it counts as one row, since a row of the update is no row of the transpose."""
+    """An update for files that hold the transpose of the weight. All of it counts as one row, since a row of the update
+    is no row of the transpose.
+    """
 
     update: WeightUpdate
 

@@ -1,10 +1,10 @@
 """PEFT's folder of adapters on a mixture's experts in the layout that vLLM reads, where that is another one.
 
-vLLM reads PEFT's stacked layout for those classes whose files hold a layer's experts as one tensor (`is_3d_moe_weight`, gpt-oss, Qwen3.5,
-Llama 4). Of the others it wants the adapter of each matrix by itself, under the name that this matrix has in the files of the base:
-`...mlp.experts.3.gate_proj.lora_A.weight`, `...block_sparse_moe.experts.3.w1.lora_A.weight`
-(https://docs.vllm.ai/en/latest/features/lora, "Mixed 2D and 3D MoE adapters"; vllm/lora/model_manager.py). It has one rank and one
-scaling for the whole adapter.
+vLLM reads PEFT's stacked layout for those classes whose files hold a layer's experts as one tensor (`is_3d_moe_weight`,
+gpt-oss, Qwen3.5, Llama 4). Of the others it wants the adapter of each matrix by itself, under the name that this matrix
+has in the files of the base: `...mlp.experts.3.gate_proj.lora_A.weight`,
+`...block_sparse_moe.experts.3.w1.lora_A.weight` (https://docs.vllm.ai/en/latest/features/lora, "Mixed 2D and 3D MoE
+adapters"; vllm/lora/model_manager.py). It has one rank and one scaling for the whole adapter.
 """
 
 import json
@@ -35,8 +35,8 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, bytes]:
     """The files of an adapter of the base `model`, name -> content, with the experts' adapters as vLLM reads them.
 
-    Gate and up share their A in a stack, and have a copy of it each. All else is as it was; so is all of an adapter without experts,
-    and of a base whose files hold stacks.
+    Gate and up share their A in a stack, and have a copy of it each. All else is as it was; so is all of an adapter
+    without experts, and of a base whose files hold stacks.
     """
     described: dict[str, Any] = json.loads(files[SETTINGS])
     weights, stacks = load(files[WEIGHTS]), saved_as(describe_base(model).architecture)
@@ -76,7 +76,9 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
 
 
 def _stored_singly(model: Model) -> bool:
-    """Whether the files of the base hold experts by themselves; without an index, as one file needs none, transformers tells."""
+    """Whether the files of the base hold experts by themselves; without an index, as one file needs none, transformers
+    tells.
+    """
     try:
         index = (
             open_store(model.base, setting="model.base").get(INDEX_FILE)
@@ -89,7 +91,9 @@ def _stored_singly(model: Model) -> bool:
 
 
 def _by_file(model: PreTrainedModel, name: str, values: Tensor) -> dict[str, Tensor]:
-    """`values` in place of the parameter `name`, in the parts and by the names, less `.weight`, in which transformers would save it."""
+    """`values` in place of the parameter `name`, in the parts and by the names, less `.weight`, in which transformers
+    would save it.
+    """
     parts = revert_weight_conversion(model, {name: values})
     return {
         path.removesuffix(".weight"): torch.squeeze(part, 0) if part.ndim > 2 else part for path, part in parts.items()

@@ -1,8 +1,8 @@
 """An adapter's weights under the names by which PEFT loads all of them into the class that people load.
 
-PEFT renames a LoRA adapter's weights, and its targets, by transformers' tables of the names in a base's files. Of a few families it takes
-the names that the class has now for those of its files, loads a part of the adapter, and only warns. Such weights are written by the
-names that the base's files would have for them, which PEFT renames to the right ones.
+PEFT renames a LoRA adapter's weights, and its targets, by transformers' tables of the names in a base's files. Of a few
+families it takes the names that the class has now for those of its files, loads a part of the adapter, and only warns.
+Such weights are written by the names that the base's files would have for them, which PEFT renames to the right ones.
 """
 
 import json
@@ -28,7 +28,8 @@ from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 
 
 def as_peft_reads(files: Mapping[str, bytes], model: Model, head: WithHead | None = None) -> Mapping[str, bytes]:
-    """`files`, an adapter for the base `model`, or for the class with its `head`, with all weights under names that PEFT loads.
+    """`files`, an adapter for the base `model`, or for the class with its `head`, with all weights under names that
+    PEFT loads.
 
     Raises:
         ConfigError: PEFT would leave out some of them under either name.
@@ -61,7 +62,9 @@ def _renamed(name: str, saved: Mapping[str, str | None]) -> str:
 def _left_out(
     described: dict[str, Any], weights: Mapping[str, torch.Tensor], loaded: PreTrainedModel, names: Collection[str]
 ) -> set[str]:
-    """The `names` whose weights PEFT leaves out as it loads `weights`. With them are the names that PEFT makes of others and finds no place for."""
+    """The `names` whose weights PEFT leaves out as it loads `weights`. With them are the names that PEFT makes of
+    others and finds no place for.
+    """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         # PEFT keeps what a base was loaded from in the settings, and takes no further note of it.

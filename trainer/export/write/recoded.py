@@ -1,7 +1,9 @@
-"""The trained model with its linear layers in fewer bits, file by file: neither it nor its base is ever whole in memory.
+"""The trained model with its linear layers in fewer bits, file by file: neither it nor its base is ever whole in
+memory.
 
-Each file is the one of a merge (trainer/export/write/merged.py), read as a stream: tensors come in the order of their places, those to
-be quantized go through a code some rows at a time, all others as they are. Sizes are known before, so the new header goes first.
+Each file is the one of a merge (trainer/export/write/merged.py), read as a stream: tensors come in the order of their
+places, those to be quantized go through a code some rows at a time, all others as they are. Sizes are known before, so
+the new header goes first.
 """
 
 import json
@@ -99,7 +101,9 @@ class Code(Protocol):
 
 @dataclass
 class _Recoding:
-    """A `code`, and what it is applied to: the stored tensors of these names, which are the weights of linear layers."""
+    """A `code`, and what it is applied to: the stored tensors of these names, which are the weights of linear
+    layers.
+    """
 
     code: Code
     chosen: Mapping[str, tuple[int, int]]
@@ -131,7 +135,8 @@ def export_recoded(
 
 
 def _choose(base: Base, code: Code) -> _Recoding:
-    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model has them.
+    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model
+    has them.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """
@@ -230,7 +235,10 @@ class _Merged:
 
 def _written(manifest: CheckpointManifest, recoding: _Recoding) -> Written:
     code, error, untouched = recoding.code, recoding.error.relative, recoding.untouched
-    remark = f"{len(recoding.chosen)} matrices in {code.name}, whose weights are {error:.2%} off the merged ones (root of the mean square)."
+    remark = (
+        f"{len(recoding.chosen)} matrices in {code.name}, whose weights are {error:.2%} off the merged ones (root of"
+        " the mean square)."
+    )
     stay = f" Linear layers that stay as they were stored: {', '.join(untouched)}." if untouched else ""
     facts = {"matrices": len(recoding.chosen), "weight_error": error, "untouched": untouched}
     return Written(manifest, facts, (remark + stay,))

@@ -1,7 +1,8 @@
 """An adapter's files for the class that people load, where the base is a model that sees or hears as well.
 
-Its language model is trained by itself, and has other names by itself than inside the whole. PEFT and vLLM load the whole class, of which
-config.json speaks: an adapter under the other names would change nothing there, and PEFT would only warn.
+Its language model is trained by itself, and has other names by itself than inside the whole. PEFT and vLLM load the
+whole class, of which config.json speaks: an adapter under the other names would change nothing there, and PEFT would
+only warn.
 """
 
 import json
@@ -24,8 +25,8 @@ _BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_s
 
 
 def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
-    """The files of an adapter, name -> content, by the names of the whole class of the base `model`; as they are where that is a
-    language model alone. Those of methods that PEFT does not know have names of their own."""
+    """The files of an adapter, name -> content, by the names of the whole class of the base `model`; as they are where
+    that is a language model alone. Those of methods that PEFT does not know have names of their own."""
     whole = composite_model(base_files(model)) if SETTINGS in files else None
     if whole is None:
         return files
@@ -60,7 +61,9 @@ class _Names:
         return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}" if name.startswith(PREFIX) else name
 
     def pattern(self, ends: Collection[str]) -> Collection[str] | str:
-        """A value of PEFT's setting that finds the same layers in the whole model and none in its towers: `ends` itself, or a regular expression."""
+        """A value of PEFT's setting that finds the same layers in the whole model and none in its towers: `ends`
+        itself, or a regular expression.
+        """
         if self._find_the_same(ends):
             return ends
         paths = [

@@ -1,8 +1,8 @@
 """The attention kernels, in the order of preference: who brings each, on which GPUs it runs, and what it computes.
 
-A kernel is taken only where it gives the values *and the gradients* of the base's own attention, document by document in a packed
-row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/flash_attn_interface.py (3.0 beta) and
-flash_attn/flash_attn_interface.py (2.8) of Dao-AILab/flash-attention, and torch/nn/attention of PyTorch 2.13.
+A kernel is taken only where it gives the values *and the gradients* of the base's own attention, document by document
+in a packed row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/flash_attn_interface.py (3.0
+beta) and flash_attn/flash_attn_interface.py (2.8) of Dao-AILab/flash-attention, and torch/nn/attention of PyTorch 2.13.
 """
 
 import platform
@@ -17,7 +17,8 @@ from trainer.errors import first_line
 Capability = tuple[int, int]
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")  # by transformers' names
-_RELEASE = "2.8.3.post2"  # of flash-attn; PyPI has the source of it, and of flash-attn-4, which is written in Python, wheels of betas alone
+# of flash-attn; PyPI has the source of it, and of flash-attn-4, which is written in Python, wheels of betas alone
+_RELEASE = "2.8.3.post2"
 _LATENT = 192  # keys of latent attention, whose values are narrower and are widened to it (DeepSeek, Kimi)
 _OWN = "this base's attention is more than it computes"
 _OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
@@ -40,12 +41,12 @@ class AttentionNeeds(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """`name` is that of `model.attention`. `distribution` is the package that brings it, by its name in package indexes, and
-    `function` of `module` what it is called by, whose signature must have all of `arguments`.
+    """`name` is that of `model.attention`. `distribution` is the package that brings it, by its name in package
+    indexes, and `function` of `module` what it is called by, whose signature must have all of `arguments`.
 
-    It runs on GPUs from the compute capability `since` on and before `until`, or without `since` on anything, in 16 bits or, not
-    `half`, in fp32 too, with heads up to `widest`. `masks`: it takes any mask, others know borders of documents and windows only.
-    It caps logits (`caps`) and has sinks (`sinks`), with the gradients of both.
+    It runs on GPUs from the compute capability `since` on and before `until`, or without `since` on anything, in 16
+    bits or, not `half`, in fp32 too, with heads up to `widest`. `masks`: it takes any mask, others know borders of
+    documents and windows only. It caps logits (`caps`) and has sinks (`sinks`), with the gradients of both.
     """
 
     name: str
@@ -94,7 +95,10 @@ class Kernel:
         if capability < self.since or (self.until and capability >= self.until):
             until = f" and below {'.'.join(map(str, self.until))}" if self.until else " or newer"
             here = ".".join(map(str, capability))
-            return f"it needs a GPU of compute capability {'.'.join(map(str, self.since))}{until}, and this one's is {here}"
+            return (
+                f"it needs a GPU of compute capability {'.'.join(map(str, self.since))}{until}, and this one's is"
+                f" {here}"
+            )
         return None
 
     def _missing(self, needs: AttentionNeeds | None) -> str | None:
@@ -168,8 +172,8 @@ KERNELS = (
 
 
 def release_wheel(torch: str, cuda: str, *, cxx11_abi: bool) -> str:
-    """Where flash-attn's release has its wheel for this Python and a build of torch of such a version for such a CUDA, by the scheme of its setup.py. Not
-    every release has one for each build, as only a request tells."""
+    """Where flash-attn's release has its wheel for this Python and a build of torch of such a version for such a CUDA,
+    by the scheme of its setup.py. Not every release has one for each build, as only a request tells."""
     torch, python = ".".join(torch.split(".")[:2]), f"cp{''.join(platform.python_version_tuple()[:2])}"
     build = f"cu{cuda.partition('.')[0]}torch{torch}cxx11abi{str(cxx11_abi).upper()}"
     wheel = f"flash_attn-{_RELEASE}+{build}-{python}-{python}-linux_{platform.machine()}.whl"
@@ -177,8 +181,9 @@ def release_wheel(torch: str, cuda: str, *, cxx11_abi: bool) -> str:
 
 
 def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
-    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another. Where rows are `masked`
-    otherwise than by borders of documents, flex_attention has more than others: it leaves out what a mask hides."""
+    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another.
+    Where rows are `masked` otherwise than by borders of documents, flex_attention has more than others: it leaves out
+    what a mask hides."""
     reasons = {kernel.name: kernel.unable(needs) for kernel in KERNELS}
     if not (masked or needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
         reasons["flex_attention"] = "this base needs nothing of it that sdpa has not"
@@ -186,7 +191,9 @@ def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
 
 
 def unavailable(capability: Capability | None, half: bool, needs: AttentionNeeds | None = None) -> dict[str, str]:
-    """Kernel -> why it cannot run on a GPU of this compute capability, or on a CPU (None); `half` is a 16-bit `model.dtype`."""
+    """Kernel -> why it cannot run on a GPU of this compute capability, or on a CPU (None); `half` is a 16-bit
+    `model.dtype`.
+    """
     reasons = {kernel.name: kernel.unavailable(capability, half, needs) for kernel in KERNELS}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -1,7 +1,8 @@
 """Double quantized NF4 weights in 16 bits in one pass over them, by a Triton kernel for GPUs.
 
-bitsandbytes makes the scales of all blocks first, in two kernels and two arrays of fp32, and then the weights. Here each block of weights
-makes its own scale. The operations are the same in the same order, in fp32 and without a fused one, and so are the bits:
+bitsandbytes makes the scales of all blocks first, in two kernels and two arrays of fp32, and then the weights. Here
+each block of weights makes its own scale. The operations are the same in the same order, in fp32 and without a fused
+one, and so are the bits:
 
     weight = round(table[nibble] * (code[q] * nested[block // 256] + mean))
 """
@@ -49,8 +50,8 @@ def dequantize_double(
 ) -> Tensor:
     """(numel,) in `dtype`, of slices that are quantized each by itself, one behind the other.
 
-    packed (ceil(numel / 2),) uint8; codes (blocks,) uint8, of scales less their mean; nested (nested blocks,) fp32; means (slices,)
-    fp32; code (256,) and table (16,) fp32, the values that a code and a nibble stand for.
+    packed (ceil(numel / 2),) uint8; codes (blocks,) uint8, of scales less their mean; nested (nested blocks,) fp32;
+    means (slices,) fp32; code (256,) and table (16,) fp32, the values that a code and a nibble stand for.
     """
     values = torch.empty(numel, dtype=dtype, device=packed.device)
     blocks = len(codes)

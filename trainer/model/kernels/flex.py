@@ -29,7 +29,8 @@ def flex_attention_capped(
     s_aux: Tensor | None = None,
     **beyond: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, T, head), key and value (1, kv_heads, T, ...), sinks `s_aux` (heads,) -> (1, T, heads, value_dim).
+    """query (1, heads, T, head), key and value (1, kv_heads, T, ...), sinks `s_aux` (heads,) -> (1, T, heads,
+    value_dim).
 
     A sink is one more term of a head's softmax, which weighs no value: it scales what the softmax without it gives by
     e^lse / (e^lse + e^sink), where lse is the logarithm of the sum of the other terms, kept in fp32.

@@ -1,8 +1,9 @@
-"""Products with frozen weights in eight-bit floats (`train.products: fp8`): both factors become e4m3 numbers, each row of what is summed with
-a scale of its own, and sums are in fp32.
+"""Products with frozen weights in eight-bit floats (`train.products: fp8`): both factors become e4m3 numbers, each row
+of what is summed with a scale of its own, and sums are in fp32.
 
-e4m3 is 1 sign, 4 exponent and 3 mantissa bits, at most 448 (arXiv:2209.05433). `torch._scaled_mm` multiplies such rows, on GPUs by their FP8
-units, on CPUs by the same rules, which takes longer than a plain product and shows what a GPU would learn.
+e4m3 is 1 sign, 4 exponent and 3 mantissa bits, at most 448 (arXiv:2209.05433). `torch._scaled_mm` multiplies such rows,
+on GPUs by their FP8 units, on CPUs by the same rules, which takes longer than a plain product and shows what a GPU
+would learn.
 """
 
 import torch
@@ -25,8 +26,8 @@ def check(device: torch.device) -> None:
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if torch.version.hip or not _SINCE <= capability < _BEFORE:
         raise ConfigError(
-            f"train.products: fp8 cannot run on {name}. It needs an NVIDIA GPU of compute capability 8.9 to 11, such as L40S, H100 or B200. "
-            "Set plain."
+            f"train.products: fp8 cannot run on {name}. It needs an NVIDIA GPU of compute capability 8.9 to 11, such as"
+            " L40S, H100 or B200. Set plain."
         )
 
 
@@ -40,8 +41,8 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (r, k) in bf16 as e4m3, one row behind the other in memory, and their scales (r, 1) fp32. These are powers of two, by which nothing
-    is rounded: a row's largest value becomes one of 128 to 256."""
+    """rows (r, k) in bf16 as e4m3, one row behind the other in memory, and their scales (r, 1) fp32. These are powers
+    of two, by which nothing is rounded: a row's largest value becomes one of 128 to 256."""
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).float()
     exponent = torch.frexp(largest).exponent.clamp_(min=_LEAST) - _TOP
     scaled = rows * torch.exp2(-exponent.float()).to(rows.dtype)

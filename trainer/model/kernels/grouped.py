@@ -1,7 +1,8 @@
 """Products of rows with the matrices of their groups: each token's row goes to a few experts, each expert has a matrix.
 
-Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come out every
-time. A group's rows then lie together, and one kernel multiplies all groups (`torch.nn.functional.grouped_mm`).
+Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come
+out every time. A group's rows then lie together, and one kernel multiplies all groups
+(`torch.nn.functional.grouped_mm`).
 """
 
 from functools import cached_property
@@ -71,16 +72,21 @@ class Groups:
         return result
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not differentiable."""
+        """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not
+        differentiable.
+        """
         if _fits(left, right.shape[-1]):
             products = nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
-            # On some GPUs the kernel leaves the products of experts without rows as they were in memory (pytorch/pytorch#172439).
+            # On some GPUs the kernel leaves the products of experts without rows as they were in memory
+            # (pytorch/pytorch#172439).
             return torch.where((self.sizes > 0)[:, None, None], products, 0)
         return torch.stack([left[start:end].mT @ right[start:end] for start, end in pairwise(self.ends)])
 
 
 def _fits(rows: Tensor, outputs: int) -> bool:
-    """Whether the rows, and those of `outputs` numbers that are made of them, are whole units of what torch's kernel takes."""
+    """Whether the rows, and those of `outputs` numbers that are made of them, are whole units of what torch's kernel
+    takes.
+    """
     return not any(size * rows.itemsize % ALIGNMENT for size in (rows.shape[-1], outputs))
 
 
@@ -90,7 +96,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 class _Dispatch(Function):
-    """Each token's row to its k places. The gradient is a gather and a sum of k rows, where autograd would add atomically."""
+    """Each token's row to its k places. The gradient is a gather and a sum of k rows, where autograd would add
+    atomically.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, each: int) -> Tensor:

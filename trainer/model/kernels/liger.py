@@ -1,7 +1,7 @@
 """Liger's kernels (arXiv:2410.10989) for the norms, rotary embeddings and gated MLPs of a base, on GPUs.
 
-Liger itself knows which of them a family of models takes. Its losses are left out, as trainer/model/head.py has one in chunks, and so
-are its experts, as trainer/model/experts.py computes those over 4-bit stacks.
+Liger itself knows which of them a family of models takes. Its losses are left out, as trainer/model/head.py has one in
+chunks, and so are its experts, as trainer/model/experts.py computes those over 4-bit stacks.
 """
 
 import copy
@@ -21,14 +21,15 @@ from trainer.model.nf4 import has_one_pass
 from trainer.model.parts import is_experts
 
 _DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[gpu]'"
-# The parts of it that have no place here: layer norms and Nemotron's activation would be those of all models, whatever their family.
+# The parts of it that have no place here: layer norms and Nemotron's activation would be those of all models, whatever
+# their family.
 _LEFT_OUT = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "layer_norm", "relu_squared"), False)
 
 
 @dataclass
 class Kernels:
-    """What `model.kernels` means for a base on `device`, known once they are applied: `name` is liger or none, and `why` is for the
-    log, the parts that Liger computes or the reason for none."""
+    """What `model.kernels` means for a base on `device`, known once they are applied: `name` is liger or none, and
+    `why` is for the log, the parts that Liger computes or the reason for none."""
 
     setting: str
     device: torch.device
@@ -78,13 +79,14 @@ def missing(device: torch.device, family: str) -> str | None:
 def fuse(model: PreTrainedModel, device: torch.device) -> list[str]:
     """Have Liger change `model`, and return the names of the classes and functions that its kernels then stand for.
 
-    A family's rotary embedding is a function of its source file, which from now on is Liger's in this process. Raises `ConfigError`
-    where Liger raises anything.
+    A family's rotary embedding is a function of its source file, which from now on is Liger's in this process. Raises
+    `ConfigError` where Liger raises anything.
     """
     from liger_kernel.backends import set_impl  # pyright: ignore[reportMissingImports]
     from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
 
-    # Kernels in other languages come before Triton's where flash-attn-4 brings these, and tests/liger_kernels.py cannot check them.
+    # Kernels in other languages come before Triton's where flash-attn-4 brings these, and tests/liger_kernels.py cannot
+    # check them.
     set_impl("nvidia-triton")
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # It warns of each such language that is not installed.
     code = vars(sys.modules[type(model).__module__])
@@ -112,8 +114,8 @@ def fuse(model: PreTrainedModel, device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def _agrees(module: Any, device: torch.device) -> bool:
-    """Whether a module's forward pass by Liger gives what that of its class does: Liger takes for granted that a family's MLPs have its
-    usual activation. Weights are made up, and linear layers return their inputs."""
+    """Whether a module's forward pass by Liger gives what that of its class does: Liger takes for granted that a
+    family's MLPs have its usual activation. Weights are made up, and linear layers return their inputs."""
     made = copy.copy(module)
     made._parameters = {
         name: torch.linspace(0.5, 1.5, weight.numel(), device=device).view(weight.shape)

@@ -1,7 +1,7 @@
 """Attention over a row that several ranks share, around the attention function that a layer calls, whichever it is.
 
-A kernel sees a whole row with fewer heads, so that borders of documents, windows and caps are those of the whole row. DeepSpeed's own wrapper
-(`UlyssesSPAttentionHF`) loses the borders of packed documents with SDPA.
+A kernel sees a whole row with fewer heads, so that borders of documents, windows and caps are those of the whole row.
+DeepSpeed's own wrapper (`UlyssesSPAttentionHF`) loses the borders of packed documents with SDPA.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,18 @@ def attend_across(
     s_aux: Tensor | None = None,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """`attend`, a function of transformers' attention interface, for this rank's tokens of a row that it shares with `peers`.
+    """`attend`, a function of transformers' attention interface, for this rank's tokens of a row that it shares with
+    `peers`.
 
-    query (1, heads, T / size, head), key and value (1, kv_heads, T / size, ...), sinks `s_aux` (heads,) -> (1, T / size, heads, value_dim).
-    The mask is the whole row's. Raises `ConfigError` where the ranks cannot have as many heads each.
+    query (1, heads, T / size, head), key and value (1, kv_heads, T / size, ...), sinks `s_aux` (heads,) -> (1, T /
+    size, heads, value_dim). The mask is the whole row's. Raises `ConfigError` where the ranks cannot have as many heads
+    each.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads % peers.size:
         raise ConfigError(
-            f"sharding.sequence_parallel: {peers.size} ranks cannot share the {heads} heads of this base's attention evenly. Set a divisor of {heads}."
+            f"sharding.sequence_parallel: {peers.size} ranks cannot share the {heads} heads of this base's attention"
+            f" evenly. Set a divisor of {heads}."
         )
     times = copies_of_keys(heads, kv_heads, peers.size)
     query, key, value = (
@@ -60,8 +63,8 @@ def attend_by_documents(
     attention_mask: Any,
     **given: Any,
 ) -> tuple[Tensor, Any]:
-    """`attend`, for each document of a row by itself where there is no mask: each is causal, and its scores are those with its own tokens
-    and its prefix alone."""
+    """`attend`, for each document of a row by itself where there is no mask: each is causal, and its scores are those
+    with its own tokens and its prefix alone."""
     if attention_mask is not None:
         return attend(module, query, key, value, attention_mask, **given)
 
@@ -81,14 +84,17 @@ def attend_by_documents(
 
 
 def causal(query: Tensor, key: Tensor) -> Tensor:
-    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K, head)."""
+    """The mask (1, 1, T, K) of one document, whose tokens are the last of its keys; query (..., T, head), key (..., K,
+    head).
+    """
     tokens, keys = query.shape[-2], key.shape[-2]
     return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
 
 
 class _OfRank:
-    """A layer's attention as a kernel asks it for facts, with this rank's heads: the heads of queries for each head of keys, and the part of what
-    it has a value of for each head, such as sinks, or keys and values of for each head of keys, such as prefixes (2, kv_heads, P, head)."""
+    """A layer's attention as a kernel asks it for facts, with this rank's heads: the heads of queries for each head of
+    keys, and the part of what it has a value of for each head, such as sinks, or keys and values of for each head of
+    keys, such as prefixes (2, kv_heads, P, head)."""
 
     def __init__(self, module: nn.Module, heads: int, kv_heads: int, peers: Peers) -> None:
         self._module, self._heads, self._kv_heads, self._peers = module, heads, kv_heads, peers

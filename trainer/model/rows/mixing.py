@@ -1,8 +1,10 @@
-"""Layers that mix tokens otherwise than by attention (Mamba, linear attention, convolutions), over a row that several ranks share.
+"""Layers that mix tokens otherwise than by attention (Mamba, linear attention, convolutions), over a row that several
+ranks share.
 
-transformers' families call the same few functions there, by the same names in each family's module, and each computes channels or heads that know
-nothing of one another. Around such a function a rank exchanges its tokens for some channels or heads of all tokens, as around attention. A layer that
-mixes tokens in a way of its own has the whole row on each rank.
+transformers' families call the same few functions there, by the same names in each family's module, and each computes
+channels or heads that know nothing of one another. Around such a function a rank exchanges its tokens for some channels
+or heads of all tokens, as around attention. A layer that mixes tokens in a way of its own has the whole row on each
+rank.
 """
 
 import inspect
@@ -29,7 +31,9 @@ _SEEN: ContextVar[list[Exchange] | None] = ContextVar("seen", default=None)
 
 
 def divides(mixer: nn.Module) -> bool:
-    """Whether all that mixes tokens in a layer are functions around which ranks can exchange heads. These do so from now on."""
+    """Whether all that mixes tokens in a layer are functions around which ranks can exchange heads. These do so from
+    now on.
+    """
     forward = inspect.unwrap(type(mixer).forward)
     called = set(forward.__code__.co_names)
     known = called & {_CONVOLUTION, *_OVER_HEADS}
@@ -43,7 +47,9 @@ def divides(mixer: nn.Module) -> bool:
 
 
 def exchanges(mixer: nn.Module, example: Tensor) -> tuple[Exchange, ...]:
-    """The exchanges of ranks in a layer that calls known functions, found by use: the layer computes `example` (1, tokens, H), which may be on `meta`."""
+    """The exchanges of ranks in a layer that calls known functions, found by use: the layer computes `example` (1,
+    tokens, H), which may be on `meta`.
+    """
     seen, training = list[Exchange](), mixer.training
     before = _SEEN.set(seen)
     try:
@@ -126,7 +132,9 @@ def _over_heads(
     arguments: tuple[Any, ...],
     given: dict[str, Any],
 ) -> Any:
-    """A function of states (1, T / size, heads, ...), some of which fewer groups of heads share, and of values for each head, (heads,)."""
+    """A function of states (1, T / size, heads, ...), some of which fewer groups of heads share, and of values for each
+    head, (heads,).
+    """
     tokens, heads = arguments[like].shape[1:3]
     if seen is not None:
         by_token = [value for value in (*arguments, *given.values()) if _is_by_token(value, tokens)]

@@ -1,9 +1,10 @@
-"""The ranks that share a row, and what they exchange: each has a slice of its tokens, or some heads of all of its tokens.
+"""The ranks that share a row, and what they exchange: each has a slice of its tokens, or some heads of all of its
+tokens.
 
 DeepSpeed-Ulysses' exchange (arXiv:2309.14509):
 
-    rank 0   all heads of tokens 0, 1    --to heads-->     heads 0, 1 of all tokens    --to tokens-->    all heads of tokens 0, 1
-    rank 1   all heads of tokens 2, 3                      heads 2, 3 of all tokens                      all heads of tokens 2, 3
+    rank 0   all heads of tokens 0, 1  --to heads-->  heads 0, 1 of all tokens  --to tokens-->  all heads of tokens 0, 1
+    rank 1   all heads of tokens 2, 3                 heads 2, 3 of all tokens                  all heads of tokens 2, 3
 """
 
 from typing import Any, Protocol
@@ -22,7 +23,9 @@ class Peers(Protocol):
     def part(self) -> int: ...
 
     def swap(self, pieces: Tensor) -> Tensor:
-        """pieces (size, ...) -> the same shape: piece i goes to peer i, piece j came from peer j. Collective among them."""
+        """pieces (size, ...) -> the same shape: piece i goes to peer i, piece j came from peer j. Collective among
+        them.
+        """
         ...
 
     def total(self, mine: Tensor) -> Tensor:
@@ -78,13 +81,17 @@ def total(mine: Tensor, peers: Peers) -> Tensor:
 
 
 def to_heads(mine: Tensor, peers: Peers) -> Tensor:
-    """All heads of this rank's tokens (1, T / size, heads, ...) -> its heads of all tokens (1, T, heads / size, ...)."""
+    """All heads of this rank's tokens (1, T / size, heads, ...) -> its heads of all tokens (1, T, heads / size,
+    ...).
+    """
     pieces = mine[0].unflatten(1, (peers.size, -1)).transpose(0, 1)
     return _swapped(pieces, peers).flatten(0, 1)[None]
 
 
 def to_tokens(mine: Tensor, peers: Peers) -> Tensor:
-    """This rank's heads of all tokens (1, T, heads / size, ...) -> all heads of its tokens (1, T / size, heads, ...)."""
+    """This rank's heads of all tokens (1, T, heads / size, ...) -> all heads of its tokens (1, T / size, heads,
+    ...).
+    """
     pieces = mine[0].unflatten(0, (peers.size, -1))
     return _swapped(pieces, peers).transpose(0, 1).flatten(1, 2)[None]
 

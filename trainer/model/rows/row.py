@@ -26,7 +26,9 @@ _LIKE = 3 / 4
 
 
 def batches(lengths: list[int]) -> list[list[int]]:
-    """Documents of like length together, as their numbers: the tokens of all batches are at most 4/3 of the documents'."""
+    """Documents of like length together, as their numbers: the tokens of all batches are at most 4/3 of the
+    documents'.
+    """
     found: list[list[int]] = []
     for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
         if found and lengths[document] >= _LIKE * lengths[found[-1][0]]:
@@ -37,10 +39,10 @@ def batches(lengths: list[int]) -> list[list[int]]:
 
 
 class Documents:
-    """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are not known
-    beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this rank's slice, and the lengths, which
-    must be known, those of the whole row that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no
-    mask; the row is `unmasked` once one was left out."""
+    """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are
+    not known beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this
+    rank's slice, and the lengths, which must be known, those of the whole row that they share. `prefixes` are as in
+    `lengths_known`. Layers that `are_told` the documents need no mask; the row is `unmasked` once one was left out."""
 
     def __init__(self, position_ids: Tensor, known: "_Known", are_told: bool = False) -> None:
         assert (known.peers is None and not known.prefixes) or known.lengths is not None
@@ -74,7 +76,9 @@ class Documents:
 
     @cached_property
     def sees(self) -> Callable[..., Any]:
-        """Whether a token may see another one as far as documents go, as a function of transformers' masks; there are several documents."""
+        """Whether a token may see another one as far as documents go, as a function of transformers' masks; there are
+        several documents.
+        """
         assert self.numbers is not None
         own = packed_sequence_mask_function(self.numbers)
         if not self.prefixes:
@@ -116,8 +120,8 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Batches:
-    """`places`: for each batch (documents, longest) the tokens of the row, the last one repeated where a document is shorter.
-    `back`: (T,) where each token of the row is in all batches' tokens, one batch behind the other."""
+    """`places`: for each batch (documents, longest) the tokens of the row, the last one repeated where a document is
+    shorter. `back`: (T,) where each token of the row is in all batches' tokens, one batch behind the other."""
 
     places: list[Tensor]
     back: Tensor
@@ -125,8 +129,8 @@ class _Batches:
 
 _ROW: ContextVar[Documents | None] = ContextVar("row", default=None)
 Prefixes = Sequence[tuple[int, int]]
-"""The prefix that each document of a row goes on from: the place of its first token in the row, and its tokens, 0 for none. Empty where no
-document has one."""
+"""The prefix that each document of a row goes on from: the place of its first token in the row, and its tokens, 0 for
+none. Empty where no document has one."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,8 @@ _KNOWN: ContextVar[_Known] = ContextVar("known", default=_NOTHING)
 
 @contextmanager
 def lengths_known(lengths: tuple[int, ...], peers: Peers | None = None, prefixes: Prefixes = ()) -> Iterator[None]:
-    """Inside, a model computes a row whose documents have so many tokens each; with `peers` this rank's slice of it. A document may go on
-    from one of `prefixes`, whose tokens lie before it in the row; its positions do."""
+    """Inside, a model computes a row whose documents have so many tokens each; with `peers` this rank's slice of it. A
+    document may go on from one of `prefixes`, whose tokens lie before it in the row; its positions do."""
     before = _KNOWN.set(_Known(lengths, peers, prefixes))
     try:
         yield
@@ -163,7 +167,9 @@ def set_documents_apart(tokens: int) -> None:
 
 
 class CannotDivide(Exception):
-    """A layer cannot compute for a slice of a row, or for documents that share a prefix; the text says why, as a clause."""
+    """A layer cannot compute for a slice of a row, or for documents that share a prefix; the text says why, as a
+    clause.
+    """
 
 
 class AtWork(AbstractContextManager[None]):
@@ -192,10 +198,11 @@ def described(position_ids: Tensor, are_told: bool) -> Documents:
 def by_documents(
     row: Documents | None, compute: Callable[..., Any], arguments: Sequence[Any], given: dict[str, Any]
 ) -> Any:
-    """`compute` for each batch of documents of a row: the states that it returns, or that are the first it returns, of all tokens of the row.
+    """`compute` for each batch of documents of a row: the states that it returns, or that are the first it returns, of
+    all tokens of the row.
 
-    Anything else that it returns belongs to a batch, and nothing asks for it. It is left out of a row with one document too, as ZeRO-3 counts the
-    tensors that a layer returns, and all ranks must count alike.
+    Anything else that it returns belongs to a batch, and nothing asks for it. It is left out of a row with one document
+    too, as ZeRO-3 counts the tensors that a layer returns, and all ranks must count alike.
     """
     if row is None or row.numbers is None:
         results = [compute(*arguments, **given)]
@@ -211,8 +218,8 @@ def by_documents(
 
 
 def _taken(value: Any, places: Tensor, row: Documents) -> Any:
-    """The part of an argument that belongs to the tokens at `places` (documents, longest): of states (1, T, ...) and of masks
-    (1, heads, T, T), alone or in tuples and dictionaries. Anything else stays as it is."""
+    """The part of an argument that belongs to the tokens at `places` (documents, longest): of states (1, T, ...) and of
+    masks (1, heads, T, T), alone or in tuples and dictionaries. Anything else stays as it is."""
     if isinstance(value, tuple):
         return tuple(_taken(part, places, row) for part in value)
     if isinstance(value, dict):

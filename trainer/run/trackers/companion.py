@@ -1,7 +1,8 @@
-"""The process beside rank 0 that shows a run's records by one service; tracker_process.py starts it, and says what it is to do.
+"""The process beside rank 0 that shows a run's records by one service; tracker_process.py starts it, and says what it
+is to do.
 
-It reads the records of all starts in the run's folder, so a service that was away, or is new to the run, gets what it lacks.
-It outlives a rank that is killed by a few seconds; the next start shows what is left over then.
+It reads the records of all starts in the run's folder, so a service that was away, or is new to the run, gets what it
+lacks. It outlives a rank that is killed by a few seconds; the next start shows what is left over then.
 """
 
 import json
@@ -37,7 +38,8 @@ ROWS = 100
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of a service's state that lies in the run's folder: by which `id` it knows the run, and the last step `shown`.
+    """The part of a service's state that lies in the run's folder: by which `id` it knows the run, and the last step
+    `shown`.
 
     A copy of the folder is a run of its own, under another name, and gets an id of its own.
     """
@@ -60,7 +62,9 @@ class Kept:
 
 
 class Companion:
-    """Brings the records of a run, up to those of `generation`, to the service that `opens` makes once its ranks have begun."""
+    """Brings the records of a run, up to those of `generation`, to the service that `opens` makes once its ranks have
+    begun.
+    """
 
     def __init__(self, folder: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
         self._run, self._generation, self._tracker, self._opens = folder, generation, tracker, opens
@@ -72,7 +76,9 @@ class Companion:
         self.superseded = False
 
     def look(self) -> None:
-        """Show what is new. Raises what the store or the service raises; what was not shown is tried again at the next look."""
+        """Show what is new. Raises what the store or the service raises; what was not shown is tried again at the next
+        look.
+        """
         found = streams(self._run.list(layout.METRICS))
         self.superseded = starts_in(found)[-1:] > [self._generation]
         if self.superseded:  # the process beside the newer start shows the rest, also of this one
@@ -107,8 +113,8 @@ class Companion:
 
 
 def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
-    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and less often;
-    that of the last look is said too."""
+    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and
+    less often; that of the last look is said too."""
     pause, failing, ended = LOOK_SECONDS, False, False
     while not ended and not companion.superseded:
         ended = over.wait(pause)
@@ -122,7 +128,8 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 again = "only the next start of the run tries it again" if ended else "it will be tried again"
                 say(
-                    f"showing the run by {tracker} failed, which does not end the run; {again}: {type(error).__name__}: {first_line}"
+                    f"showing the run by {tracker} failed, which does not end the run; {again}: {type(error).__name__}:"
+                    f" {first_line}"
                 )
             pause, failing = min(2 * pause, _LONGEST_PAUSE), True
 
@@ -142,8 +149,8 @@ def page(config: Config, folder: Store, kept: Kept) -> Page:
 
 
 def _listen(stdin: FileIO, over: threading.Event, patience: float) -> None:
-    """Wait for the end of rank 0. From then on a service has so many seconds for its own end, and only a few where rank 0 was killed:
-    whoever kills a run wants it gone, and the next start shows what is left over."""
+    """Wait for the end of rank 0. From then on a service has so many seconds for its own end, and only a few where rank
+    0 was killed: whoever kills a run wants it gone, and the next start shows what is left over."""
     if stdin.readall() != FAREWELL:  # it was killed, and nobody reads what this process prints
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
@@ -157,7 +164,8 @@ def main() -> None:
     # Without its buffer, whose lock the waiting thread would hold when this process ends first.
     stdin = FileIO(sys.stdin.fileno(), closefd=False)
     task = json.loads(stdin.readline())
-    # No child of rank 0: Ray ends the children of a rank that dies, and this one has then still to show what that one has left.
+    # No child of rank 0: Ray ends the children of a rank that dies, and this one has then still to show what that one
+    # has left.
     if os.fork():
         os._exit(0)
     config, tracker, over = parse_config(task["config"]), task["tracker"], threading.Event()

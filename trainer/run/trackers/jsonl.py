@@ -1,4 +1,6 @@
-"""The records of one generation in the run's folder, one JSON object a line: the run's history, which all else is read from."""
+"""The records of one generation in the run's folder, one JSON object a line: the run's history, which all else is read
+from.
+"""
 
 from trainer.run import layout
 from trainer.run.records import Record, encoded

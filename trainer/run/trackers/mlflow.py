@@ -16,7 +16,9 @@ _ENDS = {"finished": "FINISHED", "stopped": "KILLED"}
 
 
 class Mlflow:
-    """One run there for all starts, which is found by a tag. It would keep twice what it gets twice, so it is asked what it has."""
+    """One run there for all starts, which is found by a tag. It would keep twice what it gets twice, so it is asked
+    what it has.
+    """
 
     def __init__(self, page: Page) -> None:
         from mlflow import MlflowClient

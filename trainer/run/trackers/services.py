@@ -1,4 +1,6 @@
-"""The services that `track.trackers` may name: each a file of this folder, with the package that it needs as an extra."""
+"""The services that `track.trackers` may name: each a file of this folder, with the package that it needs as an
+extra.
+"""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,7 +13,9 @@ from trainer.run.trackers.tracker import Page, Service
 
 
 class ServiceKind(NamedTuple):
-    """A service that a name in `track.trackers` stands for. `package` is imported; the extra that brings it has the service's name."""
+    """A service that a name in `track.trackers` stands for. `package` is imported; the extra that brings it has the
+    service's name.
+    """
 
     opens: Callable[[Page], Service]
     package: str
@@ -27,5 +31,6 @@ def check_trackers(track: Track) -> None:
     for name in track.trackers:
         if find_spec(find_service(name).package) is None:
             raise ConfigError(
-                f"track.trackers: {name} is not installed. Install it with pip install 'capstan-llm[{name}]', or leave it out."
+                f"track.trackers: {name} is not installed. Install it with pip install 'capstan-llm[{name}]', or leave"
+                " it out."
             )

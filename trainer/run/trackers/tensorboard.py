@@ -13,8 +13,8 @@ from trainer.store.store import Store
 
 
 class Curves(Tracker):
-    """The curves of all starts of a run lie in one folder, so that TensorBoard shows them as one. A segment is a whole events
-    file to it, and it reads them in the order of their names."""
+    """The curves of all starts of a run lie in one folder, so that TensorBoard shows them as one. A segment is a whole
+    events file to it, and it reads them in the order of their names."""
 
     name = "TensorBoard's events"
 

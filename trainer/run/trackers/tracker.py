@@ -3,11 +3,12 @@
     rank 0   metrics.py ──►  jsonl.py         the records, which are the run's only history
                              tensorboard.py   curves in the run's folder
                              printed.py       lines in the rank's log
-                             tracker_process.py ──►  companion.py, a process of its own ──►  wandb.py | mlflow.py | trackio.py
+                             tracker_process.py ──►  companion.py, a process of its own
+                                                     ──►  wandb.py | mlflow.py | trackio.py
 
-A service outside the run's folder may be slow, hang, or end the process that calls it. So its tracker runs in a process of
-its own, which reads the records in the run's folder as `capstan status` does: the training waits for nothing, an outage loses
-nothing, and what an earlier start left unsent is sent by the next one.
+A service outside the run's folder may be slow, hang, or end the process that calls it. So its tracker runs in a process
+of its own, which reads the records in the run's folder as `capstan status` does: the training waits for nothing, an
+outage loses nothing, and what an earlier start left unsent is sent by the next one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from trainer.run.records import Record
 
 
 class Tracker(Protocol):
-    """Keeps or shows records of a run. Its calls may fail, and all but `add` may wait: whoever calls sees that it does no harm. A class of it
-    says what it does; what it leaves out does nothing.
+    """Keeps or shows records of a run. Its calls may fail, and all but `add` may wait: whoever calls sees that it does
+    no harm. A class of it says what it does; what it leaves out does nothing.
 
     `name` completes "sending ..." for people; `flush` is wanted every so many `seconds`.
     """
@@ -37,10 +38,11 @@ class Tracker(Protocol):
 
 
 class Page(NamedTuple):
-    """The facts of the run that a service gets when it is opened. They are the same in every start, so that it finds its curves again.
+    """The facts of the run that a service gets when it is opened. They are the same in every start, so that it finds
+    its curves again.
 
-    `id` is unique to the run, `settings` is its whole configuration, and `folder` the run's folder where that is one of this
-    machine. `shown` is the last step that an earlier start has brought there, for a service that cannot be asked.
+    `id` is unique to the run, `settings` is its whole configuration, and `folder` the run's folder where that is one of
+    this machine. `shown` is the last step that an earlier start has brought there, for a service that cannot be asked.
     """
 
     id: str
@@ -79,8 +81,9 @@ class Service(Protocol):
 
 
 def points(record: Record) -> dict[str, float]:
-    """The numbers of a record by the curves that they are points of, which have the same names everywhere: `train/<name>` of a
-    step, `eval/<name>` or `eval/<set>/<name>` of an evaluation. Empty for a record of another kind."""
+    """The numbers of a record by the curves that they are points of, which have the same names everywhere:
+    `train/<name>` of a step, `eval/<name>` or `eval/<set>/<name>` of an evaluation. Empty for a record of another kind.
+    """
     if record["kind"] == "step":
         curve = "train"
     elif record["kind"] == "eval":
@@ -101,8 +104,8 @@ def _draws(value: Any) -> bool:
 class Unshown:
     """Steps that a service has not shown yet, each of them once and in order, whatever starts of the run repeat.
 
-    A step is whole, and so a row, when a later one has begun: its evaluations come after it. Until then a start that repeats
-    it, because the one before was killed, adds to it and counts.
+    A step is whole, and so a row, when a later one has begun: its evaluations come after it. Until then a start that
+    repeats it, because the one before was killed, adds to it and counts.
     """
 
     def __init__(self, shown: int) -> None:
@@ -120,9 +123,9 @@ class Unshown:
         self._rows[step] = Row(step, record["time"], {**(earlier.points if earlier else {}), **drawn})
 
     def batches(self, most: int) -> Iterator[list[Row]]:
-        """The next rows, at most so many at a time. They count as shown once the next ones are asked for: after a failure they
-        come again. After the run's end its last step is whole, too; one that a kill has cut off is left to the start that
-        repeats it.
+        """The next rows, at most so many at a time. They count as shown once the next ones are asked for: after a
+        failure they come again. After the run's end its last step is whole, too; one that a kill has cut off is left to
+        the start that repeats it.
         """
         while rows := [row for row in self._rows.values() if row.step < self._newest or self.outcome][:most]:
             yield rows

@@ -1,4 +1,6 @@
-"""A tracker in a process of its own: whatever a service does there, the training neither waits for it nor ends with it."""
+"""A tracker in a process of its own: whatever a service does there, the training neither waits for it nor ends with
+it.
+"""
 
 import json
 import os
@@ -24,8 +26,8 @@ _QUIET = {
 
 
 class TrackerProcess(Tracker):
-    """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder; this
-    end only starts it, and tells it when they are over."""
+    """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder;
+    this end only starts it, and tells it when they are over."""
 
     seconds = 60.0
 
@@ -33,7 +35,8 @@ class TrackerProcess(Tracker):
         self.name = name
         self._told = False
         self._alive, alive = os.pipe()  # it ends when the process does
-        # Not by trainer.processes.children: it outlives a rank that is killed by a few seconds, to show what that one has left.
+        # Not by trainer.processes.children: it outlives a rank that is killed by a few seconds, to show what that one
+        # has left.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "trainer.run.trackers.companion"],
             stdin=subprocess.PIPE,

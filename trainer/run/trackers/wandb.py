@@ -1,4 +1,6 @@
-"""Weights & Biases. Server, entity, key and mode come from the environment that it documents: WANDB_API_KEY, WANDB_MODE and so on."""
+"""Weights & Biases. Server, entity, key and mode come from the environment that it documents: WANDB_API_KEY, WANDB_MODE
+and so on.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +10,9 @@ from trainer.run.trackers.tracker import Page, Row
 
 
 class WeightsAndBiases:
-    """One run there for all starts. Its server says what it has; offline, the run's folder does. It takes steps in order only."""
+    """One run there for all starts. Its server says what it has; offline, the run's folder does. It takes steps in
+    order only.
+    """
 
     def __init__(self, page: Page) -> None:
         import wandb

@@ -3,8 +3,8 @@
 Save: each rank copies its intervals of what learns into host memory (the loop's only wait), and uploads them in the
 background. The loop calls `advance` at every step border with whether all ranks are `ready`; once all shards are up,
 rank 0 writes the manifest with a create-only PUT, in the background too: the commit. Restore: newest manifest first;
-every shard is hashed once across the ranks; where one is damaged, all ranks fall back together; each rank reads the byte
-ranges that overlap its intervals.
+every shard is hashed once across the ranks; where one is damaged, all ranks fall back together; each rank reads the
+byte ranges that overlap its intervals.
 """
 
 import json
@@ -51,9 +51,9 @@ class _Pending:
 class CommitHooks:
     """The functions that a run has called as it saves.
 
-    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on rank 0
-    before each manifest is written, beside the training, and `after` after it, in the loop; `oldest` there beside the training, with the step of the
-    oldest checkpoint that stays, when older ones were removed.
+    `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on
+    rank 0 before each manifest is written, beside the training, and `after` after it, in the loop; `oldest` there
+    beside the training, with the step of the oldest checkpoint that stays, when older ones were removed.
     """
 
     record: Callable[..., None]
@@ -64,8 +64,8 @@ class CommitHooks:
 
 @dataclass
 class Checkpoints:
-    """One run's checkpoints, as one rank of one generation writes them. `evaluated` is the fingerprint of the data of their evaluation losses;
-    `newest` is the step of the last save that was begun."""
+    """One run's checkpoints, as one rank of one generation writes them. `evaluated` is the fingerprint of the data of
+    their evaluation losses; `newest` is the step of the last save that was begun."""
 
     run: Store
     ranks: Ranks
@@ -163,7 +163,8 @@ class Checkpoints:
         return self._pending is None or self._pending.work.done()
 
     def advance(self, all_ready: bool) -> None:
-        """Take the save under way a stage further, once every rank is ready: to the commit, then to its end. Collective.
+        """Take the save under way a stage further, once every rank is ready: to the commit, then to its end.
+        Collective.
 
         Raises:
             StorageError: too many saves failed one after the other; `Superseded` when a later generation has taken over
@@ -287,8 +288,8 @@ class Checkpoints:
                 check_identity(manifest, self.identity)
                 if is_written_anew(manifest, self.identity.base):
                     log(
-                        f"the files of {self.identity.base['path']} have been written again since step {manifest.step}; the samples of "
-                        "their weights are the same"
+                        f"the files of {self.identity.base['path']} have been written again since step {manifest.step};"
+                        " the samples of their weights are the same"
                     )
                 if manifest.shapes != _shapes(learner.partitions()):  # adapters of one identity have one set of shapes
                     problems = [
@@ -307,8 +308,8 @@ class Checkpoints:
             return manifest
         if damaged:
             raise StorageError(
-                f"no checkpoint of {self.run.uri} is whole; the ranks' logs say why. Restore its files, or start a run of "
-                "another name."
+                f"no checkpoint of {self.run.uri} is whole; the ranks' logs say why. Restore its files, or start a run"
+                " of another name."
             )
         if required:
             raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it again from its configuration.")
@@ -374,7 +375,9 @@ def load_partitions(
     partitions: list[TrainablePartition],
     states: Sequence[State] | None = None,
 ) -> None:
-    """Fill the partitions' `states`, or all that they have, from whatever the checkpoint's ranks wrote: any world size loads."""
+    """Fill the partitions' `states`, or all that they have, from whatever the checkpoint's ranks wrote: any world size
+    loads.
+    """
     mine = {part.name: part for part in partitions}
     wanted = {
         Key(part.name, state): state.held(part.begin, part.end)

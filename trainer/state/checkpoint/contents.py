@@ -1,8 +1,8 @@
 """Which values of each state the shards of a checkpoint hold: a value goes with the first element that it is of.
 
-A shard's intervals are intervals of elements, by ZeRO-3's rule. A state with one value for a block of elements, or with a vector of its own,
-has fewer values; these are divided by the rules of `Contents`. A manifest writes no intervals, as they follow from shape, number of
-shards and shard: with a thousand ranks the list of format 2 took 133 MB.
+A shard's intervals are intervals of elements, by ZeRO-3's rule. A state with one value for a block of elements, or with
+a vector of its own, has fewer values; these are divided by the rules of `Contents`. A manifest writes no intervals, as
+they follow from shape, number of shards and shard: with a thousand ranks the list of format 2 took 133 MB.
 """
 
 from collections.abc import Iterable, Mapping

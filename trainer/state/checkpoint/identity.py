@@ -1,4 +1,5 @@
-"""The identity of a checkpoint (its base, adapter, objective, optimizer, data and their order), and whether a run may go on from it.
+"""The identity of a checkpoint (its base, adapter, objective, optimizer, data and their order), and whether a run may
+go on from it.
 
 The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
 that neither accepts what the other refuses. Without torch.
@@ -14,8 +15,8 @@ from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes
 
 # Facts about the base that may change from one start to the next. An export reads them in the manifest.
 _BESIDE_IDENTITY = {"path", "name", "revision", "dtype", "start", "start_data"}
-# The facts about the base's content, see `trainer.base.find.content.content_of`. Earlier versions have not recorded them, and a base that has moved
-# to another kind of place has others.
+# The facts about the base's content, see `trainer.base.find.content.content_of`. Earlier versions have not recorded
+# them, and a base that has moved to another kind of place has others.
 _CONTENT = {"weights", "commit", "hashes", "versions"}
 
 
@@ -23,10 +24,10 @@ _CONTENT = {"weights", "commit", "hashes", "versions"}
 class Identity:
     """A restore refuses a checkpoint of another base, adapter, objective, optimizer, data set or order of it.
 
-    `dataset` is the fingerprint of the compiled training data, `text` has the hashes of the tokenizer's files and of the template
-    (`trainer.data.render.text_files.RunText`). Keys whose value is that of `defaults` may be missing, in
-    this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of before
-    can still be continued.
+    `dataset` is the fingerprint of the compiled training data, `text` has the hashes of the tokenizer's files and of
+    the template (`trainer.data.render.text_files.RunText`). Keys whose value is that of `defaults` may be missing, in
+    this identity as in a checkpoint's: whatever is added to an identity later has a default, so that checkpoints of
+    before can still be continued.
     """
 
     dataset: str
@@ -61,18 +62,20 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
                 )
     if manifest.dataset != identity.dataset:
         raise ConfigError(
-            f"the checkpoint of step {manifest.step} was trained on data {manifest.dataset}, the configuration's sources give "
-            f"{identity.dataset}. Restore the sources, or start a run of another name."
+            f"the checkpoint of step {manifest.step} was trained on data {manifest.dataset}, the configuration's"
+            f" sources give {identity.dataset}. Restore the sources, or start a run of another name."
         )
 
 
 def check_content(manifest: CheckpointManifest, base: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where `base`, the facts about a base, has other weights than the checkpoint was trained on."""
+    """Raise `ConfigError` where `base`, the facts about a base, has other weights than the checkpoint was trained
+    on.
+    """
     before, after = manifest.base.get("commit"), base.get("commit")
     if before and after and before != after:
         raise ConfigError(
-            f"model.base: {base['name']} is at commit {after} of the Hub, and the checkpoint of step {manifest.step} was trained on "
-            f"commit {before}. Set model.revision={before}, or start a run of another name."
+            f"model.base: {base['name']} is at commit {after} of the Hub, and the checkpoint of step {manifest.step}"
+            f" was trained on commit {before}. Set model.revision={before}, or start a run of another name."
         )
     for kind in ("weights", "hashes"):
         known, found = manifest.base.get(kind), base.get(kind)
@@ -81,13 +84,15 @@ def check_content(manifest: CheckpointManifest, base: Mapping[str, Any]) -> None
         other = next((file for file in sorted(known.keys() | found) if known.get(file) != found.get(file)), None)
         if other is not None:
             raise ConfigError(
-                f"model.base: {base['path']} is not the model that the checkpoint of step {manifest.step} was trained on: {other} is "
-                "another. Put that one back, or start a run of another name."
+                f"model.base: {base['path']} is not the model that the checkpoint of step {manifest.step} was trained"
+                f" on: {other} is another. Put that one back, or start a run of another name."
             )
 
 
 def is_written_anew(manifest: CheckpointManifest, base: Mapping[str, Any]) -> bool:
-    """Whether the objects of the base have been written since the checkpoint, which by itself changes nothing of what is in them."""
+    """Whether the objects of the base have been written since the checkpoint, which by itself changes nothing of what
+    is in them.
+    """
     same_place = manifest.base.get("path") == base.get("path")
     return same_place and manifest.base.get("versions", base.get("versions")) != base.get("versions")
 
@@ -105,8 +110,8 @@ def check_text(manifest: CheckpointManifest, text: TextHashes | None) -> None:
             else "Leave it out, for the base's own"
         )
         raise ConfigError(
-            f"data.template: the checkpoint of step {manifest.step} was trained with another chat template. {mend}, or start a run of "
-            "another name."
+            f"data.template: the checkpoint of step {manifest.step} was trained with another chat template. {mend}, or"
+            " start a run of another name."
         )
     files = sorted(before.tokenizer.keys() | text.tokenizer)
     other = next((file for file in files if before.tokenizer.get(file) != text.tokenizer.get(file)), None)
@@ -114,6 +119,6 @@ def check_text(manifest: CheckpointManifest, text: TextHashes | None) -> None:
         kept = before.tokenizer.get(other)
         mend = f"Put that one back, which is in the run's folder as {layout.kept_text(kept)}" if kept else "Remove it"
         raise ConfigError(
-            f"model.base: the tokenizer is not that of the checkpoint of step {manifest.step}: {other} is another. {mend}, or start a "
-            "run of another name."
+            f"model.base: the tokenizer is not that of the checkpoint of step {manifest.step}: {other} is another."
+            f" {mend}, or start a run of another name."
         )

@@ -10,8 +10,8 @@ from torch import Tensor
 class TrainablePartition:
     """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, padding left out.
 
-    `states` are live 1-D views by the names of the optimizer's states, each with the values that the state is held with: of
-    the master weight and AdamW's two moments, fp32 and of length end - begin.
+    `states` are live 1-D views by the names of the optimizer's states, each with the values that the state is held
+    with: of the master weight and AdamW's two moments, fp32 and of length end - begin.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The folders of a run's checkpoints, found without listing every shard.
 
-A hundred checkpoints of a thousand ranks are a hundred thousand objects: a listing of all takes as many requests as a look
-into each checkpoint's folder, but a hundred times the bytes, and on a disk a look at each file.
+A hundred checkpoints of a thousand ranks are a hundred thousand objects: a listing of all takes as many requests as a
+look into each checkpoint's folder, but a hundred times the bytes, and on a disk a look at each file.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,9 @@ _LOOKS_AT_A_TIME = 16
 
 
 class StepFolder(NamedTuple):
-    """The folder of one step's checkpoint, with so many folders of attempts at its save. It is committed when it has a manifest."""
+    """The folder of one step's checkpoint, with so many folders of attempts at its save. It is committed when it has a
+    manifest.
+    """
 
     step: int
     manifest: Entry | None

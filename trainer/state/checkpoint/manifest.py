@@ -1,8 +1,8 @@
 """The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
 
 Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
-manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which lists
-each shard's intervals, is read for ever.
+manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which
+lists each shard's intervals, is read for ever.
 """
 
 import json
@@ -45,7 +45,9 @@ _Facts = Annotated[dict[str, Any], AfterValidator(_as_json)]
 
 @dataclass(frozen=True)
 class TextHashes:
-    """SHA-256 of each file of the tokenizer, and of the chat template where `data.template` took the place of the tokenizer's own."""
+    """SHA-256 of each file of the tokenizer, and of the chat template where `data.template` took the place of the
+    tokenizer's own.
+    """
 
     tokenizer: dict[str, _Sha256]
     template: _Sha256 | None
@@ -131,8 +133,8 @@ class CheckpointManifest:
 
 
 def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, float]:
-    """Step -> evaluation loss of those of `manifests`, newest first, that were evaluated, over the data that the newest of these has. One
-    that does not say which data it was is taken for the same."""
+    """Step -> evaluation loss of those of `manifests`, newest first, that were evaluated, over the data that the newest
+    of these has. One that does not say which data it was is taken for the same."""
     evaluated = [(found.step, found.eval_loss, found.eval_data) for found in manifests if found.eval_loss is not None]
     newest = next((data for _, _, data in evaluated if data is not None), None)
     return {step: loss for step, loss, data in evaluated if data in (None, newest)}
@@ -156,8 +158,8 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         raise Damaged(f"{where} is damaged: it is not a manifest.")
     if number > FORMAT:
         raise StorageError(
-            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version "
-            "that wrote it."
+            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version"
+            " that wrote it."
         )
     if digest != digest_of_text(text):
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")
@@ -168,7 +170,8 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         raise Damaged(f"{where} is damaged: {'.'.join(map(str, found['loc']))}: {found['msg']}.") from error
     if manifest.optimizer not in optimizers():
         raise StorageError(
-            f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version that wrote it."
+            f"{where} is of the optimizer {manifest.optimizer!r}, which this version does not have. Use the version"
+            " that wrote it."
         )
     if problem := manifest.problem():
         raise Damaged(f"{where} is damaged: {problem}.")
@@ -210,22 +213,27 @@ def shard_problem(folder: Store, manifest: CheckpointManifest, number: int) -> s
 
 
 def check_step(folder: Store, steps: Sequence[int], step: int | None) -> None:
-    """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as `whole_checkpoint`."""
+    """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as
+    `whole_checkpoint`.
+    """
     if not steps:
         raise NothingToResume(f"{folder.uri} has no committed checkpoint.")
     if step is not None and step not in steps:
         raise ConfigError(
-            f"--step: {folder.uri} has no committed checkpoint of step {step}. Its steps are: {', '.join(map(str, sorted(steps)))}."
+            f"--step: {folder.uri} has no committed checkpoint of step {step}. Its steps are:"
+            f" {', '.join(map(str, sorted(steps)))}."
         )
 
 
 def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
-    """The step of `--step`, or with `--best` that of the lowest evaluation loss, the newer of equals, over the data of the
-    newest evaluation; with neither None, which stands for the newest that is whole. Reads manifests, no shards: `whole_checkpoint` of the step proves it.
+    """The step of `--step`, or with `--best` that of the lowest evaluation loss, the newer of equals, over the data of
+    the newest evaluation; with neither None, which stands for the newest that is whole. Reads manifests, no shards:
+    `whole_checkpoint` of the step proves it.
 
     Raises:
         NothingToResume: the run has no committed checkpoint.
-        ConfigError: both were given, there is no such step, or no checkpoint was evaluated; it names the steps that there are.
+        ConfigError: both were given, there is no such step, or no checkpoint was evaluated; it names the steps that
+            there are.
     """
     if best and step is not None:
         raise ConfigError(f"--best chooses the step, and --step {step} names one. Leave out one of them.")
@@ -238,15 +246,15 @@ def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
     losses = comparable_losses(readable_manifests(folder, [], steps))
     if not losses:
         raise ConfigError(
-            f"--best: no checkpoint of {folder.uri} was evaluated when it was saved (eval.every). Name one with --step. "
-            f"Its steps are: {', '.join(map(str, sorted(steps)))}."
+            f"--best: no checkpoint of {folder.uri} was evaluated when it was saved (eval.every). Name one with --step."
+            f" Its steps are: {', '.join(map(str, sorted(steps)))}."
         )
     return min(losses, key=lambda found: (losses[found], -found))
 
 
 def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: bool = False) -> CheckpointManifest:
-    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over. No shard is looked at where a
-    manifest that can be read is enough (`by_manifest`), as for a dry run.
+    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over. No shard is looked
+    at where a manifest that can be read is enough (`by_manifest`), as for a dry run.
 
     Raises:
         NothingToResume: there is none.

@@ -1,8 +1,8 @@
 """Which checkpoints a run keeps, and the removal of the others and of what dead saves left behind.
 
-Nothing is removed before one of those that stay was read and found whole, so the last good checkpoint outlives newer ones
-that are damaged. A removed checkpoint loses its manifest first, so it is never chosen half gone; a removal that dies in
-between leaves shards that nothing refers to, and those are orphans like any other.
+Nothing is removed before one of those that stay was read and found whole, so the last good checkpoint outlives newer
+ones that are damaged. A removed checkpoint loses its manifest first, so it is never chosen half gone; a removal that
+dies in between leaves shards that nothing refers to, and those are orphans like any other.
 """
 
 from collections.abc import Callable
@@ -62,8 +62,8 @@ def plan_removal(
 ) -> Removal:
     """Find what `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing.
 
-    Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that `rules`
-    keep are damaged, the newest whole one stays too; where none is whole, all stay.
+    Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that
+    `rules` keep are damaged, the newest whole one stays too; where none is whole, all stay.
     """
     folders = step_folders(folder)
     newest_first = [found.step for found in folders if found.manifest is not None]
@@ -113,8 +113,8 @@ def _problem(folder: Store, step: int) -> str | None:
 
 
 def _unreferenced(folder: Store, step: StepFolder) -> list[Entry]:
-    """Objects of a step's folder that its commit does not name, less the adapter beside it. A damaged manifest is taken to name
-    them all."""
+    """Objects of a step's folder that its commit does not name, less the adapter beside it. A damaged manifest is taken
+    to name them all."""
     if step.manifest is None:
         return folder.list(layout.checkpoint(step.step))
     if step.attempts <= 1:

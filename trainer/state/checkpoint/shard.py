@@ -22,7 +22,9 @@ _HASH_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Shard:
-    """The file that one rank wrote. `intervals` are listed by manifests of format 2 only, and are those of `EvenDivision` there too."""
+    """The file that one rank wrote. `intervals` are listed by manifests of format 2 only, and are those of
+    `EvenDivision` there too.
+    """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True)
 

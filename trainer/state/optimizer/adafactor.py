@@ -1,8 +1,8 @@
 """Adafactor (arXiv:1804.04235): of a matrix, the second moment is kept as one number a row and one a column.
 
 Without a first moment, and with the learning rate from outside: transformers' Adafactor with `scale_parameter` and
-`relative_step` off. A rank has a flat part of a matrix. Its sums over rows and columns are added up over all ranks, and so
-is the square of the update, so every rank keeps the same numbers, which are those of one rank that has all.
+`relative_step` off. A rank has a flat part of a matrix. Its sums over rows and columns are added up over all ranks, and
+so is the square of the update, so every rank keeps the same numbers, which are those of one rank that has all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ROW, _COLUMN, _ELEMENT = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"
 
 
 class _Run(NamedTuple):
-    """Elements of a part that are whole rows of one matrix, or a piece of one row: where they are in `rows` and `columns`,
-    each counted over all matrices of the parameter, and in the part."""
+    """Elements of a part that are whole rows of one matrix, or a piece of one row: where they are in `rows` and
+    `columns`, each counted over all matrices of the parameter, and in the part."""
 
     rows: slice
     columns: slice
@@ -68,7 +68,9 @@ class Adafactor:
 
 
 def _take_means(flat: Flat, gradient: Tensor, decay: float, reduce: Reduce) -> None:
-    """Have the states take in the squared gradient: of a matrix, its means over each row and each column. Collective."""
+    """Have the states take in the squared gradient: of a matrix, its means over each row and each column.
+    Collective.
+    """
     import torch
 
     factored = [part for part in flat.parts if len(part.shape) > 1]

@@ -1,8 +1,8 @@
 """AdamW whose moments are bytes, with a scale for each block of 256 (arXiv:2110.02861), as bitsandbytes computes it.
 
-The blocks are those of the whole parameter, wherever ranks divide it. Where a border cuts a block, the two ranks agree on
-its scale: one maximum over all ranks a step, of a few numbers a parameter. So the moments are those of one rank that has
-all, bit by bit, and a checkpoint knows no world size.
+The blocks are those of the whole parameter, wherever ranks divide it. Where a border cuts a block, the two ranks agree
+on its scale: one maximum over all ranks a step, of a few numbers a parameter. So the moments are those of one rank that
+has all, bit by bit, and a checkpoint knows no world size.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements [begin, end) of a part, counted from the parameter's first. `cut` is its block's number where the rank has
-    not all of the block; otherwise it begins at a block's border, and ends at one or with the parameter."""
+    """Elements [begin, end) of a part, counted from the parameter's first. `cut` is its block's number where the rank
+    has not all of the block; otherwise it begins at a block's border, and ends at one or with the parameter."""
 
     begin: int
     end: int
@@ -95,7 +95,9 @@ def _cut_blocks(numel: int, share: int) -> list[int]:
 def _cut_scales(
     flat: Flat, gradient: Tensor, settings: Mapping[str, Any], reduce: Reduce
 ) -> dict[tuple[int, int | None, str], Tensor]:
-    """The scale of each cut block after this step, by part, block and moment: the largest over the ranks. Collective."""
+    """The scale of each cut block after this step, by part, block and moment: the largest over the ranks.
+    Collective.
+    """
     import torch
 
     keys: list[tuple[int, int | None, str]] = [

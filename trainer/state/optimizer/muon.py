@@ -1,8 +1,10 @@
-"""Muon: of each matrix the momentum is made orthogonal before it is an update (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+"""Muon: of each matrix the momentum is made orthogonal before it is an update (Jordan et al., 2024,
+kellerjordan.github.io/posts/muon).
 
-The updates are scaled so that they are of AdamW's size (arXiv:2502.16982, equation 4), so the same learning rates hold, and vectors
-learn by AdamW. A rank has a flat part of a matrix: the matrices' updates are added up over the ranks, some at a time, and each rank
-makes them orthogonal whole, and takes its own part. The arithmetic is that of torch.optim.Muon.
+The updates are scaled so that they are of AdamW's size (arXiv:2502.16982, equation 4), so the same learning rates hold,
+and vectors learn by AdamW. A rank has a flat part of a matrix: the matrices' updates are added up over the ranks, some
+at a time, and each rank makes them orthogonal whole, and takes its own part. The arithmetic is that of
+torch.optim.Muon.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ def _whole(parts: Sequence[FlatPart], gradient: Tensor, momentum: float, reduce:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> the matrix of the same singular vectors, whose singular values are near 1: five steps of Newton and Schulz in
-    bfloat16."""
+    """(rows, columns) -> the matrix of the same singular vectors, whose singular values are near 1: five steps of
+    Newton and Schulz in bfloat16."""
     import torch
 
     a, b, c = _COEFFICIENTS

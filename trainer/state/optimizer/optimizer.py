@@ -1,8 +1,8 @@
 """The interface of an optimizer, and how one is found by its name in `optim.name`.
 
-An optimizer is one file in this folder, whose `OPTIMIZERS` maps its name to it. ZeRO-3 gives a rank a flat tensor with its
-elements of several parameters, one after the other, so an optimizer updates parts of parameters, and asks the other ranks
-for the little that it needs of the rest. Importing the file loads no torch, as `plan` counts on a login node.
+An optimizer is one file in this folder, whose `OPTIMIZERS` maps its name to it. ZeRO-3 gives a rank a flat tensor with
+its elements of several parameters, one after the other, so an optimizer updates parts of parameters, and asks the other
+ranks for the little that it needs of the rest. Importing the file loads no torch, as `plan` counts on a login node.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class State:
         return -(-numel // self.block) if self.length is None else self.length
 
     def held(self, begin: int, end: int) -> Interval:
-        """The values that a rank with the elements [begin, end) has: those of blocks that a border cuts are on both sides."""
+        """The values that a rank with the elements [begin, end) has: those of blocks that a border cuts are on both
+        sides.
+        """
         if self.length is not None:
             return 0, self.length
         return begin // self.block, -(-end // self.block) if begin < end else begin // self.block
@@ -73,7 +75,8 @@ MASTER = State("master")
 class FlatPart:
     """Elements [begin, end) of a flattened parameter of `shape`, which lie at `offset` in a rank's flat tensor.
 
-    Every rank has `share` elements of it, but for the last ones. `states` has the rank's values of each state, 1-D, by name.
+    Every rank has `share` elements of it, but for the last ones. `states` has the rank's values of each state, 1-D, by
+    name.
     """
 
     shape: tuple[int, ...]
@@ -109,12 +112,14 @@ class Optimizer(Protocol):
     """The settings of the section `optim` that it reads beside the common ones. A value for any other is refused."""
 
     def states(self, shape: tuple[int, ...]) -> tuple[State, ...]:
-        """The states that it keeps of a parameter of `shape`, beside the fp32 weight. Before the first step they are zeros."""
+        """The states that it keeps of a parameter of `shape`, beside the fp32 weight. Before the first step they are
+        zeros.
+        """
         ...
 
     def step_bytes(self, portion: int, largest: int, on_gpu: bool) -> int:
-        """The memory that an update takes beside the states, with the fp32 copy of the gradient. A rank updates `portion`
-        elements at a time; `largest` is its part of the largest parameter."""
+        """The memory that an update takes beside the states, with the fp32 copy of the gradient. A rank updates
+        `portion` elements at a time; `largest` is its part of the largest parameter."""
         ...
 
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:

@@ -3,9 +3,10 @@
     enter("data")   enter("forward")   enter("backward")   enter("optimizer")   enter("save")
          |   data          |  forward  [gather]  |  backward [gather]  |  optimizer   |   ...
 
-A mark between two phases is an event in the device's own queue, or on a CPU the host's clock. The phases lie one behind the other, so
-their seconds add up to the time that passes, and a wait inside of one is taken out of it. An event is read once the device has come
-to it, which is after some exchange or at the latest in the next step: nobody waits for one.
+A mark between two phases is an event in the device's own queue, or on a CPU the host's clock. The phases lie one behind
+the other, so their seconds add up to the time that passes, and a wait inside of one is taken out of it. An event is
+read once the device has come to it, which is after some exchange or at the latest in the next step: nobody waits for
+one.
 """
 
 import time
@@ -55,7 +56,8 @@ class _Entered(NamedTuple):
 class Clock:
     """Adds up the seconds of each phase on this rank. It begins with the first `enter`; until then nothing is measured.
 
-    Only one thread may be at it at a time: autograd's, while the main thread waits for a backward pass, or the main thread.
+    Only one thread may be at it at a time: autograd's, while the main thread waits for a backward pass, or the main
+    thread.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_part`, `partitions` and `refresh`; tests/dist/test_engine.py and
-tests/dist/test_gather.py fail when upstream changes them.
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_part`, `partitions` and `refresh`;
+tests/dist/test_engine.py and tests/dist/test_gather.py fail when upstream changes them.
 """
 
 import os
@@ -37,7 +37,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 @contextmanager
 def _own_device(device: torch.device) -> Iterator[None]:
-    """LOCAL_RANK is the number of `device` inside: DeepSpeed takes its device by it, also where each rank sees one GPU alone."""
+    """LOCAL_RANK is the number of `device` inside: DeepSpeed takes its device by it, also where each rank sees one GPU
+    alone.
+    """
     local_rank = os.environ["LOCAL_RANK"]
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     try:
@@ -48,8 +50,8 @@ def _own_device(device: torch.device) -> Iterator[None]:
 
 def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Init:
     """DeepSpeed's `Init`, which makes plain parameters ZeRO-3 ones, over the process group that `ranks.join` made."""
-    # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a rank
-    # killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
+    # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a
+    # rank killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     deepspeed.init_distributed(verbose=False)  # first: Init takes the world size from it
     with _own_device(device):
@@ -57,8 +59,9 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 def divide_now(module: nn.Module, beside: nn.Module) -> None:
-    """Divide the parameters of `module`, which every rank has whole and alike, over the ranks, as those of `beside` are divided
-    already. The engine does the same when it is made, but until then a rank would hold all of them. Collective."""
+    """Divide the parameters of `module`, which every rank has whole and alike, over the ranks, as those of `beside` are
+    divided already. The engine does the same when it is made, but until then a rank would hold all of them. Collective.
+    """
     divided: Any = next(beside.parameters())
     divided.convert_to_zero_parameters(list(module.parameters()))
 
@@ -72,7 +75,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The sharded parameters of each of `modules` are whole while it computes, to be read only. Collective, before the engine is made."""
+    """The sharded parameters of each of `modules` are whole while it computes, to be read only. Collective, before the
+    engine is made.
+    """
     held = ExitStack()
 
     def gather(module: nn.Module, _arguments: Any) -> None:
@@ -96,26 +101,27 @@ class DeviceRow(Protocol):
 
 
 class _Wrapped(nn.Module):
-    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what another
-    function than the loss makes of the row."""
+    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what
+    another function than the loss makes of the row."""
 
     def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()
         self.model, self.packed, self._loss = packed.model, packed, loss
 
     def forward(self, row: Any, look: Callable[[PackedModel, Any], Tensor] | None = None) -> Tensor:
-        # DeepSpeed would gather what is read outside of its own module's call (an embedding's dtype, its device), and count on its hooks.
+        # DeepSpeed would gather what is read outside of its own module's call (an embedding's dtype, its device), and
+        # count on its hooks.
         for module in self.modules():
             module._parameters._in_forward = False  # type: ignore[attr-defined]
         return (look or self._loss)(self.packed, row)
 
 
 class Engine:
-    """A model under ZeRO-3 with an optimizer on what learns: a `trainer.state.checkpoint.learner.Learner`. Every method but `partitions` is
-    collective.
+    """A model under ZeRO-3 with an optimizer on what learns: a `trainer.state.checkpoint.learner.Learner`. Every method
+    but `partitions` is collective.
 
-    `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's, each with its name, its
-    parameters and `lr_ratio`, its factor on the learning rate.
+    `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's,
+    each with its name, its parameters and `lr_ratio`, its factor on the learning rate.
     """
 
     def __init__(
@@ -159,7 +165,8 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.
 
-        DeepSpeed averages over ranks; multiplying by the world size makes that the sum which token-normalised loss means.
+        DeepSpeed averages over ranks; multiplying by the world size makes that the sum which token-normalised loss
+        means.
         """
         self.clock.enter("backward")
         self._engine.set_gradient_accumulation_boundary(last)
@@ -167,7 +174,9 @@ class Engine:
         self._gathers.finish()
 
     def step(self, lr: float) -> float:
-        """Clip, update, and return the gradient's global norm before clipping, which the host waits for, and not for the update."""
+        """Clip, update, and return the gradient's global norm before clipping, which the host waits for, and not for
+        the update.
+        """
         self.clock.enter("optimizer")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -210,7 +219,9 @@ class Engine:
         return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
 
     def refresh(self, updates: int) -> None:
-        """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the masters."""
+        """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the
+        masters.
+        """
         self._gathers.finish()  # DeepSpeed parts every parameter again, and none may be on its way then
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
@@ -226,7 +237,9 @@ class Engine:
 
 
 def _read_norms_once(zero: Any) -> None:
-    """DeepSpeed asks the device twice in an update, whether the gradient's norm is a number and which: the host reads it once, before the update."""
+    """DeepSpeed asks the device twice in an update, whether the gradient's norm is a number and which: the host reads
+    it once, before the update.
+    """
     norms = zero._get_norm_groups
     zero._get_norm_groups = lambda: list(torch.stack(norms()).cpu())
 

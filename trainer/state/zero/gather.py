@@ -1,15 +1,17 @@
 """ZeRO-3's gathers: a decoder layer at a time, the next one while this one computes, in one order on every rank.
 
-    compute   | layer 3 | layer 4 | layer 5 |      A gather begins when the host comes to the layer before, and not before the
-    gathers   | layer 4 | layer 5 | layer 6 |      device has left the layer two before that: it is at most two ahead of compute. Nor
-                                                  before there is room: no more is whole than three layers, or the head and a layer.
+    compute   | layer 3 | layer 4 | layer 5 |   A gather begins when the host comes to the layer before, and not before
+    gathers   | layer 4 | layer 5 | layer 6 |   the device has left the layer two before that: two ahead of it at most.
+                                               Nor before there is room: no more is whole than three layers, or
+                                               the head and a layer.
 
-DeepSpeed gathers for each module by itself, which is some 140 of a layer with adapters, and a set of parameters decides what it
-starts first, so that the order differs from rank to rank: where there are two process groups, NCCL may then wait for ever. Here
-it gets no hooks, and only its parameters are used, with their partitions and the handles of their gathers.
+DeepSpeed gathers for each module by itself, which is some 140 of a layer with adapters, and a set of parameters decides
+what it starts first, so that the order differs from rank to rank: where there are two process groups, NCCL may then
+wait for ever. Here it gets no hooks, and only its parameters are used, with their partitions and the handles of their
+gathers.
 
-Gradients stay as DeepSpeed has them: each parameter's is reduced as soon as it is whole. Private names of DeepSpeed 0.19 are touched
-all over this file; tests/dist/test_gather.py fails when upstream changes them.
+Gradients stay as DeepSpeed has them: each parameter's is reduced as soon as it is whole. Private names of DeepSpeed
+0.19 are touched all over this file; tests/dist/test_gather.py fails when upstream changes them.
 """
 
 import math
@@ -69,13 +71,14 @@ class _Call:
 
 
 class Gathers:
-    """Gathers the parameters of `model` for each pass through it, and frees them behind it. Every method is collective, and the engine
-    was made `without_hooks`. Sizes are in bytes.
+    """Gathers the parameters of `model` for each pass through it, and frees them behind it. Every method is collective,
+    and the engine was made `without_hooks`. Sizes are in bytes.
 
-    `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`; `stage3_prefetch_bucket_size`, where
-    0 means that no layer is gathered before it is needed; `stage3_max_live_parameters`, beyond which none is either; and
-    `stage3_max_reuse_distance`: where a layer's backward pass is no more parameters away than that, it is kept until then. Where
-    the policy leaves it out, the last one is kept. The `clock` is told of each wait for a gather.
+    `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`;
+    `stage3_prefetch_bucket_size`, where 0 means that no layer is gathered before it is needed;
+    `stage3_max_live_parameters`, beyond which none is either; and `stage3_max_reuse_distance`: where a layer's backward
+    pass is no more parameters away than that, it is kept until then. Where the policy leaves it out, the last one is
+    kept. The `clock` is told of each wait for a gather.
     """
 
     def __init__(self, model: nn.Module, zero: Any, policy: dict[str, Any], clock: Clock) -> None:
@@ -112,15 +115,15 @@ class Gathers:
         self.gather_whole()
 
     def gather_whole(self) -> None:
-        """Gather the parameters that are small enough to stay whole on every rank. They are not whole after an update, nor after
-        partitions were written or somebody has gathered them for a while."""
+        """Gather the parameters that are small enough to stay whole on every rank. They are not whole after an update,
+        nor after partitions were written or somebody has gathered them for a while."""
         missing = [parameter for parameter in self._whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
 
     def _part_what_learns(self) -> None:
-        """Before an update or a change of partitions: DeepSpeed would part all that is whole, and what is frozen would be made whole
-        again, though its partitions stay as they are."""
+        """Before an update or a change of partitions: DeepSpeed would part all that is whole, and what is frozen would
+        be made whole again, though its partitions stay as they are."""
         self.finish()
         for parameter in self._whole:
             if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
@@ -136,7 +139,9 @@ class Gathers:
             self._stream.wait_stream(self._device.current_stream())
 
     def finish(self) -> None:
-        """The pass and its backward pass are over: free what a call holds that had no gradient to pass on, or what nobody used."""
+        """The pass and its backward pass are over: free what a call holds that had no gradient to pass on, or what
+        nobody used.
+        """
         for call in self._open:
             self._end(call)
         self._calls, self._open = [], []
@@ -187,7 +192,9 @@ class Gathers:
             self._let_go(unit)
 
     def _is_soon_used_again(self) -> bool:
-        """Whether the backward pass of the call that ends is near: between lie the rest of the pass and the way back."""
+        """Whether the backward pass of the call that ends is near: between lie the rest of the pass and the way
+        back.
+        """
         place = len(self._now)
         known = self._before[:place] == self._now
         return known and 2 * sum(unit.numel for unit in self._before[place:]) < self._reuse
@@ -224,8 +231,8 @@ class Gathers:
         self._ahead.discard(unit)
 
     def _let_the_device_come_near(self, size: int) -> None:
-        """The host runs ahead of the device and takes memory for all that it gathers: hold it until one unit is left to compute, or
-        none where there is no room for `size` bytes beside it."""
+        """The host runs ahead of the device and takes memory for all that it gathers: hold it until one unit is left to
+        compute, or none where there is no room for `size` bytes beside it."""
         while self._computed and (len(self._computed) >= _AHEAD or self._taken() + size > self._room):
             self._computed.popleft()[0].synchronize()
 
@@ -315,7 +322,8 @@ def _together(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]
 def _summed_apart(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, whose gradients are summed over their uses inside a module before those outside of it are added.
 
-    The order decides a sum's last bits. DeepSpeed's hooks made it this one, and so results stay those of earlier versions.
+    The order decides a sum's last bits. DeepSpeed's hooks made it this one, and so results stay those of earlier
+    versions.
     """
     return tuple(
         value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value for value in arguments

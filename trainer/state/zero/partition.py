@@ -1,4 +1,6 @@
-"""Parameters of the base that are born as ZeRO-3 partitions and filled piece by piece: no rank ever holds a whole one."""
+"""Parameters of the base that are born as ZeRO-3 partitions and filled piece by piece: no rank ever holds a whole
+one.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +38,9 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Have a parameter of the base learn, in `dtype`: DeepSpeed takes all that learns in one type, and families keep some in fp32,
-    such as routers, which are multiplied in fp32 all the same. The master that the optimizer keeps is in fp32 in any case."""
+    """Have a parameter of the base learn, in `dtype`: DeepSpeed takes all that learns in one type, and families keep
+    some in fp32, such as routers, which are multiplied in fp32 all the same. The master that the optimizer keeps is in
+    fp32 in any case."""
     for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
         tensor.data = tensor.data.to(dtype)
     parameter.requires_grad_(True)

@@ -1,4 +1,6 @@
-"""An optimizer of the folder `trainer/state/optimizer` as torch's class, which DeepSpeed calls with one flat tensor at a time."""
+"""An optimizer of the folder `trainer/state/optimizer` as torch's class, which DeepSpeed calls with one flat tensor at
+a time.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,7 +18,9 @@ _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 class DividedOptimizer(torch.optim.Optimizer):
-    """Updates flat tensors, each of them with the parts of parameters that `divide` has named. Its step is collective."""
+    """Updates flat tensors, each of them with the parts of parameters that `divide` has named. Its step is
+    collective.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Ranks) -> None:
         self.kind, self.ranks = find_optimizer(settings), ranks
@@ -52,10 +56,11 @@ class DividedOptimizer(torch.optim.Optimizer):
 
 
 def begun(kind: Optimizer, values: Tensor, parts: Sequence[FlatPart]) -> Flat:
-    """The flat tensor `values` before its first step, with all states of its `parts`, which are zeros and lie where it lies.
+    """The flat tensor `values` before its first step, with all states of its `parts`, which are zeros and lie where it
+    lies.
 
-    A state that has an fp32 value for each element of every part is one tensor, of which the parts have views, so that an optimizer
-    may update all parts at once.
+    A state that has an fp32 value for each element of every part is one tensor, of which the parts have views, so that
+    an optimizer may update all parts at once.
     """
     kept = [kind.states(part.shape) for part in parts]
     of_all = [state for state in kept[0] if state == State(state.name) and all(state in states for states in kept)]

@@ -141,7 +141,9 @@ def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _rules() -> dict[str, Any]:
-    """The keys that a policy may set, those that a setting of the run owns, and the values that are refused. A plan asks again and again."""
+    """The keys that a policy may set, those that a setting of the run owns, and the values that are refused. A plan
+    asks again and again.
+    """
     return yaml.safe_load(Path(__file__).with_name("policy_keys.yaml").read_text(encoding="utf-8"))
 
 

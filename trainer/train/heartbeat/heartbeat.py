@@ -1,11 +1,11 @@
 """Finds the rank that hangs, whoever started the ranks: Ray, torchrun or srun.
 
-A rank says what it begins (`pulse("step", 12)`). A thread of its own tells that to rank 0, with a count of its own turns;
-rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one that hangs.
-Inside a phase the collectives that it has begun are counted, which come in the same order on all: DeepSpeed's too, and NCCL's,
-which a rank begins and goes on from until it reads a result. A
-thread that tells nothing belongs to a process that is frozen, gone or cut off. Once rank 0 has found a rank to hang, every
-rank that can writes its Python stacks to its log and ends, so that the group is started again.
+A rank says what it begins (`pulse("step", 12)`). A thread of its own tells that to rank 0, with a count of its own
+turns; rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one
+that hangs. Inside a phase the collectives that it has begun are counted, which come in the same order on all:
+DeepSpeed's too, and NCCL's, which a rank begins and goes on from until it reads a result. A thread that tells nothing
+belongs to a process that is frozen, gone or cut off. Once rank 0 has found a rank to hang, every rank that can writes
+its Python stacks to its log and ends, so that the group is started again.
 """
 
 import faulthandler
@@ -35,8 +35,8 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Beat:
-    """The place of a rank when its thread looked: `begun` counts its phases, `collectives` those that it has begun over all
-    phases, and `turns` the thread's own looks."""
+    """The place of a rank when its thread looked: `begun` counts its phases, `collectives` those that it has begun over
+    all phases, and `turns` the thread's own looks."""
 
     phase: Phase
     step: int
@@ -63,7 +63,9 @@ def limit(timeouts: Timeouts, phase: Phase) -> tuple[str, float]:
 
 
 class Judge:
-    """Rank 0's view of all: when each rank last began something, last went on and last published anything, in seconds of `clock`."""
+    """Rank 0's view of all: when each rank last began something, last went on and last published anything, in seconds
+    of `clock`.
+    """
 
     def __init__(self, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeouts, self._clock = timeouts, clock
@@ -141,7 +143,9 @@ class Heart:
         )
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
-        """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank has."""
+        """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank
+        has.
+        """
         inside = phase == "compile" or (self._beat.phase == "compile" and phase == "data")
         self._beat = Beat(phase, step, self._beat.begun + (not inside), self._beat.turns)
 
@@ -172,7 +176,9 @@ class Heart:
             self._pronounce(hang)
 
     def _turn_of_other(self, turns: int) -> None:
-        """Tell rank 0, and end when it says that some rank hangs. Where it does not answer, `_watch` sees to the rest."""
+        """Tell rank 0, and end when it says that some rank hangs. Where it does not answer, `_watch` sees to the
+        rest.
+        """
         line = self._line
         assert line is not None
         told = {"rank": self._ranks.rank, "beat": asdict(self._now(turns)), "knows": False}
@@ -206,7 +212,9 @@ class Heart:
         self._end(hang, mine=True, tell=wait)
 
     def _end(self, hang: Hang, *, mine: bool, tell: Callable[[], None] = lambda: None) -> None:
-        """Stacks to the log, last words to the run's folder, `tell`, and the end. The thread that comes second waits for it."""
+        """Stacks to the log, last words to the run's folder, `tell`, and the end. The thread that comes second waits
+        for it.
+        """
         self._ending.acquire()
         if self._closed.is_set():
             return  # the run has just ended by itself

@@ -1,8 +1,8 @@
 """The wire of the heartbeat: a rank sends rank 0 a signed line now and then, and gets a signed line back.
 
-A line is JSON behind its HMAC-SHA256 under a secret that rank 0 made for this start and told the others through the process
-group. A stranger who reaches the port without it is not listened to: a key-value server such as torch's TCPStore would
-let them overwrite or delete what the ranks say, signed or not.
+A line is JSON behind its HMAC-SHA256 under a secret that rank 0 made for this start and told the others through the
+process group. A stranger who reaches the port without it is not listened to: a key-value server such as torch's
+TCPStore would let them overwrite or delete what the ranks say, signed or not.
 """
 
 import asyncio
@@ -36,7 +36,9 @@ def verified(secret: bytes, line: bytes) -> Any:
 
 
 class Server:
-    """Answers the lines of whoever knows the secret by `answer`, in a thread of its own, at one address of this machine."""
+    """Answers the lines of whoever knows the secret by `answer`, in a thread of its own, at one address of this
+    machine.
+    """
 
     def __init__(self, host: str, secret: bytes, answer: Callable[[Any], Any]) -> None:
         self._secret, self._answer = secret, answer

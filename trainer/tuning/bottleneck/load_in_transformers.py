@@ -1,4 +1,6 @@
-"""Puts an exported bottleneck adapter (arXiv:1902.00751) on its base in transformers. It needs torch and safetensors alone."""
+"""Puts an exported bottleneck adapter (arXiv:1902.00751) on its base in transformers. It needs torch and safetensors
+alone.
+"""
 
 import json
 from pathlib import Path

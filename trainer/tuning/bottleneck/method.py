@@ -1,8 +1,9 @@
 """Bottleneck adapters: small MLPs that learn, with a residual, after the blocks of each decoder layer of a frozen base.
 
-`tuning.placement: houlsby` (arXiv:1902.00751) has one after attention and one after the MLP, `pfeiffer` (arXiv:2005.00247)
-the latter alone. Each changes what leaves its block before that is added to the hidden states, a mixture of experts being
-one block; where the base normalises what leaves a block, as Gemma does, the adapter comes before that norm.
+`tuning.placement: houlsby` (arXiv:1902.00751) has one after attention and one after the MLP, `pfeiffer`
+(arXiv:2005.00247) the latter alone. Each changes what leaves its block before that is added to the hidden states, a
+mixture of experts being one block; where the base normalises what leaves a block, as Gemma does, the adapter comes
+before that norm.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class BottleneckAdapters(OfSettings):
         found = list[str]()
         if any(len(paths) != 2 for paths in architecture.blocks().values()):
             found.append(
-                f"tuning.method: {self.tuning.method} needs decoder layers of two blocks, such as attention and an MLP, which this "
-                "base has not. Choose lora."
+                f"tuning.method: {self.tuning.method} needs decoder layers of two blocks, such as attention and an MLP,"
+                " which this base has not. Choose lora."
             )
         if not self._width(architecture):
             found.append(
-                f"tuning.reduction: {self._given.reduction} leaves nothing of the base's hidden size of {architecture.hidden}. "
-                "Lower it."
+                f"tuning.reduction: {self._given.reduction} leaves nothing of the base's hidden size of"
+                f" {architecture.hidden}. Lower it."
             )
         return found
 

@@ -20,7 +20,10 @@ class BottleneckSettings(Section):
     )
     placement: Literal["houlsby", "pfeiffer"] = setting(
         "houlsby",
-        about="Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method bottleneck).",
+        about=(
+            "Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method"
+            " bottleneck)."
+        ),
         example="pfeiffer",
     )
 

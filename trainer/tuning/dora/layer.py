@@ -19,8 +19,8 @@ class DoraLinear(nn.Module):
     """`y = lora_magnitude_vector / norm * (W + scaling * B @ A) x + bias`, norm the row lengths of W + scaling * B @ A.
 
     Parameters: lora_A (rank, inputs), lora_B (outputs, rank), lora_magnitude_vector (outputs,). It starts as the base
-    layer: B is zero and the magnitude is the norm. Dropout is on the inputs of the whole change to the base layer, as in
-    PEFT, which costs a second product with W.
+    layer: B is zero and the magnitude is the norm. Dropout is on the inputs of the whole change to the base layer, as
+        in PEFT, which costs a second product with W.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, scaling: float, dropout: float, dtype: torch.dtype) -> None:

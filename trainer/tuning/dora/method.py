@@ -1,7 +1,8 @@
-"""DoRA (arXiv:2402.09353): LoRA's two matrices turn the rows of a weight, and a vector that is learnt gives their length.
+"""DoRA (arXiv:2402.09353): LoRA's two matrices turn the rows of a weight, and a vector that is learnt gives their
+length.
 
-The weight becomes magnitude * (W + scaling * B @ A) / |W + scaling * B @ A|, row by row, with scaling = alpha / rank. A is
-(rank, inputs), B (outputs, rank), the magnitude (outputs,).
+The weight becomes magnitude * (W + scaling * B @ A) / |W + scaling * B @ A|, row by row, with scaling = alpha / rank. A
+is (rank, inputs), B (outputs, rank), the magnitude (outputs,).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _SAVED_AS = {_DOWN: f"{_DOWN}.weight", _UP: f"{_UP}.weight", _MAGNITUDE: _MAGNIT
 
 @dataclass(frozen=True)
 class DoraUpdate:
-    """magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|; up (outputs, rank), down (rank, inputs), magnitude
-    (outputs,), fp32. The norm is that of the weight that is merged into, as in PEFT."""
+    """magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|; up (outputs, rank), down (rank, inputs),
+    magnitude (outputs,), fp32. The norm is that of the weight that is merged into, as in PEFT."""
 
     up: Tensor
     down: Tensor
@@ -73,8 +74,8 @@ class Dora(LinearAdapters):
         found = super().mismatches(architecture)
         if taken := taken_for_experts(architecture, self.ends(architecture)):
             found.append(
-                f"tuning.method: dora cannot be exported for {', '.join(taken)} of this base, which PEFT takes for its experts. "
-                "Leave them out of tuning.targets, or set tuning.method: lora."
+                f"tuning.method: dora cannot be exported for {', '.join(taken)} of this base, which PEFT takes for its"
+                " experts. Leave them out of tuning.targets, or set tuning.method: lora."
             )
         return found
 
@@ -87,7 +88,9 @@ class Dora(LinearAdapters):
         return shapes
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the same."""
+        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the
+        same.
+        """
         import torch
         from torch import nn
 

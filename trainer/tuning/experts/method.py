@@ -1,8 +1,9 @@
 """Low-rank adapters on the matrices of a mixture's experts, beside those on linear layers: `tuning.experts: true`.
 
-Each expert's matrix has an A (rank, inputs) and a B (outputs, rank) of its own. PEFT has them as adapters of whole parameters
-(`target_parameters`), stacked: in its files A is (E * rank, inputs), one expert after the other, and B (outputs, rank * E), where the
-experts alternate. Of a module's stacks it names the last one by the module's path, each earlier one by one more `base_layer`.
+Each expert's matrix has an A (rank, inputs) and a B (outputs, rank) of its own. PEFT has them as adapters of whole
+parameters (`target_parameters`), stacked: in its files A is (E * rank, inputs), one expert after the other, and B
+(outputs, rank * E), where the experts alternate. Of a module's stacks it names the last one by the module's path, each
+earlier one by one more `base_layer`.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class WithExperts(Around):
             found.append(f"{SETTING}: the base is no mixture of experts. Remove it.")
         if self.method.tuning.dropout:
             found.append(
-                f"tuning.dropout: {self.method.tuning.dropout} cannot be had with {SETTING}, as PEFT's adapters of experts have "
-                "none. Set it to 0."
+                f"tuning.dropout: {self.method.tuning.dropout} cannot be had with {SETTING}, as PEFT's adapters of"
+                " experts have none. Set it to 0."
             )
         return found
 
@@ -101,7 +102,9 @@ class WithExperts(Around):
         return shapes
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """A starts as PEFT's, uniform within 1 / sqrt(inputs), and B at 0. Each adapter is divided over the ranks when it is made."""
+        """A starts as PEFT's, uniform within 1 / sqrt(inputs), and B at 0. Each adapter is divided over the ranks when
+        it is made.
+        """
         import torch
 
         from trainer.state.zero.engine import divide_now
@@ -145,8 +148,8 @@ class WithExperts(Around):
         return with_peft_files(theirs, named, **self.described(architecture))
 
     def described(self, architecture: Architecture) -> dict[str, Any]:
-        """PEFT's settings of the adapters. Its `r` is the experts' rank, and a pattern gives the linear layers theirs: PEFT warns
-        of patterns for parameters, which it does obey."""
+        """PEFT's settings of the adapters. Its `r` is the experts' rank, and a pattern gives the linear layers theirs:
+        PEFT warns of patterns for parameters, which it does obey."""
         ends = sorted({".".join(name.split(".")[-2:]) for name in architecture.stacks()})
         described: dict[str, Any] = {"target_parameters": ends}
         if self.rank != self.method.tuning.rank:
@@ -187,8 +190,8 @@ def with_experts(method: Method, config: Config) -> Method:
         return method
     if not isinstance(method, ScaledByRank):
         raise ConfigError(
-            f"{SETTING}: tuning.method: {tuning.method} has no adapters for experts, as PEFT has none. Choose lora or rslora, or "
-            "remove it."
+            f"{SETTING}: tuning.method: {tuning.method} has no adapters for experts, as PEFT has none. Choose lora or"
+            " rslora, or remove it."
         )
     return cast(Method, WithExperts(method, tuning.experts_rank or tuning.rank))
 

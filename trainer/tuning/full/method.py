@@ -1,8 +1,8 @@
 """Full fine-tuning: the base's own parameters learn, all of them or those that `tuning.train` names.
 
-ZeRO-3 divides the 16-bit weights, their fp32 masters, the moments and the gradients over all ranks: with AdamW about 18 bytes a
-parameter over the world size (ZeRO, arXiv:1910.02054, section 3.1). Matrices decay, norms and biases do not, as in GPT-3's
-training and in transformers' Trainer.
+ZeRO-3 divides the 16-bit weights, their fp32 masters, the moments and the gradients over all ranks: with AdamW about 18
+bytes a parameter over the world size (ZeRO, arXiv:1910.02054, section 3.1). Matrices decay, norms and biases do not, as
+in GPT-3's training and in transformers' Trainer.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Full(OfSettings):
         names = [parameter.name for parameter in architecture.parameters]
         shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
         return [
-            f"tuning.train: {pattern!r} matches no parameter of the base. Patterns are of whole names, and * is any text. "
-            f"The base has {shown}."
+            f"tuning.train: {pattern!r} matches no parameter of the base. Patterns are of whole names, and * is any"
+            f" text. The base has {shown}."
             for pattern in self._patterns
             if not any(expression(pattern).fullmatch(name) for name in names)
         ]
@@ -88,8 +88,8 @@ class Full(OfSettings):
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
         """Raises `ConfigError`: no rank keeps the base as it was."""
         raise ConfigError(
-            f"tuning.method: {self.tuning.method} cannot be switched off, as the base itself learns. Use a method that adds "
-            "to the base, such as lora."
+            f"tuning.method: {self.tuning.method} cannot be switched off, as the base itself learns. Use a method that"
+            " adds to the base, such as lora."
         )
         yield
 

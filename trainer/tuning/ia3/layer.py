@@ -1,4 +1,6 @@
-"""(IA)^3's linear layer (arXiv:2205.05638): its inputs or its outputs are scaled, element by element, by what is learnt."""
+"""(IA)^3's linear layer (arXiv:2205.05638): its inputs or its outputs are scaled, element by element, by what is
+learnt.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,7 @@
 """(IA)^3 (arXiv:2205.05638): keys, values and the MLP's inner activations are scaled, element by element, by vectors.
 
-A layer's vector is (outputs, 1) and scales what leaves it, its bias included; in a feed-forward layer it is (1, inputs) and
-scales what enters. These are PEFT's shapes and names.
+A layer's vector is (outputs, 1) and scales what leaves it, its bias included; in a feed-forward layer it is (1, inputs)
+and scales what enters. These are PEFT's shapes and names.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _VECTOR = "ia3_l"
 
 @dataclass(frozen=True)
 class Scaling:
-    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32; or a bias (outputs,), one row, times
-    (1, outputs)."""
+    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32; or a bias (outputs,), one row,
+    times (1, outputs)."""
 
     shape: tuple[int, ...]
     factors: Tensor
@@ -68,15 +68,18 @@ class Ia3(LinearAdapters):
         targets = self._names(architecture)
         strangers = [name for name in part(self.tuning, Ia3Settings).feedforward or () if name not in targets]
         found = [
-            f"tuning.feedforward: {name!r} is none of tuning.targets ({', '.join(targets)}). Name it there too, or remove it."
+            f"tuning.feedforward: {name!r} is none of tuning.targets ({', '.join(targets)}). Name it there too, or"
+            " remove it."
             for name in strangers
         ]
         missing = [target for target in targets if not matching(architecture, [target])]
         if self.tuning.targets == "auto" and missing:
             return [
                 *found,
-                f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no {', '.join(missing)}. "
-                f"Name layers of it: {', '.join(architecture.linear_names)}.",
+                (
+                    f"tuning.targets: auto is {', '.join(_AUTO)} with tuning.method: ia3, but the base has no"
+                    f" {', '.join(missing)}. Name layers of it: {', '.join(architecture.linear_names)}."
+                ),
             ]
         return [*found, *super().mismatches(architecture)]
 

@@ -1,9 +1,10 @@
 """LoRA's linear layer (arXiv:2106.09685) as one function of autograd: W x + scaling * B (A x).
 
-PEFT's is seven: a product with the scaling and a sum go over all of the result, and over its gradient. Here the scaling is taken
-where values are few, `rank` a token, and the second product is added to the first.
+PEFT's is seven: a product with the scaling and a sum go over all of the result, and over its gradient. Here the scaling
+is taken where values are few, `rank` a token, and the second product is added to the first.
 
-On a GPU, layers that read one input are one function: the input is read once for all A, there and back, and its gradient is one sum.
+On a GPU, layers that read one input are one function: the input is read once for all A, there and back, and its
+gradient is one sum.
 
     q_proj(x)   computes x [A_q; A_k; A_v]^T and the results of all three
     k_proj(x)   returns its result, which is there
@@ -39,14 +40,16 @@ class _Made(NamedTuple):
     result: Tensor
 
     def is_of(self, x: Tensor) -> bool:
-        """Whether `x` is the input, or a view of all of it as ZeRO-3's hooks hand to each layer, that nobody has changed in between."""
+        """Whether `x` is the input, or a view of all of it as ZeRO-3's hooks hand to each layer, that nobody has
+        changed in between.
+        """
         same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
         return same and x._version == self.version
 
 
 class LoraLinear(Linear):
-    """PEFT's layer with another forward pass, for one adapter on a frozen layer. Those `beside` it are called with the same input after it, and
-    their parameters are whole when its own are."""
+    """PEFT's layer with another forward pass, for one adapter on a frozen layer. Those `beside` it are called with the
+    same input after it, and their parameters are whole when its own are."""
 
     computed_at_once = True  # see trainer/model/parts.py
     beside: "tuple[LoraLinear, ...]" = ()
@@ -83,14 +86,18 @@ class LoraLinear(Linear):
 
 
 def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """x and `dropped`, which the adapters read if it is not x, (..., inputs) -> (..., outputs) of each layer. All parameters must be gathered."""
+    """x and `dropped`, which the adapters read if it is not x, (..., inputs) -> (..., outputs) of each layer. All
+    parameters must be gathered.
+    """
     return _AdaptedMatmul.apply(
         x, dropped, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
     )  # type: ignore[return-value]
 
 
 class _AdaptedMatmul(torch.autograd.Function):
-    """Keeps what the adapters' gradients need, their input and A x, and never a gathered weight, as `_FrozenMatmul` does."""
+    """Keeps what the adapters' gradients need, their input and A x, and never a gathered weight, as `_FrozenMatmul`
+    does.
+    """
 
     @staticmethod
     def forward(
@@ -148,14 +155,14 @@ def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
 
 
 def _folds(scaling: float, result: Tensor) -> bool:
-    """Whether the scaling may be taken at another place: a power of two changes no bit of a rounded value. Elsewhere it may where
-    sums are rounded once, which is nearer to the true value than what is rounded in between."""
+    """Whether the scaling may be taken at another place: a power of two changes no bit of a rounded value. Elsewhere it
+    may where sums are rounded once, which is nearer to the true value than what is rounded in between."""
     return _is_rounded_once(result) or math.frexp(scaling)[0] == 0.5
 
 
 def _is_rounded_once(total: Tensor) -> bool:
-    """Whether products are added within their kernel: on a GPU. On a CPU they are rounded first, and so results stay those of PEFT's
-    layer and of earlier versions to the last bit."""
+    """Whether products are added within their kernel: on a GPU. On a CPU they are rounded first, and so results stay
+    those of PEFT's layer and of earlier versions to the last bit."""
     return is_accelerator(total.device)
 
 

@@ -1,6 +1,7 @@
 """Low-rank adapters: W + scaling * B @ A with a frozen W (LoRA, arXiv:2106.09685), by PEFT.
 
-`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank) (arXiv:2312.03732). A is (rank, inputs), B (outputs, rank).
+`lora` scales by alpha / rank, `rslora` by alpha / sqrt(rank) (arXiv:2312.03732). A is (rank, inputs), B (outputs,
+rank).
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Lora(LinearAdapters):
         config = self.peft_config(self.ends(architecture))
         config._register_custom_module({torch.nn.Linear: LoraLinear})  # PEFT's way to have layers of one's own
         torch.manual_seed(seed)
-        # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see `as_peft_reads`.
+        # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see
+        # `as_peft_reads`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
         for paths in architecture.read_together:

@@ -12,8 +12,11 @@ class LoraSettings(Section):
 
     init: Literal["kaiming", "gaussian", "orthogonal"] = setting(
         "kaiming",
-        about="lora and rslora: the start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a deviation of 1 / rank, B zero. orthogonal: "
-        "both beside zero, of rows that are orthogonal, so that their product is zero; for an even rank. As PEFT's init_lora_weights.",
+        about=(
+            "lora and rslora: the start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a"
+            " deviation of 1 / rank, B zero. orthogonal: both beside zero, of rows that are orthogonal, so that their"
+            " product is zero; for an even rank. As PEFT's init_lora_weights."
+        ),
         example="orthogonal",
     )
 
@@ -21,7 +24,8 @@ class LoraSettings(Section):
     def _start_once(self) -> "LoraSettings":
         if self.init != "kaiming" and getattr(self, "start", None):
             raise ValueError(
-                f"tuning.init: {self.init} has no effect with tuning.start, from which learning begins. Remove one of them."
+                f"tuning.init: {self.init} has no effect with tuning.start, from which learning begins. Remove one of"
+                " them."
             )
         rank: int = getattr(self, "rank", 0)
         if self.init == "orthogonal" and rank % 2:

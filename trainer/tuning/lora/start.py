@@ -1,4 +1,6 @@
-"""Starts of LoRA's two matrices, which leave the base as it is, by their names in `tuning.init`; PEFT's `init_lora_weights` has the same."""
+"""Starts of LoRA's two matrices, which leave the base as it is, by their names in `tuning.init`; PEFT's
+`init_lora_weights` has the same.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 Start = Callable[[int, int, int, Generator], tuple[Tensor, Tensor]]
-"""rank, inputs, outputs -> A (rank, inputs) and B (outputs, rank), fp32 on the CPU, so that every rank and every machine has the same."""
+"""rank, inputs, outputs -> A (rank, inputs) and B (outputs, rank), fp32 on the CPU, so that every rank and every
+machine has the same.
+"""
 
 
 def _gaussian(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
@@ -14,7 +18,9 @@ def _gaussian(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[T
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
-    """A is of one half of an orthogonal basis and B of the other, so that B @ A is zero and both learn from the first step on."""
+    """A is of one half of an orthogonal basis and B of the other, so that B @ A is zero and both learn from the first
+    step on.
+    """
     basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=drawn))
     down, up = (torch.randn(size, rank // 2, generator=drawn) / 10 for size in (inputs, outputs))
     return (down @ basis[0::2]).T.contiguous(), up @ basis[1::2]

@@ -27,8 +27,9 @@ class Answers:
 
 
 def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
-    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both. Ranks that
-    share a row have the same of all of its answers, so that one of them counts what follows: see `counted_once`."""
+    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both.
+    Ranks that share a row have the same of all of its answers, so that one of them counts what follows: see
+    `counted_once`."""
     import torch
 
     nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
@@ -54,7 +55,9 @@ MEASURES_OF_PAIRS = (
 def sums_of_pairs(
     losses: Tensor, chosen: Tensor, rejected: Tensor, more: Iterable[Tensor], batch: MicroBatch
 ) -> Tensor:
-    """The sums of a row of pairs: the loss, the measures of the rewards of their answers, and `more` of them; each is given as (pairs,)."""
+    """The sums of a row of pairs: the loss, the measures of the rewards of their answers, and `more` of them; each is
+    given as (pairs,).
+    """
     import torch
 
     measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *more)

@@ -1,9 +1,10 @@
 """The interface of an objective, and how one is found by its name in `objective.name`.
 
-An objective is one file in this folder, or the `objective.py` of a folder here, whose `settings.py` may declare settings of its
-own (trainer/config/section.py). A loss over pairs of answers is one file in pairs/losses. `OBJECTIVES` maps each name that `objective.name` may have to a function that
-makes the objective from the section's settings and the run's method. Importing the file loads no torch, as `plan` counts on
-a login node; code that handles tensors imports torch when it is called.
+An objective is one file in this folder, or the `objective.py` of a folder here, whose `settings.py` may declare
+settings of its own (trainer/config/section.py). A loss over pairs of answers is one file in pairs/losses. `OBJECTIVES`
+maps each name that `objective.name` may have to a function that makes the objective from the section's settings and the
+run's method. Importing the file loads no torch, as `plan` counts on a login node; code that handles tensors imports
+torch when it is called.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 class Survey:
     """Something to find over the whole global batch before the first loss of a step, which the losses depend on.
 
-    `look` maps the model and a row to (sums + k,) fp32, without a graph and without dropout: `sums` sums of the row, and behind them any k figures
-    that the loss of the same row wants to have again. It passes `share` of a row's tokens through the model, and leaves the others to the loss. All micro-batches of the step are looked at first; `MicroBatch.survey` is
-    then what was found in its row, with the sums over the global batch in place of the row's. As with a loss, one call may call
-    the model several times.
+    `look` maps the model and a row to (sums + k,) fp32, without a graph and without dropout: `sums` sums of the row,
+    and behind them any k figures that the loss of the same row wants to have again. It passes `share` of a row's tokens
+    through the model, and leaves the others to the loss. All micro-batches of the step are looked at first;
+    `MicroBatch.survey` is then what was found in its row, with the sums over the global batch in place of the row's. As
+    with a loss, one call may call the model several times.
     """
 
     sums: int
@@ -39,17 +41,21 @@ class Survey:
 
 
 class Objective(Protocol):
-    """Something to minimise, with the settings of one run: the sum of the loss over the sum of `weight`, both over all rows
-    of the global batch. A class of it says what is not so of most."""
+    """Something to minimise, with the settings of one run: the sum of the loss over the sum of `weight`, both over all
+    rows of the global batch. A class of it says what is not so of most."""
 
     settings: Collection[str] = ()
-    """The settings of the section `objective` that it reads. A value for any other is refused, as it would be ignored."""
+    """The settings of the section `objective` that it reads. A value for any other is refused, as it would be
+    ignored.
+    """
     defaults: Mapping[str, Any] = {"name": "sft"}
     """The meaning of a key that an identity lacks; see `trainer.tuning.method.Method.defaults`."""
     formats: Collection[str]
     """The kinds of rows that it can learn from; see `RowFormat.kind` in trainer/data/format/row_format.py."""
     reads_reference: bool = False
-    """Whether the loss compares with the base without what learns, by the values of `reference`; see trainer/plan/mismatches.py."""
+    """Whether the loss compares with the base without what learns, by the values of `reference`; see
+    trainer/plan/mismatches.py.
+    """
     survey: Survey | None = None
     """The survey before the losses of a step, for an objective that needs one."""
     unit: str
@@ -67,24 +73,28 @@ class Objective(Protocol):
         return []
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """The sums of one packed row, fp32 on the model's device: () the loss with its graph; with `measures`, (1 + measures,)
-        the loss and then each of them, without a graph. It calls the model once or more, but always in one call of this
+        """The sums of one packed row, fp32 on the model's device: () the loss with its graph; with `measures`, (1 +
+        measures,) the loss and then each of them, without a graph. It calls the model once or more, but always in one
+        call of this
         function: ZeRO-3's trace of what is gathered begins and ends with it."""
         ...
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the order of
-        `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in `batch.reference`."""
+        """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the
+        order of `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in
+        `batch.reference`."""
         raise AssertionError("nobody asks for a reference that the loss does not read")
 
     def weight(self, batch: MicroBatch) -> int:
-        """How much the row counts in the means; 0 for a row of padding. Known without the model. Each pair or answer is a document."""
+        """How much the row counts in the means; 0 for a row of padding. Known without the model. Each pair or answer is
+        a document.
+        """
         return len(batch.documents) if self.unit in ("pairs", "answers") else batch.targets
 
 
 class OfSettings(Objective):
-    """An objective whose identity are its settings: those that its `defaults` name, which it reads unless it says fewer. A beta that is
-    not `given` is that of its `defaults`."""
+    """An objective whose identity are its settings: those that its `defaults` name, which it reads unless it says
+    fewer. A beta that is not `given` is that of its `defaults`."""
 
     def __init__(self, given: ObjectiveSettings) -> None:
         self.settings = self.settings or tuple(self.defaults)
@@ -98,7 +108,9 @@ class OfSettings(Objective):
 
 @runtime_checkable
 class Summarised(Objective, Protocol):
-    """An objective whose measures are no means, but figures of so many `sums`, which `loss` returns in the place of the measures."""
+    """An objective whose measures are no means, but figures of so many `sums`, which `loss` returns in the place of the
+    measures.
+    """
 
     @property
     def sums(self) -> int: ...

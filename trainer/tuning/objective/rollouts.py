@@ -21,28 +21,34 @@ class LearnsFromRollouts(Objective, Protocol):
 
     @property
     def judge(self) -> Teacher | None:
-        """The teacher by whose log-probabilities of each answer the model learns; None for an objective that asks nobody."""
+        """The teacher by whose log-probabilities of each answer the model learns; None for an objective that asks
+        nobody.
+        """
         ...
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
-        """The advantage of each answer, or of each of its tokens, in the order of `rewards` (prompts, answers). `gaps` are the judge's log p of each token
-        less the sampler's, in nats; None for a judge that is no server, which judges what is committed."""
+        """The advantage of each answer, or of each of its tokens, in the order of `rewards` (prompts, answers). `gaps`
+        are the judge's log p of each token less the sampler's, in nats; None for a judge that is no server, which
+        judges what is committed."""
         ...
 
 
 _ALIKE = 0.015
-"""Nats a token by which sampler and trainer differ at most in the mean, with one adapter over one base: 0.004 in bf16, 0.008 in a mixture of experts, and 0.026 where a base in 4 bits is
-served in 16."""
+"""Nats a token by which sampler and trainer differ at most in the mean, with one adapter over one base: 0.004 in bf16,
+0.008 in a mixture of experts, and 0.026 where a base in 4 bits is served in 16."""
 
 
 def unlike_sampler(record: Mapping[str, Any]) -> str | None:
-    """A sentence where the record of an update, whose answers are by the adapter that it begins with, shows that they are of another model."""
+    """A sentence where the record of an update, whose answers are by the adapter that it begins with, shows that they
+    are of another model.
+    """
     gap = record.get("log_ratio", 0.0)
     if record.get("lag") != 0 or gap <= _ALIKE:
         return None
     return (
-        f"rollout.engine: the sampler's log-probabilities differ from the trainer's by {gap:.3f} nats a token, with the same adapter, so its base is not the "
-        "one that is trained. The ratio weighs that; better serve the base as quant.type and model.dtype have it."
+        f"rollout.engine: the sampler's log-probabilities differ from the trainer's by {gap:.3f} nats a token, with the"
+        " same adapter, so its base is not the one that is trained. The ratio weighs that; better serve the base as"
+        " quant.type and model.dtype have it."
     )
 
 
@@ -67,8 +73,8 @@ def rollout_mismatches(config: Config, objective: Objective, method: Method) -> 
 
 
 def _mismatches(config: Config, method: Method) -> Iterator[str]:
-    """A sentence for each setting that does not suit a run whose rows are sampled: they are no part of an epoch, and each has one prompt and
-    one answer."""
+    """A sentence for each setting that does not suit a run whose rows are sampled: they are no part of an epoch, and
+    each has one prompt and one answer."""
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."
@@ -77,16 +83,21 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
     if given.engine == OWN and given.max_lag is not None:
         yield "rollout.max_lag: has no effect with rollout.engine: own, which samples and trains in turns. Remove it."
     if given.engine != OWN and method.exports_model:
-        yield f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
+        yield (
+            f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
+        )
     if given.engine != SERVE and given.serve != Serve():
         yield "rollout.serve: has no effect without rollout.engine: serve. Set that, or remove it."
     if given.max_tokens >= config.data.sequence_length:
         yield (
-            f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length: {config.data.sequence_length}. Change one "
-            "of them."
+            f"rollout.max_tokens: {given.max_tokens} leaves no room for a prompt in data.sequence_length:"
+            f" {config.data.sequence_length}. Change one of them."
         )
     if given.held_out and not (config.eval.every and (config.data.eval or config.data.held_out)):
-        yield "rollout.held_out: has no effect without eval.every, and data.eval or data.held_out. Set them, or remove it."
+        yield (
+            "rollout.held_out: has no effect without eval.every, and data.eval or data.held_out. Set them, or"
+            " remove it."
+        )
     if config.train.steps is None:
         yield f"train.epochs: {name} has a step for the answers to train.global_batch prompts. Give train.steps."
     for setting, value in (
@@ -96,7 +107,9 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
         if value:
             yield f"{setting}: {name} counts no epochs. Count steps."
     if config.sharding.sequence_parallel > 1:
-        yield f"sharding.sequence_parallel: {config.sharding.sequence_parallel} is not possible with {name}. Set it to 1."
+        yield (
+            f"sharding.sequence_parallel: {config.sharding.sequence_parallel} is not possible with {name}. Set it to 1."
+        )
     if config.data.share_prefix:
         yield f"data.share_prefix: is not possible with {name}. Remove it."
 

@@ -1,4 +1,6 @@
-"""A teacher, whose log-probabilities of the data or of sampled answers are stored: its settings, and which objectives have one. Without torch."""
+"""A teacher, whose log-probabilities of the data or of sampled answers are stored: its settings, and which objectives
+have one. Without torch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +12,9 @@ from trainer.tuning.objective.objective import Objective
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base, or the URL of a server. Of each target the
-    `top_k` likeliest tokens are stored, at `temperature`; of sampled answers the token itself alone."""
+    """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base,
+    or the URL of a server. Of each target the `top_k` likeliest tokens are stored, at `temperature`; of sampled answers
+    the token itself alone."""
 
     name: str
     is_run: bool
@@ -57,11 +60,14 @@ def teacher_mismatches(given: ObjectiveSettings) -> Iterator[str]:
     if (given.teacher is None) == (given.teacher_run is None):
         both = given.teacher is not None
         yield (
-            f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and {given.name} has one teacher. "
-            f"{'Remove' if both else 'Set'} one of them."
+            f"objective.teacher and objective.teacher_run: {'both are' if both else 'none is'} set, and {given.name}"
+            f" has one teacher. {'Remove' if both else 'Set'} one of them."
         )
     if given.teacher_run is not None and given.teacher_quant is not None:
-        yield "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own. Remove it."
+        yield (
+            "objective.teacher_quant: has no effect with objective.teacher_run, which was trained with its own."
+            " Remove it."
+        )
     if given.teacher is not None and named_teacher(given).is_server and given.teacher_quant is not None:
         yield "objective.teacher_quant: a server as teacher has its own. Remove it."
 

@@ -1,13 +1,17 @@
-"""OFT's linear layer: its inputs are rotated in blocks, before the frozen weight sees them (arXiv:2506.19847, section 4)."""
+"""OFT's linear layer: its inputs are rotated in blocks, before the frozen weight sees them (arXiv:2506.19847, section
+4).
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 def rotations(skew: Tensor, block: int) -> Tensor:
-    """(rotations, block, block) of the numbers above the diagonal of each Q = -Q^T, (rotations, block * (block - 1) / 2).
+    """(rotations, block, block) of the numbers above the diagonal of each Q = -Q^T, (rotations, block * (block - 1) /
+    2).
 
-    Cayley's (I + Q) (I - Q)^-1 with the first terms of the inverse's series, as PEFT has it: I + 2Q + 2Q^2 + 2Q^3 + Q^4.
+    Cayley's (I + Q) (I - Q)^-1 with the first terms of the inverse's series, as PEFT has it: I + 2Q + 2Q^2 + 2Q^3 +
+    Q^4.
     """
     row, column = torch.triu_indices(block, block, 1, device=skew.device)
     upper = skew.new_zeros(len(skew), block, block)

@@ -1,7 +1,7 @@
 """OFT (arXiv:2306.07280): the inputs of linear layers are rotated by what is learnt, in blocks along the diagonal.
 
-Rotations keep lengths and angles of a weight's rows, and start as the identity. They are computed as PEFT's OFTv2 does (arXiv:2506.19847):
-on the inputs, so that a frozen weight in few bits stays as it is.
+Rotations keep lengths and angles of a weight's rows, and start as the identity. They are computed as PEFT's OFTv2 does
+(arXiv:2506.19847): on the inputs, so that a frozen weight in few bits stays as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _SKEW = "oft_R.weight"
 
 @dataclass(frozen=True)
 class Rotation:
-    """A weight (outputs, inputs) whose rows are turned by the transposes of `blocks`, (rotations, block, block) fp32."""
+    """A weight (outputs, inputs) whose rows are turned by the transposes of `blocks`, (rotations, block, block)
+    fp32.
+    """
 
     shape: tuple[int, int]
     blocks: Tensor
@@ -56,7 +58,8 @@ class Oft(LinearAdapters):
     def mismatches(self, architecture: Architecture) -> list[str]:
         odd = {path: linear for path, linear in self.adapted(architecture).items() if linear.inputs % self._block}
         return super().mismatches(architecture) + [
-            f"tuning.block: {self._block} does not divide the {linear.inputs} inputs of {path}. Set a block that does, or name other tuning.targets."
+            f"tuning.block: {self._block} does not divide the {linear.inputs} inputs of {path}. Set a block that does,"
+            " or name other tuning.targets."
             for path, linear in list(odd.items())[:1]
         ]
 

@@ -1,4 +1,5 @@
-"""A prefix (arXiv:2101.00190): in every attention layer, keys and values that are learnt lie before those of each document.
+"""A prefix (arXiv:2101.00190): in every attention layer, keys and values that are learnt lie before those of each
+document.
 
 Prefix keys are not rotated, and a document's tokens are at the positions behind them, as in PEFT.
 """
@@ -19,10 +20,11 @@ from trainer.model.rows.attention import causal
 
 
 def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable[Tensor]) -> None:
-    """Give each of the attention `layers` of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P values.
+    """Give each of the attention `layers` of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P
+    values.
 
-    The parameter is the attention module's own, so that ZeRO-3 gathers it there. While a layer's `attends_to_prefix` is false, in
-    all layers alike, the model computes as it would without prefixes.
+    The parameter is the attention module's own, so that ZeRO-3 gathers it there. While a layer's `attends_to_prefix` is
+    false, in all layers alike, the model computes as it would without prefixes.
     """
     for layer, start in zip(layers, starts, strict=True):
         layer.prefix = nn.Parameter(start)
@@ -45,7 +47,9 @@ def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable
 
 @torch.no_grad()
 def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
-    """The keys, rotated, and the values that each attention layer makes of a text of `tokens` (P,): (2, kv_heads, P, head)."""
+    """The keys, rotated, and the values that each attention layer makes of a text of `tokens` (P,): (2, kv_heads, P,
+    head).
+    """
     cache, training = DynamicCache(), model.training
     borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     model.eval()
@@ -105,8 +109,9 @@ def _varlen(
 
 
 def prefixed(borders: Tensor, tokens: int, length: int) -> Tensor:
-    """Where each key of a row of `length` tokens with `borders` (documents + 1,) comes from, when a prefix of so many `tokens` lies
-    before every document: a place in [prefix, row], (length + tokens * documents,) int64. It waits for no GPU."""
+    """Where each key of a row of `length` tokens with `borders` (documents + 1,) comes from, when a prefix of so many
+    `tokens` lies before every document: a place in [prefix, row], (length + tokens * documents,) int64. It waits for no
+    GPU."""
     places = torch.arange(length + tokens * (len(borders) - 1), device=borders.device)
     begins = borders + tokens * torch.arange(len(borders), device=borders.device)
     document = torch.bucketize(places, begins[1:], right=True)

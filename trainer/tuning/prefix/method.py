@@ -1,7 +1,7 @@
 """Prefix tuning (arXiv:2101.00190): keys and values before those of each document are learnt, in every attention layer.
 
-A layer's prefix is (2, kv_heads, virtual_tokens, head): keys, then values. The paper trains them as the output of an MLP and keeps
-the output alone; here they are the parameters themselves, which PEFT calls a prefix without projection.
+A layer's prefix is (2, kv_heads, virtual_tokens, head): keys, then values. The paper trains them as the output of an
+MLP and keeps the output alone; here they are the parameters themselves, which PEFT calls a prefix without projection.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PrefixTuning(BesideBase):
         ]:
             return []
         return [
-            "tuning.method: prefix needs keys and values of the same heads and width in every layer, which this base has not. "
-            "Choose prompt."
+            "tuning.method: prefix needs keys and values of the same heads and width in every layer, which this base"
+            " has not. Choose prompt."
         ]
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -61,7 +61,9 @@ class PrefixTuning(BesideBase):
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by layer."""
+        """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by
+        layer.
+        """
         from trainer.model.parts import in_order
         from trainer.state.zero.engine import gathered_in_turn
         from trainer.tuning.prefix.layer import add_prefixes, keys_and_values

@@ -1,4 +1,6 @@
-"""A prompt of virtual tokens (arXiv:2104.08691): their embeddings are what is learnt, and every document begins with them."""
+"""A prompt of virtual tokens (arXiv:2104.08691): their embeddings are what is learnt, and every document begins with
+them.
+"""
 
 from typing import Any
 
@@ -26,10 +28,11 @@ class Prompt(nn.Module):
 
 
 def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
-    """Have `model` put a prompt into the first P positions of each document of its rows; `start` (P, hidden) is its first value.
+    """Have `model` put a prompt into the first P positions of each document of its rows; `start` (P, hidden) is its
+    first value.
 
-    While the prompt is not `active`, these positions are documents of their own, which nothing else sees: the rest of the row is
-    then computed as it would be without them.
+    While the prompt is not `active`, these positions are documents of their own, which nothing else sees: the rest of
+    the row is then computed as it would be without them.
     """
     prompt, tokens = Prompt(start), len(start)
     model.add_module("prompt", prompt)
@@ -50,7 +53,9 @@ def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
 
 
 def _apart(borders: Tensor, tokens: int) -> Tensor:
-    """(documents + 1,) -> (2 * documents + 1,): a border more behind the first `tokens` of each document, or at its end."""
+    """(documents + 1,) -> (2 * documents + 1,): a border more behind the first `tokens` of each document, or at its
+    end.
+    """
     begins, ends = borders[:-1], borders[1:]
     inside = torch.minimum(begins + tokens, ends)
     return torch.cat([torch.stack([begins, inside], dim=1).flatten(), borders[-1:]])

@@ -1,7 +1,8 @@
-"""Prompt tuning (arXiv:2104.08691): the embeddings of some virtual tokens, with which every document begins, are learnt.
+"""Prompt tuning (arXiv:2104.08691): the embeddings of some virtual tokens, with which every document begins, are
+learnt.
 
-The prompt is (virtual_tokens, hidden). Its tokens take the first positions of each document in a packed row, so documents see
-their own prompt as they see their own tokens, whatever the attention kernel.
+The prompt is (virtual_tokens, hidden). Its tokens take the first positions of each document in a packed row, so
+documents see their own prompt as they see their own tokens, whatever the attention kernel.
 """
 
 from __future__ import annotations

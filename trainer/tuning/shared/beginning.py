@@ -37,8 +37,8 @@ class Beginning(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it; of a run the fingerprints of
-        the data that it has learnt from, `start_data`."""
+        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it; of
+        a run the fingerprints of the data that it has learnt from, `start_data`."""
         ...
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
@@ -57,7 +57,9 @@ class Beginning(Protocol):
 def unlike_settings(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping[str, Any], free: set[str], place: str
 ) -> Iterator[str]:
-    """A sentence for each setting of `tuning` that is another one than the adapter has; of another method for that alone."""
+    """A sentence for each setting of `tuning` that is another one than the adapter has; of another method for that
+    alone.
+    """
     for key in sorted((theirs.keys() | ours.keys()) - free, key=lambda key: (key != "method", key)):
         before, now = (values.get(key, defaults.get(key)) for values in (theirs, ours))
         if before != now:
@@ -67,4 +69,7 @@ def unlike_settings(
 
 
 def unlike(setting: str, theirs: Any, place: str) -> str:
-    return f"{setting}: {SETTING}: {shown(place)} has {theirs!r}. Set {setting}: {theirs!r}, or begin from another adapter."
+    return (
+        f"{setting}: {SETTING}: {shown(place)} has {theirs!r}. Set {setting}: {theirs!r}, or begin from another"
+        " adapter."
+    )

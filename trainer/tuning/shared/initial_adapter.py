@@ -1,8 +1,10 @@
-"""The adapter that a run begins from, `tuning.start`: one that a run of ours has committed, or a LoRA adapter in PEFT's folder.
+"""The adapter that a run begins from, `tuning.start`: one that a run of ours has committed, or a LoRA adapter in PEFT's
+folder.
 
-Its weights become those of the adapter before the first step. The first start names the checkpoint of a run in `tuning.start`, as a run
-that goes on learning has another newest one by the next start. A run that resumes has weights of its own, and takes nothing from here
-unless its stored reference has to be read again. Importing the file loads no torch.
+Its weights become those of the adapter before the first step. The first start names the checkpoint of a run in
+`tuning.start`, as a run that goes on learning has another newest one by the next start. A run that resumes has weights
+of its own, and takes nothing from here unless its stored reference has to be read again. Importing the file loads no
+torch.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def is_asked_for(there: str, place: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of `runs`."""
+    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of
+    `runs`.
+    """
 
     runs: Store
     run: str
@@ -83,8 +87,8 @@ class _Search:
         return self._begun() or self._found(self.place)
 
     def _begun(self) -> Begun | None:
-        """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of the run there: ranks that
-        torchrun starts again have the configuration that the first start was given."""
+        """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of
+        the run there: ranks that torchrun starts again have the configuration that the first start was given."""
         own = self.runs.sub(self.run)
         manifest = next(readable_manifests(own, [], committed_steps(own)), None)
         if manifest is None or "start" not in manifest.base:
@@ -111,14 +115,17 @@ class _Search:
             raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
         if manifest is None:
             raise ConfigError(
-                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of this store by its name, "
-                "or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT folder."
+                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of"
+                " this store by its name, or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT"
+                " folder."
             )
         return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
 def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
-    """The folder of an adapter or of a run that `setting` names, and the step that is asked for; a bare name is one of `runs`."""
+    """The folder of an adapter or of a run that `setting` names, and the step that is asked for; a bare name is one of
+    `runs`.
+    """
     if "/" not in place:
         if (named := _OF_STORE.fullmatch(place)) is None:
             raise ConfigError(f"{setting}: {shown(place)} is no name of a run. Give NAME, NAME@STEP, a path or a URI.")
@@ -160,8 +167,8 @@ class RunCheckpoint:
         theirs = self.manifest.base
         if theirs.get("fingerprint") != base.fingerprint or theirs.get("layers") != config.model.layers:
             return [
-                f"{SETTING}: {shown(self.place)} was trained over {theirs.get('name') or theirs.get('path')}, and model.base: "
-                f"{config.model.base} is another base. Give that one."
+                f"{SETTING}: {shown(self.place)} was trained over {theirs.get('name') or theirs.get('path')}, and"
+                f" model.base: {config.model.base} is another base. Give that one."
             ]
         try:
             check_content(self.manifest, {"name": base.name, "path": base.name, **content_of(base)})
@@ -190,8 +197,9 @@ class RunCheckpoint:
 
 @dataclass(frozen=True)
 class Begun:
-    """An adapter that the run has begun from in an earlier start. It is looked for only where somebody wants its weights, and need not be
-    there any more otherwise: the run that it is of may have gone on and removed that checkpoint."""
+    """An adapter that the run has begun from in an earlier start. It is looked for only where somebody wants its
+    weights, and need not be there any more otherwise: the run that it is of may have gone on and removed that
+    checkpoint."""
 
     begun: ClassVar[bool] = True
     facts: dict[str, Any]

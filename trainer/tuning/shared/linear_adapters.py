@@ -93,8 +93,9 @@ class LinearAdapters(OfSettings):
 
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
-    """Path in the model -> linear layer that `targets` name. A target is the end of a path, as PEFT matches it, the pattern of a
-    whole path, as `tuning.train` has them, or behind `re:` a regular expression for a whole path, as PEFT matches one."""
+    """Path in the model -> linear layer that `targets` name. A target is the end of a path, as PEFT matches it, the
+    pattern of a whole path, as `tuning.train` has them, or behind `re:` a regular expression for a whole path, as PEFT
+    matches one."""
     linears = architecture.linear_layers()
     if targets == ALL_LINEAR:
         return linears
@@ -111,9 +112,15 @@ def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
     """A sentence for each target that is no layer of the base."""
     paths = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in architecture.linear_layers())
     return [
-        f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has {', '.join(paths)}."
-        if is_pattern(target)
-        else f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has {', '.join(architecture.linear_names)}."
+        (
+            f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has"
+            f" {', '.join(paths)}."
+            if is_pattern(target)
+            else (
+                f"tuning.targets: {target!r} is no linear layer that can be adapted. The base has"
+                f" {', '.join(architecture.linear_names)}."
+            )
+        )
         for target in ([] if targets == ALL_LINEAR else targets)
         if not matching(architecture, [target])
     ]
@@ -122,8 +129,8 @@ def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
 def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[str]:
     """Ends of `paths` that are those of no other module, as PEFT matches names to the ends of paths, sorted.
 
-    A last name alone where that suffices. It does not where another module has it too that gets no adapter: one of other
-    layers, or a stack of experts, which is a module where it is stored in 4 bits.
+    A last name alone where that suffices. It does not where another module has it too that gets no adapter: one of
+    other layers, or a stack of experts, which is a module where it is stored in 4 bits.
     """
     others: set[str] = set()
     for parameter in architecture.parameters:
@@ -159,8 +166,8 @@ def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) ->
 
 
 def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
-    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that PEFT takes
-    for an expert is named by its weight, in `target_parameters`."""
+    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that
+    PEFT takes for an expert is named by its weight, in `target_parameters`."""
     config.fan_in_fan_out = any(part.kind == "linear" and part.transposed for part in architecture.parameters)
     targets = set(config.target_modules or ())
     if taken := taken_for_experts(architecture, targets):
@@ -176,7 +183,9 @@ def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> lis
 
 
 def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = PREFIX) -> dict[str, bytes]:
-    """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped model."""
+    """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped
+    model.
+    """
     from safetensors.torch import save
 
     config.inference_mode = True

@@ -27,14 +27,16 @@ _BEYOND = (
     "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
     "layers_pattern arrow_config use_bdlora alora_invocation_tokens use_qalora monteclora_config kasa_config"
 ).split()
-# PEFT's `init_lora_weights` that leave the base as it is. The others, such as pissa and olora, take a part out of its weights, which are another
-# base's then.
+# PEFT's `init_lora_weights` that leave the base as it is. The others, such as pissa and olora, take a part out of its
+# weights, which are another base's then.
 _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it alone."""
+    """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
+    alone.
+    """
 
     begun: ClassVar[bool] = False
     place: str
@@ -56,7 +58,8 @@ class PeftFolder:
     def _tensors(self) -> dict[str, TensorSource]:
         if not self.folder.exists(WEIGHTS):
             raise ConfigError(
-                f"{SETTING}: {shown(self.place)} has no {WEIGHTS}, and pickled weights are never read. Save the adapter again with PEFT."
+                f"{SETTING}: {shown(self.place)} has no {WEIGHTS}, and pickled weights are never read. Save the adapter"
+                " again with PEFT."
             )
         return read_header(self.folder, WEIGHTS, self.folder.head(WEIGHTS).size)
 
@@ -68,16 +71,16 @@ class PeftFolder:
         theirs, kind = self._settings, self._settings.get("peft_type")
         if kind != "LORA" or isinstance(method, Around) or not isinstance(method, SavedByPeft):
             return [
-                f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is {config.tuning.method}. Of "
-                "PEFT's folders those of lora, rslora and dora are read, without experts, modules_to_save or add_tokens; others begin "
-                "from a run."
+                f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is"
+                f" {config.tuning.method}. Of PEFT's folders those of lora, rslora and dora are read, without experts,"
+                " modules_to_save or add_tokens; others begin from a run."
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
             return [f"{SETTING}: {shown(self.place)} has {beyond[0]}, which cannot be begun from. Begin from a run."]
         if (init := theirs.get("init_lora_weights")) not in _BESIDE_THE_BASE:
             return [
-                f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has changed. Save it again with "
-                "path_initial_model_for_weight_conversion, or begin from a run."
+                f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has"
+                " changed. Save it again with path_initial_model_for_weight_conversion, or begin from a run."
             ]
         name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
@@ -93,20 +96,20 @@ class PeftFolder:
                 []
                 if other is None
                 else [
-                    f"{SETTING}: {shown(self.place)} is of another base: {other} has shape {list(theirs[other].shape)}, and over model.base "
-                    f"{list(ours[other])}. Give its base as model.base."
+                    f"{SETTING}: {shown(self.place)} is of another base: {other} has shape {list(theirs[other].shape)},"
+                    f" and over model.base {list(ours[other])}. Give its base as model.base."
                 ]
             )
         layers, targets = (dict.fromkeys(_layer(name).rpartition(".")[2] for name in names) for names in (theirs, ours))
         if ours.keys() < theirs.keys() and layers.keys() == targets.keys():
             outside = next(_layer(name) for name in theirs if name not in ours)
             return [
-                f"{SETTING}: {shown(self.place)} has weights of {outside.removeprefix(PREFIX)}, which this run does not train: it takes the "
-                "linear layers of the language model. Begin from an adapter of these alone."
+                f"{SETTING}: {shown(self.place)} has weights of {outside.removeprefix(PREFIX)}, which this run does not"
+                " train: it takes the linear layers of the language model. Begin from an adapter of these alone."
             ]
         return [
-            f"{SETTING}: {shown(self.place)} has {len(theirs)} weights, of {', '.join(layers)}, and tuning.targets would have "
-            f"{len(ours)}. Set tuning.targets: [{', '.join(layers)}], or those of its layers that it has."
+            f"{SETTING}: {shown(self.place)} has {len(theirs)} weights, of {', '.join(layers)}, and tuning.targets"
+            f" would have {len(ours)}. Set tuning.targets: [{', '.join(layers)}], or those of its layers that it has."
         ]
 
     @cached_property
@@ -115,7 +118,9 @@ class PeftFolder:
 
     @cached_property
     def _saved(self) -> Mapping[str, str]:
-        """The name in the file of each parameter that learns; where the file does not have it, that in the language model alone."""
+        """The name in the file of each parameter that learns; where the file does not have it, that in the language
+        model alone.
+        """
         alone = {name: f"{PREFIX}{cast(SavedByPeft, self.method).saved_name(name)}" for name in self._shapes}
         if all(saved in self._tensors for saved in alone.values()):
             return alone

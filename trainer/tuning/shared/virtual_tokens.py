@@ -1,4 +1,6 @@
-"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and their start."""
+"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and
+their start.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Around:
     """A method with something more that learns. What it does not say itself is said by its method.
 
-    A class of it says what it adds: to the parameters (`own`), to PEFT's folder (`added_to`), and unless it is unmergeable to a merge (`own_updates`).
+    A class of it says what it adds: to the parameters (`own`), to PEFT's folder (`added_to`), and unless it is
+    unmergeable to a merge (`own_updates`).
     """
 
     method: Method

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class TokenEmbedding(nn.Module):
     """The base's embedding, but `trainable_tokens_delta` (tokens, H) for the ids (tokens,) int64.
 
-    The parameter has PEFT's name, but is the rows themselves. An id may lie behind the last row of the base. `start` (tokens, H)
-    are the rows to begin with, which come back where `active` is off.
+    The parameter has PEFT's name, but is the rows themselves. An id may lie behind the last row of the base. `start`
+    (tokens, H) are the rows to begin with, which come back where `active` is off.
     """
 
     def __init__(self, base_layer: nn.Embedding, ids: Tensor, start: Tensor) -> None:

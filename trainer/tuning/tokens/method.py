@@ -1,8 +1,9 @@
-"""Rows of the embedding and of the output head that learn beside an adapter: those of the tokens that `model.add_tokens` names.
+"""Rows of the embedding and of the output head that learn beside an adapter: those of the tokens that
+`model.add_tokens` names.
 
-The base's own matrices stay frozen and as they are stored. A small matrix (tokens, H), as in PEFT's trainable tokens, takes the place
-of some of their rows or follows behind the last one; an untied head has one of its own. A new token starts as the mean of the
-pieces that its text was before.
+The base's own matrices stay frozen and as they are stored. A small matrix (tokens, H), as in PEFT's trainable tokens,
+takes the place of some of their rows or follows behind the last one; an untied head has one of its own. A new token
+starts as the mean of the pieces that its text was before.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _SAVED_AS = f"token_adapter.{_ROWS}"
 
 @dataclass(frozen=True)
 class RowsUpdate:
-    """The rows `ids` of a weight are those of `rows` (tokens, H), fp32. `shape` may have more rows than the base has."""
+    """The rows `ids` of a weight are those of `rows` (tokens, H), fp32. `shape` may have more rows than the base
+    has.
+    """
 
     shape: tuple[int, ...]
     ids: Tensor
@@ -121,7 +124,8 @@ def with_tokens(method: Method, config: Config) -> Method:
         return method
     if SETTING not in method.settings:
         raise ConfigError(
-            f"{SETTING}: tuning.method: {config.tuning.method} learns no rows of tokens. Choose lora, rslora or dora, or remove it."
+            f"{SETTING}: tuning.method: {config.tuning.method} learns no rows of tokens. Choose lora, rslora or dora,"
+            " or remove it."
         )
     return cast(Method, WithTokens(method, config.model))
 

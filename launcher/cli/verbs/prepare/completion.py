@@ -11,7 +11,9 @@ from launcher.cli.command import Command
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell to complete in.")],
 ) -> None:
-    """Print the script with which a shell completes verbs, options, runs and settings; docs/quickstart.md says where to put it."""
+    """Print the script with which a shell completes verbs, options, runs and settings; docs/quickstart.md says where to
+    put it.
+    """
     print(files("launcher.cli").joinpath(f"completion.{shell}").read_text(encoding="utf-8"), end="")
 
 

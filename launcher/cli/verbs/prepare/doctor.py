@@ -24,8 +24,8 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, accelerator, kernels, a store, in a Slurm allocation NCCL's network on all nodes; say what
-    is missing and how to get it."""
+    """Check this machine: versions, accelerator, kernels, a store, in a Slurm allocation NCCL's network on all nodes;
+    say what is missing and how to get it."""
     from launcher.doctor.doctor import diagnose, report_table
     from trainer.config import load_config
     from trainer.errors import ConfigError

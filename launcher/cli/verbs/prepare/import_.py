@@ -17,7 +17,10 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="The other tool's YAML or JSON, or a script with its command line; several make one, such as TRL's and accelerate's.",
+            help=(
+                "The other tool's YAML or JSON, or a script with its command line; several make one, such as TRL's and"
+                " accelerate's."
+            ),
         ),
     ],
     peer: Annotated[
@@ -25,7 +28,9 @@ def import_(
         typer.Option(
             "--from",
             autocompletion=complete_peer,
-            help="axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys.",
+            help=(
+                "axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys."
+            ),
         ),
     ] = None,
     gpus: Annotated[
@@ -63,7 +68,8 @@ def import_(
     log(imported.sentence())
     if output:
         log(
-            f"{'would write' if dry_run else 'wrote'} {output}; capstan plan {shlex.quote(str(output))} says what it needs"
+            f"{'would write' if dry_run else 'wrote'} {output}; capstan plan {shlex.quote(str(output))} says what it"
+            " needs"
         )
 
 

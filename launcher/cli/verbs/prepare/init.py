@@ -52,8 +52,8 @@ def init(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal it asks for what
-    no option gives."""
+    """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal
+    it asks for what no option gives."""
     from launcher.init.commented import check_new, write_new
     from launcher.init.goals import GOALS
     from launcher.init.initial import KINDS, InitAnswers, initial_config

@@ -19,8 +19,11 @@ def plan(
             "--gpu-memory",
             metavar="GPU",
             autocompletion=complete_gpu,
-            help="The GPU to plan for: its name (H100, A100-80GB, RTX 4090, ...) or its memory (80GiB, 24GB; a bare number is "
-            "in GiB). Default: that of cluster.slurm.gpu_type, or this machine's.",
+            help=(
+                "The GPU to plan for: its name (H100, A100-80GB, RTX 4090, ...) or its memory (80GiB, 24GB; a bare"
+                " number is "
+                "in GiB). Default: that of cluster.slurm.gpu_type, or this machine's."
+            ),
         ),
     ] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on one node. Default: all of them.")] = None,
@@ -29,8 +32,8 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU. Exit code 4
-    when it does not fit."""
+    """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU.
+    Exit code 4 when it does not fit."""
     from launcher.plan.planning import plan_run
     from launcher.plan.summary import show_plan
     from trainer.config import load_config

@@ -13,7 +13,9 @@ def resume(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Continue a run from its newest committed checkpoint, at any number of workers; or a sweep, with the trials that are not over."""
+    """Continue a run from its newest committed checkpoint, at any number of workers; or a sweep, with the trials that
+    are not over.
+    """
     from launcher.cli.verbs.start.sweep import start_sweep
     from launcher.view.sweep import is_sweep
     from trainer.run.folder import run_config

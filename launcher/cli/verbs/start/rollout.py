@@ -11,7 +11,9 @@ def rollout(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Have the servers of rollout.engine sample the answers that a run learns from, beside it, until it has all of them."""
+    """Have the servers of rollout.engine sample the answers that a run learns from, beside it, until it has all of
+    them.
+    """
     from launcher.data.rollout import rollout as rolled
 
     found = rolled(open_run(run, store), overrides or (), dry_run=dry_run, log=say)

@@ -33,8 +33,11 @@ def evaluate(
         typer.Option(
             "--server",
             metavar="URL",
-            help="A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default the run's. "
-            "--step or --best says which checkpoint that is.",
+            help=(
+                "A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default"
+                " the run's. "
+                "--step or --best says which checkpoint that is."
+            ),
         ),
     ] = None,
     sets: Annotated[
@@ -53,7 +56,9 @@ def evaluate(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure a checkpoint beside its base: loss and perplexity on sets, tasks, pairs of sentences; kept in the run's folder."""
+    """Measure a checkpoint beside its base: loss and perplexity on sets, tasks, pairs of sentences; kept in the run's
+    folder.
+    """
     from launcher.evaluate.evaluating import evaluate_run, settings
     from launcher.start.group import is_silent_rank
 

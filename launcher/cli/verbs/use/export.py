@@ -39,7 +39,10 @@ def export(
         bool,
         typer.Option(
             "--verify",
-            help="Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST already is proven as it is.",
+            help=(
+                "Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST"
+                " already is proven as it is."
+            ),
         ),
     ] = False,
     server: Annotated[
@@ -47,14 +50,18 @@ def export(
         typer.Option(
             "--server",
             metavar="URL[#MODEL]",
-            help="With --verify: compare what this vLLM serves with the export in transformers + PEFT, instead of the files.",
+            help=(
+                "With --verify: compare what this vLLM serves with the export in transformers + PEFT, instead of the"
+                " files."
+            ),
         ),
     ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT adapter, merged
-    with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always the whole model."""
+    """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT
+    adapter, merged with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method:
+    full) is always the whole model."""
     from launcher.export.export import export_run
     from trainer.state.checkpoint.manifest import chosen_step
 
@@ -81,7 +88,9 @@ def dequantize(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model: what servers serve that sample for the run."""
+    """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model: what servers serve that sample for
+    the run.
+    """
     from launcher.export.as_quantized import dequantize as dequantized
 
     found = dequantized(config, destination, overrides or (), dry_run=dry_run, log=log)

@@ -31,8 +31,11 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="JSONL with prompt or messages, or a text file with a prompt a line; - is standard input. Default: a chat on a "
-            "terminal, else standard input, or eval.prompts if that is empty.",
+            help=(
+                "JSONL with prompt or messages, or a text file with a prompt a line; - is standard input. Default: a"
+                " chat on a "
+                "terminal, else standard input, or eval.prompts if that is empty."
+            ),
         ),
     ] = None,
     step: StepOption = None,
@@ -43,7 +46,10 @@ def generate(
         typer.Option(
             "--server",
             metavar="URL",
-            help="A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default the run's.",
+            help=(
+                "A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default"
+                " the run's."
+            ),
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,

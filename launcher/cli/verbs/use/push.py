@@ -35,8 +35,8 @@ def push(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the environment
-    variable HF_TOKEN. A push that was killed goes on when it is called again."""
+    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the
+    environment variable HF_TOKEN. A push that was killed goes on when it is called again."""
     from launcher.export.push import push_run
     from trainer.state.checkpoint.manifest import chosen_step
 

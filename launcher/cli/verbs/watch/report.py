@@ -27,14 +27,16 @@ def report(
         typer.Option(
             "-o",
             "--output",
-            help="A file, or - for stdout. Default: report.html in the run's folder; in this directory for several runs.",
+            help=(
+                "A file, or - for stdout. Default: report.html in the run's folder; in this directory for several runs."
+            ),
         ),
     ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make one HTML file that shows what a run or a sweep did, or compares several runs. With --json the figures alone, unless
-    -o names a file for the page."""
+    """Make one HTML file that shows what a run or a sweep did, or compares several runs. With --json the figures alone,
+    unless -o names a file for the page."""
     from launcher.report.report import read_report, target_of, write_report
 
     folders = [open_run(run, store) for run in runs]

@@ -1,8 +1,9 @@
 """The names under which PEFT finds the weights of a LoRA adapter, tried with PEFT's own renaming.
 
-PEFT renames an adapter's weights by transformers' tables of the names in a base's files. Of a few families it takes the name that a layer
-has now for one in files, and puts the weights nowhere. Such weights are saved by the name that the base's files have for the layer, which
-PEFT renames to the right one; where there is no such name, the layer cannot have an adapter.
+PEFT renames an adapter's weights by transformers' tables of the names in a base's files. Of a few families it takes the
+name that a layer has now for one in files, and puts the weights nowhere. Such weights are saved by the name that the
+base's files have for the layer, which PEFT renames to the right one; where there is no such name, the layer cannot have
+an adapter.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +18,9 @@ _WRAPPED = "base_model.model."
 
 
 def saved_paths(model: PreTrainedModel, paths: Collection[str]) -> dict[str, str | None]:
-    """The path of each of these layers of `model` -> the one that its weights are saved under; None where PEFT finds them under none."""
+    """The path of each of these layers of `model` -> the one that its weights are saved under; None where PEFT finds
+    them under none.
+    """
     misplaced = _misplaced(model, {path: path for path in paths})
     renamed = {path: _in_files(model, path) for path in misplaced}
     return {path: path for path in paths} | renamed | dict.fromkeys(_misplaced(model, renamed))

@@ -1,5 +1,5 @@
-"""Linear layers of one module that read one tensor, such as those of queries, keys and values, found by use: a small model of the same kinds
-computes once."""
+"""Linear layers of one module that read one tensor, such as those of queries, keys and values, found by use: a small
+model of the same kinds computes once."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
@@ -13,8 +13,8 @@ from trainer.model.parts import is_layer
 
 
 def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[Place, ...]]:
-    """The places of linear layers that are called with the very same tensor, in the order of their calls, in all modules of a class that call
-    any when `model` computes."""
+    """The places of linear layers that are called with the very same tensor, in the order of their calls, in all
+    modules of a class that call any when `model` computes."""
     calls = dict[nn.Module, list[tuple[Place, Tensor, int]]]()
 
     def note(around: nn.Module, name: str, _child: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -41,7 +41,9 @@ def _of_one_tensor(calls: list[tuple[Place, Tensor, int]]) -> set[tuple[Place, .
 
 
 def paths_together(model: nn.Module, together: Collection[tuple[Place, ...]]) -> Iterator[tuple[str, ...]]:
-    """The paths in `model` of the linear layers that are at such places, within the layers that ZeRO-3 gathers whole (trainer/state/zero/gather.py)."""
+    """The paths in `model` of the linear layers that are at such places, within the layers that ZeRO-3 gathers whole
+    (trainer/state/zero/gather.py).
+    """
     for path, layer in model.named_modules():
         for inner, around in layer.named_modules(prefix=path) if is_layer(layer) else ():
             there = {place_of(around, name) for name, _ in around.named_children()}

@@ -1,8 +1,9 @@
-"""A test of a family's code before anything is trained: a small model of the same kinds of layers computes packed documents and each alone, and
-with packed weights and plain ones. Both must be alike.
+"""A test of a family's code before anything is trained: a small model of the same kinds of layers computes packed
+documents and each alone, and with packed weights and plain ones. Both must be alike.
 
-It takes tenths of a second, and finds what no look at a model's parts tells: a mask that is made without the documents' borders, positions
-that are counted through a row, a layer that cannot compute for a slice of a row, or with weights in 4 bits.
+It takes tenths of a second, and finds what no look at a model's parts tells: a mask that is made without the documents'
+borders, positions that are counted through a row, a layer that cannot compute for a slice of a row, or with weights in
+4 bits.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -25,7 +26,8 @@ from trainer.model.rows.row import CannotDivide, lengths_known
 from trainer.model.stored import packed_module
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
-# A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its score is none.
+# A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its
+# score is none.
 _DIFFERENT, _MOST = 1e-4, 0.5
 _MOST_SHARED = 0.1  # of a document that the cut goes through, a few tokens may differ and all others not
 _OTHERWISE = "a small model of its kind predicts otherwise then"
@@ -33,9 +35,10 @@ _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
-    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether documents of a row are
-    computed as each alone, and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be computed
-    with, if there are any; and the linear layers that read one tensor."""
+    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether
+    documents of a row are computed as each alone, and the reasons why ranks cannot share a row, documents cannot share
+    a prefix, and weights in 4 bits cannot be computed with, if there are any; and the linear layers that read one
+    tensor."""
 
     looks_ahead: bool
     learns: bool
@@ -97,7 +100,9 @@ class ThreadPeers:
 
 
 def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
-    """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if they do."""
+    """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if
+    they do.
+    """
     given, meeting = [tokens] * ThreadPeers.size, Barrier(ThreadPeers.size)
 
     def compute(part: int) -> Tensor | str | None:
@@ -121,7 +126,9 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
 
 
 def _fails_prefix(inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
-    """Why a document that goes on from the first tokens of another one is not computed as behind a copy of them; None if it is."""
+    """Why a document that goes on from the first tokens of another one is not computed as behind a copy of them; None
+    if it is.
+    """
     first, other = documents[1], documents[2]
     prefix, lengths = first.shape[1] // 2, (first.shape[1], other.shape[1])
     expected = _hidden(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
@@ -196,7 +203,9 @@ def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, re
 
 
 def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:
-    """The weights that can be packed, by their names: of linear layers of the decoder layers, and stacks of experts' matrices."""
+    """The weights that can be packed, by their names: of linear layers of the decoder layers, and stacks of experts'
+    matrices.
+    """
     layers = decoder_layers(model)
     inside = set(layers.modules()) if layers is not None else set[nn.Module]()
     for path, module in model.named_modules():
@@ -210,7 +219,9 @@ def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple
 
 
 def _packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes and the absmax, as bytes, of a matrix or of a stack of them, and the values that are left of its own."""
+    """The codes and the absmax, as bytes, of a matrix or of a stack of them, and the values that are left of its
+    own.
+    """
     matrices = [matrix.flatten() for matrix in (weight if weight.ndim == 3 else weight[None])]
     pairs = [quantize_blocks(matrix, _FORMAT.quant_type, _FORMAT.block_size) for matrix in matrices]
     left = [dequantize_blocks(*pair, len(matrix), _FORMAT) for pair, matrix in zip(pairs, matrices, strict=True)]

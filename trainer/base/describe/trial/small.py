@@ -1,7 +1,7 @@
 """A model of the same kinds of layers as a base's, so small that it computes on a CPU in a fraction of a second.
 
-Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. sizes.yaml has these by the
-names that families give them; a size that is not there stays as it is.
+Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. sizes.yaml has
+these by the names that families give them; a size that is not there stays as it is.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ BY_LAYER = ("layer", "pattern", "types", "intermediate_size")
 
 
 def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
-    """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes. Raises whatever
-    transformers does for sizes that a family was not made for."""
+    """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes.
+    Raises whatever transformers does for sizes that a family was not made for."""
     made = type(config)(**small_settings(config))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -87,7 +87,9 @@ def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_small_sections(rotary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, or those of each kind of layer, for heads of `HEAD`: sections of a dimension are parts of that."""
+    """Rotary settings, or those of each kind of layer, for heads of `HEAD`: sections of a dimension are parts of
+    that.
+    """
     made = {key: _with_small_sections(value) if isinstance(value, dict) else value for key, value in rotary.items()}
     if sections := rotary.get("mrope_section"):
         made["mrope_section"] = _scaled(sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2)
@@ -101,7 +103,9 @@ def _scaled(sections: list[int], total: int) -> list[int]:
 
 
 def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes that are fixed by others: as many heads of keys as of queries, heads that fill the inner width of a recurrence."""
+    """Sizes that are fixed by others: as many heads of keys as of queries, heads that fill the inner width of a
+    recurrence.
+    """
     made, inner = dict[str, int](), HIDDEN * int(settings.get("expand") or settings.get("mamba_expand") or 1)
     heads = next((settings[key] for key in _HEADS if settings.get(key)), None)
     if heads and settings.get("num_key_value_heads") == heads:
@@ -149,7 +153,9 @@ def _is_by_layer(key: str, value: Any, count: int) -> bool:
 
 
 def _one_of_each_kind(settings: Mapping[str, Any], count: int) -> list[int]:
-    """Numbers of layers that differ by any list that has an entry for each; two at least, as families treat their first one otherwise."""
+    """Numbers of layers that differ by any list that has an entry for each; two at least, as families treat their first
+    one otherwise.
+    """
     lists = [value for key, value in settings.items() if _is_by_layer(key, value, count)]
     kinds = dict[Any, int]()
     for layer in range(count):

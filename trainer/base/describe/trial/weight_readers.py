@@ -1,6 +1,8 @@
-"""Linear layers whose weights a family's own code reads, found by use: a small model of the same kinds computes once, and each reads' place is noted.
+"""Linear layers whose weights a family's own code reads, found by use: a small model of the same kinds computes once,
+and each reads' place is noted.
 
-Such a layer must stay as it is stored: code that multiplies with `layer.weight`, clamps it or asks its type cannot do so with packed bytes.
+Such a layer must stay as it is stored: code that multiplies with `layer.weight`, clamps it or asks its type cannot do
+so with packed bytes.
 """
 
 from collections.abc import Iterator
@@ -15,19 +17,22 @@ from trainer.model.documents import convolves
 from trainer.model.parts import decoder_layers
 
 Place = tuple[str, str]
-"""The name of the class of the module around a linear layer, and the layer's name in it: layers of one kind are alike in all of a model."""
+"""The name of the class of the module around a linear layer, and the layer's name in it: layers of one kind are alike
+in all of a model.
+"""
 
 
 def places_read(model: PreTrainedModel) -> set[Place]:
-    """The places of the linear layers in the decoder layers of `model` whose weight is read by other code than their own forward
-    pass, or that compute something else than a product."""
+    """The places of the linear layers in the decoder layers of `model` whose weight is read by other code than their
+    own forward pass, or that compute something else than a product."""
     found = set[Place]()
     tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
     with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
         # Some families clamp weights only as they train, others scale them only as they do not.
         for training in (False, True):
             model.train(training)
-            # A layer that convolves hands its weights to a fused kernel as it trains, but not as trainer/model/documents.py calls it.
+            # A layer that convolves hands its weights to a fused kernel as it trains, but not as
+            # trainer/model/documents.py calls it.
             for module in model.modules():
                 module.training = training and not convolves(module)
             model(input_ids=tokens, use_cache=False)
@@ -40,7 +45,9 @@ def place_of(around: nn.Module, name: str) -> Place:
 
 @contextmanager
 def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
-    """Inside, every linear layer of the decoder layers adds its place to `found` when its weight is read from outside."""
+    """Inside, every linear layer of the decoder layers adds its place to `found` when its weight is read from
+    outside.
+    """
     layers, classes = decoder_layers(model), dict[nn.Module, type[nn.Module]]()
     for around in layers.modules() if layers is not None else ():
         for name, child in around.named_children():

@@ -68,8 +68,8 @@ class Mxfp4Experts:
 
 
 def _decoded(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> Iterator[NDArray[np.uint32]]:
-    """The bits of bf16 of a block of each output, input by input, all outputs of one after another, some inputs at a time:
-    blocks (outputs, 16), scales (outputs,) -> some of (32 * outputs,)."""
+    """The bits of bf16 of a block of each output, input by input, all outputs of one after another, some inputs at a
+    time: blocks (outputs, 16), scales (outputs,) -> some of (32 * outputs,)."""
     pairs, powers = np.ascontiguousarray(blocks.T), E8M0[scales]
     at_once = max(1, DECODED_AT_ONCE // 2 // len(scales))
     for first in range(0, len(pairs), at_once):

@@ -39,14 +39,16 @@ class LastMade(Generic[Value]):
 
 
 class LastReads:
-    """The last `most` ranges that were read. 32 are the scales of as many matrices, a few thousand numbers each: pieces of more are never in
-    flight."""
+    """The last `most` ranges that were read. 32 are the scales of as many matrices, a few thousand numbers each: pieces
+    of more are never in flight."""
 
     def __init__(self, most: int = 32) -> None:
         self._most = most
         self._kept = LastMade[bytearray]()
 
     def read(self, source: TensorSource, begin: int, end: int) -> bytearray:
-        """The bytes of elements [begin, end), which the caller must not change. Raises what the store raises, every time."""
+        """The bytes of elements [begin, end), which the caller must not change. Raises what the store raises, every
+        time.
+        """
         key = (source.key, *source.byte_range(begin, end))
         return self._kept.get(key, self._most, lambda: source.read(begin, end))

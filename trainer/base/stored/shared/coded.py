@@ -1,8 +1,10 @@
-"""The values of a matrix in 4 or 8 bits, as they are read: the number that each code stands for, times the scale of its tile.
+"""The values of a matrix in 4 or 8 bits, as they are read: the number that each code stands for, times the scale of its
+tile.
 
-A tile is some rows and columns of a matrix that share a scale: 128 x 128 in FP8, a group of 16, 32 or 128 weights of a row in
-4 bits, a row, or the whole matrix. Codes of 4 bits are two a byte, the lower half first; eight of them in an int32, as integer
-formats have them, are the same bytes. A range of weights costs as many codes, and the scales of its tiles.
+A tile is some rows and columns of a matrix that share a scale: 128 x 128 in FP8, a group of 16, 32 or 128 weights of a
+row in 4 bits, a row, or the whole matrix. Codes of 4 bits are two a byte, the lower half first; eight of them in an
+int32, as integer formats have them, are the same bytes. A range of weights costs as many codes, and the scales of its
+tiles.
 """
 
 import math
@@ -27,12 +29,13 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Coded:
-    """The values of a matrix or a stack (..., rows, columns) in `code`; `scales` has one for each of its tiles, in their order.
+    """The values of a matrix or a stack (..., rows, columns) in `code`; `scales` has one for each of its tiles, in
+    their order.
 
-    `second` is a scale of the scales, one for a whole matrix: it multiplies them, or it `second_divides` them. `zeros` has the code that stands
-    for zero in each tile, where that is not the number 0: packed along the rows of tiles into int32, (ceil(tile rows / codes an int32), tile
-    columns). `order` is the column of tiles of each column, where columns of one tile do not lie together. `then` multiplies the products once
-    more.
+    `second` is a scale of the scales, one for a whole matrix: it multiplies them, or it `second_divides` them. `zeros`
+    has the code that stands for zero in each tile, where that is not the number 0: packed along the rows of tiles into
+    int32, (ceil(tile rows / codes an int32), tile columns). `order` is the column of tiles of each column, where
+    columns of one tile do not lie together. `then` multiplies the products once more.
     """
 
     codes: TensorSource
@@ -131,7 +134,9 @@ class Coded:
         return pairs.reshape(-1)[begin % 2 : begin % 2 + end - begin]
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """[begin, end) in runs of whole rows, each a row of tiles or all of one, and of the parts of rows at both ends."""
+        """[begin, end) in runs of whole rows, each a row of tiles or all of one, and of the parts of rows at both
+        ends.
+        """
         (rows, columns), down = self.shape[-2:], self.code.tile[0]
         while begin < end:
             number, column = divmod(begin, columns)

@@ -1,7 +1,8 @@
 """The values of a matrix whose files have its transpose in 4 or 8 bits, packed into int32: GPTQ's and AWQ's.
 
-A row of the matrix needs bytes from all over the codes, so that a process which reads some rows of a matrix reads all of its codes, once. A
-row of the transpose lies together: ranks read these, and exchange what they need (trainer/base/partitions/exchanged.py).
+A row of the matrix needs bytes from all over the codes, so that a process which reads some rows of a matrix reads all
+of its codes, once. A row of the transpose lies together: ranks read these, and exchange what they need
+(trainer/base/partitions/exchanged.py).
 """
 
 from collections.abc import Callable
@@ -25,9 +26,10 @@ _SHARED = 128
 class Columns:
     """The values of a matrix (outputs, inputs): (code - zero) * scale, in the type of the scales.
 
-    `codes` are packed along the inputs, (inputs / codes an int32, outputs), or, where `along_outputs`, along the outputs. `zeros` (groups,
-    outputs / codes an int32) are packed along the outputs, and one `more` than they say. `scales` are (groups, outputs). A group is
-    `group` inputs, or those for which `group_of` has its number. `order` says which shift each code of an int32 along the outputs has.
+    `codes` are packed along the inputs, (inputs / codes an int32, outputs), or, where `along_outputs`, along the
+    outputs. `zeros` (groups, outputs / codes an int32) are packed along the outputs, and one `more` than they say.
+    `scales` are (groups, outputs). A group is `group` inputs, or those for which `group_of` has its number. `order`
+    says which shift each code of an int32 along the outputs has.
     """
 
     codes: TensorSource
@@ -77,7 +79,9 @@ class Columns:
         return self._block(first, last, 0, self.shape[0], group, _only)
 
     def _block(self, begin: int, end: int, first: int, last: int, group: NDArray[np.int32], rows: "_Rows") -> Floats:
-        """The values of the inputs [begin, end), whose groups are `group`, and the outputs [first, last); `rows` reads rows of a tensor."""
+        """The values of the inputs [begin, end), whose groups are `group`, and the outputs [first, last); `rows` reads
+        rows of a tensor.
+        """
         each, low = 32 // self.bits, int(group.min())
         if self.along_outputs:
             codes = self._along_outputs(_words(rows(self.codes, begin, end), self.codes), first, last)

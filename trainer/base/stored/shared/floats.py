@@ -1,7 +1,7 @@
 """Floating-point numbers of 4, 8 and 16 bits as numpy's fp32, which numpy itself does not know.
 
-E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/store/codes.py has the others. numpy decodes
-here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
+E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/store/codes.py has the others. numpy
+decodes here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ def _e8m0() -> Floats:
 
 TABLES: dict[Numbers, Floats] = {numbers: np.array(values, np.float32) for numbers, values in VALUES.items()}
 E2M1, E4M3, E8M0 = TABLES["e2m1"], TABLES["e4m3"], _e8m0()
-# The types that scales are stored in, by safetensors' names. U8 are exponents too, of writers whose torch had no name for them.
+# The types that scales are stored in, by safetensors' names. U8 are exponents too, of writers whose torch had no name
+# for them.
 SCALES: dict[str, Callable[[bytearray | memoryview], Floats]] = {
     "F32": lambda data: np.frombuffer(data, np.float32),
     "F16": lambda data: np.frombuffer(data, np.float16).astype(np.float32),
@@ -44,7 +45,9 @@ def round_to_bf16(values: Floats, out: NDArray[np.uint16]) -> None:
 
 
 def write_as(values: Floats, dtype: str, data: bytearray | NDArray[np.uint8], at: int = 0) -> None:
-    """Write `values` to `data` behind its first `at` ones, in a type of 16 or 32 bits by safetensors' name. `values` are overwritten."""
+    """Write `values` to `data` behind its first `at` ones, in a type of 16 or 32 bits by safetensors' name. `values`
+    are overwritten.
+    """
     places = slice(at, at + len(values))
     if dtype == "BF16":
         round_to_bf16(values, np.frombuffer(data, np.uint16)[places])

@@ -8,8 +8,8 @@ from trainer.base.architecture import Parameter
 
 
 def is_listed(parameter: Parameter, names: Sequence[str] | None) -> bool:
-    """Whether the names, each a part of a path, a path with wildcards, or `re:` and a pattern that a path begins with, are those of the
-    module of `parameter`; of a mixture's experts, of the first one."""
+    """Whether the names, each a part of a path, a path with wildcards, or `re:` and a pattern that a path begins with,
+    are those of the module of `parameter`; of a mixture's experts, of the first one."""
     path = parameter.name.removesuffix(".weight")
     paths = [path]
     if parameter.kind == "experts":

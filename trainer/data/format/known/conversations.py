@@ -1,5 +1,5 @@
-"""Rows that are conversations: messages as chat templates take them, and ShareGPT's, alone, with two answers or with a label.
-ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
+"""Rows that are conversations: messages as chat templates take them, and ShareGPT's, alone, with two answers or with a
+label. ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
 
 from trainer.data.format.row_format import (
     MESSAGES,

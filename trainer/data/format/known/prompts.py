@@ -1,5 +1,5 @@
-"""Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), of a question and its answer,
-and of a prompt and several answers to it."""
+"""Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), of a question and
+its answer, and of a prompt and several answers to it."""
 
 from trainer.data.format.messages import untrained
 from trainer.data.format.row_format import Row, RowFormat, Values, fit_talks, fit_texts, is_talk, is_text, says, talk

@@ -1,4 +1,6 @@
-"""Rows of running text, as a whole or in segments, each of which says whether it is trained; axolotl calls them input_output."""
+"""Rows of running text, as a whole or in segments, each of which says whether it is trained; axolotl calls them
+input_output.
+"""
 
 from trainer.data.format.row_format import RowFormat, Values, fit_texts
 

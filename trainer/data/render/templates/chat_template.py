@@ -1,7 +1,8 @@
 """A chat template, asked with messages in the form that it takes.
 
-Templates differ in what they read: a content as text or in parts, the arguments of a call as an object or as JSON in a string. They
-raise over the other form, or write nothing. Which it is, is found once, from what the template makes of a conversation of marks.
+Templates differ in what they read: a content as text or in parts, the arguments of a call as an object or as JSON in a
+string. They raise over the other form, or write nothing. Which it is, is found once, from what the template makes of a
+conversation of marks.
 """
 
 import json
@@ -42,8 +43,8 @@ class ChatTemplate:
         return self._rendered(self._as_taken(messages), tools, generation_prompt)
 
     def enclosed(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
-        """The characters of the text that stand between {% generation %} tags, sorted and disjoint: those of the tokens that transformers
-        finds there."""
+        """The characters of the text that stand between {% generation %} tags, sorted and disjoint: those of the tokens
+        that transformers finds there."""
         options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
         found = _or_refused(
             lambda: self._tokenizer.apply_chat_template(
@@ -67,7 +68,9 @@ class ChatTemplate:
 
     @cached_property
     def end(self) -> str:
-        """The text that the template writes behind the answer that ends a conversation, without white space around it."""
+        """The text that the template writes behind the answer that ends a conversation, without white space around
+        it.
+        """
         return self._behind_the_answer(_QUESTION, _ANSWER).strip()
 
     @cached_property
@@ -83,7 +86,9 @@ class ChatTemplate:
             return ""
 
     def check_prompt(self) -> None:
-        """Raises `ConfigError` where the template writes the generation prompt behind the last answer, too: it would be trained there."""
+        """Raises `ConfigError` where the template writes the generation prompt behind the last answer, too: it would be
+        trained there.
+        """
         try:
             asked, talk = self.render([_QUESTION]), self.render([_QUESTION, _ANSWER])
         except DataError:
@@ -93,12 +98,15 @@ class ChatTemplate:
         own = last[shared_beginning(last, self.behind_an_answer) :]
         if own and asked.rstrip().endswith(own) and lead.endswith(own):
             raise ConfigError(
-                f"data.template: the chat template writes the generation prompt (... {own!r}) behind the last answer, too, where it would be "
-                "trained; set data.template to a copy of it that writes it only where add_generation_prompt is true."
+                f"data.template: the chat template writes the generation prompt (... {own!r}) behind the last answer,"
+                " too, where it would be trained; set data.template to a copy of it that writes it only where"
+                " add_generation_prompt is true."
             )
 
     def thinking(self, calls: bool) -> ThinkingForm | None:
-        """How the template writes what was thought before an answer, or before calls alone; None where that cannot be found."""
+        """How the template writes what was thought before an answer, or before calls alone; None where that cannot be
+        found.
+        """
         if calls not in self._forms:
             self._forms[calls] = find_form(self.render, calls=calls)
         return self._forms[calls]
@@ -168,8 +176,9 @@ def _or_refused(apply: Callable[[], Any], messages: int) -> Any:
             return apply()
     except OutOfTime as error:
         raise ConfigError(
-            f"data.template: the chat template has not rendered a conversation of {messages:,} messages within {RENDER_SECONDS:.0f} "
-            "seconds. It seems to loop without an end; correct the template of the base, or give another one."
+            f"data.template: the chat template has not rendered a conversation of {messages:,} messages within"
+            f" {RENDER_SECONDS:.0f} seconds. It seems to loop without an end; correct the template of the base, or give"
+            " another one."
         ) from error
     except Exception as error:  # a template is a program of the user's: it may raise anything
         raise DataError(f"the chat template refuses the conversation: {error}") from error

@@ -1,8 +1,9 @@
 """The chat template of a run: a file, one by name, or the base's own.
 
-The named ones are for bases that have none, as the owners of these formats document them. Each is a file beside this one, is short and has no
-tools. Its text belongs to the fingerprint of data, so that a comment in it would have all data compiled again. The tokens are those that end
-and begin its turns; a base that lacks one, or has never seen it, learns it with `model.add_tokens`.
+The named ones are for bases that have none, as the owners of these formats document them. Each is a file beside this
+one, is short and has no tools. Its text belongs to the fingerprint of data, so that a comment in it would have all data
+compiled again. The tokens are those that end and begin its turns; a base that lacks one, or has never seen it, learns
+it with `model.add_tokens`.
 """
 
 import json
@@ -72,7 +73,9 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str:
 
 
 def template_for_tools(tokenizer: Tokenizer, data: Data) -> str | None:
-    """The name of the tokenizer's other template, by which programs render conversations with tools, where the run has none of its own."""
+    """The name of the tokenizer's other template, by which programs render conversations with tools, where the run has
+    none of its own.
+    """
     named = tokenizer.chat_template
     return _FOR_TOOLS if data.template is None and isinstance(named, dict) and _FOR_TOOLS in named else None
 
@@ -81,9 +84,9 @@ def no_template(tokens: Collection[str] = ()) -> ConfigError:
     """The error for a base without a chat template; `tokens` are those of its tokenizer, where they are known."""
     name = fitting_template(tokens) or next(iter(NAMED))
     return ConfigError(
-        "data.template: not set, and the tokenizer of model.base has no chat template. "
-        f"Set it to a named one ({', '.join(NAMED)}; here {name}, with its tokens {', '.join(NAMED[name].tokens)} in model.add_tokens), or to "
-        "a Jinja file; or data.format to prompt_completion or text."
+        "data.template: not set, and the tokenizer of model.base has no chat template. Set it to a named one"
+        f" ({', '.join(NAMED)}; here {name}, with its tokens {', '.join(NAMED[name].tokens)} in model.add_tokens), or"
+        " to a Jinja file; or data.format to prompt_completion or text."
     )
 
 
@@ -107,7 +110,8 @@ def template_text(data: Data) -> str | None:
         return Path(data.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"data.template: {data.template!r} is none of the named templates ({', '.join(NAMED)}), and as a file it cannot be read: {error}."
+            f"data.template: {data.template!r} is none of the named templates ({', '.join(NAMED)}), and as a file it"
+            f" cannot be read: {error}."
         ) from error
 
 
@@ -119,7 +123,9 @@ def has_template(data: Data, directory: Path) -> bool:
 
 
 def tokens_of(directory: Path) -> set[str]:
-    """The tokens that the files of a tokenizer add to its vocabulary, which are those that a chat template may be made of."""
+    """The tokens that the files of a tokenizer add to its vocabulary, which are those that a chat template may be made
+    of.
+    """
     added = _read(directory / "tokenizer.json").get("added_tokens") or []
     listed = _read(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
     both = [*(added if isinstance(added, list) else []), *(listed.values() if isinstance(listed, dict) else [])]

@@ -1,1 +1,3 @@
-"""Bases and exports in plain transformers: loaded whole or a layer at a time, and decoded where they are in fewer bits."""
+"""Bases and exports in plain transformers: loaded whole or a layer at a time, and decoded where they are in fewer
+bits.
+"""

@@ -1,5 +1,5 @@
-"""The values of a base in fewer bits that proofs compare with. transformers decodes FP8 and MXFP4; formats for which it needs another
-package are decoded as they are read here."""
+"""The values of a base in fewer bits that proofs compare with. transformers decodes FP8 and MXFP4; formats for which it
+needs another package are decoded as they are read here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,12 @@ from trainer.store.safetensors_index import PackedTensor, numel
 
 @contextmanager
 def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` with `config`, that of the base, decodes its weights to bf16 on any device, and has FP8's
-    tiles of the size that `config` says.
+    """Inside, `from_pretrained` with `config`, that of the base, decodes its weights to bf16 on any device, and has
+    FP8's tiles of the size that `config` says.
 
-    By itself transformers 5.24 divides a matrix into as many equal tiles as there are scales. Whole tiles are those, so a
-    matrix is filled up with zeros and cut again; tests/unit/test_stored_formats.py fails when it is needed no more.
+    By itself transformers 5.24 divides a matrix into as many equal tiles as there are scales. Whole tiles are those, so
+    a matrix is filled up with zeros and cut again; tests/unit/base/test_stored_formats.py fails when that is needed no
+    more.
     """
     stored: Any = config.quantization_config
     stored["dequantize"] = True

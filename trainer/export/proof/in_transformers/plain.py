@@ -1,5 +1,5 @@
-"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone, or by the loader that an export
-brings along where PEFT knows no such adapter.
+"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone, or by the loader that
+an export brings along where PEFT knows no such adapter.
 
 Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
 """
@@ -49,9 +49,9 @@ def load_plain(
     values: dict[str, Tensor] | None = None,
     made: Any = AutoModelForCausalLM,
 ) -> Any:
-    """A model as transformers reads it, ready to predict. It is of the class `made`, its weights are in `held`, and `config` replaces the folder's
-    own settings. A model that is `streamed` is on the device already, and its layers are read at their turns. `values` are the weights by name,
-    for files that transformers cannot read.
+    """A model as transformers reads it, ready to predict. It is of the class `made`, its weights are in `held`, and
+    `config` replaces the folder's own settings. A model that is `streamed` is on the device already, and its layers are
+    read at their turns. `values` are the weights by name, for files that transformers cannot read.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -86,8 +86,8 @@ def load_plain(
 
 
 def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, options: dict[str, Any]) -> Any:
-    """The model of `config` with these values, as `from_pretrained` makes it of files that hold them. Its class is `alone`, or without one
-    that of a whole model that sees or hears."""
+    """The model of `config` with these values, as `from_pretrained` makes it of files that hold them. Its class is
+    `alone`, or without one that of a whole model that sees or hears."""
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
     mapping = alone._model_mapping if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -97,8 +97,8 @@ def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, 
 
 
 class _Partner(NamedTuple):
-    """The whole model of a language model that is a part of it, or the other way round. A tuple, so that torch does not take it for a
-    submodule."""
+    """The whole model of a language model that is a part of it, or the other way round. A tuple, so that torch does not
+    take it for a submodule."""
 
     model: Any
 
@@ -131,11 +131,11 @@ def language_part(model: Any) -> Any:
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
-    """Give the buffers whose type follows the model's type the values that they have in a model of another type. `alike` has that model's
-    buffers by name; those on `meta` come from files, and are rounded to its type instead.
+    """Give the buffers whose type follows the model's type the values that they have in a model of another type.
+    `alike` has that model's buffers by name; those on `meta` come from files, and are rounded to its type instead.
 
-    That may be the model without what was put around its modules, and so without buffers that only these have, as quantized
-    weights do.
+    That may be the model without what was put around its modules, and so without buffers that only these have, as
+    quantized weights do.
     """
     for name, buffer in model.named_buffers():
         other = alike.get(name.replace(".base_layer.", "."))
@@ -155,7 +155,8 @@ def grow(model: Any, vocabulary: int) -> Any:
 def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
     """`model` with an exported adapter, as PEFT or the method's own loader reads it, and a context without the adapter.
 
-    PEFT gets the whole class of a model that sees or hears as well, as users load it: an adapter by other names changes nothing there.
+    PEFT gets the whole class of a model that sees or hears as well, as users load it: an adapter by other names changes
+    nothing there.
 
     Raises:
         ConfigError: it cannot be read.
@@ -173,8 +174,8 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
 
 
 def keep_packed(model: nn.Module) -> None:
-    """Leave weights in 4 bits as they are: in eval mode bitsandbytes repacks them for a fused CPU kernel, which only takes widths
-    divisible by 32."""
+    """Leave weights in 4 bits as they are: in eval mode bitsandbytes repacks them for a fused CPU kernel, which only
+    takes widths divisible by 32."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.train()
@@ -210,7 +211,9 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
 
 
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or at each."""
+    """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or
+    at each.
+    """
     with torch.no_grad():
         return [as_shares(_head_outputs(model, row).float().cpu(), row) for row in rows]
 
@@ -223,7 +226,9 @@ def _head_outputs(model: Any, row: ProbeRow) -> Tensor:
 
 
 def adapted_weights(adapter: Path) -> tuple[str, ...]:
-    """The ends of the names of those weights to which PEFT adds the adapter's matrices, which it cannot where they are packed."""
+    """The ends of the names of those weights to which PEFT adds the adapter's matrices, which it cannot where they are
+    packed.
+    """
     settings = adapter / "adapter_config.json"
     return tuple(json.loads(settings.read_bytes()).get("target_parameters") or ()) if settings.exists() else ()
 
@@ -236,8 +241,9 @@ def quantize(
     unpacked: tuple[str, ...] = (),
     streamed: StreamedLayers | None = None,
 ) -> None:
-    """Have bitsandbytes quantize every matrix among the `weights`, by name, and multiply in `dtype`. Some get the values that quantizing leaves
-    of them instead: names that end in one of `unpacked`, matrices in 8 bits, and all that are `streamed`.
+    """Have bitsandbytes quantize every matrix among the `weights`, by name, and multiply in `dtype`. Some get the
+    values that quantizing leaves of them instead: names that end in one of `unpacked`, matrices in 8 bits, and all that
+    are `streamed`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
@@ -324,8 +330,8 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
 def merge_and_round(
     model: Any, stored: dict[str, torch.dtype], embedding: str, streamed: StreamedLayers | None = None
 ) -> None:
-    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in; those of layers
-    that are `streamed` at each turn.
+    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in;
+    those of layers that are `streamed` at each turn.
 
     `embedding` is the name of that weight.
     """

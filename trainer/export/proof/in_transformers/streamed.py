@@ -1,11 +1,12 @@
-"""A model in transformers whose decoder layers have their weights for their turn only, for where memory does not hold all of it.
+"""A model in transformers whose decoder layers have their weights for their turn only, for where memory does not hold
+all of it.
 
-At its turn a layer's weights come from the files again or, of a base that is quantized, from the 4 bits that were made of them once
-and stay on the host.
+At its turn a layer's weights come from the files again or, of a base that is quantized, from the 4 bits that were made
+of them once and stay on the host.
 
-Which stored tensors make a weight is transformers' own knowledge, by its offload to disk: it reads those that need no conversion where they
-are, and writes the others, as of most mixtures, to a folder. accelerate's hooks, which then move the weights of one module at a
-time, are removed: modules of a layer read each other's weights, and PEFT wraps them.
+Which stored tensors make a weight is transformers' own knowledge, by its offload to disk: it reads those that need no
+conversion where they are, and writes the others, as of most mixtures, to a folder. accelerate's hooks, which then move
+the weights of one module at a time, are removed: modules of a layer read each other's weights, and PEFT wraps them.
 """
 
 from collections.abc import Callable, Collection
@@ -26,7 +27,9 @@ from trainer.model.parts import decoder_layers
 
 
 class StreamedLayers:
-    """The layers of one model. `folder` is where transformers may write converted weights for as long as the model is used."""
+    """The layers of one model. `folder` is where transformers may write converted weights for as long as the model is
+    used.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": str(folder)}
@@ -44,8 +47,8 @@ class StreamedLayers:
         model.tie_weights()
 
     def begin(self, model: Any, alike: nn.Module, device: torch.device) -> None:
-        """Read the weights outside of the decoder layers, and have each layer read its own from now on; all in the types that they
-        have in `alike`. `model` is the one that was taken over, or a part of it."""
+        """Read the weights outside of the decoder layers, and have each layer read its own from now on; all in the
+        types that they have in `alike`. `model` is the one that was taken over, or a part of it."""
         self._layers = list(decoder_layers(model) or ())
         inside = {parameter for layer in self._layers for parameter in layer.parameters()}
         made: dict[nn.Parameter, nn.Parameter] = {}
@@ -86,8 +89,8 @@ class StreamedLayers:
                 parameter.data = PackedWeight(parameter.data, quant, dtype, is_transpose).values()
 
     def at_each_turn(self, module: nn.Module, change: Callable[[], None], undo: Callable[[], None]) -> bool:
-        """Whether `module` is of a streamed layer; if so, have `change` called each time that its weights have come, and `undo`
-        when they go."""
+        """Whether `module` is of a streamed layer; if so, have `change` called each time that its weights have come,
+        and `undo` when they go."""
         for layer in self._layers:
             if any(module is part for part in layer.modules()):
                 layer.register_forward_pre_hook(lambda *_: change())
@@ -119,8 +122,8 @@ def bnb_form(quant: Quant) -> dict[str, Any]:
 class PackedWeight:
     """A matrix, or a stack of them, in bitsandbytes' 4 or 8 bits on the host.
 
-    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole blocks. Where
-    the weight `is_transpose`, its transpose is quantized.
+    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole
+    blocks. Where the weight `is_transpose`, its transpose is quantized.
     """
 
     def __init__(self, weight: Tensor, quant: Quant, dtype: torch.dtype, is_transpose: bool = False) -> None:

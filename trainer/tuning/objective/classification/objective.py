@@ -1,5 +1,6 @@
-"""Classification: each text, or each word of one, has one of the classes of `data.labels`. The loss is -log softmax(W h) of its class, with h the
-hidden state of the text's last token, or of the word's first, and W the head; texts, or words, weigh the same."""
+"""Classification: each text, or each word of one, has one of the classes of `data.labels`. The loss is -log softmax(W
+h) of its class, with h the hidden state of the text's last token, or of the word's first, and W the head; texts, or
+words, weigh the same."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification(Objective):
-    """The formula of the module's docstring. `outputs` are those of the head where a row has a class, in the order of its labels. Accuracy and F1 are of the
-    texts or words that are looked at, macro F1 is the mean over the classes that these have or are taken for, as in scikit-learn."""
+    """The formula of the module's docstring. `outputs` are those of the head where a row has a class, in the order of
+    its labels. Accuracy and F1 are of the texts or words that are looked at, macro F1 is the mean over the classes that
+    these have or are taken for, as in scikit-learn."""
 
     name: str
     labels: Sequence[str]
@@ -42,7 +44,9 @@ class Classification(Objective):
         return 3 * len(self.labels)
 
     def summary(self, means: Sequence[float]) -> list[float]:
-        """The measures, by the shares of texts that are of a class and taken for it, of those taken for it, and of those of it."""
+        """The measures, by the shares of texts that are of a class and taken for it, of those taken for it, and of
+        those of it.
+        """
         scores, _ = _scores(means, len(self.labels))
         return [sum(means[: len(self.labels)]), sum(scores) / len(scores) if scores else 0.0]
 
@@ -60,9 +64,10 @@ class Classification(Objective):
 
 @dataclass(frozen=True)
 class Several(Objective):
-    """Each text has any of the classes: the loss is the mean over texts and classes of -log s(o) or -log(1 - s(o)), with o the class's output and s the
-    logistic function. Accuracy is the share of texts with all of their classes and no other; F1 is of all decisions (micro), or the mean over the
-    classes that texts have or are taken for (macro), as in scikit-learn."""
+    """Each text has any of the classes: the loss is the mean over texts and classes of -log s(o) or -log(1 - s(o)),
+    with o the class's output and s the logistic function. Accuracy is the share of texts with all of their classes and
+    no other; F1 is of all decisions (micro), or the mean over the classes that texts have or are taken for (macro), as
+    in scikit-learn."""
 
     labels: Sequence[str]
 
@@ -79,7 +84,9 @@ class Several(Objective):
         return 1 + 3 * len(self.labels)
 
     def summary(self, means: Sequence[float]) -> list[float]:
-        """The measures, by the share of decisions in texts that are right as a whole, and those that `_scores` takes."""
+        """The measures, by the share of decisions in texts that are right as a whole, and those that `_scores`
+        takes.
+        """
         exact, *counts = means
         scores, whole = _scores(counts, len(self.labels))
         return [exact, whole, sum(scores) / len(scores) if scores else 0.0]
@@ -99,7 +106,9 @@ class Several(Objective):
 
 
 def _scores(counts: Sequence[float], classes: int) -> tuple[list[float], float]:
-    """The F1 of each class that is there or taken, and that of all: by the shares that are of a class and taken for it, taken for it, and of it."""
+    """The F1 of each class that is there or taken, and that of all: by the shares that are of a class and taken for it,
+    taken for it, and of it.
+    """
     right, taken, there = (counts[part * classes : (part + 1) * classes] for part in range(3))
     scores = [2 * r / (t + n) for r, t, n in zip(right, taken, there, strict=True) if t + n]
     return scores, 2 * sum(right) / (sum(taken) + sum(there)) if scores else 0.0

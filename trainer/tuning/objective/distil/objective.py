@@ -1,4 +1,6 @@
-"""Distillation: each target's distribution shall become that of a teacher, whose log-probabilities are stored beside the data."""
+"""Distillation: each target's distribution shall become that of a teacher, whose log-probabilities are stored beside
+the data.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class Distil(OfSettings):
-    """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with sft, so
-    held-out data need no teacher."""
+    """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with
+    sft, so held-out data need no teacher."""
 
     defaults: Mapping[str, Any] = {
         "name": "sft",

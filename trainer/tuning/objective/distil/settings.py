@@ -10,18 +10,26 @@ class DistilSettings(Section):
 
     top_k: TokenCount = setting(
         64,
-        about="distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the tail.",
+        about=(
+            "distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the"
+            " tail."
+        ),
         example=16,
     )
     divergence: Literal["forward", "reverse"] = setting(
         "forward",
-        about="distil: forward is KL(teacher || student), which covers all that the teacher says. reverse is KL(student || teacher), which "
-        "keeps to what it holds likely.",
+        about=(
+            "distil: forward is KL(teacher || student), which covers all that the teacher says. reverse is KL(student"
+            " || teacher), which keeps to what it holds likely."
+        ),
         example="reverse",
     )
     temperature: Factor = setting(
         1.0,
-        about="distil: divisor of the logits of both before they are compared. The divergence is multiplied by its square.",
+        about=(
+            "distil: divisor of the logits of both before they are compared. The divergence is multiplied by its"
+            " square."
+        ),
         example=2.0,
     )
     next_tokens: Share = setting(

@@ -10,13 +10,19 @@ class GrpoSettings(Section):
 
     ratio: Literal["clipped", "truncated"] = setting(
         "clipped",
-        about="grpo and opd: how the ratio of the model's probability to the sampler's enters. clipped: as in PPO, within [1 - clip_low, 1 + clip_high]. truncated: "
-        "as a weight without a gradient, at most 1 + clip_high, so that every token keeps one (CISPO, truncated importance sampling).",
+        about=(
+            "grpo and opd: how the ratio of the model's probability to the sampler's enters. clipped: as in PPO, within"
+            " [1 - clip_low, 1 + clip_high]. truncated: as a weight without a gradient, at most 1 + clip_high, so that"
+            " every token keeps one (CISPO, truncated importance sampling)."
+        ),
         example="truncated",
     )
     ratio_of: Literal["token", "answer"] = setting(
         "token",
-        about="grpo: each token's own ratio, or the geometric mean of its answer's (GSPO, with clip_low: 3.0e-4 and clip_high: 4.0e-4).",
+        about=(
+            "grpo: each token's own ratio, or the geometric mean of its answer's (GSPO, with clip_low: 3.0e-4 and"
+            " clip_high: 4.0e-4)."
+        ),
         example="answer",
     )
     clip_low: float = setting(
@@ -25,8 +31,11 @@ class GrpoSettings(Section):
     clip_high: Multiple = setting(0.2, about="grpo and opd: how far above 1 a ratio is kept.", example=0.28)
     mean_over: Literal["answers", "tokens", "constant"] = setting(
         "answers",
-        about="grpo and opd: answers: the mean over the tokens of each answer, then over the answers. tokens: over all tokens (DAPO). constant: the sum over the "
-        "tokens of each answer by longest_answer, then the mean over answers (Dr. GRPO).",
+        about=(
+            "grpo and opd: answers: the mean over the tokens of each answer, then over the answers. tokens: over all"
+            " tokens (DAPO). constant: the sum over the tokens of each answer by longest_answer, then the mean over"
+            " answers (Dr. GRPO)."
+        ),
         example="constant",
     )
     longest_answer: int = setting(
@@ -38,7 +47,10 @@ class GrpoSettings(Section):
     )
     advantage: Literal["standardised", "centred"] = setting(
         "standardised",
-        about="grpo: an answer's reward less the mean of those to its prompt, divided by their standard deviation, or not (Dr. GRPO).",
+        about=(
+            "grpo: an answer's reward less the mean of those to its prompt, divided by their standard deviation, or not"
+            " (Dr. GRPO)."
+        ),
         example="centred",
     )
 

@@ -1,19 +1,22 @@
 """KTO: labelled answers; desired ones shall become likelier than by the reference, and undesired ones less likely.
 
-With x a prompt, y its answer, p the model, q the reference (the base without what learns) and s the logistic function, the loss of
-an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the constant that makes the best loss 0)
+With x a prompt, y its answer, p the model, q the reference (the base without what learns) and s the logistic function,
+the loss of an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the constant that makes the best
+loss 0)
 
     r(x, y) = log p(y|x) / q(y|x)
     desired     desirable_weight   * (1 - s(beta (r(x, y) - z0)))
     undesired   undesirable_weight * (1 - s(beta (z0 - r(x, y))))
     z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
 
-and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings its prompt
-with another row's answer (trainer/data/render/labelled.py). It is a mean over the whole global batch that every loss depends on, so it is found in a
-survey before the first loss: it is the same whatever the ranks, the accumulation and the packing. An evaluation takes it over all of its data.
+and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings
+its prompt with another row's answer (trainer/data/render/labelled.py). It is a mean over the whole global batch that
+every loss depends on, so it is found in a survey before the first loss: it is the same whatever the ranks, the
+accumulation and the packing. An evaluation takes it over all of its data.
 
-The survey passes through the reference, for both kinds of answers, and through the model without dropout for the mismatched ones; it hands log q(y|x)
-on to the loss, whose pass is over the labelled answers alone. In tokens that is as much work as next-token training on the same rows.
+The survey passes through the reference, for both kinds of answers, and through the model without dropout for the
+mismatched ones; it hands log q(y|x) on to the loss, whose pass is over the labelled answers alone. In tokens that is as
+much work as next-token training on the same rows.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ class Kto(OfSettings):
         self._method, self.survey = method, Survey(4, 0.5, self._survey)
 
     def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log q of each answer."""
+        """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log
+        q of each answer.
+        """
         import torch
 
         base = batch.reference

@@ -9,7 +9,10 @@ class KtoSettings(Section):
     desirable_weight: Multiple = setting(1.0, about="kto: weight of the loss of a desired answer.", example=1.33)
     undesirable_weight: Multiple = setting(
         1.0,
-        about="kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be about equal.",
+        about=(
+            "kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be"
+            " about equal."
+        ),
         example=0.5,
     )
 

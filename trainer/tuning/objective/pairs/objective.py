@@ -1,4 +1,6 @@
-"""Preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one; losses/ has the formulas."""
+"""Preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one; losses/ has the
+formulas.
+"""
 
 from __future__ import annotations
 

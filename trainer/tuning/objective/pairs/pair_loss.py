@@ -1,10 +1,11 @@
 """The loss of a pair of answers, of which the chosen one shall become likelier than the rejected one.
 
-A file of trainer/tuning/objective/pairs/losses names it in `PAIR_LOSSES`, and each name is one that `objective.name` may have. The
-configuration reads these files for the settings that they declare, so they import nothing of trainer.config.
+A file of trainer/tuning/objective/pairs/losses names it in `PAIR_LOSSES`, and each name is one that `objective.name`
+may have. The configuration reads these files for the settings that they declare, so they import nothing of
+trainer.config.
 
-In the formulas x is the prompt, c and r are the chosen and the rejected answer, |y| is the number of trained tokens, and s the
-logistic function. A loss is in nats, and averaged over the pairs of the global batch.
+In the formulas x is the prompt, c and r are the chosen and the rejected answer, |y| is the number of trained tokens,
+and s the logistic function. A loss is in nats, and averaged over the pairs of the global batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 class Judged(NamedTuple):
-    """The losses of some pairs, the rewards of their chosen and of their rejected answers, and one more figure; (pairs,) fp32."""
+    """The losses of some pairs, the rewards of their chosen and of their rejected answers, and one more figure;
+    (pairs,) fp32.
+    """
 
     losses: Tensor
     rewards: tuple[Tensor, Tensor]
@@ -38,7 +41,8 @@ class PairLoss:
 
     Attributes:
         defaults: the settings of the section `objective` that it reads, and the meaning of each where it is not set.
-        formula: gets the section, the answers by the model, and where it reads a reference the log-probabilities of the chosen
+        formula: gets the section, the answers by the model, and where it reads a reference the log-probabilities of the
+            chosen
             and of the rejected answers by it, (2, pairs).
         more: the names of the figures that the formula adds.
         reads_reference: whether it compares with the base without what learns.

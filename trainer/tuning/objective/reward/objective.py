@@ -1,11 +1,12 @@
 """A reward model (Bradley-Terry): of two answers to a prompt the chosen one shall have the higher reward.
 
-The reward of an answer is W h, with h the hidden state of the last token of prompt and answer, and W the head, which has one output.
-With s the logistic function, the loss of a pair is
+The reward of an answer is W h, with h the hidden state of the last token of prompt and answer, and W the head, which
+has one output. With s the logistic function, the loss of a pair is
 
     -log s(r(c) - r(r) - margin) + center_rewards (r(c) + r(r))^2
 
-and averaged over the pairs of the global batch (arXiv:2204.05862; the second term arXiv:2312.09244, section 2), as in TRL's RewardTrainer.
+and averaged over the pairs of the global batch (arXiv:2204.05862; the second term arXiv:2312.09244, section 2), as in
+TRL's RewardTrainer.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Reward(OfSettings):
 
 
 def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
-    """(segments,) int64, the last place in each segment of a row whose token is no padding, as transformers' classifiers look for it."""
+    """(segments,) int64, the last place in each segment of a row whose token is no padding, as transformers'
+    classifiers look for it.
+    """
     import torch
 
     owner = segments_of_tokens(batch)

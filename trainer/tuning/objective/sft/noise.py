@@ -12,9 +12,11 @@ from trainer.model.micro_batch import MicroBatch
 
 @contextmanager
 def noise_on(embedding: nn.Module, batch: MicroBatch, alpha: float) -> Iterator[None]:
-    """Inside, each value of the embeddings of a document of L tokens in H dimensions gets a number between -a and a more, with a = alpha / sqrt(L * H).
+    """Inside, each value of the embeddings of a document of L tokens in H dimensions gets a number between -a and a
+    more, with a = alpha / sqrt(L * H).
 
-    transformers takes the tokens of the longest text of a batch, with its padding; here documents do not depend on their neighbours.
+    transformers takes the tokens of the longest text of a batch, with its padding; here documents do not depend on
+    their neighbours.
     """
 
     def add_noise(module: nn.Module, given: Any, found: Tensor) -> Tensor:

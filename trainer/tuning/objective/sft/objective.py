@@ -51,7 +51,8 @@ class NextTokens(OfSettings):
     def mismatches(self) -> list[str]:
         others = {"label_smoothing": self.given.label_smoothing, "z_loss": self._own.z_loss, "eaft": self._own.eaft}
         wrong = [
-            f"objective.{name}: has no effect with objective.{self._weighing[0]}, which weighs the plain loss of a target. Remove one of them."
+            f"objective.{name}: has no effect with objective.{self._weighing[0]}, which weighs the plain loss of a"
+            " target. Remove one of them."
             for name, given in others.items()
             if given and self._weighing and name != self._weighing[0]
         ]

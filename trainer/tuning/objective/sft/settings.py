@@ -15,13 +15,19 @@ class SftSettings(Section):
     )
     dft: bool = setting(
         False,
-        about="sft: weigh the loss of each target by its probability, through which no gradient goes (dynamic fine-tuning, arXiv:2508.05629).",
+        about=(
+            "sft: weigh the loss of each target by its probability, through which no gradient goes (dynamic"
+            " fine-tuning, arXiv:2508.05629)."
+        ),
         example=True,
     )
     eaft: float = setting(
         0.0,
-        about="sft: weigh the loss of each target by this power of the model's own uncertainty, the entropy of its likeliest tokens, through which no "
-        "gradient goes (entropy-adaptive fine-tuning, arXiv:2601.02151); 0 is off.",
+        about=(
+            "sft: weigh the loss of each target by this power of the model's own uncertainty, the entropy of its"
+            " likeliest tokens, through which no gradient goes (entropy-adaptive fine-tuning, arXiv:2601.02151); 0 is"
+            " off."
+        ),
         example=1.0,
         ge=0,
         le=10,
@@ -39,8 +45,10 @@ class SftSettings(Section):
     )
     neftune_alpha: float = setting(
         0.0,
-        about="sft: size of the noise on the embeddings of tokens in training: up to neftune_alpha / sqrt(L * H) for a document of L tokens in H dimensions "
-        "(NEFTune, arXiv:2310.05914); 0 is none, 5 is usual.",
+        about=(
+            "sft: size of the noise on the embeddings of tokens in training: up to neftune_alpha / sqrt(L * H) for a"
+            " document of L tokens in H dimensions (NEFTune, arXiv:2310.05914); 0 is none, 5 is usual."
+        ),
         example=5.0,
         ge=0,
         le=1000,

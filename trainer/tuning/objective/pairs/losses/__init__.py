@@ -1,1 +1,3 @@
-"""The losses of a pair, a file each, found by being here; trainer/tuning/objective/pairs/pair_loss.py says what one is made of."""
+"""The losses of a pair, a file each, found by being here; trainer/tuning/objective/pairs/pair_loss.py says what one is
+made of.
+"""

@@ -51,11 +51,13 @@ def mismatches(given: Any) -> list[str]:
     found, smoothing = list[str](), f"objective.label_smoothing: {given.label_smoothing}"
     if given.label_smoothing and given.loss_type != "sigmoid":
         found.append(
-            f"{smoothing} has no effect with objective.loss_type: {given.loss_type}. Remove it, or set loss_type: sigmoid."
+            f"{smoothing} has no effect with objective.loss_type: {given.loss_type}. Remove it, or set loss_type:"
+            " sigmoid."
         )
     if given.label_smoothing >= 0.5:
         found.append(
-            f"{smoothing} would have most pairs be the wrong way round. It is below 0.5 with objective.name: {given.name}."
+            f"{smoothing} would have most pairs be the wrong way round. It is below 0.5 with objective.name:"
+            f" {given.name}."
         )
     return found
 

@@ -1,5 +1,5 @@
-"""ORPO (arXiv:2403.07691, equations 6 and 7): -m(c) - beta log s(o(c) - o(r)), with the mean m(y) = log p(y|x) / |y| and the
-log odds o(y) = m(y) - log(1 - exp m(y)). The reward of an answer is beta m(y)."""
+"""ORPO (arXiv:2403.07691, equations 6 and 7): -m(c) - beta log s(o(c) - o(r)), with the mean m(y) = log p(y|x) / |y|
+and the log odds o(y) = m(y) - log(1 - exp m(y)). The reward of an answer is beta m(y)."""
 
 from __future__ import annotations
 

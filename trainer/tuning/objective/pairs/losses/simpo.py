@@ -1,5 +1,5 @@
-"""SimPO (arXiv:2405.14734, equation 6): -log s(beta m(c) - beta m(r) - gamma), with the mean m(y) = log p(y|x) / |y|. The
-reward of an answer is beta m(y)."""
+"""SimPO (arXiv:2405.14734, equation 6): -log s(beta m(c) - beta m(r) - gamma), with the mean m(y) = log p(y|x) / |y|.
+The reward of an answer is beta m(y)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The method: parameters of the base learn, and nothing is added. trainer/tuning/method.py says what each part is for."""
+"""The method: parameters of the base learn, and nothing is added. trainer/tuning/method.py says what each part is
+for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A toy objective over pairs, with a setting of its own: the square of what the mean log-probabilities lack of a gap."""
+"""A toy objective over pairs, with a setting of its own: the square of what the mean log-probabilities lack of a
+gap.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,243 @@
+"""The architecture that is read off a model without weights is that of the model that transformers builds with them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.families import FAMILIES, QUICK, SIZES, rows
+from tests.forked import run_module, server
+from trainer.base.architecture import Architecture, mismatches
+from trainer.base.describe import torch_answers as elsewhere
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.meta import architecture_of
+from trainer.base.describe.torch_answers import Question
+from trainer.config import parse_config
+from trainer.errors import ConfigError
+from trainer.model.head import LossHead
+
+# Settings of further models beside those of a Llama, by what they do to logits.
+LOGITS: dict[str, dict[str, Any]] = {
+    "multiplied": {"model_type": "cohere2", "logit_scale": 0.3, "tie_word_embeddings": True},
+    "divided": {"model_type": "granite", "logits_scaling": 3.0},
+    "divided before the head": {"model_type": "minicpm3", "dim_model_base": 24, "num_key_value_heads": 4},
+    "a cap of another family": {"model_type": "llama", "final_logit_softcapping": 2.0},
+}
+WITH_MAMBA = ("nemotron-h", "granitemoe-hybrid")
+# The linear layers that adapters sit on, of families that have others as well: routers, gates of one output, an MLP of
+# the model's own.
+LINEARS = {
+    "qwen2-moe": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "qwen3-next": "in_proj_qkvz in_proj_ba out_proj q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "gemma4": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj per_layer_input_gate per_layer_projection",
+    "deepseek-v3": "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj gate_proj up_proj down_proj",
+    "nemotron-h": "in_proj out_proj q_proj k_proj v_proj o_proj up_proj down_proj",
+    "llama4": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "granitemoe-hybrid": "in_proj out_proj q_proj k_proj v_proj o_proj input_linear output_linear",
+}
+
+# By default.
+FAMILY_ROUTES_TO = {"mixtral": 2, "llama4": 1}
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    return {"tie_word_embeddings": False, **SIZES, **(FAMILIES.get(kind) or LOGITS[kind])}
+
+
+def built(kind: str) -> Any:
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(**settings_of(kind))
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+
+
+def shapes(found: Architecture) -> dict[str, tuple[int, ...]]:
+    return {part.name: part.shape for part in found.parameters}
+
+
+@pytest.mark.parametrize("kind", rows(FAMILIES))
+def test_parameters_buffers_and_ties_are_those_of_the_model_with_weights(kind: str) -> None:
+    found, model = read_architecture(settings_of(kind)), built(kind)
+    parameters = dict(model.named_parameters())
+    assert shapes(found) == {name: tuple(value.shape) for name, value in parameters.items()}
+    state = model.state_dict()
+    assert {**shapes(found), **found.buffers, **{name: shapes(found)[of] for name, of in found.tied.items()}} == {
+        name: tuple(value.shape) for name, value in state.items()
+    }
+    assert all(state[name].data_ptr() == state[of].data_ptr() for name, of in found.tied.items())
+    assert model.get_input_embeddings().weight is parameters[found.embedding]
+    assert model.get_output_embeddings().weight is parameters[found.tied.get(found.head, found.head)]
+    assert found.layers == found.stored_layers == len({part.layer for part in found.parameters} - {None})
+    assert Architecture.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_quantized_and_adapted_is_most_of_a_layer_and_no_router(kind: str) -> None:
+    settings = settings_of(kind)
+    found, model = read_architecture(settings), built(kind)
+    for part in found.parameters:
+        owner = model.get_submodule(part.name.rpartition(".")[0])
+        if part.kind == "linear":
+            assert type(owner) is torch.nn.Linear
+            assert part.shape[0] > 1
+        if part.kind == "experts":
+            routed = [settings[key] for key in ("num_experts_per_tok", "moe_k", "top_k_experts") if key in settings]
+            assert part.visits == (routed or [FAMILY_ROUTES_TO[kind]])[0] / part.shape[0]
+        else:
+            assert part.visits == 1
+    inside = sum(part.numel for part in found.parameters if part.layer is not None)
+    assert found.weights("linear", "experts") > 0.8 * inside
+    linears = {part.name.split(".")[-2] for part in found.parameters if part.kind == "linear"}
+    if kind in LINEARS:
+        assert linears == set(LINEARS[kind].split())
+    # Mamba's kernel may take this weight, past an adapter around the layer.
+    assert linears - set(found.linear_names) == ({"out_proj"} if kind in WITH_MAMBA else set())
+
+
+@pytest.mark.parametrize("kind", rows([*FAMILIES, *LOGITS], [*QUICK, *LOGITS]))
+def test_logits_are_made_of_hidden_states_as_transformers_makes_them(kind: str) -> None:
+    model, found = built(kind), read_architecture(settings_of(kind))
+    torch.nn.init.normal_(model.lm_head.weight, std=9.0)
+    ids, head = torch.arange(3, 20)[None], LossHead(found.hidden, found.vocabulary, bias=False)
+    head.weight = model.lm_head.weight
+    with torch.no_grad():
+        hidden, expected = model.model(ids, use_cache=False).last_hidden_state, model(ids, use_cache=False).logits
+        plain = head(hidden)
+        head.factor, head.divisor, head.softcap = found.logit_factor, found.logit_divisor, found.softcap
+        torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4)
+        changed = settings_of(kind).get("final_logit_softcapping", 0) and kind != "a cap of another family"
+        changed = changed or kind in ("granite", "granitemoe", "granitemoe-hybrid", "cohere2", *LOGITS)[:-1]
+        assert torch.equal(head(hidden), expected) or kind == "divided before the head"
+        assert torch.equal(plain, expected) is not bool(changed)
+
+
+@pytest.mark.parametrize("kind", rows(FAMILIES))
+def test_the_first_layers_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    settings = settings_of(kind)
+    whole = read_architecture(settings)
+    for layers in range(1, whole.layers):
+        cut = read_architecture(settings, layers)
+        assert (cut.layers, cut.stored_layers) == (layers, whole.layers)
+        kept = [part for part in whole.parameters if part.layer is None or part.layer < layers]
+        # A weight beside the layers may be as wide as all of them are together.
+        assert [part.name for part in cut.parameters] == [part.name for part in kept]
+        inside = {part for part in kept if part.layer is not None}
+        assert inside <= set(cut.parameters)
+        assert [layer.window for layer in cut.attention] == [
+            layer.window for layer in whole.attention if layer.layer < layers
+        ]
+    assert read_architecture(settings, whole.layers).layers == whole.layers
+    AutoConfig.for_model(**settings).save_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_config(model_config(tmp_path, 1), experts_implementation="eager")
+    assert model(torch.arange(3, 20)[None], use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: str, dtype: torch.dtype) -> None:
+    config = AutoConfig.for_model(**settings_of(kind))
+    model, full = unfilled_model(config, dtype), AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert all(value.is_meta for value in model.state_dict().values())
+    made, expected = dict(model.named_non_persistent_buffers()), dict(full.named_non_persistent_buffers())
+    assert made.keys() == expected.keys()
+    for name, value in made.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
+        ({"model_type": "cpmant"}, "a cpmant model, which has tokens that see those behind them"),
+        ({"model_type": "xlnet"}, "a xlnet model, which has tokens that see those behind them"),
+        ({"model_type": "blt"}, "a blt model, which has layers in several parts, none of which is the decoder"),
+        ({"model_type": "zamba"}, "a zamba model, which has layers that share their weights with other layers"),
+        (
+            {"model_type": "bert", "is_decoder": True},
+            "has more than one matrix, a factor and a cap between its last hidden states",
+        ),
+        (
+            {"model_type": "gemma4_text", "num_hidden_layers": 6, "num_kv_shared_layers": 6},
+            "takes the keys of all its layers from the model that it drafts for",
+        ),
+        ({"model_type": "dory"}, "a dory model, which has an output head that is no plain matrix"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
+    ],
+)
+def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        architecture_of(settings, None, "the base")
+
+
+def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_started() -> None:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}], sequence_length: 64}\ntrain: {steps: 1}"
+    model = replace(read_architecture(settings_of("llama")), recomputes=False)
+    assert [fault.partition(":")[0] for fault in mismatches(parse_config(text), model)] == [
+        "train.activation_checkpointing"
+    ]
+    assert not mismatches(parse_config(text, ["train.activation_checkpointing=none"]), model)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5", "qwen3_5-moe", "llama4"])
+def test_the_language_model_of_one_that_sees_is_read(kind: str) -> None:
+    text = settings_of(kind)
+    whole = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text, "vision_config": {}}
+    # Another head would be on the whole class, which has none for the language model alone; a tokenizer's class goes by
+    # the whole's type.
+    found = read_architecture(whole)
+    assert found == replace(read_architecture(text), heads=(), tokenizer=found.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows", "keys"),
+    [
+        ("mistral", [16, 16], [(2, 16)] * 2),
+        ("phi3", [16, 16], [(2, 16)] * 2),
+        ("gemma2", [16, None], [(2, 24)] * 2),
+        ("gpt-oss", [16, None], [(2, 10)] * 2),
+        ("qwen3-next", [None], [(2, 16)]),
+        ("llama4", [16, 16, None], [(2, 10)] * 3),
+        ("exaone4", [16, None], [(2, 10)] * 2),
+        ("deepseek-v3", [None, None], [(None, None)] * 2),
+        ("nemotron-h", [None], [(2, 10)]),
+    ],
+)
+def test_the_attention_of_each_layer_is_known(
+    kind: str, windows: list[int | None], keys: list[tuple[int | None, int | None]]
+) -> None:
+    found = read_architecture(settings_of(kind))
+    assert [layer.window for layer in found.attention] == windows
+    assert [(layer.key_value_heads, layer.head_size) for layer in found.attention] == keys
+
+
+def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(**config: Any) -> Architecture:
+        given = {"base_config": config, "layers": 1, "name": "the base"}
+        question = Question("describe.meta", "architecture_of", given, "the base", "reading")
+        return Architecture.from_json(elsewhere._answer_elsewhere(question))
+
+    settings, _ = settings_of("deepseek-v3"), server()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(elsewhere.children, "run", run_module)
+        assert read(**settings) == read_architecture(settings, 1)
+        with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
+            read(model_type="t5")
+    monkeypatch.setattr(elsewhere, "_SECONDS", 0.01)
+    with pytest.raises(ConfigError, match=r"has not built the model of the base within 0\.01 seconds"):
+        read(**settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(elsewhere.sys, "executable", "false")
+    with pytest.raises(ConfigError, match=r"cannot build the model of the base \(exit code 1\)"):
+        read(**settings)
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "capstan").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert read_architecture(settings_of("llama")).layers == 2

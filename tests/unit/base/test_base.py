@@ -1,0 +1,372 @@
+"""A base that cannot be trained is refused before any rank starts, with the setting, the numbers and the way out."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.material import KINDS, SIZES, Workshop
+from trainer.base.architecture import mismatches
+from trainer.base.describe.config_json import parse_base_config
+from trainer.base.find.check import check_base, check_weights, tokenizer_size
+from trainer.base.find.locate import resolve_base
+from trainer.base.load.load import empty_model
+from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
+from trainer.config import Data, Model, Tuning, override
+from trainer.data.compile.prepare import load_tokenizer
+from trainer.data.render.templates.template import template_text
+from trainer.errors import ConfigError
+from trainer.export.proof.in_transformers import plain
+from trainer.model.attention import Attention
+from trainer.tuning.method import find_method
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(workshop: Workshop, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(workshop.base, tmp_path / "base"))
+
+
+def check(workshop: Workshop, base: Path | str, *overrides: str) -> None:
+    config = workshop.config("check", f"model.base={base}", *overrides)
+    check_base(resolve_base(config.model), config)
+    check_weights(resolve_base(config.model), config.model)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_sound_base_passes(workshop: Workshop, base: Path) -> None:
+    check(workshop, base)
+    assert tokenizer_size(base, str(base)) == 259
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.json", "additional_chat_templates/tool_use.jinja"])
+def test_a_pipe_or_a_device_among_its_files_is_refused_and_not_waited_for(base: Path, name: str) -> None:
+    file = base / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(file)
+        with pytest.raises(ConfigError, match=f"model.base: .*{name} cannot be read: it is no file, but a pipe"):
+            resolve_base(Model(base=str(base)))
+        file.unlink()
+
+
+def test_so_is_a_template_that_is_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "own.jinja")
+    with pytest.raises(ConfigError, match="data.template: .* cannot be read: it is no file, but a pipe"):
+        template_text(Data.model_validate({"train": [{"path": "x"}], "template": str(tmp_path / "own.jinja")}))
+
+
+def test_packing_is_refused_where_documents_would_see_each_other(workshop: Workshop, base: Path) -> None:
+    config = workshop.config("check", f"model.base={base}")
+    mixing = replace(resolve_base(config.model).architecture, isolates_documents=False)
+    (sentence,) = mismatches(config, mixing)
+    assert "data.packing" in sentence
+    assert not mismatches(override(config, "data.packing=false"), mixing)
+
+
+def test_rows_longer_than_the_positions_are_refused(workshop: Workshop, base: Path) -> None:
+    check(workshop, base, "data.sequence_length=256")
+    with pytest.raises(ConfigError, match=r"data\.sequence_length: 257 exceeds the base's 256 positions"):
+        check(workshop, base, "data.sequence_length=257")
+
+
+@pytest.mark.parametrize("value", ["x", 0, -1.0, True, float("nan"), [1]])
+def test_a_cap_that_is_no_positive_number_is_refused(value: object) -> None:
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
+        with pytest.raises(ConfigError, match=rf"config\.json has {key} .*\. Possible are positive numbers and null\."):
+            parse_base_config("base", json.dumps({**SIZES, **KINDS["gemma2"], key: value}).encode())
+
+
+def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Path) -> None:
+    check(workshop, base, "model.layers=2")
+    with pytest.raises(ConfigError, match=r"model\.layers: 3 exceeds the base's 2 layers"):
+        check(workshop, base, "model.layers=3")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(workshop: Workshop, base: Path) -> None:
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 259, "content": "<more>"})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="has 260 tokens, the embedding 259 rows.*resize_token_embeddings"):
+        check(workshop, base)
+
+
+def remove(pattern: str) -> Callable[[Path], object]:
+    def damage(base: Path) -> None:
+        for path in list(base.glob(pattern)):
+            path.unlink()
+
+    return damage
+
+
+def drop_embedding(base: Path) -> None:
+    index = base / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    embedding = names["model.embed_tokens.weight"]
+    edit(index, weight_map={name: file for name, file in names.items() if file != embedding})
+
+
+def other_name(base: Path) -> None:
+    remove("model*")(base)
+    (base / "weights.safetensors").write_bytes(b"")
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_text(content)
+
+
+def folder_in_place_of_config(base: Path) -> None:
+    (base / "config.json").unlink()
+    (base / "config.json").mkdir()
+
+
+def config(**values: object) -> Callable[[Path], object]:
+    return lambda base: edit(base / "config.json", **values)
+
+
+def tokenizer(**values: object) -> Callable[[Path], object]:
+    return lambda base: edit(base / "tokenizer.json", **values)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (remove("config.json"), "has no config.json. Give a Hugging Face model directory"),
+    "config is no JSON": (text("config.json", "{"), "config.json is not JSON"),
+    "config is not UTF-8": (
+        lambda base: (base / "config.json").write_bytes(b"\xff\xfe{"),
+        "config.json is not JSON",
+    ),
+    "config is deep": (text("config.json", "[" * 100_000), "config.json is not JSON"),
+    "config is a list": (text("config.json", "[1]"), r"config.json is no JSON object, but \[1\]"),
+    "config is null": (text("config.json", "null"), "config.json is no JSON object, but None"),
+    "config is a folder": (
+        folder_in_place_of_config,
+        "config.json cannot be read",
+    ),
+    "no layers": (config(num_hidden_layers=0), "has num_hidden_layers 0. Possible are whole numbers from 1 to 10000"),
+    "fewer than no layers": (config(num_hidden_layers=-1), "has num_hidden_layers -1"),
+    "a billion layers": (config(num_hidden_layers=10**9), "has num_hidden_layers 1000000000"),
+    "an empty vocabulary": (config(vocab_size=0), "has vocab_size 0"),
+    "a billion layers of the part that reads": (
+        config(text_config={"num_hidden_layers": 10**9}),
+        "has num_hidden_layers 1000000000. Possible",
+    ),
+    "too many experts of another name": (
+        config(num_hidden_layers=10_000, n_routed_experts=10_000),
+        "has 10000 num_hidden_layers of 10000 experts each",
+    ),
+    "a size of text": (config(hidden_size="a"), "has hidden_size 'a'"),
+    "a size of a fraction": (config(head_dim=1.5), "has head_dim 1.5"),
+    "a size of true": (config(num_key_value_heads=True), "has num_key_value_heads True"),
+    "heads that do not divide": (
+        config(num_key_value_heads=3),
+        "4 num_attention_heads, which 3 num_key_value_heads do not",
+    ),
+    "other architecture": (
+        config(model_type="mine", architectures=["Mine"]),
+        "is a 'mine' model, .* does not know. Give",
+    ),
+    "other name of an architecture": (
+        config(model_type="mine"),
+        r'is a .mine. model, .* Its "architectures" are .*: write "model_type": "llama" into its config.json',
+    ),
+    "an encoder with a decoder": (config(model_type="t5"), "is a t5 model, an encoder with a decoder. Give"),
+    "an encoder": (config(model_type="vit"), "is a vit model, which is no causal language model. Give one"),
+    "no name of an architecture": (
+        config(model_type=["llama"]),
+        r"is a \['llama'\] model, which transformers .* does not know",
+    ),
+    "code of its own": (
+        config(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Model"}),
+        r"is a 'mine' model, .* Its own code \(auto_map\) is never run",
+    ),
+    "quantized already": (
+        config(quantization_config={"quant_method": "gptq"}),
+        "is stored by 'gptq', which cannot be read. Readable are .* Give the 16-bit model",
+    ),
+    "quantized by nothing": (config(quantization_config={}), "has an empty quantization_config, which transformers"),
+    "too many experts": (
+        config(num_hidden_layers=10_000, num_experts=10_000),
+        "has 10000 num_hidden_layers of 10000 experts each. Possible are 131072 experts in all",
+    ),
+    "more experts for a token than there are": (
+        config(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9),
+        "has 9 num_experts_per_tok, but 8 experts",
+    ),
+    "quantized by text": (config(quantization_config="x"), "has the quantization_config 'x', which is no JSON object"),
+    "another embedding": (
+        config(vocab_size=300),
+        r"model\.embed_tokens\.weight is \[259, 64\] .*, \[300, 64\] by config",
+    ),
+    "tokenizer is no JSON": (text("tokenizer.json", "{"), "tokenizer.json of .* cannot be read"),
+    "tokenizer is a list": (text("tokenizer.json", "[]"), "tokenizer.json of .* cannot be read"),
+    "tokenizer is deep": (text("tokenizer.json", "[" * 100_000), "tokenizer.json of .* cannot be read"),
+    "tokenizer without a model": (
+        text("tokenizer.json", "{}"),
+        r"tokenizer.json of .* cannot be read \(it lacks 'model'\)",
+    ),
+    "tokenizer without tokens": (tokenizer(model={"vocab": {}}, added_tokens=[]), "its vocabulary is empty"),
+    "tokenizer with ids of text": (tokenizer(model={"vocab": {"a": "b"}}), "ids that are no whole numbers"),
+    "tokenizer with other additions": (tokenizer(added_tokens=5), "tokenizer.json of .* cannot be read"),
+    "no safetensors": (remove("*.safetensors"), r"holds no \*.safetensors file. Convert the model"),
+    "a single file of another name": (
+        other_name,
+        r"holds weights\.safetensors, but neither model\.safetensors nor model\.safetensors\.index\.json, where",
+    ),
+    "one file missing": (remove("model-00002-*"), "names model-00002-.*, which is not there"),
+    "no embedding": (drop_embedding, r"has no tensor model\.embed_tokens\.weight"),
+    "no tokenizer": (remove("tokenizer.json"), "has neither tokenizer.json nor tokenizer.model"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_base_that_lacks_something_is_refused_by_name(workshop: Workshop, base: Path, damage: str) -> None:
+    do, reason = DAMAGES[damage]
+    do(base)
+    with pytest.raises(ConfigError, match=reason) as error:
+        check(workshop, base)
+    assert error.value.exit_code == 2
+    assert str(base) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        (
+            "tokenizer.json",
+            {"model": {"type": "BPE", "vocab": {}}},
+            r"the tokenizer of .* cannot be read \(.*\)\. Copy",
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "the tokenizer of .* cannot be read"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}},
+            r"the tokenizer of .* needs code that the base brings along \(auto_map\), which is never run",
+        ),
+    ],
+)
+def test_a_tokenizer_that_transformers_cannot_read_is_refused(
+    workshop: Workshop, base: Path, file: str, values: dict[str, object], reason: str
+) -> None:
+    edit(base / file, **values)
+    with pytest.raises(ConfigError, match=reason):
+        load_tokenizer(resolve_base(workshop.config("t", f"model.base={base}").model))
+
+
+@pytest.mark.parametrize("values", [{"hidden_act": "none such"}, {"rope_parameters": "x"}, {"rms_norm_eps": "x"}])
+def test_a_configuration_that_transformers_cannot_build_is_refused(
+    workshop: Workshop, base: Path, values: dict[str, object]
+) -> None:
+    edit(base / "config.json", **values)
+    config = workshop.config("t", f"model.base={base}")
+    with pytest.raises(ConfigError, match=r"config\.json of .* cannot be read \(.*\)\. Copy the model again\."):
+        empty_model(resolve_base(config.model), config, Attention("sdpa", ""))
+
+
+def test_an_export_that_transformers_or_peft_cannot_read_is_one_sentence(base: Path, tmp_path: Path) -> None:
+    remove("*.safetensors")(base)
+    with pytest.raises(ConfigError, match=r"^--verify: transformers cannot read .*/base \(.*\), so nothing is proven"):
+        plain.load_plain(base, torch.bfloat16, torch.bfloat16)
+    for name, library in (("lora", "PEFT"), ("bottleneck", "the method's own loader")):
+        with pytest.raises(ConfigError, match=rf"^--verify: {library} cannot read .* \(.*\), so nothing is proven"):
+            plain.add_adapter(torch.nn.Linear(1, 1), tmp_path, find_method(Tuning(method=name)))
+
+
+def rewritten(base: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """All tensors of the base in one file, as `change` leaves them."""
+    tensors = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    remove("model*")(base)
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "a tensor more": (
+        lambda tensors: tensors.update({"model.layers.0.a.bias": torch.ones(2), "model.layers.2.b": torch.ones(2)}),
+        (
+            r"has the tensor model\.layers\.0\.a\.bias, which the architecture .* has not \(2 such tensors\)\. Give the"
+            r" config"
+        ),
+    ),
+    "a tensor less": (lambda tensors: tensors.pop(UP), rf"has no tensor {UP}, which its architecture needs"),
+    "another shape": (
+        lambda tensors: tensors.update({UP: tensors[UP][1:].clone()}),
+        rf"{UP} is \[171, 64\] in .*, \[172, 64\] by config\.json\. Copy the model again",
+    ),
+    "another type": (
+        lambda tensors: tensors.update({UP: tensors[UP].double()}),
+        rf"{UP} is of type F64\. Readable are BF16, F16, F32\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_weight_that_does_not_fit_the_architecture_is_named(workshop: Workshop, base: Path, misfit: str) -> None:
+    change, reason = MISFITS[misfit]
+    found = resolve_base(workshop.config("misfit", f"model.base={base}").model)
+    assert len(find_all_weights(found).sources) == 2 * 9 + 3
+    rewritten(base, change)
+    with pytest.raises(ConfigError, match=reason) as error:
+        find_all_weights(resolve_base(workshop.config("misfit", f"model.base={base}").model))
+    assert error.value.exit_code == 2
+
+
+def test_layers_that_the_model_is_cut_off_before_are_left_out_and_nothing_else(workshop: Workshop, base: Path) -> None:
+    config = workshop.config("cut", f"model.base={base}", "model.layers=1")
+
+    def find() -> FoundWeights:
+        found = resolve_base(config.model)
+        return find_weights(found, empty_model(found, config, Attention("sdpa", "")), 1)
+
+    assert len(find().sources) == 9 + 3
+    rewritten(base, lambda tensors: tensors.update({"model.layers.0.a.bias": torch.ones(2)}))
+    with pytest.raises(ConfigError, match=r"has the tensor model\.layers\.0\.a\.bias.*\(1 such"):
+        find()
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "one", "a/b/c"])
+def test_a_missing_directory_is_refused_without_asking_the_hub(
+    workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ConfigError, match=f"the directory '{name}' does not exist"):
+        check(workshop, name)
+
+
+def test_a_hub_id_that_the_hub_does_not_give_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_arguments: object, **_options: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("trainer.base.find.locate.hub_answers", lambda: True)
+    with pytest.raises(ConfigError, match=r"'some/model' is no directory here.*\(no route to host\).*HF_TOKEN"):
+        check(workshop, "some/model")
+
+
+def test_the_fingerprint_changes_with_the_architecture_and_the_tensors(workshop: Workshop, base: Path) -> None:
+    def fingerprint() -> str:
+        return resolve_base(workshop.config("f", f"model.base={base}").model).fingerprint
+
+    before = fingerprint()
+    assert before == resolve_base(workshop.config("f").model).fingerprint
+    edit(base / "config.json", rms_norm_eps=1e-3)
+    assert fingerprint() != before

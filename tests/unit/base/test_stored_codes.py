@@ -1,0 +1,158 @@
+"""Weights in 4 and 8 bits are read, range by range, as the very values that each format's specification gives them."""
+
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.codes import FORMATS
+from tests.stored import read_index
+from tests.unit.plan.test_plan import LLAMA_70B
+from trainer.base.base import Base
+from trainer.base.describe.description import describe, stored_format
+from trainer.base.partitions.exchanged import StoredTransposed
+from trainer.errors import ConfigError
+from trainer.model.nf4 import share
+from trainer.store.safetensors_index import StoredTensor
+from trainer.store.store import open_store
+
+# Sizes that no number of ranks divides, and codes that fill no whole int32 along the rows.
+SHAPES = [(37, 384), (128, 128), (3, 640)]
+WIDE = [(40, 384), (128, 128), (8, 640)]  # AWQ packs eight outputs
+
+
+def base_of(folder: Path, tensors: dict[str, Tensor]) -> Base:
+    """The files of a base, as stored formats see it."""
+    save_file(tensors, folder / "model.safetensors")
+    store = open_store(str(folder))
+    return cast(Base, SimpleNamespace(name="mine", store=store, tensors=read_index(store)))
+
+
+def differing(source: StoredTensor, expected: Tensor) -> list[Any]:
+    """Those of many ranges whose values are not `expected`, in their very bits."""
+    draw, size = random.Random(3), expected.numel()
+    spans = [(0, size), (0, 1), (size - 1, size), *(tuple(sorted(draw.sample(range(size + 1), 2))) for _ in range(25))]
+    bits = expected.contiguous().flatten().view(torch.uint8)
+    item = expected.element_size()
+    found = [(first, last) for first, last in spans if first < last]
+    return [
+        (first, last)
+        for first, last in found
+        if not torch.equal(
+            torch.frombuffer(source.read(first, last), dtype=torch.uint8), bits[item * first : item * last]
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_range_has_the_values_of_the_specification(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    shape = WIDE[SHAPES.index(shape)] if name == "awq" else shape
+    tensors, expected = make("layers.0.q_proj", *shape)
+    norm = torch.ones(4)
+    base = base_of(tmp_path, {**tensors, "norm.weight": norm, "layers.0.k_scale": torch.ones(1)})
+    found = dict(stored_format(how, "mine").tensors(base))
+    found.pop("layers.0.k_scale", None)
+    assert found.keys() == {"layers.0.q_proj.weight", "norm.weight"}
+    weight = cast(StoredTensor, found["layers.0.q_proj.weight"])
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    assert (weight.shape, weight.dtype) == (shape, names[expected.dtype])
+    assert differing(weight, expected) == []
+
+
+@pytest.mark.parametrize("name", ["int4-32", "int4-128-fp16", "nvfp4", "mxfp4-rows", "fp8-rows"])
+def test_ranks_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    tensors, _ = make("q_proj", 211, 640)
+    base = base_of(tmp_path, tensors)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    for ranks in (1, 2, 3):
+        before = base.store.range_bytes
+        for rank in range(ranks):
+            weight = cast(StoredTensor, stored_format(how, "mine").tensors(base)["q_proj.weight"])
+            each = -(-211 * 640 // ranks)
+            weight.read(rank * each, min(211 * 640, (rank + 1) * each))
+        assert 0.98 <= (base.store.range_bytes - before) / stored <= 1.08
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-16", "gptq-8", "awq"])
+def test_ranks_that_read_the_transpose_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    rows, columns = 216, 640
+    tensors, values = make("q_proj", rows, columns)
+    base = base_of(tmp_path, tensors)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    for ranks in (1, 2, 3):
+        before, found = base.store.range_bytes, bytearray()
+        for rank in range(ranks):
+            weight = stored_format(how, "mine").tensors(base)["q_proj.weight"]
+            assert isinstance(weight, StoredTransposed)
+            groups = -(-columns // weight.together)
+            first, last = (min(columns, number * weight.together) * rows for number in share(groups, ranks, rank))
+            found += weight.transpose.read(first, last)
+        assert 0.98 <= (base.store.range_bytes - before) / stored <= 1.08
+        assert torch.equal(torch.frombuffer(found, dtype=values.dtype).view(columns, rows), values.T)
+
+
+def test_any_range_of_a_transpose_has_the_values_of_the_specification(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    for name in ("gptq-4-order", "gptq-8", "awq"):
+        how, make = FORMATS[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors, expected = make("q_proj", 40, 384)
+        weight = stored_format(how, "mine").tensors(base_of(folder, tensors))["q_proj.weight"]
+        assert isinstance(weight, StoredTransposed)
+        assert differing(weight.transpose, expected.T) == []
+
+
+def test_a_part_that_is_missing_or_of_another_size_is_refused(tmp_path: Path) -> None:
+    how, make = FORMATS["int4-zeros"]
+    tensors, _ = make("q_proj", 16, 64)
+    for name, change in {
+        "q_proj.weight_scale": None,
+        "q_proj.weight_zero_point": None,
+        "q_proj.weight_packed": torch.ones(16, 9).int(),
+    }.items():
+        changed = {key: value for key, value in (tensors | {name: change}).items() if value is not None}
+        folder = tmp_path / name
+        folder.mkdir()
+        base = base_of(folder, changed)
+        with pytest.raises(ConfigError, match=r"q_proj has weights \[16, .* in mine, and beside them .* no group of"):
+            stored_format(how, "mine").tensors(base)
+
+
+def test_groups_that_cannot_be_read_are_a_mismatch() -> None:
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for groups in ({}, {"a": {}}, {"a": {"weights": {"num_bits": 3, "strategy": "group", "group_size": 32}}}):
+        stored = stored_format({**how, "config_groups": groups}, "mine")
+        found = stored.mismatches(cast(Any, None))
+        assert not groups or "config_groups that cannot be read" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "has group_size 0"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "has checkpoint_format 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "group_size": "x"}, "has group_size 'x'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"has weight_block_size \[128\]"),
+    ],
+)
+def test_numbers_of_config_json_that_cannot_be_are_named(how: dict[str, Any], named: str) -> None:
+    base = describe({**LLAMA_70B, "quantization_config": how})
+    assert any(re.search(named, line) for line in base.stored.mismatches(cast(Any, None)))
+    with pytest.raises(ConfigError, match="is stored by"):
+        stored_format(
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": "x"}, "mine"
+        )

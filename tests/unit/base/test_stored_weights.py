@@ -1,0 +1,167 @@
+"""Weights that stay as their files have them are, matrix by matrix, the values that a read decodes."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.codes import FORMATS, compressed
+from tests.stored import from_fp8, from_mxfp4, random_mxfp4, to_fp8
+from tests.unit.base.test_published_models import MODELS
+from tests.unit.base.test_stored_codes import base_of
+from trainer.base.base import Base
+from trainer.base.describe.config_json import quantization_of
+from trainer.base.describe.description import describe, stored_format
+from trainer.base.rows.packed_parts import kept_sources
+from trainer.config import Quant, override, parse_config
+from trainer.model.nf4 import Packed
+from trainer.model.stored import KeptFormat, StoredLinear, StoredStack
+from trainer.plan.sizes import stored_bytes
+from trainer.store.codes import Code, KeptSources
+from trainer.store.safetensors_index import Joined, Stretch, numel
+
+KEPT = [
+    "int4-32",
+    "int4-128-fp16",
+    "int4-rows",
+    "int8-rows",
+    "fp8-rows",
+    "fp8-whole",
+    "fp8-modelopt",
+    "mxfp4-rows",
+    "fp4-scale",
+]
+
+
+def weight_of(base: Base, how: dict[str, Any], name: str) -> Any:
+    return stored_format(how, "mine").tensors(base)[name]
+
+
+def filled(module: Packed, found: KeptSources) -> Packed:
+    """The module with the whole of its parameters, as one rank has them."""
+    for name, source in found.sources.parts.items():
+        assert numel(source) == module.sizes[name]
+        data = torch.frombuffer(source.read(0, numel(source)), dtype=torch.uint8)
+        setattr(module, name, nn.Parameter(data, requires_grad=False))
+    return module
+
+
+def linear(found: KeptSources, rows: int, columns: int, dtype: torch.dtype) -> Any:
+    return filled(StoredLinear(columns, rows, KeptFormat(found.kept, dtype)), found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_layer_over_a_stored_weight_is_that_over_its_values(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    tensors, values = make("q_proj", 37, 384)
+    found = kept_sources(weight_of(base_of(tmp_path, tensors), how, "q_proj.weight"))
+    assert found is not None
+    layer = linear(found, 37, 384, torch.float32)
+    assert torch.equal(layer.dequantize(), values.float())
+    assert torch.equal(linear(found, 37, 384, torch.bfloat16).dequantize(), values.bfloat16())
+    held = sum(parameter.numel() for parameter in layer.parameters())
+    assert held == sum(
+        tensor.nbytes for key, tensor in tensors.items() if not key.endswith(("weight_shape", "input_scale"))
+    )
+    x = torch.randn(5, 384, requires_grad=True)
+    layer(x).square().sum().backward()
+    (expected,) = torch.autograd.grad((x @ values.float().T).square().sum(), x)
+    assert torch.allclose(cast(Tensor, x.grad), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_fp8_that_are_cut_off_and_stacks(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    how = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    weight, scales = to_fp8(torch.randn(70, 45), (16, 32))
+    base = base_of(tmp_path, {"q.weight": weight, "q.weight_scale_inv": scales})
+    found = kept_sources(weight_of(base, how, "q.weight"))
+    assert found is not None
+    assert torch.equal(linear(found, 70, 45, torch.bfloat16).dequantize(), from_fp8(weight, scales, (16, 32)))
+
+
+@pytest.mark.parametrize("name", ["int4-32", "fp4-scale"])
+def test_experts_that_are_stored_one_by_one_are_a_stack_of_the_same_bytes(tmp_path: Path, name: str) -> None:
+    """Gate and up of each expert, one over the other."""
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    made = {f"{expert}.{part}": make(f"{expert}.{part}", 24, 96) for expert in range(3) for part in ("gate", "up")}
+    files = {key: tensor for tensors, _ in made.values() for key, tensor in tensors.items()}
+    read = stored_format(how, "mine").tensors(base_of(tmp_path, files))
+    parts = tuple(cast(Any, read[f"{key}.weight"]) for key in made)
+    stretches = tuple(Stretch(index, 0, 24 * 96) for index in range(6))
+    found = kept_sources(Joined(parts, stretches, (3, 48, 96)))
+    assert found is not None
+    stack = filled(StoredStack((3, 48, 96), KeptFormat(found.kept, torch.bfloat16)), found)  # type: ignore[arg-type]
+    expected = torch.cat([values for _, values in made.values()]).view(3, 48, 96)
+    for first, last in ((0, 3), (1, 2), (1, 3)):
+        assert torch.equal(stack.matrices(first, last), expected[first:last].bfloat16())
+
+
+def test_rows_of_a_fused_weight_are_kept_where_they_are_whole_tiles(tmp_path: Path) -> None:
+    how = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    weight, scales = to_fp8(torch.randn(64, 64), (16, 32))
+    base = base_of(tmp_path, {"qkv.weight": weight, "qkv.weight_scale_inv": scales})
+    fused, values = weight_of(base, how, "qkv.weight"), from_fp8(weight, scales, (16, 32))
+    lower = kept_sources(Joined((fused,), (Stretch(0, 32 * 64, 32 * 64),), (32, 64)))
+    assert lower is not None
+    assert torch.equal(linear(lower, 32, 64, torch.bfloat16).dequantize(), values[32:])
+    assert kept_sources(Joined((fused,), (Stretch(0, 8 * 64, 32 * 64),), (32, 64))) is None
+
+
+def test_mxfp4_stays_the_transpose_that_it_is(tmp_path: Path) -> None:
+    blocks, scales = random_mxfp4((3, 64, 40))
+    base = base_of(tmp_path, {"down_proj_blocks": blocks, "down_proj_scales": scales})
+    found = kept_sources(weight_of(base, {"quant_method": "mxfp4"}, "down_proj"))
+    assert found is not None
+    stack = filled(StoredStack((3, 64, 40), KeptFormat(found.kept, torch.bfloat16)), found)  # type: ignore[arg-type]
+    assert torch.equal(stack.matrices(0, 3), from_mxfp4(blocks, scales))
+
+
+def test_what_more_than_scales_make_values_of_is_decoded_as_it_is_read(tmp_path: Path) -> None:
+    for name in ("int4-zeros", "int4-order", "nvfp4"):
+        how, make = FORMATS[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors, _ = make("q", 16, 64)
+        assert kept_sources(weight_of(base_of(folder, tensors), how, "q.weight")) is None
+
+
+KIMI = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True) | {
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ]
+}
+
+
+def test_a_base_in_4_bits_is_known_by_its_config_alone_and_stays_as_it_is() -> None:
+    """Kimi K2 Thinking: its files are 594 GB."""
+    plain = MODELS["Kimi-K2"].config
+    base = describe({**plain, "quantization_config": KIMI})
+    assert base.unrecognised == ()
+    parts = base.architecture.parameters
+    assert {part.kind for part in parts if part.kept} == {"experts"}
+    held = sum(stored_bytes(part, Quant(type="stored"), 2) or 2 * part.numel for part in parts)
+    assert held == pytest.approx(594e9, rel=0.005)
+    # K2.5, which sees as well, says it of its language model.
+    assert quantization_of({"text_config": {"quantization_config": KIMI}}) == KIMI
+    unsaid = parse_config("model: {base: b}\nrun: {name: a, store: s}\ndata: {train: [{path: p}]}\ntrain: {steps: 1}")
+    assert override(unsaid, "train.steps=2").decided(base.in_4_bits).quant.type == "stored"
+    assert override(unsaid, "quant.type=nf4").decided(base.in_4_bits).quant.type == "nf4"
+    assert unsaid.decided(describe(plain).in_4_bits).quant.type == "nf4"
+    asked = override(unsaid, "quant.type=stored")
+    assert any("has none that can stay so" in line for line in describe(plain).mismatches(asked))
+    assert not any("quant.type" in line for line in base.mismatches(asked))
+
+
+def test_experts_in_fp4_are_known_beside_weights_in_fp8() -> None:
+    """DeepSeek-V4 says so at the top of its config.json, and leaves nothing else in 16 bits."""
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    base = describe({**MODELS["DeepSeek-V3"].config, "quantization_config": how, "expert_dtype": "fp4"})
+    found = {part.kind: part.kept.code for part in base.architecture.parameters if part.kept}
+    assert found == {"linear": Code("e4m3", (128, 128)), "experts": Code("e2m1", (1, 32))}

@@ -1,0 +1,161 @@
+"""Linear layers that a family's own code reads are found by use, and a family's code is tried in small before it
+trains.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
+
+from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, mismatches
+from trainer.base.describe import architecture_cache
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.language_part import LanguagePart
+from trainer.base.describe.meta import architecture_of
+from trainer.base.describe.trial.small import small_settings
+from trainer.base.find.known import known_config
+from trainer.config import parse_config
+from trainer.errors import ConfigError
+from trainer.model import experts
+from trainer.model.documents import _CACHES
+
+# A kind of layer whose code reads the weight of a linear layer -> the layer's name.
+READ = {
+    "mamba": {"dt_proj"},
+    "deepseek_v32": {"weights_proj"},
+    "gemma3n_text": {"correction_coefs", "prediction_coefs"},
+}
+DBRX: dict[str, Any] = {
+    "model_type": "dbrx",
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    "d_model": 6144,
+    "n_heads": 48,
+    "n_layers": 40,
+    "vocab_size": 100352,
+    "tie_word_embeddings": False,
+}
+
+
+def settings(kind: str) -> dict[str, Any]:
+    config: Any = CONFIG_MAPPING[kind]()
+    return {**small_settings(config), "model_type": kind}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_layer_that_its_familys_code_reads_stays_whole(kind: str) -> None:
+    found = read_architecture(settings(kind))
+    assert {name for name, why in found.whole() if why == READ_BY_ITS_FAMILY} == READ[kind]
+    assert not READ[kind] & set(found.linear_names)
+    assert found.linear_names, "what is left to adapt"
+
+
+def test_experts_that_no_rule_recognises_are_named_and_count_by_the_tokens_that_visit_them() -> None:
+    found = read_architecture(DBRX)
+    assert found.whole().keys() == {(name, UNKNOWN_EXPERTS) for name in ("w1", "v1", "w2")}
+    assert sum(part.numel for part in found.parameters) == pytest.approx(132e9, rel=0.025)
+    assert sum(part.visits * part.numel for part in found.parameters) == pytest.approx(36e9, rel=0.11)
+
+
+def test_experts_that_return_what_they_get_have_no_weights_and_take_their_share_of_the_tokens() -> None:
+    config = known_config("meituan-longcat/LongCat-Flash-Chat")
+    found = Architecture.from_json(architecture_of(config or {}, None, "LongCat"))
+    assert sum(part.numel for part in found.parameters) == pytest.approx(560e9, rel=0.025)
+    seen = sum(part.visits * part.numel for part in found.parameters if part.kind != "embedding")
+    assert seen == pytest.approx(27e9, rel=0.02)
+
+
+def test_linear_layers_of_a_familys_own_class_that_is_a_product_are_adapted() -> None:
+    assert sorted(read_architecture(settings("falcon")).linear_names) == [
+        "dense",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        "query_key_value",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "mllama"])
+def test_decoder_and_head_of_a_whole_class_are_the_whole_on_text(kind: str) -> None:
+    config: Any = CONFIG_MAPPING[kind]()
+    sizes = {"hidden_size": 32, "depth": 1, "num_hidden_layers": 1, "num_global_layers": 1, "intermediate_size": 48}
+    sizes |= {"num_heads": 2, "attention_heads": 2, "out_hidden_size": 64}
+    vision = {key: size for key, size in sizes.items() if hasattr(config.vision_config, key)}
+    made = type(config)(text_config=small_settings(config.get_text_config()), vision_config=vision)
+    torch.manual_seed(0)
+    whole: Any = AutoModelForMultimodalLM.from_config(made, dtype=torch.float32).eval()
+    tokens, part = torch.arange(3, 30)[None], LanguagePart.of(whole).eval()
+    with torch.no_grad():
+        expected = whole(input_ids=tokens, use_cache=False).logits
+        found = part(input_ids=tokens, position_ids=torch.arange(27)[None], use_cache=False).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_base_whose_documents_would_see_each_other_or_that_fails_over_4_bits_is_refused_by_a_sentence() -> None:
+    found = read_architecture(settings("llama"))
+    assert found.isolates_documents
+    assert found.tried
+    assert found.fails_packed is None
+    config = parse_config(
+        "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}], sequence_length: 64}\ntrain: {steps: 1}"
+    )
+    said = mismatches(config, type(found)(**{**vars(found), "isolates_documents": False, "fails_packed": "why"}))
+    assert len(said) == 2
+    assert "data.packing: documents of one row would see each other" in said[0]
+    assert "quant.type: this base cannot be computed with weights in 4 bits" in said[1]
+
+
+def test_experts_are_tried_in_4_bits_by_the_forward_pass_that_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings("mixtral")
+    assert Architecture.from_json(architecture_of(given, None, "the base")).fails_packed is None
+    linear = experts._linear
+    monkeypatch.setattr(experts, "_linear", lambda *given: 2 * linear(*given))
+    assert architecture_of(given, None, "the base")["fails_packed"] == "its predictions are others then"
+
+
+def test_a_family_whose_layers_get_no_gradient_over_frozen_embeddings_is_refused() -> None:
+    given = settings("reformer") | {"is_decoder": True, "axial_pos_embds": False}
+    with pytest.raises(
+        ConfigError, match="is a reformer model, which gives its layers no gradient while its embeddings"
+    ):
+        architecture_of(given, None, "the base")
+
+
+def test_linear_layers_that_peft_takes_for_experts_are_those_of_the_class_that_people_load() -> None:
+    """PEFT converts targets by the type of the whole class: it knows that of GLM-4V's mixture, and not that of its
+    language model.
+    """
+    config: Any = CONFIG_MAPPING["glm4v_moe"]()
+    given = {"model_type": "glm4v_moe", "text_config": small_settings(config.text_config)}
+    assert set(architecture_of(given, None, "the base")["taken_for_experts"]) >= {"down_proj", "up_proj"}
+
+
+def test_the_names_of_arguments_by_which_layers_mix_tokens_are_those_of_transformers() -> None:
+    """Fails where upstream renames one: then no layer would be seen to mix tokens, and documents would see each
+    other.
+    """
+    import inspect
+
+    from transformers.models.bamba.modeling_bamba import BambaMixer
+    from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    kinds: list[type[nn.Module]] = [BambaMixer, GPTBigCodeAttention, LlamaAttention, Qwen3NextGatedDeltaNet]
+    for kind in kinds:
+        assert _CACHES & inspect.signature(kind.forward).parameters.keys(), kind
+
+
+@pytest.mark.parametrize(("version", "refused"), [("5.20.0", True), ("5.24.0", False), ("6.0.0", True)])
+def test_a_transformers_outside_of_the_range_is_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architecture_cache.metadata, "requires", lambda name: ["transformers<6,>=5.24"])
+    monkeypatch.setattr(architecture_cache.metadata, "version", lambda name: version)
+    check = architecture_cache.check_transformers.__wrapped__
+    if not refused:
+        check()
+        return
+    with pytest.raises(ConfigError, match=rf"transformers {version} is installed, and .* is needed"):
+        check()

@@ -1,0 +1,367 @@
+"""The configuration refuses what it cannot use, in words that name the setting, the value and what is allowed."""
+
+from typing import Annotated, Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, TypeAdapter
+
+from launcher.start.check import anchored
+from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
+from trainer.errors import ConfigError
+from trainer.run import layout
+
+MINIMAL = """\
+run: {name: demo}
+model: {base: /models/tiny}
+data: {train: [{path: data/*.jsonl}]}
+train: {steps: 10}
+"""
+
+
+def refusal(*overrides: str, text: str = MINIMAL) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_four_settings_are_a_whole_configuration():
+    config = parse_config(MINIMAL)
+    assert (config.quant.type, config.data.targets, config.optim.betas) == ("nf4", "assistant", (0.9, 0.999))
+
+
+def test_an_override_is_yaml_at_a_dotted_name():
+    config = parse_config(MINIMAL, ["train.steps=20", "tuning.targets=[q_proj, v_proj]", "cluster.ray.address=auto"])
+    assert config.train.steps == 20
+    assert config.tuning.targets == ["q_proj", "v_proj"]
+    assert config.cluster.ray.address == "auto"
+
+
+def test_an_override_leaves_the_original_as_it_was():
+    config = parse_config(MINIMAL)
+    assert override(config, "train.steps=3").train.steps == 3
+    assert config.train.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "expected"),
+    [
+        ("train: {steps: 200}", ["train.epochs=2.5"], "train.epochs=2.5 replaces train.steps: 200"),
+        ("train: {epochs: 3}", ["train.steps=7"], "train.steps=7 replaces train.epochs: 3"),
+        ("train: {steps: 200}", ["train={epochs: 2}"], "train={'epochs': 2} replaces all of train in run.yaml, also steps"),
+        ("train: {steps: 200}", ["train={steps: 2}"], None),
+        ("train: {steps: 200}", ["train.epochs=null"], None),
+        ("train: {steps: 1}\nquant: {double: true, cache: false}", ["quant.type=none"], "quant.type='none' replaces quant.double: True"),
+        ("train: {steps: 1}\nquant: {double: true}", ["quant.type=fp4"], None),
+    ],
+)  # fmt: skip
+def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
+    given: str, overrides: list[str], expected: str | None
+):
+    said = list[str]()
+    text = MINIMAL.replace("train: {steps: 10}", given)
+    config = parse_config(text, overrides, "run.yaml", said.append)
+    assert said == ([f"{expected}{'' if 'all of' in expected else ' of run.yaml'}."] if expected else [])
+    again = override(config, *overrides)  # of a configuration that has every default written out
+    assert again == config
+    for assigned in overrides:
+        key, _, value = assigned.partition("=")
+        tree: Any = config.model_dump()
+        for part in key.split("."):
+            tree = tree[part]
+        found = {name: tree[name] for name in yaml.safe_load(value)} if isinstance(tree, dict) else tree
+        assert found == yaml.safe_load(value)
+
+
+def test_data_that_is_held_out_and_data_of_its_own_replace_each_other():
+    said = list[str]()
+    held_out = parse_config(MINIMAL, ["data.held_out=0.1", "data.held_out_seed=3", "data.loss_on=all"])
+    other = parse_config(
+        dump_config(held_out), ["data.eval=[{path: b}]", "data.train_on.roles=[user]"], say=said.append
+    )
+    assert (other.data.held_out, other.data.held_out_seed, other.data.loss_on) == (0, 0, None)
+    assert [sentence.split(" replaces ")[1] for sentence in said] == [
+        "data.held_out: 0.1 of config.",
+        "data.held_out_seed: 3 of config.",
+        "data.loss_on: 'all' of config.",
+    ]
+    back = parse_config(dump_config(other), ["data.held_out=0.2", "data.loss_on=last_assistant"])
+    assert (back.data.eval, back.data.train_on.roles) == ([], None)
+
+
+def test_overrides_that_contradict_each_other_are_refused():
+    assert refusal("train.steps=1", "train.epochs=1").startswith("train.steps and train.epochs: both given.")
+
+
+@pytest.mark.parametrize("value", ["/data #1: a", "null", "", "\U0001f600\n", "~", "'", 5, None, [{"path": "a: b"}]])
+def test_an_assignment_gives_a_setting_this_very_value(value: object):
+    config = parse_config(MINIMAL, [assignment("cluster.ray.runtime_env", {"any": value})])
+    assert config.cluster.ray.runtime_env == {"any": value}
+
+
+@pytest.mark.parametrize("name", ["data #1.jsonl", "a: b.jsonl", "\U0001f600.jsonl", "null"])
+def test_a_path_that_yaml_would_read_otherwise_is_made_absolute_and_kept(name: str, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(MINIMAL, [assignment("data.train", [{"path": name}]), assignment("run.store", name)])
+    found = anchored(config)
+    assert (found.data.train[0].path, found.run.store) == (str(tmp_path / name), str(tmp_path / name))
+
+
+def test_dump_and_load_are_inverse():
+    config = parse_config(MINIMAL, ["optim.betas=[0.8, 0.9]", "data.loss_on=all", "model.layers=2"])
+    assert parse_config(dump_config(config)) == config
+    assert "weight_decay" in dump_config(config), "defaults are written out"
+
+
+def test_a_setting_that_earlier_versions_wrote_without_a_value_is_read_and_forgotten():
+    assert parse_config(MINIMAL, ["train.eval_every=0"]) == parse_config(MINIMAL)
+    assert "eval_every" in refusal("train.eval_every=5")
+
+
+def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
+    data = ["data.fields={messages: talk}", "data.template=a.jinja", "data.loss_on=last_assistant"]
+    sets = ["eval.sets.same.path=a.jsonl", "eval.sets.text={path: b.jsonl, format: text, fields: {text: content}}"]
+    config = parse_config(MINIMAL, [*data, *sets])
+    same, text = (config.eval.sets[name].data(config.data) for name in ("same", "text"))
+    kept = {"format", "fields", "template", "loss_on"}
+    assert same.model_dump(include=kept) == config.data.model_dump(include=kept)
+    assert (text.format, text.fields, text.template, text.targets) == ("text", {"text": "content"}, None, "all")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("quantt.type=nf4", "quantt: unknown setting. Did you mean 'quant'?"),
+        ("tuning.rnk=8", "tuning.rnk: unknown setting. Did you mean 'rank'?"),
+        ("train.lr=1e-4", "train.lr: unknown setting. Did you mean 'optim.lr'?"),
+        ("run.zzzzzz=1", "run.zzzzzz: unknown setting. Allowed here: name, store, store_retry, store_timeout, seed."),
+        ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: unknown setting. Did you mean 'weight'?"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected: str):
+    assert refusal(setting) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (
+            "quant.type=nf5",
+            "quant.type: 'nf5' is not allowed. Input should be 'nf4', 'fp4', 'int8', 'stored' or 'none'. Example: nf4.",
+        ),
+        (
+            "tuning.rank=0",
+            "tuning.rank: 0 is not allowed. Input should be greater than or equal to 1. Example: 16.",
+        ),
+        (
+            "optim.lr=yes",
+            "optim.lr: True is not allowed. Input should be a number, without zeros before it. Example: 0.0002.",
+        ),
+        ("tuning.rank=on", "tuning.rank: True is not allowed. Input should be a number"),
+        ("train.steps=010", "train.steps: '010' is not allowed. Input should be a number, without zeros before it."),
+        ("train.steps=1:30", "train.steps: '1:30' is not allowed. Input should be a valid integer"),
+        ("model.layers=true", "model.layers: True is not allowed. Input should be a number"),
+        ("quant.block_size=010", "quant.block_size: '010' is not allowed. Input should be a number"),
+        ("cluster.gpus_per_worker=true", "cluster.gpus_per_worker: True is not allowed. Input should be a number"),
+        ("optim.betas=[0.9, true]", "optim.betas: [0.9, True] is not allowed. Input should be a number"),
+        (
+            "cluster.ray.resources={a: true}",
+            "cluster.ray.resources: {'a': True} is not allowed. Input should be a number",
+        ),
+        ("data.train=[{path: a, weight: true}]", "data.train[0].weight: True is not allowed. Input should be a number"),
+        ("data.train=[]", "data.train: [] is not allowed. List should have at least 1 item"),
+        ("data.train=[{path: a, weight: -1}]", "data.train[0].weight: -1 is not allowed."),
+        (
+            "tuning.targets=linear",
+            "tuning.targets: 'linear' is not allowed. Input should be 'auto' or 'all-linear' or a list.",
+        ),
+        ("tuning.targets=[q_proj, 1]", "tuning.targets[1]: 1 is not allowed. Input should be text."),
+        ("eval.sets.general.form=text", "eval.sets.general.form: unknown setting. Did you mean 'format'?"),
+        ("eval.sets.general.format=text", "eval.sets.general.path: missing, and it has no default."),
+        ("eval.sets.eval.path=a", "eval.sets: 'eval' is not allowed as a name."),
+        (
+            "eval.sets.a={path: b, format: text, fields: {messages: c}}",
+            "eval.sets.a.fields: 'messages' is not a field of",
+        ),
+        ("data.train=[{path: a, take: 2.5}]", "take: 2.5 is not allowed. Give a whole number of rows, or a share"),
+        (
+            "data.train=[{path: a, take: 1.0}]",
+            "take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.",
+        ),
+        ("data.train=[{path: a, take_seed: 2}]", "take_seed: has no effect without take."),
+        ("tuning.targets=['re:(']", "tuning.targets: 're:(' is no regular expression"),
+        ("tuning={method: full, train: ['re:(']}", "tuning.train: 're:(' is no regular expression"),
+        ("tuning.layers=[4, 4]", "tuning.layers: [4, 4] is not allowed."),
+        ("train.stop_when={no_better: 2}", "train.stop_when.no_better: the best checkpoint would not be kept."),
+        ("train.stop_when={loss_steps: 2}", "train.stop_when.loss_steps: has no effect without loss_above."),
+        ("eval.per_epoch=2", "eval.per_epoch: has no effect without data.eval, data.held_out or eval.sets."),
+        ("eval={every: 5, per_epoch: 2}", "eval.every and eval.per_epoch: both given. Set one of them."),
+        ("eval.per_epoch=-1", "eval.per_epoch: -1"),
+        ("eval.every=5", "eval.every: has no effect without data.eval, data.held_out or eval.sets."),
+        ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
+        ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),
+        ("model=tiny", "model: 'tiny' is not allowed. Input should be a section of settings."),
+        (
+            "train.activation_checkpointing=some",
+            (
+                "train.activation_checkpointing: 'some' is not allowed. Give auto, all, none, or a number of layers, at"
+                " least 0."
+            ),
+        ),
+        ("train.activation_checkpointing=-1", "train.activation_checkpointing: -1 is not allowed."),
+        ("train.tiled_mlp=maybe", "train.tiled_mlp: 'maybe' is not allowed. Give auto, true or false."),
+        ("run.name=../x", "run.name: '../x' is not allowed."),
+        ("run.name=5", "run.name: 5 is not allowed. Input should be text. Example: llama-8b-support."),
+        ("train.profile=[3, 2]", "train.profile: [3, 2] is not allowed. Give the first and the last step to trace"),
+        ("train.profile=[0, 2]", "train.profile: [0, 2] is not allowed."),
+        (
+            "train.profile=[2, 11]",
+            (
+                "train.profile: [2, 11] is not allowed. Give the first and the last step to trace, counted from 1, at"
+                " most train.steps: 10."
+            ),
+        ),
+        ("train.profile=[2]", "train.profile"),
+        ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
+        (
+            "train=5",
+            (
+                "train: 5 is not allowed. Input should be a section of settings. Give its settings one by one. Example:"
+                " train.steps=1000."
+            ),
+        ),
+        (
+            "data.train_on=all",
+            "data.train_on: 'all' is not allowed. Input should be a section of settings. Give its settings",
+        ),
+        ("train={steps: 1, epochs: 1}", "train.steps and train.epochs: both given."),
+        ("train={epochs: 0}", "train.epochs: 0 is not allowed. Input should be greater than 0. Example: 2.5."),
+        (
+            "data={train: [{path: a}], train_on: {roles: all, turns: last}}",
+            "data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.",
+        ),
+        (
+            "data={train: [{path: a}], format: chat, loss_on: completion}",
+            "data.loss_on: 'completion' does not exist in data.format: chat.",
+        ),
+        (
+            "data={train: [{path: a}], format: chat, fields: {text: body}}",
+            "data.fields: 'text' is not a field of data.format: chat.",
+        ),
+        (
+            "data.train=[{path: a, format: text, fields: {prompt: b}}]",
+            "fields: 'prompt' is not a field of data.format:",
+        ),
+        ("data.fields={body: text}", "data.fields: 'body' is not a field of any data.format. Allowed are answer,"),
+        ("optim.lr=.nan", "optim.lr: nan is not allowed."),
+        ("optim.eps=.inf", "optim.eps: inf is not allowed. Numbers are finite here, and at most 4294967296."),
+        ("timeouts.step=1e400", "timeouts.step: '1e400' is not allowed. Numbers are finite here"),
+        ("run.store_retry=1e300", "run.store_retry: '1e300' is not allowed. Numbers are finite here"),
+        ("train.steps=99999999999999", "train.steps: 99999999999999 is not allowed. Numbers are finite here"),
+        (
+            "cluster.ray.resources={a: .nan}",
+            "cluster.ray.resources: {'a': nan} is not allowed. Numbers are finite here",
+        ),
+        ("cluster.ray.runtime_env={a: [.inf]}", "cluster.ray.runtime_env: {'a': [inf]} is not allowed. Numbers are"),
+        ("run.name=data", "run.name: 'data' is not allowed. The store keeps what runs share in a folder of this name."),
+        ("run.name=bases", "run.name: 'bases' is not allowed."),
+        ('run.name="a\\n"', "run.name: 'a\\n' is not allowed."),
+        ("run.name={name: 1, name: 2}", "override 'run.name={name: 1, name: 2}', line 1, column 11 is not YAML"),
+        ("train.steps=0b_", "override 'train.steps=0b_', line 1, column 1 is not YAML: '0b_' cannot be read as"),
+        (f"run.name=[{'x' * 5000}]", "run.name: ['xxxxxx"),
+        ("a." * 5000 + "b=1", "override 'a.a.a."),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_with_setting_value_and_remedy(setting: str, expected: str):
+    message = refusal(setting)
+    assert message.startswith(expected)
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_the_folders_that_a_store_shares_are_no_names_of_runs():
+    for shared in (layout.dataset("x"), layout.bases("x")):
+        assert "a folder of this name" in refusal(f"run.name={shared.partition('/')[0]}")
+
+
+def test_a_setting_without_effect_is_refused():
+    message = refusal("quant.type=none", "quant.double=true")
+    assert message.startswith("quant.double: true has no effect with quant.type: none.")
+
+
+def test_every_mistake_is_named_at_once():
+    message = refusal("quant.type=nf5", "tuning.rank=0")
+    assert [line.split(":")[0] for line in message.splitlines()] == ["quant.type", "tuning.rank"]
+
+
+def test_of_very_many_mistakes_twenty_are_named():
+    message = refusal(text=MINIMAL + "".join(f"x{number}: 1\n" for number in range(1000)))
+    assert len(message.splitlines()) == 21
+    assert message.endswith("... and 980 more like these.")
+
+
+def test_a_missing_setting_is_named_with_an_example():
+    message = refusal(text=MINIMAL.replace("{base: /models/tiny}", "{}"))
+    assert message == "model.base: missing, and it has no default. Example: /models/Llama-3.1-8B."
+
+
+@pytest.mark.parametrize("bad", ["train.steps", "=3"])
+def test_an_override_without_key_or_value_is_refused(bad: str):
+    assert refusal(bad) == f"override {bad!r}: expected key=value. Example: train.steps=20."
+
+
+def test_an_override_below_a_value_is_refused():
+    assert refusal("run.name.first=x") == "override 'run.name.first=x': 'name' is a value, not a section."
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError, match=r"none\.y.*No such file"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run: {name: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml is not text in UTF-8 \(byte 12\)\. Save it as UTF-8\."):
+        load_config(path)
+
+
+def test_text_that_is_not_yaml_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run:\n  name: [a\ntrain: {}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 3, column \d+ is not YAML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- list\n"])
+def test_yaml_that_is_no_tree_is_refused(text: str):
+    assert "its top level must be sections" in refusal(text=text)
+
+
+def _all_fields():
+    def walk(model: type[BaseModel], prefix: str):
+        for path, field in fields(model, prefix):
+            yield path, field
+            for argument in get_args(field.annotation):
+                if isinstance(argument, type) and issubclass(argument, BaseModel):
+                    yield from walk(argument, f"{path}[].")
+
+    yield from walk(Config, "")
+
+
+@pytest.mark.parametrize(("path", "field"), [pytest.param(path, field, id=path) for path, field in _all_fields()])
+def test_every_setting_has_a_description_and_a_valid_example(path: str, field):
+    assert field.description, f"{path} has no description"
+    assert field.examples, f"{path} has no example"
+    allowed: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    for example in field.examples:
+        as_written = yaml.safe_load(yaml.safe_dump(example))
+        TypeAdapter(allowed).validate_python(as_written)
+
+
+def test_the_json_schema_describes_every_section():
+    schema = Config.model_json_schema()
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert schema["$defs"]["Train"]["properties"]["global_batch"]["unit"] == "rows"

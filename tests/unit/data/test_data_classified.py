@@ -1,0 +1,232 @@
+"""Rows with a class become the text's tokens and behind them the number of the class, the one that is trained."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.material import byte_tokenizer
+from tests.unit.data.test_data_chat import CHATML, tokenizer
+from tests.unit.plan.test_plan import LLAMA_70B
+from trainer.base.describe.description import describe
+from trainer.config import Config, Data, parse_config
+from trainer.data.compile.inputs import find, with_labels
+from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.format.formats import detect
+from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
+from trainer.errors import ConfigError, DataError
+from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective, measured
+
+
+def config(path: Path | str, *overrides: str) -> Config:
+    text = f"run: {{name: demo}}\nmodel: {{base: b}}\ndata: {{train: [{{path: {path}}}]}}\ntrain: {{steps: 1}}\n"
+    return parse_config(text, ["objective.name=classification", *overrides])
+
+
+def encoded(made: Any, *rows: dict[str, Any], **options: Any) -> list[Classified | DataError]:
+    given = {"train": [{"path": "x"}], "format": "classified", "labels": ["no", "yes"], "sequence_length": 32}
+    return ClassifiedRenderer(made, Data.model_validate(given | options)).encode(rows)
+
+
+def test_the_number_of_the_class_stands_behind_the_text_as_the_tokenizer_frames_it() -> None:
+    made = byte_tokenizer()
+    (row,) = encoded(made, {"text": "ab", "label": "yes"})
+    assert isinstance(row, Classified)
+    assert row.tokens.tolist() == [*made("ab")["input_ids"], 1]
+    assert row.targets.tolist() == [False, False, True]
+    assert (row.stored() >> 31).tolist() == [0, 0, 1]
+    assert row.cut(2).tokens.tolist() == [*made("a")["input_ids"], 1], "the class stays"
+
+
+def test_several_classes_are_a_flag_for_each_behind_the_text(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    some, none, wrong, single = encoded(
+        made,
+        {"text": "ab", "label": ["c", "a", 2]},
+        {"text": "ab", "label": []},
+        {"text": "ab", "label": ["d"]},
+        {"text": "ab", "label": "a"},
+        format="multilabel",
+        labels=["a", "b", "c"],
+    )
+    assert isinstance(some, Classified)
+    assert isinstance(none, Classified)
+    assert some.tokens.tolist() == [*made("ab")["input_ids"], 1, 0, 1]
+    assert (some.stored() >> 31).tolist() == [0, 0, 1, 1, 1]
+    assert none.numbers.tolist() == [0, 0, 0]
+    assert some.cut(4).tokens.tolist() == [*made("a")["input_ids"], 1, 0, 1], "the classes stay"
+    assert not some.cut(3).teaches
+    assert "the label is 'd', which is none of data.labels (a, b, c)" in str(wrong)
+    assert "the labels are 'a', and no list of classes" in str(single)
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a", "labels": ["x", "y"]}\n{"text": "b", "labels": []}\n')
+    found = with_labels(config(file, "objective.name=multilabel_classification"))
+    assert found.data.labels == ["x", "y"]
+    assert str(detect([{"text": "a", "labels": ["x"]}], {}, ["multilabel"])) == "multilabel (text, labels)"
+
+
+def test_the_f1_of_several_classes_is_that_of_scikit_learn() -> None:
+    given = config("a.jsonl", "objective.name=multilabel_classification", 'data.labels=["a", "b", "c"]')
+    # Four texts: {a} {a b} {} {b} are taken for {a} {a} {b} {b}; none is of class c.
+    sums = [2 * 3, *(2, 1, 0), *(2, 2, 0), *(2, 2, 0)]
+    figures = measured(find_objective(given), [number / 12 for number in sums])
+    assert figures == {"accuracy": 0.5, "micro_f1": pytest.approx(6 / 8), "macro_f1": pytest.approx((1 + 1 / 2) / 2)}
+
+
+def test_padding_at_the_end_is_left_out_as_transformers_looks_at_the_token_before_it() -> None:
+    made = byte_tokenizer()
+    (row,) = encoded(made, {"text": "ab<pad><pad>", "label": "no"})
+    assert isinstance(row, Classified)
+    assert row.text.tolist() == made("ab")["input_ids"]
+
+
+def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    (row,) = encoded(made := tokenizer(CHATML), {"messages": talk, "label": "yes"})
+    assert isinstance(row, Classified)
+    text: Any = made.apply_chat_template(talk, tokenize=False)
+    assert row.text.tolist() == made(text, add_special_tokens=False)["input_ids"]
+    assert row.numbers.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a", "label": "maybe"}, "the label is 'maybe', which is none of data.labels (no, yes)"),
+        ({"text": "a", "label": 2}, "the label is '2', which is none of data.labels (no, yes)"),
+        ({"text": "a", "label": None}, "the label is None, and not the name or the number of a class"),
+        ({"text": "a"}, "no field 'label'"),
+        ({"label": "yes"}, "no field 'text'"),
+    ],
+)
+def test_a_row_without_a_known_class_says_why(row: dict[str, Any], said: str) -> None:
+    (found,) = encoded(byte_tokenizer(), row)
+    assert isinstance(found, DataError)
+    assert said in str(found)
+
+
+def rows(path: Path, *labels: Any) -> Path:
+    path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (("so", "bad", "so", "good"), ["bad", "good", "so"]),
+        ((10, 9, 0), ["0", "9", "10"]),
+        ((True, False), ["false", "true"]),
+    ],
+)
+def test_the_classes_are_those_of_the_training_rows(tmp_path: Path, labels: Any, names: list[str]) -> None:
+    given = config(rows(tmp_path / "a.jsonl", *labels))
+    assert with_labels(given).data.labels == names
+    assert find(given)["train"].data.labels == names
+    named = config(tmp_path / "a.jsonl", 'data.labels=["x", "y"]')
+    assert with_labels(named) is named
+    sft = config(tmp_path / "a.jsonl", "objective.name=sft")
+    assert with_labels(sft) is sft
+
+
+def test_one_class_alone_teaches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.train: the class of all rows is 'x'. Add rows of another one"):
+        with_labels(config(rows(tmp_path / "a.jsonl", "x", "x")))
+
+
+def test_rows_of_both_forms_are_found_out() -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    for row, name in (
+        ({"sentence": "a", "label": 1}, "classified (sentence, label)"),
+        ({"conversations": talk, "label": "x"}, "classified_messages (conversations, label, system, tools)"),
+    ):
+        assert str(detect([row], {}, ["classified"])) == name
+    assert str(detect([{"text": "a", "label": 1}], {}, ["text"])) == "text (text)", "sft reads the text alone"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.on_too_long=split",), "data.on_too_long: split would part a text from its class"),
+        (("data.loss_on=all",), "data.loss_on: has no effect with data.format: classified"),
+        (("data.train_on.end=false",), "data.train_on: has no effect with data.format: classified"),
+        (("data.labels=[a, a]",), "data.labels: names a class twice"),
+        (("data.format=text", "data.labels=[a, b]"), "data.labels: has no effect with data.format: text"),
+        (
+            ("tuning.method=full",),
+            "tuning.method: full has no adapter that PEFT keeps beside a head, as objective.name: classification",
+        ),
+        (("tuning.method=prompt",), "Choose lora, rslora or dora"),
+        (
+            ("tuning.start=other",),
+            "tuning.start: an adapter has no head for objective.name: classification to begin with",
+        ),
+        (('model.add_tokens=["<x>"]',), "model.add_tokens: objective.name: classification has a head"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_refused(overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        method_of(config("a.jsonl", "data.format=classified", *overrides))
+    assert said in str(refused.value)
+
+
+def test_accuracy_and_macro_f1_are_those_of_scikit_learn() -> None:
+    given = config("a.jsonl", 'data.labels=["a", "b", "c"]')
+    objective = find_objective(given)
+    # Of six texts, the classes 0 0 1 1 1 0 are taken for 0 1 1 1 0 0; none is of class 2.
+    sums = [2 / 6, 2 / 6, 0, 3 / 6, 3 / 6, 0, 3 / 6, 3 / 6, 0]
+    figures = measured(objective, sums)
+    assert figures == pytest.approx({"accuracy": 4 / 6, "macro_f1": 2 / 3})
+
+
+def test_a_base_without_such_a_class_is_refused() -> None:
+    given = config("a.jsonl", "data.labels=[a, b]")
+    llama = describe(LLAMA_70B).architecture
+    assert method_of(given).mismatches(llama) == []
+    (said,) = method_of(given).mismatches(replace(llama, heads=()))
+    assert said.startswith("objective.name: classification needs a base for which transformers has a class with such a")
+    assert method_of(given).shapes(llama)["score.weight"] == (2, 8192)
+
+
+def tagged(made: Any, *rows: dict[str, Any]) -> list[Tagged | DataError]:
+    given = {"train": [{"path": "x"}], "format": "tagged", "labels": ["O", "B"], "sequence_length": 32}
+    return TaggedRenderer(made, Data.model_validate(given)).encode(rows)
+
+
+def test_the_first_token_of_each_word_has_its_tag_in_a_segment_behind_the_text() -> None:
+    made = byte_tokenizer()
+    (row,) = tagged(made, {"words": ["ab", "c"], "tags": ["B", 0]})
+    assert isinstance(row, Tagged)
+    assert row.text.tolist() == made("ab c")["input_ids"]
+    assert row.numbers.tolist() == [1, 0, 0, 0]
+    assert row.trained.tolist() == [True, False, False, True]
+    stored = row.stored()
+    assert np.flatnonzero(stored & MISMATCHED_BIT).tolist() == [4]
+    assert np.flatnonzero(stored & TARGET_BIT).tolist() == [4, 7]
+    assert row.cut(5).tokens.tolist() == [*made("ab")["input_ids"], 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"words": ["a"], "tags": ["B", "O"]}, "the tags are no list of 1, one for each word"),
+        ({"words": ["a", " "], "tags": ["B", "O"]}, "the words are no list of texts that each have a character"),
+        ({"words": ["a"], "tags": ["X"]}, "the label is 'X', which is none of data.labels (O, B)"),
+        ({"words": ["a"], "tags": [2]}, "the label is '2', which is none of data.labels (O, B)"),
+    ],
+)
+def test_words_without_known_tags_say_why(row: dict[str, Any], said: str) -> None:
+    (found,) = tagged(byte_tokenizer(), row)
+    assert isinstance(found, DataError)
+    assert said in str(found)
+
+
+def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:
+    row = {"tokens": ["a", "b"], "ner_tags": ["O", "B-PER"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    given = config(tmp_path / "a.jsonl", "objective.name=token_classification")
+    assert with_labels(given).data.labels == ["B-PER", "O"]
+    assert str(detect([row], {}, ["tagged"])) == "tagged (tokens, ner_tags)"

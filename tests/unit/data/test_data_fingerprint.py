@@ -1,0 +1,83 @@
+"""The name of a compiled data set: all that decides a token is in it."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from tests.material import make_base
+from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, write
+from trainer.config import Data, Model
+from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
+from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.held_out import Part
+from trainer.store.store import open_store
+
+
+def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", texts(0, 5))
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+
+    def of(data: Data, tokenizer: dict[str, str] | None = None) -> str:
+        return fingerprint(data, expand(data.train, "data.train"), tokenizer or {"tokenizer.json": "00"})
+
+    data = settings(path)
+    chat = settings(path, format="chat")
+    base = of(data)
+    assert base == of(data) == of(settings(path, packing=False, loss_on="all"))
+    assert len(base) == 20
+    others = [
+        of(data, {"tokenizer.json": "01"}),
+        of(settings(path, sequence_length=32)),
+        of(settings(path, on_too_long="drop")),
+        of(settings(path, path)),
+        of(settings(path, fields={"text": "body"})),
+        of(chat),
+        of(settings(path, format="chat", loss_on="all")),
+        of(settings(path, format="chat", template=str(tmp_path / "t.jinja"))),
+    ]
+    write(tmp_path / "a.jsonl", texts(1, 5))
+    others.append(of(data))
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_the_fingerprint_of_data_is_that_of_earlier_versions() -> None:
+    files = [SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", 0)]
+    chat, text = (settings("a.jsonl", **options) for options in ({"format": "chat", "sequence_length": 2048}, {}))
+    hashes = {"tokenizer.json": "00"}
+    assert fingerprint(chat, files, hashes) == "ce8581df7048cb9c53f2"
+    assert fingerprint(text, files, hashes, Part(0.1, 4, held_out=True)) == "e1802d60f397cd5de223"
+
+
+def test_hash_tokenizer_covers_the_files_that_are_there(tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("not the tokenizer's")
+    hashes = hash_tokenizer(tmp_path)
+    assert set(hashes) == {"tokenizer.json", "tokenizer_config.json"}
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert hash_tokenizer(tmp_path)["tokenizer_config.json"] != hashes["tokenizer_config.json"]
+
+
+def test_the_class_of_a_tokenizer_counts_where_the_base_decides_it(tmp_path: Path) -> None:
+    """The same files are read by Qwen2's own class in a base of that type, which has a token more."""
+    hashes, sizes, files = dict[str, dict[str, str]](), dict[str, int](), set[bytes]()
+    for kind in ("llama", "gemma2", "qwen2"):
+        base = make_base(tmp_path / kind, kind)
+        hashes[kind] = hash_tokens(base, Model(base=str(base)))
+        sizes[kind] = len(AutoTokenizer.from_pretrained(base))
+        files |= {b"".join((base / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json"))}
+    assert len(files) == 1
+    assert hashes["llama"] == hashes["gemma2"] == hash_tokenizer(tmp_path / "llama")
+    assert hashes["qwen2"] == {**hashes["llama"], "class": "Qwen2Tokenizer"}
+    assert sizes["llama"] == sizes["gemma2"] == sizes["qwen2"] - 1
+
+    settings = json.loads((tmp_path / "qwen2/tokenizer_config.json").read_text())
+    (tmp_path / "qwen2/tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "Qwen2TokenizerFast"})
+    )
+    assert "class" not in hash_tokens(tmp_path / "qwen2", Model(base=str(tmp_path / "qwen2"))), (
+        "it names the class itself"
+    )
+    del settings["tokenizer_class"]
+    (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(settings))
+    assert hash_tokens(tmp_path / "llama", Model(base=str(tmp_path / "llama")))["class"] == "llama"

@@ -1,0 +1,135 @@
+"""`capstan data show`: what it says is trained is what a compilation trains."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from launcher.data.show import Shown, render, show
+from tests.unit.data.test_data_files import (
+    FILES,
+    TALK,
+    compiled,
+    config_of,
+    lines,
+    marked,
+    says,
+    tokenizer,
+    user,
+    write,
+)
+from trainer.config import dump_config
+from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def shown(base: Path, path: Path, *overrides: str, **options: Any) -> Shown:
+    configuration = path.parent / "run.yaml"
+    configuration.write_text(dump_config(config_of(path, f"model.base={base}", *overrides)))
+    return show(configuration, (), **{"row": None, "packed": False, "split": "train", **options})
+
+
+def in_marks(found: Shown) -> str:
+    return render(found, Console(no_color=True, width=40))
+
+
+@pytest.mark.parametrize(
+    "name", ["openai-weight.jsonl", "sharegpt-tools.json", "text.jsonl", "pairs.jsonl", "kto-alpaca.json"]
+)
+def test_rows_are_shown_as_they_are_compiled(base: Path, tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, FILES[name][0])
+    documents = [document for row in shown(base, path).rows for document in row.documents]
+    stored = np.concatenate(compiled(config_of(path), tmp_path))
+    assert np.array_equal(np.concatenate([document.tokens for document in documents]), stored & ID_BITS)
+    assert np.array_equal(np.concatenate([document.trained for document in documents]), stored >= TARGET_BIT)
+    for document in documents:
+        assert marked("".join(f"«{p.text}»" if p.trained else p.text for p in document.pieces)) == (
+            document.tokens,
+            document.trained,
+        )
+
+
+def test_what_is_trained_stands_in_brackets_without_colours_and_is_green_with_them(base: Path, tmp_path: Path) -> None:
+    found = shown(base, write(tmp_path / "a.jsonl", lines({"messages": TALK}, {"messages": TALK})), row=2)
+    text = in_marks(found)
+    assert f"{tmp_path}/a.jsonl:2, read as chat (messages, tools)" in text
+    assert (user("hi") + says("yo")).replace("«", "⟦").replace("»", "⟧") in text
+    coloured = render(found, Console(force_terminal=True, color_system="standard", no_color=False))
+    assert "\x1b[1;32myo\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m" in coloured
+    assert "⟦" not in coloured.replace("⟦⟧", "")
+
+
+def test_a_packed_row_has_its_documents_borders_and_its_padding(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(*({"text": "x" * size} for size in (9, 4, 5))))
+    (row,) = shown(base, path, "data.sequence_length=16", packed=True).rows
+    assert [(document.where[-1], len(document.tokens)) for document in row.documents] == [("1", 10), ("3", 6)]
+    assert row.padding == 0
+    (row,) = shown(base, path, "data.sequence_length=16", packed=True, row=2).rows
+    assert ([document.where[-1] for document in row.documents], row.padding) == (["2"], 11)
+    assert "── 11 tokens of padding" in in_marks(Shown("train", [row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "said"),
+    [
+        ({"messages": [{**TALK[0], "mood": "glad"}, TALK[1]]}, (), "not in the text: mood"),
+        ({"messages": TALK, "id": 5}, (), "fields without a use: id"),
+        ({"messages": TALK[:1]}, (), "left out, as nothing of it is trained"),
+        ({"messages": TALK}, ("data.sequence_length=24",), "cut to data.sequence_length"),
+        ({"messages": TALK}, ("data.sequence_length=9", "data.on_too_long=drop"), "dropped, as it is longer"),
+        ({"messages": [{"role": "bot", "content": ""}]}, ("data.on_bad_row=skip",), "a bad row, which is skipped: .* 'bot'"),
+        ({"messages": [{"role": "bot", "content": ""}]}, (), "the run would end here: .* 'bot'"),
+    ],
+)  # fmt: skip
+def test_what_is_lost_of_a_row_is_said(
+    base: Path, tmp_path: Path, row: dict[str, Any], overrides: tuple[str, ...], said: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", lines(row, {"messages": TALK}))
+    first, second = shown(base, path, *overrides).rows
+    assert any(re.search(said, warning) for warning in first.warnings), first.warnings
+    assert second.warnings == [] or overrides
+
+
+def test_characters_that_move_the_cursor_are_written_out(base: Path, tmp_path: Path) -> None:
+    found = shown(base, write(tmp_path / "a.jsonl", lines({"text": "a\x1b[2J\u202eb"})))
+    assert "\\x1b[2J\\u202eb" in in_marks(found)
+
+
+def test_a_row_or_a_split_that_there_is_not_is_refused(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "a"}))
+    with pytest.raises(DataError, match="--row: there is no row 2"):
+        shown(base, path, row=2)
+    with pytest.raises(ConfigError, match="--split: 'eval' is none of this configuration's: train"):
+        shown(base, path, split="eval")
+    assert [row.where for row in shown(base, path, f"data.eval=[{{path: {path}}}]", split="eval").rows] == [f"{path}:1"]
+
+
+def test_the_command_prints_json_and_needs_neither_torch_nor_a_compilation(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"messages": TALK}))
+    shown(base, path)  # which writes the configuration
+    # transformers imports torch for a tokenizer wherever it is installed, so here it is not.
+    code = (
+        "import importlib.util, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "sys.modules['torch'] = None; from launcher.cli.__main__ import main\n"
+        f"sys.argv = ['capstan', 'data', 'show', '{tmp_path}/run.yaml', '--json']\n"
+        "try: main()\nfinally: assert not {'ray', 'deepspeed'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["documents"][0]["tokens"], row["documents"][0]["trained"]) == marked(user("hi") + says("yo"))
+    assert not (tmp_path / "data").exists()

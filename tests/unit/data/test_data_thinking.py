@@ -1,0 +1,185 @@
+"""What is trained of conversations, in the chat templates of well-known models: those of TRL's folder.
+
+TRL's own training templates enclose in tags what it trains; the tokens and targets found in the plain template, which
+has no tags, must be the same, but for white space behind the end of a turn, which is not trained here.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+
+from tests.material import byte_tokenizer
+from trainer.config import Data
+from trainer.data.render.chat import Renderer
+from trainer.data.render.conversation import Conversation
+from trainer.errors import DataError
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+ENDS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"]
+THOUGHT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo", "reasoning_content": "hm one"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "ciao", "reasoning_content": "hm two"},
+]
+INLINE = [
+    {"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
+    if "reasoning_content" in m
+    else m
+    for m in THOUGHT
+]
+PLAIN = [{"role": message["role"], "content": message["content"]} for message in THOUGHT]
+
+
+def marked(template: str, messages: list[dict[str, Any]], /, **settings: Any) -> str:
+    """The text, with what is trained of it between « and »."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ENDS})
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "chat", **settings})
+    (example,) = Renderer(tokenizer, data).encode([{"messages": messages}])
+    if isinstance(example, DataError):
+        raise example
+    text, before = "", False
+    for token, target in zip(example.tokens.tolist(), example.targets.tolist(), strict=True):
+        text += ("«" if target else "»") if target != before else ""
+        text, before = text + str(tokenizer.decode([token])), target
+    return text + ("»" if before else "")
+
+
+@pytest.mark.parametrize(
+    "name", ["cohere", "gemma3", "lfm2", "llama3", "nemotron_3_nano", "phi3", "qwen2_5_vl", "qwen3_instruct_2507"]
+)
+def test_turns_are_found_in_a_template_without_tags_as_its_tagged_form_says(name: str) -> None:
+    theirs = marked(f"{name}_training", PLAIN)
+    assert marked(name, PLAIN) == re.sub(r"(\s+)»", r"»\1", theirs)
+    assert theirs.count("«") == 2  # or the comparison would hold for nothing at all
+
+
+@pytest.mark.parametrize("messages", [THOUGHT, INLINE], ids=["by key", "in tags"])
+def test_kept_thinking_is_what_trls_template_for_training_keeps(messages: list[dict[str, Any]]) -> None:
+    theirs = marked("qwen3_training", messages)
+    assert marked("qwen3", messages, thinking="keep") == re.sub(r"(\s+)»", r"»\1", theirs)
+    assert marked("qwen3", messages) != marked("qwen3", messages, thinking="keep")
+
+
+USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+FIRST, SECOND = USER.format("hi"), USER.format("bye")
+ONE, TWO, NONE = ("<think>\n" + thought + "\n</think>\n\n" for thought in ("hm one", "hm two", ""))
+END = "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "second"),
+    [
+        ({}, f"«yo{END}»", f"«{TWO}ciao{END}»"),
+        ({"thinking": "strip"}, f"«yo{END}»", f"«ciao{END}»"),
+        ({"thinking": "keep"}, f"«{ONE}yo{END}»", f"«{TWO}ciao{END}»"),
+        ({"train_on": {"thinking": False}}, f"«yo{END}»", f"{TWO}«ciao{END}»"),
+        ({"thinking": "keep", "train_on": {"thinking": False}}, f"{ONE}«yo{END}»", f"{TWO}«ciao{END}»"),
+        ({"train_on": {"turns": "last"}}, f"yo{END}", f"«{TWO}ciao{END}»"),
+        ({"loss_on": "last_assistant"}, f"yo{END}", f"«{TWO}ciao{END}»"),
+        ({"train_on": {"end": False}}, f"«yo»{END}", f"«{TWO}ciao»{END}"),
+    ],
+)
+@pytest.mark.parametrize("messages", [THOUGHT, INLINE], ids=["by key", "in tags"])
+def test_thinking_is_kept_stripped_and_trained_as_the_settings_say(
+    messages: list[dict[str, Any]], settings: dict[str, Any], first: str, second: str
+) -> None:
+    assert marked("qwen3", messages, **settings) == f"{FIRST}{first}\n{SECOND}{second}\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "second"),
+    [
+        ({"train_on": {"thinking": False}}, f"{ONE}«yo{END}\n»", f"{TWO}«ciao{END}\n»"),
+        ({"thinking": "strip"}, f"«{NONE}yo{END}\n»", f"«{NONE}ciao{END}\n»"),
+        ({"train_on": {"turns": "last"}}, f"{ONE}yo{END}\n", f"«{TWO}ciao{END}\n»"),
+        ({"train_on": {"end": False}}, f"«{ONE}yo»{END}\n", f"«{TWO}ciao»{END}\n"),
+    ],
+)
+def test_so_it_is_where_the_template_has_tags(settings: dict[str, Any], first: str, second: str) -> None:
+    assert marked("qwen3_training", THOUGHT, **settings) == f"{FIRST}{first}{SECOND}{second}"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_training"])
+def test_other_roles_are_trained_with_the_end_of_their_turns(name: str) -> None:
+    found = marked(name, PLAIN, train_on={"roles": ["user"]})
+    assert re.findall("«([^»]*)»", found) == [f"hi{END}", f"bye{END}"]
+    found = marked(name, PLAIN, train_on={"roles": ["user", "assistant"], "turns": "last"})
+    assert re.findall("«([^»]*)»", found) == [f"{NONE}ciao{END}"]
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["by key", "in tags"])
+def test_thinking_whose_words_are_in_an_answer_too_is_kept(inline: bool) -> None:
+    thought = {"content": "<think>\nyo\n</think>\n\nyo."} if inline else {"content": "yo.", "reasoning_content": "yo"}
+    messages = [THOUGHT[0], {"role": "assistant", **thought}, *THOUGHT[2:]]
+    own = "<think>\nyo\n</think>\n\nyo."
+    assert marked("qwen3", messages, thinking="keep") == f"{FIRST}«{own}{END}»\n{SECOND}«{TWO}ciao{END}»\n"
+
+
+def test_a_turn_that_is_not_trained_is_found_where_the_template_rewrites_it() -> None:
+    silent = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
+    assert marked("qwen3", silent) == f"{FIRST}yo{END}\n{SECOND}«{TWO}ciao{END}»\n"
+
+
+def _calls(*names: str) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in names]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _written(*names: str) -> str:
+    calls = (f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>' for name in names)
+    return "«" + "\n".join(calls) + f"{END}»\n"
+
+
+RESULT = {"role": "tool", "content": "5"}
+ANSWERED = "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("names", [("f",), ("f", "g")], ids=["one call", "two calls"])
+@pytest.mark.parametrize("thought", [{}, {"reasoning_content": "hm two"}], ids=["without thinking", "with thinking"])
+@pytest.mark.parametrize("earlier", [[], PLAIN[:2]], ids=["the first turn", "after a turn"])
+def test_calls_without_words_are_trained_and_nothing_before_them(
+    names: tuple[str, ...], thought: dict[str, Any], earlier: list[dict[str, Any]]
+) -> None:
+    messages = [*earlier, THOUGHT[2], _calls(*names), RESULT, {**PLAIN[3], **thought}]
+    before = f"{FIRST}«yo{END}»\n" if earlier else ""
+    end = f"{ANSWERED}«{TWO if thought else NONE}ciao{END}»\n"
+    assert marked("qwen3", messages) == before + SECOND + _written(*names) + end
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
+    "<|end|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|end|><think>\n{% endif %}"
+)
+
+
+def test_an_answer_without_thinking_after_one_that_thought_begins_at_its_own_prompt(tmp_path: Path) -> None:
+    own = tmp_path / "r1.jinja"
+    own.write_text(R1)
+    found = marked("qwen3", [*INLINE[:2], *PLAIN[2:]], template=str(own), thinking="keep")
+    assert re.findall("«([^»]*)»", found) == ["hm one\n</think>\n\nyo<|im_end|>", "ciao<|im_end|>"]
+    assert found.startswith("<|im_start|>hi<|end|><think>\n«hm one")
+
+
+def test_a_span_that_reaches_over_another_turns_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert marked("qwen3", THOUGHT).count("«") == 2
+    monkeypatch.setattr(Conversation, "_begin", lambda *_: 0)
+    with pytest.raises(DataError, match="its place is unknown"):
+        marked("qwen3", THOUGHT)
+    monkeypatch.undo()
+    monkeypatch.setattr(Conversation, "_end", lambda talk, turn: len(talk.whole))
+    with pytest.raises(DataError, match="its place is unknown"):
+        marked("qwen3", THOUGHT)
+
+
+def test_texts_end_untrained_where_ends_are_not_trained() -> None:
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "text", "train_on": {"end": False}})
+    (example,) = Renderer(byte_tokenizer(), data).encode([{"text": "abc"}])
+    assert not isinstance(example, DataError)
+    assert example.targets.tolist() == [False, True, True, False]

@@ -1,0 +1,134 @@
+"""Answers that share their prompt: each is, with what it sees, the document that it is without sharing, of fewer tokens
+in a row.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families import FAMILIES, SIZES
+from tests.unit.data.test_data_compile import build, word_tokenizer, write
+from tests.unit.plan.test_plan import config, plan_of
+from trainer.config import Data
+from trainer.data.compile.encode import Encoder
+from trainer.data.dataset.chapters import whole
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.data.source.files import expand
+from trainer.data.source.held_out import EVERYTHING
+from trainer.data.source.reading import batches
+from trainer.errors import ConfigError
+from trainer.model.micro_batch import MicroBatch
+from trainer.store.store import open_store
+
+LENGTH = 64
+LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
+
+
+def numbers(begin: int, count: int) -> str:
+    return " ".join(str((begin + n) % 1000) for n in range(count))
+
+
+def prompt(row: int) -> str:
+    return numbers(30 * row, 4 + row % 3) + " "
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "answers": [
+        {"prompt": prompt(n), "answers": [numbers(500 + 9 * n + a, 1 + (n + a) % 3) for a in range(1 + n % 8)]}
+        for n in range(9)
+    ],
+    "preference": [
+        {"prompt": prompt(n), "chosen": numbers(500 + n, 1 + n % 3), "rejected": numbers(700 + n, 1 + n % 4)}
+        for n in range(9)
+    ],
+    "labelled": [
+        {"prompt": prompt(n), "completion": numbers(500 + n, 1 + n % 3), "label": n % 2 == 0} for n in range(9)
+    ],
+}
+Seen = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def settings(path: str, format: str, shared: bool, **more: Any) -> Data:
+    given = {"train": [{"path": path}], "format": format, "sequence_length": LENGTH, "share_prefix": shared}
+    return Data.model_validate(given | more)
+
+
+def rows_of(folder: Path, format: str, shared: bool) -> list[MicroBatch]:
+    data = settings(write(folder / "a.jsonl", ROWS[format]), format, shared)
+    dataset = build(open_store(str(folder / f"store-{shared}")), data)
+    return [row for rows in Stream(whole(dataset), Order((1.0,), LENGTH, True, 3), 2, 1, 0, 1).epoch(0) for row in rows]
+
+
+def seen(row: MicroBatch) -> list[Seen]:
+    """The ids, positions and labels of each document with what it sees before itself; labels of that count in its own
+    document.
+    """
+    ids, positions, labels = (values[0].tolist() for values in (row.input_ids, row.position_ids, row.labels))
+    borders, found = row.cu_seqlens.tolist(), list[Seen]()
+    for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        first, tokens = row.prefixes[number] if row.prefixes else (0, 0)
+        places = [*range(first, first + tokens), *range(begin, end)]
+        found.append(tuple(tuple(values[place] for place in places) for values in (ids, positions, labels)))  # type: ignore[arg-type]
+    return [one for one in found if max(one[2]) >= 0]
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_each_answer_is_the_document_that_it_is_without_sharing(tmp_path: Path, format: str) -> None:
+    shared, apart = (rows_of(tmp_path, format, value) for value in (True, False))
+    documents = sorted(one for row in shared for one in seen(row))
+    assert documents == sorted(one for row in apart for one in seen(row))
+    assert all(one[1] == tuple(range(len(one[0]))) for one in documents)
+    once = sum(tokens for row in shared for _, tokens in row.prefixes)
+    assert once > 0
+    assert sum(row.tokens for row in shared) == sum(row.tokens for row in apart) - once
+    assert sum(row.targets for row in shared) == sum(row.targets for row in apart)
+    # The parts of a row that KTO looks at by themselves have their prompts before them.
+    for row in shared:
+        part = row.part("mismatched")
+        if len(row.mismatched):
+            assert sum(part.lengths) == part.input_ids.shape[1]
+            assert part.position_ids[0].tolist() == [place for length in part.lengths for place in range(length)]
+
+
+@pytest.mark.parametrize(("shared", "lengths"), [(True, [7 + 2 * 3] * 4), (False, [8 + 2] * 8)])
+def test_answers_that_do_not_fit_into_one_row_begin_another_one(
+    tmp_path: Path, shared: bool, lengths: list[int]
+) -> None:
+    """Eight answers to a prompt of 8 tokens, of which seven are shared: the last one, an answer and the end are three
+    more for each.
+    """
+    rows = [{"prompt": numbers(0, 8) + " ", "answers": [str(100 + n) for n in range(8)]}]
+    data = settings(write(tmp_path / "a.jsonl", rows), "answers", shared, sequence_length=14)
+    (batch,) = batches(expand(data.train, "data.train")[0])
+    encoded = Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    assert encoded.lengths.tolist() == lengths
+    assert encoded.counters.truncated == 0
+
+
+@pytest.mark.parametrize("format", ["preference", "labelled", "answers"])
+def test_a_prompt_that_is_longer_than_a_row_leaves_nothing_to_train(tmp_path: Path, format: str) -> None:
+    answers = {"chosen": "600", "rejected": "700", "completion": "600", "label": True, "answers": ["600", "700"]}
+    rows = [{"prompt": numbers(0, 20) + " ", **{name: answers[name] for name in ROWS[format][0] if name != "prompt"}}]
+    data = settings(write(tmp_path / "a.jsonl", rows), format, True, sequence_length=14)
+    (batch,) = batches(expand(data.train, "data.train")[0])
+    encoded = Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    assert encoded.lengths.tolist() == []
+    assert (encoded.counters.truncated, encoded.counters.without_targets) == (1, 1)
+
+
+def test_what_cannot_share_a_prompt_is_refused_by_a_sentence() -> None:
+    def wrong(base: dict[str, Any], *more: str) -> list[str]:
+        given = ("data.share_prefix=true", "data.format=preference", "objective.name=dpo", "data.sequence_length=64")
+        return plan_of(config(*given, *more), base, 1, 1, None).shortfalls
+
+    assert wrong(LLAMA) == wrong(LLAMA, "model.attention=flex_attention") == []
+    (mamba,) = wrong({**SIZES, **FAMILIES["nemotron-h"]})
+    assert mamba.startswith("data.share_prefix: answers cannot share a prompt with this base, as its NemotronHMamba2")
+    (kernel,) = wrong(LLAMA, "model.attention=varlen")
+    assert "varlen cannot run with data.share_prefix: it knows borders of documents alone" in kernel
+    (virtual,) = wrong(LLAMA, "tuning.method=prompt")
+    assert "data.share_prefix: tuning.method: prompt has virtual tokens before each answer" in virtual
+    with pytest.raises(ConfigError, match=r"data.share_prefix: has no effect with data.format: chat"):
+        config("data.share_prefix=true", "data.format=chat")

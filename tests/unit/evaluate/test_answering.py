@@ -1,0 +1,85 @@
+"""`capstan generate` before and beside its ranks: where prompts come from, what a chat sends, and ranks that are
+gone.
+"""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.evaluate import ranks
+from launcher.evaluate.answering import Screen, given_prompts
+from trainer.config import Config, parse_config
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "kept.txt").write_text("kept\n")
+    (tmp_path / "named.txt").write_text("named\n")
+    text = f"""
+model: {{base: {tmp_path}}}
+data: {{train: [{{path: rows.jsonl}}]}}
+train: {{steps: 1}}
+eval: {{prompts: {tmp_path}/kept.txt}}
+run: {{name: one}}
+"""
+    return parse_config(text, [], "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "piped", "expected"),
+    [
+        (None, "one\u2028line\nanother\n", ["one\u2028line", "another"]),
+        (None, "\n", ["kept"]),
+        (None, None, ["kept"]),
+        ("-", "one\n", ["one"]),
+        ("named.txt", "one\n", ["named"]),
+    ],
+)
+def test_a_pipe_goes_before_the_prompts_that_the_settings_name(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any, piped: Any, expected: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", _Terminal() if piped is None else io.StringIO(piped))
+    found = given_prompts(config, str(tmp_path / path) if path == "named.txt" else path)
+    assert [prompt["prompt"] for prompt in found] == expected
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.MonkeyPatch, chats: bool) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n"))
+    screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
+    screen.chats = chats
+    for prompts in screen.conversation():
+        sent += prompts
+        screen.answers([{"prompt": "", "adapter": "hi"}])
+    said = [("user", "hello"), ("assistant", "hi"), ("user", "and?")]
+    talk = [{"role": role, "content": text} for role, text in said]
+    assert sent == (
+        [{"messages": talk[:1]}, {"messages": talk}] if chats else [{"prompt": "hello"}, {"prompt": "and?"}]
+    )
+
+
+def test_ranks_that_have_ended_while_a_person_typed_are_no_broken_pipe() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, text=True) as process:
+        process.wait(60)
+        assert process.stdin
+        for prompts in ([{"prompt": "a"}], [{"prompt": "b"}], None):
+            ranks._hand_over(process.stdin, prompts)  # pyright: ignore[reportArgumentType, reportPrivateUsage]
+
+
+def test_ranks_hear_from_a_person_who_thinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_AWAKE_SECONDS", 0.05)
+    program = "import sys; print(sys.stdin.readline(), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        with ranks._kept_awake(process.stdin):  # pyright: ignore[reportPrivateUsage]
+            assert process.stdout.readline() == "[]\n"

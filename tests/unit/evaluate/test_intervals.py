@@ -1,0 +1,122 @@
+"""The interval of a change keeps its promise, however few and however unequal the documents are, or there is none."""
+
+import json
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from launcher.evaluate.tables import Evaluated, sentences
+from trainer.evaluate.measure.intervals import clusters_of, difference_interval
+from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set
+from trainer.run.evaluations import FEWEST
+
+SETS = 2000
+CHANGE = 0.03
+
+
+def simulated(seed: int, documents: int, spread: float, of: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The nats by which documents change, and their tokens, (SETS, documents): lengths by a log-normal of this spread,
+    changes of whole documents or of their tokens."""
+    draw = np.random.default_rng(seed)
+    tokens = np.ceil(200 * np.exp(spread * draw.standard_normal((SETS, documents))))
+    noise = (
+        tokens * draw.standard_t(5, tokens.shape)
+        if of == "documents"
+        else draw.standard_normal(tokens.shape) * tokens**0.5
+    )
+    return CHANGE * tokens + 0.1 * noise, tokens
+
+
+def interval_of(changes: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[float, float] | None:
+    return difference_interval(np.zeros(len(tokens)), changes, tokens, np.arange(len(tokens)))
+
+
+@pytest.mark.parametrize(("spread", "of"), [(0.0, "documents"), (1.0, "documents"), (1.0, "tokens")])
+@pytest.mark.parametrize("documents", [2, 5, 8, 20, 100])
+def test_the_interval_has_the_true_change_in_95_of_100_sets_or_is_not_given(
+    documents: int, spread: float, of: str
+) -> None:
+    found = [interval_of(*one) for one in zip(*simulated(documents, documents, spread, of), strict=True)]
+    given = [interval for interval in found if interval is not None]
+    assert len(given) == (SETS if documents >= FEWEST else 0)
+    if given:
+        assert sum(low <= CHANGE <= high for low, high in given) / SETS == pytest.approx(0.95, abs=0.02)
+
+
+def test_pieces_of_a_long_text_count_as_one() -> None:
+    lengths = np.array([64, 64, 30, 12, 64, 9, 64])
+    assert clusters_of(lengths, 64).tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert clusters_of(lengths[:0], 64).tolist() == []
+    draw = np.random.default_rng(0)
+    texts, pieces = 8, 25
+    clusters = np.repeat(np.arange(texts), pieces)
+    changes, tokens = np.repeat(draw.standard_normal(texts), pieces), np.ones(texts * pieces)
+    together = difference_interval(0 * tokens, changes, tokens, clusters)
+    apart = difference_interval(0 * tokens, changes, tokens, np.arange(len(tokens)))
+    assert together is not None
+    assert apart is not None
+    assert together[1] - together[0] > 3 * (apart[1] - apart[0])
+    assert difference_interval(0 * tokens, changes, tokens, clusters // 2) is None
+
+
+def test_copies_of_a_document_count_as_one() -> None:
+    hashes, one = np.array([7, 9, 7, 7, 5], np.uint64), np.full(50, 3, np.uint64)
+    assert clusters_of(np.full(5, 8), None, hashes).tolist() == [1, 2, 1, 1, 0]
+    pieces = clusters_of(np.array([64, 8, 64, 8, 5]), 64, np.array([3, 4, 3, 4, 9], np.uint64))
+    assert len(set(pieces[:4])) == 1 != len(set(pieces)) == 2
+    tokens = np.full(50, 10.0)
+    assert difference_interval(tokens, 0.6 * tokens, tokens, clusters_of(tokens.astype(int), None, one)) is None
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_said_and_has_no_interval(lost: float) -> None:
+    before, after = np.ones(9), np.ones(9)
+    after[4] = lost
+    assert difference_interval(before, after, np.ones(9), np.arange(9)) is None
+    none: Any = None
+    sides = {
+        "base": MeasuredSide({"a": (before, np.ones(9))}, {}),
+        "adapter": MeasuredSide({"a": (after, np.ones(9))}, {}),
+    }
+    found = {"a": _of_set("a", sides, Work({"a": EvaluatedSet(none, none, np.arange(9))}, [], None))}
+    assert (found["a"]["adapter"]["loss"], found["a"]["difference"]) == (None, None)
+    assert list(sentences(found)) == ["a: the loss is no finite number (now), so nothing can be said of the change."]
+    json.dumps(found, allow_nan=False)
+    shown = StringIO()
+    Console(file=shown, width=100).print(
+        Evaluated({"step": 4, "sets": found, "tasks": {}, "bias": {}}, "r", "w").tables()
+    )
+    assert "1.0000 → not finite" in shown.getvalue()
+
+
+def test_documents_without_a_trained_token_are_none() -> None:
+    tokens = np.array([5.0, 0, 7, 0, 3, 0, 2, 0])
+    assert difference_interval(tokens, 2 * tokens, tokens, np.arange(8)) is None
+
+
+def test_documents_that_were_trained_on_are_said() -> None:
+    (said,) = sentences({"task": {"documents": 4, "trained_on": 3}})
+    assert said.startswith("task: 3 of 4 documents are in the training data")
+    assert not list(sentences({"task": {"documents": 4, "trained_on": 0}}))
+
+
+def test_words_of_certainty_need_an_interval() -> None:
+    def said(difference: float, interval: list[float] | None) -> str:
+        (sentence,) = sentences(
+            {"general": {"difference": difference, "interval": interval, "documents": 9, "clusters": 3}}
+        )
+        return sentence
+
+    assert "has become better" in said(-0.4, [-0.5, -0.3])
+    assert "has become worse" in said(0.4, [0.3, 0.5])
+    assert "no certain change" in said(0.1, [-0.1, 0.3])
+    few = said(-0.4, None)
+    assert (
+        few
+        == "general: -0.4000 nats a token; 3 independent documents are too few to tell that from chance, for which 6"
+        " are needed."
+    )

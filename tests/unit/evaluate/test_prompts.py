@@ -1,0 +1,81 @@
+"""Prompts are refused where they are read, and take the form that the training's rows had."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.material import Workshop, byte_tokenizer
+from trainer.data.compile.inputs import as_trained
+from trainer.errors import ConfigError
+from trainer.evaluate.measure.bias import read_pairs
+from trainer.evaluate.measure.prompts import Prompter, prompt_of, read_prompts
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"
+    " endif %}"
+)
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": "a bee"}],
+    "pairs": [{"prompt": "a bee", "completion": "an ant"}],
+    "talks": [{"messages": [{"role": "user", "content": "a bee"}, {"role": "assistant", "content": "an ant"}]}],
+    "judged": [{"prompt": "a bee", "chosen": "an ant", "rejected": "no"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": "a", "id": 5}, {"prompt": "a"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}),
+        *[
+            (row, None)
+            for row in ({"prompt": 5}, {"messages": []}, {"messages": "a"}, {"messages": [5]}, {"text": "a"}, 7)
+        ],
+    ],
+    ids=str,
+)
+def test_a_row_is_a_text_or_a_conversation_or_refused_with_its_place(row: Any, found: Any) -> None:
+    if found is not None:
+        assert prompt_of(json.dumps(row), "here") == found
+        return
+    with pytest.raises(ConfigError, match="here: a row needs the field prompt, a text, or messages, a list"):
+        prompt_of(json.dumps(row), "here")
+
+
+def test_only_the_end_of_a_line_ends_a_row(tmp_path: Path) -> None:
+    """JSON allows the separators of Unicode within a text."""
+    within = "one\u2028two\u0085three"
+    prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    prompts.write_text(json.dumps({"prompt": within}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    pairs.write_text(json.dumps({"group": "g", "pair": [within, "b"]}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(str(prompts)) == [{"prompt": within}]
+    assert read_pairs(str(pairs)) == [("g", within, "b")]
+
+
+@pytest.mark.parametrize(("rows", "chats"), [("text", False), ("pairs", False), ("talks", True), ("judged", True)])
+def test_prompts_of_rows_whose_format_was_found_out_are_as_those_rows(tmp_path: Path, rows: str, chats: bool) -> None:
+    """The tokenizer's template says nothing about rows of text; of answers to be judged it is the only sign."""
+    workshop, file = Workshop(tmp_path), tmp_path / f"{rows}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows] * 3))
+    objective = ("objective.name=dpo",) if rows == "judged" else ()
+    config = workshop.config("run", f"data.train=[{{path: {file}}}]", "data.format=auto", *objective)
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    prompter = Prompter(tokenizer, as_trained(config), workshop.base)
+    assert prompter.chats == chats
+    shown = tokenizer.decode(prompter.tokens({"prompt": "a bee"}))
+    assert ("assistant: " in shown) == chats
+
+    file.unlink()  # rows that cannot be read here leave the template as the sign
+    assert Prompter(tokenizer, as_trained(config), workshop.base).chats
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(template=None, kind="text", format="text")
+    prompter = Prompter(byte_tokenizer(), data, tmp_path)
+    assert len(prompter.fitting([{"prompt": "dog"}], 5)[0]) < 5
+    with pytest.raises(ConfigError, match="has positions for 5. Shorten it"):
+        prompter.fitting([{"prompt": "a long prompt"}], 5)

@@ -1,0 +1,61 @@
+"""A model card may become public: it names no place of the machine, and no file beside the checkpoint keeps it from
+being written.
+"""
+
+import json
+
+import pytest
+
+from tests.material import Workshop, commit
+from trainer.export.card import CardContent, model_card
+from trainer.export.trained import trained_config
+from trainer.run import layout
+from trainer.state.checkpoint.manifest import read_manifest
+from trainer.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    here = Workshop(tmp_path_factory.mktemp("card"))
+    commit(here.store.sub("done"), here.config("done"))
+    return here
+
+
+def card(run: Store, *paths: str) -> str:
+    manifest = read_manifest(run, 4)
+    config = trained_config(run, manifest)
+    sources = [config.data.train[0].model_copy(update={"path": path}) for path in paths] or config.data.train
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": sources})})
+    return model_card(run, config, manifest, CardContent("peft", "An adapter.", "adapter")).decode()
+
+
+def test_bases_and_data_that_are_not_on_the_hub_are_named_without_their_place(workshop: Workshop) -> None:
+    run = workshop.store.sub("done")
+    assert str(workshop.folder) not in card(run)
+    assert f"| base | {workshop.base.name} |" in card(run)
+    assert ", rank: " in card(run)
+    assert "reduction" not in card(run), "a setting of another method"
+    told = card(run, "/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "hf://me/data")
+    assert "(train.jsonl, more-*.jsonl, hf://me/data)" in told
+    assert "secret" not in told
+
+
+def test_a_card_of_the_base_that_cannot_be_read_names_no_licence(workshop: Workshop) -> None:
+    readme = workshop.base / "README.md"
+    readme.write_text("---\nlicense: llama3.1\n---\n")
+    assert "license: llama3.1" in card(workshop.store.sub("done"))
+    readme.write_text("---\nlicense: [llama3.1\n---\n")
+    assert "license" not in card(workshop.store.sub("done"))
+
+
+def test_a_set_that_was_trained_on_is_called_so(workshop: Workshop) -> None:
+    run = workshop.store.sub("done")
+    of = {"documents": 9, "trained_on": 7, "base": {"loss": 3.0}, "adapter": {"loss": 1.0, "perplexity": 2.7183}}
+    run.put(layout.evaluation(4), json.dumps({"step": 4, "sets": {"seen": of}}).encode())
+    assert "| seen (7 of 9 documents are in the training data) | 3.0000 | 1.0000 | - | 2.7183 |" in card(run)
+
+
+def test_a_damaged_evaluation_is_none(workshop: Workshop) -> None:
+    run = workshop.store.sub("done")
+    run.put(layout.evaluation(4), b'{"sets": ')
+    assert "It was not evaluated against its base" in card(run)

@@ -1,0 +1,907 @@
+"""Other tools' configurations become ours: every key that they document is carried over or named with a reason, and
+what comes out is planned.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.init.importing.importing import JOINS, Imported, import_files
+from tests.material import make_base, make_labelled, make_pairs
+from trainer.config import fields, load_config, parse_config
+from trainer.config.peers.table import Needless, To, Together, Unsupported
+from trainer.data.format.formats import RowForm
+from trainer.errors import ConfigError
+
+PEERS = Path(__file__).parents[2] / "peers"
+DATASET_INFO = PEERS / "data" / "dataset_info.json"
+_BESIDE = ("accelerate.yaml", DATASET_INFO.name)
+FILES = sorted(path for path in PEERS.glob("*/*.*") if path.is_file() and path.name not in _BESIDE)
+SETTINGS = {name for name, _ in fields()}
+# Modules whose classes say which keys TRL's scripts and accelerate take, as they are installed.
+CLASSES = {
+    "trl": [
+        ("transformers", "training_args.py"),
+        *[("trl", f"trainer/{name}_config.py") for name in ("base", "sft", "dpo", "kto", "model")],
+        ("trl", "experimental/orpo/orpo_config.py"),
+        ("trl", "experimental/cpo/cpo_config.py"),
+        ("trl", "scripts/utils.py"),
+    ],
+    "accelerate": [("accelerate", "commands/config/config_args.py")],
+}
+# The values of keys with which a file would be another training.
+ORDINARY = {
+    "stage": "sft",
+    "rl": "dpo",
+    "reward_model": False,
+    "process_reward_model": False,
+    "skip_prepare_dataset": False,
+    "export_dir": "",
+}
+OF_A_SOURCE = ("DatasetConfig",)
+EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
+
+
+def documented(peer: str) -> Iterator[str]:
+    """The keys that a peer documents: of the lists in tests/peers, or of the classes of the installed package."""
+    if (listed := PEERS / f"{peer}.txt").exists():
+        yield from listed.read_text().split()
+    for package, name in CLASSES.get(peer, ()):
+        spec = importlib.util.find_spec(package)
+        assert spec
+        assert spec.submodule_search_locations
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / name).read_text())
+        for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            place = "datasets[]." if kind.name in OF_A_SOURCE else ""
+            for line in kind.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield f"{place}{line.target.id}"
+
+
+def test_control_characters_and_line_breaks_of_a_file_stay_in_its_comments(tmp_path: Path) -> None:
+    """A file of ours with any of them could not be read, and a terminal would obey them."""
+    theirs = 'base_model: "x\\e]0;title\\a"\n"odd\\e[31m\\nrun: {seed: 5}\\u2028#": 3\nadapter: lora\n'
+    text = imported_text(theirs + "datasets: [{path: a.jsonl, type: alpaca}]\n", tmp_path, "axolotl").text
+    assert "\x1b" not in text
+    assert yaml.safe_load(text)["model"]["base"] == "x\x1b]0;title\x07"
+    assert yaml.safe_load(text)["run"]["seed"] == 42
+
+
+@pytest.mark.parametrize("peer", JOINS)
+def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, tmp_path: Path) -> None:
+    keys = sorted(set(documented(peer)))
+    assert len(keys) > 30
+    tree: dict[str, Any] = {}
+    for key in keys:
+        node, *inner = tree, *key.split(".")
+        *around, leaf = inner
+        for part in around:
+            below = [{}] if part.endswith("[]") else {}
+            node = node.setdefault(part.removesuffix("[]"), below)
+            node = node[0] if isinstance(node, list) else node
+            if not isinstance(node, dict):
+                break
+        else:
+            node.setdefault(leaf.removesuffix("[]"), ORDINARY.get(leaf, "something"))
+    imported = imported_text(yaml.safe_dump(tree), tmp_path, peer)
+    assert len(imported.keys) > 0.9 * len(keys)
+    silent = [outcome.key for outcome in imported.keys if not (outcome.settings or outcome.why)]
+    assert not silent
+    assert [outcome.key for outcome in imported.keys if outcome.status == "unknown"] == []
+    assert not [key for key in keys if not JOINS[peer][0].row(key) and not JOINS[peer][0].opens(key)]
+
+
+def imported_text(text: str, folder: Path, peer: str | None = None) -> Imported:
+    (folder / "theirs.yaml").write_text(text)
+    return import_files([folder / "theirs.yaml"], peer)
+
+
+def test_a_key_that_nobody_documents_is_said_to_be_unknown(tmp_path: Path) -> None:
+    found = imported_text("base_model: x\nadapter: lora\nmicro_batch_size: 1\nlora_rr: 8\n", tmp_path)
+    assert {outcome.key: outcome.status for outcome in found.keys}["lora_rr"] == "unknown"
+    assert "lora_rr: 8" in found.text
+
+
+@pytest.mark.parametrize("peer", JOINS)
+def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str) -> None:
+    for key, row in JOINS[peer][0].rows.items():
+        if isinstance(row, To | Together):
+            assert row.setting in SETTINGS, key
+        elif isinstance(row, Needless | Unsupported):
+            assert re.fullmatch(r"[A-Z`a-z].{20,}\.", row.why), key
+    assert set(JOINS[peer][0].defaults) <= set(JOINS[peer][0].rows)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of tests/peers, the data that they name, and small bases in the place of theirs."""
+    folder = tmp_path_factory.mktemp("site")
+    bases = {kind: make_base(folder / kind, kind, max_position_embeddings=4096) for kind in ("llama", "phi3")}
+    for base in bases.values():  # as instruction-tuned bases have one
+        told = json.loads((base / "tokenizer_config.json").read_text())
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        (base / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": template}))
+    (folder / "data").mkdir()
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    rows = {
+        "talk": talk,
+        "texts": {"body": "once upon a time"},
+        "alpaca": {"question": "why?", "reply": "because"},
+        "plain": {"instruction": "say", "input": "", "output": "said"},
+    }
+    for name, row in rows.items():
+        (folder / "data" / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    make_pairs(folder / "data" / "pairs.jsonl")
+    make_labelled(folder / "data" / "labelled.jsonl")
+    shutil.copy(DATASET_INFO, folder / "data")
+    v1 = {"a": {"path": "data/alpaca.jsonl", "converter": "alpaca"}, "b": {"path": "somebody/rows"}}
+    (folder / "data" / "v1.yaml").write_text(yaml.safe_dump(v1))
+    for path in FILES:
+        kind = "phi3" if "phi3" in path.read_text() else "llama"
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        (folder / path.parent.name / path.name).write_text(path.read_text().replace("BASE", str(bases[kind])))
+    return folder
+
+
+def test_there_are_five_files_or_more_of_each_peer() -> None:
+    counts = {
+        folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
+    }
+    assert counts == {"axolotl": 6, "llamafactory": 5, "llamafactory-v1": 1, "torchtune": 5, "trl": 6}
+    assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_file_becomes_what_it_says_and_is_planned(name: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    ours = name.replace("/", "-") + ".yaml"
+    done = CliRunner().invoke(app, ["import", name, "-o", ours, "--force", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["from"] == [JOINS[name.split("/")[0]][0].title]  # found out by the keys
+    settings = found["settings"]
+    assert {key: settings.get(key) for key in EXPECTED[name]} == EXPECTED[name]
+    assert not [outcome for outcome in found["keys"] if outcome["status"] == "unknown"]
+    load_config(ours)
+    planned = CliRunner().invoke(app, ["plan", ours, "--json"])
+    assert planned.exit_code == 0, (planned.output, planned.exception)
+    assert json.loads(planned.stdout)["memory_per_gpu"]["total"] > 0
+
+
+def test_data_sets_are_described_by_the_file_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("model_name_or_path: x\nstage: sft\ndataset: texts\n")
+    found = import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
+    (source,) = found.settings["data.train"]
+    assert source == {
+        "path": str(DATASET_INFO.with_name("texts.jsonl")),
+        "format": "alpaca",
+        "fields": {"instruction": "body"},
+    }
+    (tmp_path / "theirs.yaml").write_text("base_model: x\nadapter: lora\nmicro_batch_size: 1\n")
+    with pytest.raises(ConfigError, match="--data-info: axolotl has no dataset_info.json"):
+        import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
+
+
+def test_a_setting_that_no_key_asks_for_is_said_where_it_is_left_out(tmp_path: Path) -> None:
+    """Without an adapter the base itself learns there, which a head does not do here."""
+    found = imported_text("base_model: x\nreward_model: true\n", tmp_path, "axolotl")
+    assert "tuning.method: full has no adapter" in "\n".join(found.to_do)
+    assert "To do: tuning.method: full" in found.text
+
+
+def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    lost = {
+        outcome.key: outcome.why
+        for outcome in import_files(["axolotl/full.yaml"]).keys
+        if outcome.status == "not supported"
+    }
+    assert set(lost) == {"lr_scheduler"}
+    assert "Left at cosine" in lost["lr_scheduler"]
+    torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
+    assert torchtune["optimizer._component_"].status == "not supported"
+    text = import_files(["trl/sft.yaml"]).text
+    assert "hf_abcdefghijklmnop" not in text
+
+
+ODD = {
+    "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "positions-scaled": (
+        "axolotl",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"model.rope_scaling.rope_type": "yarn", "model.rope_scaling.factor": 4.0},
+        {},
+    ),
+    "positions-scaled-by-a-name": (
+        "llamafactory",
+        {"rope_scaling": "yarn"},
+        {"model.rope_scaling.rope_type": None},
+        {"rope_scaling": "names no factor"},
+    ),
+    "in-8-bits": (
+        "axolotl",
+        {"adapter": "lora", "load_in_8bit": True},
+        {"quant.type": "int8", "quant.double": None},
+        {"load_in_8bit": "activations stay in 16 bits"},
+    ),
+    "8-bits": ("llamafactory", {"quantization_bit": 8}, {"quant.type": "int8", "quant.double": None}, {}),
+    "8-bits-of-trl": ("trl", {"use_peft": True, "load_in_8bit": True}, {"quant.type": "int8"}, {}),
+    "8-bits-of-v1": (
+        "llamafactory-v1",
+        {"peft_config": {"name": "lora"}, "quant_config": {"quantization_bit": 8}},
+        {"quant.type": "int8"},
+        {},
+    ),
+    "an-adapters-keys-without-one": (
+        "axolotl",
+        {"lora_r": 8, "lora_target_linear": True},
+        {"tuning.method": "full", "tuning.rank": None, "tuning.targets": None},
+        {"lora_r": "no effect there either"},
+    ),
+    "parts-that-learn": (
+        "axolotl",
+        {"unfrozen_parameters": ["^lm_head.weight$", "model.layers.4[4-9]+.mlp"]},
+        {"tuning.train": [r"re:lm_head\.weight", r"re:model\.layers\.4[4-9]+\.mlp.*"]},
+        {},
+    ),
+    "rows-that-learn": (
+        "axolotl",
+        {"unfrozen_parameters": ["^lm_head.weight$[:100]"]},
+        {"tuning.train": None},
+        {"unfrozen_parameters": "a parameter learns whole"},
+    ),
+    "rotations": (
+        "llamafactory",
+        {"finetuning_type": "oft", "oft_block_size": 16, "oft_target": "q_proj,v_proj"},
+        {"tuning.method": "oft", "tuning.block": 16, "tuning.targets": ["q_proj", "v_proj"], "tuning.rank": None},
+        {},
+    ),
+    "unlikely-targets": ("axolotl", {"use_dft": True}, {"objective.dft": True}, {}),
+    "uncertain-targets": (
+        "axolotl",
+        {"use_eaft": True, "eaft_alpha": 0.5, "eaft_k": 30},
+        {"objective.eaft": 0.5, "objective.eaft_tokens": 30, "objective.eaft_scale": 1.0},
+        {},
+    ),
+    "uncertain-targets-there": (
+        "llamafactory",
+        {"use_eaft_loss": True},
+        {"objective.eaft": 1.0, "objective.eaft_scale": 3.0, "objective.eaft_tokens": None},
+        {},
+    ),
+    "uncertain-targets-off": ("axolotl", {"eaft_k": 30}, {"objective.eaft": None}, {"eaft_k": "without use_eaft"}),
+    "noise": ("trl", {"neftune_noise_alpha": 5}, {"objective.neftune_alpha": 5.0}, {}),
+    "another-start": (
+        "axolotl",
+        {"adapter": "lora", "peft_init_lora_weights": "orthogonal"},
+        {"tuning.init": "orthogonal"},
+        {},
+    ),
+    "a-start-in-the-base": (
+        "axolotl",
+        {"adapter": "lora", "peft_init_lora_weights": "pissa"},
+        {"tuning.init": None},
+        {"peft_init_lora_weights": "kaiming, gaussian or orthogonal"},
+    ),
+    "a-quadratic-rise": (
+        "axolotl",
+        {"lr_quadratic_warmup": True, "lr_scheduler": "cosine", "warmup_steps": 9},
+        {"optim.warmup_power": 2},
+        {},
+    ),
+    "a-quadratic-rise-of-none": (
+        "axolotl",
+        {"lr_quadratic_warmup": True, "lr_scheduler": "linear", "warmup_steps": 9},
+        {"optim.warmup_power": None},
+        {"lr_quadratic_warmup": "cosine alone"},
+    ),
+    "no-system": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "chat_template", "drop_system_message": True}], "min_sample_len": 9},
+        {"data.drop_system": True, "data.min_length": 9},
+        {},
+    ),
+    "no-system-in-one": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl", "drop_system_message": True}]},
+        {"data.drop_system": None},
+        {"datasets[1].drop_system_message": "One answer for all"},
+    ),
+    "a-teachers-rows": (
+        "axolotl",
+        {
+            "kd_trainer": True,
+            "kd_ce_alpha": 0.1,
+            "kd_alpha": 0.9,
+            "kd_temperature": 2.0,
+            "plugins": ["axolotl.integrations.kd.KDPlugin"],
+            "datasets": [{"path": "a.jsonl", "type": "axolotl.integrations.kd.chat_template", "logprobs_field": "l"}],
+            "sample_packing": True,
+        },
+        {
+            "objective.name": "distil",
+            "objective.next_tokens": 0.1,
+            "objective.temperature": 2.0,
+            "objective.teacher": "FILL-IN",
+            "data.packing": True,
+            "data.train": [{"path": "a.jsonl"}],
+        },
+        {"datasets[0].logprobs_field": "capstan teach"},
+    ),
+    "experts-in-whole-numbers": (
+        "accelerate",
+        {"kt_config": {"enabled": True, "kt_backend": "AMXINT8"}},
+        {"quant.type": "int8", "sharding.deepspeed": "zero3_offload_cpu"},
+        {"kt_config.kt_backend": "experts alone"},
+    ),
+    "qwen-without-thoughts": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-8B", "template": "qwen3_nothink"},
+        {"data.template": "chatml"},
+        {"template": "no tools"},
+    ),
+    "qwen-that-has-none": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "template": "qwen3_nothink"},
+        {"data.template": None},
+        {},
+    ),
+    "published-in-fp4-and-learning": (
+        "axolotl",
+        {"model_quantization_config": "Mxfp4Config", "model_quantization_config_kwargs": {"dequantize": True}},
+        {"quant.type": "none", "tuning.method": "full"},
+        {"model_quantization_config": "16-bit values"},
+    ),
+    "unlikely-targets-there": ("llamafactory", {"use_dft_loss": True}, {"objective.dft": True}, {}),
+    "thoughts": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "field_thinking": "thinking", "template_thinking_key": "thinking"}]},
+        {},
+        {"datasets[0].field_thinking": "the template reads it"},
+    ),
+    "thoughts-by-another-name": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "field_thinking": "why", "template_thinking_key": "thinking"}]},
+        {},
+        {"datasets[0].field_thinking": "rename it to thinking"},
+    ),
+    "experts-on-the-host": ("llamafactory", {"use_kt": True}, {"sharding.deepspeed": "zero3_offload_cpu"}, {}),
+    "published-in-fp4": (
+        "axolotl",
+        {"adapter": "lora", "model_quantization_config": "Mxfp4Config"},
+        {"quant.type": "stored"},
+        {},
+    ),
+    "published-in-fp4-and-read-in-16": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "model_quantization_config": "Mxfp4Config",
+            "model_quantization_config_kwargs": {"dequantize": True},
+        },
+        {"quant.type": "none"},
+        {"model_quantization_config": "16-bit values"},
+    ),
+    "scales-in-16-bits": (
+        "axolotl",
+        {"adapter": "qlora", "load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
+        {"quant.double": False},
+        {},
+    ),
+    "text-over-a-base-that-sees": (
+        "axolotl",
+        {"processor_type": "AutoProcessor", "freeze_mm_modules": True},
+        {},
+        {"processor_type": "on texts"},
+    ),
+    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
+    "no-steps": (
+        "axolotl",
+        {"warmup_steps": 0, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": 0, "optim.warmup_ratio": None},
+        {"warmup_ratio": "be they 0"},
+    ),
+    "steps-are-none": (
+        "trl",
+        {"warmup_steps": 0, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": None, "optim.warmup_ratio": 0.1},
+        {"warmup_steps": "leave it to the ratio"},
+    ),
+    "both-masks": (
+        "llamafactory",
+        {"train_on_prompt": True, "mask_history": True},
+        {"data.loss_on": "all"},
+        {"mask_history": "refuses it"},
+    ),
+    "shares-of-steps": (
+        "axolotl",
+        {"eval_steps": 0.25, "save_steps": 0.5, "num_epochs": 2, "val_set_size": 0.1},
+        {"eval.per_epoch": 2, "checkpoint.per_epoch": 1, "eval.every": None},
+        {},
+    ),
+    "by-epoch": (
+        "llamafactory",
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "val_size": 0.1, "early_stopping_steps": 2},
+        {"eval.per_epoch": 1, "checkpoint.per_epoch": 1, "train.stop_when.no_better": 2, "checkpoint.keep_best": 1},
+        {},
+    ),
+    "nothing-to-evaluate": (
+        "axolotl",
+        {"evals_per_epoch": 4, "val_set_size": 0.0},
+        {"eval.per_epoch": None},
+        {"evals_per_epoch": "nothing is evaluated"},
+    ),
+    "pairs": (
+        "axolotl",
+        {"rl": "dpo", "sequence_len": 1000, "adapter": "lora", "lora_dropout": 0.1},
+        {"data.sequence_length": 2000, "tuning.dropout": None},
+        {"lora_dropout": "TRL sets lora_dropout to 0"},
+    ),
+    "constant": (
+        "trl",
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+        {"optim.schedule": "constant", "optim.warmup_ratio": None},
+        {"warmup_ratio": "does not rise first"},
+    ),
+    "constant-with-warmup": (
+        "trl",
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1},
+        {"optim.schedule": "constant", "optim.warmup_ratio": 0.1},
+        {},
+    ),
+    "texts-in-pieces": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "completion"}]},
+        {"data.on_too_long": "split"},
+        {},
+    ),
+    "pretraining": (
+        "llamafactory",
+        {"stage": "pt"},
+        {"data.on_too_long": "split", "data.packing": True},
+        {},
+    ),
+    "templates": (
+        "axolotl",
+        {"chat_template": "chatml", "special_tokens": {"eos_token": "<|im_end|>", "pad_token": None}},
+        {"data.template": "chatml", "model.special_tokens.eos": "<|im_end|>"},
+        {},
+    ),
+    "another-template": (
+        "axolotl",
+        {"chat_template": "alpaca"},
+        {"data.template": None},
+        {"chat_template": "none of ours"},
+    ),
+    "a-template-by-type": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "chatml.intel"}]},
+        {"data.template": "chatml"},
+        {},
+    ),
+    "a-question-in-another-field": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "llama3.icr"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "preference", "fields": {"prompt": "input"}}]},
+        {},
+    ),
+    "pairs-with-a-prompt": (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a.jsonl", "type": "chatml.prompt_pairs"}]},
+        {"data.train": [{"path": "a.jsonl"}], "data.template": "chatml"},
+        {},
+    ),
+    "an-article-beside-a-question": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "context_qa"}]},
+        {
+            "data.train": [
+                {
+                    "path": "a.jsonl",
+                    "format": "alpaca",
+                    "fields": {"instruction": "question", "input": "article", "output": "answer"},
+                }
+            ]
+        },
+        {},
+    ),
+    **{
+        f"{kind}-is-none-of-ours": (
+            "axolotl",
+            {"datasets": [{"path": "a.jsonl", "type": kind}]},
+            {"data.train": [{"path": "a.jsonl"}]},
+            {"datasets[0].type": f"{kind} is not a format of ours"},
+        )
+        for kind in ("reflection", "jeopardy", "summarizetldr", "metharme")
+    },
+    "segments": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "input_output"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "segments"}]},
+        {"datasets[0].type": "segment by segment"},
+    ),
+    "simpo-with-another-term": (
+        "axolotl",
+        {"rl": "simpo", "cpo_alpha": 0.5},
+        {"objective.name": "simpo"},
+        {"cpo_alpha": "no such training"},
+    ),
+    "an-adapter-to-begin-from": (
+        "llamafactory",
+        {"adapter_name_or_path": "saves/sft", "lora_rank": 8},
+        {"tuning.start": "saves/sft"},
+        {},
+    ),
+    "expressions": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "lora_target_modules": r"model.layers.[\d]+.mlp.(up|down)_proj",
+            "peft_layers_to_transform": [2, 3],
+        },
+        {"tuning.targets": [r"re:model.layers.[\d]+.mlp.(up|down)_proj"], "tuning.layers": [2, 4]},
+        {},
+    ),
+    "watchdog": (
+        "axolotl",
+        {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 4},
+        {"train.stop_when.loss_above": 5.0, "train.stop_when.loss_steps": 4},
+        {},
+    ),
+    "arguments-of-a-schedule": (
+        "trl",
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 1e-4}, "learning_rate": 1e-3},
+        {"optim.schedule": "polynomial", "optim.power": 2, "optim.min_lr_ratio": 0.1},
+        {},
+    ),
+    "a-reward-model": (
+        "axolotl",
+        {
+            "reward_model": True,
+            "num_labels": 1,
+            "center_rewards_coefficient": 0.01,
+            "adapter": "lora",
+            "sequence_len": 1000,
+            "lora_modules_to_save": ["score"],
+            "datasets": [{"path": "a.jsonl", "type": "bradley_terry.chat_template"}],
+        },
+        {
+            "objective.name": "reward",
+            "objective.center_rewards": 0.01,
+            "tuning.modules_to_save": None,
+            "data.sequence_length": 2000,
+            "data.train": [
+                {
+                    "path": "a.jsonl",
+                    "format": "preference_alpaca",
+                    "fields": {"instruction": "input", "input": "nothing"},
+                }
+            ],
+        },
+        {"lora_modules_to_save": "learns in any case", "num_labels": "of a reward model has one"},
+    ),
+    "a-whole-reward-model": (
+        "axolotl",
+        {"reward_model": True},
+        {"objective.name": "reward", "tuning.method": None},
+        {"reward_model": ""},
+    ),
+    "a-template-of-the-base": (
+        "axolotl",
+        {
+            "base_model": "Qwen/Qwen2.5-0.5B",
+            "chat_template": "qwen_25",
+            "eval_max_new_tokens": 128,
+            "attention": "flash",
+        },
+        {"data.template": None},
+        {"chat_template": "of its family", "eval_max_new_tokens": "tables of answers"},
+    ),
+    "a-template-of-those-that-do-not-think": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507", "template": "qwen3_nothink"},
+        {"data.template": None},
+        {"template": "of its family"},
+    ),
+    "a-template-of-a-version": (
+        "llamafactory",
+        {"model_name_or_path": "deepseek-ai/DeepSeek-V3-0324-BF16", "template": "deepseek3"},
+        {"data.template": None},
+        {"template": "of its family"},
+    ),
+    "a-template-of-others": (
+        "axolotl",
+        {"base_model": "Qwen/Qwen2.5-0.5B", "chat_template": "qwen3"},
+        {"data.template": None},
+        {"chat_template": "none of ours"},
+    ),
+    "rewards-of-pairs": (
+        "llamafactory",
+        {"stage": "rm", "dataset": "dpo_mix_en"},
+        {
+            "objective.name": "reward",
+            "data.train": [
+                {"path": "hf://llamafactory/DPO-En-Zh-20k", "format": "preference_sharegpt", "subset": "en"}
+            ],
+        },
+        {},
+    ),
+    "rewards-by-a-key": (
+        "trl",
+        {"center_rewards_coefficient": 0.01, "use_peft": True, "lora_modules_to_save": ["score"]},
+        {"objective.name": "reward", "optim.lr": 1e-4},
+        {},
+    ),
+    "known-by-name": (
+        "llamafactory",
+        {"dataset": "identity,ultrachat_200k"},
+        {
+            "data.train": [
+                {"path": "data/identity.json", "format": "alpaca"},
+                {"path": "hf://HuggingFaceH4/ultrachat_200k", "format": "chat", "split": "train_sft"},
+            ]
+        },
+        {"dataset": ""},
+    ),
+    "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
+    "file-order": ("torchtune", {"shuffle": False}, {}, {"shuffle": "is not kept"}),
+}
+
+
+@pytest.mark.parametrize(("peer", "keys", "settings", "reasons"), ODD.values(), ids=ODD)
+def test_keys_that_meet_each_other_mean_what_they_mean_there(
+    peer: str, keys: dict[str, Any], settings: dict[str, Any], reasons: dict[str, str], tmp_path: Path
+) -> None:
+    made = imported_text(yaml.safe_dump({"stage": "sft", **keys} if peer == "llamafactory" else keys), tmp_path, peer)
+    for setting, value in settings.items():
+        assert made.settings.get(setting) == value
+    found = {outcome.key: outcome.why for outcome in made.keys}
+    for key, words in reasons.items():
+        assert words in found[key]
+
+
+def test_rows_with_images_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"seen": {"file_name": "a.json", "columns": {"images": "images"}}}')
+    (tmp_path / "theirs.yaml").write_text(f"stage: sft\ndataset: seen\ndataset_dir: {tmp_path}\n")
+    with pytest.raises(ConfigError, match="dataset: seen, whose rows have images, video or sound"):
+        import_files([tmp_path / "theirs.yaml"], "llamafactory")
+
+
+def test_a_size_of_llamafactorys_second_trainer_is_a_random_choice(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("a: {path: a.jsonl, size: 500, weight: 2.0, converter: alpaca}\n")
+    found = imported_text(f"model: x\ntrain_dataset: {tmp_path}/d.yaml\n", tmp_path, "llamafactory-v1").settings
+    source = {"path": "a.jsonl", "format": "alpaca", "weight": 2.0, "take": 500, "take_seed": 42}
+    assert found["data.train"] == [source]
+
+
+def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("micro_batch_size: 2\ntensor_parallel_size: 2\ncontext_parallel_size: 2\n")
+    settings = import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=8).settings
+    assert settings["train.global_batch"] == 4
+    assert settings["sharding.sequence_parallel"] == 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nprocess_reward_model: true\n"),
+        ("axolotl", "base_model: x\nrl: gdpo\n"),
+        ("axolotl", "base_model: x\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\n"),
+        ("axolotl", "base_model: x\nplugins: [axolotl.integrations.diffusion.DiffusionPlugin]\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndo_predict: true\neval_dataset: d\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
+        ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
+        ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
+    ],
+)
+def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"this is no training that can be carried over\. .* Nothing was written\."):
+        imported_text(text, tmp_path, peer)
+
+
+def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:
+    found = imported_text("base_model: x\nadapter: lora\nlora_model_dir:\nlora_rr: 1\n", tmp_path, "axolotl")
+    assert [outcome.key for outcome in found.keys] == ["base_model", "adapter", "lora_rr"]
+    assert str(next(iter(found.table().columns[0].cells))) == "lora_rr: 1"
+
+
+def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    both = import_files(["trl/sft.yaml", PEERS / "trl/accelerate.yaml"])
+    assert both.peers == ("TRL", "accelerate")
+    assert both.settings["cluster.workers"] == 16
+    assert both.settings["train.global_batch"] == 2 * 4 * 16
+    assert both.settings["cluster.slurm.nodes"] == 2
+    assert both.settings["optim.grad_clip"] == 0.5
+    assert both.settings["sharding.deepspeed"] == "zero3_offload_optimizer"
+    alone = import_files([PEERS / "trl/accelerate.yaml"])
+    assert any(line.startswith("model.base: not in the file") for line in alone.to_do)
+    parse_config(alone.text)
+
+
+def test_the_batch_counts_the_gpus_that_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    assert import_files(["axolotl/qlora.yml"], gpus=8).settings["train.global_batch"] == 64
+    assert any("--gpus" in line for line in import_files(["axolotl/qlora.yml"]).to_do)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rate: 1\n", "alike"),
+        ("nothing_of_it: 1\n", "none of its keys"),
+        ("run: {}\nmodel: {}\ndata: {}\ntrain: {}\n", "is a configuration of Capstan already"),
+        ("- a\n- b\n", "no keys"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        imported_text(text, tmp_path)
+    with pytest.raises(ConfigError, match="is not known"):
+        imported_text(text, tmp_path, "unsloth")
+
+
+LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"
+
+
+@pytest.mark.parametrize(
+    ("command", "workers"),
+    [
+        ("torchrun --nproc_per_node 4 --nnodes 2 --node_rank 0 --master_port 2 src/train.py", 8),
+        ("deepspeed --num_gpus 8 --master_port=9901 src/train.py", 8),
+        ("accelerate launch --num_processes 2 --config_file a.yaml src/train.py", 2),
+        ("python src/train.py", None),
+    ],
+)
+def test_a_command_line_of_llamafactory_may_begin_with_a_launcher(
+    command: str, workers: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "train.sh").write_text(f"{command} \\\n  {LAUNCHED}\n")
+    found = import_files([tmp_path / "train.sh"])
+    assert found.peers == ("LLaMA-Factory",)
+    assert [outcome.key for outcome in found.keys if outcome.status == "unknown"] == []
+    assert found.settings.get("cluster.workers") == workers
+
+
+def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
+    script = (
+        "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='3'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"
+        " ${HERE}/d \\\n"
+    )
+    (tmp_path / "train.sh").write_text(f"{script}  --model_name_or_path $BASE --num_train_epochs ${{N}}\n")
+    settings = import_files([tmp_path / "train.sh"], "llamafactory").settings
+    assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 3)
+
+
+def test_torchtunes_adapters_have_its_rank_and_alpha_where_a_file_names_none(tmp_path: Path) -> None:
+    def adapter(kind: str, more: str = "") -> tuple[Any, Any]:
+        text = f"model: {{_component_: torchtune.models.llama3_1.{kind}llama3_1_8b{more}}}\nepochs: 1\n"
+        settings = imported_text(text, tmp_path, "torchtune").settings
+        return settings.get("tuning.rank"), settings.get("tuning.alpha")
+
+    assert adapter("lora_") == adapter("qlora_") == (8, 16)
+    assert adapter("lora_", ", lora_rank: 64") == (64, 16)
+    assert adapter("") == (None, None)
+
+
+def test_a_length_that_trl_does_not_limit_is_for_the_user_to_give(tmp_path: Path) -> None:
+    text = "model_name_or_path: x\nuse_peft: true\ndataset_name: a/b\n"
+    found = imported_text(f"{text}max_length: null\n", tmp_path, "trl")
+    assert "data.sequence_length" not in found.settings
+    assert any(line.startswith("data.sequence_length: max_length: null limits no length.") for line in found.to_do)
+    limited = imported_text(text, tmp_path, "trl")
+    assert limited.settings["data.sequence_length"] == 1024
+    assert not any("max_length" in line for line in limited.to_do)
+
+
+@pytest.mark.parametrize(
+    ("peer", "key", "recomputes"),
+    [
+        ("trl", "activation_offloading", "gradient_checkpointing"),
+        ("axolotl", "activation_offloading", "gradient_checkpointing"),
+        ("torchtune", "enable_activation_offloading", "enable_activation_checkpointing"),
+    ],
+)
+def test_offloaded_activations_are_carried_over_where_layers_are_computed_again(
+    peer: str, key: str, recomputes: str, tmp_path: Path
+) -> None:
+    both = imported_text(f"{key}: true\n{recomputes}: true\n", tmp_path, peer)
+    assert both.settings["train.activation_offload"] is True
+    alone = imported_text(f"{key}: true\n{recomputes}: false\n", tmp_path, peer)
+    assert "train.activation_offload" not in alone.settings
+    (lost,) = (outcome for outcome in alone.keys if outcome.key == key)
+    assert lost.status == "not supported"
+
+
+@pytest.mark.parametrize(("rl", "answers"), [("dpo", ("chosen", "rejected")), ("kto", ("completion", "label"))])
+def test_system_messages_beside_axolotls_pairs_are_read(rl: str, answers: tuple[str, str], tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\nrl: {rl}\ndatasets: [{{path: a/b, type: chatml.intel}}]\n"
+    source = parse_config(imported_text(text, tmp_path, "axolotl").text).data.train[0]
+    row = {"system": "Be short.", "question": "Why?", answers[0]: "So.", answers[1]: "Or so." if rl == "dpo" else True}
+    read = RowForm(source.format or "", tuple(source.fields.items())).read(row)
+    assert [(said["role"], said["content"]) for said in read["prompt"]] == [("system", "Be short."), ("user", "Why?")]
+
+
+def test_references_are_followed_and_circles_end(tmp_path: Path) -> None:
+    text = "base_model: ${a.b}\na: {b: '${c}'}\nc: model-${d}\nd: 7\nadapter: lora\noutput_dir: ${output_dir}/x\n"
+    assert imported_text(text, tmp_path, "axolotl").settings["model.base"] == "model-7"
+
+
+def test_a_file_that_exists_is_kept_without_force(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    Path("mine.yaml").write_text("mine")
+    command = ["import", "trl/kto.yaml", "-o", "mine.yaml"]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert "--force" in str(refused.exception)
+    CliRunner().invoke(app, [*command, "--force", "--dry-run"])
+    assert Path("mine.yaml").read_text() == "mine"
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert load_config("mine.yaml").objective.name == "kto"
+
+
+def test_stdout_is_the_configuration_and_the_table_is_on_stderr(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    done = CliRunner().invoke(app, ["import", "axolotl/qlora.yml"])
+    assert parse_config(done.stdout).tuning.rank == 32
+    assert "hub_model_id" in done.stderr
+    assert "lora_r: 32" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.learning_rate=1e-4", "train.learning_rate: unknown setting. It is optim.lr here."),
+        ("tuning.lora_r=8", "It is tuning.rank here."),
+        ("data.cutoff_len=8", "It is data.sequence_length here."),
+        ("train.gradient_accumulation_steps=8", "It is part of train.global_batch here."),
+        ("train.per_device_train_batch_size=8", "It is train.micro_batch here."),
+        ("train.num_train_epochs=8", "It is train.epochs here."),
+        ("train.auto_find_batch_size=true", "has no counterpart here: The micro-batch is fixed"),
+        ("train.micro_batch_size=2", "train.micro_batch_size: unknown setting. It is train.micro_batch here."),
+        ("train.stpes=5", "Did you mean 'steps'?"),
+        ("train.lr=1e-4", "Did you mean 'optim.lr'?"),
+        ("train.xyz=1", "Allowed here: steps"),
+    ],
+)
+def test_a_setting_that_another_tool_has_is_answered_with_its_name_here(override: str, sentence: str) -> None:
+    whole = "run: {name: a}\nmodel: {base: x}\ndata: {train: [{path: x}]}\ntrain: {steps: 1}\n"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parse_config(whole, [override])
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    """Each row of docs/migration.md with as many of their keys as of our settings pairs them; otherwise all keys make
+    the one.
+    """
+    titles = {
+        "axolotl": "axolotl",
+        "LLaMA-Factory": "llamafactory",
+        "TRL": "trl",
+        "accelerate": "accelerate",
+        "torchtune": "torchtune",
+    }
+    peer, pairs = "", 0
+    for line in (Path(__file__).parents[3] / "docs" / "migration.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and cells[0] in titles:
+            peer = titles[cells[0]]
+        elif len(cells) == 3 and "`" in cells[0]:
+            keys, ours = (re.findall(r"`([^`]+)`", cell) for cell in cells[:2])
+            for key, setting in zip(keys, ours * (len(keys) if len(ours) == 1 else 1), strict=True):
+                row = JOINS[peer][0].row(key)
+                assert isinstance(row, To | Together), key
+                assert row.setting == setting, (key, row.setting)
+                pairs += 1
+    assert pairs > 60

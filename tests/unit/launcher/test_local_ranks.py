@@ -1,0 +1,149 @@
+"""A run of local ranks without Ray: how the ends of their processes become an end of the run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.start import local_group, local_ranks
+from launcher.start.attempts import Attempts
+from launcher.start.local_rank import outcome_of
+from launcher.start.local_ranks import ranks_here, run_here
+from launcher.view.status import read_status
+from trainer.config import Config, override, parse_config
+from trainer.data.compile.prepare import Datasets
+from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, StorageError
+from trainer.processes import children
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import take
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    text = (
+        f"run: {{name: one, store: {tmp_path}}}\nmodel: {{base: /m}}\ndata: {{train: [{{path: d}}]}}\ntrain:"
+        " {steps: 2}"
+    )
+    return parse_config(text + "\nretry: {failures: 1}")
+
+
+def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str, ranks: int = 1) -> list[str]:
+    """Run the driver over ranks that are these programs in turn, whose arguments are the files of the task and of the
+    outcome.
+    """
+    script, log = iter(programs), list[str]()
+
+    def start(command: list[str], **options: Any) -> "subprocess.Popen[Any]":
+        return children.start([sys.executable, "-c", f"import sys; {next(script)}", *command[3:]], **options)
+
+    monkeypatch.setattr(local_ranks, "children", type("", (), {"start": staticmethod(start)}))
+    monkeypatch.setattr(local_group, "_LOOK_SECONDS", 0.05)
+    owner = take(run_folder(config), "capstan train", 0)
+    run_here(Attempts(config, Datasets("d", None), owner, resume=False), ranks, log.append)
+    assert next(script, None) is None
+    assert log[0] == f"launch: starts {('the process of 1 rank', 'the processes of 2 ranks')[ranks - 1]}"
+    return [line for line in log if not line.startswith("launch: ")]
+
+
+def ends_with(error: BaseException) -> str:
+    return f"open(sys.argv[2], 'w').write({json.dumps(outcome_of(error))!r}); sys.exit(1)"
+
+
+DONE = "import json; json.load(open(sys.argv[1])); open(sys.argv[2], 'w').write('{}')"
+
+
+def test_a_rank_that_is_done_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drive(config, monkeypatch, DONE) == []
+
+
+def test_a_rank_that_is_killed_is_started_again_and_a_second_death_ends_the_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (why,) = drive(config, monkeypatch, KILLED, DONE)
+    assert why.startswith("rank 0 died: its process was killed by signal 9. Starting again")
+    with pytest.raises(CapstanError, match=r"rank 0 died: its process ended with exit code 3 \(no memory\).*failure 2"):
+        drive(override(config, "run.name=two"), monkeypatch, KILLED, "print('no memory', file=sys.stderr); sys.exit(3)")
+    status = read_status(run_folder(override(config, "run.name=two")))
+    assert (status.state, status.reason) == ("failed", "rank 0 died: its process ended with exit code 3 (no memory)")
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong"), NonFiniteLoss("nan", {"epoch": 0})], ids=str)
+def test_an_error_of_ours_keeps_its_kind(config: Config, monkeypatch: pytest.MonkeyPatch, error: CapstanError) -> None:
+    rules = override(config, "retry.skip_bad_window=false")
+    with pytest.raises(type(error), match=str(error)) as caught:
+        drive(rules, monkeypatch, ends_with(error))
+    assert getattr(caught.value, "window", None) == getattr(error, "window", None)
+
+
+def test_a_certain_crash_ends_the_run_at_its_second_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, crash = override(config, "retry.failures=9"), ends_with(IndexError("list index out of range"))
+    with pytest.raises(
+        CapstanError, match="IndexError: list index out of range. It is the second crash before the first"
+    ):
+        drive(rules, monkeypatch, crash, ends_with(StorageError("503")), crash)
+
+
+def test_a_stop_that_need_not_wait_for_a_step_ends_the_rank(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(config)
+    run.create(layout.manifest(4), b"a checkpoint")
+    monkeypatch.setattr("launcher.start.attempts._LOOK_SECONDS", 0.0)
+    run.put(layout.STOP, b"{}")
+    with pytest.raises(CapstanError, match="stopped by somebody while the run was starting") as caught:
+        drive(config, monkeypatch, WAITS)
+    assert caught.value.exit_code == 75
+
+
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+WAITS = "import time; time.sleep(60)"
+
+
+def test_a_rank_that_is_killed_ends_those_that_wait_for_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_group, "_LAST_WORDS_SECONDS", 0.2)
+    (why,) = drive(config, monkeypatch, WAITS, KILLED, DONE, DONE, ranks=2)
+    assert why.startswith("rank 1 died: its process was killed by signal 9. Starting again")
+
+
+def test_the_cause_is_what_the_first_rank_to_fail_has_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = f"import time; time.sleep(0.3); {ends_with(RuntimeError('connection closed by peer'))}"
+    (why,) = drive(config, monkeypatch, lost, ends_with(IndexError("list index out of range")), DONE, DONE, ranks=2)
+    assert why.startswith("rank 1 failed: IndexError: list index out of range. Starting again")
+
+
+def test_an_error_of_ours_is_the_cause_though_it_comes_late(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = f"import time; time.sleep(0.3); {ends_with(ConfigError('wrong'))}"
+    with pytest.raises(ConfigError, match="wrong"):
+        drive(config, monkeypatch, KILLED, late, ranks=2)
+
+
+def test_each_rank_has_its_place(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    tell = (
+        f"import os; open({str(tmp_path)!r} + '/place-' + os.environ['RANK'], 'w').write(' '.join(map(os.environ.get,"
+        f" {names})))"
+    )
+    drive(config, monkeypatch, *[f"{tell}; {DONE}"] * 2, ranks=2)
+    (*first, port), (*second, same) = ((tmp_path / f"place-{rank}").read_text().split() for rank in range(2))
+    assert (first, second) == (["0", "0", "2", "2", "127.0.0.1"], ["1", "1", "2", "2", "127.0.0.1"])
+    assert port == same
+
+
+def test_ranks_stay_here_unless_they_ask_for_ray(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, given, expected in (
+        (0, "", 1),
+        (1, "", 1),
+        (2, "", 2),
+        (2, "cluster.workers=1", 1),
+        (2, "cluster.workers=[1, 8]", 2),
+        (2, "cluster.workers=4", None),
+        (2, "cluster.gpus_per_worker=0", 1),
+        (0, "cluster.workers=2", 2),
+        (0, "cluster.workers=[1, 2]", 2),
+        (0, "cluster.ray.resources={special: 1}", None),
+        (0, "cluster.ray.address=local", None),
+    ):
+        monkeypatch.setattr(local_group, "local_gpus", lambda gpus=gpus: gpus)
+        assert ranks_here(override(config, given) if given else config) == expected, given

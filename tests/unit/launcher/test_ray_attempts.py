@@ -1,0 +1,214 @@
+"""The driver's attempts at a run, without a Ray: what an end is judged by, and a store that does not answer for a
+while.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.cluster.ray import group, train
+from launcher.cluster.ray.cluster import Need
+from launcher.cluster.ray.group import RankGroup
+from launcher.policy.retry import Failure
+from launcher.start import attempts
+from launcher.start.attempts import Attempts, Watch
+from launcher.view.status import read_status
+from trainer.config import Config, parse_config
+from trainer.data.compile.prepare import Datasets
+from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
+from trainer.plan import assemble
+from trainer.processes import devices
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import take
+from trainer.run.records import read_records
+from trainer.store.store import Store
+
+NOTHING_STARTED = Failure("Ray could not start the ranks", None)
+Attempt = Callable[[Store], Failure | None]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse_config(
+        f"""
+run: {{name: big, store: {tmp_path}}}
+model: {{base: /m}}
+data: {{train: [{{path: d}}]}}
+train: {{steps: 20}}
+cluster: {{ray: {{resize_interval: 1}}}}
+retry: {{failures: 2}}
+"""
+    )
+
+
+@pytest.fixture
+def run(config: Config) -> Store:
+    return run_folder(config)
+
+
+def ranks_that(generation: int, *records: dict[str, Any], end: Failure | None) -> Attempt:
+    """An attempt whose ranks claim `generation` and leave these records."""
+
+    def attempt(run: Store) -> Failure | None:
+        lines = [{"kind": "start", "step": 0, "total_steps": 20}, *records]
+        run.put(layout.metrics(generation), "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return end
+
+    return attempt
+
+
+def no_ranks(run: Store) -> Failure:
+    return NOTHING_STARTED
+
+
+def drive(config: Config, *made: Attempt) -> list[str]:
+    """Run the driver over these attempts; returns why each was followed by another."""
+    log, script = list[str](), iter(made)
+    owner = take(run_folder(config), "capstan train", 0)
+    attempts.keep_trying(
+        Attempts(config, Datasets("d", None), owner, resume=False), lambda: next(script)(owner.run), log.append
+    )
+    assert next(script, None) is None
+    return log
+
+
+def ends(run: Store, generation: int) -> list[str]:
+    return [record["reason"] for record in read_records(run, generation) if record["kind"] == "end"]
+
+
+def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"kind": "step", "step": 7, "loss": 1.0, "tokens": 1, "seconds": 1.0}
+    hang = {"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in step 8", "hung_ranks": [1]}
+    log = drive(
+        config,
+        ranks_that(1, step, hang, end=Failure("rank 1 died", None)),
+        no_ranks,
+        ranks_that(3, end=None),
+    )
+    assert [reason.partition(". ")[0] for reason in log] == ["rank 1 hangs in step 8", NOTHING_STARTED.reason]
+    assert (ends(run, 1), ends(run, 2), ends(run, 3)) == (["rank 1 hangs in step 8"], [NOTHING_STARTED.reason], [])
+
+
+def test_the_end_of_a_run_whose_last_attempt_had_no_ranks_is_its_status(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CapstanError, match="failure 3.*`capstan logs big --store /.*` shows more"):
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), no_ranks, no_ranks)
+    status = read_status(run)
+    assert (status.state, status.reason) == ("failed", NOTHING_STARTED.reason)
+    assert ends(run, 1) == ["rank 1 died"]
+
+
+@pytest.mark.parametrize("error", [Stopped("stopped by alice"), ConfigError("no room")], ids=str)
+def test_a_run_that_ends_between_two_attempts_is_not_one_that_restarts(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, error: CapstanError
+) -> None:
+    def ends(run: Store) -> None:
+        raise error
+
+    run.create(layout.manifest(4), b"a checkpoint")
+    with pytest.raises(Stopped) as caught:
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), ends)
+    status = read_status(run)
+    assert (status.state, status.reason) == ("stopped", str(caught.value))
+
+
+def down(*_: Any, **__: Any) -> Any:
+    raise Unreachable("503")
+
+
+@pytest.mark.parametrize("call", ["generations", "newest_records", "record_end", "committed_steps", "record_restart"])
+def test_a_store_that_does_not_answer_when_an_attempt_has_ended_ends_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with monkeypatch.context() as outage:
+
+        def store_fails(run: Store) -> Failure:
+            outage.setattr(attempts, call, down)
+            return Failure("503", StorageError("503"))
+
+        def store_works(run: Store) -> None:
+            outage.undo()
+
+        made = (store_fails, store_works)
+        if call == "generations":
+            asked = iter((lambda run: [], down, lambda run: []))
+            outage.setattr(attempts, call, lambda run: next(asked)(run))
+            made = (no_ranks, store_works)
+        drive(config, *made)
+
+
+def test_a_store_that_never_answers_again_ends_the_run_with_its_own_exit_code(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call in ("generations", "newest_records", "record_end", "committed_steps", "record_restart"):
+        monkeypatch.setattr(attempts, call, down)
+    with pytest.raises(StorageError, match="failure 3") as caught:
+        drive(config)
+    assert caught.value.exit_code == 6
+
+
+def test_a_look_that_the_store_fails_is_said_once_and_made_again(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = take(run, "capstan train", 0)
+    made = Attempts(config, Datasets("d", None), owner, resume=False)
+    ranks = train._Group(made, Need(1, 4, {}), 2)
+    watch = Watch(made, ranks.look)
+    monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(train, "room", lambda each: 2)
+    ranks._counted -= 100
+    with monkeypatch.context() as outage:
+        outage.setattr(attempts, "newest_records", down)
+        watch.look()
+        watch.look()
+    assert capsys.readouterr().err.count("503") == 1
+    ranks_that(1, end=None)(run)
+    with monkeypatch.context() as outage:
+        outage.setattr(train, "request_restart", down)
+        watch.look()
+        assert ranks.resizing
+    assert not run.exists(layout.RESTART)
+    ranks._counted -= 100
+    watch.look()
+    assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
+
+
+def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_over(run: Store) -> Failure:
+        take(run, "capstan resume", 1)
+        ranks_that(2, end=None)(run)
+        return Failure("rank 0 died", None)
+
+    with pytest.raises(Superseded, match="has been taken over"):
+        drive(config, ranks_that(1, end=Failure("rank 1 died", None)), taken_over)
+    assert (ends(run, 1), ends(run, 2)) == (["rank 1 died"], [])
+
+
+def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU build of torch has no NCCL and says no more than that."""
+    monkeypatch.setattr(devices, "listed_gpus", lambda: [devices.ListedGpu("GPU-1")])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told = list[tuple[str, int]]()
+    monkeypatch.setattr(group, "_tell", lambda *place: told.append(place))
+    workers: Any = SimpleNamespace(
+        execute=lambda function, *arguments: function(*arguments),
+        execute_single=lambda _rank, _function: ("127.0.0.1", 4711),
+    )
+    ranks = RankGroup("nccl")
+    monkeypatch.setattr(assemble, "torch_gpus", lambda: (0, None))
+    with pytest.raises(ConfigError, match=r"has 1 GPU, but this torch is a CPU build\. Install one for CUDA"):
+        ranks.backend_cls().on_start(workers, ranks)
+    assert told == []
+    monkeypatch.setattr(assemble, "torch_gpus", lambda: (1, "13.0"))
+    ranks.backend_cls().on_start(workers, ranks)
+    assert told == [("127.0.0.1", 4711)]

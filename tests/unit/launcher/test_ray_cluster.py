@@ -1,0 +1,82 @@
+"""How many ranks find room on a cluster, and what it lacks, from the numbers alone."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.ray import cluster
+from launcher.cluster.ray.cluster import fits, joined_ray, local_ray, shortage
+from launcher.cluster.slurm import submit
+from launcher.drive.local import start
+from tests.unit.launcher.test_slurm_script import config as slurm_config
+from trainer.config import parse_config
+from trainer.errors import CapstanError, ConfigError
+
+GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
+
+
+def test_ranks_are_counted_machine_by_machine():
+    free = {"a": {"CPU": 64.0, "GPU": 8.0}, "b": {"CPU": 10.0, "GPU": 8.0}, "head": {"CPU": 64.0}}
+    assert fits(free, GPU_RANK) == 8 + 2
+
+
+def test_a_rank_needs_all_it_asks_for_on_one_machine():
+    assert fits({"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}, GPU_RANK) == 0
+
+
+def test_what_is_missing_is_said_in_numbers():
+    total = {"CPU": 64.0, "GPU": 8.0, "memory": 100 * 2**30}
+    each = {"CPU": 4.0, "GPU": 1.0, "memory": 16.0 * 2**30, "fast_disk": 1.0}
+    assert shortage(16, each, total) == (
+        "asked for 16 GPUs, the cluster has 8 and asked for 256 GiB of memory, the cluster has 100 and asked for 16 "
+        "fast_disk, the cluster has 0"
+    )
+    assert not shortage(2, GPU_RANK, total)
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    def init(**_options: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")  # as Ray does itself
+
+    monkeypatch.setattr("ray.init", init)
+    said = r"^Ray did not start on this machine: The current node timed out during startup. Try again.$"
+    with pytest.raises(CapstanError, match=said), local_ray(1):
+        pass
+
+
+INSTALL = r" needs Ray. Install it: pip install 'capstan-llm\[ray\]'.$"
+
+
+def test_what_needs_ray_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(cluster, "find_spec", lambda package: None if package == "ray" else package)
+    run = (
+        f"{{run: {{name: one, store: {tmp_path}}}, model: {{base: /m}}, data: {{train: [{{path: d}}]}}, train: {{steps:"
+        " 2}}"
+    )
+
+    def begin(setting: str) -> None:
+        start(parse_config(run, [setting]), resume=False, take_over=False, live=False, log=print)
+
+    with pytest.raises(ConfigError, match=f"^cluster.ray.address: head:6379{INSTALL}"), joined_ray("head:6379"):
+        pass
+    with pytest.raises(ConfigError, match=f"^A Ray on this machine{INSTALL}"), local_ray(1):
+        pass
+    with pytest.raises(ConfigError, match=f"^cluster.ray.address: head:6379{INSTALL}"):
+        begin("cluster.ray.address=head:6379")
+    with pytest.raises(ConfigError, match=f"^cluster.ray{INSTALL}"):
+        begin("cluster.ray.address=local")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_slurms_nodes_need_ray_where_they_share_this_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "find_spec", lambda package: None)
+
+    def dry_run(*settings: str) -> None:
+        run = slurm_config("cluster.slurm.gpus_per_node=8", "run.store=/runs", *settings)
+        submit.submit(run, resume=False, take_over=False, after=None, dry_run=True, log=print)
+
+    with pytest.raises(ConfigError, match=f"^cluster.slurm.launch: ray{INSTALL}"):
+        dry_run()
+    for elsewhere in ("launch=direct", "python=/opt/bin/python", "container=[apptainer]"):
+        with pytest.raises(ConfigError, match="/models/base"):  # the next thing that is missing
+            dry_run(f"cluster.slurm.{elsewhere}")

@@ -1,0 +1,143 @@
+"""The smoke run's material: real question-answer pairs, a tokenizer and a base that plain transformers loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.smoke.sample import Sample, Sizes, make_sample
+from launcher.smoke.stdlib_docs import pairs, split
+
+SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return make_sample(tmp_path_factory.mktemp("sample"), sizes=SMALL)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sample: Sample) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(sample.base)
+
+
+def test_the_pairs_are_the_same_in_every_process() -> None:
+    program = (
+        "import hashlib; from launcher.smoke.stdlib_docs import pairs;"
+        " print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_there_are_thousands_of_pairs_and_no_answer_occurs_twice() -> None:
+    found = pairs()
+    train, held_out = split(found)
+    assert len(train) > 3000
+    assert len(held_out) > 50
+    assert not set(train) & set(held_out)
+    assert len({answer for _, answer in found}) == len(found)
+    assert max(len(answer) for _, answer in found) <= 1200
+    answers = dict(found)
+    assert answers["What does os.path.join do?"].startswith("Join two or more pathname components")
+    assert "What does json.dumps do?" in answers
+    assert "What does antigravity.geohash do?" not in answers
+
+
+def test_the_files_hold_chat_rows(sample: Sample) -> None:
+    rows = [json.loads(line) for path in sample.train for line in Path(path).read_text().splitlines()]
+    assert len(sample.train) > 1
+    assert len(rows) > 3000
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(message["content"] for message in row["messages"])
+    held_out = [line for path in sample.eval for line in Path(path).read_text().splitlines()]
+    assert len(held_out) > 50
+
+
+TEXTS = [
+    "def f(a, b):\n    return  a+b\n",
+    "  indented, \ttabs",
+    "unseen: é 漢字 🙂",
+    "<|im_start|>user\nhi<|im_end|>\n",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_fast_tokenizer_gives_the_text_back_with_offsets(tokenizer: Any, text: str) -> None:
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert tokenizer.is_fast
+    assert tokenizer.decode(encoded["input_ids"]) == text
+    covered = {position for start, end in encoded["offset_mapping"] for position in range(start, end)}
+    assert covered == set(range(len(text)))
+
+
+def test_the_fast_tokenizer_agrees_with_sentencepiece(sample: Sample, tokenizer: Any) -> None:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(sample.base) / "tokenizer.model"))  # type: ignore[call-arg]
+    for _, answer in pairs()[::20]:
+        assert tokenizer.encode(answer, add_special_tokens=False) == processor.encode(answer)
+
+
+def test_the_chat_template_marks_what_the_assistant_says(tokenizer: Any) -> None:
+    assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.all_special_tokens)
+    messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    trained = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(trained) == "Yes.<|im_end|>"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+
+
+def test_the_base_is_an_ordinary_sharded_model_that_has_learnt(sample: Sample, tokenizer: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = Path(sample.base)
+    assert len(list(base.glob("*.safetensors"))) >= 2
+    assert (base / "model.safetensors.index.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.dtype == torch.bfloat16
+    assert model.config.vocab_size % 64 == 0
+    assert model.config.vocab_size >= len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert sample.loss_after < sample.loss_before - 0.3
+
+
+def test_a_made_sample_is_not_made_again_and_a_half_made_one_is(sample: Sample) -> None:
+    directory = Path(sample.base).parent
+    weights = next(Path(sample.base).glob("*.safetensors"))
+    before = weights.stat().st_mtime_ns
+    assert make_sample(directory, sizes=SMALL) == sample
+    assert weights.stat().st_mtime_ns == before
+
+    (directory / "sample.json").unlink()
+    make_sample(directory, sizes=SMALL)
+    assert weights.stat().st_mtime_ns != before
+    assert (directory / "sample.json").exists()
+
+
+def test_importing_the_module_leaves_torch_alone() -> None:
+    program = (
+        "import sys, launcher.smoke.sample; assert not {'torch', 'transformers', 'sentencepiece'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -1,0 +1,298 @@
+"""Beside a run that learns from what servers sample processes are kept alive: the servers, where they start with the
+run, and the one that asks them.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cluster.slurm import script
+from launcher.plan.planning import plan_run
+from launcher.start import local_group, server
+from launcher.start import sidecars as module
+from launcher.start.local_group import check_servers_here, count_ranks, gpus_of_server
+from launcher.start.server import keep_server, server_command
+from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of, sidecars_sentence
+from tests.dist import stub_server
+from tests.material import Workshop
+from trainer.config import Config, dump_config, override
+from trainer.errors import CapstanError, ConfigError, DataError, NotFound
+from trainer.plan.resolve import resolve
+from trainer.processes import children, guard
+from trainer.processes.devices import visible_gpus
+from trainer.run import layout
+from trainer.run.segments import read_stream
+from trainer.store.store import Store
+
+SERVERS = ("objective.name=grpo", "rollout.reward=exact", "rollout.engine=[http://gpu-1:8000]")
+STUB = f"rollout.serve.command=[{sys.executable}, {stub_server.__file__}]"
+SERVE = (*SERVERS, "rollout.engine=serve", STUB, "rollout.serve.gpus=0")
+FAILS = "import sys, time; print('no server answers', file=sys.stderr)"
+STAYS = "import sys, time; print('sampled', file=sys.stderr, flush=True); time.sleep(600)"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("beside"))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, name in ((module, "_LOOK_SECONDS"), (server, "_LOOK_SECONDS"), (module, "_PLACED_AGAIN_SECONDS")):
+        monkeypatch.setattr(place, name, 0.02)
+    monkeypatch.setattr(server, "_END_SECONDS", 0.5)
+
+
+def until(holds: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+@contextmanager
+def kept(keep: Callable[..., None], *given: Any) -> Iterator[list[str]]:
+    """What is told while it is kept in a thread, which has ended behind the block."""
+    over, told = threading.Event(), list[str]()
+    thread = threading.Thread(target=keep, args=(*given, over, told.append))
+    thread.start()
+    try:
+        yield told
+    finally:
+        over.set()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_process_that_asks_servers_is_started_again_and_ends_with_the_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, commands = iter((f"{FAILS}; sys.exit(1)", f"{FAILS}; sys.exit(1)", STAYS)), list[list[str]]()
+    started, run, real = list[subprocess.Popen[bytes]](), workshop.store.sub("first"), children.family
+
+    @contextmanager
+    def family(command: list[str], *given: Any, **options: Any) -> Iterator[Any]:
+        commands.append(command)
+        with real([sys.executable, "-c", next(programs)], *given, **options) as process:
+            started.append(process)
+            yield process
+
+    monkeypatch.setattr(server.children, "family", family)
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    with kept(module._keep_asking, run) as told:
+        until(lambda: len(started) == 3 and b"sampled" in said(run, "rollout"))
+        assert started[-1].poll() is None
+    assert started[-1].poll() == -signal.SIGTERM
+    assert {tuple(command[1:]) for command in commands} == {("-m", "launcher.cli", "rollout", run.uri)}
+    assert said(run, "rollout") == b"no server answers\nno server answers\nsampled\n"
+    assert told == ["capstan rollout ended with exit code 1: no server answers; it is started again every 0.01 s"]
+
+
+def said(run: Store, name: str) -> bytes:
+    try:
+        return read_stream(run, layout.LOGS, layout.sidecar_log(1, name))
+    except NotFound:
+        return b""
+
+
+def test_what_is_lost_is_placed_again_and_all_ends_with_the_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told, placed = workshop.store.sub("placed"), list[str](), dict[str, list[Child]]()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    seen = "import os, sys, time; print(sorted({'RANK', 'SLURM_PROCID'} & {*os.environ}), flush=True)"
+
+    def place(one: Sidecar) -> Child:
+        again = placed.setdefault(one.name, [])
+        program = f"{seen}; sys.exit(3)" if one.name == "server-1" and not again else f"{seen}; time.sleep(600)"
+        again.append(Child([sys.executable, "-c", program], {}))
+        return again[-1]
+
+    run.put(layout.server("server-7"), b"http://of-a-start-that-was-killed")
+    with sidecars_alive(
+        sidecars_of(workshop.config("placed", *SERVE, "rollout.serve.replicas=2")), run, place, told.append
+    ):
+        assert not run.exists(layout.server("server-7"))
+        until(lambda: told.count("[]") == 4)
+        assert {name: len(children) for name, children in placed.items()} == {
+            "server-1": 2,
+            "server-2": 1,
+            "rollout": 1,
+        }
+    processes = [child._process for one in placed.values() for child in one]
+    assert [process.poll() for process in processes] == [3, -15, -15, -15]
+    lost = "server-1: the process that keeps it ended with exit code 3; it is started again"
+    assert [line for line in told if line != "[]"] == [lost]
+
+
+def test_a_server_is_kept_alive_where_capstan_rollout_finds_it_and_leaves_nothing(workshop: Workshop) -> None:
+    config, run = workshop.config("serves", *SERVE, "rollout.serve.options=[--engine]"), workshop.store.sub("serves")
+    key = layout.server("server-1")
+    with kept(keep_server, config, run, "server-1", "127.0.0.1") as told:
+        url = run.get(until(lambda: run.exists(key) and key))
+        first, engine = until(lambda: len(found := of(workshop)) == 2 and sorted(found))
+        os.kill(first, signal.SIGKILL)
+        until(lambda: engine not in of(workshop))
+        until(lambda: len(of(workshop)) == 2 and run.exists(key))
+        assert run.get(key) == url  # who asks it need not be told
+    assert not of(workshop)
+    assert not run.exists(key)
+    assert [line.partition(",")[0].partition(" at ")[0] for line in told] == [
+        *(began := [f"server-1: {sys.executable} {stub_server.__file__} starts on {socket.gethostname()}", "server-1 answers"]),
+        f"server-1 ended with exit code -9: serves {config.model.base} on GPUs {os.environ.get('CUDA_VISIBLE_DEVICES')} of ['{config.model.base}'",
+        *began,
+    ]  # fmt: skip
+    assert said(run, "server-1").count(b"serves ") == 2
+
+
+def of(workshop: Workshop) -> list[int]:
+    """The servers of its base, and what they have started."""
+    base, found = str(workshop.base).encode(), list[int]()
+    for number in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if base in words or b"engine of " + base in words:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        (["rollout.serve.options=[--broken]"], DataError, "rollout.serve: server-1 ended with exit code 1: .*the engine did not start. It has died 3 times in a row"),
+        (["rollout.serve.options=[--silent]", "rollout.serve.start_seconds=0.3"], ConfigError, r"start_seconds: server-1 has not answered http://127.0.0.1:\d+/health within 0.3 s; it said last: "),
+        (["rollout.serve.command=[no-such-program, serve]"], ConfigError, "rollout.serve.command: 'no-such-program' does not start on .*not found"),
+        (["rollout.serve.command=[/etc/hostname]"], ConfigError, "rollout.serve.command: '/etc/hostname' does not start on"),
+    ],
+    ids=["broken", "silent", "missing", "no-program"],
+)  # fmt: skip
+def test_a_server_that_does_not_come_up_is_a_sentence(
+    workshop: Workshop, settings: list[str], kind: type[CapstanError], words: str
+) -> None:
+    config = workshop.config("fails", *SERVE, *settings)
+    with pytest.raises(kind, match=words):
+        keep_server(config, workshop.store.sub("fails"), "server-1", "127.0.0.1", threading.Event(), print)
+    assert not of(workshop)
+
+
+@pytest.mark.parametrize("killed", ["keeper", "keeper's parent"])
+def test_a_server_ends_with_its_keeper_however_that_ends(workshop: Workshop, killed: str) -> None:
+    config, run = workshop.config("orphan", *SERVE, "rollout.serve.options=[--engine]"), workshop.store.sub("orphan")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    command = Sidecar("server-1", 0, is_near=False).command(run.uri, "127.0.0.1")
+    parent = f"from trainer.processes import children; children.run({command!r})"
+    whole = [sys.executable, "-c", parent] if killed == "keeper's parent" else command
+    with subprocess.Popen(whole, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[3]) as process:
+        until(lambda: len(of(workshop)) == 2)
+        process.kill()
+    until(lambda: not of(workshop), guard.PATIENCE_SECONDS + 5)
+
+
+def test_a_port_that_is_taken_is_not_asked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert server._free_port("127.0.0.1", port) != port
+    assert server._free_port("127.0.0.1", port) == port
+
+
+def test_the_command_has_what_the_run_needs_of_vllm(workshop: Workshop) -> None:
+    config = workshop.config("words", *SERVERS, "rollout.engine=serve", "tuning.rank=40", "model.dtype=fp32")
+    assert server_command(config, "10.0.0.1", 8001, 64)[1:] == [
+        "serve", str(workshop.base), "--host=10.0.0.1", "--port=8001", "--served-model-name=base", "--dtype=float32", "--max-model-len=64",
+        "--enable-lora", "--max-loras=2", "--max-lora-rank=64",
+    ]  # fmt: skip
+    more = override(config, "rollout.serve={gpus: 4, command: [x], base: /as-quantized, options: [--max-model-len=32]}")
+    assert server_command(more, "10.0.0.1", 8001, 64)[:2] == ["x", "/as-quantized"]
+    assert server_command(more, "10.0.0.1", 8001, 64)[-2:] == ["--tensor-parallel-size=4", "--max-model-len=32"]
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
+    monkeypatch.setattr("trainer.processes.devices.local_gpus", lambda *_: count)
+    monkeypatch.setattr(local_group, "local_gpus", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def test_the_last_gpus_of_this_machine_are_the_servers(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (*SERVE, "rollout.serve.replicas=2", "rollout.serve.gpus=2", "cluster.workers=null")
+    config = workshop.config("split", *given, "cluster.gpus_per_worker=null")
+    gpus(monkeypatch, 8)
+    assert count_ranks(config, config.rollout.serving_gpus) == 4
+    assert [gpus_of_server(number, 2, visible_gpus()) for number in range(2)] == ["6,7", "4,5"]
+    gpus(monkeypatch, 5, "GPU-a,GPU-b,GPU-c,GPU-d,GPU-e")
+    assert [gpus_of_server(number, 2, visible_gpus()) for number in range(2)] == ["GPU-d,GPU-e", "GPU-b,GPU-c"]
+    assert gpus_of_server(1, 0, visible_gpus()) == ""
+    check_servers_here(config, 1)
+    with pytest.raises(
+        ConfigError, match=r"rollout.serve: 2 x 2 GPUs for servers and 2 for ranks are more than the 5 of"
+    ):
+        check_servers_here(config, 2)
+    gpus(monkeypatch, 0)
+    with pytest.raises(
+        ConfigError, match=r"2 x 2 GPUs for servers and 0 for ranks are more than the 0 of .* \(0 serves on CPUs\)"
+    ):
+        check_servers_here(config, 2)
+    with pytest.raises(ConfigError, match="rollout.serve.command: 'vllm' is not found on"):
+        check_servers_here(override(config, "rollout.serve.command=[vllm, serve]"), 1)
+
+
+def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
+    serve = "rollout.serve={replicas: 2, gpus: 4}"
+    given = (*SERVERS, "rollout.engine=serve", serve, "cluster.workers=8", "cluster.gpus_per_worker=1", "train.steps=5")
+    (said,) = [note for note in plan_run(workshop.config("p", *given), "80GB", None).plan.notes if "rollout: " in note]
+    assert "by 2 servers that start with the run, with an adapter at most 1 updates old" in said
+    assert "The ranks take 8 GPUs and the servers 8, 16 GPUs together; each server has 4 GPUs for a base of" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("rollout.serve.options=[--port=8000]", "rollout.serve.options: --port=8000 is not allowed, as Capstan chooses the address"),
+        ("rollout.serve.command=[]", "rollout.serve.command: names no program"),
+        ("rollout.engine=server", "rollout.engine"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_a_sentence(workshop: Workshop, setting: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        workshop.config("wrong", *SERVE, setting)
+
+
+def test_servers_that_would_not_start_are_refused(workshop: Workshop) -> None:
+    config: Config = workshop.config("idle", *SERVE, "rollout.engine=own")
+    with pytest.raises(ConfigError, match="rollout.serve: has no effect without rollout.engine: serve"):
+        resolve(config)
+
+
+def test_a_run_that_asks_no_server_has_none(workshop: Workshop) -> None:
+    own = workshop.config("first", *SERVERS, "rollout.engine=own")
+    with sidecars_alive(sidecars_of(own), workshop.store.sub("first"), lambda _: pytest.fail("it was placed"), print):
+        assert sidecars_of(own) == []
+        assert sidecars_sentence(own) is None
+
+
+def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
+    job = workshop.config("first", *SERVERS, "cluster.workers=2", "cluster.slurm.nodes=2")
+    text = script.render(job, "s3://bucket/first", "abc", {})
+    assert "\n# beside the ranks, where the run is driven: capstan rollout, which has http://gpu-1:8000 sample" in text
+    assert "capstan rollout" not in script.render(override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {})
+    serve = override(job, "rollout.engine=serve", "rollout.serve.replicas=2")
+    assert (
+        sidecars_sentence(serve)
+        == "beside the ranks: 2 servers (vllm serve) on 1 GPU each, and capstan rollout, which has them sample; each"
+        " ends with the run, and is started again when it dies"
+    )

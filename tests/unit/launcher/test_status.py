@@ -1,0 +1,306 @@
+"""`capstan status`, `logs` and `stop` read a run from its folder alone."""
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launcher.view.logs import follow_log, read_log
+from launcher.view.runs import find_run, runs
+from launcher.view.status import Follower, RunStatus, read_generation, read_status
+from launcher.view.tables import render, watch
+from tests.unit.run.made_records import NOW, end, start, step, write
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.requests import request_stop
+from trainer.store.store import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def run(store: Store) -> Store:
+    store.put("demo/config.yaml", b"run: {name: demo}\n")
+    return store.sub("demo")
+
+
+def status_at(run: Store, now: float = NOW) -> RunStatus:
+    return read_status(run, clock=lambda: now)
+
+
+def test_a_run_without_metrics_is_starting(run: Store) -> None:
+    status = status_at(run)
+    assert (status.state, status.step, status.generation) == ("starting", 0, 0)
+
+
+def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Store) -> None:
+    write(run, 1)
+    modified = run.head(layout.metrics(1)).modified.timestamp()
+    status = status_at(run, modified + 300)
+    assert status.state == "starting"
+    assert status.quiet_seconds == pytest.approx(300)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kind": "step"},
+        {"kind": "step", "step": "3", "loss": 1.0, "tokens": 1, "seconds": 1.0},
+        {"kind": "start", "machines": 5, "step": 0},
+        {"kind": "end"},
+        {"kind": ["end"]},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": math.inf},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": math.nan},
+        {"kind": "step", "step": 1, "loss": 3.0, "tokens": 1, "seconds": 10**400},
+        {"kind": "first_step", "seconds": -math.inf},
+    ],
+    ids=lambda odd: str(odd)[:80],
+)
+def test_a_record_that_lacks_what_everybody_needs_is_left_out(run: Store, odd: dict) -> None:
+    write(run, 1, start(1), step(1, 3.0))
+    plain = status_at(run, NOW + 5)
+    write(run, 1, start(1), odd, step(1, 3.0), odd)
+    assert status_at(run, NOW + 5) == plain
+    Console(file=io.StringIO()).print(render(status_at(run, NOW + 5)))
+
+
+def test_a_running_run(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.5), {"kind": "eval", "step": 2, "loss": 2.7, "targets": 9})
+    status = status_at(run, NOW + 5)
+    assert status.state == "running"
+    assert (status.step, status.total_steps, status.world_size) == (2, 20, 2)
+    assert (status.loss_first, status.loss, status.eval_loss) == (3.0, 2.5, 2.7)
+    assert status.tokens_per_second == 500.0
+    assert status.eta_seconds == 18 * 2.0
+    assert status.quiet_seconds == 5
+    assert status.last_commit_step is None
+
+
+@pytest.mark.parametrize(("quiet", "state"), [(119.0, "running"), (120.0, "silent")])
+def test_a_run_that_writes_nothing_for_two_minutes_is_silent(run: Store, quiet: float, state: str) -> None:
+    write(run, 1, start(1), step(1, 3.0))
+    assert status_at(run, NOW + quiet).state == state
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
+def test_the_end_is_final_however_long_ago(run: Store, outcome: str) -> None:
+    write(run, 1, start(1), step(1, 3.0), end(outcome, "because"))
+    status = status_at(run, NOW + 1e6)
+    assert (status.state, status.reason, status.eta_seconds) == (outcome, "because", None)
+
+
+def test_a_later_generation_replaces_the_steps_it_takes_again(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.9), step(3, 2.8))
+    write(run, 2, start(2, step=1, world_size=1), step(2, 2.0))
+    status = status_at(run)
+    assert (status.generation, status.step, status.loss, status.loss_first) == (2, 2, 2.0, 3.0)
+    assert status.world_size == 1
+
+    write(run, 3, start(3, step=0), step(1, 3.5))
+    assert status_at(run).loss_first == 3.5
+
+
+def test_just_after_a_restart_the_step_is_the_restored_one_and_the_loss_the_last_known(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.9))
+    write(run, 2, start(2, step=1))
+    status = status_at(run)
+    assert (status.state, status.step, status.loss) == ("starting", 1, 2.9)
+
+
+def test_restarts_name_their_reasons(run: Store) -> None:
+    write(run, 1, start(1), end("failed", "RuntimeError: boom [gpu 3]"))
+    write(run, 2, start(2, step=5), step(6, 2.0))
+    write(run, 3, start(3, step=6))
+    restarts = status_at(run).restarts
+    assert [(restart.generation, restart.step) for restart in restarts] == [(2, 5), (3, 6)]
+    assert restarts[0].reason == "RuntimeError: boom [gpu 3]"
+    assert "without a word" in restarts[1].reason
+
+
+def test_the_last_commit_is_what_the_store_holds(run: Store) -> None:
+    write(run, 1, start(1), step(12, 2.0))
+    run.put(layout.shard(12, "attempt", 0), b"not committed")
+    for number in (5, 10):
+        run.put(layout.manifest(number), b"{}")
+    committed = run.head(layout.manifest(10)).modified.timestamp()
+    status = status_at(run, committed + 42)
+    assert status.last_commit_step == 10
+    assert status.last_commit_age_seconds == pytest.approx(42)
+
+
+def test_saves_that_failed_or_were_skipped_are_counted_over_all_generations(run: Store) -> None:
+    failed = {"kind": "save_failed", "step": 2, "reason": "503", "time": NOW}
+    write(run, 1, start(1), failed, end("failed"))
+    write(run, 2, start(2), failed, {"kind": "save_skipped", "step": 4, "skipped": 1, "time": NOW})
+    status = read_status(run, lambda: NOW)
+    assert (status.failed_saves, status.skipped_saves) == (2, 1)
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(render(status))
+    assert "2 failed, 1 skipped" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_torn_last_line_is_waited_for(run: Store) -> None:
+    follower = Follower(run, clock=lambda: NOW)
+    line = json.dumps(step(2, 2.5)).encode()
+    write(run, 1, start(1), step(1, 3.0), torn=line[:20])
+    assert follower.read().step == 1
+    write(run, 1, start(1), step(1, 3.0), torn=line + b"\n")
+    assert follower.read().step == 2
+
+
+def test_a_follower_reads_only_what_was_appended(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    get_range = Store.get_range
+    monkeypatch.setattr(
+        Store,
+        "get_range",
+        lambda self, key, start, end: (read.append(end - start), get_range(self, key, start, end))[1],
+    )
+    follower = Follower(run, clock=lambda: NOW)
+    write(run, 1, start(1), *(step(number, 3.0) for number in range(1, 100)))
+    follower.read()
+    follower.read()
+    write(run, 1, start(1), *(step(number, 3.0) for number in range(1, 101)))
+    assert follower.read().step == 100
+    assert sum(read) == run.head(layout.metrics(1)).size
+
+
+def test_read_generation_groups_by_kind_in_order(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.0), end("finished"))
+    records = read_generation(run, 1)
+    assert [record["step"] for record in records["step"]] == [1, 2]
+    assert records["end"][0]["outcome"] == "finished"
+    assert read_generation(run, 2) == {}
+
+
+def test_to_json_is_plain_json(run: Store) -> None:
+    write(run, 1, start(1), end("failed", "x"))
+    write(run, 2, start(2), step(1, 3.0))
+    tree = json.loads(json.dumps(asdict(status_at(run))))
+    assert tree["state"] == "running"
+    assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x"}]
+
+
+def test_the_table_shows_brackets_as_they_are(run: Store) -> None:
+    write(run, 1, start(1), step(1, 3.0), end("failed", "KeyError: [red]"))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(status_at(run)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "KeyError: [red]" in text
+    assert "1 of 20" in text
+    assert "none committed" in text
+
+
+def test_watch_shows_progress_until_told_to_stop(run: Store) -> None:
+    waits: list[float] = []
+
+    def train_a_step(seconds: float) -> None:
+        waits.append(seconds)
+        write(run, 1, start(1), *(step(number, 3.0 - number / 10) for number in range(1, len(waits) + 1)))
+
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    status = watch(run, lambda: len(waits) == 3, console=console, wait=train_a_step)
+    assert status.step == 3
+    assert waits == [0.5, 0.5, 0.5]
+    assert "loss 2.7000" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_runs_are_folders_with_a_configuration(store: Store, run: Store) -> None:
+    store.put("data/abc/manifest.json", b"{}")
+    store.put("other/config.yaml", b"")
+    assert runs(store) == ["demo", "other"]
+
+
+def test_a_run_is_found_by_name_and_by_uri(store: Store, run: Store) -> None:
+    assert find_run("demo", store.uri).uri == run.uri
+    assert find_run(run.uri, "elsewhere").uri == run.uri
+
+
+def test_a_missing_run_names_the_runs_there_are(store: Store, run: Store) -> None:
+    with pytest.raises(ConfigError, match="no run 'dmeo'.*Did you mean 'demo'.*Runs there: demo"):
+        find_run("dmeo", store.uri)
+
+
+def test_a_stop_request_says_when_and_by_whom(run: Store) -> None:
+    request_stop(run, by="alice")
+    assert json.loads(run.get(layout.STOP)).keys() == {"time", "by"}
+    assert json.loads(run.get(layout.STOP))["by"] == "alice"
+    assert status_at(run).stop_requested
+
+
+def test_read_log_takes_the_newest_generation_of_that_rank(run: Store) -> None:
+    run.put(layout.rank_log(1, 0), b"old")
+    run.put(layout.rank_log(2, 0), "neu: é\n".encode())
+    run.put(layout.rank_log(1, 1), b"rank 1")
+    assert read_log(run, 0) == "neu: é\n"
+    assert read_log(run, 0, generation=1) == "old"
+    assert read_log(run, 1) == "rank 1"
+    with pytest.raises(ConfigError, match=r"rank 7 of .* has no log\. Ranks with one: 0, 1\."):
+        read_log(run, 7)
+    with pytest.raises(ConfigError, match=r"rank 1 of .* has no log in generation 2\. Ranks with one: 0\."):
+        read_log(run, 1, generation=2)
+
+
+def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_generation(run: Store) -> None:
+    writes = iter(
+        [
+            (layout.rank_log(2, 0), "one\ncaf\u00e9"[:-1].encode() + b"\xc3"),  # ends inside a character
+            (layout.rank_log(2, 0), "one\ncaf\u00e9\n".encode()),
+            (layout.rank_log(3, 0), b"resumed\n"),
+        ]
+    )
+    left = [3]
+
+    def write_more(_: float) -> None:
+        key, data = next(writes)
+        run.put(key, data)
+        left[0] -= 1
+
+    run.put(layout.rank_log(1, 0), b"before\n")
+    run.put(layout.rank_log(2, 0), b"one\n")
+    followed: Iterator[str] = follow_log(run, 0, stop=lambda: left[0] == 0, wait=write_more)
+    assert list(followed) == ["one\n", "caf", "\u00e9\n", "resumed\n"]
+
+
+def test_what_the_newest_start_took_is_told_in_its_parts(run: Store) -> None:
+    parts = {"launch_seconds": 12.0, "load_seconds": 3.0, "restore_seconds": 0.5}
+    write(run, 1, {**start(1), **parts}, {"kind": "first_step", "step": 1, "seconds": 17.25, "time": NOW})
+    status = read_status(run, lambda: NOW)
+    assert status.start_seconds == {"launch": 12.0, "load": 3.0, "restore": 0.5, "first_step": 17.25}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(status))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "17.2 s to the first step (launch 12.0 s, load 3.0 s, restore 0.5 s)" in shown
+
+
+def test_a_start_that_was_refused_does_not_fill_the_status(run: Store) -> None:
+    write(run, 1, start(1), step(1, 5.0), end("stopped", "stopped by alice"))
+    for generation in (2, 3):
+        write(run, generation, end("failed", f"refused {generation}"))
+    assert status_at(run).reason == "refused 3"
+    write(run, 4, start(4, step=1), step(2, 4.0))
+    (restart,) = status_at(run).restarts
+    assert (restart.generation, restart.reason) == (4, "stopped by alice")
+
+
+@pytest.mark.parametrize("kind", ["start", "step", "end", "eval", "first_step", "restart", "commit", 5, None])
+def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) -> None:
+    names = (
+        "step loss seconds tokens reason outcome machines world_size total_steps time launch_seconds dashboard device"
+    )
+    values = (None, "x", -1, [], {}, [[]], float("inf"), True)
+    whole = {**start(1), **step(1, 3.0), **end("finished")}
+    odd = [{"kind": kind}, *({**whole, "kind": kind, name: value} for name in names.split() for value in values)]
+    for record in odd:
+        write(run, 1, start(1), step(1, 3.0), record, torn=b'[1]\n"text"\n5\n\xff\n' + b"[" * 100_000 + b"\n")
+        console = Console(file=io.StringIO(), width=120)
+        console.print(render(status_at(run)))
+        json.dumps(asdict(status_at(run)))

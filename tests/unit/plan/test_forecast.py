@@ -1,0 +1,373 @@
+"""A plan begins with what was asked: fits or not, how long, how much; by what is known of the GPU, of the data and of
+other runs.
+"""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+
+from launcher.plan import planning
+from launcher.plan.measured import measured_rate
+from launcher.plan.planning import Planned, plan_run
+from launcher.plan.summary import show_plan
+from tests.material import Workshop
+from tests.unit.repository.test_examples import LLAMA_8B
+from tests.unit.run.made_records import NOW, start, step, write
+from trainer.base.describe.description import describe
+from trainer.config import Config, dump_config, override, parse_config
+from trainer.data.compile.length import EpochLength, epoch_length
+from trainer.data.dataset.manifest import read_manifest
+from trainer.data.order.bins import total
+from trainer.data.order.position import Position
+from trainer.errors import ConfigError, DoesNotFit
+from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
+from trainer.plan.gpus import Gpu, find_gpu, read_gpu
+from trainer.plan.plan import make_plan
+from trainer.processes.devices import LocalGpu
+from trainer.store.store import Store, open_store
+from trainer.train.horizon import horizon_of
+
+ROOT = Path(__file__).parents[3]
+RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+H100 = read_gpu("H100", "--gpu")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("forecast"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "memory"),
+    [
+        ("80", "", 80 * 2**30),
+        ("80GiB", "", 80 * 2**30),
+        ("24GB", "", 24 * 10**9),
+        ("24 gb", "", 24 * 10**9),
+        ("0.5", "", 2**29),
+        ("40960MiB", "", 40 * 2**30),
+        ("H100", "H100", 81559 * 2**20),
+        ("h100", "H100", 81559 * 2**20),
+        ("H100-80GB", "H100", 81559 * 2**20),
+        ("NVIDIA H100 80GB HBM3", "H100", 81559 * 2**20),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 81559 * 2**20),
+        ("A100-80GB", "A100 80GB", 80 * 2**30),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB", 80 * 2**30),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB", 40 * 2**30),
+        ("A100", "A100 40GB", 40 * 2**30),
+        ("A100-40G", "A100 40GB", 40 * 2**30),
+        ("a100 80GiB", "A100 80GB", 80 * 2**30),
+        ("RTX 4090", "RTX 4090", 24564 * 2**20),
+        ("rtx4090", "RTX 4090", 24564 * 2**20),
+        ("4090", "RTX 4090", 24564 * 2**20),
+        ("L40S", "L40S", 46068 * 2**20),
+        ("L40", "L40", 46068 * 2**20),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 49140 * 2**20),
+    ],
+)
+def test_a_gpu_is_given_by_its_memory_or_by_its_name(text: str, name: str, memory: int) -> None:
+    found = read_gpu(text, "--gpu")
+    assert (found.name, found.memory) == (name, memory)
+    assert (found.flops is None) == (not name)
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "0", "-3", "", "1e3", "2000000", "80 GiB GiB", "RTX", "NVIDIA", "V100", "GPU"]
+)
+def test_what_is_no_gpu_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_gpu(text, "--gpu")
+    assert str(refused.value).startswith("--gpu: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_gpu_that_is_nearly_named_is_suggested_and_a_lesser_card_is_no_other() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'H10O' is no GPU that is known here\. Did you mean H100\? Give its memory, such as"
+    ):
+        read_gpu("H10O", "--gpu")
+    assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    assert find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop) -> None:
+    config = shop.config("plain")
+    size = shop.data.stat().st_size
+    guessed = epoch_length(config, shop.base, shop.store)
+    assert guessed == EpochLength(round(size / 4), -(-size // 4 // 64), file_bytes=size)
+    held = epoch_length(override(config, "data.held_out=0.5"), shop.base, shop.store)
+    assert held is not None
+    assert held.tokens == round(size / 8)
+
+    datasets = shop.prepare(config)
+    tokens = read_manifest(shop.store, datasets.train).tokens
+    compiled = epoch_length(config, shop.base, shop.store)
+    assert compiled == EpochLength(tokens, -(-tokens // 64), compiled=True)
+    twice = override(config, f"data.train=[{{path: {shop.data}, weight: 2}}]")
+    weighted = epoch_length(twice, shop.base, shop.store)
+    assert weighted is not None
+    assert weighted.tokens == 2 * tokens
+    assert epoch_length(override(config, "data.train=[{path: gone.jsonl}]"), shop.base, shop.store) is None
+
+    assert epoch_length(override(config, "data.train=[{path: hf://nobody/nothing}]"), shop.base, shop.store) is None
+
+    counted = shop.prepare(override(config, "train.epochs=1.5"))
+    part = override(config, "train.epochs=1.5")
+    known = epoch_length(part, shop.base, shop.store)
+    assert known is not None
+    assert list(known.bins) == list(map(total, counted.epochs))
+    length = length_of(part, known)
+    assert (length.steps, length.epochs, length.counted) == (
+        horizon_of(part.train, counted.epochs, 0, Position()).steps,
+        1.5,
+        True,
+    )
+    assert length.tokens == round(1.5 * tokens)
+
+
+def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:
+    """These take longer to load than the plan takes: rows of a text, what is compiled of them and runs of the store
+    need none.
+    """
+    shop = Workshop(tmp_path)
+    texts = shop.config("plain", "data.format=auto", "data.sequence_length=48", "train.steps=null", "train.epochs=2")
+    tables = override(texts, f"data.train=[{{path: {tmp_path}/rows.parquet}}]")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "a", "completion": "b"}] * 9), f"{tmp_path}/rows.parquet"
+    )
+    plan_run(texts, None, None)  # the architecture is read
+
+    def loaded(config: Config) -> tuple[bool, set[str]]:
+        """Whether the plan counts what is compiled, and the libraries that it has imported."""
+        (tmp_path / "run.yaml").write_text(dump_config(config))
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "launcher.cli",
+            "plan",
+            str(tmp_path / "run.yaml"),
+            "--json",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        return json.loads(done.stdout)["length"]["compiled"], imported & {"numpy", "pyarrow", "torch", "transformers"}
+
+    assert loaded(texts) == (False, set())
+    assert loaded(tables) == (False, {"numpy", "pyarrow"}), "which a Parquet file needs"
+    shop.prepare(texts)
+    ran(shop, texts, device="cpu")
+    assert loaded(override(texts, "cluster.gpus_per_worker=0")) == (True, set())
+
+
+def test_steps_follow_from_epochs_and_epochs_from_steps() -> None:
+    epoch = EpochLength(tokens=400_000, rows=1000)
+    config = parse_config(RUN, ["train.global_batch=16"])
+    of_steps = length_of(config, epoch)
+    assert (of_steps.steps, of_steps.epochs, of_steps.counted) == (10, 10 / 63, True)
+    of_epochs = length_of(override(config, "train.epochs=2.5"), epoch)
+    assert (of_epochs.steps, of_epochs.tokens, of_epochs.counted) == (63 + 63 + 32, 1_000_000, False)
+    assert length_of(override(config, "train.epochs=2.5"), None).steps is None
+
+
+def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost_follows() -> None:
+    """Six operations a token and weight with the forward pass repeated, four of the head, which has no pass repeated,
+    and eight of LoRA's own.
+    """
+    config = parse_config(RUN, ["data.sequence_length=4096", "train.global_batch=16", "track.price_per_gpu_hour=2.5"])
+    base = describe(LLAMA_8B, None)
+    products = 6 * 6_979_321_856 + 4 * 128256 * 4096 + 8 * 41_943_040
+    attention = 4 * 4 * 4096 * 32 * 4096 / 2  # all pairs that a causal mask leaves
+    rate = assumed_rate(config, base.architecture, H100, recomputed=1)
+    assert rate is not None
+    assert rate.tokens_per_second == pytest.approx(0.3 * 989e12 / (products + attention), rel=0.001)
+    assert UTILISATION == 0.3
+    times = []
+    for ranks in (1, 8):
+        plan = make_plan(config, base, ranks, ranks, None)
+        found = forecast(config, plan.batch, length_of(config, None), rate)
+        assert found is not None
+        assert found.seconds == pytest.approx(10 * 16 * 4096 / rate.tokens_per_second / ranks)
+        assert found.cost == pytest.approx(2.5 * found.seconds * ranks / 3600)
+        times.append(found.seconds)
+    assert times[0] == pytest.approx(8 * times[1])
+    # 12 ranks take 16 rows in two turns, as 8 ranks do.
+    uneven = forecast(config, make_plan(config, base, 12, 12, None).batch, length_of(config, None), rate)
+    assert uneven is not None
+    assert uneven.seconds == pytest.approx(times[1])
+    full = override(config, "tuning.method=full", "quant.type=none")
+    slower = assumed_rate(full, base.architecture, H100, recomputed=1)
+    assert slower is not None
+    assert rate.tokens_per_second / slower.tokens_per_second == pytest.approx(8 / 6, rel=0.05)
+    kept = assumed_rate(config, base.architecture, H100, recomputed=0)
+    assert kept is not None
+    assert kept.tokens_per_second / rate.tokens_per_second == pytest.approx(6 / 4, rel=0.05)
+    assert assumed_rate(override(config, "model.dtype=fp32"), base.architecture, H100, recomputed=1) is None
+    assert assumed_rate(config, base.architecture, Gpu("", 80 * 2**30), recomputed=1) is None
+
+
+def ran(shop: Workshop, config: Config, *, device: str, steps: int = 20, name: str = "before", at: float = NOW) -> None:
+    """A run of `steps` steps of two seconds on two ranks."""
+    run = shop.store.sub(name)
+    run.put("config.yaml", dump_config(config).encode())
+    write(run, 1, {**start(1, world_size=2), "device": device}, *(step(n, 2.0, at + n) for n in range(1, steps + 1)))
+
+
+def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = shop.config("next", "train.global_batch=8")
+    store = open_store(str(shop.folder / "measured"))
+    there = Workshop.__new__(Workshop)
+    there.store = store
+    card = "cuda:0 (NVIDIA H100 80GB HBM3)"
+    assert measured_rate(store, config, H100) is None
+    ran(there, config, device=card)
+    rate = measured_rate(store, config, H100)
+    assert rate is not None
+    # Four rows a rank and step of two seconds; of 1000 tokens in two seconds each rank has half.
+    assert (rate.seconds_a_row, rate.tokens_per_second, rate.run) == (0.5, 250.0, "before")
+    assert "the run before of this store trained 250 tokens/s a rank, on 2 (NVIDIA H100 80GB HBM3)" in rate.basis
+    assert measured_rate(store, config, None) == rate
+    monkeypatch.chdir(shop.folder)
+    assert measured_rate(store, override(config, "model.base=base"), H100) == rate
+
+    for other in ("data.sequence_length=128", "tuning.method=dora", "train.micro_batch=2"):
+        assert measured_rate(store, override(config, other), H100) is None, other
+    assert (
+        measured_rate(store, override(config, "train.global_batch=64", "train.steps=9", "optim.lr=1e-3"), H100) == rate
+    )
+    assert measured_rate(store, config, read_gpu("A100", "--gpu")) is None
+    assert measured_rate(store, override(config, "cluster.gpus_per_worker=0"), None) is None
+
+    ran(there, config, device="cpu", name="later", at=NOW + 1000)
+    assert measured_rate(store, config, None) == rate, "it was on CPUs"
+    on_cpu = measured_rate(store, override(config, "cluster.gpus_per_worker=0"), None)
+    assert on_cpu is not None
+    assert "(CPUs)" in on_cpu.basis
+    ran(there, config, device=card, name="short", steps=11, at=NOW + 2000)
+    assert measured_rate(store, config, H100) == rate, "too few steps"
+    ran(there, config, device=card, name="newest", at=NOW + 3000)
+    newest = measured_rate(store, config, H100)
+    assert newest is not None
+    assert newest.run == "newest"
+
+
+def test_a_store_that_does_not_answer_is_asked_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request waits for some seconds; the plan does without what it would find."""
+    asked = list[str]()
+
+    def listen(name: str) -> None:
+        plain = getattr(Store, name)
+        monkeypatch.setattr(Store, name, lambda store, *key: asked.append(f"{name} {store.uri}") or plain(store, *key))
+
+    for name in ("exists", "get", "children"):
+        listen(name)
+
+    def requests(*overrides: str) -> set[str]:
+        asked.clear()
+        config = shop.config("demo", "cluster.gpus_per_worker=0", *overrides)
+        assert not plan_run(config, None, None).length.compiled
+        return {request.split()[0] for request in asked if config.run.store in request}
+
+    assert requests(f"run.store={shop.folder}/empty") == {"exists", "get", "children"}
+    monkeypatch.setattr(planning, "_STORE_SECONDS", 0.1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert requests("run.store=s3://bucket/runs") == {"exists"}
+
+
+def shown(planned: Planned, config: Config) -> str:
+    out = io.StringIO()
+    Console(file=out, width=140).print(show_plan(planned, config))
+    return out.getvalue()
+
+
+@pytest.fixture
+def config(shop: Workshop) -> Config:
+    return shop.config(
+        "shown", "run.store=memory://", "model.dtype=bf16", "train.steps=1000", "track.price_per_gpu_hour=2"
+    )
+
+
+def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -> None:
+    text = shown(plan_run(config, "H100", None), config)
+    first = text.splitlines()[:7]
+    assert [line.split()[0] for line in first] == ["memory", "counted", "length", "data", "time", "cost", "basis"]
+    assert "(activations, logits, gathered layers); 768.0 MiB allowed for the device" in first[1]
+    assert "fits: " in first[0]
+    assert "of 79.6 GiB on its GPU (H100, as asked for)" in first[0]
+    assert "1,000 steps of 4 rows of 64 tokens" in first[2]
+    assert "4 bytes a token; `capstan data build` counts them" in first[3]
+    assert "at 2 a GPU hour (track.price_per_gpu_hour)" in first[5]
+    assert "30% of the 989 that the data sheet of H100 says for bf16. The share is assumed, not measured" in text
+
+    unclear = replace(
+        plan_run(config, "H100", None), plan=replace(plan_run(config, "H100", None).plan, unrecognised=["it has more"])
+    )
+    assert "not known whether it fits: " in shown(unclear, config)
+    assert unclear.to_json()["fits"] is None
+
+    small = plan_run(config, "0.5GB", None)
+    assert "does not fit: " in shown(small, config)
+    assert "of 476.8 MiB on its GPU (as asked for)" in shown(small, config)
+    with pytest.raises(DoesNotFit, match="memory: "):
+        small.check()
+    assert "no estimate, as nothing is known of the GPU but its memory" in shown(small, config)
+    assert small.to_json()["fits"] is False
+
+
+def test_the_gpu_is_that_of_the_job_or_of_this_machine_where_none_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(gpu: str | None = None, *overrides: str) -> Planned:
+        return plan_run(override(config, *overrides), gpu, None)
+
+    local = [LocalGpu("NVIDIA L40S", 46068 * 2**20), LocalGpu("NVIDIA L40S", 45000 * 2**20)]
+    monkeypatch.setattr(planning, "described_gpus", lambda: local)
+    here = plan()
+    assert (here.gpu, here.whose) == (Gpu("NVIDIA L40S", 45000 * 2**20, 362e12), "this machine")
+    assert here.plan.batch.world_size == 2, "a rank for each GPU, as train makes them"
+    assert "on each of 2 GPUs (NVIDIA L40S, of this machine)" in shown(here, config)
+    assert plan("H100").plan.batch.world_size == 1
+    assert plan(None, "cluster.gpus_per_worker=0").gpu is None
+    job = plan(None, "cluster.slurm.nodes=2", "cluster.slurm.gpus_per_node=8", "cluster.slurm.gpu_type=h100")
+    assert (job.gpu, job.whose, job.plan.batch.world_size) == (H100, "cluster.slurm.gpu_type", 16)
+    assert plan(None, "cluster.slurm.gpus_per_node=8").gpu is None, "this machine is no node of the job"
+    monkeypatch.setattr(planning, "described_gpus", list)
+    nowhere = plan()
+    assert nowhere.fits is None
+    assert "which GPU is not known: --gpu H100 or --gpu 24GB compares" in shown(nowhere, config)
+    assert {"gpu": None, "estimate": None}.items() <= nowhere.to_json().items()
+
+
+def test_json_has_the_numbers_that_are_shown(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = Rate(seconds_a_row=0.25, tokens_per_second=256.0, basis="measured: a run", run="before")
+    monkeypatch.setattr(planning, "measured_rate", lambda *_: rate)
+    tree: dict[str, Any] = plan_run(config, "A100-80GB", None).to_json()
+    assert (tree["fits"], tree["gpu"]["name"], tree["gpu"]["whose"]) == (True, "A100 80GB", "given")
+    assert tree["length"]["steps"] == 1000
+    expected = {"step_seconds": 1.0, "seconds": 1000.0, "run": "before", "basis": "measured: a run"}
+    assert expected.items() <= tree["estimate"].items()
+    assert tree["estimate"]["cost"] == pytest.approx(2 * 1000 / 3600)
+    assert {"parameters", "batch", "memory_per_gpu", "shortfalls"} <= tree.keys()
+
+
+def test_layers_are_computed_again_as_the_run_will_decide_or_it_is_said_that_it_will(config: Config) -> None:
+    layers = plan_run(config, "H100", None).plan.layers
+    on_cpus = plan_run(override(config, "cluster.gpus_per_worker=0"), None, None)
+    unknown = plan_run(config, None, None)
+    assert on_cpus.plan.recomputed_layers == 0, "a small base, and this machine has room"
+    assert not on_cpus.plan.notes
+    assert unknown.plan.recomputed_layers == layers
+    assert "auto counts all layers as computed again here" in unknown.plan.notes[0]

@@ -1,0 +1,415 @@
+"""The plan's counts are those of the real models, its bytes those of the stored tensors, its shortfalls complete."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.description import describe
+from trainer.config import Config, Quant, parse_config
+from trainer.errors import ConfigError
+from trainer.plan.longest import Ranks, longest_rows
+from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
+from trainer.plan.sizes import most_whole, quantized_bytes
+from trainer.state.zero.policy import WHOLE
+
+RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+GIB = 2**30
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def config(*overrides: str) -> Config:
+    return parse_config(RUN, overrides)
+
+
+def plan_of(
+    config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
+) -> Plan:
+    return make_plan(config, describe(base_config, config.model.layers), world_size, ranks_per_node, gpu_memory)
+
+
+def meta_model(base_config: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in base_config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(base_config["model_type"], **options))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "tie_word_embeddings": True},
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 24},
+        {"model_type": "mistral", "head_dim": 32},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "qwen3", "head_dim": 32},
+        {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+        {"model_type": "phi3"},
+        {"model_type": "gemma2"},
+        {"model_type": "gemma3_text", "head_dim": 32},
+        {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
+        {"model_type": "qwen3_moe", "num_experts": 5, "moe_intermediate_size": 20, "num_experts_per_tok": 2},
+        {"model_type": "gpt_oss", "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 32},
+    ],
+    ids=lambda extra: "-".join(f"{value}" for value in extra.values()),
+)
+@pytest.mark.parametrize("targets", ["all-linear", "[o_proj, k_proj]", "[layers.1.self_attn.o_proj]"])
+def test_parameters_are_those_of_the_transformers_model(extra: dict[str, Any], targets: str):
+    from peft import LoraConfig, get_peft_model
+
+    base_config = {**TINY, **extra}
+    given = config(f"tuning.targets={targets}", "tuning.rank=4")
+    planned = plan_of(given, base_config, world_size=2, ranks_per_node=2, gpu_memory=None).parameters
+
+    model = meta_model(base_config)
+    ours = {parameter.name: parameter.shape for parameter in read_architecture(base_config).parameters}
+    assert ours == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert planned.frozen == sum(parameter.numel() for parameter in model.parameters())
+    wanted = given.tuning.targets
+    names = read_architecture(base_config).linear_names if wanted == "all-linear" else wanted
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=names))
+    assert planned.trainable == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_only_the_first_layers_are_counted_when_asked():
+    whole = plan_of(config(), LLAMA_70B, 8, 8, None).parameters
+    part = plan_of(config("model.layers=2"), LLAMA_70B, 8, 8, None).parameters
+    assert part.linear * 40 == whole.linear
+    assert part.embedding == whole.embedding
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("numel", "block_size"), [(4096, 64), (100_001, 64), (300_000, 256)])
+def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_size: int, double: bool):
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        torch.randn(numel), blocksize=block_size, quant_type="nf4", compress_statistics=double
+    )
+    assert state.absmax is not None
+    stored = packed.nbytes + state.absmax.nbytes
+    if double:
+        assert state.state2 is not None
+        assert state.state2.absmax is not None
+        assert state.offset is not None
+        stored += state.state2.absmax.nbytes + state.offset.nbytes
+    quant = Quant.model_validate({"block_size": block_size, "double": double})
+    assert quantized_bytes(numel, quant) == stored
+    if not double:
+        eight = quant.model_copy(update={"type": "int8"})
+        assert quantized_bytes(numel, eight) == numel + state.absmax.nbytes
+
+
+def test_the_chunk_of_logits_is_that_of_the_loss():
+    import torch
+
+    from trainer.model import head
+    from trainer.plan import memory, plan
+
+    assert memory._LOGITS_CHUNK_BYTES == head._CHUNK_BYTES
+    assert memory._LOGITS_CHUNK_ROWS == head._CHUNK_ROWS
+    assert memory._LOGITS_BLOCK_BYTES == (head._BLOCK_BYTES, head._BLOCK_BYTES_ON_GPU)
+    for vocabulary in (1000, 32000, 128256, 262144):
+        hidden, weight = (torch.empty(rows, 1, device="meta") for rows in (2**20, vocabulary))
+        first, second = itertools.islice(head._parts(hidden, weight), 2)
+        assert second.start % 512 == 0
+        base = {**TINY, "model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 8192}
+        given = plan._inputs(config("data.sequence_length=8192"), read_architecture(base), 1, 1, "world")
+        logits = min(8192, first.stop) * vocabulary
+        assert memory._logits(given) == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
+
+
+def test_targets_that_match_nothing_are_a_sentence_of_the_plan():
+    plan = plan_of(config("tuning.targets=[zzz]"), LLAMA_70B, 8, 8, None)
+    (sentence,) = plan.mismatches
+    assert "'zzz' is no linear layer that can be adapted" in sentence
+
+
+def test_a_mixtures_experts_are_dequantized_together_up_to_what_the_forward_pass_takes_at_once():
+    given = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336}
+    for changes, expected in ({}, 2 * 8 * 192 * 64), (sizes, 2**29), ({**sizes, "intermediate_size": 2**17}, 2**31):
+        assert plan_of(config(), {**given, **changes}, 1, 1, None).memory_per_gpu.dequantized_weight == expected
+
+
+def test_all_experts_of_a_layer_are_dequantized_at_once_where_a_gpu_has_room_for_them_beside_all_else():
+    mixture = {**TINY, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    mixture |= {"hidden_size": 4096, "intermediate_size": 14336}
+    stack = 2 * 8 * 2 * 14336 * 4096
+    least = plan_of(config(), mixture, 1, 1, None).memory_per_gpu
+    assert least.dequantized_weight == 2**29
+    enough = math.ceil((least.total + stack - 2**29) / 0.85)
+    for memory, expected in ((enough, stack), (enough - 2**20, 2**29)):
+        kept = config("train.activation_checkpointing=all")
+        plan = plan_of(kept, mixture, 1, 1, memory)
+        assert plan.memory_per_gpu.dequantized_weight == expected
+        ranks_decide = choose_experts_at_once(kept, read_architecture(mixture), 1, 1, plan.scope, memory)
+        assert ranks_decide == expected, "by the size of their smallest GPU"
+    on_cpus = make_plan(config("cluster.gpus_per_worker=0"), describe(mixture, None), 1, 1, None, 2**40)
+    assert on_cpus.memory_per_gpu.dequantized_weight == 2**29
+
+
+def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
+    world = plan_of(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu
+    assert node.frozen_quantized == pytest.approx(2 * world.frozen_quantized, rel=1e-6)
+    assert node.adapter_states == world.adapter_states, "adapters are always divided by all ranks"
+    # 70B in 4.5 bits a weight (nibble + fp32 scale for each 64) over 16 ranks
+    assert world.frozen_quantized == pytest.approx(80 * 855_638_016 * 4.5 / 8 / 16, rel=1e-6)
+
+
+def test_the_parts_add_up():
+    memory = plan_of(config(), LLAMA_70B, 16, 8, None).to_json()["memory_per_gpu"]
+    assert memory.pop("total") == sum(memory.values())
+
+
+def test_one_rank_gathers_nothing_and_receives_nothing():
+    plan = plan_of(config(), {**TINY, "model_type": "llama"}, 1, 1, None)
+    assert plan.memory_per_gpu.gathered_layers == 0
+    assert plan.traffic_per_step.total == 0
+
+
+def test_what_is_whole_and_what_reduces_is_counted():
+    """Three layers are whole at one time, or the head and a layer. NCCL's communicators are two of all ranks and one of
+    a node.
+    """
+    alone, world = plan_of(config(), LLAMA_70B, 1, 1, None), plan_of(config(), LLAMA_70B, 16, 8, None)
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None)
+    buffers = [plan.memory_per_gpu.communicators / 2**27 for plan in (alone, world, node)]
+    assert buffers == [0, 2, 3]
+    layer, head = quantized_bytes(855_638_016, Quant()), 2 * 128256 * 8192
+    assert world.memory_per_gpu.gathered_layers == pytest.approx(max(3 * layer, head + layer), rel=1e-3)
+    assert alone.memory_per_gpu.gradient_buckets == 4 * 50_000_000
+    assert world.memory_per_gpu.gradient_buckets == 4 * (50_000_000 * 2 + 50_000_000 // 16)
+    host = plan_of(config("cluster.gpus_per_worker=0"), {**TINY, "model_type": "llama"}, 1, 1, None)
+    assert host.memory_per_gpu.gradient_buckets == 4 * host.parameters.trainable, "what is written to, on a CPU"
+
+
+@pytest.mark.parametrize(("rank", "whole"), [(16, 16 * 28672), (64, WHOLE)])
+def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, whole: int):
+    given = config(f"tuning.rank={rank}")
+    assert most_whole(given, describe(LLAMA_70B, None).architecture) == whole
+    zero = plan_of(given, LLAMA_70B, 16, 8, None).deepspeed["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == whole
+
+
+def test_offloading_moves_the_base_from_the_gpus_to_the_host():
+    here = plan_of(config(), LLAMA_70B, 8, 8, None)
+    away = plan_of(config("sharding.deepspeed=zero3_offload_cpu"), LLAMA_70B, 8, 8, None)
+    assert away.memory_per_gpu.frozen_quantized == away.memory_per_gpu.frozen_unquantized == 0
+    # Each partition is a pinned block, which torch rounds up to a power of two: of codes and of scales, then embedding
+    # and head.
+    q, k, mlp = (2**22, 2**19), (2**19, 2**16), (2**24, 2**21)
+    partitions = 80 * (2 * sum(q) + 2 * sum(k) + 3 * sum(mlp)) + 2 * 2**28
+    assert away.memory_per_host.offloaded_base == 8 * partitions
+    moved = here.memory_per_gpu.frozen_quantized + here.memory_per_gpu.frozen_unquantized
+    assert away.memory_per_host.offloaded_base > 1.09 * 8 * moved
+    # Norms are whole on each rank, and stay on the GPU.
+    norms = 2 * 8192 * (2 * 80 + 1)
+    assert here.memory_per_gpu.frozen_whole == norms
+    assert away.memory_per_gpu.frozen_whole == norms + norms // 8
+
+
+def test_scales_that_are_smaller_than_wide_adapters_are_whole_on_each_rank(tmp_path: Path):
+    """ZeRO-3 has one threshold for all that is small, and a policy may set it above the scales of a layer."""
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600_000}}))
+    plain, wide = (
+        plan_of(config(*given), LLAMA_70B, 8, 8, None).memory_per_gpu
+        for given in ((), (f"sharding.deepspeed={policy}",))
+    )
+    assert wide.frozen_whole - plain.frozen_whole == 80 * 2 * 4 * 8192 * 1024 // 64  # those of keys and values
+
+
+def test_offloading_the_optimizer_leaves_the_weights_of_what_learns_on_the_gpus():
+    full = ("tuning.method=full", "quant.type=none")
+    here = plan_of(config(*full), LLAMA_70B, 8, 8, None)
+    away = plan_of(config(*full, "sharding.deepspeed=zero3_offload_optimizer"), LLAMA_70B, 8, 8, None)
+    every = here.parameters.trainable
+    assert away.memory_per_gpu.adapter_states == away.memory_per_gpu.optimizer_step == 0
+    assert away.memory_per_gpu.adapter_weights == here.memory_per_gpu.adapter_weights
+    # One gradient more than a GPU has, and the update of a sub-group of 1e8 elements on each rank.
+    # Both gradients are pinned, in blocks of a power of two: all of a rank's, and each sub-group's.
+    share = 4 * every // 8
+    gradients = 2**36 + share // (4 * 10**8) * 2**29 + 2**28
+    assert away.memory_per_host.offloaded_states == pytest.approx(12 * every + 8 * (gradients + 12 * 1e8), rel=1e-3)
+    assert here.memory_per_host.offloaded_states == 0
+
+
+def test_with_scope_node_only_adapters_cross_nodes():
+    world = plan_of(config(), LLAMA_70B, 16, 8, None).traffic_per_step
+    node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).traffic_per_step
+    assert node.base_gathers > 0
+    assert node.from_other_nodes < node.adapter_gathers + node.adapter_gradients
+    assert world.from_other_nodes > 10 * node.from_other_nodes
+    assert plan_of(config(), LLAMA_70B, 8, 8, None).traffic_per_step.from_other_nodes == 0
+
+
+def test_traffic_grows_with_accumulation():
+    one = plan_of(config("train.global_batch=16"), LLAMA_70B, 16, 8, None)
+    four = plan_of(config("train.global_batch=64"), LLAMA_70B, 16, 8, None)
+    assert (one.batch.accumulation, four.batch.accumulation) == (1, 4)
+    assert four.traffic_per_step.base_gathers == pytest.approx(4 * one.traffic_per_step.base_gathers)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "accumulation", "empty_rows"),
+    [(3, 1, 4, 2), (2, 2, 3, 2), (10, 1, 1, 0), (16, 1, 1, 6)],
+)
+def test_accumulation_is_derived_and_uneven_rows_are_told(
+    world_size: int, micro_batch: int, accumulation: int, empty_rows: int
+):
+    given = config("train.global_batch=10", f"train.micro_batch={micro_batch}", "data.sequence_length=100")
+    batch = plan_of(given, {**TINY, "model_type": "llama"}, world_size, 8, None).batch
+    assert (batch.accumulation, batch.empty_rows, batch.rows, batch.tokens) == (accumulation, empty_rows, 10, 1000)
+
+
+def test_a_checkpoint_is_three_fp32_values_for_each_trainable_parameter():
+    plan = plan_of(config(), LLAMA_70B, 16, 8, None)
+    assert plan.parameters.trainable == 207_093_760  # rank 16 on the seven layers of 70B
+    assert plan.checkpoint_bytes == 12 * 207_093_760
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments", "tolerance"), [("adamw", 8, 0), ("adamw_8bit", 2 + 8 / 256, 1e-3), ("adafactor", 0, 1e-3)]
+)
+def test_full_fine_tuning_has_ten_bytes_a_parameter_and_its_moments_over_the_ranks_and_four_less_in_checkpoints(
+    optimizer: str, moments: float, tolerance: float
+):
+    given = config("tuning.method=full", "quant.type=none", f"optim.name={optimizer}")
+    full = plan_of(given, LLAMA_70B, 64, 8, None)
+    every = 70_553_706_496
+    assert (full.parameters.total, full.parameters.trainable, full.parameters.frozen) == (every, every, 0)
+    assert full.checkpoint_bytes == pytest.approx((4 + moments) * every, rel=tolerance)
+    assert full.memory_per_host.checkpoint_copy == pytest.approx(full.checkpoint_bytes / 8, rel=1e-6)
+    memory = full.memory_per_gpu
+    assert memory.frozen_quantized == memory.frozen_unquantized == memory.dequantized_weight == 0
+    # Adafactor's vectors are whole on each rank.
+    assert memory.adapter_weights + memory.adapter_states == pytest.approx((10 + moments) * every / 64, rel=1e-2)
+    assert full.traffic_per_step.base_gathers == 0
+    assert full.scope == "world"
+
+
+def test_what_does_not_learn_of_a_base_that_is_tuned_in_part_is_frozen():
+    last = plan_of(
+        config("tuning.method=full", "tuning.train=[model.layers.79.*]", "quant.type=none"), LLAMA_70B, 8, 8, None
+    )
+    layer = 80 * 855_654_400
+    assert last.parameters.trainable * 80 == layer
+    assert last.parameters.frozen + last.parameters.trainable == last.parameters.total
+    assert last.memory_per_gpu.frozen_unquantized == pytest.approx(2 * last.parameters.frozen / 8, rel=1e-6)
+
+
+def test_the_remedy_of_full_fine_tuning_is_no_quantization():
+    (message,) = plan_of(config("tuning.method=full", "quant.type=none"), LLAMA_70B, 8, 8, 80 * GIB).shortfalls
+    assert "Use more GPUs" in message
+
+
+def test_every_shortfall_is_told_at_once():
+    given = config("data.sequence_length=200000", "model.layers=81", "tuning.targets=[q_proj, c_attn]")
+    plan = plan_of(given, LLAMA_70B, 2, 2, 8 * GIB)
+    assert plan.mismatches == [
+        (
+            "data.sequence_length: 200000 exceeds the base's 131072 positions (config.json). Lower it, or set"
+            " model.rope_scaling: {rope_type: yarn, factor: 2}."
+        ),
+        "model.layers: 81 exceeds the base's 80 layers (config.json). Lower it.",
+        (
+            "tuning.targets: 'c_attn' is no linear layer that can be adapted. The base has q_proj, k_proj, v_proj,"
+            " o_proj, gate_proj, up_proj, down_proj."
+        ),
+    ]
+    assert plan.shortfalls[:-1] == plan.mismatches
+    assert plan.shortfalls[-1].startswith("memory: ")
+
+
+def test_too_little_gpu_memory_is_told_with_both_numbers_and_a_remedy():
+    (message,) = plan_of(config(), LLAMA_70B, 2, 2, 16 * GIB).shortfalls
+    assert message.startswith("memory: ")
+    assert "16.0 GiB are there. Use more GPUs" in message
+    assert plan_of(config(), LLAMA_70B, 16, 8, 80 * GIB).shortfalls == []
+
+
+def test_auto_keeps_the_base_inside_a_node_where_it_fits_and_nodes_are_alike():
+    def scope(gpu_memory: int | None, world_size: int = 16, *overrides: str) -> str:
+        return plan_of(config(*overrides), LLAMA_70B, world_size, 8, gpu_memory).scope
+
+    assert scope(80 * GIB) == "node"
+    assert scope(8 * GIB) == "world"
+    assert scope(None) == "world"
+    assert scope(80 * GIB, 8) == "world"  # one node: the same
+    assert scope(80 * GIB, 12) == "world"
+    assert scope(8 * GIB, 16, "sharding.scope=node") == "node"
+
+
+def test_nodes_of_different_size_cannot_each_hold_a_copy():
+    (message,) = plan_of(config("sharding.scope=node"), LLAMA_70B, 10, 4, None).shortfalls
+    assert "10 ranks are not a multiple of 4 a node" in message
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ConfigError, match="is a 'mine' model, which transformers .* does not know"):
+        plan_of(config(), {"model_type": "mine"}, 1, 1, None)
+
+
+def test_the_plan_is_json():
+    tree = plan_of(config(), LLAMA_70B, 16, 8, None).to_json()
+    assert json.loads(json.dumps(tree)) == tree
+
+
+def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting_makes_it_longer() -> None:
+    given, ranks = config("quant.type=none", "train.micro_batch=2"), Ranks(4, 4, 17 * 2**30 // 10, on_gpu=True)
+    found = longest_rows(given, describe({**TINY, "model_type": "llama"}, None), ranks)
+    more = [dict(after.settings.items() - before.settings.items()) for before, after in itertools.pairwise(found[1:])]
+    assert more == [
+        {"quant.type": "nf4"},
+        {"train.activation_checkpointing": "all"},
+        {"train.tiled_mlp": True},
+        {"train.activation_offload": True},
+        {"sharding.sequence_parallel": 2},
+        {"sharding.sequence_parallel": 4},
+    ]
+    tokens = [row.tokens for row in found[1:]]
+    # The MLPs here are so narrow that tiles spare next to nothing, and have their matrices dequantized together.
+    assert tokens == pytest.approx(sorted(tokens), rel=0.002)
+    shared = found[-1]
+    assert shared.tokens == pytest.approx(2 * found[-2].tokens, rel=0.01)
+    changed = [f"{name}={str(value).lower()}" for name, value in shared.settings.items()]
+
+    def needed(length: int) -> int:
+        given = config("quant.type=none", *changed, f"data.sequence_length={length}")
+        return plan_of(given, {**TINY, "model_type": "llama"}, 4, 4, ranks.memory).memory_per_gpu.total
+
+    assert needed(shared.tokens) <= ranks.memory < needed(shared.tokens + 1024)

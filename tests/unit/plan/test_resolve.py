@@ -1,0 +1,86 @@
+"""A run's settings are resolved once: all that they name is found, and all that does not fit is said."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.material import Workshop
+from trainer.base.find.locate import resolve_base
+from trainer.errors import ConfigError
+from trainer.plan.resolve import Resolved, resolve
+from trainer.run import environment
+from trainer.state.optimizer.optimizer import find_optimizer
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("resolve"), "speck")
+
+
+def test_everything_that_the_settings_name_is_found(workshop: Workshop) -> None:
+    config = workshop.config("any", "optim.name=adafactor", "objective.name=dpo", "data.format=preference")
+    found = resolve(config)
+    assert found.config is config
+    assert found.base.name == str(workshop.base)
+    assert found.method.identity == {"method": "lora", "rank": 8, "alpha": 16.0}
+    assert found.objective.identity == {"name": "dpo"}
+    assert found.optimizer is find_optimizer(config.optim)
+    assert found.reference == "adapter_off"
+    identity = found.identity("data")
+    assert (identity.dataset, identity.optimizer, identity.adapter) == ("data", "adafactor", found.method.identity)
+    assert identity.base["fingerprint"] == found.base.fingerprint
+
+
+def test_all_that_does_not_fit_is_said_at_once(workshop: Workshop) -> None:
+    config = workshop.config("any", "tuning={method: full}", "objective.name=dpo", "data.sequence_length=100000")
+    with pytest.raises(ConfigError) as raised:
+        resolve(config)
+    said = str(raised.value).splitlines()
+    assert len(said) >= 3
+    for setting in ("data.sequence_length", "quant.type", "data.format"):
+        assert any(sentence.startswith(setting) for sentence in said), setting
+
+
+def test_a_base_that_is_known_is_not_looked_for_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(workshop.config("any").model)
+    monkeypatch.setattr("trainer.plan.resolve.resolve_base", lambda model: pytest.fail("looked for again"))
+    assert resolve(workshop.config("any"), base).base is base
+    assert Resolved.of(workshop.config("any"), base).base is base
+
+
+def test_a_package_that_is_not_installed_is_left_out_of_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
+    assert environment.versions().keys() == {"torch"}
+
+
+def test_nothing_that_trains_takes_the_configuration_again() -> None:
+    """What was resolved is passed on, or the section, number or object that is needed: only the door to a rank takes a
+    whole configuration.
+    """
+    root = Path(__file__).parents[3] / "trainer"
+    rooms = ("train", "model", "tuning/shared", "evaluate/measure", "state/checkpoint", "state/optimizer")
+    files = [root / "rank.py", *(file for room in rooms for file in (root / room).rglob("*.py"))]
+    taking = {
+        f"{file.relative_to(root)}:{function.name}"
+        for file in files
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "Config"
+    }
+    assert taking == {
+        "rank.py:run_rank",
+        "rank.py:evaluated",  # of one of eval.sets
+        *(
+            f"tuning/shared/{place}"
+            for place in (
+                "beginning.py:differences",
+                "peft_beginning.py:differences",
+                "initial_adapter.py:differences",
+                "initial_adapter.py:find_beginning",
+                "initial_adapter.py:starting_at",
+                "initial_adapter.py:with_known_start",
+            )
+        ),
+    }

@@ -1,0 +1,140 @@
+"""No process outlives the one that needs it, however that one ends; and all are started in the one way that makes sure
+of it.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import pytest
+
+from trainer.processes import children, guard
+
+ROOT = Path(__file__).parents[3]
+# Each says beside its call why it does without.
+WITHOUT = {"launcher/cluster/ray/jobs.py", "trainer/run/trackers/tracker_process.py"}
+# A family of four: a command that starts a command of its own, and a worker of multiprocessing that does.
+FAMILY = """
+import sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from trainer.processes import children
+
+def grandchild():
+    children.start(["sleep", "100"])
+    time.sleep(100)
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), children.end_with_parent)
+    pool.submit(grandchild)
+    own = "from trainer.processes import children; children.run(['sleep', '100'])"
+    children.start([sys.executable, "-c", own])
+    print("begun", flush=True)
+    time.sleep(100)
+"""
+
+
+def processes(mark: str) -> dict[int, str]:
+    """The processes, with their commands, whose environment has this variable."""
+    found = {}
+    for number in guard.family(f"{mark}=1".encode()):
+        with suppress(OSError):
+            found[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return {number: command for number, command in found.items() if command}  # a zombie has none
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    program, mark = tmp_path / "family.py", f"CAPSTAN_TEST_{os.getpid()}"
+    program.write_text(FAMILY)
+    environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE) as parent:
+        assert wait_until(
+            lambda: sum(command.split()[0].endswith("/sleep") for command in processes(mark).values()) == 2, 60
+        )
+        os.kill(parent.pid, signal.SIGKILL)
+    assert wait_until(lambda: not processes(mark), 5), processes(mark)
+
+
+@pytest.mark.parametrize(
+    ("parent", "ends"),
+    [
+        (
+            {"environ": b"HOME=/root\0", "maps": b"/usr/lib/systemd/libsystemd.so\n"},
+            True,
+        ),  # one that takes orphans over
+        ({"environ": b"HOME=/root\0", "maps": b"/lib/torch/lib/libtorch_cpu.so\n"}, False),  # the agent
+        (
+            {"environ": b"TORCHELASTIC_RUN_ID=0\0", "maps": b"/usr/bin/bash\n"},
+            False,
+        ),  # a script between it and the rank
+        ({}, False),  # outside of the container
+    ],
+)
+def test_a_rank_whose_agent_was_killed_while_it_started_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: dict[str, bytes], ends: bool
+) -> None:
+    for name, content in parent.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(children.leash, "tie", lambda: None)
+    monkeypatch.setattr(children, "Path", lambda _: tmp_path)
+    children.end_with_agent()  # without one nothing happens
+    for name in ("TORCHELASTIC_RUN_ID", "RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit) if ends else nullcontext():
+        children.end_with_agent()
+
+
+@pytest.mark.parametrize("ending", ["killed", "in order"])
+def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -> None:
+    mark = f"CAPSTAN_TEST_{os.getpid()}"
+    # The second has another environment, as one that has renamed itself, and is known by the first.
+    script = f"env -i {mark}=1 sleep 20 & sleep 20"
+    own = (
+        f"import subprocess; subprocess.Popen(['sh', '-c', {script!r}], stdout=subprocess.DEVNULL,"
+        " start_new_session=True)"
+    )
+    wait = "; print(flush=True); input()"
+    program = f"from trainer.processes.children import guarded\nwith guarded():\n    {own}{wait}"
+    environment = {**os.environ, mark: "1", "PYTHONPATH": str(ROOT)}
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as parent:
+        assert parent.stdout
+        parent.stdout.readline()
+        if ending == "killed":
+            parent.kill()
+        else:
+            parent.communicate(b"\n")
+    if ending == "killed":
+        assert wait_until(lambda: not processes(mark), 5)
+    else:
+        left = processes(mark)
+        assert len(left) == 3
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+
+
+def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-command: not found"):
+        children.run(["no-such-command"])
+    with pytest.raises(subprocess.CalledProcessError, match=r"Command '\['false'\]' returned"):
+        children.run(["false"], check=True)
+
+
+def test_every_process_of_the_product_is_started_that_way() -> None:
+    own = re.compile(r"subprocess\.(?:run|Popen|call|check_\w+)\(|os\.(?:system|spawn\w+|posix_spawn\w*|popen)\(")
+    files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "launcher").rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in files if own.search(path.read_text(encoding="utf-8"))}
+    assert found - {"trainer/processes/children.py"} == WITHOUT

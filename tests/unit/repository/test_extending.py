@@ -1,0 +1,153 @@
+"""Five changes as a stranger would make them, in a copy of the packages: each is one new file or folder, and nothing is
+edited.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.material import make_base, make_pairs
+from tests.stored import edit_config
+
+ROOT = Path(__file__).parents[3]
+TOYS = ROOT / "tests/toys"
+
+
+def run(copy: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages with what Python has compiled of them, which is valid for files of the same time, and the additions
+    among their files.
+    """
+    copy = tmp_path_factory.mktemp("stranger")
+    for package in ("trainer", "launcher", "ds_configs"):
+        shutil.copytree(ROOT / package, copy / package)
+    there = {path for path in (TOYS / "added").rglob("*.py") if (copy / path.relative_to(TOYS / "added")).exists()}
+    assert there == set(), "an addition is a new file"
+    shutil.copytree(TOYS / "added", copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def found(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return json.loads(run(copy, str(TOYS / "stranger.py"), str(tmp_path_factory.mktemp("base"))))
+
+
+def test_a_method_has_a_setting_of_its_own(found: dict[str, Any]) -> None:
+    assert found["method"]["identity"] == {"method": "some_biases", "biases_of": ["k_proj"]}
+    assert found["method"]["refused"] == "tuning.biases_of: has no effect with tuning.method: lora. Remove it."
+    assert "Did you mean 'biases_of'?" in found["method"]["mistyped"]
+
+
+def test_an_objective_over_pairs_is_a_formula_with_its_settings(found: dict[str, Any]) -> None:
+    assert found["objective"]["identity"] == {"name": "gap", "gap": 3.0}
+    assert found["objective"]["loss"] == 0.0  # tokens are exp(3) times as likely, as the setting asks
+    assert found["objective"]["refused"] == "objective.gap: has no effect with objective.name: orpo. Remove it."
+
+
+def test_a_stored_format_is_read_and_listed(found: dict[str, Any]) -> None:
+    assert found["stored"]["values"] == [3.0, -4.0]
+    assert (
+        "Readable are 16 and 32 bits, 4 bits by bitsandbytes, 8 bits by bitsandbytes, AWQ, compressed-tensors (INT4,"
+        " INT8, FP8, NVFP4, MXFP4), FP8 with scales for tiles (with experts in FP4 too), GPTQ in 4 and 8 bits, halves,"
+        " MXFP4 and NVFP4 and FP8 of Model Optimizer." in (found["stored"]["refused"])
+    )
+
+
+def test_a_format_of_rows_is_recognised_and_named(found: dict[str, Any]) -> None:
+    assert found["rows"] == {
+        "form": "riddle (riddle, solution)",
+        "row": {
+            "messages": [{"role": "user", "content": "What has hands?"}, {"role": "assistant", "content": "A clock."}]
+        },
+        "fields": {"solution": "answer"},
+    }
+
+
+def test_the_schema_and_the_page_of_settings_list_what_is_new(found: dict[str, Any]) -> None:
+    assert found["listed"] == ["biases_of", "gap", "riddle"]
+
+
+def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> None:
+    assert run(copy, "-m", "launcher.cli", "greet", "--loud") == "HELLO\n"
+    assert found["verbs"][0] == "doctor"
+    assert "greet" in found["verbs"]
+
+
+class Run(NamedTuple):
+    """A run of three steps in the copy, by the arguments of its command."""
+
+    folder: Path
+    train: tuple[str, ...]
+
+    def read(self) -> tuple[str, list[float]]:
+        """Its manifest, and the loss of each step."""
+        written = self.folder / "runs/first"
+        files = (written / "metrics").rglob("*.jsonl")
+        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        manifest = (written / "checkpoints/step-000000003/manifest.json").read_text()
+        return manifest, [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
+    config = folder / "run.yaml"
+    config.write_text(
+        f"run: {{name: first, store: {folder / 'runs'}}}\nmodel: {{base: {base}, dtype: fp32}}\nquant: {{type:"
+        f" none}}\ndata: {{train: [{{path: {data}}}], sequence_length: 128}}\ntrain: {{steps: 3, global_batch:"
+        " 2}\ncluster: {workers: 1}\n"
+    )
+    return Run(folder, ("train", str(config), *more))
+
+
+def capstan(copy: Path, *commands: tuple[str, ...]) -> str:
+    return run(copy, str(TOYS / "commands.py"), json.dumps(commands))
+
+
+@pytest.mark.long
+def test_a_method_trains_over_the_format_of_a_base_on_the_format_of_rows(copy: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "riddles.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"riddle": f"What is {n}?", "solution": f"It is {n}."}) + "\n" for n in range(40))
+    )
+    ours = ("tuning.method=some_biases", "tuning.biases_of=[k_proj]", "data.template=chatml")
+    runs = list[Run]()
+    for name in ("plain", "halves"):
+        base = make_base(tmp_path / name / "base", "qwen2", torch.float32)
+        if name == "halves":
+            for file in base.glob("*.safetensors"):
+                save_file({key: weight / 2 for key, weight in load_file(file).items()}, file, {"format": "pt"})
+            edit_config(base, quantization_config={"quant_method": "halves"})
+        runs.append(run_of(tmp_path / name, base, rows, *ours))
+    config = runs[-1].train[1]
+    said = capstan(copy, *(one.train for one in runs), ("plan", config, *ours, "--gpu", "24GB"))
+    (plain, expected), (halves, losses) = (one.read() for one in runs)
+    assert '"some_biases"' in plain
+    assert '"some_biases"' in halves
+    assert len(losses) == 3
+    assert losses == expected
+    assert "fits" in said
+
+
+@pytest.mark.long
+def test_an_objective_over_pairs_trains(copy: Path, tmp_path: Path) -> None:
+    ours = ("objective.name=gap", "objective.gap=3")
+    gap = run_of(tmp_path, make_base(tmp_path / "base"), make_pairs(tmp_path / "pairs.jsonl"), *ours)
+    capstan(copy, gap.train)
+    manifest, losses = gap.read()
+    assert '"gap"' in manifest
+    assert len(set(losses)) == 3

@@ -1,0 +1,114 @@
+"""The process beside rank 0 brings every step to a service once and in order, whatever becomes of the service and the
+starts.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from trainer.run import layout
+from trainer.run.metrics import Metrics
+from trainer.run.records import claim_generation, record_line
+from trainer.run.trackers import companion
+from trainer.run.trackers.companion import Companion, Kept, follow
+from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.tracker import Row
+from trainer.store.store import Store, open_store
+
+
+class Remembering:
+    """A service in memory, which fails while it is `away`."""
+
+    def __init__(self, shown: int = -1) -> None:
+        self.shown, self.sent, self.away = shown, list[int](), False
+
+    def show(self, rows: Sequence[Row]) -> None:
+        if self.away and self.sent:
+            raise ConnectionError("it is away")
+        self.sent += [row.step for row in rows]
+
+    def close(self, outcome: str | None) -> None:
+        """Nothing to do."""
+
+
+def written(run: Store, begin: int, end: int, **outcome: str) -> None:
+    """The records of a whole start that takes the steps after `begin` up to `end`."""
+    metrics = Metrics([JsonLines(run, claim_generation(run), seconds=3600)])
+    metrics.write("start", step=begin)
+    for step in range(begin + 1, end + 1):
+        metrics.write("step", step=step, loss=1.0)
+    if outcome:
+        metrics.write("end", reason="", **outcome)
+    metrics.close()
+
+
+def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(companion, "ROWS", 2)
+    run, service = open_store(str(tmp_path)).sub("demo"), Remembering()
+    beside_first = Companion(run, 1, "memory", lambda kept: service)
+    written(run, 0, 9)
+    service.away = True
+    with pytest.raises(ConnectionError):
+        beside_first.look()
+    assert service.sent == [1, 2]
+    assert Kept.read(run, "memory").shown == 2
+    service.away = False
+    beside_first.look()
+    assert service.sent == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    again = Remembering(Kept.read(run, "memory").shown)
+    beside_second = Companion(run, 2, "memory", lambda kept: again)
+    written(run, 5, 12, outcome="finished")
+    beside_first.look()
+    assert beside_first.superseded  # and says nothing any more, as the newer one does
+    beside_second.look()
+    assert again.sent == [9, 10, 11, 12]
+
+
+def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kept(tmp_path: Path) -> None:
+    run, opened = open_store(str(tmp_path)).sub("demo"), list[Kept]()
+
+    def opens(kept: Kept) -> Remembering:
+        assert Kept.read(run, "memory") == kept  # before the service knows it
+        opened.append(kept)
+        return Remembering()
+
+    written(run, 0, 3)
+    beside_second = Companion(run, 2, "memory", opens)
+    claim_generation(run)
+    beside_second.look()
+    assert opened == []
+    run.put(layout.metrics(2), record_line("start", {"step": 3}))
+    beside_second.look()
+    assert len(opened) == 1
+    copy = open_store(str(tmp_path)).sub("copy")
+    copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
+    assert Kept.read(copy, "memory").id != opened[0].id
+
+
+def test_a_failing_service_is_said_once_and_tried_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, over, pauses = open_store(str(tmp_path)).sub("demo"), threading.Event(), list[float]()
+    written(run, 0, 3, outcome="finished")
+    tries = 0
+
+    def opens(kept: Kept) -> Remembering:
+        nonlocal tries
+        tries += 1
+        raise ConnectionError("https://ann:pw-of-ann@host/api is away\nand this is the second line")
+
+    monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 5)
+    follow(Companion(run, 1, "memory", opens), over, "memory")
+    said = capfd.readouterr().err
+    first, last = said.splitlines()
+    assert first.startswith("showing the run by memory failed, which does not end the run; it will be tried again: ")
+    assert first.endswith("ConnectionError: https://host/api is away")  # and the log is kept in the run's folder
+    assert "; only the next start of the run tries it again: ConnectionError: " in last
+    assert "pw-of-ann" not in said
+    assert tries == 5
+    assert pauses == [10, 20, 40, 80, 160]

@@ -1,0 +1,57 @@
+"""A run's configuration is read from its folder, whose place and name count."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.ray import jobs as ray
+from launcher.cluster.slurm import submit as slurm
+from tests.material import Workshop
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.folder import run_config, run_folder
+from trainer.store.store import open_store
+
+CONFIG = (
+    b"run: {name: orig, store: /elsewhere}\nmodel: {base: b}\ndata: {train: [{path: rows.jsonl}]}\ntrain: {steps: 1,"
+    b" global_batch: 1}\n"
+)
+
+
+@pytest.mark.parametrize("name", ["fork", "007", "1e5"])
+def test_a_copied_run_is_the_run_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    folder = open_store(str(tmp_path)).sub(name)
+    folder.put(layout.CONFIG, CONFIG)
+    config = run_config(folder, ["run.seed=7"])
+    assert (config.run.name, config.run.store, config.run.seed) == (name, str(tmp_path), 7)
+    assert run_folder(config).uri == folder.uri
+
+
+@pytest.mark.parametrize("override", ["run.name=orig", "run.store=/somewhere", "run={name: orig}"])
+def test_an_override_does_not_lead_to_another_run(tmp_path: Path, override: str) -> None:
+    folder = open_store(str(tmp_path)).sub("fork")
+    folder.put(layout.CONFIG, CONFIG)
+    with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}: .* would be another run than .*fork"):
+        run_config(folder, [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "is no run"), (b"run: \xff", "not UTF-8"), (b"[]", "is not a configuration")]
+)
+def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, content: bytes | None, said: str) -> None:
+    folder = open_store(str(tmp_path)).sub("demo")
+    if content is not None:
+        folder.put(layout.CONFIG, content)
+    with pytest.raises(ConfigError, match=said):
+        run_config(folder)
+
+
+def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:
+    config = Workshop(tmp_path).config("mine", f"run.store={tmp_path / 'my runs'}", "cluster.workers=2")
+    told = [
+        ray.submit(config, resume=False, take_over=False, dry_run=True, log=print),
+        slurm.submit(config, resume=False, take_over=False, after=None, dry_run=True, log=print),
+    ]
+    for submission in told:
+        assert shlex.split(submission.next) == ["capstan", "status", submission.uri, "--watch"]

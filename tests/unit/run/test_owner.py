@@ -1,0 +1,209 @@
+"""The owner of a run: known exactly where its process is, by its beats elsewhere; one start at a time has a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.start.check import check_idle, check_name
+from launcher.start.stopping import give_up_waiting
+from launcher.view.status import read_status
+from trainer.errors import ConfigError, Superseded
+from trainer.run import layout, owner
+from trainer.run.owner import FRESH_SECONDS, Owner, Ownership, newest_number, read_owner, take
+from trainer.store.store import Entry, Store, open_store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    run = open_store(str(tmp_path / "runs")).sub("mine")
+    run.put(layout.CONFIG, b"run: {name: mine}\n")
+    return run
+
+
+def taken(run: Store, by: str = "capstan train", **options: Any) -> Ownership:
+    return take(run, by, newest_number(run), **options)
+
+
+def newest(run: Store) -> Owner:
+    found = read_owner(run)
+    assert found is not None
+    return found
+
+
+def put(run: Store, found: Owner) -> None:
+    run.put(layout.owner(newest_number(run)), json.dumps(asdict(found)).encode())
+
+
+def elsewhere(found: Owner) -> Owner:
+    return replace(found, place="another machine", host="node7")
+
+
+def test_a_run_is_owned_as_long_as_its_process_says_so(run: Store) -> None:
+    own = taken(run)
+    with pytest.raises(ConfigError, match=rf"in use by `capstan train` \(process {os.getpid()} on .*--take-over"):
+        check_idle(run, resume=True)
+    assert read_status(run).state == "starting"
+    own.end()
+    assert read_owner(run) is None
+    check_idle(run, resume=True)
+
+
+def test_of_several_who_take_a_run_at_once_one_gets_it(run: Store) -> None:
+    seen = newest_number(run)
+    take(run, "capstan train", seen)
+    with pytest.raises(ConfigError, match="somebody else has just taken"):
+        take(run, "capstan train", seen)
+
+
+def test_a_process_that_was_killed_is_gone_at_once_even_while_nobody_has_waited_for_it(run: Store) -> None:
+    code = (
+        "import sys; from trainer.store.store import open_store; from trainer.run.owner import take;"
+        " take(open_store(sys.argv[1]), 'x', 0); input()"
+    )
+    command = [sys.executable, "-c", code, run.uri]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not newest_number(run):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            with pytest.raises(ConfigError, match=f"process {process.pid}"):
+                check_idle(run, resume=True)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie by now
+        check_idle(run, resume=True)
+    status = read_status(run)
+    assert status.state == "silent"
+    assert "start it again" in status.reason
+    check_name(run)
+
+
+def test_a_number_that_another_process_has_by_now_is_not_the_owners(run: Store) -> None:
+    taken(run)
+    assert not replace(newest(run), born="1").is_alive(time.time())
+
+
+def test_a_process_that_proc_hides_is_judged_by_its_beats(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(run)
+    found = replace(newest(run), process=1)
+    monkeypatch.setattr(owner, "_born", lambda process: owner._HIDDEN)
+    assert found.is_alive(found.time + FRESH_SECONDS - 1)
+    assert not found.is_alive(found.time + FRESH_SECONDS + 1)
+
+
+def test_an_owner_elsewhere_lives_until_it_has_not_been_heard_of_for_a_while(run: Store) -> None:
+    taken(run)
+    far = elsewhere(newest(run))
+    assert far.is_alive(far.time + FRESH_SECONDS - 1)
+    assert far.is_alive(far.time - 1000), "clocks differ"
+    assert not far.is_alive(far.time + FRESH_SECONDS + 1)
+
+
+def test_a_start_asks_the_stores_clock_as_its_own_may_be_wrong(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(run)
+    put(run, replace(elsewhere(newest(run)), time=time.time() - 3600))  # its clock is an hour behind ours
+    check_idle(run, resume=True)
+    with pytest.raises(ConfigError, match="in use by"):
+        check_idle(run, resume=True, by_store=True)
+
+    def head(store: Store, key: str) -> Entry:
+        found = heads(store, key)
+        return replace(found, modified=found.modified - timedelta(seconds=500)) if "/0000" in key else found
+
+    heads = Store.head
+    monkeypatch.setattr(Store, "head", head)
+    check_idle(run, resume=True, by_store=True)
+    assert [layout.owner(1)] == [entry.key for entry in run.list(layout.OWNERS)], "nothing stays of the question"
+
+
+def test_who_was_taken_over_knows_it_and_changes_nothing_of_the_other(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.02)
+    own = taken(run)
+    with own.kept_fresh():
+        beat = newest(run)
+        deadline = time.monotonic() + 30
+        while newest(run) == beat:
+            assert time.monotonic() < deadline, "no beat comes"
+            time.sleep(0.01)
+        own.check()
+        taken(run, "capstan resume")
+        other = newest(run)
+        assert own.lost
+        with pytest.raises(Superseded, match="taken over"):
+            own.check()
+        time.sleep(0.2)  # ten beats
+    own.end()
+    assert newest(run) == other
+
+
+def test_a_submitted_job_whose_turn_has_not_come_holds_the_name_until_it_is_given_up(run: Store) -> None:
+    taken(run, "capstan submit ray", waits=True)
+    assert read_status(run).state == "starting"
+    with pytest.raises(ConfigError, match="whose job has not begun.*capstan stop"):
+        check_idle(run, resume=False)
+    give_up_waiting(run)
+    check_idle(run, resume=False)
+    check_name(run)
+    assert read_status(run).state == "stopped"
+
+
+def test_the_owner_of_the_run_that_a_folder_was_copied_from_is_not_the_copys(run: Store) -> None:
+    taken(run)
+    copy = open_store(run.uri.rpartition("/")[0]).sub("fork")
+    for entry in run.list():
+        copy.put(entry.key, run.get(entry.key))
+    assert read_owner(copy) is None
+    check_idle(copy, resume=True)
+    assert take(copy, "capstan resume", newest_number(copy)).lost is False
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"by": "x"}', '{"by": "x", "time": "y"}', "[" * 10_000])
+def test_an_unreadable_owner_is_somebody_until_it_is_old(run: Store, text: str, monkeypatch) -> None:
+    run.put(layout.owner(1), text.encode())
+    with pytest.raises(ConfigError, match="in use by `an unreadable owner`"):
+        check_idle(run, resume=True)
+    assert read_status(run).state == "starting"
+    later = time.time() + FRESH_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    check_idle(run, resume=True)
+
+
+@pytest.mark.parametrize("process", [2**40, -1, "x"])
+def test_an_owner_whose_process_can_be_none_is_unreadable(run: Store, process: Any) -> None:
+    taken(run)
+    run.put(layout.owner(1), json.dumps({**asdict(newest(run)), "process": process, "born": "1"}).encode())
+    assert newest(run).by == "an unreadable owner"
+    with pytest.raises(ConfigError, match="in use by"):
+        check_idle(run, resume=True)
+
+
+def test_an_owner_of_a_later_version_is_read(run: Store) -> None:
+    taken(run)
+    run.put(layout.owner(1), json.dumps({**asdict(newest(run)), "colour": "blue"}).encode())
+    assert newest(run).by == "capstan train"
+
+
+def test_a_run_whose_owner_came_after_its_last_end_is_starting(run: Store) -> None:
+    records = [
+        {"kind": "start", "step": 0, "total_steps": 9, "world_size": 1, "time": time.time() - 9},
+        {"kind": "end", "outcome": "stopped", "step": 4, "reason": "asked", "time": time.time() - 5},
+    ]
+    run.put(layout.metrics(1), "".join(json.dumps(record) + "\n" for record in records).encode())
+    assert read_status(run).state == "stopped"
+    own = taken(run, "capstan resume")
+    status = read_status(run)
+    assert (status.state, status.reason.startswith("`capstan resume` (process")) == ("starting", True)
+    own.end()
+    assert read_status(run).state == "stopped"

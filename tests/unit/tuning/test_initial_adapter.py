@@ -1,0 +1,96 @@
+"""Which adapter a run begins from stays decided, whatever becomes of the place that `tuning.start` names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.drive.sweep.driver import laid_out
+from launcher.start.check import check, pinned
+from tests.material import Workshop, commit
+from tests.unit.base.test_same_base import one_weight
+from trainer.config import dump_config, override
+from trainer.errors import ConfigError, StorageError
+from trainer.export.write.adapter import export_adapter
+from trainer.plan.resolve import resolve
+from trainer.run import layout
+from trainer.store.store import open_store
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    """With the run `sft`, committed after step 4."""
+    workshop = Workshop(tmp_path, "speck", shard_size="4KB")
+    commit(workshop.store.sub("sft"), workshop.config("sft"), 4)
+    return workshop
+
+
+def sft_learns_on(workshop: Workshop) -> None:
+    """It commits step 5, and removes step 4 as its retention says."""
+    commit(workshop.store.sub("sft"), workshop.config("sft"), 5)
+    workshop.store.sub("sft").delete_folder(layout.checkpoint(4))
+
+
+@pytest.mark.parametrize("place", ["sft", "sft@4", "{}/sft", "{}/sft/checkpoints/step-000000004"])
+def test_a_run_goes_on_though_the_one_that_it_began_from_has_gone_on(workshop: Workshop, place: str) -> None:
+    given = workshop.config("next", f"tuning.start={place.format(workshop.folder / 'store')}")
+    config = pinned(given, check(given, resume=False))
+    assert config.tuning.start in ("sft@4", f"{workshop.folder}/store/sft/checkpoints/step-000000004")
+    commit(workshop.store.sub("next"), config, dataset=workshop.prepare(config).train)
+    sft_learns_on(workshop)
+    resolved = check(config, resume=True)
+    assert resolved.beginning is not None
+    assert resolved.beginning.begun
+    assert pinned(config, resolved).tuning.start == config.tuning.start
+    with pytest.raises(ConfigError, match="is no committed checkpoint. The run has those of steps 5"):
+        resolved.beginning.check()
+    assert check(given, resume=True).config.tuning.start == config.tuning.start, "as torchrun's restarts ask"
+    with pytest.raises(ConfigError, match="has base start_weights"):
+        check(override(config, "tuning.start=sft@5"), resume=True)
+    with pytest.raises(ConfigError, match="has base start_weights"):
+        check(override(config, "tuning.start=null"), resume=True)
+
+
+def test_the_trials_of_a_sweep_begin_from_one_checkpoint(workshop: Workshop) -> None:
+    given = workshop.config("sweep", "tuning.start=sft", "sweep.settings={optim.lr: {grid: [0.1, 0.01]}}")
+    config, plan = laid_out(given, resume=False)
+    folder = workshop.store.sub("sweep")
+    folder.put(layout.CONFIG, dump_config(config).encode())
+    folder.put(layout.SWEEP, json.dumps(plan.to_json()).encode())
+    for trial in plan.trials:
+        own = plan.config_of(config, trial)
+        assert own.tuning.start == "sft@4"
+        commit(workshop.store.sub(trial.run), own)
+    sft_learns_on(workshop)
+    assert laid_out(given, resume=True)[0].tuning.start == "sft@4"
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(workshop: Workshop) -> None:
+    one_weight(workshop.base)
+    with pytest.raises(ConfigError, match="tuning.start: 'sft@4' was trained over another base: .* is another"):
+        resolve(workshop.config("next", "tuning.start=sft"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1, 2])],
+)
+def test_an_adapter_that_peft_would_load_over_another_base_is_refused(
+    workshop: Workshop, setting: str, value: object
+) -> None:
+    folder = workshop.folder / "peft"
+    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
+    config = workshop.config("next", f"tuning.start={folder}")
+    assert resolve(config).beginning is not None
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {setting: value}))
+    with pytest.raises(ConfigError, match=f"tuning.start: .* has {setting}"):
+        resolve(config)
+
+
+def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(workshop: Workshop) -> None:
+    folder = workshop.folder / "deep"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(StorageError, match="adapter_config.json is no JSON"):
+        resolve(workshop.config("next", f"tuning.start={folder}"))

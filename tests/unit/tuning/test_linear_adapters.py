@@ -1,0 +1,362 @@
+"""DoRA's and (IA)^3's layers compute what the papers' formulas and PEFT's own modules compute, and start as their
+base.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.families import FAMILIES, KINDS, SIZES
+from tests.material import tuning_misfits
+from trainer.base.architecture import Parameter
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.config import Optim, Tuning, parse_config
+from trainer.tuning.dora.layer import DoraLinear
+from trainer.tuning.dora.method import DoraUpdate
+from trainer.tuning.ia3.layer import ScaledLinear
+from trainer.tuning.ia3.method import Scaling
+from trainer.tuning.lora.method import Lora
+from trainer.tuning.method import find_method
+from trainer.tuning.oft.layer import RotatedLinear, rotations
+from trainer.tuning.oft.method import Rotation
+from trainer.tuning.shared.linear_adapters import as_peft_reads
+
+LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
+PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})
+
+
+def frozen_linear(bias: bool, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(40, 24, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def learnt(layer: DoraLinear) -> DoraLinear:
+    """With a B that is not zero and magnitudes that are not the norms."""
+    torch.manual_seed(2)
+    layer.lora_B.data = 0.1 * torch.randn_like(layer.lora_B)
+    layer.lora_magnitude_vector.data *= 1 + 0.2 * torch.randn_like(layer.lora_magnitude_vector)
+    return layer
+
+
+def gradients(layer: Any, y: Tensor) -> list[Tensor]:
+    layer.zero_grad()
+    (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+    return [layer.lora_A.grad.clone(), layer.lora_B.grad.clone(), layer.lora_magnitude_vector.grad.clone()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_is_the_papers_formula_with_a_norm_that_is_constant_to_the_backward_pass(bias: bool) -> None:
+    base = frozen_linear(bias)
+    layer, x = learnt(DoraLinear(base, 3, 1.7, 0.0, torch.float32)), torch.randn(2, 5, 40)
+
+    def formula(constant: bool) -> Tensor:
+        turned = base.weight + layer.scaling * layer.lora_B @ layer.lora_A
+        norm = turned.norm(dim=1, keepdim=True)
+        weight = layer.lora_magnitude_vector[:, None] * turned / (norm.detach() if constant else norm)
+        return nn.functional.linear(x, weight, base.bias)
+
+    torch.testing.assert_close(layer(x), formula(constant=True))
+    found, expected, other = (gradients(layer, y) for y in (layer(x), formula(True), formula(False)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert (found[0] - other[0]).norm() > 1e-2 * other[0].norm(), "a norm that learns would have passed, too"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_doras_dropout_is_pefts(bias: bool) -> None:
+    base, x = frozen_linear(bias), torch.randn(7, 40)
+    layer = learnt(DoraLinear(base, 3, 2.0, 0.4, torch.float32))
+    settings = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.4, use_dora=True, target_modules=["0"])
+    theirs: Any = get_peft_model(nn.Sequential(base), settings)  # type: ignore[arg-type]  # any module does
+    adapted = theirs.base_model.model[0]
+    adapted.lora_A.default.weight.data = layer.lora_A.data
+    adapted.lora_B.default.weight.data = layer.lora_B.data
+    adapted.lora_magnitude_vector.default.weight.data = layer.lora_magnitude_vector.data
+    outputs = []
+    for training in (True, False):
+        for model in (layer, theirs):
+            torch.manual_seed(9)
+            outputs.append(model.train(training)(x))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[2], outputs[3])
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_start_exactly_as_their_base_and_are_it_when_switched_off(dtype: torch.dtype) -> None:
+    base, x = frozen_linear(False, dtype), torch.randn(7, 40, dtype=dtype)
+    base.weight.data[3] = 0  # a row without a direction
+    dora = DoraLinear(base, 3, 2.0, 0.0, dtype)
+    assert torch.equal(dora(x), base(x))
+    for layer in (learnt(dora), ScaledLinear(base, True, dtype), ScaledLinear(base, False, dtype)):
+        if isinstance(layer, ScaledLinear):
+            assert torch.equal(layer(x), base(x))
+            layer.ia3_l.data *= 2
+        assert layer(x).isfinite().all()
+        assert not torch.equal(layer(x), base(x))
+        layer.active = False
+        assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_ia3_scales_inputs_or_outputs_with_the_bias(feedforward: bool) -> None:
+    base, x = frozen_linear(True), torch.randn(7, 40)
+    layer = ScaledLinear(base, feedforward, torch.float32)
+    factors = torch.randn(40 if feedforward else 24)
+    layer.ia3_l.data = factors.view_as(layer.ia3_l)
+    expected = base(x * factors) if feedforward else factors * base(x)
+    assert torch.equal(layer(x), expected)
+
+
+def test_oft_is_pefts_rotation_of_the_inputs_in_value_gradients_and_merge() -> None:
+    base, x = frozen_linear(True), torch.randn(2, 7, 40, requires_grad=True)
+    ours = RotatedLinear(base, 8, torch.float32)
+    assert torch.equal(ours(x), base(x))
+    settings = OFTConfig(oft_block_size=8, target_modules=["0"])
+    theirs: Any = get_peft_model(nn.Sequential(base), settings)  # type: ignore[arg-type]  # any module does
+    skew = 0.1 * torch.randn(5, 28)
+    weights = ours.oft_R.weight, theirs.base_model.model[0].oft_R.default.weight
+    for weight in weights:
+        weight.data = skew.clone()
+    outputs = ours(x), theirs(x)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], base(x))
+    found, expected = (
+        torch.autograd.grad(y.square().sum(), (weight, x)) for y, weight in zip(outputs, weights, strict=True)
+    )
+    torch.testing.assert_close(found, expected)
+    merged = base.weight.clone()
+    rotation = Rotation((24, 40), rotations(skew, 8))
+    for first in (0, 10):
+        rotation.apply_to(merged[first : first + (10 if first == 0 else 14)], first)
+    torch.testing.assert_close(nn.functional.linear(x, merged, base.bias), outputs[0])
+    ours.active = False
+    assert torch.equal(ours(x), base(x))
+
+
+def test_a_block_that_does_not_divide_the_inputs_is_refused() -> None:
+    (sentence,) = find_method(Tuning.model_validate({"method": "oft", "block": 48})).mismatches(LLAMA)
+    assert sentence.startswith("tuning.block: 48 does not divide the")
+
+
+def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(24, 40).bfloat16(), torch.randn(24).bfloat16()
+    up, down, magnitude = torch.randn(24, 3), torch.randn(3, 40), torch.randn(24)
+    turned = weight.float() + 0.5 * up @ down
+    expected = magnitude[:, None] * turned / turned.norm(dim=1, keepdim=True)
+    cases: list[tuple[Any, Tensor, Tensor]] = [
+        (DoraUpdate(up, down, magnitude, 0.5), weight, expected),
+        (Scaling((24, 40), magnitude[:, None]), weight, weight.float() * magnitude[:, None]),
+        (Scaling((24, 40), down[:1]), weight, weight.float() * down[:1]),
+        (Scaling((24,), magnitude[None]), bias, bias.float() * magnitude),
+    ]
+    for update, stored, wanted in cases:
+        rows = stored.clone()
+        for first in (0, 10) if stored is weight else (0,):
+            part = rows[first : 10 if stored is weight and first == 0 else None]
+            update.apply_to(part.view(-1), first)
+        torch.testing.assert_close(rows, wanted.bfloat16())
+        assert not torch.equal(rows, stored)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [
+        ({"method": "dora", "rank": 3}, LoraConfig(r=3, use_dora=True, target_modules="all-linear")),
+        (
+            {"method": "ia3"},
+            IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        ),
+        (
+            {"method": "ia3", "targets": ["o_proj", "up_proj"], "feedforward": ["o_proj"]},
+            IA3Config(target_modules=["o_proj", "up_proj"], feedforward_modules=["o_proj"]),
+        ),
+        (
+            {"method": "ia3", "targets": ["layers.1.mlp.down_proj"]},
+            IA3Config(target_modules=["layers.1.mlp.down_proj"], feedforward_modules=["layers.1.mlp.down_proj"]),
+        ),
+        ({"method": "oft", "block": 4}, OFTConfig(oft_block_size=4, target_modules="all-linear")),
+    ],
+    ids=["dora", "ia3", "ia3-feedforward", "ia3-path", "oft"],
+)
+def test_shapes_are_those_that_peft_adds(kind: str, settings: dict[str, Any], theirs: Any) -> None:
+
+    sizes = {"tie_word_embeddings": False, **SIZES, **KINDS[kind]}
+    theirs.task_type = "CAUSAL_LM"
+    model = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)), theirs)
+    added = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): tuple(value.shape)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+    shapes = find_method(Tuning.model_validate(settings)).shapes(read_architecture(sizes))
+    assert {name.removesuffix(".weight"): shape for name, shape in shapes.items()} == added
+
+
+def test_an_identity_names_what_was_chosen_alone() -> None:
+    def identity(**settings: Any) -> dict[str, Any]:
+        return find_method(Tuning.model_validate(settings)).identity
+
+    assert identity(method="dora") == {"method": "dora", "rank": 16, "alpha": 32.0}
+    assert identity(method="dora", targets="all-linear") == identity(method="dora")
+    assert (
+        identity(method="ia3") == identity(method="ia3", targets=["k_proj", "v_proj", "down_proj"]) == {"method": "ia3"}
+    )
+    assert identity(method="ia3", targets=["o_proj"], feedforward=["o_proj"]) == {
+        "method": "ia3",
+        "targets": ["o_proj"],
+        "feedforward": ["o_proj"],
+    }
+    assert identity(method="ia3", targets="all-linear")["targets"] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted", "ends"),
+    [
+        ("all-linear", ".*", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (["self_attn.q_proj"], r".*\.q_proj", ["q_proj"]),
+        (["*.mlp.*_proj"], r".*\.mlp\..*", ["down_proj", "gate_proj", "up_proj"]),
+        (["*.0.self_attn.?_proj"], r".*\.0\.self_attn\..*", [f"0.self_attn.{name}_proj" for name in "koqv"]),
+        (["re:.*0.*(q|v)_proj"], r".*\.0\..*(q|v)_proj", ["0.self_attn.q_proj", "0.self_attn.v_proj"]),
+        (["layers.1.mlp.up_proj", "v_proj"], r".*(\.1\.mlp\.up_proj|v_proj)", ["1.mlp.up_proj", "v_proj"]),
+    ],
+)
+def test_targets_are_ends_or_patterns_of_paths_and_peft_finds_the_same_layers(
+    targets: Any, adapted: str, ends: list[str]
+) -> None:
+
+    method: Any = find_method(Tuning(targets=targets))
+    assert method.mismatches(LLAMA) == []
+    assert method.ends(LLAMA) == ends
+    ours = {name.partition(".lora_")[0] for name in method.shapes(LLAMA)}
+    assert ours == {path for path in LLAMA.linear_layers() if re.fullmatch(adapted, path)}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))
+    model = inject_adapter_in_model(method.peft_config(ends), model)
+    assert ours == {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def test_layers_of_a_range_alone_are_adapted_and_peft_finds_the_same() -> None:
+    method: Any = find_method(Tuning(targets=["q_proj", "up_proj"], layers=(1, 2)))
+    assert method.ends(LLAMA) == ["1.mlp.up_proj", "1.self_attn.q_proj"]
+    assert {name.partition(".lora_")[0] for name in method.shapes(LLAMA)} == {
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+    assert method.identity["layers"] == [1, 2]
+    assert "layers" not in find_method(Tuning()).identity
+    (sentence,) = find_method(Tuning(layers=(1, 99))).mismatches(LLAMA)
+    assert sentence.startswith("tuning.layers: [1, 99] ends behind the base's last layer. It has ")
+
+
+def test_a_last_name_that_a_stack_of_experts_has_too_is_not_enough_for_peft() -> None:
+    stack = Parameter("model.layers.1.mlp.experts.down_proj", (3, 64, 172), "experts", 1)
+    mixture = replace(LLAMA, parameters=(*LLAMA.parameters, stack))
+    method: Any = find_method(Tuning(targets=["down_proj", "up_proj"]))
+    assert method.ends(mixture) == ["mlp.down_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_weight"),
+    [
+        ("llama", []),
+        ("qwen3-moe", []),
+        (
+            "deepseek-v3",
+            ["gate_proj", *(f"{mlp}.{name}_proj" for mlp in ("mlp", "shared_experts") for name in ("down", "up"))],
+        ),
+        (
+            "qwen3-next",
+            ["gate_proj", *(f"{mlp}.{name}_proj" for mlp in ("mlp", "shared_expert") for name in ("down", "up"))],
+        ),
+    ],
+)
+def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(kind: str, by_weight: list[str]) -> None:
+    from peft import get_peft_model
+
+    settings = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
+    architecture, method = read_architecture(settings), Lora(Tuning(), rank_stabilized=False)
+    described = as_peft_reads(method.peft_config(method.ends(architecture)), architecture)
+    assert sorted(described.target_parameters or ()) == [f"{name}.weight" for name in by_weight]
+    model: Any = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)), described)
+    found = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    assert found == {name.partition(".lora_")[0] for name in method.shapes(architecture)}
+
+
+def test_dora_is_refused_where_peft_would_take_its_layers_for_experts() -> None:
+    architecture = read_architecture({**SIZES, **FAMILIES["deepseek-v3"]})
+    (sentence,) = find_method(Tuning(method="dora", targets=["down_proj", "o_proj"])).mismatches(architecture)
+    assert "dora cannot be exported for mlp.down_proj, shared_experts.down_proj of this base" in sentence
+    assert find_method(Tuning(method="dora", targets=["o_proj"])).mismatches(architecture) == [], "the control"
+
+
+def test_a_layer_whose_weight_is_handed_to_a_kernel_gets_no_adapter() -> None:
+    mamba = read_architecture({"tie_word_embeddings": False, **SIZES, **FAMILIES["nemotron-h"]})
+    assert "model.layers.0.mixer.in_proj" in mamba.linear_layers()
+    assert "model.layers.0.mixer.out_proj" not in mamba.linear_layers()
+    assert "model.layers.0.mixer.out_proj.weight" in mamba.quantizable()
+    (sentence,) = find_method(Tuning(targets=["out_proj"])).mismatches(mamba)
+    assert sentence.startswith("tuning.targets: 'out_proj' is no linear layer that can be adapted.")
+
+
+@pytest.mark.parametrize("target", ["*.mlp.query", "mlp.*"])
+def test_a_pattern_that_matches_nothing_is_refused_with_the_paths_there_are(target: str) -> None:
+    (sentence,) = find_method(Tuning(targets=[target, "q_proj"])).mismatches(LLAMA)
+    assert sentence.startswith(
+        f"tuning.targets: {target!r} matches the path of no linear layer that can be adapted. The base has "
+        "model.layers.*.self_attn.q_proj, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"targets": ["query"]},
+            "tuning.targets: 'query' is no linear layer that can be adapted. The base has o_proj, qkv_proj,",
+        ),
+        (
+            {},
+            (
+                "tuning.targets: auto is k_proj, v_proj, down_proj with tuning.method: ia3, but the base has no k_proj,"
+                " v_proj."
+            ),
+        ),
+        (
+            {"targets": ["qkv_proj"], "feedforward": ["down_proj"]},
+            "tuning.feedforward: 'down_proj' is none of tuning.targets (qkv_proj). Name it there too, or remove it.",
+        ),
+    ],
+)
+def test_what_ia3_cannot_do_is_said_in_one_sentence(settings: dict[str, Any], words: str) -> None:
+    (sentence,) = find_method(Tuning.model_validate({"method": "ia3", **settings})).mismatches(PHI3)
+    assert sentence.startswith(words)
+
+
+def test_settings_without_effect_are_refused() -> None:
+    run = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    given = parse_config(run, ("tuning.method=ia3", "optim.lora_plus_ratio=4"))
+    assert tuning_misfits(given, LLAMA) == ["optim.lora_plus_ratio: has no effect with tuning.method: ia3. Remove it."]
+    assert tuning_misfits(parse_config(run, ("tuning.method=dora", "optim.lora_plus_ratio=4")), LLAMA) == []
+
+
+def test_the_magnitudes_of_dora_are_a_group_of_their_own() -> None:
+    method, model = (
+        find_method(Tuning(method="dora")),
+        nn.Sequential(DoraLinear(frozen_linear(True), 3, 2.0, 0.0, torch.float32)),
+    )
+    groups: Any = method.groups(model, Optim(lora_plus_ratio=4))  # type: ignore[arg-type]
+    found = {group["name"]: (group["lr_ratio"], [tuple(part.shape) for part in group["params"]]) for group in groups}
+    assert found == {
+        "lora_A": (1.0, [(3, 40)]),
+        "lora_B": (4.0, [(24, 3)]),
+        "lora_magnitude_vector": (1.0, [(24,)]),
+    }
