@@ -23,6 +23,7 @@ from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import is_tokenizer_file
 
 FORMAT = 3
 _LISTING_FORMAT = 2  # it lists the intervals of each shard
@@ -31,6 +32,16 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _tokenizer_file(name: str) -> str:
+    """Raises `ValueError` for any other name: whoever reads the run writes these files."""
+    if not is_tokenizer_file(name):
+        raise ValueError("it is no file of a tokenizer")
+    return name
+
+
+_TokenizerFile = Annotated[str, AfterValidator(_tokenizer_file)]
 _Shape = Annotated[list[_Positive], Field(max_length=8)]
 
 
@@ -49,7 +60,7 @@ class TextHashes:
     tokenizer's own.
     """
 
-    tokenizer: dict[str, _Sha256]
+    tokenizer: dict[_TokenizerFile, _Sha256]
     template: _Sha256 | None
 
 
