@@ -22,7 +22,7 @@ from trainer.base.find.locate import (
     on_the_hub,
     resolve_base,
 )
-from trainer.base.find.small_files import CHAT_TEMPLATE, TOKENIZER_FILES, cached_folder, is_small_file
+from trainer.base.find.small_files import cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer
@@ -33,6 +33,7 @@ from trainer.run.folder import run_config
 from trainer.state.checkpoint.identity import check_content, check_text
 from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_FILES
 from trainer.tuning.method import Method, method_of, methods
 
 # The keys that tell the place of a base, and their types in a manifest.

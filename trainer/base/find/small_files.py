@@ -16,7 +16,7 @@ from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store
-from trainer.store.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
+from trainer.store.tokenizer_files import NAMED_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
 CONFIG = "config.json"
