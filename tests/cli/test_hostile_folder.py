@@ -1,7 +1,6 @@
 """The installed command in a current folder that somebody has filled with files called like libraries: no verb, and
 nothing that it starts, imports one of them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +20,11 @@ NAMES = (
 VERBS = {
     "doctor": ["doctor"],
     "plan": ["plan", "RUN.YAML"],
-    "data build": ["data", "build", "RUN.YAML", "data.workers=2"],
+    "data build": ["data", "build", "RUN.YAML"],
     "data check": ["data", "check", "RUN.YAML"],
     "data show": ["data", "show", "RUN.YAML"],
-    "train": ["train", "RUN.YAML", "run.name=new", "train.steps=1", "train.global_batch=2", "checkpoint.adapters=true"],
-    "train on ray": ["train", "RUN.YAML", "run.name=ray", "train.steps=1", "cluster.workers=[1,2]"],
+    "train": ["train", "RUN.YAML", "run.name=new", "train.steps=1", "data.eval=[]", "checkpoint.adapters=true"],
+    "train on ray": ["train", "RUN.YAML", "run.name=ray", "train.steps=1", "data.eval=[]", "cluster.workers=[1,2]"],
     "export": ["export", "RUN", "exported", "--verify"],
     "export merged": ["export", "RUN", "merged", "--format", "merged"],
     "evaluate": ["evaluate", "RUN"],
@@ -36,6 +35,10 @@ VERBS = {
     "report": ["report", "RUN"],
     "checkpoints": ["checkpoints", "verify", "RUN"],
 }
+
+
+UNSURE = ("doctor", "logs")
+"""Verbs whose exit code says something of this machine, or of a run that nobody has trained."""
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +67,4 @@ def test_no_verb_imports_from_the_current_folder(workshop: Workshop, tmp_path: P
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert not marks.exists(), marks.read_text()
-    assert done.returncode == 0 or verb == "doctor", done.stderr
-    assert os.listdir(folder)
+    assert done.returncode == 0 or verb in UNSURE, done.stderr

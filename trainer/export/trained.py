@@ -85,7 +85,8 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
     recorded["add_tokens"] = manifest.base.get("add_tokens", [])
     recorded["special_tokens"] = manifest.base.get("special_tokens", {})
-    quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
+    every = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
+    quant = {key: value for key, value in every.items() if key not in _FREE["quant"]}
     sections = {
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
         "quant": _updated(given.quant, quant, manifest),
@@ -259,7 +260,8 @@ def _tuning(manifest: CheckpointManifest) -> Tuning:
     name = manifest.adapter.get("method", "")
     make = methods().get(name) if isinstance(name, str) else None
     defaults = make(Tuning()).defaults if make else {}
-    return _updated(Tuning(), {**defaults, **manifest.adapter}, manifest)
+    trained = {key: value for key, value in manifest.adapter.items() if key not in _FREE["tuning"]}
+    return _updated(Tuning(), {**defaults, **trained}, manifest)
 
 
 def _updated(settings: Settings, values: dict[str, Any], manifest: CheckpointManifest) -> Settings:

@@ -23,6 +23,7 @@ from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
+from trainer.store.twice import read_twice
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -90,14 +91,20 @@ class Store:
         """Bytes [start, end) of an object, in a writable buffer."""
         if start == end:
             return bytearray()
-        with self._errors("read", key):
-            self._check_file(key)
-            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
-        self._check_length(key, start, end, len(data))
+        data = self._read_range(key, start, end)
         with self._counting:
             self.range_bytes += len(data)
         return data
 
+    @read_twice
+    def _read_range(self, key: str, start: int, end: int) -> bytearray:
+        with self._errors("read", key):
+            self._check_file(key)
+            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
+        self._check_length(key, start, end, len(data))
+        return data
+
+    @read_twice
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
         """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight
         together.

@@ -24,6 +24,7 @@ from trainer.state.optimizer.optimizer import optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
 from trainer.store.tokenizer_files import is_tokenizer_file
+from trainer.store.twice import read_twice
 
 FORMAT = 3
 _LISTING_FORMAT = 2  # it lists the intervals of each shard
@@ -189,6 +190,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     return manifest
 
 
+@read_twice
 def read_manifest(folder: Store, step: int) -> CheckpointManifest:
     """Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
@@ -274,11 +276,17 @@ def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: boo
     """
     steps = committed_steps(folder)
     check_step(folder, steps, step)
-    skipped: list[str] = []
-    for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
-        problems = [] if by_manifest else problems_of(folder, manifest)
-        if not problems:
-            return manifest
-        skipped += problems
+    wanted = steps if step is None else [step]
+    while True:
+        skipped: list[str] = []
+        for manifest in readable_manifests(folder, skipped, wanted):
+            problems = [] if by_manifest else problems_of(folder, manifest)
+            if not problems:
+                return manifest
+            skipped += problems
+        # A run that trains may have removed all of them meanwhile, for newer ones.
+        wanted = [newer for newer in committed_steps(folder) if newer > max(wanted)] if step is None else []
+        if not wanted:
+            break
     which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
     raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

@@ -16,6 +16,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
+    TrustRun,
     chosen_format,
     emit,
     log,
@@ -56,6 +57,7 @@ def export(
             ),
         ),
     ] = None,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -63,11 +65,14 @@ def export(
     adapter, merged with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method:
     full) is always the whole model."""
     from launcher.export.export import export_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
     folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
     result = export_run(
         folder,
         destination,
