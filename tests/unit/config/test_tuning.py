@@ -104,8 +104,8 @@ def test_a_method_that_learns_no_rows_of_tokens_refuses_them(method: str):
         adding(f"tuning.method={method}")
     assert (
         str(caught.value)
-        == f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose lora, rslora or dora, or"
-        " remove it."
+        == f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose one of dora, lora,"
+        " rslora, or remove it."
     )
 
 
