@@ -110,7 +110,8 @@ def model_card(folder: Store, config: Config, manifest: CheckpointManifest, cont
     text = (
         f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n##"
         f" Training\n\n{_table(('', ''), _facts(config, manifest).items())}\n\n##"
-        f" Evaluation\n\n{model_card_evaluation(folder, manifest.step)}\n\n{_PROOF}{_UNPROVEN}\n\n## Limitations\n\n{_limitations(config)}\n"
+        f" Evaluation\n\n{model_card_evaluation(folder, manifest.step)}\n\n"
+        f"{_PROOF}{_UNPROVEN}\n\n## Limitations\n\n{_limitations(config)}\n"
     )
     return text.encode()
 
