@@ -204,7 +204,7 @@ def test_experts_that_cannot_be_adapted_are_refused_with_the_reason():
         method_of(with_experts("mixtral", "tuning.method=dora")[0])
     assert (
         str(dora.value)
-        == "tuning.experts: tuning.method: dora has no adapters for experts, as PEFT has none. Choose lora or rslora,"
+        == "tuning.experts: tuning.method: dora has no adapters for experts, as PEFT has none. Choose one of lora, rslora,"
         " or remove it."
     )
     with pytest.raises(ConfigError, match="tuning.experts: has no effect with tuning.method: ia3. Remove it."):
