@@ -47,10 +47,10 @@ from tests.real_vllm import TARGETS, vllm
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.export.proof.completions import CompletionsServer
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.processes import children
 from trainer.run import layout
+from trainer.servers.completions import CompletionsServer
 from trainer.store.store import open_run_store, open_store
 
 LETTERS, HELD_OUT = "abcdefgh", 48

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from launcher.smoke.local_s3 import S3Server, available
+from tests import turns
 from tests.needs import need
 
 # Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
@@ -85,9 +86,26 @@ def _without_surrogates(value: Any) -> Any:
     return type(value)(map(_without_surrogates, value)) if isinstance(value, list | tuple) else value
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--deadline", type=float, help="Unix time in seconds after which no test begins: tests/turns.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    turns.skip_when_over(item.config.getoption("deadline"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if lines := turns.missed(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("tests that did not come, as their time was over")
+        terminalreporter.line("\n".join(lines))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the tests begin first that mostly wait, for Ray, Slurm or a killed rank: the others fill the processors
-    meanwhile. A file that takes minutes comes before those that take seconds, or it would end alone."""
+    meanwhile. A file that takes minutes comes before those that take seconds, or it would end alone. Where time is
+    short, those of what has changed begin first."""
+    if config.getoption("deadline") is not None:
+        return turns.in_turn(items)
     first = ["slurm", "ray", "cli", "test_rollouts.py", "test_gpu_kernels.py", "device", "test_families.py", "dist"]
     first += ["test_extending.py", "test_trackers.py"]
 
@@ -96,3 +114,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return min(found, default=len(first))
 
     items.sort(key=place)
+    return None

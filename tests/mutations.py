@@ -1,11 +1,14 @@
-"""Breaks the product in ten ways, one a room, and tells whether the quick tests notice: python -m tests.mutations [WORD
-...]
+"""Breaks the product, one line at a time, and tells whether the quick tests notice.
+
+    python -m tests.mutations [WORD ...]                 ten chosen lines, one a package, each with the tests that have to fail
+    python -m tests.mutations --random N SEED [STAGES]   N random ones over all packages: tests/random_mutations.py
 
 Each is a change of one line in a copy of the checkout, in which those quick tests run that have to fail. They pass in
 the copy before, which is the control. A WORD picks the mutations whose names contain it.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.random_mutations import drawn, nearest
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,14 +107,12 @@ MUTATIONS = (
 
 
 def main(words: list[str]) -> int:
+    if words[:1] == ["--random"]:
+        return of_random(*map(int, words[1:]))
     chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation.name for word in words)]
     unnoticed = 0
     with tempfile.TemporaryDirectory(prefix="capstan-mutations-") as folder:
-        copy = Path(folder, "copy")
-        for file in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-            if (ROOT / file).is_file():
-                (copy / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / file, copy / file)
+        copy = copied(Path(folder, "copy"))
         for mutation in chosen:
             began, source = time.monotonic(), (copy / mutation.file).read_text(encoding="utf-8")
             assert source.count(mutation.old) == 1, (
@@ -125,13 +128,51 @@ def main(words: list[str]) -> int:
     return min(unnoticed, 1)
 
 
+def of_random(count: int, seed: int, stages: int = 3) -> int:
+    """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed."""
+    noticed = 0
+    with tempfile.TemporaryDirectory(prefix="capstan-mutations-") as folder:
+        copy = copied(Path(folder, "copy"))
+        for change in drawn(count, seed, copy):
+            began, source = time.monotonic(), (copy / change.file).read_text(encoding="utf-8")
+            (copy / change.file).write_text(change.applied(source), encoding="utf-8")
+            by = next(
+                (failed for tests in nearest(change.file, copy)[:stages] if (failed := first_failed(copy, tests))), ""
+            )
+            (copy / change.file).write_text(source, encoding="utf-8")
+            noticed += bool(by)
+            print(f"{change.name}: {by or 'NOT NOTICED'} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{noticed} of {count} noticed")
+    return 0
+
+
+def copied(copy: Path) -> Path:
+    """The files of the checkout, in `copy`."""
+    for file in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        if (ROOT / file).is_file():
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+    return copy
+
+
 def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+    return not first_failed(copy, tests)
+
+
+def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
+    """The first quick test that fails in `copy`, or what ended pytest; empty where all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, check=False
-    )
-    assert done.returncode in (0, 1), done.stdout.decode() + done.stderr.decode()
-    return done.returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1800, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "time-out"
+    if done.returncode in (0, 5):  # 5: all of these are long
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    return found[1] if found else f"pytest ended with {done.returncode}"
 
 
 if __name__ == "__main__":

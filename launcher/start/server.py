@@ -7,26 +7,24 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from http.client import HTTPException
 
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError, DataError
-from trainer.export.servers import VLLM_RANKS
 from trainer.processes import children
 from trainer.run import layout
 from trainer.run.background import Harmless
 from trainer.run.records import generations
 from trainer.run.segments import Appender
+from trainer.servers.accepted import VLLM_RANKS
+from trainer.servers.completions import is_healthy
 from trainer.store.store import Store, open_run_store
 
 _LOOK_SECONDS = 1.0
 _SAY_SECONDS = 60.0
-_HEALTH_SECONDS = 5.0
 _END_SECONDS = 10.0
 _DEATHS = 3
 """So many times in a row a server may die before it has answered for `_WELL_SECONDS`; then something is wrong that
@@ -145,7 +143,7 @@ def _watch(
     while process.poll() is None and not over.wait(_LOOK_SECONDS):
         program.keep()
         now = time.monotonic()
-        if _is_healthy(url):
+        if is_healthy(url):
             if not answers:
                 run.put(layout.server(name), url.encode())
                 tell(f"{name} answers at {url}, {now - began:.0f} s after its start")
@@ -217,11 +215,3 @@ def _free_port(address: str, wanted: int) -> int:
         ):
             return probe.getsockname()[1]
     raise ConfigError(f"rollout.serve: no port is free at {address}. Look for its name in the machine's network.")
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_SECONDS) as answer:
-            return answer.status == 200
-    except (OSError, HTTPException):
-        return False

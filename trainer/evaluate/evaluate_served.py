@@ -34,7 +34,7 @@ from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import Words, as_it_read, settings_of
 from trainer.evaluate.subjects import has_likelihood, subjects
 from trainer.evaluate.tasks.served_model import ServedModel
-from trainer.export.proof.completions import CompletionsServer, refuse_head
+from trainer.servers.completions import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store
 
 # Tokens of the longest text that a request itself needs: one that it draws, and the last, which predicts nothing.

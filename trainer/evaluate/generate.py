@@ -15,8 +15,8 @@ from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.evaluate.tasks.served_model import ServedModel
 from trainer.evaluate.tasks.shared_model import OpenText
-from trainer.export.proof.completions import CompletionsServer, refuse_head
 from trainer.run.folder import run_config
+from trainer.servers.completions import CompletionsServer, refuse_head
 from trainer.store.store import open_store
 from trainer.tuning.head import head_of
 

@@ -27,8 +27,8 @@ from trainer.data.dataset.taught import (
 )
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Tell
-from trainer.export.proof.completions import CompletionsServer
 from trainer.run import layout
+from trainer.servers.completions import CompletionsServer
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.teacher import Teacher
 

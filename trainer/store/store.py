@@ -144,13 +144,32 @@ class Store:
             self._sync(key)
 
     def create(self, key: str, data: bytes) -> None:
-        """Write an object that must not exist yet: of several racing writers exactly one succeeds.
+        """Write an object that must not exist yet: of several racing writers of different `data` exactly one succeeds.
 
-        Raises `AlreadyExists` for the others. `data` must fit one request, as multipart uploads have no such condition.
+        Raises `AlreadyExists` for the others. The same data there already is taken for this write: the answer to a
+        first request may have been lost on the way, and the one that was sent again finds the object. So whoever claims
+        something writes what nobody else does, or nothing at all, as an empty object is always another's. `data` must
+        fit one request, as multipart uploads have no such condition.
         """
-        with self._errors("write", key):
-            obstore.put(self._backend, self._prefix + key, data, mode="create", use_multipart=False)
-            self._sync(key)
+        try:
+            with self._errors("write", key):
+                obstore.put(self._backend, self._prefix + key, data, mode="create", use_multipart=False)
+                self._sync(key)
+        except AlreadyExists:
+            if not data or not self._holds(key, data):
+                raise
+        except Unreachable:
+            # A request whose time was up is not sent again, as it may have been done.
+            with suppress(StorageError):
+                if data and self.failing_fast()._holds(key, data):
+                    return
+            raise
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """Whether the object is `data`, which two reads must deny before it is taken for another's."""
+        with suppress(NotFound):  # it has been removed since
+            return any(self.get(key) == data for _ in range(2))
+        return False
 
     def head(self, key: str) -> Entry:
         with self._errors("read", key):

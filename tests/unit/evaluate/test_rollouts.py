@@ -34,8 +34,9 @@ from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
 from trainer.evaluate.rollout.vllm_plugin import StoreResolver
-from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.run import layout
+from trainer.servers import completions
+from trainer.servers.completions import CompletionsServer, Refused
 from trainer.store.store import Store, open_store
 from trainer.train import supply
 from trainer.tuning.method import method_of
@@ -282,7 +283,7 @@ def choices(body: dict[str, Any]) -> Any:
 
 
 def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(completions, "_PAUSES", (0.0, 0.0))
     asked = list[dict[str, Any]]()
 
     def at_first(body: dict[str, Any]) -> Any:
@@ -315,7 +316,7 @@ def test_ranks_that_wait_for_answers_end_when_there_will_be_none(tmp_path: Path)
 
 
 def test_what_a_server_that_has_died_was_asked_another_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(completions, "_PAUSES", (0.0, 0.0))
     run = open_store(str(tmp_path / "run"))
     for name in ("adapter_config.json", "PUBLISHED"):
         run.put(f"adapters/step-000000003/{name}", b"{}")
@@ -341,7 +342,7 @@ def test_what_no_waiting_mends_ends_the_run(tmp_path: Path) -> None:
         return 400
 
     with stub(refuses) as url, pytest.raises(Refused, match="answered 400 to /v1/completions"), serving.giving_up(run):
-        judging.patiently(lambda: CompletionsServer("rollout.engine", url, "").sample("m", [1, 2], max_tokens=3))
+        completions.again(lambda: CompletionsServer("rollout.engine", url, "").sample("m", [1, 2], max_tokens=3))
     assert len(asked) == 1
     assert "answered 400" in str(given_up(run))
     run.delete(layout.NO_MORE_DATA)
@@ -390,7 +391,7 @@ def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: P
 def test_a_server_that_gives_nothing_is_one_sentence(
     answer: Callable[[dict[str, Any]], Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(completions, "_PAUSES", (0.0, 0.0))
     with pytest.raises(CapstanError, match=sentence):
         served(open_store(str(tmp_path / "run")), tmp_path / "adapters", answer)
 

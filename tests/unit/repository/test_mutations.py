@@ -4,9 +4,27 @@ along.
 
 import pytest
 
+from tests import random_mutations
 from tests.mutations import MUTATIONS, ROOT, Mutation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_the_line_that_a_mutation_changes_is_there_once(mutation: Mutation) -> None:
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
+
+
+def test_random_changes_are_over_all_packages_and_each_file_with_one_is_still_python() -> None:
+    changes = random_mutations.drawn(60, 1)
+    assert changes == random_mutations.drawn(60, 1) != random_mutations.drawn(60, 2)
+    assert len({"/".join(change.file.split("/")[:2]) for change in changes}) > 25
+    for change in changes:
+        source = (ROOT / change.file).read_text(encoding="utf-8")
+        assert change.applied(source) != source
+        compile(change.applied(source), change.file, "exec")
+
+
+def test_what_could_notice_a_change_begins_with_the_tests_of_its_module() -> None:
+    near, *others = random_mutations.nearest("trainer/data/order/pack.py")
+    assert "tests/unit/data/test_data_order.py" in near
+    assert "tests/unit/launcher/test_retry.py" not in near
+    assert "tests/unit/launcher/test_retry.py" in {test for stage in others for test in stage}

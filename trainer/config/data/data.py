@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from datetime import date
 from typing import Any, Literal
+from unicodedata import normalize
 
 from pydantic import field_validator, model_validator
 
@@ -249,7 +250,7 @@ class Data(Section):
     @field_validator("labels")
     @classmethod
     def _each_class_once(cls, labels: list[str] | None) -> list[str] | None:
-        if labels and len(set(labels)) < len(labels):
+        if labels and len({normalize("NFC", name) for name in labels}) < len(labels):
             raise ValueError("data.labels: names a class twice. Name each once.")
         return labels
 

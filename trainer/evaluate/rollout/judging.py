@@ -1,38 +1,17 @@
-"""A server that judges each token of an answer by its own log-probability, and the patience with servers."""
+"""A server that judges each token of an answer by its own log-probability."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
-from trainer.errors import CapstanError
 from trainer.evaluate.rollout.prompts import Asked
 from trainer.evaluate.rollout.sampling import Drawn
 from trainer.evaluate.teach_server import check_tokenizer
-from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.plan.resolve import Resolved
+from trainer.servers.completions import CompletionsServer, again
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
-_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
 _AT_ONCE = 16
-
-T = TypeVar("T")
-
-
-def patiently(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
-    """A request to a server that may be starting again: so many attempts, and something to try `between` them."""
-    for pause in _PAUSES:
-        try:
-            return request()
-        except Refused:
-            raise
-        except CapstanError:
-            time.sleep(pause)
-            with suppress(CapstanError):
-                between()
-    return request()
 
 
 def judged_gaps(
@@ -43,7 +22,7 @@ def judged_gaps(
     """
 
     def of_answer(prompt: Sequence[int], answer: Drawn) -> list[float]:
-        found = patiently(partial(judge.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
+        found = again(partial(judge.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
         return [theirs - ours for theirs, ours in zip(found, answer.log_p, strict=True)]
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:

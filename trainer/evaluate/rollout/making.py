@@ -22,9 +22,9 @@ from trainer.evaluate.rollout.judging import judge_of, judged_gaps
 from trainer.evaluate.rollout.prompts import Asked, Prompts
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import Scoring
-from trainer.export.proof.completions import CompletionsServer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
+from trainer.servers.completions import CompletionsServer
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity

@@ -19,16 +19,15 @@ from trainer.data.dataset.chapters import give_up
 from trainer.data.dataset.rollouts import is_committed
 from trainer.errors import CapstanError, NotFound
 from trainer.evaluate.request import Ask, Tell
-from trainer.evaluate.rollout.judging import patiently
 from trainer.evaluate.rollout.making import Making
 from trainer.evaluate.rollout.published import fetch, name_of, published
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import RewardFailed
-from trainer.export.proof.completions import CompletionsServer, Refused
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
+from trainer.servers.completions import CompletionsServer, Refused, again
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
@@ -106,7 +105,7 @@ def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:
         for entry in run.list(layout.SERVERS):
             with suppress(NotFound):  # it has just died
                 urls.append(run.get(entry.key).decode())
-    return [CompletionsServer("rollout.engine", url.rstrip("/").removesuffix("/v1"), "") for url in urls]
+    return [CompletionsServer.of_adapters("rollout.engine", url) for url in urls]
 
 
 def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
@@ -144,11 +143,11 @@ class ServerSampler:
         if self._loaded == adapter and self._having.issuperset(self.servers):
             return
         name = name_of(self.place, adapter, secrets.token_hex(4))
-        lacking = [server for server in self.servers if not patiently(partial(server.has, name))]
+        lacking = [server for server in self.servers if not again(partial(server.has, name))]
         if lacking:
             fetch(self.place, adapter, self.folder / name)
         for server in lacking:
-            patiently(partial(server.load, name, str(self.folder / name)))
+            again(partial(server.load, name, str(self.folder / name)))
         self.forget()
         self._name, self._loaded, self._having = name, adapter, frozenset(self.servers)
 
@@ -188,4 +187,4 @@ class ServerSampler:
             server = next(turns)
             server.load(name, str(self.folder / name))  # one that was started again has no adapter
 
-        return [Drawn(*one) for one in patiently(ask, between=turn)]
+        return [Drawn(*one) for one in again(ask, between=turn)]

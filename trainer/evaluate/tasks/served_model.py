@@ -9,7 +9,7 @@ from typing import TypeVar
 from trainer.evaluate.measure.generation import Sampling
 from trainer.evaluate.measure.scoring import Continued, Likelihood
 from trainer.evaluate.tasks.shared_model import OpenText, Told
-from trainer.export.proof.completions import CompletionsServer
+from trainer.servers.completions import CompletionsServer
 
 _AT_ONCE = 32
 

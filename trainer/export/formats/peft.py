@@ -10,7 +10,7 @@ from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
-from trainer.export.servers import refusals, remarks
+from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store
 from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.export.figures import ServedProof
-from trainer.export.proof.completions import Answer, CompletionsServer, refuse_head
 from trainer.export.proof.in_transformers import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, plain_model
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import SHAKEN_BY, TOLERATED_NOISE
 from trainer.export.write.adapter import export_adapter
+from trainer.servers.completions import Answer, CompletionsServer, refuse_head
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer import config
-from trainer.errors import AlreadyExists, NothingToResume, StorageError, Superseded
+from trainer.errors import NothingToResume, StorageError, Superseded
 from trainer.processes.accelerator import is_accelerator
 from trainer.processes.ranks import Ranks
 from trainer.run import layout
@@ -249,13 +249,7 @@ class Checkpoints:
                 f"{self.run.uri}: generation {newest} of this run has started; generation {self.generation} must not "
                 "commit any more. Two jobs of one run are alive: end one."
             )
-        key, content = layout.manifest(manifest.step), manifest.to_json()
-        try:
-            self.run.create(key, content)
-        except AlreadyExists:
-            # Ours, when the answer to a first attempt was lost on the way and the request was sent again.
-            if self.run.get(key) != content:
-                raise
+        self.run.create(layout.manifest(manifest.step), manifest.to_json())
 
     def _prune(self) -> None:
         """In the background after each commit; what fails now is tried again after the next."""

@@ -4,17 +4,24 @@ draws. By the standard library alone.
 
 import json
 import math
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
+T = TypeVar("T")
+
 _SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
+_HEALTH_SECONDS = 5.0
+_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
 _LONGEST_REASON = 300
 _ROUNDING = 1e-3  # nats above 0 that a certain token may have
 _LONGEST_ANSWER = 2**30  # bytes; log-probabilities of the likeliest tokens of a long document take some MB
@@ -54,7 +61,7 @@ class CompletionsServer:
             CapstanError: it answers with an error.
         """
         url, _, wanted = given.partition("#")
-        url = url.rstrip("/").removesuffix("/v1")
+        url = _root(url)
         if "@" in url or "?" in url:
             raise ConfigError(
                 f"{setting}: the URL holds a password or a query, which would be printed and kept. Give it without."
@@ -70,6 +77,11 @@ class CompletionsServer:
                 f" {url}#{models[0] if models else 'NAME'}."
             )
         return cls(setting, url, chosen)
+
+    @classmethod
+    def of_adapters(cls, setting: str, url: str) -> "CompletionsServer":
+        """The server at the URL, of which each request names the model. Asks nothing."""
+        return cls(setting, _root(url), "")
 
     def ask(self, tokens: list[int], draws: int) -> Answer:
         """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without
@@ -167,6 +179,31 @@ class CompletionsServer:
             ) from error
 
 
+def again(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
+    """What a request to a server gives that may be starting again: some attempts, and something to try `between`
+    them.
+    """
+    for pause in _PAUSES:
+        try:
+            return request()
+        except Refused:
+            raise
+        except CapstanError:
+            time.sleep(pause)
+            with suppress(CapstanError):
+                between()
+    return request()
+
+
+def is_healthy(url: str) -> bool:
+    """Whether the server at the URL says that it can answer."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_SECONDS) as answer:
+            return answer.status == 200
+    except (OSError, HTTPException):
+        return False
+
+
 def refuse_head(config: Config) -> None:
     """Raises `ConfigError` for a run whose head gives no next tokens, as a server is asked for these alone."""
     if config.objective.name in HEADS:
@@ -174,6 +211,10 @@ def refuse_head(config: Config) -> None:
             f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server"
             " out."
         )
+
+
+def _root(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:

@@ -1,0 +1,99 @@
+"""An answer of a bucket that is lost, short, doubled or late changes nothing that a run has: each kind of object that is
+created once, through a proxy before a real S3 server.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from launcher.smoke.local_s3 import S3Server
+from tests.store.proxy import Fault, How, faulty_proxy
+from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, is_judged
+from trainer.errors import AlreadyExists, ConfigError
+from trainer.run import layout
+from trainer.run.owner import newest_number, read_owner, take
+from trainer.run.records import claim_generation
+from trainer.store.store import Store, open_store
+
+WRITES: tuple[How, ...] = ("lost", "twice", "late", "refused")
+
+
+@pytest.fixture
+def through(s3: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
+    """A function that gives an empty folder in a bucket, through a proxy with these faults."""
+    uri = f"{s3.uri('test-store')}/{request.node.name.translate(dict.fromkeys(map(ord, '[]|'), '-'))}"
+
+    @contextmanager
+    def opened(*faults: Fault) -> Iterator[Store]:
+        with faulty_proxy(s3.endpoint, faults) as url, monkeypatch.context() as patched:
+            patched.setenv("AWS_ENDPOINT_URL", url)
+            yield open_store(uri, request_seconds=1.0)
+
+    return opened
+
+
+def rollouts() -> list[Rollout]:
+    return [Rollout([5, 6], [7, 8, 9], [-0.1, -0.2, -0.3], 1.0, {"prompt": "?"}) for _ in range(3)]
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_an_object_that_is_created_is_there_whatever_became_of_the_answer(
+    through: Callable[..., Store], how: How
+) -> None:
+    fault = Fault("PUT", "claim", how)
+    with through(fault) as store:
+        store.create("claim", b"mine")
+        assert fault.struck
+        assert store.get("claim") == b"mine"
+        with pytest.raises(AlreadyExists):
+            store.create("claim", b"yours")
+
+
+def test_an_object_is_anothers_when_two_reads_say_so(through: Callable[..., Store]) -> None:
+    with through(Fault("PUT", "claim", "lost"), Fault("GET", "claim", "short")) as store:
+        store.create("claim", b"mine, and whole")
+    with through() as store, pytest.raises(AlreadyExists):
+        store.create("claim", b"yours")
+
+
+def test_an_empty_object_is_nobodys_own(through: Callable[..., Store]) -> None:
+    with through(Fault("PUT", "000001", "lost")) as store:
+        assert claim_generation(store) == 2, "another start may have claimed the first"
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_a_chapter_of_rollouts_is_committed_and_read(through: Callable[..., Store], how: How) -> None:
+    fault = Fault("PUT", "manifest", how)
+    with through(fault) as store:
+        assert commit(store, 0, rollouts(), {"reward": 0.5})
+        assert fault.struck
+        assert is_committed(store, 0)
+        assert Rollouts(store, 1).read([0]).shape == (3, 2)
+        assert not commit(store, 0, rollouts(), {"reward": 0.7})
+        assert Rollouts(store, 1).figures(0) == {"reward": 0.5}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_a_judgement_is_committed_and_read(through: Callable[..., Store], how: How) -> None:
+    with through(Fault("PUT", "judged.json", how)) as store:
+        commit(store, 0, rollouts(), {"reward": 0.5})
+        said = np.array([-0.4] * 9, np.float32)
+        assert commit_judgement(store, 0, said, 0.1)
+        assert is_judged(store, 0)
+        assert Rollouts(store, 1, judged=True).figures(0) == {"reward": 0.5, "divergence": 0.1}
+        assert Rollouts(store, 1, judged=True).read([0]).shape == (3, 2)
+        assert not commit_judgement(store, 0, said, 0.2)
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_a_run_is_the_one_who_took_it(through: Callable[..., Store], how: How) -> None:
+    with through(Fault("PUT", "owners", how)) as store:
+        own = take(store, "capstan train", newest_number(store))
+        found = read_owner(store)
+        assert found == own.owner
+        assert json.loads(store.get(layout.owner(1)))["by"] == "capstan train"
+        with pytest.raises(ConfigError, match="somebody else has just taken"):
+            take(store, "capstan train", 0)

@@ -1,0 +1,1 @@
+"""The wire to servers of models: what a vLLM is asked, and which adapters vLLM and SGLang take."""
