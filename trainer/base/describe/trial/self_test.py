@@ -20,7 +20,7 @@ from trainer.base.describe.trial.read_together import read_together
 from trainer.base.describe.trial.weight_readers import Place, place_of
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
-from trainer.model.nf4 import Format, dequantize_blocks, quantize_blocks
+from trainer.model.nf4 import Format
 from trainer.model.parts import body, decoder_layers, is_experts
 from trainer.model.rows.row import CannotDivide, lengths_known
 from trainer.model.stored import packed_module
@@ -223,7 +223,7 @@ def _packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own.
     """
     matrices = [matrix.flatten() for matrix in (weight if weight.ndim == 3 else weight[None])]
-    pairs = [quantize_blocks(matrix, _FORMAT.quant_type, _FORMAT.block_size) for matrix in matrices]
-    left = [dequantize_blocks(*pair, len(matrix), _FORMAT) for pair, matrix in zip(pairs, matrices, strict=True)]
+    pairs = [_FORMAT.quantize(matrix) for matrix in matrices]
+    left = [_FORMAT.dequantize(*pair, len(matrix)) for pair, matrix in zip(pairs, matrices, strict=True)]
     codes, absmax = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return codes, absmax.view(torch.uint8), torch.cat(left).view(weight.shape)
