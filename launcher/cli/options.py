@@ -105,8 +105,10 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
         Terminal().print(shown)
 
 
-def open_run(run: str, store: str) -> Any:
-    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist."""
+def open_run(run: str, store: str, *, prepared: bool = False) -> Any:
+    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist. `prepared`: also that
+    of a run that a start prepares.
+    """
     from launcher.view.runs import find_run
 
-    return find_run(run, store)
+    return find_run(run, store, prepared=prepared)
