@@ -29,7 +29,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from trainer.base.load.load import DTYPES
 from trainer.model import experts
-from trainer.model.nf4 import Format, FrozenStack4bit, quantize_blocks
+from trainer.model.held.blockwise import quantize_blocks
+from trainer.model.nf4 import Format, FrozenStack4bit
 from trainer.tuning.experts.layer import ExpertLora
 
 STACKS = ("gate_up_proj", "down_proj")

@@ -30,8 +30,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from launcher.smoke.stdlib_docs import source_code, source_files  # noqa: E402
+from trainer.model.held.blockwise import quantize_blocks  # noqa: E402
 from trainer.model.kernels import fp8  # noqa: E402
-from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8, quantize_blocks  # noqa: E402
+from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8  # noqa: E402
 
 ROW, BATCH, HELD_OUT, RANK = 64, 4, 64, 8  # tokens, which are bytes; rows
 

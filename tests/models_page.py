@@ -32,39 +32,49 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
 
-Capstan has no list of models. transformers builds the causal language model that a base's config.json describes, without weights;
-its parameters and layers are read off that, and transformers' own mapping says which tensors of the files make up each of
-them. What cannot be built so is refused by name before a byte of weights is read: a model that transformers does not know, code
-of a model's own (`auto_map`), an encoder with a decoder, attention in both directions.
+Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
+without weights. Capstan reads the parameters and layers off that model, and transformers' own mapping says which
+tensors of the files make up each parameter. A model that cannot be built this way is refused by name before any weights
+are read: one that transformers does not know, one with code of its own (`auto_map`), an encoder with a decoder, or
+attention in both directions.
 
-This page says what was tested, what well-known sizes need, and how to try a model that is in neither list.
-[bases.md](bases.md) says where a base may be and how it is loaded.
+This page lists what was tested, what well-known sizes need, and how to try a model that is in neither list.
+[bases.md](bases.md) describes where a base may be and how it is loaded.
 """
 
 _FAMILIES = """\
 ## Families that were tested
 
-For each there is a tiny base with random weights in the format of the published files, with every kind of layer that the family has
-and with awkward sizes. Over 1, 2 and 3 ranks its packed bytes are those of bitsandbytes, and its logits, to the last bit, those of
-transformers with the same weights dequantized. On 2 ranks LoRA on all linear layers learns for ten steps; the export gives the
-trained model's logits in PEFT, to the last bit, and adapts the same layers; the merged model is PEFT's own merge, bit by bit.
-Where a family has linear layers of the names that its experts' matrices once had (`gate_proj`, `up_proj`, `down_proj` of dense layers and
-shared experts), PEFT 0.21 adapts them by their weights, and its logits are those of the trained model but for 16-bit rounding.
+Each family is tested with a tiny base: random weights in the format of the published files, every kind of layer that
+the family has, and awkward sizes. On 1, 2 and 3 ranks its packed bytes equal those of bitsandbytes, and its logits
+equal those of transformers with the same weights dequantized, to the last bit. On 2 ranks LoRA on all linear layers
+trains for ten steps. The export gives the trained model's logits in PEFT, to the last bit, and adapts the same layers.
+The merged model equals PEFT's own merge, bit by bit. There is one exception: some families have linear layers with the
+names that their experts' matrices once had (`gate_proj`, `up_proj`, `down_proj` of dense layers and shared experts).
+PEFT 0.21 adapts these by their weights, so its logits differ from the trained model's by 16-bit rounding.
 
-*packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer. *experts*: the
-one forward pass that serves all mixtures has the values and gradients of the family's own. *LoRA on experts*: its gradients are
-PEFT's, at any number of ranks. *shared rows*: two that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64, and a plan
-refuses other bases with the reason. The stored formats of [bases.md](bases.md) are no matter of a family: they are tested on matrices and stacks of
+- *packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer.
+- *experts*: the one forward pass that serves all mixtures has the values and gradients of the family's own.
+- *LoRA on experts*: its gradients are PEFT's, on any number of ranks.
+- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64. A plan
+  refuses other bases with the reason.
+
+The stored formats of [bases.md](bases.md) do not depend on the family. They are tested on matrices and stacks of
 experts of awkward shapes.
 """
 
 _SIZES = """\
 ## Well-known sizes
 
-Parameters are in billions; "for one token" are those that compute for it. The plan is for LoRA of rank 16 on all linear layers over
-NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, every layer computed again in
-its backward pass (`train.activation_checkpointing: all`; auto uses memory that is left), on machines of eight GPUs with 80 GB each;
-`capstan plan` says the same for your run. "Fewest GPUs" are of 1, 2, 4, 8 and multiples of 8.
+Parameters are in billions; "for one token" are those that compute for it. The plan is for LoRA of rank 16 on all linear
+layers over NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight GPUs with 80
+GB each. Every layer is computed again in its backward pass (`train.activation_checkpointing: all`; `auto` uses memory
+that is left). `capstan plan` shows the same for your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
+
+Kimi-K2 is planned here as the `deepseek_v3` model that it is. The config.json of `moonshotai/Kimi-K2-Instruct` names
+code of its own (`kimi_k2`, which transformers lacks), so Capstan refuses it until you write
+`"model_type": "deepseek_v3"` into a downloaded copy; the message says so. `moonshotai/Kimi-K2.5` is planned and trained
+under its own name.
 """
 
 _OTHERS = """\
@@ -75,43 +85,50 @@ capstan plan my-run.yaml                 # reads config.json alone: the paramete
 capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
 ```
 
-`capstan smoke` trains, is killed, resumes on another number of ranks, exports and verifies: the exported adapter must predict in plain
-transformers and PEFT what the model that was trained predicts. `--layers` cuts a large base to its first layers, so take as many as show
-each kind of layer; without a GPU it runs on the CPU. A base that passes has been proven as far as the families above, on your own
-weights.
+`capstan smoke` trains, is killed, resumes on another number of ranks, exports and verifies: the exported adapter must
+make the trained model's predictions in plain transformers and PEFT. `--layers` cuts a large base to its first layers,
+so take enough to include each kind of layer. Without a GPU it runs on the CPU. A base that passes is proven as far as
+the families above, on your own weights.
 """
 
 _TRIED = """\
 ## What is tried before a run
 
-When a base's config.json is read for the first time, a small model of its kinds of layers, with the base's own settings but for the sizes, computes on
-the CPU, in a second or two; the answer is kept in `~/.cache/capstan`. It tells
+When Capstan reads a base's config.json for the first time, it computes a small model with the same kinds of layers and
+the base's own settings except for the sizes, on the CPU, in a second or two. It keeps the answer in `~/.cache/capstan`.
+The small model shows:
 
-- which linear layers the family's own code reads past their forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer): these stay in 16 bits and get no
-  adapter, as do those that transformers keeps in fp32 and experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
-- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones, experts included. Otherwise `plan` and `train` refuse the base with one sentence,
-  and `data.packing: false` or `quant.type: none` is the way out. Where the family's code runs at no small sizes, `plan` says that it was not tried;
-- whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`, [long-rows.md](long-rows.md));
-- whether a token sees those behind it: then it is no causal model (XLNet, CPM-Ant, XLM), and refused; so is one whose layers get no gradient while its embeddings stay as they
-  are (Reformer).
+- which linear layers the family's own code reads outside their forward pass (Mamba's `dt_proj`, the scores of
+  DeepSeek's indexer). These stay in 16 bits and get no adapter. So do layers that transformers keeps in fp32, and
+  experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
+- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones, experts
+  included. Otherwise `plan` and `train` refuse the base with a message; use `data.packing: false` or
+  `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was not tried;
+- whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`,
+  [long-rows.md](long-rows.md));
+- whether a token sees later ones. Such a model is not causal (XLNet, CPM-Ant, XLM), and is refused. So is one whose
+  layers get no gradient while its embeddings are frozen (Reformer).
 
-Refused by name are also models whose layers share weights with other layers (Zamba), lie in several parts (BLT), or take their keys from
-another model (drafting models), and heads that are no plain matrix (Dory) or have more than it between them and the hidden states (BERT, ModernBERT's decoder).
+Capstan also refuses, by name, models whose layers share weights with other layers (Zamba), lie in several parts (BLT),
+or take their keys from another model (drafting models), heads that are not a plain matrix (Dory), and heads with more
+than a matrix between them and the hidden states (BERT, ModernBERT's decoder).
 
-A whole class that sees or hears and has no class for its language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama) is trained by its decoder and its output head, which
-have the whole class's logits on text to the last bit.
+Some models see or hear and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama).
+Capstan trains their decoder and output head, which have the whole class's logits on text to the last bit.
 
-GPT-2 and its kin (`gpt2`, GPT-SW3, `openai-gpt`) have layers whose weights files hold transposed: they are linear layers here, quantized as bitsandbytes does it, and an adapter has
-PEFT's `fan_in_fan_out`. Their merged models cannot be written in NF4 or FP8, and their adapters not for llama.cpp, each of which is refused.
+The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Their layers are linear
+layers here, quantized as bitsandbytes does it, and an adapter has PEFT's `fan_in_fan_out`. Their merged models cannot
+be written in NF4 or FP8, nor their adapters for llama.cpp; each of these is refused.
 """
 
 _EVERY = """\
 ## Every type
 
-`python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in a process of its own, against plain transformers
-and PEFT over weights that it decodes itself, each document alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
-What a family leaves to chance as it trains (dropout, the jitter of Phi-3.5-MoE's routers) is off there. Where plain transformers' own gradient in fp32 is farther than 1e-5 from that
-in fp64 (Gemma 3n, 7e-5), ours may be as far from it.
+`python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
+its own process. It compares Capstan with plain transformers and PEFT over weights that it decodes itself, each document
+alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
+Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's routers) is off. If plain transformers' own
+gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may differ by as much.
 """
 
 _PLANNED = """

@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 
 from trainer.model import nf4
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, quantize_absmax, quantize_blocks
+from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
+from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit
 
 CAPABILITIES = (80, 90, 100)
 

@@ -11,9 +11,10 @@ from card.figures import Figure, device, seconds_of, shape
 
 
 def kernels(given: argparse.Namespace) -> Iterator[Figure]:
-    """Dequantized weights by both ways beside the CPU's; then loss and gradients of a packed row in bf16 by each
+    """Dequantized weights by both ways beside the CPU's, and of a stack that has more of them than 32 bits count; then loss and gradients of a packed row in bf16 by each
     attention kernel and by Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
     yield from _dequantized(given)
+    yield from _beyond_32_bits(given)
     yield from _attention(given)
     yield from _fused(given)
 
@@ -153,14 +154,15 @@ def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
     import torch
 
     from trainer.model import nf4
+    from trainer.model.held import blockwise
 
     rows, columns = (64, 176) if given.pretend else (4096, 14336)
     for double in (False, True):
         linear = nf4.FrozenLinear4bit(rows, columns, nf4.Format("nf4", 64, double, torch.bfloat16))
-        packed, absmax = nf4.quantize_blocks(torch.randn(linear.layout.numel, dtype=torch.bfloat16), "nf4", 64)
+        packed, absmax = blockwise.quantize_blocks(torch.randn(linear.layout.numel, dtype=torch.bfloat16), "nf4", 64)
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
         if double:
-            codes, nested, mean = nf4.quantize_absmax(absmax)
+            codes, nested, mean = blockwise.quantize_absmax(absmax)
             linear.absmax_mean.fill_(mean)
             linear.nested_absmax = torch.nn.Parameter(nested.view(torch.uint8), requires_grad=False)
             linear.absmax = torch.nn.Parameter(codes, requires_grad=False)
@@ -176,3 +178,48 @@ def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
             what = f"dequantizing {rows} x {columns}{', double' if double else ''}{', in one pass' if one_pass else ''}"
             yield Figure(what, f"{1e3 * seconds:.2f} ms, {rate:.2f} TB/s", "the CPU's bits", same)
         nf4.has_one_pass = ours
+
+
+def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
+    """A run of more weights than a kernel that counts in 32 bits can decode, beside its parts, by each way."""
+    import torch
+
+    from trainer.model import nf4
+    from trainer.model.held import blockwise
+
+    if given.pretend:
+        blockwise.AT_ONCE = 2**15
+    numel, part = 2 * blockwise.AT_ONCE + 64, blockwise.AT_ONCE // 4
+    absmax = torch.rand(numel // 64, device=device())
+    for kind in ("nf4", "int8"):
+        in_byte = 1 if kind == "int8" else 2
+        packed = torch.randint(256, (numel // in_byte,), dtype=torch.uint8, device=device())
+
+        def decoded(first: int, last: int, kind: str = kind, packed: Any = packed, in_byte: int = in_byte) -> Any:
+            some = packed[first // in_byte : last // in_byte], absmax[first // 64 : last // 64]
+            return blockwise.dequantize_blocks(*some, last - first, kind, 64, torch.bfloat16)
+
+        yield _beside_its_parts(f"{numel} weights in {kind}", decoded, numel, part)
+    if not nf4.has_one_pass(device()):
+        return
+    from trainer.model.kernels.double import dequantize_double
+
+    packed = torch.randint(256, (numel // 2,), dtype=torch.uint8, device=device())
+    codes = torch.randint(256, (numel // 64,), dtype=torch.uint8, device=device())
+    nested, mean = torch.rand(-(-len(codes) // 256), device=device()), torch.rand(1, device=device())
+    tables = blockwise.nested_code(packed.device), blockwise.four_bit_code("nf4", packed.device)
+
+    def in_one_pass(first: int, last: int) -> Any:
+        some = packed[first // 2 : last // 2], codes[first // 64 : last // 64], nested[first // 2**14 :]
+        size = {"numel": last - first, "block_size": 64, "nested_block": 256, "dtype": torch.bfloat16}
+        return dequantize_double(*some, mean, *tables, **size)
+
+    yield _beside_its_parts(f"{numel} weights in nf4, double, in one pass", in_one_pass, numel, part)
+
+
+def _beside_its_parts(what: str, decoded: Callable[[int, int], Any], numel: int, part: int) -> Figure:
+    whole, same = decoded(0, numel), 0
+    for first in range(0, numel, part):
+        last = min(numel, first + part)
+        same += int((whole[first:last] == decoded(first, last)).sum())
+    return Figure(what, f"{same} as in its parts", f"{numel}", same == numel)

@@ -14,6 +14,7 @@ from launcher.view.wrapped_table import FoldedTable
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.config import load_config
+from trainer.data.compile.encode import untagged_note
 from trainer.data.compile.inputs import find
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.look.check import DataReport, Findings, check_data
@@ -46,6 +47,7 @@ def report_table(report: DataReport) -> RenderableType:
     for what, found in report.splits.items():
         parts += [_histogram(what, found), *_lost(what, found)]
         parts += [Text(f"bad row: {text}") for text in found.bad_row_examples]
+        parts += map(Text, untagged_note(found.untagged))
         parts += [Text(f"left out by the chat template: {text}") for text in describe_left_out(found.left_out)]
         parts += [Text(f"a field of no use: {text}") for text in describe_left_out(found.unused_fields)]
         parts += [Text(f"alike: {row} and {earlier}") for row, earlier in found.duplicate_examples]

@@ -31,6 +31,7 @@ _COUNTS = {
     "split": "too long, split",
     "without_targets": "nothing to train on",
     "desired": "desired answers",
+    "untagged": "words that share a token with another tag",
 }
 _EXAMPLES = 5
 

@@ -36,7 +36,7 @@ class _Asked(NamedTuple):
     """
 
     tokens: list[int]
-    places: list[int]
+    places: Sequence[int]
     words: list[str]
 
 
@@ -78,7 +78,7 @@ def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     )
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
-    return _Asked(found.text.tolist(), found.trained.nonzero()[0].tolist(), words)
+    return _Asked(found.text.tolist(), found.places, words)
 
 
 def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:

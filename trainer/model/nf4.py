@@ -20,14 +20,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
 from trainer.config.training import EXPERTS_AT_ONCE
+from trainer.model.held import blockwise
+from trainer.model.held.blockwise import (
+    NESTED_BLOCK,
+    dequantize_absmax,
+    four_bit_code,
+    nested_code,
+)
 from trainer.model.kernels import fp8
-
-NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,14 @@ class Format:
     def weights_a_byte(self) -> int:
         return 1 if self.quant_type == "int8" else 2
 
+    def quantize(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed bytes and fp32 absmax of a flat run of whole blocks."""
+        return blockwise.quantize_blocks(weights, self.quant_type, self.block_size)
+
+    def dequantize(self, packed: Tensor, absmax: Tensor, numel: int) -> Tensor:
+        """(numel,) in the type of products, of a flat run of blocks."""
+        return blockwise.dequantize_blocks(packed, absmax, numel, self.quant_type, self.block_size, self.dtype)
+
 
 class Packed(nn.Module):
     """Weights in 4 or 8 bits. Parameters, each frozen, uint8, flat and partitioned by ZeRO-3, sizes as in `layout`:
@@ -126,7 +138,7 @@ class Packed(nn.Module):
         if form.double and form.quant_type == "nf4" and has_one_pass(packed.device.type):
             values = self._in_one_pass(packed, first, last)
         else:
-            values = dequantize_blocks(packed, self._scales(first, last), count * layout.numel, form)
+            values = form.dequantize(packed, self._scales(first, last), count * layout.numel)
         return values.view(count, *self.slice_shape)
 
     def _in_one_pass(self, packed: Tensor, first: int, last: int) -> Tensor:
@@ -140,7 +152,7 @@ class Packed(nn.Module):
             self.nested_absmax.data.view(torch.float32)[first * nested : last * nested],
             self.absmax_mean[first:last],
             nested_code(packed.device),
-            nf4_code(packed.device),
+            four_bit_code("nf4", packed.device),
             numel=(last - first) * self.layout.numel,
             block_size=self.format.block_size,
             nested_block=NESTED_BLOCK,
@@ -276,64 +288,6 @@ class _FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
         bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return multiply_back(grad, ctx.module), None, bias
-
-
-def quantize_blocks(weights: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """Packed bytes (ceil(n / 2),) uint8 and absmax (ceil(n / block_size),) fp32 of a flat run of whole blocks.
-
-    Blocks are independent, so a run that starts at a block's border gives the very bytes of quantizing the whole
-    tensor.
-    """
-    if quant_type == "int8":
-        packed, state = bnb.quantize_blockwise(weights, code=int8_code(weights.device), blocksize=block_size)
-    else:
-        packed, state = bnb.quantize_4bit(weights, blocksize=block_size, quant_type=quant_type)
-    return packed.view(-1), state.absmax
-
-
-def dequantize_blocks(packed: Tensor, absmax: Tensor, numel: int, form: Format) -> Tensor:
-    """(numel,) in `form.dtype`, of a flat run of blocks."""
-    if form.quant_type == "int8":
-        code = int8_code(packed.device)
-        state = bnb.QuantState(absmax, code=code, blocksize=form.block_size, dtype=form.dtype)
-        return bnb.dequantize_blockwise(packed, state)
-    state = bnb.QuantState(
-        absmax, shape=torch.Size([numel]), dtype=form.dtype, blocksize=form.block_size, quant_type=form.quant_type
-    )
-    return bnb.dequantize_4bit(packed.view(-1, 1), state)
-
-
-def dequantize_absmax(codes: Tensor, nested_absmax: Tensor) -> Tensor:
-    """fp32 absmax less its mean, (blocks,), of whole blocks of codes."""
-    state = bnb.QuantState(nested_absmax, code=nested_code(codes.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    return bnb.dequantize_blockwise(codes, state)
-
-
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization of one tensor's whole absmax (blocks,): codes (blocks,) uint8, nested absmax fp32, mean
-    ().
-    """
-    mean = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
-    return codes, state.absmax, mean
-
-
-@cache
-def nested_code(device: torch.device) -> Tensor:
-    """bitsandbytes' 8-bit dynamic map (256,), the same for every tensor."""
-    return bnb.create_dynamic_map().to(device)
-
-
-@cache
-def nf4_code(device: torch.device) -> Tensor:
-    """The values of NF4's 16 nibbles, fp32."""
-    return bnb.get_4bit_type("nf4", device=device)
-
-
-@cache
-def int8_code(device: torch.device) -> Tensor:
-    """The values of 8-bit codes, fp32: steps of 1/127."""
-    return bnb.create_linear_map(signed=True, total_bits=8).to(device)
 
 
 @cache

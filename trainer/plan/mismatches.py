@@ -7,8 +7,7 @@ from typing import Literal
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
 from trainer.config import Config, Optim
-from trainer.config.objective import HEADS
-from trainer.model.kernels.attention import kernels_without_masks
+from trainer.model.kernels.attention import kernels_without_masks, uncountable
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
 from trainer.tuning.objective.objective import Objective
 from trainer.tuning.objective.rollouts import rollout_mismatches
@@ -28,6 +27,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *objective_mismatches(config, objective, method),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
+        *_of_long_rows(config, base.architecture, method, objective),
         *rollout_mismatches(config, objective, method),
     ]
     return [*base.mismatches(config), *own]
@@ -115,8 +115,6 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if config.train.sample_every and name in HEADS:
-        yield f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it."
     if reference == "adapter_off" and method.trains_base:
         yield (
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base"
@@ -173,6 +171,25 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
             f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which"
             " differ from the prompt's. Remove it."
         )
+
+
+def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
+    """A sentence where a row has more numbers than the kernel of its attention counts."""
+    if config.cluster.gpus_per_worker == 0:
+        return
+    reserved = method.virtual.reserved * config.data.segments(objective.formats)
+    tokens = config.train.micro_batch * (config.data.sequence_length + reserved)
+    kernel, ranks = config.model.attention, config.sharding.sequence_parallel
+    for layer in model.attention:
+        heads, size = -(-(layer.query_heads or 0) // ranks), layer.head_size or model.widest_head
+        masked = model.has_sinks or bool(layer.window and layer.window < tokens)
+        if uncountable(kernel, tokens, heads, size, masked=masked):
+            yield (
+                f"model.attention: {kernel} counts the numbers of a row in 32 bits, and a row of {tokens} tokens"
+                f" (data.sequence_length) with {heads} heads of {size} has more. Set a shorter one, or"
+                f" {_SHARED_ROWS} to more than {ranks}, which divides the heads."
+            )
+            return
 
 
 def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:

@@ -13,8 +13,10 @@ from tests.unit.data.test_data_chat import CHATML, tokenizer
 from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.describe.description import describe
 from trainer.config import Config, Data, parse_config
+from trainer.data.compile.encode import documents_of, untagged_note
 from trainer.data.compile.inputs import find, with_labels
 from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import detect
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
@@ -109,6 +111,55 @@ def test_a_row_without_a_known_class_says_why(row: dict[str, Any], said: str) ->
     assert said in str(found)
 
 
+def test_a_number_names_a_class_or_counts_them_and_never_both() -> None:
+    found = encoded(byte_tokenizer(), *({"text": "a", "label": label} for label in (0, 1, "5")), labels=list("12345"))
+    assert [row.numbers.tolist() for row in found if isinstance(row, Classified)] == [[0], [4]]
+    assert "the label is '0', which is none of data.labels (1, 2, 3, 4, 5); these are numbers themselves" in str(
+        found[0]
+    )
+    (truth,) = encoded(byte_tokenizer(), {"text": "a", "label": 1}, labels=["true", "false"])
+    assert "the label is '1', which is none of data.labels (true, false)" in str(truth), "1 was false"
+    words = {"words": ["a", "b"], "tags": [0, 1]}
+    given = {"train": [{"path": "x"}], "format": "tagged", "labels": ["1", "2"]}
+    (tags,) = TaggedRenderer(byte_tokenizer(), Data.model_validate(given)).encode([words])
+    assert "the label is '0', which is none of data.labels" in str(tags)
+
+
+def test_a_letter_is_the_same_in_every_form_of_unicode(tmp_path: Path) -> None:
+    one, other = "caf\u00e9", "cafe\u0301"
+    found = encoded(byte_tokenizer(), *({"text": "a", "label": label} for label in (one, other)), labels=["x", one])
+    assert [row.numbers.tolist() for row in found if isinstance(row, Classified)] == [[1], [1]]
+    assert with_labels(config(rows(tmp_path / "a.jsonl", one, other, "x"))).data.labels == [one, "x"]
+    with pytest.raises(ConfigError, match="names a class twice"):
+        config("a.jsonl", f'data.labels=["{one}", "{other}"]')
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("1", "1.0", 2), (True, 1, 0), ("good", "good ", "bad"), ("01", 1)],
+    ids=["form", "truth", "space", "zero"],
+)
+def test_classes_that_look_like_one_are_refused(tmp_path: Path, labels: Any) -> None:
+    file = rows(tmp_path / "a.jsonl", *labels)
+    with pytest.raises(DataError, match=r"rows have the class '.*', and others '.*', which look like one class"):
+        with_labels(config(file))
+    assert with_labels(config(file, 'data.labels=["a", "b"]')).data.labels == ["a", "b"], "whoever names them knows"
+
+
+def test_evaluation_rows_do_not_count_classes_that_training_rows_name(tmp_path: Path) -> None:
+    named, counted = rows(tmp_path / "a.jsonl", "spam", "ham"), rows(tmp_path / "b.jsonl", "ham", 1)
+    given = f"data.eval=[{{path: {counted}}}]"
+    with pytest.raises(DataError, match=r"b.jsonl:2: the label is the number 1, and .* have the classes ham, spam"):
+        with_labels(config(named, given))
+    assert with_labels(config(named, given, "data.labels=[spam, ham]")).data.labels == ["spam", "ham"]
+
+
+@pytest.mark.parametrize("label", [1.0, float("nan"), None, "", {}, [1], b"x", "\ud800"])
+def test_a_value_that_is_no_class_is_a_bad_row(label: Any) -> None:
+    (found,) = encoded(byte_tokenizer(), {"text": "a", "label": label}, labels=["0", "1"])
+    assert isinstance(found, DataError)
+
+
 def rows(path: Path, *labels: Any) -> Path:
     path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))
     return path
@@ -159,7 +210,7 @@ def test_rows_of_both_forms_are_found_out() -> None:
             ("tuning.method=full",),
             "tuning.method: full has no adapter that PEFT keeps beside a head, as objective.name: classification",
         ),
-        (("tuning.method=prompt",), "Choose lora, rslora or dora"),
+        (("tuning.method=prompt",), "Choose one of dora, lora, rslora"),
         (
             ("tuning.start=other",),
             "tuning.start: an adapter has no head for objective.name: classification to begin with",
@@ -215,6 +266,7 @@ def test_the_first_token_of_each_word_has_its_tag_in_a_segment_behind_the_text()
         ({"words": ["a"], "tags": ["B", "O"]}, "the tags are no list of 1, one for each word"),
         ({"words": ["a", " "], "tags": ["B", "O"]}, "the words are no list of texts that each have a character"),
         ({"words": ["a"], "tags": ["X"]}, "the label is 'X', which is none of data.labels (O, B)"),
+        ({"words": ["\ud800"], "tags": ["B"]}, "the text of the words has half of a surrogate pair in it"),
         ({"words": ["a"], "tags": [2]}, "the label is '2', which is none of data.labels (O, B)"),
     ],
 )
@@ -222,6 +274,56 @@ def test_words_without_known_tags_say_why(row: dict[str, Any], said: str) -> Non
     (found,) = tagged(byte_tokenizer(), row)
     assert isinstance(found, DataError)
     assert said in str(found)
+
+
+def spanning(text: str) -> Any:
+    """A tokenizer whose tokens may span words: each is as long as one of `text`'s parts between bars."""
+
+    class Spanning:
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            ends = np.cumsum([len(part) for part in text.split("|")]).tolist()
+            spans = list(zip([0, *ends], ends, strict=False))
+            assert texts == [text.replace("|", "")]
+            return {"input_ids": [list(range(len(spans)))], "offset_mapping": [spans]}
+
+    return Spanning()
+
+
+def test_a_token_of_several_words_carries_the_tag_that_they_share_and_no_other() -> None:
+    (same,) = tagged(spanning("of the| way"), {"words": ["of", "the", "way"], "tags": ["O", "O", "B"]})
+    assert isinstance(same, Tagged)
+    assert (same.numbers.tolist(), same.trained.tolist(), list(same.places)) == ([0, 1], [True, True], [0, 0, 1])
+    assert same.untagged == 0
+    (other,) = tagged(spanning("of the| way"), {"words": ["of", "the", "way"], "tags": ["O", "B", "B"]})
+    assert isinstance(other, Tagged)
+    assert (other.trained.tolist(), other.untagged, list(other.places)) == ([False, True], 2, [0, 0, 1])
+    (border,) = tagged(spanning("o|f th|e"), {"words": ["of", "the"], "tags": ["O", "B"]})
+    assert isinstance(border, Tagged)
+    assert (border.numbers.tolist(), border.trained.tolist()) == ([0, 1, 0], [True, True, False]), "t begins in it"
+
+
+def test_words_whose_tags_no_token_carries_are_counted_and_said() -> None:
+    given = {"train": [{"path": "x"}], "format": "tagged", "labels": ["O", "B"], "sequence_length": 32}
+    (row,) = tagged(spanning("of the| way"), {"words": ["of", "the", "way"], "tags": ["O", "B", "B"]})
+    assert isinstance(row, Tagged)
+    counters = Counters()
+    documents_of(Data.model_validate(given), row, counters)
+    assert counters.plus(Counters(untagged=1)).untagged == 3
+    assert untagged_note(counters.untagged)[0].startswith("2 words are not trained, as a token that begins several")
+    assert untagged_note(None) == ()
+
+
+def test_a_word_that_the_tokenizer_drops_takes_no_other_words_token() -> None:
+    (found,) = tagged(spanning("\u200b |b"), {"words": ["\u200b", "b"], "tags": ["B", "O"]})
+    assert isinstance(found, Tagged), "a token of its own"
+
+    class Dropping:
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [[7]], "offset_mapping": [[(2, 3)]]}
+
+    made: Any = Dropping()
+    (found,) = tagged(made, {"words": ["\u200b", "b"], "tags": ["B", "O"]})
+    assert "has no token of its own" in str(found)
 
 
 def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:

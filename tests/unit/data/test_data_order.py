@@ -1,4 +1,6 @@
 from collections import Counter
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from trainer.data.order.order import EpochPlan, permutation, splitmix64
 from trainer.data.order.pack import best_fit_decreasing
-from trainer.data.order.settings import VERSION, Order
+from trainer.data.order.settings import REPEATING_VERSION, VERSION, Order
 
 GOLDEN = Path(__file__).parents[2] / "golden/order.txt"
 
@@ -92,7 +94,7 @@ def written_order() -> str:
     In blocks of four documents: a source at weight 1, one whose documents take turns, and one whose blocks do.
     """
     lengths = (8 + splitmix64(np.arange(700, dtype=np.uint64)) % np.uint64(1000)).astype(np.int64)
-    lines = [f"version {VERSION}"]
+    lines = [f"version {REPEATING_VERSION}"]
     for epoch in (0, 3):
         written = plan(lengths, sources=(300, 100, 300), weights=(1.0, 1.5, 0.4), epoch=epoch, block_documents=4)
         for number in range(written.num_windows):
@@ -103,11 +105,33 @@ def written_order() -> str:
 
 
 def test_the_order_is_golden() -> None:
-    """A resumed run must find the order it left. A change to the golden file needs a new `order.VERSION` too.
+    """A resumed run must find the order it left. A change to the golden file needs a new version too.
 
     `python -m tests.unit.data.test_data_order > tests/golden/order.txt` writes it.
     """
     assert written_order() == GOLDEN.read_text()
+
+
+def test_orders_without_repeated_visits_are_as_they_ever_were() -> None:
+    """The hash was computed before repeated visits were kept apart."""
+    lengths = (8 + splitmix64(np.arange(700, dtype=np.uint64)) % np.uint64(1000)).astype(np.int64)
+    given: dict[str, Any] = {"sources": (300, 100, 300), "weights": (1.0, 1.0, 0.4), "block_documents": 4}
+    found = str([found for epoch in (0, 3) for found in bins(plan(lengths, epoch=epoch, **given))])
+    assert sha256(found.encode()).hexdigest() == "07f9453c7dff6c2d0ca14f2c1fa2883903ba4b425a01c1ea378992ea4bfb9e66"
+    order = plan(lengths, **given).order
+    assert order.to_json()["version"] == VERSION
+    assert replace(order, weights=(1.0, 1.5, 0.4)).to_json()["version"] == REPEATING_VERSION
+
+
+@pytest.mark.parametrize("weight", [1.5, 2.0, 3.0])
+def test_no_bin_holds_a_document_twice(weight: float) -> None:
+    lengths = 8 + np.arange(60) * 9
+    epoch = plan(lengths, sources=(40, 20), weights=(1.0, weight))
+    found = bins(epoch)
+    assert all(len(set(members)) == len(members) for members in found)
+    assert all(lengths[members].sum() <= 2048 for members in found)
+    assert abs(visits(epoch).total() - 40 - 20 * weight) <= 1
+    assert len(found) <= -(-int(lengths[[d for b in found for d in b]].sum()) // 2048) + 2, "rows stay full"
 
 
 def test_a_window_needs_no_other() -> None:

@@ -13,7 +13,9 @@ import zstandard
 from obstore.store import MemoryStore
 
 from trainer.config import Source
+from trainer.data.format.messages import read_tools
 from trainer.data.source import files as sources
+from trainer.data.source import mds
 from trainer.data.source import rows as reading
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import batches, rows
@@ -341,3 +343,65 @@ def test_the_first_rows_are_read_without_the_rest(tmp_path: Path) -> None:
     path = write(tmp_path / "long.jsonl", LINES + b"\xff" * 100)
     (file,) = with_take(find(path), 2, None)
     assert [row for _, row in rows(file, fail)] == ROWS[:2]
+
+
+TWICE = '{"text": "a", "text": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row"),
+    [
+        ("a.jsonl", f'{{"text": "ok"}}\n{TWICE}\n', 2),
+        ("a.json", f'[{{"text": "ok"}}, {TWICE}, {{"text": "on"}}]', 2),
+        ("a.jsonl", '{"text": "ok"}\n{"m": [{"role": "user", "text": 1, "text": 2}]}\n', 2),
+    ],
+)
+def test_a_row_that_names_a_key_twice_is_a_bad_row_with_its_place(
+    tmp_path: Path, name: str, content: str, row: int
+) -> None:
+    bad: list[DataError] = []
+    (file,) = find(write(tmp_path / name, content.encode()))
+    read = list(rows(file, bad.append))
+    assert [str(error) for error in bad] == [
+        f"{tmp_path / name}:{row}: an object has the key 'text' twice; keep one of them"
+    ]
+    assert read[0] == (f"{tmp_path / name}:1", {"text": "ok"})
+    assert len(read) == content.count("ok") + content.count("on")
+
+
+def test_json_inside_of_a_row_names_each_key_once_too() -> None:
+    assert read_tools('[{"name": "f"}]') == [{"name": "f"}]
+    with pytest.raises(DataError, match="in the tools, which are JSON, an object has the key 'name' twice"):
+        read_tools('[{"name": "f", "name": "g"}]')
+    shard = mds_shard([{"text": "a"}])
+    with pytest.raises(ValueError, match="two columns have the same name"):
+        mds.read_shard(shard.replace(b'"n", "picture", "text"', b'"n", "text",    "text"'))
+
+
+def test_a_parquet_file_with_a_column_twice_is_named(tmp_path: Path) -> None:
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], ["text", "text"]), tmp_path / "a.parquet")
+    (file,) = find(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: damaged .*two columns have the same name"):
+        list(rows(file, fail))
+
+
+def test_arguments_of_a_call_have_no_keys_of_other_rows(tmp_path: Path) -> None:
+    """Arrow gives all values of a struct the same keys, with nulls; a map has its own."""
+
+    def call(**arguments: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "assistant", "content": None, "call": {"arguments": arguments}}], "note": None}
+
+    given = [call(city="Rome"), call(day=None, hours=[1])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "a.parquet")
+    (file,) = find(tmp_path / "a.parquet")
+    read = [row for _, row in rows(file, fail)]
+    assert [row["messages"][0]["call"]["arguments"] for row in read] == [{"city": "Rome"}, {"hours": [1]}]
+    assert read[0]["note"] is None, "a column is one of the row's own fields"
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    table = pyarrow.table({"m": pyarrow.array([[("a", None), ("b", 2)], [("a", 1), ("a", 2)]], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    (file,) = find(tmp_path / "b.parquet")
+    bad: list[DataError] = []
+    assert [row for _, row in rows(file, bad.append)] == [{"m": {"a": None, "b": 2}}]
+    assert "b.parquet:2: its column 'm' cannot be read" in str(bad[0])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.nf4 import dequantized, packed_stack
 from trainer.model import nf4
-from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, quantize_absmax, quantize_blocks, share
+from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
+from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, share
 
 Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks

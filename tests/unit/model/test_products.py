@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.errors import ConfigError
+from trainer.model.held.blockwise import quantize_blocks
 from trainer.model.kernels import fp8
-from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8, quantize_blocks
+from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8
 from trainer.tuning.lora.layer import Adapted, multiply_adapted
 
 IN, OUT = 96, 80

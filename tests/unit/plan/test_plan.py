@@ -413,3 +413,31 @@ def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting
         return plan_of(given, {**TINY, "model_type": "llama"}, 4, 4, ranks.memory).memory_per_gpu.total
 
     assert needed(shared.tokens) <= ranks.memory < needed(shared.tokens + 1024)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (("data.sequence_length=262144",), None),  # 2**31 numbers: every place is below that
+        (("data.sequence_length=262145",), "262145 tokens (data.sequence_length) with 64 heads of 128 has more."),
+        (("data.sequence_length=524288", "sharding.sequence_parallel=2"), None),
+        (("data.sequence_length=524290", "sharding.sequence_parallel=2"), "524290 tokens"),
+        (("data.sequence_length=262145", "model.attention=flash_attention_3"), None),
+        (("data.sequence_length=262145", "cluster.gpus_per_worker=0"), None),
+    ],
+)
+def test_a_row_has_no_more_numbers_than_the_kernel_of_its_attention_counts(
+    overrides: tuple[str, ...], refused: str | None
+) -> None:
+    base = {**LLAMA_70B, "num_hidden_layers": 1, "max_position_embeddings": 2**20}
+    found = [text for text in plan_of(config(*overrides), base, 8, 8, 80 * GIB).mismatches if "32 bits" in text]
+    assert len(found) == (refused is not None)
+    if refused:
+        assert refused in found[0]
+
+
+def test_a_mask_has_no_more_numbers_than_sdpa_counts() -> None:
+    windows = {**TINY, "model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 2**20}
+    for tokens, refused in ((46340, False), (46342, True)):
+        plan = plan_of(config(f"data.sequence_length={tokens}", "model.attention=sdpa"), windows, 1, 1, 80 * GIB)
+        assert any("model.attention: sdpa counts the numbers" in text for text in plan.mismatches) is refused

@@ -33,7 +33,7 @@ from trainer.config import load_config, parse_config
 # Programs that come with neither Capstan nor its dependencies: no test can see whether they take what a page says.
 OTHERS = set(
     "apptainer cd cp docker echo eval export for git gsutil aws az helm kubectl llama-server podman source srun ssh tar"
-    " uv verifiers/bin/python vllm".split()
+    " uv uvx verifiers/bin/python vllm".split()
 )
 COMPLETE: dict[str, Any] = {
     "run": {"name": "whole"},

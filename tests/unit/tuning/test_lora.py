@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import KINDS, SIZES
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
-from trainer.model.nf4 import Format, FrozenLinear4bit, quantize_blocks
+from trainer.model.held.blockwise import quantize_blocks
+from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.tuning.lora import layer as lora
 from trainer.tuning.lora.layer import LoraLinear
 from trainer.tuning.method import find_method

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from trainer.base.partitions.reading import Piece, cut
 from trainer.errors import Damaged
-from trainer.model.nf4 import Format, Layout, Packed, quantize_absmax, quantize_blocks, share
+from trainer.model.held.blockwise import quantize_absmax
+from trainer.model.nf4 import Format, Layout, Packed, share
 from trainer.processes.accelerator import onto
 from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
@@ -130,7 +131,7 @@ class Quantize:
         layout = self._layout
         for part in onto(as_tensor(data, self._source), self._ranks.device).split(_QUANTIZED_AT_ONCE):
             weights = part.to(self._format.dtype)
-            packed, absmax = quantize_blocks(weights, self._format.quant_type, layout.block_size)
+            packed, absmax = self._format.quantize(weights)
             self._weight.write(index * layout.slice_bytes + block * layout.block_size // layout.weights_a_byte, packed)
             first = index * layout.slice_blocks + block
             if self._format.double:

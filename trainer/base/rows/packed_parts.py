@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.model.nf4 import NESTED_BLOCK, Format, dequantize_absmax, dequantize_blocks
+from trainer.model.held.blockwise import NESTED_BLOCK, dequantize_absmax
+from trainer.model.nf4 import Format
 from trainer.store.codes import CodedTensor, Kept, KeptSources
 from trainer.store.safetensors_index import (
     DTYPE_BYTES,
@@ -47,7 +48,7 @@ class Unpacked:
         start, stop = first * size, min(last * size, math.prod(self.shape))
         form = Format(packed.quant_type, size, packed.double, SOURCE_DTYPES[self.dtype])  # type: ignore[arg-type]
         half = _bytes(packed.sources.parts["weight"], start // 2, -(-stop // 2))
-        values = dequantize_blocks(half, self._scales(first, last), stop - start, form)
+        values = form.dequantize(half, self._scales(first, last), stop - start)
         return bytearray(values[begin - start : end - start].view(torch.uint8).numpy())
 
     def _scales(self, first: int, last: int) -> Tensor:

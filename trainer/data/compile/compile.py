@@ -16,7 +16,7 @@ from itertools import groupby
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder, nothing_to_train
+from trainer.data.compile.encode import Encoder, nothing_to_train, untagged_note
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.compile.shards import Place, ShardWriter
@@ -78,9 +78,9 @@ def compile_chapters(
     yield from range(writer.chapter)  # a compilation that was killed had committed them
     size = sum(file.size for file in files)
 
-    def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None) -> None:
+    def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None, notes: Sequence[str] = ()) -> None:
         rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
-        progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}))
+        progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}, notes=notes))
 
     start = partial(Encoder, data, tokenizer, part)
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
@@ -100,7 +100,7 @@ def compile_chapters(
         raise DataError(nothing_to_train(f"{files[0].uri}{more}", writer.counters))
     _commit(folder, MANIFEST, _manifest(fingerprint, files, writer))
     writer.forget()
-    report(size, writer.left_out)
+    report(size, writer.left_out, untagged_note(writer.counters.untagged))
     yield from range(writer.chapter, chapters)
 
 

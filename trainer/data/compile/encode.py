@@ -171,6 +171,8 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
     teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
     if not teaching:
         counters.without_targets += 1
+    if isinstance(example, Tagged) and example.untagged:
+        counters.untagged = (counters.untagged or 0) + example.untagged
     if isinstance(example, Labelled):
         counters.desired = (counters.desired or 0) + sum(bool(document[0] & DESIRED_BIT) for document in teaching)
     return teaching
@@ -182,6 +184,15 @@ def nothing_to_train(what: str, counters: Counters) -> str:
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows,"
         f" {counters.without_targets:,} without a token to train, {counters.dropped:,} dropped as too long or too"
         " short. Check data.format, data.fields, data.loss_on and data.sequence_length."
+    )
+
+
+def untagged_note(words: int | None) -> tuple[str, ...]:
+    """A sentence on so many words whose tags no token can carry, where there are any."""
+    if not words:
+        return ()
+    return (
+        f"{words:,} words are not trained, as a token that begins several words with different tags can carry none",
     )
 
 

@@ -4,19 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.config import Config, Data, Source
 from trainer.config.data.row_kinds import LIKELY, PLAIN
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.format.formats import FORMATS, Row, or_error
-from trainer.data.format.known.classified import label_name
+from trainer.data.format.known.classified import alike, label_name
 from trainer.data.render.templates.template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.data.source.reading import rows
-from trainer.errors import CapstanError, DataError
+from trainer.errors import CapstanError, DataError, few
 from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
@@ -55,6 +55,8 @@ def with_labels(config: Config) -> Config:
         return config
     files = _read(config, data, data.train, "data.train")
     labels = _labels_of(tuple(files))
+    if data.eval:
+        _refuse_counting(labels, tuple(_read(config, data, data.eval, "data.eval")))
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
 
 
@@ -63,9 +65,9 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
     """The classes of all rows of the files of `data.train`: numbers by their size, else in the order of the alphabet.
 
     Raises:
-        DataError: a file is damaged, or there are not two classes.
+        DataError: a file is damaged, there are not two classes, or two that a reader takes for one.
     """
-    found = {name for file in files for name in _names(file)}
+    found = {label_name(value) for file in files for _, value in _classes(file)}
     if not found:
         raise DataError("data.train: no row has a class. Check data.format and data.fields.label.")
     if len(found) == 1:
@@ -73,23 +75,43 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
             f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in"
             " data.labels."
         )
+    if two := alike(found):
+        raise DataError(
+            f"data.train: rows have the class {two[0]!r}, and others {two[1]!r}, which look like one class that is"
+            " written in two ways. Correct the rows, or name all classes in data.labels."
+        )
     return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
 
 
-def _names(file: SourceFile) -> Iterator[str]:
-    """The classes of the rows that have one; others are bad rows, which the compilation counts or refuses."""
+def _refuse_counting(labels: list[str], files: tuple[SourceFile, ...]) -> None:
+    """Raise `DataError` for an evaluation row whose class is a number, where the rows of `data.train` name theirs:
+    nobody said in which order numbers would count these names.
+    """
+    for where, value in (found for file in files for found in _classes(file)):
+        if type(value) is int and label_name(value) not in labels:
+            raise DataError(
+                f"{where}: the label is the number {value}, and the rows of data.train have the classes {few(labels)}."
+                " Give data.labels, which says in what order numbers count them, or correct the row."
+            )
+
+
+def _classes(file: SourceFile) -> Iterator[tuple[str, Any]]:
+    """The place and the class of each row that has one; others are bad rows, which the compilation counts or
+    refuses.
+    """
     assert file.form is not None
     names = file.form.names
     called = names.get("label") or names["tags"]
 
-    def read(row: Row) -> list[str]:
+    def read(row: Row) -> list[Any]:
         given = row.get(called)
-        return [label_name(value) for value in (given if isinstance(given, list) else [given])]
+        values = given if isinstance(given, list) else [given]
+        return [value for value in values if label_name(value)]
 
-    for _, row in rows(file, lambda _: None):
+    for where, row in rows(file, lambda _: None):
         found = or_error(read, row)
         if not isinstance(found, DataError):
-            yield from found
+            yield from ((where, value) for value in found)
 
 
 def find_train(config: Config) -> Input:

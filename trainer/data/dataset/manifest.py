@@ -124,8 +124,8 @@ class SourceRecord(Record):
 
 
 class Counters(Record):
-    """Counts of rows: all, those that are no documents, those that were cut to the sequence length, and, where rows
-    have labels, the desired answers that can be trained on."""
+    """Counts of rows: all, those that are no documents, and those that were cut to the sequence length. Where rows have
+    labels, the desired answers that can be trained on; where words have tags, those whose tag no token can carry."""
 
     rows: Count = 0
     bad_rows: Count = 0
@@ -134,6 +134,7 @@ class Counters(Record):
     split: Count = 0
     without_targets: Count = 0
     desired: Count | None = None
+    untagged: Count | None = None
 
     def plus(self, other: "Counters") -> "Counters":
         both = {name: [count for count in (value, getattr(other, name)) if count is not None] for name, value in self}

@@ -1,10 +1,10 @@
 """Reads the messages and tools of a row, in OpenAI's or ShareGPT's form, as a chat template wants them."""
 
-import json
 import re
 from itertools import accumulate
 from typing import Any
 
+from trainer.data.format import strict_json
 from trainer.data.format.spans import Span, joined, without
 from trainer.errors import DataError
 
@@ -200,7 +200,9 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _json(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.loads(text)
+    except strict_json.TwiceNamed as error:
+        raise DataError(f"in the {name}, which are JSON, {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"the {name} are given as text that is not JSON ({error})") from error
 

@@ -45,6 +45,7 @@ class Findings:
             left out for it.
         without_targets: nothing in them is trained, so they are left out.
         desired: of those with labels that are not left out, the desired ones; None where rows have none.
+        untagged: words whose tag no token can carry, as it begins a word with another tag, too.
         one_sided: without a user's or without an assistant's turn.
         empty_turns: with a turn that says nothing.
         odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
@@ -67,6 +68,7 @@ class Findings:
     dropped: int = 0
     without_targets: int = 0
     desired: int | None = None
+    untagged: int = 0
     one_sided: int = 0
     empty_turns: int = 0
     odd_roles: int = 0
@@ -204,6 +206,7 @@ class _Inspector:
             stored = documents_of(self._data, example, result.counters)
             result.kept += [len(document) for document in stored]
         found.dropped, found.without_targets = result.counters.dropped, result.counters.without_targets
+        found.untagged = result.counters.untagged or 0
         if form.kind == "labelled":
             found.desired = result.counters.desired or 0
         return result

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
-from trainer.data.compile.encode import Encoded, Encoder, RowEncoder
+from trainer.data.compile.encode import Encoded, Encoder, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
@@ -200,6 +200,7 @@ def _warnings(encoded: Encoded, read: _Read) -> list[str]:
         (counted.truncated, "cut to data.sequence_length"),
         (counted.split, f"split into {len(encoded.lengths)} documents of data.sequence_length"),
         (counted.dropped, "dropped, as it is longer than data.sequence_length"),
+        (counted.untagged, "".join(untagged_note(counted.untagged))),
         (counted.without_targets, "left out, as nothing of it is trained"),
     ]
     return [sentence for there, sentence in said if there]

@@ -136,7 +136,7 @@ class EpochPlan:
             lengths = self.offsets[documents + 1] - self.offsets[documents]
             longest_first = np.argsort(-lengths, kind="stable")
             documents = documents[longest_first]
-            bins = best_fit_decreasing(lengths[longest_first] + self.order.beside, self.order.capacity)
+            bins = self._packed(documents, lengths[longest_first] + self.order.beside)
         else:
             bins = np.arange(len(documents))
         sizes = np.bincount(bins)
@@ -148,6 +148,21 @@ class EpochPlan:
             documents=documents[np.argsort(place[bins], kind="stable")],
             borders=np.concatenate([[0], np.cumsum(sizes[sequence])]).astype(np.int64),
         )
+
+    def _packed(self, documents: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The bin of each visit, (documents,). The first visits of all documents are packed, then the second ones of
+        those that have two, and so on: no bin holds a document twice.
+        """
+        by_document = np.argsort(documents, kind="stable")
+        sorted_ = documents[by_document]
+        number = np.empty_like(documents)  # of the visit among those of its document
+        number[by_document] = np.arange(len(documents)) - np.searchsorted(sorted_, sorted_)
+        bins, used = np.empty_like(documents), 0
+        for visit in range(int(number.max(initial=-1)) + 1):
+            mine = number == visit
+            bins[mine] = used + best_fit_decreasing(lengths[mine], self.order.capacity)
+            used = int(bins[mine].max()) + 1
+        return bins
 
     def _documents(self, block: int, is_partial: bool) -> NDArray[np.int64]:
         documents = np.arange(self.blocks[block], self.blocks[block + 1], dtype=np.int64)

@@ -13,6 +13,10 @@ VERSION = 2
 """Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing
 then.
 """
+REPEATING_VERSION = 3
+"""The version where a source may be visited several times in an epoch: since 3 the visits of a document lie in
+different bins.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Order:
 
     def to_json(self) -> dict[str, Any]:
         lists = {"weights": list(self.weights), "fractions": list(self.fractions)}
-        tree = {"version": VERSION, **asdict(self), **lists}
+        # A fraction may turn out to be several visits an epoch.
+        repeats = any(weight > 1 for weight in self.weights) or any(fraction is not None for fraction in self.fractions)
+        tree = {"version": REPEATING_VERSION if repeats else VERSION, **asdict(self), **lists}
         if not self.reserved:  # as before there were any
             del tree["reserved"], tree["segments"]
         return tree

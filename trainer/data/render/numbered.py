@@ -10,7 +10,7 @@ each token. The number of a word's first token is its tag, and is trained; no ot
 their own, which no model reads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -21,7 +21,8 @@ from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.classified import label_name
+from trainer.data.format.known.classified import Classes
+from trainer.data.format.messages import text_of
 from trainer.data.render.answers import EitherRenderer
 from trainer.data.render.chat import Example, Turn, field_of
 from trainer.errors import DataError
@@ -76,8 +77,7 @@ class ClassifiedRenderer:
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
-        self._numbers = {name: number for number, name in enumerate(data.labels or ())}
+        self._tokenizer, self._data, self._classes = tokenizer, data, Classes(data.labels or ())
         texts = {"format": "text", "template": None, "fields": {"text": data.fields.get("text", "text")}}
         messages = {"format": "chat", "loss_on": "all"}
         self._examples = EitherRenderer(tokenizer, data, messages, texts, ends=False)
@@ -97,11 +97,11 @@ class ClassifiedRenderer:
     def _numbers_of(self, row: dict[str, Any]) -> tuple[int, ...]:
         given = field_of(row, "label", self._data)
         if self._data.kind != "multilabel":
-            return (number_of(given, self._numbers),)
+            return (self._classes.number(given),)
         if not isinstance(given, list):
             raise DataError(f"the labels are {given!r}, and no list of classes, which may be empty")
-        found = {number_of(value, self._numbers) for value in given}
-        return tuple(int(number in found) for number in range(len(self._numbers)))
+        found = set(map(self._classes.number, given))
+        return tuple(int(number in found) for number in range(len(self._classes)))
 
     def _classified(self, example: Example | DataError, numbers: tuple[int, ...] | DataError) -> Classified | DataError:
         if isinstance(example, DataError):
@@ -114,8 +114,16 @@ class ClassifiedRenderer:
         return Classified(text, np.array(numbers, np.uint32), np.ones(len(numbers), np.bool_), example.left_out)
 
 
+@dataclass(frozen=True, eq=False)
 class Tagged(Numbered):
-    """A text and the number of each token's tag, of which those are trained that begin a word."""
+    """A text and the number of each token's tag, of which those are trained that begin a word.
+
+    `places` has the first token of each word. A token that begins several words can carry one tag: where they have the
+    same, it is trained once, and where they have different ones, it is not; then they are `untagged` words.
+    """
+
+    places: Sequence[int] = ()
+    untagged: int = 0
 
     @property
     def teaches(self) -> bool:
@@ -125,7 +133,10 @@ class Tagged(Numbered):
     def cut(self, limit: int) -> "Tagged":
         """The beginning of the text, with its tags at most `limit` tokens."""
         kept = limit // 2
-        return Tagged(self.text[:kept], self.numbers[:kept], self.trained[:kept])
+        places = [place for place in self.places if place < kept]
+        return replace(
+            self, text=self.text[:kept], numbers=self.numbers[:kept], trained=self.trained[:kept], places=places
+        )
 
     def stored(self) -> NDArray[np.uint32]:
         """The tokens as a data set holds them; the numbers are a segment of their own."""
@@ -138,8 +149,7 @@ class TaggedRenderer:
     """Encodes rows of the kind tagged with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
-        self._numbers = {name: number for number, name in enumerate(data.labels or ())}
+        self._tokenizer, self._data, self._classes = tokenizer, data, Classes(data.labels or ())
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Tagged | DataError]:
         """Each row's text with its tags, or what is wrong with it."""
@@ -158,7 +168,8 @@ class TaggedRenderer:
             raise DataError("the words are no list of texts that each have a character")
         if not isinstance(tags, list) or len(tags) != len(words):
             raise DataError(f"the tags are no list of {len(words)}, one for each word")
-        return words, [number_of(tag, self._numbers) for tag in tags]
+        text_of(" ".join(words), "text of the words")
+        return words, list(map(self._classes.number, tags))
 
     def _encoded(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """The tokens of each text, and the characters that each of them stands for."""
@@ -171,27 +182,30 @@ class TaggedRenderer:
 def _tagged(
     words: list[str], numbers: list[int], tokens: list[int], offsets: list[tuple[int, int]]
 ) -> Tagged | DataError:
+    places = _first_tokens(words, offsets)
+    if isinstance(places, DataError):
+        return places
     text = np.array(tokens, np.uint32)
-    tags, has_tag = np.zeros(len(text), np.uint32), np.zeros(len(text), np.bool_)
-    begin, place = 0, 0
-    for word, number in zip(words, numbers, strict=True):
+    tags, trained = np.zeros(len(text), np.uint32), np.zeros(len(text), np.bool_)
+    wanted: dict[int, list[int]] = {}
+    for place, number in zip(places, numbers, strict=True):
+        wanted.setdefault(place, []).append(number)
+    for place, given in wanted.items():
+        if len(set(given)) == 1:
+            tags[place], trained[place] = given[0], True
+    untagged = sum(len(given) for place, given in wanted.items() if not trained[place])
+    return Tagged(text, tags, trained, places=places, untagged=untagged)
+
+
+def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> list[int] | DataError:
+    """The first token of each word; `offsets` are the characters that each token stands for."""
+    places, begin, place = list[int](), 0, 0
+    for word in words:
         first = begin + len(word) - len(word.lstrip())
+        begin += len(word) + 1
         while place < len(offsets) and offsets[place][1] <= first:
             place += 1
-        if place == len(offsets):
+        if place == len(offsets) or offsets[place][0] >= begin - 1:
             return DataError(f"the word {word!r} has no token of its own")
-        tags[place], has_tag[place] = number, True
-        begin += len(word) + 1
-    return Tagged(text, tags, has_tag)
-
-
-def number_of(value: Any, numbers: Mapping[str, int]) -> int:
-    """The number of a class by its name; a whole number that is no name is that of a class itself. Raises `DataError`
-    for any other.
-    """
-    name = label_name(value)
-    if name in numbers:
-        return numbers[name]
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(numbers):
-        return value
-    raise DataError(f"the label is {name!r}, which is none of data.labels ({', '.join(numbers)})")
+        places.append(place)
+    return places

@@ -1,10 +1,12 @@
 """Reads the elements of a JSON array one by one, so that a file of any size takes the memory of its longest element."""
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from trainer.data.format.strict_json import StrictDecoder, TwiceNamed
+from trainer.errors import DataError
 
 _FIRST_BYTES = 2**20
 _SPACE = re.compile(r"\s*")
@@ -12,12 +14,12 @@ _SPACE = re.compile(r"\s*")
 
 def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, int]]:
     """Each element of the array that `read` gives the bytes of, as `io.BufferedReader.read` does, and how many
-    characters it has.
+    characters it has. An element in which an object has a key twice is a `DataError`.
 
     Raises:
         ValueError: this is no array of JSON and nothing else, or an element has more than `longest` characters.
     """
-    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    decode, parser = codecs.getincrementaldecoder("utf-8-sig")().decode, StrictDecoder()
     text, at, size, whole = "", 0, _FIRST_BYTES, False
 
     def more() -> None:
@@ -39,7 +41,7 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
         if not divided and at < len(text):
             raise ValueError("two elements have no comma between them")
         try:
-            element, end = parse(text, at)
+            element, end = parser.raw_decode(text, at)
         except ValueError:
             if whole:
                 raise
@@ -49,7 +51,8 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
             size = max(_FIRST_BYTES, len(text) - at)
             more()
         else:
-            yield element, end - at
+            twice = parser.twice and DataError(str(TwiceNamed(parser.twice)))
+            yield twice or element, end - at
             at, divided = end, False
     at += 1
     while not whole and not text[at:].strip():

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.format import strict_json
+
 # How the fields of text data are written. Other columns (images, pickles, ...) are left out of the row.
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str": lambda value: value.decode("utf-8"),
-    "json": json.loads,
+    "json": strict_json.loads,
     "int": lambda value: int.from_bytes(value, "little", signed=True),
 }
 
@@ -47,6 +49,8 @@ def _columns(header: Any) -> list[Column]:
     sizes = _values(header, "column_sizes", int | None)
     if any((size or 0) < 0 for size in sizes):
         raise ValueError("its header gives a column a negative size")
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
     return [Column(*column) for column in zip(names, encodings, sizes, strict=True)]
 
 

@@ -5,12 +5,12 @@ trainer/data/source/binary_rows.py has the others.
 import codecs
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from trainer.data.format import strict_json
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.source.files import SourceFile
 from trainer.data.source.json_array import elements
@@ -97,7 +97,9 @@ def _text(line: str) -> Row | DataError:
 
 def _object(line: str) -> Row | DataError:
     try:
-        row = json.loads(line)
+        row = strict_json.loads(line)
+    except strict_json.TwiceNamed as error:
+        return DataError(str(error))
     except NOT_JSON as error:
         return DataError(f"not JSON ({error})")
     return row if isinstance(row, dict) else _no_object(row)

@@ -9,17 +9,20 @@ import pyarrow.ipc
 
 from trainer.errors import DataError
 
-_UNDECODABLE = (pyarrow.ArrowException, ValueError, ArithmeticError, RecursionError)
+_UNDECODABLE = (pyarrow.ArrowException, ValueError, KeyError, ArithmeticError, RecursionError)
 
 
 def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     """The batch, in which nothing points at memory that is not its own: a damaged one would end the process.
 
     Raises:
-        ValueError: it is damaged, or the name of a column is no text. Single values may still be wrong, see `Table`.
+        ValueError: it is damaged, the name of a column is no text, or two have the same. Single values may still be
+            wrong, see `Table`.
     """
     batch.validate()
-    _ = batch.schema.names
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
     try:
         batch.validate(full=True)
     except pyarrow.ArrowInvalid:
@@ -83,9 +86,13 @@ class Table:
         300,000.
         """
         try:
-            return self.batch.to_pylist()
+            found = self.batch.to_pylist(maps_as_pydicts="strict")
         except _UNDECODABLE:
             return (_decoded(self.batch.slice(index, 1)) for index in range(self.batch.num_rows))
+        nested = {field.name: field.type for field in self.batch.schema if _depth(field.type) > 1}
+        for row in found if nested else ():
+            row |= {name: _given(row[name], kind) for name, kind in nested.items()}
+        return found
 
     def count(self) -> int:
         return self.batch.num_rows
@@ -95,10 +102,33 @@ def _decoded(row: pyarrow.RecordBatch) -> dict[str, Any] | DataError:
     decoded: dict[str, Any] = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            decoded[name] = column[0].as_py()
+            value = column[0].as_py(maps_as_pydicts="strict")
+            decoded[name] = _given(value, column.type) if _depth(column.type) > 1 else value
         except _UNDECODABLE as error:
             return DataError(f"its column {name!r} cannot be read ({error})")
     return decoded
+
+
+def _depth(kind: Any) -> int:
+    """How many structs a value of the type lies in at most, with itself."""
+    if _TYPES.is_map(kind):
+        return _depth(kind.item_type)
+    inside = max((_depth(kind.field(number).type) for number in range(kind.num_fields)), default=0)
+    return inside + _TYPES.is_struct(kind)
+
+
+def _given(value: Any, kind: Any) -> Any:
+    """The value without the keys that it has of other rows alone.
+
+    All values of a struct have the same keys, so that the arguments of a call get a null for each argument that any
+    other call has. So the objects of a column in which objects lie in objects are read without their nulls. A map has
+    its own keys, and keeps them.
+    """
+    if isinstance(value, dict):
+        if _TYPES.is_map(kind):
+            return {key: _given(inside, kind.item_type) for key, inside in value.items()}
+        return {key: _given(inside, kind.field(key).type) for key, inside in value.items() if inside is not None}
+    return [_given(inside, kind.value_type) for inside in value] if isinstance(value, list) else value
 
 
 def alone(slice_: pyarrow.RecordBatch) -> pyarrow.RecordBatch:

@@ -2,13 +2,13 @@
 training.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from trainer.config.paths import text_lines
+from trainer.data.format import strict_json
 from trainer.errors import NOT_JSON, ConfigError
 
 
@@ -41,7 +41,7 @@ def read_pairs(path: str) -> list[SentencePair]:
 
 def _pair(line: str, where: str) -> SentencePair:
     try:
-        row = json.loads(line)
+        row = strict_json.loads(line)
         (first, second), group = row["pair"], row["group"]
     except (*NOT_JSON, KeyError, TypeError) as error:
         raise ConfigError(f'{where}: a row is {{"group": "...", "pair": ["...", "..."]}}.') from error

@@ -2,7 +2,6 @@
 torch.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
+from trainer.data.format import strict_json
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
 from trainer.data.render.templates.template import conversation_template
@@ -43,7 +43,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
 def prompt_of(line: str, where: str) -> Prompt:
     """The prompt in a line of JSON. Raises `ConfigError` when there is none."""
     try:
-        row = json.loads(line)
+        row = strict_json.loads(line)
     except NOT_JSON as error:
         raise ConfigError(f"{where}: not JSON: {error}.") from error
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}

@@ -27,7 +27,8 @@ from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.format import print_bytes
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import OURS, files_with, write_files
-from trainer.model.nf4 import Format, dequantize_absmax, dequantize_blocks, quantize_absmax, quantize_blocks
+from trainer.model.held.blockwise import dequantize_absmax, quantize_absmax
+from trainer.model.nf4 import Format
 from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import Store, open_store
 
@@ -84,12 +85,12 @@ class AsQuantized:
         packed, absmax = self._quantized(start, before, behind)
         if self.form.double:
             absmax = self.scales.get((self.name, start), _KEPT, lambda: self._double(start))[first:last]
-        values = dequantize_blocks(packed, absmax, behind - before, self.form).view(-1)
+        values = self.form.dequantize(packed, absmax, behind - before)
         return values[begin - before : end - before]
 
     def _quantized(self, start: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         values = as_tensor(self.source.read(start + begin, start + end), self.source).to(self.form.dtype)
-        return quantize_blocks(values, self.form.quant_type, self.form.block_size)
+        return self.form.quantize(values)
 
     def _double(self, start: int) -> Tensor:
         """fp32 scales of a matrix, which are quantized together."""

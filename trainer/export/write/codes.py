@@ -5,20 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
 from trainer.export.write.recoded import NewTensor, WeightError
-from trainer.model.nf4 import (
-    NESTED_BLOCK,
-    Format,
-    Layout,
-    dequantize_blocks,
-    nested_code,
-    quantize_absmax,
-    quantize_blocks,
-)
+from trainer.model.held.blockwise import NESTED_BLOCK, four_bit_code, nested_code, quantize_absmax
+from trainer.model.nf4 import Format, Layout
 
 _STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a number in it is known at the end alone
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -61,8 +53,8 @@ class BitsAndBytes:
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         form, scales = self.form, list[Tensor]()
         for weights in pieces:
-            packed, absmax = quantize_blocks(weights.to(form.dtype), form.quant_type, form.block_size)
-            error.add(weights, dequantize_blocks(packed, absmax, weights.numel(), form))
+            packed, absmax = form.quantize(weights.to(form.dtype))
+            error.add(weights, form.dequantize(packed, absmax, weights.numel()))
             scales.append(absmax)
             yield _bytes(packed)
         absmax, facts, nested = torch.cat(scales), dict[str, Any](), list[Tensor]()
@@ -71,7 +63,7 @@ class BitsAndBytes:
             nested = [nested_absmax, nested_code(absmax.device)]
             facts = {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(mean)}
         yield _bytes(absmax)
-        yield _bytes(bnb.get_4bit_type(self.name, device="cpu"))
+        yield _bytes(four_bit_code(self.name, torch.device("cpu")))
         yield from map(_bytes, nested)
         known = {
             "quant_type": self.name,

@@ -21,6 +21,8 @@ FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")  # by tr
 _RELEASE = "2.8.3.post2"
 _LATENT = 192  # keys of latent attention, whose values are narrower and are widened to it (DeepSeek, Kimi)
 _OWN = "this base's attention is more than it computes"
+_COUNTED = 2**31
+_COUNT_IN_32_BITS = ("auto", "flash_attention_2", "varlen", "sdpa")  # auto may be one of the others
 _OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
 
 
@@ -209,6 +211,16 @@ def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
     return name, "; ".join(
         f"no {', '.join(names)}: {reason}" for reason, names in before.items()
     ) or "fastest available"
+
+
+def uncountable(kernel: str, tokens: int, heads: int, size: int, *, masked: bool) -> bool:
+    """Whether a row of so many tokens, with so many heads of this size on a rank, has more numbers than a kernel counts
+    in 32 bits. flash-attn 2, and PyTorch's varlen and SDPA, which are built of it, compute the place of a document's
+    gradient so (`q_offset` of `row_offset_dq_accum` in flash_bwd_kernel.h, of heads rounded up to 32); SDPA's kernel
+    for a mask that of a row in it (`query_start * p.bias_strideM` in kernel_forward.h)."""
+    if kernel == "sdpa" and masked and tokens**2 > _COUNTED:
+        return True
+    return kernel in _COUNT_IN_32_BITS and tokens * heads * (-(-size // 32) * 32) > _COUNTED
 
 
 def kernels_without_masks(share_prefix: bool) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State, adamw_step
@@ -132,19 +131,20 @@ def _moments(part: FlatPart, piece: _Piece, gradients: Tensor, settings: Mapping
 
 def _read(part: FlatPart, piece: _Piece, moment: str) -> Tensor:
     """The piece's moment in fp32, a copy."""
-    from bitsandbytes.functional import dequantize_blockwise
+    from trainer.model.held.blockwise import dequantize_by
 
     kept = piece.elements(part, part.states[moment])
     if math.prod(part.shape) < SMALLEST:
         return kept.clone()
     scales = piece.blocks(part, part.states[f"{moment}_absmax"])
-    return dequantize_blockwise(kept, absmax=scales, code=_code(moment, kept.device), blocksize=BLOCK)
+    return dequantize_by(_code(moment, kept.device), kept, scales, BLOCK)
 
 
 def _keep(part: FlatPart, piece: _Piece, moment: str, values: Tensor, scale: Tensor | None) -> None:
     """Write the piece's moment. `scale` is that of its block, where it is cut."""
     import torch
-    from bitsandbytes.functional import quantize_blockwise
+
+    from trainer.model.held.blockwise import quantize_by
 
     kept = piece.elements(part, part.states[moment])
     if math.prod(part.shape) < SMALLEST:
@@ -153,17 +153,17 @@ def _keep(part: FlatPart, piece: _Piece, moment: str, values: Tensor, scale: Ten
     if scale is not None:
         # One more value, the largest of the whole block, gives the bytes that the values have in it.
         values = torch.cat([values, scale[None]])
-    quantized, found = quantize_blockwise(values, code=_code(moment, kept.device), blocksize=BLOCK)
+    quantized, found = quantize_by(_code(moment, kept.device), values, BLOCK)
     kept.copy_(quantized[: len(kept)])
-    piece.blocks(part, part.states[f"{moment}_absmax"]).copy_(found.absmax)
+    piece.blocks(part, part.states[f"{moment}_absmax"]).copy_(found)
 
 
-@cache
 def _code(moment: str, device: Any) -> Tensor:
     """(256,) fp32: the value of each byte as a share of its block's scale. The second moment is never negative."""
-    from bitsandbytes.functional import create_dynamic_map
+    from trainer.model.held.blockwise import dynamic_code
 
-    return create_dynamic_map(signed=moment == "exp_avg").to(device)
+    return dynamic_code(moment == "exp_avg", device)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adamw_8bit": AdamW8bit()}
+ABOUT = {"adamw_8bit": "AdamW with moments of one byte each"}

@@ -1,8 +1,11 @@
 """Rows of a text, or of a conversation, and its class, and rows of words, each of which has a tag."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unicodedata import normalize
 
+from trainer.data.format.messages import text_of
 from trainer.data.format.row_format import MESSAGES, Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
 from trainer.errors import DataError
 
@@ -16,12 +19,62 @@ def _are_classes(value: Any) -> bool:
 
 
 def label_name(value: Any) -> str:
-    """The name of a class as data.labels has it. Raises `DataError` for a value that names none."""
+    """The name of a class as data.labels has it, in the form NFC, so that a letter with its accent beside it is the
+    letter that has it. Raises `DataError` for a value that names none.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if _is_class(value):
-        return str(value)
+        return normalize("NFC", text_of(str(value), "label"))
     raise DataError(f"the label is {value!r}, and not the name or the number of a class")
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+_TRUTH = {"false": 0.0, "true": 1.0}
+
+
+def _amount(name: str) -> float | None:
+    """The number that a name is, or that the truth value is which it names; None for any other."""
+    written = name.strip().lower()
+    return float(written) if _NUMBER.fullmatch(written) else _TRUTH.get(written)
+
+
+def alike(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that a reader takes for the same class, if there are any: they are the same number, or differ in white
+    space alone.
+    """
+    seen = dict[Any, str]()
+    for name in sorted(names):
+        amount = _amount(name)
+        if (other := seen.setdefault(" ".join(name.split()) if amount is None else amount, name)) != name:
+            return other, name
+    return None
+
+
+class Classes:
+    """The numbers of the classes that `data.labels` names. A whole number in a row is a name, or it counts the names
+    from 0: never the one in one row and the other in the next. It counts only where no name is a number itself.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._numbers = {normalize("NFC", name): number for number, name in enumerate(names)}
+        self._counted = all(_amount(name) is None for name in names)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def number(self, value: Any) -> int:
+        """The number of a row's class. Raises `DataError` for a value that is none of the classes."""
+        name = label_name(value)
+        if name in self._numbers:
+            return self._numbers[name]
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if self._counted and is_whole and 0 <= value < len(self):
+            return value
+        unknown = f"the label is {name!r}, which is none of data.labels ({', '.join(self._numbers)})"
+        if is_whole and not self._counted:
+            unknown += "; these are numbers themselves, so a number in a row is a name and never counts them from 0"
+        raise DataError(unknown)
 
 
 def _read_messages(values: Values) -> Row:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import Quant
+from trainer.model.held.blockwise import AT_ONCE
 from trainer.model.parts import decoder_layers
 
 
@@ -137,6 +138,8 @@ class PackedWeight:
             self._matrices.append((packed.cpu(), state))
 
     def _quantized(self, values: Tensor, quant: Quant) -> tuple[Tensor, bnb.QuantState]:
+        # bitsandbytes itself, as the proof's other side is none of ours: a matrix is never as large as it cannot count.
+        assert values.numel() <= AT_ONCE
         if quant.type != "int8":
             return bnb.quantize_4bit(values, **bnb_form(quant))
         code = bnb.create_linear_map(signed=True, total_bits=8).to(values.device)

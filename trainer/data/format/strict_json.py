@@ -1,0 +1,45 @@
+"""JSON whose objects name each key once. Python's own reader keeps the last of two values without a word."""
+
+import json
+from typing import Any
+
+
+class TwiceNamed(ValueError):
+    """An object of JSON has one key twice, so nobody knows which of the two values is meant."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"an object has the key {key!r} twice; keep one of them")
+
+
+class StrictDecoder(json.JSONDecoder):
+    """Decodes one text after another. After `raw_decode` has returned, `twice` is the first key that an object of the
+    text has twice, or None.
+
+    `raw_decode` does not raise for such a key, so a reader of a stream can tell it from a text that is not complete.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice: str | None = None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs) and self.twice is None:
+            seen = set[str]()
+            self.twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        return made
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.twice = None
+        return super().raw_decode(s, idx)
+
+
+def loads(text: str | bytes) -> Any:
+    """The value of a text of JSON. Raises `TwiceNamed` for an object with a key twice, and as `json.loads` for what is
+    not JSON.
+    """
+    decoder = StrictDecoder()
+    value = decoder.decode(text if isinstance(text, str) else text.decode())
+    if decoder.twice is not None:
+        raise TwiceNamed(decoder.twice)
+    return value
