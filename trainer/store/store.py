@@ -37,6 +37,8 @@ _PARTS_IN_FLIGHT = 4
 RETRY_SECONDS = 30.0
 # How long one request may take with its body: a part has to fit in on a slow line.
 REQUEST_SECONDS = 60.0
+# The largest object that is read whole: a run of somebody else's must not fill the memory of who looks at it.
+_WHOLE_BYTES = 2**31
 _MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 # The variables by which obstore takes the address of a server other than the cloud's own.
@@ -85,7 +87,13 @@ class Store:
     def get(self, key: str) -> bytes:
         with self._errors("read", key):
             self._check_file(key)
-            return bytes(obstore.get(self._backend, self._prefix + key).bytes())
+            found = obstore.get(self._backend, self._prefix + key)
+            if found.meta["size"] > _WHOLE_BYTES:
+                raise Damaged(
+                    f"{self.uri}/{key} has {found.meta['size']:,} bytes, and nothing that is read whole has more than"
+                    f" {_WHOLE_BYTES:,}."
+                )
+            return bytes(found.bytes())
 
     def get_range(self, key: str, start: int, end: int) -> bytearray:
         """Bytes [start, end) of an object, in a writable buffer."""
