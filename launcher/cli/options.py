@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
-from launcher.cli.shell import complete_run, complete_setting
+from launcher.cli.shell import complete_format, complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 from launcher.view.terminal import put
 from trainer.errors import ConfigError
@@ -46,7 +46,9 @@ FormatOptions = Annotated[
 FormatOption = Annotated[
     str | None,
     typer.Option(
-        "--format", help="peft (the adapter, the default), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
+        "--format",
+        help="peft (the adapter, the default), or another of those in docs/export.md.",
+        autocompletion=complete_format,
     ),
 ]
 # More than any machine has; a plan for as many would say nothing.
