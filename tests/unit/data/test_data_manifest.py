@@ -171,3 +171,5 @@ def test_a_seal_covers_everything() -> None:
     assert unsealed(Counters, sealed, "s://x/y.json") == Counters(rows=5)
     with pytest.raises(Damaged, match=r"s://x/y\.json is damaged .* Delete s://x, and"):
         unsealed(Counters, sealed.replace(b'"rows": 5', b'"rows": 6'), "s://x/y.json")
+    with pytest.raises(Damaged, match="its content does not match its sha256"):
+        unsealed(Counters, b'{"rows": 5}', "s://x/y.json")

@@ -51,8 +51,7 @@ def _tree(data: bytes, where: str) -> dict[str, Any]:
         tree = json.loads(data)
         if not isinstance(tree, dict):
             raise ValueError("it is no object")
-        seal = tree.pop(_SEAL, None)
-        if seal is not None and seal != digest_of(tree):
+        if tree.pop(_SEAL, None) != digest_of(tree):
             raise ValueError("its content does not match its sha256")
     except (ValueError, RecursionError) as error:
         raise damaged(where, str(error)) from error

@@ -29,7 +29,7 @@ def import_(
             "--from",
             autocompletion=complete_peer,
             help=(
-                "axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys."
+                "axolotl, llamafactory, llamafactory-v1, trl or accelerate. Default: found out by the keys."
             ),
         ),
     ] = None,
