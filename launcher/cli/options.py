@@ -45,9 +45,7 @@ FormatOptions = Annotated[
 ]
 FormatOption = Annotated[
     str,
-    typer.Option(
-        "--format", help="peft (the adapter), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
-    ),
+    typer.Option("--format", help="peft (the adapter), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."),
 ]
 MERGED = dict.fromkeys(("--merge", "--merged"), "--format merged")
 """What stands in the place of options that somebody may look for."""

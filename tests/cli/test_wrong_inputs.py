@@ -235,9 +235,13 @@ def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, 
     for name, overrides in (("cut", ["model.layers=1"]), ("whole", [])):
         commit(store.sub(name), workshop.config(name, *overrides))
     for dry_run in ("--dry-run", "--json"):
-        done = capstan("export", "cut", tmp_path / "merged", "--format", "merged", dry_run, "--store", tmp_path / "store")
+        done = capstan(
+            "export", "cut", tmp_path / "merged", "--format", "merged", dry_run, "--store", tmp_path / "store"
+        )
         refused(done, 2, "no merged model", "first 1 layers", "Take --format peft")
-    planned = capstan("export", "whole", "merged", "--format", "merged", "--dry-run", "--json", "--store", tmp_path / "store")
+    planned = capstan(
+        "export", "whole", "merged", "--format", "merged", "--dry-run", "--json", "--store", tmp_path / "store"
+    )
     told = json.loads(planned.stdout)
     assert (told["step"], told["dry_run"], Path(told["destination"]).name) == (4, True, "merged"), planned.stderr
     assert not (tmp_path / "merged").exists()

@@ -87,7 +87,9 @@ if __name__ == "__main__":
                 "rows": rows(),
                 "verbs": [name for name, _ in commands()],
                 "listed": [
-                    name for name in ("biases_of", "gap", "riddle") if f'"{name}"' in schema and f"{name}`" in page
+                    name
+                    for name in ("biases_of", "gap", "riddle", "largest_every")
+                    if f'"{name}"' in schema and f"{name}`" in page
                 ],
             }
         )

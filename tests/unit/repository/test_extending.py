@@ -1,9 +1,10 @@
-"""Five changes as a stranger would make them, in a copy of the packages: each is one new file or folder, and nothing is
+"""Six changes as a stranger would make them, in a copy of the packages: each is one new file or folder, and nothing is
 edited.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.material import make_base, make_pairs
+from tests.material import make_base, make_data, make_pairs
 from tests.stored import edit_config
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +82,7 @@ def test_a_format_of_rows_is_recognised_and_named(found: dict[str, Any]) -> None
 
 
 def test_the_schema_and_the_page_of_settings_list_what_is_new(found: dict[str, Any]) -> None:
-    assert found["listed"] == ["biases_of", "gap", "riddle"]
+    assert found["listed"] == ["biases_of", "gap", "riddle", "largest_every"]
 
 
 def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> None:
@@ -98,10 +100,8 @@ class Run(NamedTuple):
     def read(self) -> tuple[str, list[float]]:
         """Its manifest, and the loss of each step."""
         written = self.folder / "runs/first"
-        files = (written / "metrics").rglob("*.jsonl")
-        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         manifest = (written / "checkpoints/step-000000003/manifest.json").read_text()
-        return manifest, [record["loss"] for record in records if record["kind"] == "step"]
+        return manifest, [record["loss"] for record in records_of(written, "step")]
 
 
 def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
@@ -112,6 +112,11 @@ def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
         " 2}\ncluster: {workers: 1}\n"
     )
     return Run(folder, ("train", str(config), *more))
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [line for file in (folder / "metrics").rglob("*.jsonl") for line in file.read_text().splitlines()]
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def capstan(copy: Path, *commands: tuple[str, ...]) -> str:
@@ -151,3 +156,26 @@ def test_an_objective_over_pairs_trains(copy: Path, tmp_path: Path) -> None:
     manifest, losses = gap.read()
     assert '"gap"' in manifest
     assert len(set(losses)) == 3
+
+
+@pytest.mark.long
+def test_an_action_every_other_step_has_its_record_wherever_a_run_is_looked_at(copy: Path, tmp_path: Path) -> None:
+    """Before the first step, every second one and at the end; in the records, the log, TensorBoard, `status` and
+    `report`. W&B, MLflow and Trackio get the points of TensorBoard (tests/unit/run/test_measured.py).
+    """
+    started = run_of(tmp_path, make_base(tmp_path / "base"), make_data(tmp_path / "rows.jsonl"))
+    capstan(copy, (*started.train, "train.largest_every=2"))
+    folder = tmp_path / "runs/first"
+    measured = records_of(folder, "measured")
+    assert [(record["by"], record["step"]) for record in measured] == [("largest", step) for step in (0, 2, 3)]
+    assert measured[0]["value"] != measured[-1]["value"]
+    newest = f"value {measured[-1]['value']:.4g}"
+    (log,) = (folder / "logs").rglob("rank-00000.*")
+    assert f"step 3: largest {newest}" in log.read_text()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("largest/value")] == [0, 2, 3]
+    page = tmp_path / "report.html"
+    shown = capstan(copy, ("status", str(folder)), ("report", str(folder), "--output", str(page)))
+    assert re.search(rf"^largest +{newest} *$", shown, re.MULTILINE)
+    assert "Largest: value" in page.read_text()
