@@ -164,9 +164,7 @@ def test_a_manifest_of_a_newer_version_is_an_error_on_all_ranks_and_never_passed
     run.put(layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
     results = launch(2, saving.restore, *small.of("newer"), str(tmp_path))
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
-    assert (
-        "is of format 99; this version reads formats 2 and 3. Use the version that wrote it." in results[1]["message"]
-    )
+    assert "is of format 99; this version reads format 3. Use the version that wrote it." in results[1]["message"]
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(small: Saved, tmp_path: Path) -> None:
