@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
-from launcher.cli.shell import complete_run, complete_setting
+from launcher.cli.shell import complete_format, complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 from launcher.view.terminal import put
 from trainer.errors import ConfigError
@@ -45,9 +45,13 @@ FormatOptions = Annotated[
 ]
 FormatOption = Annotated[
     str,
-    typer.Option("--format", help="peft (the adapter), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."),
+    typer.Option(
+        "--format",
+        help="peft (the adapter), or another of those in docs/export.md.",
+        autocompletion=complete_format,
+    ),
 ]
-MERGED = dict.fromkeys(("--merge", "--merged"), "--format merged")
+MERGED = {"--merge": "--format merged", "--merged": "--format merged"}
 """What stands in the place of options that somebody may look for."""
 
 # More than any machine has; a plan for as many would say nothing.
