@@ -90,10 +90,10 @@ class Lora(LowRank):
             for first in layers[:1]:
                 first.beside = tuple(layers[1:])
         self._begin(model, architecture, seed)
+        learning = self.shapes(architecture).keys()
         for name, parameter in model.named_parameters():
-            learns = ".lora_" in name
-            parameter.requires_grad_(learns)
-            if learns:
+            parameter.requires_grad_(name in learning)
+            if name in learning:
                 parameter.data = parameter.data.to(dtype)
 
     def _begin(self, model: PreTrainedModel, architecture: Architecture, seed: int) -> None:
