@@ -226,7 +226,7 @@ def _failure(code: int, output: str) -> str:
     if code in (0, 5):  # 5: all of these are long
         return ""
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-    return found[1] if found else f"pytest ended with {code}"
+    return found[1] if found else f"pytest ended with {code}: {output.strip().splitlines()[-1:]}"
 
 
 if __name__ == "__main__":
