@@ -100,9 +100,8 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
-    return choose_attention(
-        model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)
-    )
+    needs = resolved.base.architecture.attention_needs
+    return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 
 
 class Sharding(NamedTuple):
