@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from launcher.view.sparkline import Thinned
 from trainer.config import Config
@@ -18,12 +18,13 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.owner import preparer, read_owner
-from trainer.run.records import Lifetime, Record, RunReader, last_written, read_records
+from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
 from trainer.run.segments import Segment, streams
 from trainer.run.store_clock import StoreClock
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.store.store import Store
 
+T = TypeVar("T")
 State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
@@ -51,7 +52,8 @@ class RunStatus:
     `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
     checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the data,
     `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step,
-    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set. `gpu_hours` are those of
+    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set, `measured` the newest
+    figures of each other action that has some. `gpu_hours` are those of
     all starts, and `cost` follows from track.price_per_gpu_hour. `next` is the command that an ended run wants.
     """
 
@@ -77,6 +79,7 @@ class RunStatus:
     reward: float | None = None
     eval_loss: float | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     last_commit_step: int | None = None
@@ -115,6 +118,7 @@ class Summary:
         self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
         self.losses = Thinned()
         self.set_losses: dict[str, float] = {}
+        self.measured: dict[str, dict[str, float]] = {}
         self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
@@ -124,6 +128,8 @@ class Summary:
                 kind = "eval_set"  # "eval" is that of the held-out data without a name
                 if (loss := record.get("loss")) is not None:
                     self.set_losses[name] = loss
+            if kind == "measured":
+                self.measured[record["by"]] = measures(record)
             self.count[kind] += 1
             self.first.setdefault(kind, record)
             self._last[kind] = record
@@ -209,7 +215,8 @@ class Follower:
             loss_curve=self._loss_curve(),
             reward=self._newest_value("step", "reward"),
             eval_loss=self._newest_value("eval", "loss"),
-            eval_losses=self._set_losses(),
+            eval_losses=self._of_all(lambda records: records.set_losses),
+            measured=self._of_all(lambda records: records.measured),
             tokens_per_second=tokens_per_second,
             eta_seconds=None
             if state != "running" or total is None or step_seconds is None
@@ -260,11 +267,9 @@ class Follower:
             curve.add(step, loss)
         return curve.points
 
-    def _set_losses(self) -> dict[str, float]:
-        losses: dict[str, float] = {}
-        for records in reversed(self._newest_first()):
-            losses |= records.set_losses
-        return losses
+    def _of_all(self, of: Callable[[Summary], dict[str, T]]) -> dict[str, T]:
+        """The newest value of each name."""
+        return {name: value for records in reversed(self._newest_first()) for name, value in of(records).items()}
 
     def _restarts(self) -> list[Restart]:
         """Starts after the first. One that was refused before it trained is none, unless it is the newest."""

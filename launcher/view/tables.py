@@ -17,7 +17,7 @@ from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
 from launcher.view.wrapped_table import facts
 from trainer.errors import StorageError
-from trainer.run.lines import duration, of_total
+from trainer.run.lines import duration, figures_line, of_total
 from trainer.store.store import Store
 
 
@@ -52,6 +52,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "loss", _loss_line(status)
     yield "", sparkline(status.loss_curve)
     yield "reward", "" if status.reward is None else f"{status.reward:.4f}"
+    for name, figures in status.measured.items():
+        yield name, figures_line(figures)
     yield "held out", ", ".join(f"{name} {loss:.4f}" for name, loss in status.eval_losses.items())
     yield "lr", "" if status.lr is None else f"{status.lr:.3g}"
     if status.tokens_per_second is not None:

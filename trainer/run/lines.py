@@ -1,9 +1,9 @@
 """A run's records as plain lines, for logs and for those who watch without a terminal."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from trainer.run.records import Record
+from trainer.run.records import Record, measures
 
 _RATE_STEPS = 10
 _PHASES = {
@@ -26,6 +26,7 @@ class PlainLines:
             "start": self._start,
             "step": self._step,
             "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
+            "measured": lambda record: f"{_at(record)}: {record.get('by')} {figures_line(measures(record))}",
             "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
             "commit": lambda record: f"{_at(record)}: committed",
             "end": lambda record: end_sentence(record["outcome"], record["reason"]),
@@ -70,6 +71,11 @@ def _of(record: Record) -> str:
 def _number(record: Record, name: str, form: str) -> str:
     value = record.get(name)
     return " ?" if value is None else f" {value:{form}}"
+
+
+def figures_line(figures: Mapping[str, float]) -> str:
+    """Figures that an action measured, in a line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
 
 
 def end_sentence(outcome: str, reason: str) -> str:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 _NEEDED = {
     "start": {"step"},
     **{kind: {"step"} for kind in ("step", "eval", "commit", "skip", "waiting")},
+    "measured": {"step", "by"},
     "first_step": {"seconds"},
     "end": {"outcome", "reason"},
     "restart": {"reason"},
@@ -35,11 +36,26 @@ _TYPES: dict[str, Any] = {
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
-    **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
+    **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set", "by"), str),
     "machines": list,
     **dict.fromkeys(("bytes", "stall_seconds"), int | float),
     **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data"), dict),
 }
+
+
+_NO_MEASURE = {"step", "time", "clock"}
+
+
+def measures(record: Record) -> dict[str, float]:
+    """The finite numbers of a record by their names, but for those that say when it was made."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in _NO_MEASURE
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and _is_sound(value, int | float)
+    }
 
 
 def new_record(kind: str, values: Mapping[str, Any]) -> Record:
@@ -247,8 +263,11 @@ def record_restart(folder: Store, reason: str) -> None:
         add_record(folder, numbers[-1], "restart", reason=reason)
 
 
-def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0) -> None:
-    """Write why the newest generation ended into its records, unless its ranks did.
+def record_end(
+    folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0, **facts: Any
+) -> None:
+    """Write why the newest generation ended into its records, unless its ranks did. `facts` are what programs read of
+    it: `lost_machine`, true where one of the run's machines left, and `died`, the rank whose process did.
 
     After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it
     had a rank, so that no generation is newer than `after`, gets its generation here.
@@ -261,7 +280,7 @@ def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool
     ends = [record for record in read_records(folder, newest) if record["kind"] == "end"]
     if ends and (not crash or ends[-1]["reason"] == reason):
         return
-    add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
+    add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason, **facts)
 
 
 def bad_windows(folder: Store) -> list[dict[str, int]]:
