@@ -152,7 +152,10 @@ def assemble(
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
-    packed = PackedModel(model, attention, method.virtual.reserved, peers_of(config, ranks))
+    facts, peers = base.architecture, peers_of(config, ranks)
+    packed = PackedModel(
+        model, attention, method.virtual.reserved, peers, padding=facts.padding, isolates=facts.isolates_documents
+    )
     engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
