@@ -40,7 +40,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             config = override(parse_config(config_text), f"model.base={base}", *overrides)
             settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
             found = resolve_base(config.model)
-            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""), "world")
+            model, _ = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), "world")
             for name, module in model.named_modules():
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]

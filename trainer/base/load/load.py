@@ -25,7 +25,7 @@ from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.model.kernels.liger import Kernels
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.state.zero.partition import Partitioner
 from trainer.state.zero.policy import Scope
 from trainer.store.safetensors_index import PackedSources
@@ -50,7 +50,7 @@ def load_model(
     base: Base,
     config: Config,
     deepspeed_config: dict[str, Any],
-    ranks: Ranks,
+    ranks: World,
     attention: Attention,
     scope: Scope,
     log: Callable[[str], None] = lambda text: None,
@@ -109,7 +109,7 @@ class _Filled:
 def _through_cache(
     base: Base,
     config: Config,
-    ranks: Ranks,
+    ranks: World,
     fill: Callable[[Callable[[str], PackedSources | None]], _Filled],
     log: Callable[[str], None],
 ) -> _Filled:

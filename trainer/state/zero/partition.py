@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.model.nf4 import share
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
 
@@ -49,7 +49,7 @@ def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
 class Partitioner:
     """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Collective."""
 
-    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, scope: Scope, ranks: Ranks) -> None:
+    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, scope: Scope, ranks: World) -> None:
         self.device = ranks.device
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -75,7 +75,7 @@ class Partitioner:
         return Partition(parameter, begin, end, local[: end - begin])
 
 
-def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
+def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     """The ranks that share one copy of the base; None is all of them. Collective."""
     if scope == "world":
         return None
@@ -86,10 +86,4 @@ def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
         )
     if ranks.ranks_per_node == ranks.world_size:
         return None
-    mine = None
-    for first in range(0, ranks.world_size, ranks.ranks_per_node):
-        members = list(range(first, first + ranks.ranks_per_node))
-        group = dist.new_group(members, timeout=ranks.timeout)
-        mine = group if ranks.rank in members else mine
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    return ranks.group_of(ranks.ranks_per_node)
