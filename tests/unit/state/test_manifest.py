@@ -46,8 +46,8 @@ def damaged(change: Any) -> bytes:
         (damaged(lambda tree: tree["body"].update(step=8)), "its content does not match its sha256"),
         (damaged(lambda tree: tree["body"]["shards"].clear()), "its content does not match its sha256"),
         (damaged(lambda tree: tree.update(sha256="0" * 64)), "its content does not match its sha256"),
-        (damaged(lambda tree: tree.update(format=4)), "is of format 4; this version reads formats 2 and 3"),
-        (damaged(lambda tree: tree.update(format=1)), "runs/step is damaged: it is not a manifest"),
+        (damaged(lambda tree: tree.update(format=4)), "is of format 4; this version reads format 3"),
+        (damaged(lambda tree: tree.update(format=2)), "is of format 2; this version reads format 3"),
     ],
 )
 def test_what_is_no_whole_manifest_is_refused_with_the_reason(data: bytes, reason: str) -> None:
@@ -61,45 +61,7 @@ def sealed(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
-GOLDEN = Path(__file__).parents[2] / "golden/checkpoint-format-2"
-A, B = (f"model.layers.0.self_attn.q_proj.lora_{matrix}.default.weight" for matrix in "AB")
-
-
-def format_2() -> dict[str, Any]:
-    """The manifest that an earlier version wrote for two ranks."""
-    return json.loads((GOLDEN / layout.manifest(4)).read_text())
-
-
-def test_a_manifest_of_format_2_is_read() -> None:
-    old = parse_manifest(sealed(format_2()), "here")
-    assert (old.step, old.world_size, old.position) == (4, 2, {"epoch": 1, "chapter": 0, "window": 2, "bin": 3})
-    assert old.division.intervals(1) == {A: (11, 21), B: (8, 15)}
-    assert problems_of(open_store(str(GOLDEN)), old) == []
-
-
 Change = Callable[[dict[str, Any]], object]
-
-
-def intervals(tree: dict[str, Any], shard: int) -> dict[str, list[int]]:
-    return tree["shards"][shard]["intervals"]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda body: body.update(shards=[]), "it names 0 shards, but 2 ranks wrote it"),
-        (lambda body: body["shards"].pop(), "it names 1 shards, but 2 ranks wrote it"),
-        (lambda body: intervals(body, 1).pop(A), "other intervals than its shards hold"),
-        (lambda body: intervals(body, 0).update({A: [0, 10]}), "other intervals than its shards hold"),
-        (lambda body: intervals(body, 0).update({"w": [0, 1]}), "other intervals than its shards hold"),
-        (lambda body: body["shapes"].update({A: [3, 8]}), "other intervals than its shards hold"),
-    ],
-)
-def test_a_manifest_of_format_2_that_does_not_cover_every_element_is_damaged(change: Change, reason: str) -> None:
-    tree = format_2()
-    change(tree["body"])
-    with pytest.raises(Damaged, match=re.escape(reason)):
-        parse_manifest(sealed(tree), "here")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +70,6 @@ def test_a_manifest_of_format_2_that_does_not_cover_every_element_is_damaged(cha
         (lambda body: body.update(shards=[]), "it names 0 shards, but 2 ranks wrote it"),
         (lambda body: body["shards"].pop(), "it names 1 shards, but 2 ranks wrote it"),
         (lambda body: body["shards"].__setitem__(1, body["shards"][0]), "it names a shard twice"),
-        (lambda body: body["shards"][0].update(intervals={}), "other intervals than its shards hold"),
         (lambda body: body["shards"][0].update(size="200"), "shards.0.size: Input should be a valid integer"),
         (lambda body: body["shards"][0].update(sha256=""), "shards.0.sha256: String should match"),
         (lambda body: body["shards"][0].update(key="../../other/config.yaml"), "files that are no shards of step 7"),

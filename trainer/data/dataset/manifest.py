@@ -1,7 +1,6 @@
 """The manifest of a compiled data set, format 3: what it consists of, and the proof that it is whole.
 
-Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it. Those written by earlier
-versions have none, and are only looked at for sense.
+Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it.
 """
 
 import contextlib
@@ -51,15 +50,18 @@ def _tree(data: bytes, where: str) -> dict[str, Any]:
         tree = json.loads(data)
         if not isinstance(tree, dict):
             raise ValueError("it is no object")
-        seal = tree.pop(_SEAL, None)
-        if seal is not None and seal != digest_of(tree):
-            raise ValueError("its content does not match its sha256")
     except (ValueError, RecursionError) as error:
         raise damaged(where, str(error)) from error
     return tree
 
 
 def _record(kind: type[R], tree: dict[str, Any], where: str) -> R:
+    try:
+        is_whole = tree.pop(_SEAL, None) == digest_of(tree)
+    except (ValueError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise damaged(where, "its content does not match its sha256")
     try:
         return kind.model_validate(tree, strict=True)
     except ValidationError as error:
@@ -87,8 +89,8 @@ class FileRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of
-    rollouts have two files of their own, see trainer/data/dataset/rollouts.py."""
+    """A shard holds documents of one source in one chapter only. Those of rollouts have no
+    hashes and two files of their own, see trainer/data/dataset/rollouts.py."""
 
     source: Count
     chapter: Count

@@ -1,8 +1,7 @@
 """The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
 
 Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
-manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which
-lists each shard's intervals, is read for ever.
+manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
 """
 
 import json
@@ -25,7 +24,6 @@ from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
 
 FORMAT = 3
-_LISTING_FORMAT = 2  # it lists the intervals of each shard
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
@@ -112,15 +110,10 @@ class CheckpointManifest:
         states = ((state, self.numels[name]) for name, found in self.contents.states.items() for state in found)
         if self.size < sum(state.item * state.size(numel) for state, numel in states):
             return "its shards are too small for the parameters that it names"
-        listed = ((number, shard.intervals) for number, shard in enumerate(self.shards) if shard.intervals is not None)
-        if any(intervals != self.division.intervals(number) for number, intervals in listed):
-            return "it lists other intervals than its shards hold"
         return None
 
     def to_json(self) -> bytes:
         body = asdict(self) | {"eval_loss": finite(self.eval_loss)}
-        for shard in body["shards"]:
-            del shard["intervals"]
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
         for name in ("text", "eval_data"):
@@ -154,12 +147,11 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         text = canonical(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{where} is damaged: it is not a manifest.") from error
-    if type(number) is not int or number < _LISTING_FORMAT:
+    if type(number) is not int:
         raise Damaged(f"{where} is damaged: it is not a manifest.")
-    if number > FORMAT:
+    if number != FORMAT:
         raise StorageError(
-            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version"
-            " that wrote it."
+            f"{where} is of format {number}; this version reads format {FORMAT}. Use the version that wrote it."
         )
     if digest != digest_of_text(text):
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")

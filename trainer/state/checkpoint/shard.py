@@ -22,16 +22,13 @@ _HASH_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Shard:
-    """The file that one rank wrote. `intervals` are listed by manifests of format 2 only, and are those of
-    `EvenDivision` there too.
-    """
+    """The file that one rank wrote."""
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True)
 
     key: str
     size: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    intervals: dict[str, Interval] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import typer
 
 from launcher.cli.command import Command
 from launcher.cli.options import (
+    MERGED,
     BestOption,
     ConfigFile,
     DryRun,
@@ -16,7 +17,6 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
-    chosen_format,
     emit,
     log,
     open_run,
@@ -31,8 +31,7 @@ def export(
     destination: Destination,
     options: FormatOptions = None,
     store: StoreOption = "runs",
-    form: FormatOption = None,
-    merge: Annotated[bool, typer.Option("--merge", help="The same as --format merged.")] = False,
+    form: FormatOption = "peft",
     step: StepOption = None,
     best: BestOption = False,
     verify: Annotated[
@@ -71,7 +70,7 @@ def export(
     result = export_run(
         folder,
         destination,
-        chosen_format(form, "--merge" if merge else None),
+        form,
         options or (),
         step=chosen_step(folder, step, best=best),
         verify=verify,
@@ -98,6 +97,6 @@ def dequantize(
 
 
 VERBS = {
-    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150, MERGED),
     "dequantize": Command(dequantize, "dequantize sums.yaml as-quantized/", 155),
 }

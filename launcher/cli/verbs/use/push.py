@@ -6,6 +6,7 @@ import typer
 
 from launcher.cli.command import Command
 from launcher.cli.options import (
+    MERGED,
     BestOption,
     DryRun,
     FormatOption,
@@ -14,7 +15,6 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
-    chosen_format,
     emit,
     log,
     open_run,
@@ -26,8 +26,7 @@ def push(
     target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="A repository of the Hub, made if need be.")],
     options: FormatOptions = None,
     store: StoreOption = "runs",
-    form: FormatOption = None,
-    merged: Annotated[bool, typer.Option("--merge", "--merged", help="The same as --format merged.")] = False,
+    form: FormatOption = "peft",
     step: StepOption = None,
     best: BestOption = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,
@@ -44,7 +43,7 @@ def push(
     result = push_run(
         folder,
         target,
-        chosen_format(form, "--merged" if merged else None),
+        form,
         options or (),
         step=chosen_step(folder, step, best=best),
         revision=revision,
@@ -56,5 +55,5 @@ def push(
 
 
 VERBS = {
-    "push": Command(push, "push first hf://me/first --merge", 160),
+    "push": Command(push, "push first hf://me/first --format merged", 160, MERGED),
 }
