@@ -196,7 +196,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
                 bnb_4bit_use_double_quant=double,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture
+        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture.attention_needs
         model: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,

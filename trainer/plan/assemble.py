@@ -99,9 +99,8 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
-    return choose_attention(
-        model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)
-    )
+    needs = resolved.base.architecture.attention_needs
+    return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 
 
 class Sharding(NamedTuple):
@@ -153,7 +152,10 @@ def assemble(
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
-    packed = PackedModel(model, attention, method.virtual.reserved, peers_of(config, ranks.world))
+    facts, peers = base.architecture, peers_of(config, ranks.world)
+    packed = PackedModel(
+        model, attention, method.virtual.reserved, peers, padding=facts.padding, isolates=facts.isolates_documents
+    )
     engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report

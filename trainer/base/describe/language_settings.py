@@ -73,9 +73,13 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
         )
     text.name_or_path = config.name_or_path
     is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    if is_whole and getattr(text, "tie_word_embeddings", None) != config.tie_word_embeddings:
+    if is_whole and _tied(text) != _tied(config):
         text.tie_word_embeddings = _ties(whole_model(config))
     return text
+
+
+def _tied(config: PretrainedConfig) -> bool | None:
+    return getattr(config, "tie_word_embeddings", None)
 
 
 def _ties(whole: PreTrainedModel) -> bool:
