@@ -78,8 +78,7 @@ _LACKING: dict[str, dict[str, Any]] = {
         | {"mrope_section": [1, 1, 2]}
     },
     "step3p5": {"sliding_window": 16},
-    # transformers writes rows for experts that have no weights, which no published file has.
-    "longcat_flash": {"zero_expert_num": 0},
+    "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # as OPT-350M
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "zamba2": {
