@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from trainer.config import Config
+from trainer.model.kernels.attention import AttentionNeeds
 from trainer.model.rows.heads import Exchange
 from trainer.store.codes import Kept
 
@@ -172,6 +173,12 @@ class Architecture:
     def widest_head(self) -> int:
         """The width of the widest head whose keys and values are alike; 0 without any."""
         return max((layer.head_size or 0 for layer in self.attention), default=0)
+
+    @property
+    def attention_needs(self) -> AttentionNeeds:
+        return AttentionNeeds(
+            self.caps_attention, self.has_sinks, self.supports_sdpa, self.supports_flash, self.widest_head
+        )
 
     @cached_property
     def computed_whole(self) -> frozenset[str]:

@@ -33,7 +33,7 @@ _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class PeftFolder:
+class PeftAdapter:
     """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
     alone.
     """
