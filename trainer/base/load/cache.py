@@ -30,7 +30,7 @@ from trainer.store.store import Store
 from trainer.store.twice import read_twice
 
 if TYPE_CHECKING:
-    from trainer.processes.ranks import Ranks
+    from trainer.processes.ranks import World
     from trainer.state.zero.partition import Partition
 
 FORMAT = 1
@@ -170,7 +170,7 @@ def write_cache(
     partitions: dict[str, Partition],
     means: dict[str, list[float]],
     writers: int,
-    ranks: Ranks,
+    ranks: World,
     log: Callable[[str], None],
 ) -> None:
     """Commit the first `writers` ranks' partitions, which are one whole copy of the base. Collective.
