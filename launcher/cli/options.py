@@ -32,6 +32,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
 ]
+TrustRun = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run",
+        envvar="CAPSTAN_TRUST_RUN",
+        help=(
+            "Read the files and run the code that its config.yaml names, though you have not started the run with it:"
+            " docs/credentials.md."
+        ),
+    ),
+]
 StepOption = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step. Default: the newest that is whole.")
 ]

@@ -12,11 +12,11 @@ from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import prepare_start
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
-from trainer.data.dataset.manifest import Counters, read_manifest, unsealed
+from trainer.data.dataset.manifest import Counters, read_manifest, read_record
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
-from trainer.store.store import Store
+from trainer.store.store import Store, open_store
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -163,9 +163,12 @@ def test_a_damaged_word_that_no_more_data_comes_is_named(shop: Workshop, content
 
 
 def test_a_seal_covers_everything() -> None:
-    sealed = Counters(rows=5).sealed()
-    assert unsealed(Counters, sealed, "s://x/y.json") == Counters(rows=5)
-    with pytest.raises(Damaged, match=r"s://x/y\.json is damaged .* Delete s://x, and"):
-        unsealed(Counters, sealed.replace(b'"rows": 5', b'"rows": 6'), "s://x/y.json")
+    folder, sealed = open_store("memory://seal"), Counters(rows=5).sealed()
+    folder.put("y.json", sealed)
+    assert read_record(Counters, folder, "y.json") == Counters(rows=5)
+    folder.put("y.json", sealed.replace(b'"rows": 5', b'"rows": 6'))
+    with pytest.raises(Damaged, match=r"memory://seal/y\.json is damaged .* Delete memory://seal, and"):
+        read_record(Counters, folder, "y.json")
+    folder.put("y.json", b'{"rows": 5}')
     with pytest.raises(Damaged, match="its content does not match its sha256"):
-        unsealed(Counters, b'{"rows": 5}', "s://x/y.json")
+        read_record(Counters, folder, "y.json")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from trainer.errors import Damaged, StorageError
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
+from trainer.state.checkpoint.manifest import (
+    TextHashes,
+    parse_manifest,
+    problems_of,
+    read_manifest,
+    readable_manifests,
+)
 from trainer.state.checkpoint.reading import plan_reads
 from trainer.state.optimizer.optimizer import State
 from trainer.store.store import Store, open_store
@@ -59,6 +66,36 @@ def sealed(tree: dict[str, Any]) -> bytes:
     """As its writer would have sealed it: with the right hash."""
     text = json.dumps(tree["body"], sort_keys=True, separators=(",", ":"))
     return json.dumps(tree | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/home/reader/lib/site-packages/x.pth",
+        "../../../x",
+        "additional_chat_templates/../../x.jinja",
+        "additional_chat_templates/a/b.jinja",
+        "additional_chat_templates/a\\b.jinja",
+        "additional_chat_templates/.jinja/../x.jinja",
+        "additional_chat_templates/x.jinja\n",
+        "additional_chat_templates/\x1b[2J.jinja",
+        "tokenizer.json/../../x",
+        "./tokenizer.json",
+        "config.json",
+        "x.pth",
+        "",
+    ],
+)
+def test_no_manifest_names_another_file_than_a_tokenizers(name: str) -> None:
+    given = replace(manifest(7), text=TextHashes({"tokenizer.json": "0" * 64, name: "1" * 64}, None))
+    with pytest.raises(Damaged, match="it is no file of a tokenizer"):
+        parse_manifest(given.to_json(), "runs/step")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool use.jinja"])
+def test_a_manifest_names_the_files_of_a_tokenizer(name: str) -> None:
+    given = replace(manifest(7), text=TextHashes({name: "1" * 64}, None))
+    assert parse_manifest(given.to_json(), "runs/step").text == given.text
 
 
 Change = Callable[[dict[str, Any]], object]

@@ -16,6 +16,7 @@ from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -40,9 +41,11 @@ class Record(BaseModel):
         return json.dumps({**tree, _SEAL: digest_of(tree)}, indent=1, ensure_ascii=False).encode()
 
 
-def unsealed(kind: type[R], data: bytes, where: str) -> R:
-    """The record that `sealed` made bytes of. Raises `Damaged` for anything else; `where` names it."""
-    return _record(kind, _tree(data, where), where)
+@read_twice
+def read_record(kind: type[R], folder: Store, key: str) -> R:
+    """The record whose `sealed` bytes are under `key`. Raises `Damaged` for anything else, and `NotFound`."""
+    where = f"{folder.uri}/{key}"
+    return _record(kind, _tree(folder.get(key), where), where)
 
 
 def _tree(data: bytes, where: str) -> dict[str, Any]:
@@ -197,6 +200,7 @@ def chapter_key(chapter: int) -> str:
     return f"chapter-{chapter:05d}.json"
 
 
+@read_twice
 def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
     """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data.dataset.binary import HASH
 from trainer.data.dataset.dataset import reader
-from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, unsealed
+from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, read_record
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
@@ -64,7 +64,7 @@ def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
     chapters = 1 + max(shard.chapter for shard in manifest.shards)
     folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"
     try:
-        kept = unsealed(Overlap, folder.get(key), f"{folder.uri}/{key}")
+        kept = read_record(Overlap, folder, key)
         if kept.chapters == chapters:
             return kept
     except (NotFound, Damaged):  # what is damaged is counted again

@@ -22,6 +22,8 @@ from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import is_tokenizer_file
+from trainer.store.twice import read_twice
 
 FORMAT = 3
 
@@ -29,6 +31,16 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _tokenizer_file(name: str) -> str:
+    """Raises `ValueError` for any other name: whoever reads the run writes these files."""
+    if not is_tokenizer_file(name):
+        raise ValueError("it is no file of a tokenizer")
+    return name
+
+
+_TokenizerFile = Annotated[str, AfterValidator(_tokenizer_file)]
 _Shape = Annotated[list[_Positive], Field(max_length=8)]
 
 
@@ -47,7 +59,7 @@ class TextHashes:
     tokenizer's own.
     """
 
-    tokenizer: dict[str, _Sha256]
+    tokenizer: dict[_TokenizerFile, _Sha256]
     template: _Sha256 | None
 
 
@@ -170,6 +182,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     return manifest
 
 
+@read_twice
 def read_manifest(folder: Store, step: int) -> CheckpointManifest:
     """Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
@@ -255,11 +268,17 @@ def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: boo
     """
     steps = committed_steps(folder)
     check_step(folder, steps, step)
-    skipped: list[str] = []
-    for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
-        problems = [] if by_manifest else problems_of(folder, manifest)
-        if not problems:
-            return manifest
-        skipped += problems
+    wanted = steps if step is None else [step]
+    while True:
+        skipped: list[str] = []
+        for manifest in readable_manifests(folder, skipped, wanted):
+            problems = [] if by_manifest else problems_of(folder, manifest)
+            if not problems:
+                return manifest
+            skipped += problems
+        # A run that trains may have removed all of them meanwhile, for newer ones.
+        wanted = [newer for newer in committed_steps(folder) if newer > max(wanted)] if step is None else []
+        if not wanted:
+            break
     which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
     raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

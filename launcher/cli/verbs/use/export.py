@@ -17,6 +17,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
+    TrustRun,
     emit,
     log,
     open_run,
@@ -55,6 +56,7 @@ def export(
             ),
         ),
     ] = None,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -62,11 +64,14 @@ def export(
     adapter, merged with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method:
     full) is always the whole model."""
     from launcher.export.export import export_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
     folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
     result = export_run(
         folder,
         destination,

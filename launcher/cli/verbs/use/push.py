@@ -15,6 +15,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
+    TrustRun,
     emit,
     log,
     open_run,
@@ -31,15 +32,19 @@ def push(
     best: BestOption = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the
     environment variable HF_TOKEN. A push that was killed goes on when it is called again."""
     from launcher.export.push import push_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
     folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
     result = push_run(
         folder,
         target,
