@@ -160,6 +160,7 @@ def test_a_method_trains_over_the_format_of_a_base_on_the_format_of_rows(copy: P
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2400)
 def test_what_lists_methods_formats_verbs_and_settings_passes_unedited_in_a_copy_of_the_repository(
     tmp_path: Path,
 ) -> None:
