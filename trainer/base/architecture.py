@@ -161,6 +161,14 @@ class Architecture:
         """The fewest tokens that a token sees in some layer, itself included; None where it sees all in every layer."""
         return min((layer.window for layer in self.attention if layer.window), default=None)
 
+    @cached_property
+    def width(self) -> int:
+        """Values of a token between decoder layers: `hidden`, unless a linear layer stands behind them (OPT-350M)."""
+        inputs = [part.shape[1] for part in self.parameters if part.kind == "linear"]
+        if not inputs or any(self.hidden in part.shape for part in self.parameters if part.kind == "linear"):
+            return self.hidden
+        return max(inputs, key=inputs.count)
+
     @property
     def widest_head(self) -> int:
         """The width of the widest head whose keys and values are alike; 0 without any."""
