@@ -33,7 +33,7 @@ from trainer.errors import ConfigError, StorageError
 from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve
-from trainer.store.codes import Code
+from trainer.model.held.codes import Code
 from trainer.store.safetensors_index import PackedTensor, StoredTensor, TensorSource
 from trainer.store.store import Store, open_store
 

@@ -19,7 +19,7 @@ from trainer.config import Quant, override, parse_config
 from trainer.model.nf4 import Packed
 from trainer.model.stored import KeptFormat, StoredLinear, StoredStack
 from trainer.plan.sizes import stored_bytes
-from trainer.store.codes import Code, KeptSources
+from trainer.model.held.codes import Code, KeptSources
 from trainer.store.safetensors_index import Joined, Stretch, numel
 
 KEPT = [

@@ -12,10 +12,8 @@ from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_pa
 from trainer.base.partitions.reading import Job
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant
-from trainer.model.nf4 import Format, Packed
-from trainer.model.stored import KeptFormat, packed_module
+from trainer.model.held.layers import HeldWeights, hold
 from trainer.state.zero.partition import Partition, Partitioner
-from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
 
 
@@ -24,7 +22,7 @@ class Placement:
     """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
 
     jobs: list[Job] = field(default_factory=list)
-    packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
+    packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
 
     def partitions(self) -> dict[str, Partition]:
         """All packed parameters' partitions, by name."""
@@ -34,7 +32,7 @@ class Placement:
 
     def means(self) -> dict[str, list[float]]:
         """The means of absmax by module, under double quantization."""
-        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.form.means}
 
 
 def place_partitions(
@@ -54,20 +52,20 @@ def place_partitions(
         stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
     """
-    placement, parameters = Placement(), dict(model.named_parameters())
+    placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
     for name in [name for name in sources if name not in parameters]:
         placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
-        as_it_is = kept_sources(source) if quant.type == "stored" and name in quantizable else None
-        form = _form(quant, dtype, as_it_is) if name in quantizable else None
-        packed = None if form is None else packed_module(model, name, parameter, form)
-        if packed is None:
+        as_it_is = kept_sources(source) if name in quantizable and not held.quantizes else None
+        form = held.of(as_it_is and as_it_is.kept)
+        if name not in quantizable or not form.packs:
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
             placement.jobs.append(exchanged(Copy(source, partition), source, partitioner))
             continue
+        packed = hold(model, name, parameter, form, dtype)
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
         if as_it_is is not None:
@@ -98,14 +96,3 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter is old:
                 setattr(module, name, new)
-
-
-def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | KeptFormat | None:
-    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32
-    bits.
-    """
-    if kept is not None:
-        return KeptFormat(kept.kept, dtype)
-    if quant.type in ("none", "stored"):
-        return None
-    return Format(quant.type, quant.block_size, quant.double, dtype)

@@ -3,6 +3,7 @@ one.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.model.nf4 import share
 from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
@@ -93,3 +93,11 @@ def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
         mine = group if ranks.rank in members else mine
     assert isinstance(mine, dist.ProcessGroup)
     return mine
+
+
+def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
+    n.
+    """
+    size = ceil(numel / world_size)
+    return min(numel, rank * size), min(numel, (rank + 1) * size)
