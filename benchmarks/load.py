@@ -137,7 +137,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
         bnb_4bit_quant_storage=torch.uint8,
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
-    adapted = get_peft_model(model, METHODS["lora"](run_config(base).tuning).peft_config("all-linear"))
+    adapted = get_peft_model(model, METHODS["lora"](run_config(base).tuning).adapting("all-linear"))
     loaded(sum(parameter.nbytes for parameter in model.parameters()))
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     deepspeed.initialize(model=adapted, optimizer=torch.optim.AdamW(trainable), config=settings)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config import Config
+from trainer.config.registry import one_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -84,13 +85,18 @@ def _row(name: str, field: FieldInfo) -> str:
     extra = cast(dict[str, str] | None, field.json_schema_extra) or {}
     default = "required" if field.is_required() else _value(field.get_default())
     example = _value((field.examples or [""])[0])
-    cells = (f"`{name}`", _allowed(field), default, extra.get("unit", ""), field.description or "", example)
+    kinds = ". ".join(f"{kind}: {words}" for one in one_of(field) for kind, words in one.about().items() if words)
+    about = f"{field.description or ''} {kinds}.".removesuffix(" .")
+    cells = (f"`{name}`", _allowed(field), default, extra.get("unit", ""), about, example)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _allowed(field: FieldInfo) -> str:
     """The type of a field and its bounds, in words: `whole number ≥ 1`."""
     limits = ", ".join(filter(None, map(_limit, field.metadata)))
+    named = ", ".join(f"`{name}`" for one in one_of(field) for name in one.about())
+    if named:
+        return f"list of {named}" if get_origin(field.annotation) is list else named
     return f"{_type(field.annotation)} {limits}".strip()
 
 

@@ -1,10 +1,11 @@
-"""Tries every type of causal language model that transformers builds, each in a process of its own: a release script.
+"""Tries every type of model that predicts tokens and that transformers builds, language models alone and those that see
+or hear as well, each in a process of its own: a release script.
 
     python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
-same is done by plain transformers and PEFT: over weights that the decoder of tests/nf4.py makes, in fp32, each document
+same is done by plain transformers and PEFT, in the class that the base's `architectures` name: over weights that the decoder of tests/nf4.py makes, in fp32, each document
 alone. The reference shares no code with the product but the list of weights that are packed.
 """
 
@@ -26,7 +27,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tests.dist.launch import RankFailed, launch
@@ -38,7 +43,7 @@ from trainer.config import parse_config
 from trainer.errors import ConfigError
 
 RECORD = Path(__file__).with_suffix(".json")
-PROVEN, UNPACKED, REFUSED = "proven", "proven, unpacked", "refused"
+PROVEN, UNPACKED, REFUSED, NOT_BUILT = "proven", "proven, unpacked", "refused", "not built"
 SECONDS = 240
 DOCUMENTS = (5, 23, 36)
 """Tokens of the documents of the row: one is longer than the windows of the tiny bases."""
@@ -92,11 +97,22 @@ _LACKING: dict[str, dict[str, Any]] = {
 _IN_WHOLE = re.compile("language_model|text_model")
 # Settings of the whole class, without which there is none of the type.
 _WHOLE: dict[str, dict[str, Any]] = {
+    "muse_glimmer": {"out_hidden_size": 64},
+    "muse_spark": {"out_hidden_size": 64},
+    "kimi_k25": {"projection_hidden_size": 64},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251, "<|visual token 000000|>": 252}},
     "gemma4_assistant": {
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": 2}
         | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2}
     },
+}
+# Settings of towers, where a tower of one layer is none of its class.
+_TOWERS: dict[str, dict[str, dict[str, Any]]] = {
+    "molmo2": {"vision_config": {"num_hidden_layers": 4}, "adapter_config": {"vision_feature_layer": [3, 1]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4}},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": 64}},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
 }
 _WHEREVER_DECODERS = {"is_decoder": True}
 
@@ -143,14 +159,26 @@ def _whole_settings(kind: str) -> PretrainedConfig:
         for key, part in parts.items()
         if part is not text
     }
+    for key, settings in _TOWERS.get(kind, {}).items():
+        towers[key] = {**towers[key], **settings}
     (own,) = (key for key, part in parts.items() if part is text)
     return type(config)(**{**_WHOLE.get(kind, {}), own: settings_of(kind).to_dict()}, **towers)
+
+
+def _is_whole(kind: str) -> bool:
+    """Whether people load the type by a class that sees or hears beside its language model."""
+    config = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
+    return kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and config.get_text_config() is not config
+
+
+def every_kind() -> list[str]:
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
 def write_base(kind: str, folder: Path) -> None:
     """A random base of the type in bf16, no two of whose values are alike by chance."""
     torch.manual_seed(11)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and type(settings_of(kind)) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not _is_whole(kind):
         model: Any = AutoModelForCausalLM.from_config(settings_of(kind), dtype=torch.float32)
     else:
         model = AutoModelForMultimodalLM.from_config(_whole_settings(kind), dtype=torch.float32)
@@ -183,7 +211,7 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
         write_base(kind, base)
     except Exception as error:
         return _by_config_alone(kind, base) or {
-            "status": "not built",
+            "status": NOT_BUILT,
             "reason": f"{type(error).__name__}: {str(error)[:300]}",
         }
     try:
@@ -394,7 +422,7 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
     commit = _commit()
     rows = map(json.loads, table.read_text().splitlines() if table.exists() else [])
     done = {found["kind"] for found in rows if found.get("commit") == commit}
-    for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for kind in kinds or every_kind():
         if kind in done:
             continue
         started = time.monotonic()
@@ -413,13 +441,15 @@ def record(table: Path) -> None:
     """Write `RECORD` from a table that has every type, each tried on the same commit."""
     rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
     commits = {found["commit"] for found in rows.values()}
-    missing = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - rows.keys()
-    open_ones = [kind for kind, found in rows.items() if found["status"] not in (PROVEN, UNPACKED, REFUSED)]
+    missing = set(every_kind()) - rows.keys()
+    open_ones = [kind for kind, found in rows.items() if found["status"] not in (PROVEN, UNPACKED, REFUSED, NOT_BUILT)]
     if missing or open_ones or len(commits) > 1:
         sys.exit(f"{table}: lacks {sorted(missing)}, is of commits {sorted(commits)}, and is open for {open_ones}")
-    types = {kind: found["status"] for kind, found in sorted(rows.items()) if found["status"] != REFUSED}
+    types = {kind: found["status"] for kind, found in sorted(rows.items()) if found["status"] in (PROVEN, UNPACKED)}
+    unbuilt = sorted(kind for kind, found in rows.items() if found["status"] == NOT_BUILT)
     refused = {kind: _clause(found["reason"]) for kind, found in sorted(rows.items()) if found["status"] == REFUSED}
     content = {"transformers": transformers.__version__, "commit": commits.pop(), "trained": types, "refused": refused}
+    content["not_built"] = unbuilt
     RECORD.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,5 +1,5 @@
-"""Writes what `capstan plan` prints into the walk-throughs: behind each block with the command, a block with its
-output.
+"""Writes what `capstan plan` prints into the walk-throughs and the README: behind each block with the command, a block
+with its output, of which the README has what comes before the tables.
 
 python -m tests.plan_pages            write the pages
 python -m tests.plan_pages --check    exit 1 when a page is not what would be written
@@ -19,27 +19,29 @@ from tests.pages import ROOT, blocks_of
 from tests.unit.base.test_published_models import MODELS
 from tests.unit.plan.test_plan import LLAMA_70B
 
-# Each page, and the config.json that the Hub has of its base.
-PAGES: dict[str, dict[str, Any]] = {
-    "walkthrough-70b": LLAMA_70B,
-    "walkthrough-moe": MODELS["Qwen3-235B-A22B"].config,
+_MOE = MODELS["Qwen3-235B-A22B"].config
+# Each page, the page that has its configuration, and the config.json that the Hub has of its base.
+PAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "docs/walkthrough-70b.md": ("docs/walkthrough-70b.md", LLAMA_70B),
+    "docs/walkthrough-moe.md": ("docs/walkthrough-moe.md", _MOE),
+    "README.md": ("docs/walkthrough-moe.md", _MOE),
 }
 _PLANNED = re.compile(r"(```sh\ncapstan (plan [^\n]+)\n```\n\n```text\n)(.*?)(```\n)", re.DOTALL)
 _REVISION = "0" * 40
 _ROWS = 20_000
 
 
-def page_of(name: str) -> Path:
-    return ROOT / "docs" / f"{name}.md"
-
-
 def render(name: str) -> str:
     """The page, with what each plan of it prints now."""
-    page = page_of(name)
+    configured, base = PAGES[name]
     with tempfile.TemporaryDirectory() as folder:
-        environment = _lay_out(page, Path(folder), PAGES[name])
-        text = page.read_text(encoding="utf-8")
-        return _PLANNED.sub(lambda found: found[1] + _printed(found[2], folder, environment) + found[4], text)
+        environment = _lay_out(ROOT / configured, Path(folder), base)
+
+        def printed(found: re.Match[str]) -> str:
+            whole = _printed(found[2], folder, environment)
+            return found[1] + (whole if name == configured else whole.partition("\n\n")[0] + "\n") + found[4]
+
+        return _PLANNED.sub(printed, (ROOT / name).read_text(encoding="utf-8"))
 
 
 def _lay_out(page: Path, folder: Path, base: dict[str, Any]) -> dict[str, str]:
@@ -74,7 +76,7 @@ def _printed(command: str, folder: str, environment: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     ends = [
-        write_or_check(page_of(name), lambda name=name: render(name), "tests.plan_pages", "`capstan plan`")
+        write_or_check(ROOT / name, lambda name=name: render(name), "tests.plan_pages", "`capstan plan`")
         for name in PAGES
     ]
     sys.exit(max(ends))

@@ -22,7 +22,6 @@ from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
-from trainer.evaluate.measure.samples import open_samples
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import (
@@ -50,7 +49,6 @@ from trainer.train.horizon import horizon_of
 from trainer.train.initial_adapter import begin_from
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.open_start import opened
-from trainer.train.profile import StepProfile
 from trainer.train.reference import ReferencePass
 from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
 from trainer.train.start_record import record_changes, record_plan, record_start
@@ -109,16 +107,13 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     last = training.horizon.steps  # unless something ends it before
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
-    traced = start.config.train.profile if first else None
     # Its threads may wait for a chapter that does not come.
     with (
         closing(training.stream.chapters),
-        StepProfile(traced, start.folder, start.log) as profile,
         metered(device, reads=first) as power,
+        closing(train(training, step, position)) as steps,
     ):
-        profile.reached(step)
-        for record in train(training, step, position):
-            profile.reached(record["step"])
+        for record in steps:
             if record["step"] == step + 1:
                 metrics.write("first_step", step=step + 1, seconds=start.elapsed.seconds)
                 if unlike := unlike_sampler(record):
@@ -236,6 +231,5 @@ def _training(
         horizon=horizon_of(config.train, datasets.epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
         rules=open_stop_rules(start, place[0], checkpoints.evaluated),
-        samples=open_samples(start.resolved, start.folder, ranks) if config.train.sample_every else None,
         skipped=skipped,
     )

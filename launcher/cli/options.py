@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
-from launcher.cli.shell import complete_run, complete_setting
+from launcher.cli.shell import complete_format, complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 from launcher.view.terminal import put
 from trainer.errors import ConfigError
@@ -46,7 +46,9 @@ FormatOptions = Annotated[
 FormatOption = Annotated[
     str | None,
     typer.Option(
-        "--format", help="peft (the adapter, the default), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
+        "--format",
+        help="peft (the adapter, the default), or another of those in docs/export.md.",
+        autocompletion=complete_format,
     ),
 ]
 # More than any machine has; a plan for as many would say nothing.
@@ -105,8 +107,10 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
         Terminal().print(shown)
 
 
-def open_run(run: str, store: str) -> Any:
-    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist."""
+def open_run(run: str, store: str, *, prepared: bool = False) -> Any:
+    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist. `prepared`: also that
+    of a run that a start prepares.
+    """
     from launcher.view.runs import find_run
 
-    return find_run(run, store)
+    return find_run(run, store, prepared=prepared)

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 from typer.core import TyperCommand, TyperGroup, TyperOption
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 Choices = list[tuple[str, str]]
 
@@ -49,7 +52,7 @@ def complete_setting(incomplete: str) -> Choices:
     known = dict(fields())
     name, equals, value = incomplete.partition("=")
     if equals:
-        values = _values(known[name].annotation) if name in known else ()
+        values = _values(known[name]) if name in known else ()
         return [(f"{name}={found}", "") for found in values if found.startswith(value)]
     if "." not in incomplete:
         sections = dict.fromkeys(path.partition(".")[0] for path in known)
@@ -61,14 +64,30 @@ def complete_setting(incomplete: str) -> Choices:
     ]
 
 
-def _values(annotation: Any) -> Iterator[str]:
+def _values(setting: "FieldInfo") -> Iterator[str]:
+    from trainer.config.registry import one_of
+
+    yield from _written_in(setting.annotation)
+    for kinds in one_of(setting):
+        yield from kinds.about()
+
+
+def _written_in(annotation: Any) -> Iterator[str]:
     if annotation is bool:
         yield from ("true", "false")
     for inside in get_args(annotation):
         if isinstance(inside, str):
             yield inside
         else:
-            yield from _values(inside)
+            yield from _written_in(inside)
+
+
+def complete_format(incomplete: str) -> Choices:
+    """The formats of exports, each a file of trainer/export/formats."""
+    from trainer.config.registry import kinds
+
+    names = sorted(kinds("trainer.export.formats", "FORMATS"))
+    return [(name, "") for name in names if name.startswith(incomplete)]
 
 
 def complete_run(ctx: typer.Context, incomplete: str) -> Choices:

@@ -39,7 +39,6 @@ from trainer.run.background import say
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
-from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_store
 
 
@@ -57,7 +56,6 @@ def drive(
     Raises:
         CapstanError: with the exit code that the process should end with.
     """
-    collect_leftovers()
     run = owner.run
     forget_own_stop(run)
 

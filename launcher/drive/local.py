@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from rich.filesize import decimal
 
@@ -23,6 +24,7 @@ from trainer.data.dataset.chapters import forget_given_up
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus
 from trainer.run.folder import run_folder
+from trainer.run.owner import preparing
 from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_run_store
 
@@ -42,7 +44,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
     os.environ.update(slurm_rank(os.environ))
     config = anchored(config)
     if is_rank() and os.environ.get("LOCAL_RANK", "0") == "0":
-        collect_leftovers()
+        collect_leftovers()  # a rank itself may make no folder
     if is_silent_rank():
         # Without a process group, as rank 0 may compile for longer than a collective waits. Torchrun ends the other
         # ranks itself when rank 0 ends; srun may not.
@@ -55,29 +57,34 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
 
 
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
-    address = address_of(config)
-    if address is None:
-        check_local_device(config)
-    if address or ranks_here(config) is None:
-        check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
-    resolved = check(config, resume=resume, take_over=take_over)
-    config, base = pinned(config, resolved), resolved.base
-    if (size := sum(bytes_each for _, bytes_each, _ in base.versions)) >= _MUCH:
-        log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows how far that is")
-    by, code = f"capstan {'resume' if resume else 'train'}", keep_code(log)
-    with claimed(config, by=by, resume=resume, code=code, log=log, take_over=take_over) as owner:
+    by = f"capstan {'resume' if resume else 'train'}"
+    with ExitStack() as taken:
+        with preparing(run_folder(config), by):
+            address = address_of(config)
+            if address is None:
+                check_local_device(config)
+            if address or ranks_here(config) is None:
+                check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
+            resolved = check(config, resume=resume, take_over=take_over)
+            config = pinned(config, resolved)
+            if (size := sum(bytes_each for _, bytes_each, _ in resolved.base.versions)) >= _MUCH:
+                log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows the progress")
+            claim = claimed(config, by=by, resume=resume, code=keep_code(log), log=log, take_over=take_over)
+            owner = taken.enter_context(claim)
         drive(config, owner, resume=resume, live=live, log=log)
 
 
 def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]) -> None:
     group, again = group_name(os.environ), restarted_as(os.environ)
-    check_local_device(config)
-    check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
-    resolved = check(config, resume=resume, take_over=take_over, again=again)
-    config = pinned(config, resolved)
-    by, code = f"capstan {'resume' if resume else 'train'}", keep_code(log)
-    how = {"by": by, "take_over": take_over, "group": group, "again": again}
-    with claimed(config, resume=resume, code=code, log=log, **how):
+    by = f"capstan {'resume' if resume else 'train'}"
+    with ExitStack() as taken:
+        with preparing(run_folder(config), by):
+            check_local_device(config)
+            check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
+            resolved = check(config, resume=resume, take_over=take_over, again=again)
+            config, code = pinned(config, resolved), keep_code(log)
+            how = {"by": by, "take_over": take_over, "group": group, "again": again}
+            taken.enter_context(claimed(config, resume=resume, code=code, log=log, **how))
         with compile_progress(log, bar=False) as show:
             datasets = prepare(config, resolved.base, open_run_store(config), show)
         try:

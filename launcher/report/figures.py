@@ -25,7 +25,7 @@ from launcher.report.trained import (
 )
 from launcher.view.status import read_status
 from trainer.run.folder import name_of
-from trainer.run.records import Record
+from trainer.run.records import Record, measures
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store
 
@@ -52,6 +52,8 @@ class RunFigures:
     """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed
     one.
 
+    `measured` has those of what else was measured every so many steps, by action and figure.
+
     `Figures` are the parts that are shown and not computed with: the page finds each of theirs by its place in what
     `--json` prints.
     """
@@ -66,6 +68,7 @@ class RunFigures:
     progress: Figures
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
+    measured: dict[str, dict[str, list[Point]]]
     starts: list[Start]
     commits: list[Figures]
     skipped_steps: list[int]
@@ -118,6 +121,7 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
         progress=_progress(history, status.total_steps),
         curves=_curves(history),
         held_out=_held_out(history.others["eval"]),
+        measured=_measured(history.others["measured"]),
         starts=history.starts,
         commits=_commits(history.others["commit"], committed_steps(folder)),
         skipped_steps=[record["step"] for record in history.others["skip"]],
@@ -168,6 +172,17 @@ def _held_out(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
     return {
         name: {of: thinned(sorted(points.items())) for of, points in sets.items()}
         for name, sets in sorted(found.items())
+    }
+
+
+def _measured(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for record in records:
+        for name, value in measures(record).items():
+            found.setdefault(record["by"], {}).setdefault(name, {})[record["step"]] = value
+    return {
+        by: {name: thinned(sorted(points.items())) for name, points in sorted(curves.items())}
+        for by, curves in sorted(found.items())
     }
 
 

@@ -111,7 +111,7 @@ def _go_on_from(history: History, step: int) -> None:
         lost = taken.cut(earlier.step or 0)
         earlier.lost_steps += len(lost.steps)
         earlier.lost_seconds += lost.sum("seconds")
-    for kind in ("eval", "commit", "experts"):
+    for kind in ("eval", "measured", "commit", "experts"):
         history.others[kind] = [record for record in history.others[kind] if record.get("step", 0) <= step]
 
 

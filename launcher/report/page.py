@@ -154,13 +154,22 @@ def _series(figures: RunFigures, name: str) -> list[Series]:
 
 
 def measure_plots(figures: RunFigures) -> list[Plot]:
-    """A plot for each measure but the loss: those that are known first, then whatever an objective adds."""
+    """A plot for each measure but the loss: those that are known first, then whatever an objective adds, then what
+    else is measured every so many steps."""
     names = [*_MEASURES, *sorted((figures.curves.keys() | figures.held_out.keys()) - _MEASURES.keys())]
-    return [plot for name in names if name != "loss" and (plot := _measure_plot(figures, name))]
+    plots = [_measure_plot(figures, name) for name in names if name != "loss"]
+    for by, curves in figures.measured.items():
+        titles = {name: f"{_title(by)}: {name.replace('_', ' ')}" for name in curves}
+        plots += [lines(titles[name], [Series(by, points)], unit="") for name, points in curves.items()]
+    return list(filter(None, plots))
 
 
 def measure_of(name: str) -> Measure:
-    return _MEASURES.get(name, Measure(name.replace("_", " ").capitalize()))
+    return _MEASURES.get(name, Measure(_title(name)))
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
 
 
 def _measure_plot(figures: RunFigures, name: str) -> Plot | None:

@@ -3,7 +3,6 @@
 Torch is not imported and no scheduler is asked, so a refusal costs seconds and leaves no trace.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -23,7 +22,8 @@ from trainer.plan.mismatches import mismatches
 from trainer.plan.resolve import Resolved, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
-from trainer.run.owner import FRESH_SECONDS, age, last_owner, read_owner
+from trainer.run.owner import last_owner, read_owner
+from trainer.run.store_clock import StoreClock
 from trainer.run.trackers.services import check_trackers
 from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.listing import committed_steps
@@ -182,19 +182,13 @@ def check_turn(folder: Store, submission: str) -> None:
         )
 
 
-def check_idle(folder: Store, *, resume: bool, by_store: bool = False) -> None:
-    """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work.
-
-    `by_store`: an owner elsewhere is judged by the store's clock, whatever the two machines' clocks say; this writes a
-    key.
-    """
-    owner, now = read_owner(folder), time.time()
-    if owner is None:
-        return
-    if owner.is_alive(now) or (by_store and not owner.is_here and age(folder) < FRESH_SECONDS):
+def check_idle(folder: Store, *, resume: bool) -> None:
+    """Raise `ConfigError` when somebody has the run: a second start would take it over in the middle of its work."""
+    owner, clock = read_owner(folder), StoreClock(folder)
+    if owner is not None and owner.is_alive(clock):
         or_else = "--take-over goes on without it, and what it has not committed is lost"
         raise ConfigError(
-            f"run.name: {folder.uri} is in use by {owner.sentence(now)}. {command('stop', folder)} ends it; "
+            f"run.name: {folder.uri} is in use by {owner.sentence(clock())}. {command('stop', folder)} ends it; "
             f"{or_else if resume else 'a new run needs another name'}."
         )
 
@@ -207,7 +201,7 @@ def check_name(folder: Store) -> None:
             " needs another name."
         )
     with suppress(NotFound):
-        seconds = time.time() - folder.head(layout.CONFIG).modified.timestamp()
+        seconds = StoreClock(folder)() - folder.head(layout.CONFIG).modified.timestamp()
         if last_owner(folder) is None and not read_status(folder).generation and seconds < SILENT_SECONDS:
             raise ConfigError(
                 f"run.name: {folder.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', folder)}"

@@ -44,7 +44,7 @@ def claimed(
     run = run_folder(config)
     number, ours = newest_number(run), has_run(run, again)
     if not (take_over or ours):
-        check_idle(run, resume=resume, by_store=True)
+        check_idle(run, resume=resume)
     known = generations(run)
     before = _contents(run, _WRITTEN)
     opens = resume or (ours and layout.CONFIG in before)

@@ -1,22 +1,22 @@
 """`capstan ls`: the runs of a store in a table, by a few requests for each, however long a run is."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.view.runs import runs
-from launcher.view.status import State, Summary, before_records, judge
+from launcher.view.status import State, Summary, before_records, heard_of, judge
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.tables import colored
 from launcher.view.wrapped_table import FoldedTable
 from trainer.errors import StorageError
 from trainer.run import layout
-from trainer.run.lines import duration
+from trainer.run.lines import duration, of_total
 from trainer.run.owner import last_owner
-from trainer.run.records import edge_records, last_written, starts_in
+from trainer.run.records import edge_records, starts_in
 from trainer.run.segments import Segment, streams
+from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store
 
 _EDGE_BYTES = 2**17
@@ -57,39 +57,41 @@ class RunList:
         return table
 
 
-def list_runs(store: Store, clock: Callable[[], float] = time.time) -> RunList:
-    """Raises `StorageError` when the store itself cannot be listed."""
-    names = runs(store)
+def list_runs(store: Store, clock: Callable[[], float] | None = None) -> RunList:
+    """The runs of a store, those among them that are being prepared. `clock` is the store's by default. Raises
+    `StorageError` when the store itself cannot be listed.
+    """
+    names, clock = runs(store, prepared=True), clock or StoreClock(store)
     with ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
-        found = list(pool.map(lambda name: _line(store.sub(name), name, clock()), names))
+        found = list(pool.map(lambda name: _line(store.sub(name), name, clock), names))
     return RunList(store.uri, sorted(found, key=lambda run: (run.age_seconds is None, run.age_seconds, run.run)))
 
 
-def _line(folder: Store, name: str, now: float) -> RunLine:
+def _line(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
     try:
-        return _read(folder, name, now)
+        return _read(folder, name, clock)
     except StorageError as error:
         return RunLine(name, "unreadable", reason=str(error))
 
 
-def _read(folder: Store, name: str, now: float) -> RunLine:
+def _read(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
     """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one
     before.
     """
     found = streams(folder.list(layout.METRICS))
     numbers = starts_in(found)[::-1]
     if not numbers and is_sweep(folder):
-        return _sweep(folder, name, now)
+        return _sweep(folder, name, clock)
     if not numbers:
-        state, reason = before_records(folder, now)
-        claimed = folder.head(layout.CONFIG).modified.timestamp()
-        return RunLine(name, state, age_seconds=max(0.0, now - claimed), reason=reason)
+        state, reason = before_records(folder, clock)
+        claimed = folder.head(layout.CONFIG if folder.exists(layout.CONFIG) else layout.PREPARING)
+        return RunLine(name, state, age_seconds=max(0.0, clock() - claimed.modified.timestamp()), reason=reason)
     summaries = [_summary(folder, numbers[0], found)]
     if not summaries[0].last("step") and numbers[1:]:
         summaries.append(_summary(folder, numbers[1], found))
     newest = summaries[0]
-    quiet = max(0.0, now - (newest.lifetime.ended or last_written(found, numbers[0])))
-    state, reason = judge(folder, newest, now, quiet)
+    quiet = max(0.0, clock() - heard_of(newest, found, numbers[0]))
+    state, reason = judge(folder, newest, clock, quiet)
 
     def value(kind: str, field: str) -> Any:
         return next((record.get(field) for each in summaries if (record := each.last(kind))), None)
@@ -106,14 +108,14 @@ def _read(folder: Store, name: str, now: float) -> RunLine:
     )
 
 
-def _sweep(folder: Store, name: str, now: float) -> RunLine:
+def _sweep(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
     """A sweep by its owner alone: its trials are runs of the same store, each with a line of its own."""
     owner = last_owner(folder)
     trials = len(read_plan(folder).trials)
     if owner is None:
         return RunLine(name, "over", trials=trials)
-    state = "running" if owner.is_alive(now) else "over" if owner.ended else "silent"
-    return RunLine(name, state, age_seconds=max(0.0, now - owner.time), trials=trials)
+    state = "running" if owner.is_alive(clock) else "over" if owner.ended else "silent"
+    return RunLine(name, state, age_seconds=max(0.0, clock() - owner.time), trials=trials)
 
 
 def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]]) -> Summary:
@@ -125,9 +127,9 @@ def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]])
 def _progress(run: RunLine) -> str:
     if run.trials is not None:
         return f"a sweep of {run.trials} trials"
-    if not run.total_steps:
-        return f"{run.step:,}"
-    return f"{run.step:,} of {run.total_steps:,} ({100 * run.step / run.total_steps:.0f} %)"
+    total = run.total_steps or 0
+    share = f" ({100 * run.step / total:.0f} %)" if 0 < total >= run.step else ""
+    return of_total(run.step, run.total_steps) + share
 
 
 def _loss(value: float | None) -> str:

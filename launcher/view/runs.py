@@ -7,14 +7,18 @@ from itertools import compress
 
 from trainer.errors import ConfigError, shown
 from trainer.run import layout
+from trainer.run.folder import command
+from trainer.run.owner import preparer
+from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store, open_store
 
 _REQUESTS_AT_A_TIME = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be
 
 
-def find_run(run: str, store: str) -> Store:
-    """The folder of `run`, a name in `store`, or a full URI or path.
+def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
+    """The folder of `run`, a name in `store`, or a full URI or path; with `prepared` also of one that a start prepares,
+    which has no configuration yet.
 
     Raises `ConfigError`, naming the runs there are, when there is no such run.
     """
@@ -22,15 +26,27 @@ def find_run(run: str, store: str) -> Store:
     root = open_store(parent)
     if _NAME.fullmatch(name) and root.exists(f"{name}/{layout.CONFIG}"):
         return root.sub(name)
+    if _NAME.fullmatch(name) and (owner := preparer(root.sub(name))) is not None:
+        if prepared:
+            return root.sub(name)
+        raise ConfigError(
+            f"{root.uri}/{name} is no run yet: {owner.sentence(StoreClock(root)())}, checks what it needs. Wait until"
+            f" {command('status', root.sub(name))} says that it trains."
+        )
     names = runs(root)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"there is no run {shown(name)} in {root.uri}.{hint} Runs there: {', '.join(names) or 'none'}.")
 
 
-def runs(store: Store) -> list[str]:
-    """Names of the runs in `store`, sorted."""
+def runs(store: Store, *, prepared: bool = False) -> list[str]:
+    """Names of the runs in `store`, sorted; with `prepared` also of those that a start prepares."""
     names = store.children()[0]
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
-        has_config = list(pool.map(lambda name: store.exists(f"{name}/{layout.CONFIG}"), names))
-    return list(compress(names, has_config))
+        found = list(pool.map(lambda name: is_there(store.sub(name), prepared=prepared), names))
+    return list(compress(names, found))
+
+
+def is_there(folder: Store, *, prepared: bool = True) -> bool:
+    """Whether the folder is that of a run; with `prepared` also of one that a start prepares."""
+    return folder.exists(layout.CONFIG) or (prepared and preparer(folder) is not None)

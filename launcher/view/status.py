@@ -5,25 +5,26 @@ from a committed checkpoint, so its steps replace equal and later ones of the ge
 """
 
 import math
-import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from launcher.view.sparkline import Thinned
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
-from trainer.run.owner import read_owner
-from trainer.run.records import Lifetime, Record, RunReader, last_written, read_records
-from trainer.run.segments import streams
+from trainer.run.owner import preparer, read_owner
+from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
+from trainer.run.segments import Segment, streams
+from trainer.run.store_clock import StoreClock
 from trainer.state.checkpoint.listing import newest_commit
 from trainer.store.store import Store
 
+T = TypeVar("T")
 State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
@@ -51,7 +52,8 @@ class RunStatus:
     `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
     checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the data,
     `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step,
-    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set. `gpu_hours` are those of
+    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set, `measured` the newest
+    figures of each other action that has some. `gpu_hours` are those of
     all starts, and `cost` follows from track.price_per_gpu_hour. `next` is the command that an ended run wants.
     """
 
@@ -77,6 +79,7 @@ class RunStatus:
     reward: float | None = None
     eval_loss: float | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     last_commit_step: int | None = None
@@ -91,8 +94,9 @@ class RunStatus:
     next: str = ""
 
 
-def read_status(folder: Store, clock: Callable[[], float] = time.time) -> RunStatus:
-    """The run now. `clock` gives seconds since 1970. A folder with nothing in it is a run that is starting."""
+def read_status(folder: Store, clock: Callable[[], float] | None = None) -> RunStatus:
+    """The run now. `clock` gives seconds since 1970; by default it is the store's. A folder with nothing in it is a run
+    that is starting."""
     return Follower(folder, clock).read()
 
 
@@ -114,6 +118,7 @@ class Summary:
         self.recent_steps: deque[Record] = deque(maxlen=_RATE_STEPS)
         self.losses = Thinned()
         self.set_losses: dict[str, float] = {}
+        self.measured: dict[str, dict[str, float]] = {}
         self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
@@ -123,6 +128,8 @@ class Summary:
                 kind = "eval_set"  # "eval" is that of the held-out data without a name
                 if (loss := record.get("loss")) is not None:
                     self.set_losses[name] = loss
+            if kind == "measured":
+                self.measured[record["by"]] = measures(record)
             self.count[kind] += 1
             self.first.setdefault(kind, record)
             self._last[kind] = record
@@ -133,6 +140,11 @@ class Summary:
 
     def last(self, kind: str) -> Record | None:
         return self._last.get(kind)
+
+    @property
+    def end(self) -> Record | None:
+        """The record of its end, where that is the run's: after a restart another start follows."""
+        return None if self.last("restart") else self.last("end")
 
     @property
     def start_step(self) -> int | None:
@@ -149,8 +161,8 @@ class Summary:
 class Follower:
     """Reads a run's status again and again, each time only what is new."""
 
-    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
-        self._folder, self._clock = folder, clock
+    def __init__(self, folder: Store, clock: Callable[[], float] | None = None) -> None:
+        self._folder, self._clock = folder, clock or StoreClock(folder)
         self._generations: dict[int, Summary] = {}
         self._reader = RunReader(folder)
 
@@ -169,16 +181,16 @@ class Follower:
         for number, records in self._reader.read(found):
             self._generations.setdefault(number, Summary()).add(records)
         if not self._generations:
-            state, reason = before_records(self._folder, self._clock())
+            state, reason = before_records(self._folder, self._clock)
             return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
-        quiet = max(0.0, now - (newest.lifetime.ended or last_written(found, number)))
+        quiet = max(0.0, now - heard_of(newest, found, number))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = _rates(newest)
         commit = self._last_commit()
-        state, reason = judge(self._folder, newest, now, quiet)
+        state, reason = judge(self._folder, newest, self._clock, quiet)
         gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
@@ -203,11 +215,12 @@ class Follower:
             loss_curve=self._loss_curve(),
             reward=self._newest_value("step", "reward"),
             eval_loss=self._newest_value("eval", "loss"),
-            eval_losses=self._set_losses(),
+            eval_losses=self._of_all(lambda records: records.set_losses),
+            measured=self._of_all(lambda records: records.measured),
             tokens_per_second=tokens_per_second,
             eta_seconds=None
             if state != "running" or total is None or step_seconds is None
-            else (total - step) * step_seconds,
+            else max(0, total - step) * step_seconds,
             last_commit_step=commit[0] if commit else None,
             last_commit_age_seconds=max(0.0, now - commit[1]) if commit else None,
             quiet_seconds=quiet,
@@ -254,11 +267,9 @@ class Follower:
             curve.add(step, loss)
         return curve.points
 
-    def _set_losses(self) -> dict[str, float]:
-        losses: dict[str, float] = {}
-        for records in reversed(self._newest_first()):
-            losses |= records.set_losses
-        return losses
+    def _of_all(self, of: Callable[[Summary], dict[str, T]]) -> dict[str, T]:
+        """The newest value of each name."""
+        return {name: value for records in reversed(self._newest_first()) for name, value in of(records).items()}
 
     def _restarts(self) -> list[Restart]:
         """Starts after the first. One that was refused before it trained is none, unless it is the newest."""
@@ -303,31 +314,40 @@ def _gpu_seconds(records: Summary) -> float:
     return (start.get("world_size") or 0) * records.lifetime.seconds
 
 
-def before_records(folder: Store, now: float) -> tuple[State, str]:
+def before_records(folder: Store, clock: Callable[[], float]) -> tuple[State, str]:
     """The state of a run that has no records yet, and why."""
     owner = read_owner(folder)
-    if owner is not None and not owner.is_alive(now):
+    if owner is not None and not owner.is_alive(clock):
         return "silent", _NEVER_BEGUN
-    return "starting", owner.sentence(now) if owner else ""
+    if owner is None and (owner := preparer(folder)) is not None:
+        return "starting", f"{owner.sentence(clock())}, checks what the run needs"
+    return "starting", owner.sentence(clock()) if owner else ""
 
 
-def judge(folder: Store, newest: Summary, now: float, quiet: float) -> tuple[State, str]:
+def heard_of(newest: Summary, found: Mapping[str, Sequence[Segment]], number: int) -> float:
+    """When the newest start, of this `number`, was heard of last, in seconds since 1970. As long as it goes on that is
+    by the store's clock. One that is over ended with its last record, as the folder may have been copied since.
+    """
+    written = last_written(found, number)
+    return written if newest.end is None else newest.lifetime.ended or written
+
+
+def judge(folder: Store, newest: Summary, clock: Callable[[], float], quiet: float) -> tuple[State, str]:
     """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken
     the run since.
     """
     end, owner = newest.last("end"), read_owner(folder)
     # A run that has no owner lives by its records: a large base takes minutes to load, without a line.
     heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
-    alive = owner.is_alive(now) if owner else heard_of
-    if owner and alive and end and owner.since > end.get("time", now) and not newest.last("restart"):
-        return "starting", owner.sentence(now)  # and has no ranks yet
+    alive = owner.is_alive(clock) if owner else heard_of
+    if owner and alive and newest.end and owner.since > newest.end.get("time", math.inf):
+        return "starting", owner.sentence(clock())  # and has no ranks yet
     return _state(newest, alive), end["reason"] if end else ""
 
 
 def _state(newest: Summary, alive: bool) -> State:
-    end = newest.last("end")
-    if end and not newest.last("restart"):
-        return end["outcome"]
+    if newest.end:
+        return newest.end["outcome"]
     if not alive:
         return "silent"
     if newest.last("restart"):

@@ -26,8 +26,10 @@ from trainer.config.sweep import TRAIN
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.run.folder import command, run_config, store_of
+from trainer.run.lines import of_total
 from trainer.run.owner import last_owner
 from trainer.run.requests import read_stop, stop_requester
+from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store
 
 BY = "capstan sweep"
@@ -118,7 +120,7 @@ def trial_folders(folder: Store) -> list[Store]:
     return [run for run in runs if run.exists(layout.CONFIG)]
 
 
-def read_sweep(folder: Store, clock: Callable[[], float] = time.time) -> SweepStatus:
+def read_sweep(folder: Store, clock: Callable[[], float] | None = None) -> SweepStatus:
     """The sweep now; raises `ConfigError` where the folder holds none."""
     return SweepFollower(folder, clock).read()
 
@@ -126,11 +128,11 @@ def read_sweep(folder: Store, clock: Callable[[], float] = time.time) -> SweepSt
 class SweepFollower:
     """Reads a sweep's state again and again, each time only what is new."""
 
-    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
-        self._folder, self._clock = folder, clock
+    def __init__(self, folder: Store, clock: Callable[[], float] | None = None) -> None:
+        self._folder, self._clock = folder, clock or StoreClock(folder)
         self.plan: SearchPlan = read_plan(folder)
         self._trials = [
-            _Followed(_beside(folder, trial.run), trial, self.plan.metric, clock) for trial in self.plan.trials
+            _Followed(_beside(folder, trial.run), trial, self.plan.metric, self._clock) for trial in self.plan.trials
         ]
         self._settings = run_config(folder).sweep.settings
 
@@ -177,7 +179,7 @@ class SweepFollower:
 
     def _state(self, trials: list[TrialStatus]) -> SweepState:
         owner = last_owner(self._folder)
-        if owner is not None and owner.is_alive(self._clock()):
+        if owner is not None and owner.is_alive(self._clock):
             return "running"
         if all(trial.state in OVER for trial in trials):
             return "finished"
@@ -307,10 +309,12 @@ def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: C
 def while_it_runs(folder: Store) -> Callable[[float], bool]:
     """A `wait` for `watch_sweep` that ends when the sweep's process has ended."""
 
+    clock = StoreClock(folder)
+
     def wait(seconds: float) -> bool:
         time.sleep(seconds)
         owner = last_owner(folder)
-        return owner is None or not owner.is_alive(time.time())
+        return owner is None or not owner.is_alive(clock)
 
     return wait
 
@@ -334,7 +338,7 @@ def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
 def _steps(trial: TrialStatus) -> str:
     if not trial.step and trial.total_steps is None:
         return ""
-    return f"{trial.step:,}" + ("" if trial.total_steps is None else f" of {trial.total_steps:,}")
+    return of_total(trial.step, trial.total_steps)
 
 
 def _value(trial: TrialStatus) -> str:

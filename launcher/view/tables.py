@@ -11,12 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from launcher.view.console import Terminal
+from launcher.view.runs import is_there
 from launcher.view.sparkline import sparkline
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
 from launcher.view.tail import poll_seconds
 from launcher.view.wrapped_table import facts
 from trainer.errors import StorageError
-from trainer.run.lines import duration
+from trainer.run.lines import duration, figures_line, of_total
 from trainer.store.store import Store
 
 
@@ -46,11 +47,13 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     more += ", asked to stop" if status.stop_requested and status.state not in ENDED else ""
     yield "state", colored(status.state, more)
     yield "reason", status.reason
-    yield "step", f"{status.step:,}" + (f" of {status.total_steps:,}" if status.total_steps is not None else "")
+    yield "step", of_total(status.step, status.total_steps)
     yield "epoch", _epoch_line(status)
     yield "loss", _loss_line(status)
     yield "", sparkline(status.loss_curve)
     yield "reward", "" if status.reward is None else f"{status.reward:.4f}"
+    for name, figures in status.measured.items():
+        yield name, figures_line(figures)
     yield "held out", ", ".join(f"{name} {loss:.4f}" for name, loss in status.eval_losses.items())
     yield "lr", "" if status.lr is None else f"{status.lr:.3g}"
     if status.tokens_per_second is not None:
@@ -119,11 +122,11 @@ def watch(
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed:,}/{task.fields[total_steps]}"),
+        TextColumn("{task.fields[steps]}"),
         TextColumn("{task.fields[facts]}", markup=False),
     )
     with Progress(*columns, console=console or Terminal(stderr=True)) as progress:
-        task = progress.add_task("starting", total=None, total_steps="?", facts="")
+        task = progress.add_task("starting", total=None, steps="0/?", facts="")
         status = RunStatus(folder.uri, "starting")
         while True:
             last_look = stop()
@@ -138,7 +141,7 @@ def watch(
                 description=status.state,
                 completed=status.step,
                 total=status.total_steps,
-                total_steps="?" if status.total_steps is None else f"{status.total_steps:,}",
+                steps=f"{status.step:,}/{status.total_steps or '?'}",
                 facts=facts,
             )
             if last_look:
@@ -146,7 +149,7 @@ def watch(
             wait(poll_seconds(folder))
 
 
-def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus:
+def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus | None:
     """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
     follower, ended = Follower(folder), 0
     with Live(console=Terminal(stderr=True), auto_refresh=False) as live:
@@ -155,7 +158,8 @@ def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus:
                 status = follower.read()
                 live.update(render(status), refresh=True)
                 ended = ended + 1 if status.state in ENDED else 0
-                if over() if over else ended == 2:  # between an end and a restart there is a moment
+                # Between an end and a restart there is a moment, and what is prepared may be refused.
+                if (over() if over else ended == 2) or not is_there(folder):
                     return status
             time.sleep(poll_seconds(folder))
 

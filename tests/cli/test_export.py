@@ -198,6 +198,8 @@ def test_a_right_adapter_is_proven_and_the_figures_are_told(capstan: Capstan, tr
     assert done.returncode == 0, done.stderr
     proof = Proof(**json.loads(done.stdout)["proof"])
     assert proof.holds
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert "It was compared with the trained model: its predictions in transformers (and PEFT) against" in card
     assert (proof.computed_in, proof.rows) == ("fp32", "8 rows of the training data")
     assert 100 * proof.kl_allowed < 0.01 * proof.kl_effect, "an alpha that is off by a tenth would not be seen"
     said = " ".join(done.stderr.split())

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.dist.launch import launch
 from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
+from trainer.export.__main__ import _export
 from trainer.export.format import ExportProgress, Written, find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
@@ -187,6 +190,11 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
         commit(workshop.store.sub(name), workshop.config(name, *settings))
     assert "does not know this base's tokenizer" in refusal("gguf")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"], "the merged model was left behind"
+    shutil.rmtree(tmp_path / "out")
+    asked = Namespace(run=workshop.store.sub("done").uri, destination=str(tmp_path / "out"), format="gguf", options=[])
+    with pytest.raises(ConfigError, match="does not know this base's tokenizer"):
+        _export(Namespace(**vars(asked), step=None, verify=False, server=None))
+    assert not (tmp_path / "out").exists(), "a refusal leaves nothing, not even the card"
     assert "the factors of rope_type: longrope for Phi-3 alone" in refusal("gguf", name="longrope")
     assert "and this is DoRA. Export the merged model" in refusal("gguf-adapter", name="dora")
     assert "there is no adapter" in refusal("gguf-adapter", name="full")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from trainer.config import Config
-from trainer.model.rows.heads import Exchange
 from trainer.model.held.codes import Kept
+from trainer.model.rows.heads import Exchange
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 

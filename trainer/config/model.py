@@ -1,11 +1,13 @@
 """The settings of the model: the base, its quantization, what learns."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
 from trainer.config.reading.patterns import check_patterns
+from trainer.config.registry import OneOf, chosen, kinds
 from trainer.config.section import Section, setting, with_parts
+from trainer.errors import ConfigError
 
 
 class Tokens(NamedTuple):
@@ -193,13 +195,11 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "int8", "stored", "none"] = setting(
+    type: Annotated[str, OneOf("trainer.model.held.formats", "HELD")] = setting(
         "nf4",
         about=(
-            "Type that the base is quantized to: nf4 or fp4 in 4 bits, or int8; none for 16-bit weights; or stored:"
-            " weights stay as the base's files have them, in INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too."
-            " Where a configuration says nothing of quant and the base is published in 4 bits, it is stored."
-            " docs/bases.md says which bases can."
+            "How the linear layers of the base are held. Where a configuration says nothing of quant and the base is"
+            " published in 4 bits, it is stored."
         ),
         example="nf4",
     )
@@ -219,29 +219,22 @@ class Quant(Section):
     )
 
     @property
-    def quantizes(self) -> bool:
-        """Whether weights are quantized that files have in 16 bits, or in other codes."""
-        return self.type in ("nf4", "fp4", "int8")
-
-    @property
-    def in_words(self) -> str:
-        """The base in a sentence: `trained over the base ...`."""
-        return "as it is stored" if self.type == "stored" else f"in {self.type}"
+    def held(self) -> Any:
+        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` where there
+        is none of that name.
+        """
+        known = kinds("trainer.model.held.formats", "HELD")
+        return chosen(known, "quant.type", self.type).with_settings(self.block_size, self.double)
 
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
-        if self.type in ("none", "stored"):
-            for name in ("double", "cache"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type:"
-                        " nf4."
-                    )
-        if self.type == "int8" and self.double:
-            raise ValueError(
-                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for"
-                " fewer scales."
-            )
+        try:
+            held = self.held
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        for name in ("double", "cache"):
+            if getattr(self, name) and (remedy := held.unread(name)):
+                raise ValueError(f"quant.{name}: true has no effect with quant.type: {self.type}. {remedy}")
         return self
 
 
@@ -249,16 +242,8 @@ class Quant(Section):
 class Tuning(Section):
     """The part that learns, on the frozen layers or of them. docs/methods.md says when to use which method."""
 
-    method: str = setting(
-        "lora",
-        about=(
-            "lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora,"
-            " and a length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner"
-            " activations. oft: rotations of a layer's inputs. bottleneck: narrow layers after attention and MLP."
-            " prompt: virtual tokens before each document. prefix: keys and values of such tokens in every layer. full:"
-            " the base itself, which needs quant.type: none."
-        ),
-        example="rslora",
+    method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
+        "lora", about="The way to fine-tune.", example="rslora"
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
     alpha: float = setting(
@@ -311,7 +296,7 @@ class Tuning(Section):
     modules_to_save: list[str] = setting(
         [],
         about=(
-            "Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms,"
+            "Modules of the base that learn whole beside adapters of linear layers, by the ends of their paths: norms,"
             " embed_tokens, lm_head, routers. As in PEFT."
         ),
         example=["norm", "lm_head"],

@@ -2,7 +2,8 @@
 folder has.
 
 A method or an objective with settings of its own is a folder, whose `settings.py` names classes of them in `SETTINGS`.
-It imports nothing of trainer.config, which reads it.
+What a run does every so many steps is a file that names them itself. Each imports nothing of trainer.config but this
+file, as trainer.config reads it.
 """
 
 import re
@@ -88,14 +89,15 @@ SectionKind = TypeVar("SectionKind", bound=Section)
 PartKind = TypeVar("PartKind", bound=Section)
 
 
-def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]:
-    """A decorator for a section that also has the settings of each folder in `package`; `part` reads them with their
-    types.
+def with_parts(package: str, *, files: bool = False) -> Callable[[type[SectionKind]], type[SectionKind]]:
+    """A decorator for a section that also has the settings of each folder in `package`, or with `files` of each file;
+    `part` reads them with their types.
     """
 
     def complete(section: type[SectionKind]) -> type[SectionKind]:
         known = set(section.model_fields)
-        parts = [part for settings in _settings_of_folders(package) for part in settings.SETTINGS]
+        found = _files(package) if files else _settings_of_folders(package)
+        parts = [part for settings in found for part in getattr(settings, "SETTINGS", ())]
         for part in parts:
             assert not known & part.model_fields.keys(), f"{part.__module__} declares a setting that is there already"
             known |= part.model_fields.keys()
@@ -112,6 +114,11 @@ def declared(package: str, table: str) -> dict[str, Any]:
     return {
         name: kind for settings in _settings_of_folders(package) for name, kind in getattr(settings, table, {}).items()
     }
+
+
+def _files(package: str) -> Iterator[ModuleType]:
+    for module in iter_modules(import_module(package).__path__):
+        yield import_module(f"{package}.{module.name}")
 
 
 def _settings_of_folders(package: str) -> Iterator[ModuleType]:

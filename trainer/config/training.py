@@ -1,11 +1,11 @@
 """The course of a training: its steps, its optimizer, and its division over the ranks."""
 
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting
+from trainer.config.registry import OneOf
+from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting, with_parts
 
 MLP_TILE = 4096
 """Tokens that an MLP takes at a time where it is tiled."""
@@ -17,15 +17,8 @@ _LONG_ROW = 2**14 - 1
 class Optim(Section):
     """The optimizer and its schedule."""
 
-    name: str = setting(
-        "adamw",
-        about=(
-            "adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of"
-            " one byte each. adafactor: of a matrix one number a row and one a column, and no first moment. lion: a"
-            " momentum, 4 bytes, and updates of one size; it wants a third of AdamW's lr. muon: a momentum, 4 bytes,"
-            " made orthogonal for each matrix; vectors learn by AdamW, at the same lr."
-        ),
-        example="adamw_8bit",
+    name: Annotated[str, OneOf("trainer.state.optimizer", "OPTIMIZERS")] = setting(
+        "adamw", about="The optimizer.", example="adamw_8bit"
     )
     lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
     schedule: Literal[
@@ -137,6 +130,7 @@ class StopWhen(Section):
         return self
 
 
+@with_parts("trainer.train.every", files=True)
 class Train(Section):
     """How long and in what portions."""
 
@@ -194,14 +188,6 @@ class Train(Section):
         ),
         example="fp8",
     )
-    sample_every: Steps = setting(
-        0,
-        about=(
-            "Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the"
-            " answers in the run's folder; 0 turns it off."
-        ),
-        example=200,
-    )
     deterministic: bool = setting(
         False,
         about=(
@@ -212,15 +198,6 @@ class Train(Section):
         example=True,
     )
     stop_when: StopWhen = StopWhen()
-    profile: tuple[int, int] | None = setting(
-        None,
-        about=(
-            "First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for"
-            " https://ui.perfetto.dev. Tracing slows these steps. Default: none."
-        ),
-        example=[10, 12],
-        unit="steps",
-    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -257,12 +234,6 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Train":
-        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= (self.steps or math.inf):
-            most = f", at most train.steps: {self.steps}" if self.steps else ""
-            raise ValueError(
-                f"train.profile: {list(self.profile)} is not allowed. Give the first and the last step to trace,"
-                f" counted from 1{most}. Example: [10, 12]."
-            )
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "train.activation_offload: has no effect with train.activation_checkpointing: none, which computes no"

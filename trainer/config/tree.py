@@ -11,6 +11,7 @@ from trainer.config.data.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings, Rollout
+from trainer.config.registry import kinds
 from trainer.config.run import Checkpoint, Retry, Run, Timeouts, Track
 from trainer.config.section import Section
 from trainer.config.sweep import Sweep
@@ -47,14 +48,18 @@ class Config(Section):
             )
         if wrong := self.eval.mismatches(self.data):
             raise ValueError(wrong[0])
-        if self.train.sample_every and not self.eval.prompts:
-            raise ValueError("train.sample_every: has no effect without eval.prompts. Set that, or set it to 0.")
+        if wrong := [
+            sentence for kind in kinds("trainer.train.every", "ACTIONS").values() for sentence in kind.mismatches(self)
+        ]:
+            raise ValueError(wrong[0])
         if wrong := self._uneven_workers():
             raise ValueError(wrong)
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
-        if self.train.products == "fp8" and (self.quant.type == "none" or self.model.dtype != "bf16"):
-            name, given = ("quant.type", "none") if self.quant.type == "none" else ("model.dtype", self.model.dtype)
+        if self.train.products == "fp8" and (not self.quant.held.packs or self.model.dtype != "bf16"):
+            name, given = (
+                ("model.dtype", self.model.dtype) if self.quant.held.packs else ("quant.type", self.quant.type)
+            )
             raise ValueError(
                 f"train.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16, but {name} is {given}."
                 " Set plain."

@@ -7,15 +7,17 @@ whether the base itself was tuned, what the format found out, and with --verify 
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, NotFound
+from trainer.export.card import with_proof
 from trainer.export.figures import Proof, ServedProof
-from trainer.export.folder import DestinationTaken
+from trainer.export.folder import CARD, DestinationTaken, nothing_left_by_a_refusal
 from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
 from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
@@ -37,7 +39,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     progress = ExportProgress(print_bytes, lambda sentence: print("say", sentence, flush=True))
     newest = newest_commit(run) if arguments.step is None else None
     try:
-        written = form.write(run, destination, arguments.step, progress)
+        with nothing_left_by_a_refusal(destination):
+            written = form.write(run, destination, arguments.step, progress)
     except DestinationTaken:
         if not arguments.verify:
             raise
@@ -63,9 +66,21 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
                 "--verify: compares the export's predictions with the trained model's, both of which are loaded for"
                 " that"
             )
+            _say_in_card(destination, None)
             with patiently("--verify", progress.say, _SAY_SECONDS):
-                result["proof"] = asdict(_prove(arguments, form, run, step, destination))
+                proof = _prove(arguments, form, run, step, destination)
+            if proof.holds and isinstance(proof, Proof):
+                _say_in_card(destination, proof.sentence())
+            result["proof"] = asdict(proof)
     return result
+
+
+def _say_in_card(destination: Store, proof: str | None) -> None:
+    """Have the export say that it was proven, and how, or with None that it was not."""
+    with suppress(NotFound):
+        card = destination.get(CARD)
+        if (changed := with_proof(card, proof)) != card:
+            destination.put(CARD, changed)
 
 
 def _prove(

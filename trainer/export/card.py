@@ -29,6 +29,8 @@ from trainer.tuning.method import method_of
 # In a snippet, the folder or the repository that the card lies in.
 PLACE = "FOLDER"
 _HUB_DATA = "hf://"
+_PROOF = "## Proof\n\n"
+_UNPROVEN = "It was not compared with the trained model (`capstan export --verify`), or that came to no end."
 _OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
 
 
@@ -108,9 +110,20 @@ def model_card(folder: Store, config: Config, manifest: CheckpointManifest, cont
     text = (
         f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n##"
         f" Training\n\n{_table(('', ''), _facts(config, manifest).items())}\n\n##"
-        f" Evaluation\n\n{model_card_evaluation(folder, manifest.step)}\n\n## Limitations\n\n{_limitations(config)}\n"
+        f" Evaluation\n\n{model_card_evaluation(folder, manifest.step)}\n\n"
+        f"{_PROOF}{_UNPROVEN}\n\n## Limitations\n\n{_limitations(config)}\n"
     )
     return text.encode()
+
+
+def with_proof(card: bytes, proof: str | None) -> bytes:
+    """The card that says so where the export was compared with the trained model, and how that came out: a sentence;
+    None takes back what it has said.
+    """
+    before, found, after = card.partition(_PROOF.encode())
+    _, end, rest = after.partition(b"\n\n## ")
+    said = _UNPROVEN if proof is None else f"It was compared with the trained model: {proof}."
+    return before + found + said.encode() + end + rest if found else card
 
 
 def _metadata(config: Config, content: CardContent) -> ModelCardData:

@@ -1,10 +1,11 @@
 """The folder that an export fills, on a disk or in a bucket: what may be there before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.store.store import Store
 
 # It is told how many bytes are written, and how many there are in all.
@@ -32,6 +33,23 @@ def check_destination(destination: Store, *ours: str) -> None:
             f"the destination {destination.uri} is not empty. Name a new folder; if it is an export of this run,"
             " --verify proves it."
         )
+
+
+@contextmanager
+def nothing_left_by_a_refusal(destination: Store) -> Iterator[None]:
+    """Around an export: where it is refused midway, what it has written goes, if the destination was empty before. A
+    store that fails leaves the half export, on which the next one goes on.
+    """
+    was_empty = not destination.list()
+    try:
+        yield
+    except StorageError:
+        raise
+    except CapstanError:
+        if was_empty:
+            for entry in destination.list():
+                destination.delete_alone(entry.key)
+        raise
 
 
 def holds_export(destination: Store, *ours: str) -> bool:

@@ -23,8 +23,8 @@ from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.held.layers import HeldStack, multiply_in_fp8
+from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
 from trainer.model.rows.peers import Peers, RankPeers

@@ -7,7 +7,6 @@ from typing import Literal
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
 from trainer.config import Config, Optim
-from trainer.config.objective import HEADS
 from trainer.model.kernels.attention import kernels_without_masks, uncountable
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens
 from trainer.tuning.objective.objective import Objective
@@ -116,8 +115,6 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
             f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
-    if config.train.sample_every and name in HEADS:
-        yield f"train.sample_every: objective.name: {name} has a head that writes no answers. Remove it."
     if reference == "adapter_off" and method.trains_base:
         yield (
             f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base"

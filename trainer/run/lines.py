@@ -1,9 +1,9 @@
 """A run's records as plain lines, for logs and for those who watch without a terminal."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from trainer.run.records import Record
+from trainer.run.records import Record, measures
 
 _RATE_STEPS = 10
 _PHASES = {
@@ -26,9 +26,10 @@ class PlainLines:
             "start": self._start,
             "step": self._step,
             "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
+            "measured": lambda record: f"{_at(record)}: {record.get('by')} {figures_line(measures(record))}",
             "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
             "commit": lambda record: f"{_at(record)}: committed",
-            "end": lambda record: f"{record['outcome']}{': ' if record['reason'] else ''}{record['reason']}",
+            "end": lambda record: end_sentence(record["outcome"], record["reason"]),
         }
 
     def of(self, record: Record) -> str | None:
@@ -70,6 +71,25 @@ def _of(record: Record) -> str:
 def _number(record: Record, name: str, form: str) -> str:
     value = record.get(name)
     return " ?" if value is None else f" {value:{form}}"
+
+
+def figures_line(figures: Mapping[str, float]) -> str:
+    """Figures that an action measured, in a line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+
+
+def end_sentence(outcome: str, reason: str) -> str:
+    """How a start ended and why; a reason such as "stopped at step 4" says both."""
+    return reason if reason.startswith(outcome) else f"{outcome}{': ' if reason else ''}{reason}"
+
+
+def of_total(step: int, total: int | None) -> str:
+    """Such as: 3 of 20. A run that was told later to take fewer steps is beyond them: 12, which is more than the 9 that
+    are asked for.
+    """
+    if not total:
+        return f"{step:,}"
+    return f"{step:,} of {total:,}" if step <= total else f"{step:,} ({total:,} asked for)"
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,8 @@ Every start that takes a run creates the next of the keys owners/000001.json, ow
 highest number has the run: of several starts that take it at once only one can create the key, and a start that was
 taken over sees a higher number than its own. The owner keeps its key fresh as long as it lives, and marks it as ended
 when it ends in order. Records do not tell whether a run is alive: a compilation, a large base or a long step leaves
-none for minutes. At rest an owner costs one request every `BEAT_SECONDS`.
+none for minutes. At rest an owner costs one request every `BEAT_SECONDS`. A start that has not taken its run yet
+says so by the key `layout.PREPARING`.
 """
 
 import json
@@ -15,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from uuid import uuid4
 
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
 from trainer.processes.siblings import Siblings
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import name_of
+from trainer.run.store_clock import StoreClock
 from trainer.store.store import Entry, Store
 
 BEAT_SECONDS = 30.0
@@ -32,8 +33,8 @@ _ANEW_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Owner:
-    """`by` is the command that was given, such as "capstan train"; `since` and `time`, its last beat, are in seconds
-    since 1970.
+    """`by` is the command that was given, such as "capstan train". `since` is when it took the run, by its machine's
+    clock, and `time` its last beat, by the store's; both are in seconds since 1970.
 
     `process` is None for a submitted job whose turn has not come yet. A process number means something in one `place`
     only (a boot of a machine and a namespace of it), and names one process together with when that was `born`. All
@@ -61,15 +62,17 @@ class Owner:
         """Whether this process can see the owner's, so that no clock is needed."""
         return self.place == _place() and self.process is not None and _born(self.process) != _HIDDEN
 
-    def is_alive(self, now: float) -> bool:
-        """Exact where the owner runs; on other machines an owner lives until it has not been heard of for a while."""
+    def is_alive(self, clock: Callable[[], float]) -> bool:
+        """Exact where the owner runs; on other machines an owner lives until it has not been heard of for a while, by
+        the store's `clock`.
+        """
         if self.ended:
             return False
         if self.process is None:
             return True
         if self.is_here:
             return self.born is not None and self.born == _born(self.process)
-        return now - self.time < FRESH_SECONDS
+        return clock() - self.time < FRESH_SECONDS
 
     def sentence(self, now: float) -> str:
         """Such as: `capstan train` (process 4711 on node3), heard of 12 s ago."""
@@ -88,7 +91,7 @@ class Ownership:
     @property
     def lost(self) -> bool:
         """Whether another start has taken the run over since."""
-        return newest_number(self.run) > self._number
+        return self.run.exists(layout.owner(self._number + 1))  # a listing may be late, and costs more
 
     def check(self) -> None:
         """Raise `Superseded` when the run has been taken over: what it does from now on is another's."""
@@ -120,7 +123,7 @@ class OwnerWatch:
     owner's where that is known."""
 
     def __init__(self, folder: Store, group: str | None = None) -> None:
-        self._run, self._group = folder, group
+        self._run, self._group, self._clock = folder, group, StoreClock(folder)
         self._seen = False
         self.last_alive = time.monotonic()
         """When it was there last, or this watch began."""
@@ -136,7 +139,7 @@ class OwnerWatch:
         owner, now = last_owner(self._run), time.monotonic()
         if owner is None or self._group not in (None, owner.group):
             return False
-        if owner.is_alive(time.time()):
+        if owner.is_alive(self._clock):
             self._seen, self.last_alive = True, now
         return self._seen and (owner.ended or owner.is_here) and now - self.last_alive > _ANEW_SECONDS
 
@@ -177,9 +180,16 @@ def _last(folder: Store) -> Ownership | None:
 
 
 def _newest(folder: Store) -> tuple[int, Entry | None]:
-    """The last owner's number and key, by one listing; 0 and None where the run was never taken."""
+    """The last owner's number and key; 0 and None where the run was never taken. A listing may be late: an owner that
+    it does not have yet is asked for by its number.
+    """
     found = [(number, entry) for entry in folder.list(layout.OWNERS) if (number := layout.owner_of(entry.key))]
-    return max(found, key=lambda pair: pair[0], default=(0, None))
+    number, entry = max(found, key=lambda pair: pair[0], default=(0, None))
+    with suppress(NotFound):
+        while True:
+            entry = folder.head(layout.owner(number + 1))
+            number += 1
+    return number, entry
 
 
 def take(
@@ -218,21 +228,43 @@ def _end_if(folder: Store, condition: Callable[[Owner], bool]) -> bool:
     return True
 
 
-def age(folder: Store) -> float:
-    """Seconds since the last owner's beat by the store's clock alone, as machines' clocks may differ; writes a key for
-    a moment.
+@contextmanager
+def preparing(folder: Store, by: str) -> Iterator[None]:
+    """Say in the folder of a run that has none yet that this process prepares it, as long as the body lasts. A store
+    that does not answer is found by the body.
     """
-    key = f"{layout.OWNERS}clock-{uuid4().hex}"
-    folder.put(key, b"")
+    impatient, now = folder.failing_fast(), time.time()
+    owner = Owner(by, socket.gethostname(), _place(), os.getpid(), _born(os.getpid()), now, now, name_of(folder))
+
+    def say() -> None:
+        impatient.put(layout.PREPARING, _as_json(owner))
+
     try:
-        now = folder.head(key).modified
+        if told := not impatient.exists(layout.CONFIG):
+            say()
+    except StorageError:
+        told = False
+    beat = Every(BEAT_SECONDS, say, "saying who prepares the run") if told else None
+    try:
+        yield
     finally:
-        folder.delete(key)
-    return (now - folder.head(layout.owner(newest_number(folder))).modified).total_seconds()
+        if beat is not None:
+            beat.stop()
+            with suppress(StorageError):
+                impatient.delete_alone(layout.PREPARING)
+
+
+def preparer(folder: Store) -> Owner | None:
+    """The process that prepares the run, which is not there yet; None where none does."""
+    with suppress(NotFound):
+        entry = folder.head(layout.PREPARING)
+        found = _parsed(folder.get(layout.PREPARING), entry.modified.timestamp(), name_of(folder))
+        return found if found.is_alive(StoreClock(folder)) else None
+    return None
 
 
 def _parsed(data: bytes, written: float, name: str) -> Owner:
-    """The owner in a key; an unreadable one is somebody who was heard of when it was written."""
+    """The owner in a key that was `written` then by the store's clock; an unreadable one is somebody all the same."""
     unknown = Owner("an unreadable owner", "?", "?", 0, None, written, written, name)
     known = {field.name for field in fields(Owner)}
     try:
@@ -241,7 +273,7 @@ def _parsed(data: bytes, written: float, name: str) -> Owner:
         return unknown
     numbers = isinstance(found.time, int | float) and isinstance(found.since, int | float)
     is_process = isinstance(found.process, int | None) and 0 <= (found.process or 0) < 2**31
-    return found if numbers and is_process else unknown
+    return replace(found, time=written) if numbers and is_process else unknown
 
 
 def _as_json(owner: Owner) -> bytes:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 _NEEDED = {
     "start": {"step"},
     **{kind: {"step"} for kind in ("step", "eval", "commit", "skip", "waiting")},
+    "measured": {"step", "by"},
     "first_step": {"seconds"},
     "end": {"outcome", "reason"},
     "restart": {"reason"},
@@ -35,11 +36,26 @@ _TYPES: dict[str, Any] = {
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
-    **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set"), str),
+    **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set", "by"), str),
     "machines": list,
     **dict.fromkeys(("bytes", "stall_seconds"), int | float),
     **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data"), dict),
 }
+
+
+_NO_MEASURE = {"step", "time", "clock"}
+
+
+def measures(record: Record) -> dict[str, float]:
+    """The finite numbers of a record by their names, but for those that say when it was made."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in _NO_MEASURE
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and _is_sound(value, int | float)
+    }
 
 
 def new_record(kind: str, values: Mapping[str, Any]) -> Record:

@@ -30,9 +30,10 @@ _YOUNG_SECONDS = 60.0
 
 @contextmanager
 def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
-    """A folder, in `directory` or in the temporary one, that is removed at the end, or by `collect_leftovers` after a
-    kill.
+    """A folder, in `directory` or in the temporary one, that is removed at the end; after a kill by the next process
+    that makes one there.
     """
+    collect_leftovers(directory)
     with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", dir=directory, ignore_cleanup_errors=True) as folder:
         assert _OURS.fullmatch(Path(folder).name), f"{purpose} is not among the purposes that are collected"
         held = os.open(folder, os.O_RDONLY)

@@ -211,6 +211,14 @@ class Store:
         except NotFound:
             pass
 
+    def delete_alone(self, key: str) -> None:
+        """`delete`, and the folders that held nothing else, as a local store keeps empty ones."""
+        self.delete(key)
+        if isinstance(self._backend, LocalStore):
+            with suppress(OSError):  # the first that holds something
+                for folder in list(self._path(key).parents)[: len(Path(self._prefix + key).parts) - 1]:
+                    folder.rmdir()
+
     def delete_folder(self, prefix: str) -> None:
         """Remove every object under the folder `prefix` (ending in `/`); none is no error."""
         for entry in self.list(prefix):

@@ -12,6 +12,7 @@ from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, Sto
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks
+from trainer.run.lines import end_sentence
 from trainer.run.metrics import Metrics
 from trainer.run.records import add_record
 from trainer.store.store import Store
@@ -27,7 +28,7 @@ def early_end(start: Start) -> Iterator[None]:
         yield
     except CapstanError as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"
-        print(f"{outcome}: {error}", file=sys.stderr, flush=True)
+        _print(outcome, str(error))
         window = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
         metrics.write("end", outcome=outcome, step=None, reason=str(error), **window)
         raise
@@ -37,12 +38,17 @@ def early_end(start: Start) -> Iterator[None]:
             f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(start.resolved, start.ranks)} Lower "
             "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
         )
+        _print("failed", str(short))
         metrics.write("end", outcome="failed", step=None, reason=str(short))
         raise short from error
     except Exception as error:
         traceback.print_exc()
         metrics.write("end", outcome="failed", step=None, reason=f"{type(error).__name__}: {error}")
         raise
+
+
+def _print(outcome: str, reason: str) -> None:
+    print(end_sentence(outcome, reason), file=sys.stderr, flush=True)
 
 
 def planned_memory(resolved: Resolved, ranks: Ranks) -> str:

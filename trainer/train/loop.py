@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -11,24 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config.evaluation import split_of
 from trainer.config.training import StopWhen
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
-from trainer.evaluate.measure.losses import mean_loss, objective_means
-from trainer.evaluate.measure.samples import PromptSamples
 from trainer.model.micro_batch import MicroBatch
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
 from trainer.run.requests import Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
+from trainer.train.every.every import Actions, Moment, Stage, Window
 from trainer.train.heartbeat.heartbeat import Phase
 from trainer.train.horizon import Horizon
-from trainer.train.routing import Routing
-from trainer.train.save_rules import SaveRules
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules
 from trainer.train.supply import Supply, compiled
@@ -49,9 +46,13 @@ class Training:
     horizon: Horizon
     work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
     rules: StopRules = field(default_factory=lambda: StopRules(StopWhen()))
-    samples: PromptSamples | None = None  # of eval.prompts, where train.sample_every wants them
     skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
     clock: Callable[[], float] = time.monotonic  # by which saves are due, in seconds
+
+    def begin(self, phase: Phase, step: int = 0) -> None:
+        """This rank begins `phase`, for the update that makes `step`."""
+        self.start.pulse(phase, step)
+        self.engine.clock.enter(phase)
 
 
 class _RankStep(NamedTuple):
@@ -60,15 +61,13 @@ class _RankStep(NamedTuple):
     tokens: float
     weight: float  # of its part in the loss
     stop: float  # a `Stop`
-    saved: float  # whether its background work on the last save is done
-    since_save: float  # seconds
     waited: float  # seconds, for data
     repeated: float  # reads of data, so far
     samples: float
     operations: float  # of floating point
 
 
-def train(run: Training, step: int, position: Position) -> Iterator[dict[str, Any]]:
+def train(run: Training, step: int, position: Position) -> Generator[dict[str, Any]]:
     """Go from the state after `step` updates, whose next data is at `position`, to the last step, or to where
     `train.stop_when` ends it; yields each update's record.
 
@@ -77,16 +76,18 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         DataError: on every rank, with a checkpoint committed, because the rest of the data cannot be compiled.
         Stopped: on every rank, after a stop request, with a checkpoint committed; `Interrupted` to be started again.
     """
-    first_step, saves = step + 1, SaveRules(run.start.config.checkpoint, run.clock)
-    routing = Routing(run.engine.model, run.start.ranks, run.start.metrics)
-    if step == 0:
-        _evaluate_if_due(run, step, run.start.config.eval.between, Stop.NO, routing)
-        _sample_if_due(run, step, Stop.NO)
+    with closing(Actions(run)) as actions:
+        actions.begins(step)
+        yield from _steps(run, actions, step, position)
+
+
+def _steps(run: Training, actions: Actions, step: int, position: Position) -> Iterator[dict[str, Any]]:
+    first_step = step + 1
     updated = position  # where the data of the last update ends: what is skipped behind it still passes by
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
         started = time.monotonic()
-        _begin(run, "data", step + 1)
+        run.begin("data", step + 1)
         try:
             supplied = run.supply(run.engine, step)
             batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
@@ -99,7 +100,7 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
             run.start.metrics.write("skip", step=step, window=position.to_json())
             position = run.stream.advance(position)
             continue
-        update = _update(run, batches, step, position, since_save=saves.since_save, waited=waited)
+        update = _update(run, actions, batches, step, position, waited=waited)
         step += 1
         place, before, position = position, updated, run.stream.advance(position)
         updated = position
@@ -107,45 +108,39 @@ def train(run: Training, step: int, position: Position) -> Iterator[dict[str, An
         record = {"step": step, "epoch": place.epoch, **update.figures}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        yield {**record, **update.measured, **supplied, **_totals(run, update.every, seconds), **routing.measured()}
-        if _follow(run, update, step, _Window(before, position), saves, routing, first=step == first_step):
+        totals = _totals(run, update.every, seconds)
+        yield {**record, **update.measured, **supplied, **totals, **actions.stepped(step)}
+        if _follow(run, actions, update, step, Window(before, position), first=step == first_step):
             return
 
 
 class _Update(NamedTuple):
-    """An update that was made: each rank's part, the loss with the learning rate and the norm of the gradient, and the
-    objective's figures.
+    """An update that was made: each rank's part, what its actions `told`, the loss with the learning rate and the norm
+    of the gradient, and the objective's figures.
     """
 
     every: list[_RankStep]
+    told: list[list[float]]
     figures: dict[str, float]
     measured: dict[str, float]
 
 
-class _Window(NamedTuple):
-    """The data between two updates."""
-
-    begin: Position
-    end: Position
-
-
 def _update(
-    run: Training, batches: Sequence[MicroBatch], step: int, position: Position, *, since_save: float, waited: float
+    run: Training, actions: Actions, batches: Sequence[MicroBatch], step: int, position: Position, *, waited: float
 ) -> _Update:
     """Make the update after `step`, from the data at `position`. Collective; raises `NonFiniteLoss` on every rank."""
     ranks, objective = run.start.ranks, run.start.objective
-    _begin(run, "step", step + 1)
+    run.begin("step", step + 1)
     # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
     # accumulation, the packing and the number of ranks: count them all before the first backward pass.
     mine = sum(map(objective.weight, batches))
     sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
-    # One exchange, and every rank draws the same conclusions from it. Rank 0's clock decides when to save. It is read
-    # in the update's wait for the gradient's norm, our one wait for the device in a step. An update by a loss that is
-    # not finite is never kept.
-    exchange = _exchange(run, batches, sums, mine, since_save=since_save, waited=waited)
+    # One exchange, and every rank draws the same conclusions from it. It is read in the update's wait for the
+    # gradient's norm, our one wait for the device in a step. An update by a loss that is not finite is never kept.
+    exchange = _exchange(run, actions.told(), batches, sums, mine, waited=waited)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
-    every, totals = exchange()
+    every, told, totals = exchange()
     weight = sum(rank.weight for rank in every)
     loss, *measures = (total / weight for total in totals)
     # Answers are sampled for one update, so that there are no others in their place.
@@ -155,38 +150,23 @@ def _update(
     if not math.isfinite(grad_norm):
         raise _not_finite("gradient", step + 1, grad_norm, window)
     figures = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-    return _Update(every, figures, {objective.unit: int(weight), **measured(objective, measures)})
+    return _Update(every, told, figures, {objective.unit: int(weight), **measured(objective, measures)})
 
 
-def _follow(
-    run: Training, update: _Update, step: int, window: _Window, saves: SaveRules, routing: Routing, *, first: bool
-) -> bool:
-    """Evaluate, sample and save the state at `step` where that is due; returns whether the training ends there.
-    Collective.
+def _follow(run: Training, actions: Actions, update: _Update, step: int, window: Window, *, first: bool) -> bool:
+    """Let the actions that are due in the state at `step` act; returns whether the training ends there. Collective.
 
     Raises `Stopped` after a stop request, with the state committed.
     """
-    checkpoints, horizon, ranks = run.checkpoints, run.horizon, update.every
-    evaluating, saving = run.start.config.eval, run.start.config.checkpoint
-    stopping = Stop(int(max(rank.stop for rank in ranks)))
-    _begin(run, "save", step)
-    checkpoints.advance(all_ready=all(rank.saved for rank in ranks))
-    due = _is_every(evaluating.every, step) or horizon.is_due(evaluating.per_epoch, *window)
-    evaluated = _evaluate_if_due(run, step, due, stopping, routing)
-    _sample_if_due(run, step, stopping)
-    ended = run.rules.end(step, update.figures["loss"], evaluated)
-    last = ended or bool(stopping) or step == horizon.steps
-    best = saving.keep_best and evaluated is not None
-    due = saves.is_due(step, ranks[0].since_save) or horizon.is_due(saving.per_epoch, *window)
-    if first or last or best or due:
-        checkpoints.save(run.engine, step, window.end.to_json(), eval_loss=evaluated, may_skip=not last)
-        routing.report(step)
-        saves.saved()
-    if first:
-        checkpoints.prove()
-    if last:
-        checkpoints.finish()
-    if stopping and step < horizon.steps:
+    stopping, over = Stop(int(max(rank.stop for rank in update.every))), step == run.horizon.steps
+    run.begin("save", step)
+    actions.heard(update.told)
+    now = Moment(step, window, update.figures, first=first, last=over or bool(stopping), stopping=bool(stopping))
+    actions.act(now, Stage.MEASURE)
+    ended = run.rules.end(step, update.figures["loss"], now.evaluated)
+    now.last = now.last or ended
+    actions.act(now, Stage.KEEP, Stage.REPORT)
+    if stopping and not over:
         raise _stopped(run, stopping, step)
     if ended:
         run.start.log(f"ends at step {step}: {run.rules.ended}")
@@ -197,19 +177,19 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
     """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the
     device; returns its summed loss and measures, fp64."""
     run.engine.clock.enter("forward")
-    surveys = _surveys(run, batches)
+    surveyed = surveys(run, batches)
     sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
     for index, batch in enumerate(batches):
         torch.manual_seed(_dropout_seed(run.start.config.run.seed, step, index, run.start.ranks.rank))
         run.engine.clock.enter("forward")
-        row = run.engine.loss(replace(batch, survey=next(surveys))).reshape(-1)
+        row = run.engine.loss(replace(batch, survey=next(surveyed))).reshape(-1)
         sums += row.detach()
         run.engine.backward(row[0] / weight, last=index == len(batches) - 1)
     run.engine.clock.enter("step")
     return sums
 
 
-def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
+def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
     """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all
     ranks. Collective.
     """
@@ -224,28 +204,27 @@ def _surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | 
 
 
 def _exchange(
-    run: Training, batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, since_save: float, waited: float
-) -> Callable[[], tuple[list[_RankStep], list[float]]]:
-    """Ask for every rank's part of the step, in rank order, and the `sums` over all ranks, which a call of the result
-    reads. Collective.
+    run: Training, told: Sequence[float], batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, waited: float
+) -> Callable[[], tuple[list[_RankStep], list[list[float]], list[float]]]:
+    """Ask for every rank's part of the step and what its actions have `told`, in rank order, and the `sums` over all
+    ranks, which a call of the result reads. Collective.
     """
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
         weight=weight,
         stop=run.start.stop.requested,
-        saved=run.checkpoints.ready,
-        since_save=since_save,
         waited=waited,
         repeated=run.stream.chapters.reads.repeated,
         samples=samples_key(batches),
         operations=run.work.of(batches),
     )
-    gathered = run.start.ranks.begin_gather(*mine, sums=sums)
+    gathered = run.start.ranks.begin_gather(*mine, *told, sums=sums)
+    own, all_told = len(mine), len(mine) + len(told)
 
-    def read() -> tuple[list[_RankStep], list[float]]:
+    def read() -> tuple[list[_RankStep], list[list[float]], list[float]]:
         every = gathered()
-        totals = [sum(column, 0.0) for column in zip(*(rank[len(mine) :] for rank in every), strict=True)]
-        return [_RankStep(*rank[: len(mine)]) for rank in every], totals
+        totals = [sum(column, 0.0) for column in zip(*(rank[all_told:] for rank in every), strict=True)]
+        return [_RankStep(*rank[:own]) for rank in every], [list(rank[own:all_told]) for rank in every], totals
 
     return read
 
@@ -272,40 +251,6 @@ def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[s
     }
 
 
-def _begin(run: Training, phase: Phase, step: int = 0) -> None:
-    """This rank begins `phase`, for the update that makes `step`."""
-    run.start.pulse(phase, step)
-    run.engine.clock.enter(phase)
-
-
-def _evaluate_if_due(run: Training, step: int, due: bool, stopping: Stop, routing: Routing) -> float | None:
-    """Evaluate the state at `step` where that is `due` or the end; returns the loss, in nats, of the unnamed data, or
-    without any of the first set. Collective."""
-    if not (step == run.horizon.steps or (due and not stopping)):
-        return None
-    loss = None
-    # Backwards, so that the newest record is of the data whose loss decides what is kept.
-    for name, stream in reversed(list(run.eval_sets.items())):
-        loss, tokens = mean_loss(run.engine, stream, lambda _: _begin(run, "evaluate"))
-        measured = routing.evaluated(step, split_of(name))
-        run.start.metrics.write("eval", step=step, set=name, loss=loss, tokens=tokens, **measured)
-    if run.eval_stream is not None:
-        evaluated = evaluate(run, run.eval_stream) | routing.evaluated(step)
-        run.start.metrics.write("eval", step=step, **evaluated)
-        loss = evaluated["loss"]
-    _begin(run, "save", step)
-    return loss
-
-
-def _sample_if_due(run: Training, step: int, stopping: Stop) -> None:
-    """Answer the prompts by the state at `step` where that is due. Collective."""
-    due = _is_every(run.start.config.train.sample_every, step) and not stopping
-    if run.samples is not None and (due or step == run.horizon.steps):
-        _begin(run, "evaluate")
-        run.samples.take(run.engine, step, lambda: _begin(run, "evaluate"))
-        _begin(run, "save", step)
-
-
 def _wait(run: Training, step: int, awaited: bool) -> None:
     """Show that the run is alive while the data of the step after `step` is still compiled."""
     run.start.pulse("compile" if awaited else "data", step + 1)
@@ -328,7 +273,7 @@ def stop_before_training(run: Training, step: int, position: Position, *, commit
 
 def _commit_before_the_end(run: Training, step: int, position: Position) -> None:
     """Commit the state at `step`, if it is not yet. Collective."""
-    _begin(run, "save", step)
+    run.begin("save", step)
     if run.checkpoints.newest != step:
         run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
     run.checkpoints.finish()
@@ -351,10 +296,6 @@ def _not_finite(what: str, step: int, value: float, window: Position | None) -> 
     )
 
 
-def _is_every(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """Randomness derives from the position in the run, so a checkpoint needs no generator state."""
     return int(hash_key(seed, step, micro_batch, rank))
@@ -371,25 +312,3 @@ def samples_key(batches: Sequence[MicroBatch]) -> int:
     bins = np.array(places, dtype=np.uint64)
     # Halves of 32 bits: sums of millions of them are exact in the float64 of an exchange.
     return sum(int((splitmix64(numbers) >> np.uint64(32)).sum()) for numbers in (documents, bins))
-
-
-def evaluate(run: Training, stream: Stream) -> dict[str, float]:
-    """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures.
-    Collective.
-    """
-    surveys = _surveys(run, _evaluated(run, stream))
-    with run.engine.evaluating(), torch.no_grad():
-        means, total = objective_means(
-            run.start.ranks,
-            run.start.objective,
-            _evaluated(run, stream),
-            lambda batch: run.engine.loss(replace(batch, survey=next(surveys))),
-        )
-    return {**means, run.start.objective.unit: total}
-
-
-def _evaluated(run: Training, stream: Stream) -> Iterator[MicroBatch]:
-    """This rank's rows of the evaluation data; each shows that the run is alive."""
-    for batches in stream.epoch(0):
-        _begin(run, "evaluate")
-        yield from batches

@@ -50,7 +50,7 @@ from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
-from trainer.store.scratch import collect_leftovers, scratch_folder
+from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.shared.initial_adapter import is_asked_for, starting_at, with_known_start
 
@@ -164,7 +164,6 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
         CapstanError: with the exit code that the process should end with; `Stopped` when the sweep can go on.
     """
     check_ray("capstan sweep")
-    collect_leftovers()
     if address_of(config) is None:
         check_local_device(config)
     config, plan = laid_out(config, resume=resume)
@@ -204,7 +203,7 @@ def _taken(
     folder, code = run_folder(config), keep_code(log)
     number = newest_number(folder)
     if not take_over:
-        check_idle(folder, resume=resume, by_store=True)
+        check_idle(folder, resume=resume)
     owner = take(folder, BY, number)
     try:
         folder.put(layout.CONFIG, dump_config(config).encode())

@@ -104,8 +104,8 @@ def test_a_method_that_learns_no_rows_of_tokens_refuses_them(method: str):
         adding(f"tuning.method={method}")
     assert (
         str(caught.value)
-        == f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose lora, rslora or dora, or"
-        " remove it."
+        == f"model.add_tokens: tuning.method: {method} learns no rows of tokens. Choose one of dora, lora,"
+        " rslora, or remove it."
     )
 
 
@@ -204,7 +204,7 @@ def test_experts_that_cannot_be_adapted_are_refused_with_the_reason():
         method_of(with_experts("mixtral", "tuning.method=dora")[0])
     assert (
         str(dora.value)
-        == "tuning.experts: tuning.method: dora has no adapters for experts, as PEFT has none. Choose lora or rslora,"
+        == "tuning.experts: tuning.method: dora has no adapters for experts, as PEFT has none. Choose one of lora, rslora,"
         " or remove it."
     )
     with pytest.raises(ConfigError, match="tuning.experts: has no effect with tuning.method: ia3. Remove it."):

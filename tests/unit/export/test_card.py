@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.export.card import CardContent, model_card
+from trainer.export.card import CardContent, model_card, with_proof
 from trainer.export.trained import trained_config
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
@@ -59,3 +59,13 @@ def test_a_damaged_evaluation_is_none(workshop: Workshop) -> None:
     run = workshop.store.sub("done")
     run.put(layout.evaluation(4), b'{"sets": ')
     assert "It was not evaluated against its base" in card(run)
+
+
+def test_it_says_whether_the_export_was_proven(workshop: Workshop) -> None:
+    written = card(workshop.store.sub("done"))
+    assert "It was not compared with the trained model" in written
+    proven = with_proof(written.encode(), "KL 0.1").decode()
+    assert "\n\n## Proof\n\nIt was compared with the trained model: KL 0.1.\n\n## Limitations\n" in proven
+    assert "not compared" not in proven
+    assert with_proof(proven.encode(), None).decode() == written
+    assert with_proof(b"My own weights.", "KL 0.1") == b"My own weights."

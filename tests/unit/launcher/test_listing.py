@@ -24,6 +24,7 @@ from launcher.view.tables import render
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import StorageError
 from trainer.run import layout
+from trainer.run.folder import store_of
 from trainer.run.owner import take
 from trainer.run.records import edge_records, read_records
 from trainer.run.segments import streams
@@ -175,6 +176,15 @@ def test_a_list_says_of_each_run_what_its_status_says(store: Store) -> None:
     assert json.loads(json.dumps(asdict(list_runs(store))))["store"] == store.uri
 
 
+def test_a_run_that_is_to_take_fewer_steps_than_it_took_has_no_share_of_them(run: Store) -> None:
+    write(run, 1, {**start(1, step=12), "total_steps": 9}, end("finished"))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(list_runs(store_of(run), clock=lambda: NOW).table())
+    assert "12 (9 asked for)" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "%" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "12 (9 asked for)" in shown(status_at(run))
+
+
 def test_those_heard_of_last_come_first(store: Store) -> None:
     for name, age in (("old", 500.0), ("new", 1.0), ("middle", 50.0)):
         write(new(store, name), 1, start(1), step(1, 2.0, NOW - age))
@@ -205,7 +215,7 @@ def test_a_run_takes_a_few_requests_and_bytes_however_long_it_is(
     (line,) = list_runs(store, clock=lambda: NOW).runs
     assert (line.step, line.total_steps) == (last, 20)
     read = requests.pop("bytes")
-    assert requests.total() <= 6
+    assert requests.total() <= 7
     assert read <= 2 * 2**17
 
 

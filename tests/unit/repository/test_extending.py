@@ -1,9 +1,10 @@
-"""Five changes as a stranger would make them, in a copy of the packages: each is one new file or folder, and nothing is
+"""Six changes as a stranger would make them, in a copy of the packages: each is one new file or folder, and nothing is
 edited.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.material import make_base, make_pairs
+from tests.material import make_base, make_data, make_pairs
 from tests.stored import edit_config
 
 ROOT = Path(__file__).parents[3]
@@ -79,8 +81,19 @@ def test_a_format_of_rows_is_recognised_and_named(found: dict[str, Any]) -> None
     }
 
 
+def test_a_way_to_hold_weights_is_a_setting_and_an_export(found: dict[str, Any]) -> None:
+    assert found["held"] == {
+        "sizes": {"weight": 24, "scales": 12},
+        "refused": "quant.double: true has no effect with quant.type: rows8. Remove it, or set quant.type: nf4.",
+        "mistyped": (
+            "quant.type: 'row8' is not allowed. Allowed are fp4, int8, nf4, none, rows8, stored. Did you mean rows8?"
+        ),
+        "exported": "base and adapter, merged, in rows8",
+    }
+
+
 def test_the_schema_and_the_page_of_settings_list_what_is_new(found: dict[str, Any]) -> None:
-    assert found["listed"] == ["biases_of", "gap", "riddle"]
+    assert found["listed"] == ["biases_of", "gap", "riddle", "largest_every", "rows8"]
 
 
 def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> None:
@@ -98,10 +111,8 @@ class Run(NamedTuple):
     def read(self) -> tuple[str, list[float]]:
         """Its manifest, and the loss of each step."""
         written = self.folder / "runs/first"
-        files = (written / "metrics").rglob("*.jsonl")
-        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         manifest = (written / "checkpoints/step-000000003/manifest.json").read_text()
-        return manifest, [record["loss"] for record in records if record["kind"] == "step"]
+        return manifest, [record["loss"] for record in records_of(written, "step")]
 
 
 def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
@@ -112,6 +123,11 @@ def run_of(folder: Path, base: Path, data: Path, *more: str) -> Run:
         " 2}\ncluster: {workers: 1}\n"
     )
     return Run(folder, ("train", str(config), *more))
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [line for file in (folder / "metrics").rglob("*.jsonl") for line in file.read_text().splitlines()]
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def capstan(copy: Path, *commands: tuple[str, ...]) -> str:
@@ -151,3 +167,56 @@ def test_an_objective_over_pairs_trains(copy: Path, tmp_path: Path) -> None:
     manifest, losses = gap.read()
     assert '"gap"' in manifest
     assert len(set(losses)) == 3
+
+
+@pytest.mark.long
+def test_an_action_every_other_step_has_its_record_wherever_a_run_is_looked_at(copy: Path, tmp_path: Path) -> None:
+    """Before the first step, every second one and at the end; in the records, the log, TensorBoard, `status` and
+    `report`. W&B, MLflow and Trackio get the points of TensorBoard (tests/unit/run/test_measured.py).
+    """
+    started = run_of(tmp_path, make_base(tmp_path / "base"), make_data(tmp_path / "rows.jsonl"))
+    capstan(copy, (*started.train, "train.largest_every=2"))
+    folder = tmp_path / "runs/first"
+    measured = records_of(folder, "measured")
+    assert [(record["by"], record["step"]) for record in measured] == [("largest", step) for step in (0, 2, 3)]
+    assert measured[0]["value"] != measured[-1]["value"]
+    newest = f"value {measured[-1]['value']:.4g}"
+    (log,) = (folder / "logs").rglob("rank-00000.*")
+    assert f"step 3: largest {newest}" in log.read_text()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("largest/value")] == [0, 2, 3]
+    page = tmp_path / "report.html"
+    shown = capstan(copy, ("status", str(folder)), ("report", str(folder), "--output", str(page)))
+    assert re.search(rf"^largest +{newest} *$", shown, re.MULTILINE)
+    assert "Largest: value" in page.read_text()
+
+
+@pytest.mark.long
+def test_a_base_is_held_so_trained_planned_proven_and_exported(copy: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"The number {n} follows {n - 1}."}) + "\n" for n in range(40)))
+    held = ("quant.type=rows8", "quant.cache=true")
+    llama, mixture = (
+        run_of(tmp_path / kind, make_base(tmp_path / kind / "base", kind, torch.float32), rows, *held)
+        for kind in ("llama", "qwen3-moe")
+    )
+    folder, config = llama.folder, llama.train[1]
+    run, merged = str(folder / "runs/first"), folder / "merged"
+    said = capstan(
+        copy,
+        llama.train,
+        ("train", config, *held, "run.name=second"),  # from the cache
+        mixture.train,
+        ("plan", config, *held, "--gpu", "24GB"),
+        ("export", run, str(folder / "adapter"), "--verify"),
+        ("export", run, str(merged), "--format", "rows8"),
+        ("plan", config, f"model.base={merged}", "quant.type=stored", "--gpu", "24GB"),
+    )
+    manifest, losses = llama.read()
+    assert '"rows8"' in manifest
+    assert len(set(losses)) == 3
+    assert [record["loss"] for record in records_of(folder / "runs/second", "step")] == losses
+    assert len(mixture.read()[1]) == 3
+    assert said.count("fits") == 2
+    assert json.loads((merged / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"

@@ -89,7 +89,8 @@ def runnable() -> list[list[str]]:
             arguments = [
                 word.replace("s3://bucket/", "bucket/")
                 .replace("/models/Llama-3.1-8B", "base")
-                .replace("HuggingFaceTB/SmolLM2-135M", "base")
+                .replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base")
+                .replace("smoke/sample/data", "data")
                 for word in arguments
                 if word not in WAITING
             ]
@@ -117,7 +118,7 @@ def lay_out(folder: Path) -> None:
     tokenizer.save_pretrained(base)
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "data").mkdir()
-    for name in ("train", "eval", "general"):
+    for name in ("train", "train-00000", "eval", "general"):
         make_data(folder / f"data/{name}.jsonl")
     for name, theirs in THEIRS.items():
         shutil.copy(ROOT / "tests/peers" / theirs, folder / name)
@@ -134,11 +135,10 @@ def lay_out(folder: Path) -> None:
             tree["model"]["base"] = str(make_base(folder / "mixture", "qwen3-moe", **SIZES) if mixture else base)
             tree["run"]["store"] = tree["run"]["store"].replace("s3://bucket/", "bucket/")
             tree["data"]["held_out"] = 0.2
+            for source in tree["data"]["train"]:
+                source["path"] = source["path"].replace("smoke/sample/data/train-*", "data/train")
             if "teacher" in tree.get("objective", {}):
                 tree["objective"]["teacher"] = str(base)
-            # This base has a template, and these rows need none.
-            tree["data"].pop("template", None)
-            tree["model"].pop("add_tokens", None)
             shown[named[1]] = tree
     mine = shown["my-run.yaml"]
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")

@@ -127,7 +127,7 @@ def test_the_reader_of_compiled_data_reads_ids_behind_every_flag(tmp_path: Path,
     ids = list[int]()
     for document in range(len(np.fromfile("documents-00000.bin", "<u8")) - 1):
         names: dict[str, Any] = {"np": np}
-        exec(reader.replace("[7]", f"[{document}]").replace("[8]", f"[{document + 1}]"), names)
+        exec(reader.replace("offsets[7] : offsets[8]", f"offsets[{document}] : offsets[{document + 1}]"), names)
         ids += names["ids"].tolist()
     stored = np.fromfile("tokens-00000.bin", "<u4")
     assert (stored >> 27 & 1).any()

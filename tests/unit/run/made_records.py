@@ -1,6 +1,8 @@
 """Records of runs that never were, for those who read them."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from trainer.run import layout
@@ -32,3 +34,11 @@ def end(outcome: str, reason: str = "") -> dict[str, Any]:
 def write(run: Store, generation: int, *records: dict[str, Any], torn: bytes = b"") -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     run.put(layout.metrics(generation), lines.encode() + torn)
+    times = [time for record in records if isinstance(time := record.get("time"), int | float) and time < 2**40]
+    if times:
+        stamp(run, layout.metrics(generation), times[-1])
+
+
+def stamp(run: Store, key: str, time: float) -> None:
+    """Have the object written at this time, in seconds since 1970, by the clock of the store."""
+    os.utime(Path(run.uri.removeprefix("file://")) / key, (time, time))

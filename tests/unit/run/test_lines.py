@@ -1,16 +1,21 @@
 """Progress without a terminal: plain lines, of what a log should keep and no more."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from launcher.view.lines import follow_lines
+from trainer.errors import Stopped
 from trainer.run import layout
 from trainer.run.lines import PlainLines
+from trainer.run.metrics import Metrics
 from trainer.run.records import new_record, record_line
 from trainer.run.trackers.printed import Printed
 from trainer.store.store import Store, open_store
+from trainer.train.end_record import early_end
+from trainer.train.start import Start
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:
@@ -52,6 +57,7 @@ def test_what_else_happens_has_a_line() -> None:
         ("commit", {"step": 100}, "step 100: committed"),
         ("end", {"outcome": "finished", "reason": ""}, "finished"),
         ("end", {"outcome": "failed", "reason": "it broke"}, "failed: it broke"),
+        ("end", {"outcome": "stopped", "reason": "stopped at step 4 on request"}, "stopped at step 4 on request"),
         ("experts", {"step": 100}, None),
     ]
     assert [lines.of(new_record(kind, values)) for kind, values, _ in records] == [line for *_, line in records]
@@ -88,3 +94,13 @@ def test_the_driver_shows_the_starts_that_begin_from_now_on(tmp_path: Path) -> N
         "load: reads the base and the newest checkpoint",
         "step 2/25, loss 2.0000, lr ?, ? tokens/s, 23 s left",
     ]
+
+
+def test_an_early_end_is_in_the_log_of_rank_0_once(capfd: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics([Printed(10)])
+    start = cast(Start, SimpleNamespace(metrics=metrics))
+    with pytest.raises(Stopped), early_end(start):
+        raise Stopped("stopped at step 4 on request, with a checkpoint committed")
+    metrics.close()
+    printed = "".join(capfd.readouterr())
+    assert printed == "stopped at step 4 on request, with a checkpoint committed\n"

@@ -2,12 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ import pytest
 
 from launcher.start.check import check_idle, check_name
 from launcher.start.stopping import give_up_waiting
+from launcher.view.listing import list_runs
+from launcher.view.runs import find_run
 from launcher.view.status import read_status
-from trainer.errors import ConfigError, Superseded
+from tests.unit.run.made_records import stamp
+from trainer.errors import ConfigError, StorageError, Superseded
 from trainer.run import layout, owner
-from trainer.run.owner import FRESH_SECONDS, Owner, Ownership, newest_number, read_owner, take
-from trainer.store.store import Entry, Store, open_store
+from trainer.run.folder import store_of
+from trainer.run.owner import FRESH_SECONDS, Owner, Ownership, newest_number, preparer, preparing, read_owner, take
+from trainer.run.records import record_line
+from trainer.run.store_clock import StoreClock
+from trainer.store.store import Store, open_store
 
 
 @pytest.fixture
@@ -90,40 +96,105 @@ def test_a_process_that_was_killed_is_gone_at_once_even_while_nobody_has_waited_
 
 def test_a_number_that_another_process_has_by_now_is_not_the_owners(run: Store) -> None:
     taken(run)
-    assert not replace(newest(run), born="1").is_alive(time.time())
+    assert not replace(newest(run), born="1").is_alive(time.time)
 
 
 def test_a_process_that_proc_hides_is_judged_by_its_beats(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     taken(run)
     found = replace(newest(run), process=1)
     monkeypatch.setattr(owner, "_born", lambda process: owner._HIDDEN)
-    assert found.is_alive(found.time + FRESH_SECONDS - 1)
-    assert not found.is_alive(found.time + FRESH_SECONDS + 1)
+    assert found.is_alive(lambda: found.time + FRESH_SECONDS - 1)
+    assert not found.is_alive(lambda: found.time + FRESH_SECONDS + 1)
 
 
 def test_an_owner_elsewhere_lives_until_it_has_not_been_heard_of_for_a_while(run: Store) -> None:
     taken(run)
     far = elsewhere(newest(run))
-    assert far.is_alive(far.time + FRESH_SECONDS - 1)
-    assert far.is_alive(far.time - 1000), "clocks differ"
-    assert not far.is_alive(far.time + FRESH_SECONDS + 1)
+    assert far.is_alive(lambda: far.time + FRESH_SECONDS - 1)
+    assert far.is_alive(lambda: far.time - 1000), "clocks differ"
+    assert not far.is_alive(lambda: far.time + FRESH_SECONDS + 1)
 
 
-def test_a_start_asks_the_stores_clock_as_its_own_may_be_wrong(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def store_is_behind(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The seconds by which this machine's clock is ahead of the store's, and of all other machines'."""
+    seconds, plain = 86_400.0, time.time
+    monkeypatch.setattr(time, "time", lambda: plain() + seconds)
+    return seconds
+
+
+def test_an_owner_elsewhere_is_judged_by_the_stores_clock_as_this_machines_may_be_wrong(
+    run: Store, store_is_behind: float
+) -> None:
     taken(run)
-    put(run, replace(elsewhere(newest(run)), time=time.time() - 3600))  # its clock is an hour behind ours
+    put(run, elsewhere(newest(run)))
+    with pytest.raises(ConfigError, match=r"in use by .* heard of \d s ago"):
+        check_idle(run, resume=True)
+    stamp(run, layout.owner(1), time.time() - store_is_behind - FRESH_SECONDS - 1)
     check_idle(run, resume=True)
+    assert [entry.key for entry in run.list()] == [layout.CONFIG, layout.owner(1)], "nothing stays of the question"
+
+
+def test_so_are_a_run_and_its_records_by_status_and_ls(run: Store, store_is_behind: float) -> None:
+    taken(run)
+    put(run, elsewhere(newest(run)))
+    run.put(layout.metrics(1), b"".join(record_line(kind, {"step": 1}) for kind in ("start", "step")))
+    status, (line,) = read_status(run), list_runs(store_of(run)).runs
+    assert (status.state, line.state) == ("running", "running")
+    assert status.quiet_seconds == pytest.approx(0, abs=60)
+    assert line.age_seconds == pytest.approx(0, abs=60)
+    stamp(run, layout.owner(1), time.time() - store_is_behind - FRESH_SECONDS - 1)
+    assert read_status(run).state == "silent"
+
+
+def test_where_nothing_can_be_written_the_machines_clock_stands_for_the_stores(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(store: Store, key: str, data: bytes) -> None:
+        raise StorageError("403")
+
+    monkeypatch.setattr(Store, "put", refused)
+    assert StoreClock(run)() == pytest.approx(time.time(), abs=5)
+
+
+def test_an_owner_that_a_late_listing_does_not_have_yet_is_known(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken(run).end()
+    plain, late = Store.list, run.list(layout.OWNERS)
+    monkeypatch.setattr(
+        Store, "list", lambda store, prefix="": late if prefix == layout.OWNERS else plain(store, prefix)
+    )
+    second = taken(run)
     with pytest.raises(ConfigError, match="in use by"):
-        check_idle(run, resume=True, by_store=True)
+        check_idle(run, resume=True)
+    second.end()
+    check_idle(run, resume=True)
+    assert taken(run, "capstan resume").lost is False
+    assert second.lost
 
-    def head(store: Store, key: str) -> Entry:
-        found = heads(store, key)
-        return replace(found, modified=found.modified - timedelta(seconds=500)) if "/0000" in key else found
 
-    heads = Store.head
-    monkeypatch.setattr(Store, "head", head)
-    check_idle(run, resume=True, by_store=True)
-    assert [layout.owner(1)] == [entry.key for entry in run.list(layout.OWNERS)], "nothing stays of the question"
+def test_a_run_that_a_start_prepares_is_one_for_status_and_ls(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path / "runs")).sub("new")
+    with preparing(run, "capstan train"):
+        assert find_run("new", str(tmp_path / "runs"), prepared=True).uri == run.uri
+        status, (line,) = read_status(run), list_runs(store_of(run)).runs
+        assert status.state == line.state == "starting"
+        assert status.reason == line.reason
+        assert re.fullmatch(r"`capstan train` \(process \d+ on .*\), heard of \d s ago, checks .*", status.reason)
+        with pytest.raises(
+            ConfigError, match=r"new is no run yet: `capstan train` \(process .* Wait until `capstan status"
+        ):
+            find_run("new", str(tmp_path / "runs"))
+    assert list(tmp_path.iterdir()) == [], "nothing stays of a start that was refused"
+    with pytest.raises(ConfigError, match="there is no run"):
+        find_run("new", str(tmp_path / "runs"), prepared=True)
+
+
+def test_nothing_is_said_of_a_start_that_was_killed_while_it_prepared(run: Store) -> None:
+    new = store_of(run).sub("new")
+    taken(run)
+    new.put(layout.PREPARING, json.dumps(asdict(replace(newest(run), run="new", born="1"))).encode())
+    assert preparer(new) is None
+    assert [line.run for line in list_runs(store_of(run)).runs] == ["mine"]
 
 
 def test_who_was_taken_over_knows_it_and_changes_nothing_of_the_other(
@@ -170,13 +241,12 @@ def test_the_owner_of_the_run_that_a_folder_was_copied_from_is_not_the_copys(run
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"by": "x"}', '{"by": "x", "time": "y"}', "[" * 10_000])
-def test_an_unreadable_owner_is_somebody_until_it_is_old(run: Store, text: str, monkeypatch) -> None:
+def test_an_unreadable_owner_is_somebody_until_it_is_old(run: Store, text: str) -> None:
     run.put(layout.owner(1), text.encode())
     with pytest.raises(ConfigError, match="in use by `an unreadable owner`"):
         check_idle(run, resume=True)
     assert read_status(run).state == "starting"
-    later = time.time() + FRESH_SECONDS + 1
-    monkeypatch.setattr(time, "time", lambda: later)
+    stamp(run, layout.owner(1), time.time() - FRESH_SECONDS - 1)
     check_idle(run, resume=True)
 
 

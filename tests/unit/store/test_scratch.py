@@ -89,3 +89,13 @@ def test_a_folder_is_removed_at_its_end() -> None:
         assert collect_leftovers() == []
         assert Path(folder).is_dir()
     assert not Path(folder).exists()
+
+
+def test_whoever_makes_a_folder_removes_what_a_killed_process_left(temporary: Path) -> None:
+    left, elsewhere = temporary / "capstan-push-abcd1234", temporary / "other/capstan-gguf-abcd1234"
+    for folder in (left, elsewhere):
+        (folder / "export").mkdir(parents=True)
+    with scratch_folder("push"):
+        assert not left.exists()
+    with scratch_folder("gguf", str(elsewhere.parent)):
+        assert not elsewhere.exists()

@@ -2,27 +2,27 @@
 out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.language_part import head_of, whole_class, whole_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.describe.trial.peft_names import saved_paths
+from trainer.model.parts import body
 
 
 def composite_model(directory: Path) -> PreTrainedModel | None:
     """The whole model that transformers builds of the config.json in `directory`, on `meta`; None where that is a
     language model alone."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if config.get_text_config() is config:
-        return None
-    with torch.device("meta"):
-        return AutoModelForMultimodalLM.from_config(config, trust_remote_code=False)
+    return None if config.get_text_config() is config else whole_model(config)
 
 
 def composite_class(directory: Path) -> str | None:
@@ -30,10 +30,7 @@ def composite_class(directory: Path) -> str | None:
     alone.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if config.get_text_config() is config:
-        return None
-    made: type = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]  # type: ignore[assignment]  # typed as what is not loaded yet
-    return made.__name__
+    return None if config.get_text_config() is config else whole_class(config).__name__
 
 
 def language_names(whole: PreTrainedModel, language: PreTrainedModel) -> Callable[[str], str | None]:
@@ -81,14 +78,44 @@ def _places(whole: PreTrainedModel, language: PreTrainedModel) -> list[tuple[str
 
     The head comes first, as it may lie inside the decoder.
     """
-    head = _path(whole, whole.get_output_embeddings()), _path(language, language.get_output_embeddings())
+    head = _path(whole, head_of(whole)), _path(language, head_of(language))
     return [head, (_path(whole, whole.get_decoder()), place_of_decoder(whole, language))]
+
+
+def inner_of(whole: PreTrainedModel) -> nn.Module:
+    """The module of a whole model that makes hidden states: its decoder, or the body of one that has the head too."""
+    decoder: Any = whole.get_decoder()
+    return decoder if decoder.get_output_embeddings() is None else body(decoder)
 
 
 def place_of_decoder(whole: PreTrainedModel, language: PreTrainedModel) -> str:
     """The path in the `language` model of the module that is the decoder of `whole`; empty where that is all of it."""
     decoder = whole.get_decoder()
     return next(path for path, module in language.named_modules() if type(module) is type(decoder))
+
+
+@contextmanager
+def outputs_lack_nothing() -> Iterator[None]:
+    """Inside, an output of transformers answers None for a field that it has not: in 5.24 the whole class of Llama 4
+    asks that of its language model for pictures, and cannot predict anything without this."""
+    ModelOutput.__getattr__ = _no_such_field  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del ModelOutput.__getattr__  # type: ignore[attr-defined]
+
+
+def _no_such_field(output: ModelOutput, name: str) -> None:
+    if name.startswith("_"):
+        raise AttributeError(name)
+
+
+def with_parts_of(whole: PreTrainedModel, language: PreTrainedModel) -> PreTrainedModel:
+    """`whole` with the decoder and the head of the `language` model in the places of its own."""
+    (head, other_head), (decoder, other) = _places(whole, language)
+    for there, here in ((decoder, other), (head, other_head)):
+        whole.set_submodule(there, language.get_submodule(here))
+    return whole
 
 
 def _path(model: nn.Module, part: nn.Module | None) -> str:

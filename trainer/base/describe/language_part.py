@@ -1,23 +1,56 @@
 """The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put
 together.
 
-transformers says which module is the decoder (`get_decoder`) and which the head. What the whole class does to text
-beside these two is
-nothing: tests/unit/base/test_weight_readers.py holds it to that, to the last bit.
+transformers says which module is the decoder (`get_decoder`) and which the head. The whole class may scale and cap
+logits, which trainer/base/describe/logits.py finds, and does nothing else to text: trainer/base/describe/trial/whole.py
+tries it.
 """
 
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 
 def is_part(config: PretrainedConfig) -> bool:
     """Whether `config` is that of a whole class whose language model has no class of its own."""
     text = config.get_text_config()
     return type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
+def whole_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that people load a model by that sees or hears as well: the one that its `architectures` name, where
+    that is made of such settings and predicts tokens, or transformers' own choice."""
+    predicting = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    for name in config.architectures if isinstance(config.architectures, list) else ():
+        named: type[PreTrainedModel] | None = getattr(transformers, name) if name in predicting else None
+        if named is not None and named.config_class is type(config):
+            return named
+    made: type[PreTrainedModel] = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]  # type: ignore[assignment]  # typed as what is not loaded yet
+    return made
+
+
+def whole_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of `whole_class`, on `meta`, in the type that `config` names or in another one. The function by which
+    transformers builds a class in a type is private."""
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        return whole_class(config)._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+
+
+def head_of(whole: PreTrainedModel) -> nn.Module | None:
+    """The output head of a model, which may know it by the language model in it alone."""
+    models = (module for module in whole.modules() if isinstance(module, PreTrainedModel))
+    return next((head for model in models if (head := model.get_output_embeddings()) is not None), None)
 
 
 class LanguagePart(PreTrainedModel):

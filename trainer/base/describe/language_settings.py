@@ -4,17 +4,18 @@ cut to its first layers.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from trainer.base.describe.language_part import is_part
+from trainer.base.describe.language_part import head_of, is_part, whole_model
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 
@@ -53,6 +54,12 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
     text = config.get_text_config()
     if is_part(config):
         return config
+    is_known = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if text is not config and not is_known:
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, for which transformers {transformers.__version__} has no class that"
+            " predicts tokens. Give another base."
+        )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
         raise ConfigError(
             f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
@@ -65,7 +72,16 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
             f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
         )
     text.name_or_path = config.name_or_path
+    is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if is_whole and getattr(text, "tie_word_embeddings", None) != config.tie_word_embeddings:
+        text.tie_word_embeddings = _ties(whole_model(config))
     return text
+
+
+def _ties(whole: PreTrainedModel) -> bool:
+    """Whether the head of a model is its embedding: what is set for the whole and for its language model may differ."""
+    head = head_of(whole)
+    return head is not None and cast(Any, head).weight is whole.get_input_embeddings().weight
 
 
 def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.model.parts import body
-
 
 @dataclass(frozen=True)
 class Logits:
@@ -26,6 +24,10 @@ class Logits:
     def __call__(self, z: Tensor) -> Tensor:
         z = z * self.factor / self.divisor
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+_NO_PICTURE = 3
+"""A token that stands for no picture and no sound, nor for the padding of a row."""
 
 
 class _HiddenStates(dict[str, Any]):
@@ -42,25 +44,22 @@ class _HiddenStates(dict[str, Any]):
         return self._hidden if index in (0, "last_hidden_state") else ()
 
 
-def probe_logits(model: PreTrainedModel, head: nn.Linear) -> Logits | None:
-    """How the model's forward pass makes logits of hidden states, or None where that is not one of the ways of
-    `Logits`.
+def probe_logits(model: PreTrainedModel, inner: nn.Module, head: nn.Linear) -> Logits | None:
+    """How the forward pass of `model` makes logits of the hidden states that `inner` returns, or None where that is not
+    one of the ways of `Logits`.
 
-    The body is made to return numbers that are known, and the head to return them as they are.
+    `inner` is made to return numbers that are known, and the head to return them as they are.
     """
-    inner = body(model)
     forwards = inner.forward, head.forward
 
     def through(values: Tensor) -> Tensor:
         inner.forward = lambda *_given, **_named: _HiddenStates(values)
-        return model(input_ids=torch.zeros(values.shape[:2], dtype=torch.int64), use_cache=False).logits
+        return model(input_ids=torch.full(values.shape[:2], _NO_PICTURE), use_cache=False).logits
 
     head.forward = lambda input: input
     try:
         with torch.no_grad():
             return _fitted(through, head.in_features)
-    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, NotImplementedError):
-        return None
     finally:
         inner.forward, head.forward = forwards
 
@@ -71,6 +70,8 @@ def _fitted(through: Callable[[Tensor], Tensor], width: int) -> Logits | None:
 
     tiny, huge = 2.0**-30, 2.0**60
     scale, end = at(tiny) / tiny, at(huge)
+    if not scale:
+        return None
     softcap = None if abs(end) > 2.0**30 else end
     divisor = float(f"{1 / scale:.12g}")
     values = torch.linspace(-20, 20, 2 * width).view(1, 2, width)

@@ -8,7 +8,7 @@ is refused by its name.
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import SimpleNamespace
@@ -37,15 +37,18 @@ from trainer.base.architecture import (
     Parameter,
 )
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
+from trainer.base.describe.composite import inner_of, outputs_lack_nothing
 from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.empty_model import TransposedLinear, meta_model
+from trainer.base.describe.language_part import head_of, whole_class, whole_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, own_tokenizer, unknown
-from trainer.base.describe.logits import probe_logits
+from trainer.base.describe.logits import Logits, probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.read_together import paths_together
 from trainer.base.describe.trial.self_test import Found, takes_positions, try_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
+from trainer.base.describe.trial.whole import hollow, predicts_otherwise, small_whole
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
@@ -115,6 +118,10 @@ def _is_handed_on(around: nn.Module, name: str) -> bool:
     return re.search(rf"[=(\s]self\.{name}\.weight,", _code(type(around))) is not None
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+
+
 @dataclass(frozen=True)
 class _Reader:
     """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as
@@ -131,13 +138,14 @@ class _Reader:
         description would be wrong for it.
         """
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
-        logits = probe_logits(self.model, self._head)
+        logits = self._logits()
         if logits is None:
             raise ConfigError(
                 self._refusal(
                     "has more than one matrix, a factor and a cap between its last hidden states and its logits"
                 )
             )
+        self._check_whole()
         parameters, trial, tied = tuple(self._parameters()), self._trial(), tied_names(self.model)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not any(part.kind in ("linear", "experts") for part in parameters):
@@ -181,12 +189,48 @@ class _Reader:
             softcap=logits.softcap,
         )
 
+    @cached_property
+    def _is_alone(self) -> bool:
+        """Whether people load the language model itself, and no class that sees or hears as well."""
+        return self.whole.get_text_config() is self.whole
+
+    def _logits(self) -> Logits | None:
+        """How the class that people load makes logits of what its decoder returns."""
+        if self._is_alone:
+            with suppress(TypeError, ValueError, LookupError, RuntimeError, AttributeError, NotImplementedError):
+                return probe_logits(self.model, body(self.model), self._head)
+            return None
+        with self._given_text_alone():
+            whole = hollow(whole_model(self.whole)).eval()
+            return probe_logits(whole, inner_of(whole), cast(nn.Linear, head_of(whole)))
+
+    def _check_whole(self) -> None:
+        """Raises `ConfigError` where the class that people load predicts otherwise of text than its language model."""
+        if self._is_alone or self._small is None:
+            return
+        with self._given_text_alone():
+            differs = predicts_otherwise(small_whole(self.whole, self._small[0]), self._small[0])
+        if differs:
+            name = whole_class(self.whole).__name__
+            why = f"is the language model of {name}, which computes otherwise for text than its decoder and its head"
+            raise ConfigError(self._refusal(why))
+
+    @contextmanager
+    def _given_text_alone(self) -> Iterator[None]:
+        """Around the class that people load, whose code raises whatever comes up where it wants a picture or sound."""
+        try:
+            with outputs_lack_nothing():
+                yield
+        except Exception as error:
+            name = whole_class(self.whole).__name__
+            why = f"is the language model of {name}, which cannot compute for text alone ({_reason(error)})"
+            raise ConfigError(self._refusal(why)) from error
+
     def _heads(self) -> Iterator[str]:
         """The classes by which transformers loads this model with a head for another task, of those built alike for
         most families.
         """
-        alone = self.whole.get_text_config() is self.whole
-        for mapping, generic, name in _OTHER_HEADS if alone else ():
+        for mapping, generic, name in _OTHER_HEADS if self._is_alone else ():
             made = mapping.get(type(self.config), None)
             if isinstance(made, type) and issubclass(made, generic):
                 yield name
@@ -309,8 +353,8 @@ class _Reader:
         try:
             return try_family(*self._small)
         except Exception as error:
-            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
-            raise ConfigError(self._refusal(f"cannot compute as training asks it to ({why})")) from error
+            why = f"cannot compute as training asks it to ({_reason(error)})"
+            raise ConfigError(self._refusal(why)) from error
 
     def _fails_shared(self, trial: Found | None) -> str | None:
         """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a
@@ -387,8 +431,9 @@ class _Reader:
     def _lost_by_peft(self) -> set[str]:
         """The linear layers whose adapters PEFT finds under no name."""
         linears = [path for path, module in self._modules.items() if isinstance(module, nn.Linear)]
-        alone = self.whole.get_text_config() is self.whole
-        return {path for path, saved in saved_paths(self.model, linears).items() if saved is None} if alone else set()
+        if not self._is_alone:
+            return set()
+        return {path for path, saved in saved_paths(self.model, linears).items() if saved is None}
 
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""

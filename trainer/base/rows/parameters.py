@@ -25,8 +25,10 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names
-from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor, TensorSource
+from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor, TensorSource, numel
 
+# Elements of each part of two weights that is compared, and the number of parts behind the first.
+_COMPARED, _PARTS = 2**15, 16
 # transformers computes these anew, and old files hold them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -83,6 +85,9 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
             raise ConfigError(
                 f"model.base: {base.name} has no tensor {name}, which its architecture needs. Copy the model again."
             )
+    for original, others in copies.items():
+        for other in others:
+            _check_tied(base, original, sources[original], other)
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     left_out = {**found.beside, **_left_out(base, found.others, ignored, layers)}
     return FoundWeights(sources, copies, _parts(left_out, found.sources))
@@ -183,6 +188,21 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
     if source.dtype not in readable and not packed:
         raise ConfigError(f"model.base: {name} is of type {source.dtype}. Readable are {', '.join(readable)}.")
     return source
+
+
+def _check_tied(base: Base, name: str, one: Weight, other: Weight) -> None:
+    """Raises `ConfigError` where the files hold two weights for what is one in the model: transformers would load both,
+    and say so. Of large ones some parts are compared, as two heads that have learnt differ all over."""
+    if not (isinstance(one, TensorSource) and isinstance(other, TensorSource) and one.dtype == other.dtype):
+        return
+    count, size = numel(one), min(numel(one), _COMPARED)
+    begins = {(count - size) * part // _PARTS for part in range(_PARTS + 1)}
+    if any(one.read(begin, begin + size) != other.read(begin, begin + size) for begin in sorted(begins)):
+        raise ConfigError(
+            f"model.base: {base.name} has two weights for {name}, which differ, where its config.json has one"
+            ' (tie_word_embeddings). Write "tie_word_embeddings": false into its config.json, at the top and in its'
+            " text_config, or copy the model again."
+        )
 
 
 def left_out_of(model: dict[str, Any]) -> list[LeftOutPart]:

@@ -69,7 +69,7 @@ class AsQuantized:
     scales: LastMade[Tensor] = field(repr=False, compare=False)
 
     def apply_to(self, rows: Tensor, first: int) -> None:
-        """Replace these rows. What they are made of is read again in whole units of the format, which rows need not be."""
+        """Replace these rows. Their values are read again in whole units of the format, which rows need not be."""
         begin, size = first * self.shape[-1], prod(self.shape[-2:])
         for matrix in range(begin // size, -(-(begin + len(rows)) // size)):
             start = matrix * size

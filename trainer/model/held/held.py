@@ -3,7 +3,7 @@
 A format is one file in trainer/model/held/formats/. Its `HELD` maps each name that `quant.type` may have to a
 `HeldFormat`, and its `ENCODERS` the name of each form in which a merged model can be exported to what encodes it (often
 the same object). The configuration asks these tables (`Quant.held`), and so does the plan: importing the file loads no
-torch and nothing of trainer.config, and what handles tensors imports torch when it is called.
+torch, no store and nothing of trainer.config. What handles tensors imports torch when it is called.
 
 All storage is uint8: DeepSpeed value-casts floating parameters to the engine's dtype, which would destroy packed
 nibbles, and it gathers parameters of one dtype in one collective, so a layer costs one all-gather.
@@ -12,18 +12,14 @@ nibbles, and it gathers parameters of one dtype in one collective, so a layer co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
-
-from trainer.config.registry import kinds
-from trainer.store.safetensors_index import DTYPE_BYTES
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
     from trainer.model.held.codes import Kept
+    from trainer.model.held.encoder import Encoder
     from trainer.model.held.layers import HeldWeights
 
 _FORMATS = "trainer.model.held.formats"
@@ -93,19 +89,17 @@ class HeldFormat(ABC):
         """What the scales of a whole matrix still become together, if anything."""
         return None
 
-    def product(self, x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
-        """x (..., in_features) by a layer's weight, and its bias -> (..., out_features)."""
-        from trainer.model.held.layers import product
-
-        return product(x, self.weight(linear), bias, in_fp8=getattr(linear, "in_fp8", False))
-
-    def product_back(self, grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
-        """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total`
-        where that is given, to which it is added.
+    def product(self, x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor | None:
+        """x (..., in_features) by a layer's weight, and its bias -> (..., out_features), where the format has a way of
+        its own; None where it is the product with `weight`.
         """
-        from trainer.model.held.layers import product_back
+        return None
 
-        return product_back(grad, self.weight(linear), total, in_fp8=getattr(linear, "in_fp8", False))
+    def product_back(self, grad: Tensor, linear: nn.Linear, total: Tensor | None) -> Tensor | None:
+        """Likewise the gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in
+        `total` where that is given, to which it is added.
+        """
+        return None
 
     def weight(self, linear: Any) -> Tensor:
         """The weight of a linear layer, (out_features, in_features)."""
@@ -127,66 +121,6 @@ class Spanning(Protocol):
         ...
 
 
-class NewTensor(NamedTuple):
-    """A tensor of a file to be written; `dtype` as safetensors names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass
-class WeightError:
-    """Sums over the quantized weights: of the squares of the differences, and of the weights."""
-
-    differences: float = 0.0
-    weights: float = 0.0
-
-    def add(self, weights: Tensor, decoded: Tensor) -> None:
-        import torch
-
-        self.differences += float((decoded.float() - weights.float()).square().sum(dtype=torch.float64))
-        self.weights += float(weights.float().square().sum(dtype=torch.float64))
-
-    @property
-    def relative(self) -> float:
-        return (self.differences / self.weights) ** 0.5 if self.weights else 0.0
-
-
-class Encoder(Protocol):
-    """A way to store a matrix in fewer bits, as other programs read it."""
-
-    @property
-    def name(self) -> str:
-        """In words, such as nf4."""
-        ...
-
-    def takes(self, shape: tuple[int, int]) -> bool:
-        """Whether a matrix of this shape can be stored so."""
-        ...
-
-    def at_once(self, shape: tuple[int, int]) -> int:
-        """A matrix may be encoded in portions of any multiple of so many elements."""
-        ...
-
-    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        """The tensors in place of the weight `name`, in the order in which `encode` gives their bytes."""
-        ...
-
-    def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
-        """`pieces` are the flat weights, in order; each but the last a multiple of `at_once` long."""
-        ...
-
-    def configuration(self, untouched: list[str]) -> dict[str, Any]:
-        """The quantization_config of config.json; `untouched` are the paths of linear layers that stay as they are."""
-        ...
-
-
 class Encodes(Protocol):
     """A form in which a merged model can be exported."""
 
@@ -204,4 +138,6 @@ class Encodes(Protocol):
 
 def encoders() -> dict[str, Encodes]:
     """Every form in which a merged model can be exported, by its name in `--format`."""
+    from trainer.config.registry import kinds  # later, as the configuration asks the formats while it is imported
+
     return kinds(_FORMATS, "ENCODERS")

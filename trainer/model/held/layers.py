@@ -22,6 +22,7 @@ class HeldWeights(nn.Module):
     """
 
     weight: Tensor
+    absmax: nn.Parameter
     absmax_mean: Tensor
     form: HeldFormat
     dtype: torch.dtype
@@ -114,14 +115,18 @@ def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be
     gathered.
     """
-    return held_by(linear).product(x, linear, bias)
+    form = held_by(linear)
+    result = form.product(x, linear, bias)
+    return _product(x, linear, form.weight(linear), bias) if result is None else result
 
 
 def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
     """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where
     that is given, to which it is added.
     """
-    return held_by(linear).product_back(grad, linear, total)
+    form = held_by(linear)
+    result = form.product_back(grad, linear, total)
+    return _product_back(grad, linear, form.weight(linear), total) if result is None else result
 
 
 def weight_of(linear: nn.Linear) -> Tensor:
@@ -131,23 +136,25 @@ def weight_of(linear: nn.Linear) -> Tensor:
     return held_by(linear).weight(linear)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, *, in_fp8: bool) -> Tensor:
-    """x (..., in) by a weight (out, in), and a bias."""
+def _product(x: Tensor, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
-        return fp8.product(x, weight) if in_fp8 else nn.functional.linear(x, weight)
-    result = fp8.product(x, weight).add_(bias) if in_fp8 else nn.functional.linear(x, weight, bias)
+        return fp8.product(x, weight) if _is_in_fp8(linear) else nn.functional.linear(x, weight)
+    result = fp8.product(x, weight).add_(bias) if _is_in_fp8(linear) else nn.functional.linear(x, weight, bias)
     # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as
     # Falcon's code does.
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
-def product_back(grad: Tensor, weight: Tensor, total: Tensor | None, *, in_fp8: bool) -> Tensor:
-    """A gradient (..., out) by a weight (out, in), added to `total` where that is given."""
-    if total is not None and not in_fp8:
+def _product_back(grad: Tensor, linear: nn.Linear, weight: Tensor, total: Tensor | None) -> Tensor:
+    if total is not None and not _is_in_fp8(linear):
         total.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
         return total
-    result = fp8.product(grad, weight.t()) if in_fp8 else grad @ weight
+    result = fp8.product(grad, weight.t()) if _is_in_fp8(linear) else grad @ weight
     return result if total is None else total.add_(result.view_as(total))
+
+
+def _is_in_fp8(linear: nn.Linear) -> bool:
+    return isinstance(linear, HeldLinear) and linear.in_fp8
 
 
 def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:

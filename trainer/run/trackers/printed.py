@@ -6,7 +6,9 @@ from trainer.run.trackers.tracker import Tracker
 
 
 class Printed(Tracker):
-    """Prints a line of a record at once: a line of a log is of use when it comes."""
+    """Prints a line of a record at once: a line of a log is of use when it comes. An early end is printed by every rank
+    itself (trainer/train/end_record.py).
+    """
 
     name = "the progress"
     seconds = 3600.0
@@ -15,5 +17,6 @@ class Printed(Tracker):
         self._lines = PlainLines(every)
 
     def add(self, record: Record) -> None:
-        if text := self._lines.of(record):
+        is_early_end = record["kind"] == "end" and record["outcome"] != "finished"
+        if not is_early_end and (text := self._lines.of(record)):
             print(text, flush=True)

@@ -82,12 +82,15 @@ class Service(Protocol):
 
 def points(record: Record) -> dict[str, float]:
     """The numbers of a record by the curves that they are points of, which have the same names everywhere:
-    `train/<name>` of a step, `eval/<name>` or `eval/<set>/<name>` of an evaluation. Empty for a record of another kind.
+    `train/<name>` of a step, `eval/<name>` or `eval/<set>/<name>` of an evaluation, `<action>/<name>` of what an action
+    (trainer/train/every/) measured. Empty for a record of another kind.
     """
     if record["kind"] == "step":
         curve = "train"
     elif record["kind"] == "eval":
         curve = f"eval/{record['set']}" if record.get("set") else "eval"
+    elif record["kind"] == "measured":
+        curve = record["by"]
     else:
         return {}
     return {

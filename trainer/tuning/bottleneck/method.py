@@ -37,6 +37,8 @@ class BottleneckAdapters(OfSettings):
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
     file_names: ClassVar[Collection[str]] = (_WEIGHTS, _LOADER)
+    counts_activations: ClassVar[bool] = True
+    adapts_4_bits: ClassVar[bool] = True
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         found = list[str]()
@@ -118,3 +120,4 @@ class BottleneckAdapters(OfSettings):
 
 
 METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"bottleneck": BottleneckAdapters}
+ABOUT = {"bottleneck": "narrow layers after attention and MLP"}

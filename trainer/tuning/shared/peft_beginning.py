@@ -17,10 +17,10 @@ from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.state.optimizer.optimizer import Interval
 from trainer.store.safetensors_index import TensorSource, read_header
 from trainer.store.store import Store
-from trainer.tuning.method import Method, SavedByPeft
+from trainer.tuning.method import Method
 from trainer.tuning.shared.beginning import SETTING, Values, unlike_settings
+from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
-from trainer.tuning.shared.wrapper import Around
 
 # PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
 _BEYOND = (
@@ -69,10 +69,11 @@ class PeftFolder:
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs, kind = self._settings, self._settings.get("peft_type")
-        if kind != "LORA" or isinstance(method, Around) or not isinstance(method, SavedByPeft):
+        low_rank = low_rank_methods(config.tuning)
+        if kind != "LORA" or not isinstance(method, LowRank):
             return [
                 f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is"
-                f" {config.tuning.method}. Of PEFT's folders those of lora, rslora and dora are read, without experts,"
+                f" {config.tuning.method}. Of PEFT's folders those of {', '.join(low_rank)} are read, without experts,"
                 " modules_to_save or add_tokens; others begin from a run."
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
@@ -82,7 +83,10 @@ class PeftFolder:
                 f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has"
                 " changed. Save it again with path_initial_model_for_weight_conversion, or begin from a run."
             ]
-        name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
+        options = {name for other in low_rank.values() for name in other.options}
+        asked = {name for name in options if theirs.get(name)}
+        alike = [name for name, other in low_rank.items() if {key for key, on in other.options.items() if on} == asked]
+        name = alike[0] if alike else " and ".join(sorted(asked))
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
         own = {key: value for key, value in method.identity.items() if key in given}
         return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers()
@@ -121,7 +125,7 @@ class PeftFolder:
         """The name in the file of each parameter that learns; where the file does not have it, that in the language
         model alone.
         """
-        alone = {name: f"{PREFIX}{cast(SavedByPeft, self.method).saved_name(name)}" for name in self._shapes}
+        alone = {name: f"{PREFIX}{cast(LowRank, self.method).saved_name(name)}" for name in self._shapes}
         if all(saved in self._tensors for saved in alone.values()):
             return alone
         layers = sorted({_layer(saved).removeprefix(PREFIX) for saved in alone.values()})

@@ -22,7 +22,7 @@ def status(
     from launcher.view.sweep import is_sweep
     from launcher.view.tables import render, watch_table
 
-    folder = open_run(run, store)
+    folder = open_run(run, store, prepared=True)
     if is_sweep(folder):
         _show_sweep(folder, follow=follow, as_json=as_json)
         return

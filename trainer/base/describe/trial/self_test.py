@@ -54,30 +54,33 @@ def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
 
     Raises whatever its forward pass raises with plain weights and one document.
     """
-    _spread(model)
+    model.eval()
     inner = body(model)
-    others = min(
-        200, model.config.get_text_config().vocab_size - 3
-    )  # than the first tokens, which often mean something
-    tokens = torch.arange(sum(_LENGTHS)).mul(37).remainder(others).add(3)[None]
+    tokens = some_text(model, sum(_LENGTHS))
     documents = tokens.split(_LENGTHS, dim=1)
     with torch.no_grad():
-        alone = torch.cat([_hidden(inner, document) for document in documents], dim=1)
-        begun = _hidden(inner, documents[1][:, : _LENGTHS[1] // 2])
-        ahead = _share_of_different(begun, alone[:, _LENGTHS[0] :][:, : begun.shape[1]]) >= _MOST
+        alone = torch.cat([hidden_states(inner, document) for document in documents], dim=1)
+        begun = hidden_states(inner, documents[1][:, : _LENGTHS[1] // 2])
+        ahead = share_of_different(begun, alone[:, _LENGTHS[0] :][:, : begun.shape[1]]) >= _MOST
         apart = takes_positions(inner)
         keep_documents_apart(model)
         positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
         try:
             with lengths_known(_LENGTHS):
-                packed = _hidden(inner, tokens, positions)
-            apart &= _share_of_different(packed, alone, first=_LENGTHS[0]) < _MOST
+                packed = hidden_states(inner, tokens, positions)
+            apart &= share_of_different(packed, alone, first=_LENGTHS[0]) < _MOST
         except Exception:  # a family's code for rows that it was not made for
             apart = False
         shared = _fails_shared(inner, tokens, positions, alone)
         prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
-        together = read_together(inner, lambda: _hidden(inner, documents[1]))
+        together = read_together(inner, lambda: hidden_states(inner, documents[1]))
         return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read), together)
+
+
+def some_text(model: PreTrainedModel, length: int) -> Tensor:
+    """(1, length) int64, without the first tokens, which often mean something."""
+    others = min(200, model.config.get_text_config().vocab_size - 3)
+    return torch.arange(length).mul(37).remainder(others).add(3)[None]
 
 
 class ThreadPeers:
@@ -109,7 +112,7 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
         slices = (values.chunk(ThreadPeers.size, dim=1)[part] for values in (tokens, positions))
         try:
             with torch.no_grad(), lengths_known(_LENGTHS, ThreadPeers(part, given, meeting)):
-                return _hidden(inner, *slices)
+                return hidden_states(inner, *slices)
         except BrokenBarrierError:  # the other one says why
             return None
         except Exception as error:  # a family's code for a part of a row
@@ -121,7 +124,7 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
     if why := next((part for part in found if isinstance(part, str)), None):
         return why
     parts = [part for part in found if isinstance(part, Tensor)]
-    different = _share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
+    different = share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
     return _OTHERWISE if different else None
 
 
@@ -131,33 +134,21 @@ def _fails_prefix(inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
     """
     first, other = documents[1], documents[2]
     prefix, lengths = first.shape[1] // 2, (first.shape[1], other.shape[1])
-    expected = _hidden(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
+    expected = hidden_states(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
     positions = torch.cat([torch.arange(lengths[0]), torch.arange(prefix, prefix + lengths[1])])[None]
     try:
         with lengths_known(lengths, prefixes=((0, 0), (0, prefix))):
-            found = _hidden(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
+            found = hidden_states(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
     except Exception as error:  # a family's code for rows that it was not made for
         return _reason(error)
-    return _OTHERWISE if _share_of_different(found, expected) >= _MOST_SHARED else None
+    return _OTHERWISE if share_of_different(found, expected) >= _MOST_SHARED else None
 
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, CannotDivide) else f"it raises {type(error).__name__} then"
 
 
-def _spread(model: PreTrainedModel) -> None:
-    """Weights that are large enough for a layer to matter beside what goes past it."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for value in model.parameters():
-            if value.ndim > 1 and 0 < float(value.std()) < 0.08:
-                value.mul_(0.08 / value.std())
-            elif value.ndim == 1:
-                value.add_(0.05 * torch.randn_like(value))
-    model.eval()
-
-
-def _hidden(inner: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+def hidden_states(inner: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     given = dict[str, Any]()
     if takes_positions(inner):
         given["position_ids"] = torch.arange(tokens.shape[1])[None] if positions is None else positions
@@ -169,7 +160,7 @@ def takes_positions(inner: nn.Module) -> bool:
     return "position_ids" in signature(inner.forward).parameters
 
 
-def _share_of_different(one: Tensor, other: Tensor, first: int = 0) -> float:
+def share_of_different(one: Tensor, other: Tensor, first: int = 0) -> float:
     far = (one - other).abs().amax(-1)[0, first:] > _DIFFERENT * other.abs().amax()
     return float(far.float().mean())
 
@@ -180,7 +171,7 @@ def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in learning)
     with torch.enable_grad():
-        return _hidden(inner, document).requires_grad
+        return hidden_states(inner, document).requires_grad
 
 
 def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]) -> str | None:
@@ -188,7 +179,7 @@ def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, re
     packed = [_packed(weight.data) for _, weight in weights]
     for (_, weight), (_, _, left) in zip(weights, packed, strict=True):
         weight.data = left
-    plain = _hidden(inner, document)
+    plain = hidden_states(inner, document)
     try:
         prepare_experts(model)
         for experts in filter(is_experts, model.modules()):
@@ -196,10 +187,10 @@ def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, re
         for (name, weight), (codes, absmax, _) in zip(weights, packed, strict=True):
             module = hold(model, name, weight, _FORM, torch.float32)
             module.weight, module.absmax = (nn.Parameter(part, requires_grad=False) for part in (codes, absmax))
-        found = _hidden(inner, document)
+        found = hidden_states(inner, document)
     except Exception as error:  # a family's code that looks into a weight
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
-    return "its predictions are others then" if _share_of_different(found, plain) >= _MOST else None
+    return "its predictions are others then" if share_of_different(found, plain) >= _MOST else None
 
 
 def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.base.describe.config_json import EXPERT_COUNTS
@@ -33,15 +34,28 @@ BY_LAYER = ("layer", "pattern", "types", "intermediate_size")
 def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
     """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes.
     Raises whatever transformers does for sizes that a family was not made for."""
-    made = type(config)(**small_settings(config))
+    made: Any = type(config)(**small_settings(config))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         if isinstance(like, LanguagePart):
             decoder = type(like.model)(made)
-            return LanguagePart(decoder, torch.nn.Linear(HIDDEN, VOCABULARY, bias=False), type(like))
+            head = nn.Linear(made.hidden_size, made.vocab_size, bias=False)
+            return _spread(LanguagePart(decoder, head, type(like)))
         # transformers' grouped products want widths of whole 16 bytes.
         options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-        return with_linear_layers(AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options))
+        return _spread(with_linear_layers(AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options)))
+
+
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that are large enough for a layer to matter beside what goes past it."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for value in model.parameters():
+            if value.ndim > 1 and 0 < float(value.std()) < 0.08:
+                value.mul_(0.08 / value.std())
+            elif value.ndim == 1:
+                value.add_(0.05 * torch.randn_like(value))
+    return model.eval()
 
 
 def small_settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -138,14 +152,24 @@ def _size_of(key: Any, value: Any) -> Any:
         return _sized(value)
     if not isinstance(key, str):
         return value
-    if key.endswith("token_id") and isinstance(value, int):
-        return 0 if key == "pad_token_id" else min(value, 2)
+    if (found := small_id(key, value)) is not value:
+        return found
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     if key.endswith(_WIDTH_OF_MLP) or "intermediate_size" in key:
         return min(value, _NARROW)
     small = _SIZES.get(key)
     return value if small is None else min(value, small)
+
+
+def small_id(key: str, value: Any) -> Any:
+    """The value of a setting, which for the id of a token is one that the trial's text has not."""
+    if not key.endswith(_IDS) or not isinstance(value, int) or isinstance(value, bool):
+        return value
+    return 0 if key == "pad_token_id" else min(value, 2)
+
+
+_IDS = ("token_id", "token_index")
 
 
 def _is_by_layer(key: str, value: Any, count: int) -> bool:

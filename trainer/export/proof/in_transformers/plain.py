@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from trainer.base.describe.composite import place_of_decoder
+from trainer.base.describe.composite import outputs_lack_nothing, place_of_decoder
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_part import is_part
 from trainer.config import Quant
@@ -31,7 +31,7 @@ from trainer.export.proof.rows import ProbeRow
 from trainer.model.parts import body, in_order
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
-from trainer.tuning.method import Method, OwnFormat
+from trainer.tuning.method import Method
 
 _LONGEST_REASON = 600
 
@@ -161,9 +161,10 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
     Raises:
         ConfigError: it cannot be read.
     """
-    if isinstance(method, OwnFormat):
-        with _reading("the method's own loader", adapter):
-            return model, method.load_exported(model, adapter)
+    with _reading("the method's own loader", adapter):
+        without = method.load_exported(model, adapter)
+    if without is not None:
+        return model, without
     with _reading("PEFT", adapter):
         whole = _whole_class(model)
         adapted = PeftModel.from_pretrained(whole, str(adapter)).eval()
@@ -195,14 +196,14 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
 
 
 def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """For each row the logits (P, V) fp32 at its places, on the CPU."""
-    language = language_part(model)
-    # PEFT's wrapper adds virtual tokens. Otherwise the language model is asked, as some whole classes want an image.
-    asked = model if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning else language
-    with torch.no_grad():
+    """For each row the logits (P, V) fp32 at its places, on the CPU, by the class that people load."""
+    virtual = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    asked = model if virtual else _whole_class(language_part(model))  # PEFT's wrapper adds virtual tokens
+    where = language_part(model).device
+    with torch.no_grad(), outputs_lack_nothing():
         return [
             # From the end: virtual tokens of an adapter have logits too, before those of the row.
-            asked(input_ids=row.tokens.to(language.device), use_cache=False)
+            asked(input_ids=row.tokens.to(where), use_cache=False)
             .logits[0, row.places - row.tokens.shape[1]]
             .float()
             .cpu()

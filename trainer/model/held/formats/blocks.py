@@ -20,12 +20,13 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.held.held import Encodes, HeldFormat, NewTensor, Spanning, WeightError
+from trainer.model.held.held import Encodes, HeldFormat, Spanning
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trainer.model.held.encoder import NewTensor, WeightError
     from trainer.model.held.layers import HeldWeights
 
 NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
@@ -221,6 +222,8 @@ class BitsAndBytes:
         return self.form.block_size
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
+        from trainer.model.held.encoder import NewTensor
+
         sizes = self.form.sizes(*shape)
         double = self.form.double
         absmax = NewTensor(f"{name}.absmax", "U8" if double else "F32", (self.form.blocks(shape[0] * shape[1]),))
@@ -240,6 +243,7 @@ class BitsAndBytes:
         import torch
 
         from trainer.model.held.blockwise import four_bit_code, nested_code
+        from trainer.model.held.encoder import as_bytes
 
         form, scales, columns = self.form, list[Tensor](), shape[1]
         for weights in pieces:
@@ -280,11 +284,10 @@ class BitsAndBytes:
         }
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    import torch
-
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
+ABOUT = {
+    "nf4": "4 bits a weight, by the quantiles of a normal distribution (QLoRA)",
+    "fp4": "4 bits a weight, as small floating numbers",
+    "int8": "8 bits a weight, whole numbers",
+}
 HELD = {name: Blocks(name) for name in ("nf4", "fp4", "int8")}
 ENCODERS: dict[str, Encodes] = {"nf4": Blocks("nf4")}

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.held.formats.blocks import as_bytes
-from trainer.model.held.held import Encodes, NewTensor, WeightError
+from trainer.model.held.held import Encodes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from trainer.model.held.encoder import NewTensor, WeightError
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,15 @@ class Fp8Tiles:
         return self.tile * shape[1]
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
+        from trainer.model.held.encoder import NewTensor
+
         tiles = (shape[0] // self.tile, shape[1] // self.tile)
         return [NewTensor(name, "F8_E4M3", shape), NewTensor(f"{name}_scale_inv", "F32", tiles)]
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         import torch
+
+        from trainer.model.held.encoder import as_bytes
 
         largest, scales = torch.finfo(torch.float8_e4m3fn).max, list[Tensor]()
         for weights in pieces:

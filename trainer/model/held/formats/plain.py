@@ -23,10 +23,11 @@ class Plain(HeldFormat):
         raise AssertionError("a plain weight stays the parameter that the model has")
 
     def matrices(self, held: HeldWeights, first: int, last: int) -> Tensor:
-        return held.data[first:last]
+        raise AssertionError("a plain weight stays the parameter that the model has")
 
     def weight(self, linear: Any) -> Tensor:
         return linear.weight.detach()
 
 
+ABOUT = {"none": "16-bit weights"}
 HELD = {"none": Plain()}

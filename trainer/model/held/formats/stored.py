@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.model.held.codes import VALUES, Kept, Numbers
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trainer.model.held.codes import Kept, Numbers
     from trainer.model.held.layers import HeldWeights
 
 # Weights that are decoded at once.
@@ -86,6 +86,8 @@ def _table(numbers: Numbers, device: torch.device) -> Tensor:
     """The values of the codes in each byte, fp32: (256, 2) of codes in 4 bits, (256, 1) of others."""
     import torch
 
+    from trainer.model.held.codes import VALUES
+
     values, byte = torch.tensor(VALUES[numbers], dtype=torch.float32), torch.arange(256)
     table = torch.stack([values[byte & 15], values[byte >> 4]], 1) if len(values) == 16 else values[:, None]
     return table.to(device)
@@ -105,4 +107,10 @@ def _types() -> dict[str, torch.dtype]:
     }
 
 
+ABOUT = {
+    "stored": (
+        "as the base's files have them, in INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too; docs/bases.md says"
+        " which bases can"
+    )
+}
 HELD = {"stored": Stored()}

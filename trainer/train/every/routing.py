@@ -4,15 +4,16 @@ An expert's share is that of the tokens of its layer that it sees; the shares of
 token visits. Padding is counted, and the recomputation of activations, which is alike in all layers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
+from trainer.train.every.every import Action, ActionKind, Actions, Moment, Stage
 
-from trainer.model.parts import is_experts
-from trainer.processes.ranks import Ranks
-from trainer.run.metrics import Metrics
+if TYPE_CHECKING:
+    from trainer.train.loop import Training
+    from trainer.train.start import Start
 
 
 class Layer(NamedTuple):
@@ -31,42 +32,43 @@ class Layer(NamedTuple):
         return max(self.visits) * len(self.visits) / max(1, sum(self.visits))
 
 
-class Routing:
-    """The counts of a model's experts; of a base that is no mixture there are none, and nothing is written."""
+class Routing(Action):
+    """The counts of a mixture's experts, by the paths of their modules. The shares since the save before are written
+    with each save.
+    """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, metrics: Metrics) -> None:
-        self._modules: dict[str, Any] = {path: part for path, part in model.named_modules() if is_experts(part)}
-        self._ranks, self._metrics = ranks, metrics
+    stage = Stage.REPORT
+
+    def __init__(self, modules: Mapping[str, Any], start: Start) -> None:
+        self._modules, self._ranks, self._metrics = modules, start.ranks, start.metrics
         self._since: dict[str, Layer] = {}
 
-    def measured(self) -> dict[str, float]:
-        """The measures of a step that has passed: the largest `load` of all layers, and the experts that saw no token.
-        Collective.
-        """
+    def stepped(self, step: int) -> Mapping[str, float]:
+        """The largest `load` of all layers, and the experts that saw no token."""
         layers = self._taken()
         self._since = {path: Layer(_added(self._since.get(path), layer), layer.each) for path, layer in layers.items()}
         return _measures(layers)
 
-    def report(self, step: int) -> None:
-        """Write the shares of the steps since the last report."""
-        self._write(step, "train", self._since)
+    def is_due(self, now: Moment) -> bool:
+        return now.saved
+
+    def act(self, now: Moment) -> None:
+        self._write(now.step, "train", self._since)
         self._since = {}
 
-    def evaluated(self, step: int, of: str = "eval") -> dict[str, float]:
-        """The measures of an evaluation that has passed, `of` some data, whose shares are written. Collective."""
+    def evaluated(self, step: int, of: str) -> Mapping[str, float]:
         layers = self._taken()
         self._write(step, of, layers)
         return _measures(layers)
 
     def _write(self, step: int, of: str, layers: Mapping[str, Layer]) -> None:
-        if layers:
-            shares = {path: [round(share, 4) for share in layer.shares] for path, layer in layers.items()}
-            self._metrics.write("experts", step=step, of=of, shares=shares)
+        shares = {path: [round(share, 4) for share in layer.shares] for path, layer in layers.items()}
+        self._metrics.write("experts", step=step, of=of, shares=shares)
 
     def _taken(self) -> dict[str, Layer]:
         """The counts since they were last taken."""
-        if not self._modules:
-            return {}
+        import torch
+
         counts = self._ranks.total(torch.cat([module.visits for module in self._modules.values()])).tolist()
         layers: dict[str, Layer] = {}
         for path, module in self._modules.items():
@@ -81,7 +83,15 @@ def _added(before: Layer | None, layer: Layer) -> list[int]:
 
 
 def _measures(layers: Mapping[str, Layer]) -> dict[str, float]:
-    if not layers:
-        return {}
     unused = sum(layer.visits.count(0) for layer in layers.values())
     return {"expert_load": round(max(layer.load for layer in layers.values()), 4), "experts_unused": unused}
+
+
+def _open(run: Training, _: Actions) -> Routing | None:
+    from trainer.model.parts import is_experts
+
+    modules = {path: part for path, part in run.engine.model.named_modules() if is_experts(part)}
+    return Routing(modules, run.start) if modules else None
+
+
+ACTIONS = {"routing": ActionKind(_open)}

@@ -1,0 +1,150 @@
+"""What is trained is the class that people load: what a whole class does to text beside its language model is computed,
+or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, LlavaForConditionalGeneration, PretrainedConfig
+
+from tests.composites import make_composite
+from tests.material import make_base
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.language_part import LanguagePart, whole_class
+from trainer.base.describe.meta import architecture_of
+from trainer.base.describe.trial.small import small_settings
+from trainer.base.find.locate import resolve_base
+from trainer.base.rows.parameters import find_all_weights
+from trainer.config import Model
+from trainer.errors import ConfigError
+from trainer.model.head import LossHead
+from trainer.model.parts import body
+
+TOWER = {"hidden_size": 32, "depth": 1, "num_hidden_layers": 1, "num_global_layers": 1, "intermediate_size": 48}
+TOWER |= {"num_heads": 2, "attention_heads": 2, "num_attention_heads": 2, "out_hidden_size": 64}
+# A whole class -> settings of its own that its small model needs, and those of its language model.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cohere2_vision": ({}, {"logit_scale": 0.25}),
+    "granite_docling": ({}, {"logits_scaling": 8.0}),
+    "mistral_large4": ({}, {}),
+    "muse_glimmer": ({}, {}),
+    "llava": ({}, {}),
+}
+
+
+def whole_config(kind: str) -> PretrainedConfig:
+    config: Any = CONFIG_MAPPING[kind]()
+    own, text = KINDS[kind]
+    sizes = {key: size for key, size in TOWER.items() if hasattr(config.vision_config, key)}
+    settings = {**small_settings(config.get_text_config()), **text}
+    return type(config)(text_config=settings, vision_config=sizes, **own)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] if kind == "mistral_large4" else []) for kind in KINDS]
+)
+def test_logits_are_those_of_the_class_that_people_load(kind: str) -> None:
+    config = whole_config(kind)
+    found = read_architecture({**config.to_dict(), "model_type": kind})
+    torch.manual_seed(0)
+    whole: Any = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for value in whole.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    tokens, plain = torch.arange(3, 30)[None], whole.get_output_embeddings()
+    head = LossHead(plain.in_features, plain.out_features, bias=False)
+    head.weight, head.bias = plain.weight, plain.bias
+    head.factor, head.divisor, head.softcap = found.logit_factor, found.logit_divisor, found.softcap
+    with torch.no_grad():
+        expected = whole(input_ids=tokens, use_cache=False).logits
+        hidden = body(LanguagePart.of(whole))(input_ids=tokens, use_cache=False).last_hidden_state
+        assert torch.allclose(head(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+_llava = LlavaForConditionalGeneration.forward
+
+
+def _otherwise(self: Any, input_ids: Any, **given: Any) -> Any:
+    return _llava(self, input_ids=input_ids.flip(1), **given)
+
+
+def _with_a_bias(self: Any, **given: Any) -> Any:
+    result = _llava(self, **given)
+    result.logits = result.logits + 1
+    return result
+
+
+def _blind(self: Any, **_given: Any) -> Any:
+    raise ValueError("You have to specify pixel_values")
+
+
+@pytest.mark.parametrize(
+    ("forward", "sentence"),
+    [
+        (_otherwise, "LlavaForConditionalGeneration, which computes otherwise for text than its decoder and its head"),
+        (_with_a_bias, "has more than one matrix, a factor and a cap between its last hidden states and its logits"),
+        (_blind, r"which cannot compute for text alone \(ValueError: You have to specify pixel_values\)"),
+    ],
+)
+def test_a_class_that_does_more_than_its_language_part_is_refused(
+    forward: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**whole_config("llava").to_dict(), "model_type": "llava"}
+    assert architecture_of(given, None, "the base")["logit_factor"] == 1
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
+    with pytest.raises(ConfigError, match=sentence):
+        architecture_of(given, None, "the base")
+
+
+def test_the_whole_class_is_the_one_that_architectures_names_where_it_suits() -> None:
+    config: Any = CONFIG_MAPPING["dots3_note"]()
+    assert whole_class(config).__name__ == "Dots3NoteForConditionalGeneration"
+    for named in ("Dots3NoteForCausalLM", "LlamaForCausalLM", "MyOwnModel", "Dots3NoteModel"):
+        config.architectures = [named]
+        assert whole_class(config).__name__ == "Dots3NoteForConditionalGeneration"
+    config = CONFIG_MAPPING["emu3"]()
+    config.architectures = ["Emu3ForConditionalGeneration"]
+    assert whole_class(config).__name__ == "Emu3ForConditionalGeneration"
+
+
+def test_a_class_that_asks_its_language_models_output_for_pictures_is_tried_on_text() -> None:
+    """Llama 4's whole class asks for a field that the output of its language model has not, in transformers 5.24."""
+    config: Any = CONFIG_MAPPING["llama4"]()
+    text = {key: value for key, value in small_settings(config.text_config).items()}
+    found = architecture_of({"model_type": "llama4", "text_config": text}, None, "the base")
+    assert found["tried"]
+    assert found["softcap"] is None
+
+
+@pytest.mark.parametrize(("top", "nested"), [(False, True), (True, False)])
+def test_a_head_is_tied_where_the_class_that_people_load_ties_it(top: bool, nested: bool, tmp_path: Path) -> None:
+    """`tie_word_embeddings` is there twice in the settings of a whole class."""
+    folder = tmp_path / "base"
+    made: Any = make_composite(folder, "mistral3")
+    given = json.loads((folder / "config.json").read_text())
+    given["tie_word_embeddings"] = top
+    given["text_config"]["tie_word_embeddings"] = nested
+    (folder / "config.json").write_text(json.dumps(given))
+    if top:
+        with torch.no_grad():
+            made.lm_head.weight.copy_(made.get_input_embeddings().weight)
+        made.config.tie_word_embeddings = top
+        made.save_pretrained(folder, max_shard_size="60KB")
+        (folder / "config.json").write_text(json.dumps(given))
+    loaded: Any = AutoModelForMultimodalLM.from_pretrained(folder)
+    tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    base = resolve_base(Model(base=str(folder)))
+    assert base.architecture.head_is_embedding == tied == top
+    assert (base.architecture.head in find_all_weights(base).sources) == (not tied)
+
+
+def test_two_weights_in_the_files_for_one_of_the_model_are_an_error_of_loading(tmp_path: Path) -> None:
+    base = make_base(tmp_path, "llama", tie_word_embeddings=False)
+    settings = base / "config.json"
+    given = json.loads(settings.read_text())
+    find_all_weights(resolve_base(Model(base=str(base))))
+    settings.write_text(json.dumps({**given, "tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match=r"has two weights for model.embed_tokens.weight, which differ, where its"):
+        find_all_weights(resolve_base(Model(base=str(base))))

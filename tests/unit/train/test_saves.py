@@ -1,0 +1,77 @@
+"""When a checkpoint is due, by a clock that is not waited for."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from trainer.config import parse_config
+from trainer.config.run import Checkpoint
+from trainer.data.order.position import Position
+from trainer.train.every.every import Moment, Window
+from trainer.train.every.save import Save
+
+MINUTE = 60.0
+WINDOW = Window(Position(), Position(bin=1))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1e6
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def training(rules: Checkpoint, clock: Clock) -> Any:
+    quiet = {name: lambda *_, **__: None for name in ("advance", "save", "prove", "finish")}
+    return SimpleNamespace(
+        start=SimpleNamespace(config=SimpleNamespace(checkpoint=rules)),
+        clock=clock,
+        engine=None,
+        checkpoints=SimpleNamespace(ready=True, **quiet),
+        horizon=SimpleNamespace(is_due=lambda per_epoch, begin, end: False),
+    )
+
+
+def saved_at(rules: Checkpoint, minutes: list[float]) -> list[int]:
+    """The steps that are saved, where each takes so many minutes, and a save one more."""
+    clock, steps = Clock(), list[int]()
+    run: Any = training(rules, clock)
+    nobody: Any = None
+    saves = Save(run, nobody)
+
+    def save(*_: Any, **__: Any) -> None:
+        clock.now += MINUTE
+
+    run.checkpoints.save = save
+    for step, took in enumerate(minutes, 1):
+        clock.now += took * MINUTE
+        # The clock of another rank says nothing.
+        saves.heard([saves.told(), (1.0, 1e9)])
+        if saves.is_due(now := Moment(step, WINDOW)):
+            steps.append(step)
+            saves.act(now)
+    return steps
+
+
+def test_by_default_half_an_hour_after_the_last_save_is_due() -> None:
+    given = parse_config("run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 9}\n")
+    assert given.checkpoint.every_minutes == 30
+    rules = given.checkpoint.model_copy(update={"every_steps": 0})
+    assert saved_at(rules, [10] * 9) == [3, 6, 9]  # the minute of a save is not one of those after it
+    assert saved_at(rules, [29.9, 0.2, 45, 1, 29]) == [2, 3, 5]
+
+
+def test_steps_and_minutes_each_make_a_save_due_and_zero_is_never() -> None:
+    both = Checkpoint(every_steps=4, every_minutes=30)
+    assert saved_at(both, [10] * 8) == [3, 4, 7, 8]
+    assert saved_at(Checkpoint(every_steps=4, every_minutes=0), [10] * 8) == [4, 8]
+    assert saved_at(Checkpoint(every_steps=0, every_minutes=0), [100] * 8) == []
+
+
+def test_the_first_update_of_a_start_the_last_state_and_an_evaluation_are_saved_in_any_case() -> None:
+    run = training(Checkpoint(every_steps=0, every_minutes=0, keep_best=1), Clock())
+    nobody: Any = None
+    saves = Save(run, nobody)
+    cases = {"first": Moment(3, WINDOW, first=True), "last": Moment(3, WINDOW, last=True), "none": Moment(3, WINDOW)}
+    assert {name: saves.is_due(now) for name, now in cases.items()} == {"first": True, "last": True, "none": False}
+    assert saves.is_due(Moment(3, WINDOW, evaluated=2.0))
