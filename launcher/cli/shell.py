@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -17,7 +20,17 @@ _HELP_WIDTH = 60  # a candidate and its help are one line
 
 
 class Verb(TyperCommand):
-    """A command whose flags have no type in its help: it is there or not."""
+    """A command whose flags have no type in its help: it is there or not. An option that it does not have is refused
+    with what to write `instead`."""
+
+    instead: Mapping[str, str] = MappingProxyType({})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = args[: args.index("--")] if "--" in args else args
+        for name in (argument.partition("=")[0] for argument in given):
+            if name in self.instead:
+                raise ConfigError(f"{name}: there is no such option. Write {self.instead[name]}.")
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_untyped(parameter) for parameter in super().get_params(ctx)]

@@ -196,13 +196,6 @@ def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
     return outcome
 
 
-def restores_format_2(uri: str) -> dict[str, Any]:
-    """Restore the checkpoint of step 4 that an earlier version wrote, and read it whole as an export does."""
-    ranks, run = join(), open_store(uri)
-    outcome = _restore(run, ranks, Fault())
-    return {**outcome, "wrong": wrong_with(run, 4)}
-
-
 # Rules of saving.
 
 

@@ -270,7 +270,7 @@ class Tuning(Section):
     )
     virtual_tokens: int = setting(
         20,
-        about="Tokens that prompt and prefix learn and put before each document.",
+        about="Tokens that are learnt and put before each document.",
         example=100,
         ge=1,
         le=4096,
@@ -279,7 +279,7 @@ class Tuning(Section):
     init_text: str | None = setting(
         None,
         about=(
-            "Text whose tokens, repeated or cut to virtual_tokens, are those that prompt and prefix start from."
+            "Text whose tokens, repeated or cut to virtual_tokens, are those that the virtual ones start from."
             " Default: tokens drawn from the vocabulary by run.seed."
         ),
         example="Classify the message as spam or not: ",
@@ -287,7 +287,7 @@ class Tuning(Section):
     )
     experts: bool = setting(
         False,
-        about="Adapters on every matrix of a mixture's experts as well (lora and rslora). Routers stay frozen.",
+        about="Adapters on every matrix of a mixture's experts as well. Routers stay frozen.",
         example=True,
     )
     experts_rank: int | None = setting(

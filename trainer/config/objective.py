@@ -162,7 +162,7 @@ class Serve(Section):
         return options
 
 
-class Rollout(Section):
+class RolloutSettings(Section):
     """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of
     data.train: all before the last answer of a row, which is given to the reward and never trained. docs/rollouts.md
     says how to go about it."""

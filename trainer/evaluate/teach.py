@@ -42,7 +42,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
@@ -89,7 +89,7 @@ class TeacherModel:
     """
 
     resolved: Resolved
-    ranks: Ranks
+    ranks: Team
     engine: Engine
     manifest: CheckpointManifest | None = None
 
@@ -144,7 +144,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
     ranks = join_run(config)
     with ranks.agreeing():
         resolved = resolve(config, resolve_base(config.model))
-    check_same_base(resolved.base, ranks)
+    check_same_base(resolved.base, ranks.world)
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
     return TeacherModel(resolved, ranks, engine)

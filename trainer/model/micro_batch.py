@@ -60,6 +60,7 @@ class MicroBatch:
         prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its
             first token in the row,
             and its tokens, 0 for none. Empty where no segment has one.
+        padding: where padding begins and ends in the whole row, for each stretch of it.
         uncut: the whole row on the host, for a slice of one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
@@ -84,6 +85,7 @@ class MicroBatch:
     parts: int = 1
     first: int = 0
     prefixes: tuple[tuple[int, int], ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
     uncut: "MicroBatch | None" = None
     host: "MicroBatch | None" = None
 
@@ -182,6 +184,7 @@ class MicroBatch:
             targets=int((labels != IGNORE).sum()),
             bins=(),
             documents=(),
+            padding=((len(places), len(places) + uneven),) if uneven else (),
         )
         mine = part if self.parts == 1 else part.cut(self.first // self.labels.shape[1], self.parts)
         return mine.to(self.labels.device)

@@ -84,8 +84,8 @@ def make_plan(
 def _untried(model: Architecture) -> Iterator[str]:
     if not model.tried:
         yield (
-            "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not"
-            " see each other, and that it computes with weights in 4 bits, is not known."
+            "the base was not tried in small, as its code does not run at other sizes: that it computes with weights in"
+            " 4 bits is not known, and each row has one document."
         )
 
 

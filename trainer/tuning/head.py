@@ -139,7 +139,7 @@ def with_head(method: Method, config: Config) -> Method:
     if config.tuning.start:
         raise ConfigError(
             f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter"
-            " (capstan export --merge), and give the result as model.base."
+            " (capstan export --format merged), and give the result as model.base."
         )
     labels = (config.data.labels or ()) if head.labelled else ()
     return WithHead(method, head, name, labels, config.model)

@@ -228,7 +228,7 @@ def find_method(settings: Tuning) -> Method:
     if settings.start is not None and method.exports_model:
         raise ConfigError(
             f"tuning.start: tuning.method: {settings.method} has no adapter to begin from. Merge that adapter (capstan"
-            " export --merge), and give the result as model.base."
+            " export --format merged), and give the result as model.base."
         )
     refuse_unread(settings, "tuning.method", (*method.settings, "start"))
     return method

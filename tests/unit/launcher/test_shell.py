@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.view.wrapped_table import FoldedTable
+from trainer.errors import ConfigError
 from trainer.store.store import open_store
 
 LINES = {
@@ -35,7 +36,7 @@ LINES = {
     "capstan init --goal k": ["kto"],
     "capstan init --machine s": ["slurm"],
     "capstan init --gpu H20": ["H200", "H200-NVL", "H20"],
-    "capstan import x.yaml --from t": ["trl", "torchtune"],
+    "capstan import x.yaml --from t": ["trl"],
     "capstan status fi": ["first"],
     "capstan status --store elsewhere s": ["second"],
     "capstan plan no-such-ve": [],
@@ -114,3 +115,17 @@ def test_a_narrow_terminal_shows_whole_commands() -> None:
         cut.add_row("flash-linear-attention", Text(command))
     assert "…" in letters(plain, 40)
     assert command.replace(" ", "") in letters(folded, 40)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ("export first out --merge", "Write --format merged."),
+        ("push first hf://me/first --merged", "Write --format merged."),
+        ("plan run.yaml --gpu-memory=80", "Write --gpu 80GiB."),
+    ],
+)
+def test_an_option_of_another_name_is_refused_with_ours(given: str, instead: str) -> None:
+    refused = CliRunner().invoke(app, given.split()).exception
+    assert isinstance(refused, ConfigError)
+    assert str(refused).endswith(f"there is no such option. {instead}")

@@ -231,7 +231,8 @@ class Stream:
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
         documents: list[int] = []
-        length, padding = self.order.capacity, 0
+        padded: list[tuple[int, int]] = []
+        length = self.order.capacity
         for row in range(self.micro_batch):
             room = length
             if row < len(bins):
@@ -246,7 +247,7 @@ class Stream:
             if room:
                 pieces.append(self._padding[:room])
                 ends.append((row + 1) * length)
-                padding += room
+                padded.append(((row + 1) * length - room, (row + 1) * length))
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
         # The second answer of a document begins inside it, and so do all that share its prompt.
@@ -260,6 +261,7 @@ class Stream:
 
         begun = stored[np.array(starts, np.int64)]
         sizes, answers = np.diff(borders), len(documents) + len(inside)
+        padding = sum(end - begin for begin, end in padded)
         before = borders[:-1] - np.array([tokens for _, tokens in prefixes] or 0, np.int32)
         row = MicroBatch(
             input_ids=torch.from_numpy(input_ids)[None],
@@ -276,6 +278,7 @@ class Stream:
             desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
             mismatched=segments(mismatched),
             prefixes=prefixes,
+            padding=tuple(padded),
             reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
             taught=None if self.teacher is None else Taught(*map(torch.from_numpy, self.teacher.read(documents))),
             sampled=None if self.rollouts is None else torch.from_numpy(self.rollouts.read(documents)),

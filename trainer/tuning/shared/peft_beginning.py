@@ -33,7 +33,7 @@ _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class PeftFolder:
+class PeftAdapter:
     """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
     alone.
     """
@@ -65,7 +65,10 @@ class PeftFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"start": self.place, "start_weights": hashlib.sha256(self.folder.get(WEIGHTS)).hexdigest()}
+        digest = hashlib.sha256()
+        for chunk in self.folder.chunks(WEIGHTS, self.folder.head(WEIGHTS).size):
+            digest.update(chunk)
+        return {"start": self.place, "start_weights": digest.hexdigest()}
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs, kind = self._settings, self._settings.get("peft_type")
