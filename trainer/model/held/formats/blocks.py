@@ -285,9 +285,9 @@ class BitsAndBytes:
 
 
 ABOUT = {
-    "nf4": "4 bits a weight, by the quantiles of a normal distribution (QLoRA)",
-    "fp4": "4 bits a weight, as small floating numbers",
-    "int8": "8 bits a weight, whole numbers",
+    "nf4": "quantized to 4 bits a weight, by the quantiles of a normal distribution (QLoRA)",
+    "fp4": "quantized to 4 bits a weight, as floating-point numbers",
+    "int8": "quantized to 8 bits a weight, as whole numbers",
 }
 HELD = {name: Blocks(name) for name in ("nf4", "fp4", "int8")}
 ENCODERS: dict[str, Encodes] = {"nf4": Blocks("nf4")}

@@ -109,8 +109,8 @@ def _types() -> dict[str, torch.dtype]:
 
 ABOUT = {
     "stored": (
-        "as the base's files have them, in INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too; docs/bases.md says"
-        " which bases can"
+        "as the base's files have it, in INT4, MXFP4, FP4, FP8 or INT8, and the rest in 16 bits; docs/bases.md says"
+        " which bases can stay as stored"
     )
 }
 HELD = {"stored": Stored()}
