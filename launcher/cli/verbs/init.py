@@ -55,8 +55,7 @@ def init(
     """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal
     it asks for what no option gives."""
     from launcher.init.commented import check_new, write_new
-    from launcher.init.goals import GOALS
-    from launcher.init.initial import KINDS, InitAnswers, initial_config
+    from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
 
     check_new(config, force or dry_run)
     asks = sys.stdin.isatty() and not as_json
