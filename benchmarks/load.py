@@ -111,7 +111,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     config = run_config(base)
     found = resolve_base(config.model)
     attention = choose_attention("auto", ranks.device, DTYPES["bf16"], found.architecture)
-    model, report = load_model(found, config, settings, ranks, attention, "world")
+    model, report = load_model(found, config, settings, ranks.world, attention, "world")
     method = method_of(config)
     method.attach(model, found.architecture, DTYPES["bf16"], seed=0)
     loaded(report.kept_bytes)

@@ -4,7 +4,8 @@ names, and reads no file, bucket or data set that it names, unless the reader na
 docs/credentials.md tells users what holds, and what does not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ Named = Iterator[tuple[str, Any]]
 def evaluated(config: Config) -> Named:
     """What an evaluation compiles into the store, and the code of its tasks."""
     yield from _text(config)
-    yield from _sources("data.eval", config.data.eval)
+    reached = partial(_reached, config)
+    yield "data.eval", _all(reached, (source.path for source in config.data.eval))
     if config.data.held_out and not config.data.eval:
-        yield from _sources("data.train", config.data.train)
-    yield from ((f"eval.sets.{name}.path", of.path) for name, of in config.eval.sets.items())
+        yield "data.train", _all(reached, (source.path for source in config.data.train))
+    yield from ((f"eval.sets.{name}.path", reached(of.path)) for name, of in config.eval.sets.items())
     yield "eval.tasks", config.eval.tasks
     yield "eval.bias", config.eval.bias
 
@@ -40,12 +42,12 @@ def exported(config: Config) -> Named:
 
 
 def started(config: Config) -> Named:
-    """What a start reads, keeps in the store, and runs, on this machine and on those of the cluster."""
+    """What a start reads on this machine, and runs on this one and on those of the cluster."""
     slurm, rollout = config.cluster.slurm, config.rollout
     yield from _text(config)
-    yield from _sources("data.train", config.data.train)
-    yield from _sources("data.eval", config.data.eval)
-    yield from ((f"eval.sets.{name}.path", of.path) for name, of in config.eval.sets.items())
+    yield "data.train", _all(_local, (source.path for source in config.data.train))
+    yield "data.eval", _all(_local, (source.path for source in config.data.eval))
+    yield from ((f"eval.sets.{name}.path", _local(of.path)) for name, of in config.eval.sets.items())
     yield "eval.prompts", config.eval.prompts
     yield "tuning.start", _local(config.tuning.start)
     yield "objective.teacher", _local(config.objective.teacher)
@@ -98,8 +100,8 @@ def _template(config: Config) -> Named:
     yield "data.template", _local(config.data.template)
 
 
-def _sources(setting: str, sources: Sequence[Any]) -> Named:
-    yield setting, [source.path for source in sources]
+def _all(which: Callable[[str], str | None], paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if which(path)]
 
 
 def _changed(section: str, settings: Any, *names: str) -> Named:
@@ -115,3 +117,9 @@ def _local(value: str | None) -> str | None:
     if value is None or ("://" in value and not value.startswith("file://")):
         return None
     return value if value.startswith(("/", "~", ".", "file://")) or Path(value).is_file() else None
+
+
+def _reached(config: Config, path: str) -> str | None:
+    """`path` where it takes this user's rights to read it, and not those that reach the run's own bucket."""
+    bucket, ours = (place.split("/")[:3] for place in (path, config.run.store))
+    return None if "://" in path and bucket == ours else path

@@ -69,6 +69,7 @@ class Command:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # they are runs of its own, also where nobody has a home
             )
 
     def __enter__(self) -> "Command":

@@ -31,6 +31,7 @@ from trainer.run.records import Record, RunReader
 from trainer.run.requests import read_stop, stop_requester
 from trainer.run.segments import streams
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 _SMOOTHED_STEPS = 10
 """The training loss is a mean over so many steps, since that of one step is that of its few rows."""
@@ -146,6 +147,7 @@ def is_sweep(folder: Store) -> bool:
     return folder.exists(layout.SWEEP)
 
 
+@read_twice
 def read_plan(folder: Store) -> SearchPlan:
     """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be
     read.

@@ -66,7 +66,7 @@ def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
 
 def test_a_start_is_refused_for_a_tracker_that_is_unknown(capstan: Capstan, config: Path):
     done = capstan("train", config, "track.trackers=[wandbb]", "--dry-run")
-    refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are mlflow, trackio, wandb. Did you mean wandb?")
+    refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are ", "Did you mean wandb?")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a\nb", "", "-", "~no-such-user/x", "x" * 5000])

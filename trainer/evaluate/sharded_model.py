@@ -23,7 +23,7 @@ from trainer.export.trained import (
 )
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.checkpoints import load_partitions
 from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
@@ -59,7 +59,7 @@ class OpenedRun:
     run: Store
     resolved: Resolved
     manifest: CheckpointManifest | None
-    ranks: Ranks
+    ranks: Team
     engine: Engine
     words: Words
     keeps: bool = True
@@ -151,7 +151,7 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
         resolved = resolve(config, base)
         if manifest is not None:
             check_trained_shapes(resolved.method, config.model, manifest)
-    check_same_base(base, ranks)
+    check_same_base(base, ranks.world)
     ranks.on_first(lambda: _check_base(folder, base, manifest, overrides))
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)

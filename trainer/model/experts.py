@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
-from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
@@ -56,7 +56,7 @@ def _through_experts(self: Any, rows: Tensor, groups: Groups) -> Tensor:
 
 def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
     stack = getattr(self, name)
-    learning = None if isinstance(stack, FrozenStack4bit) else stack
+    learning = None if held_by(stack).packs else stack
     result = _GroupedLinear.apply(rows, learning, self, name, groups)
     if name in self.adapters and self.adapters[name].active:
         result = result + self.adapters[name](rows, groups)
@@ -68,8 +68,8 @@ def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
 class _GroupedLinear(Function):
     """Rows (S, in), sorted by expert, by the experts' matrices -> (S, out).
 
-    As in trainer/model/nf4.py the function keeps the module, never a gathered weight. `weight` is the stack of a base
-    in 16 bits, for its gradient alone.
+    As in trainer/model/held/layers.py the function keeps the module, never a gathered weight. `weight` is the stack of
+    a base in 16 bits, for its gradient alone.
     """
 
     @staticmethod
@@ -93,16 +93,16 @@ class _GroupedLinear(Function):
 
 def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tensor:
     """Rows (S, in) by a stack (count, out, in), or (count, in, out) where `transposed` -> (S, out)."""
-    if not isinstance(stack, FrozenStack4bit):
+    if not held_by(stack).packs:
         return groups.product(rows, stack.data if transposed else stack.data.mT)
-    layout, columns = stack.layout, stack.slice_shape[transposed]
-    portion = max(1, stack.at_once // (layout.numel * stack.format.dtype.itemsize))
-    if portion >= layout.slices:
-        matrices = stack.matrices(0, layout.slices)
+    count, columns = stack.slices, stack.slice_shape[transposed]
+    portion = max(1, stack.at_once // (stack.numel * stack.dtype.itemsize))
+    if portion >= count:
+        matrices = stack.matrices(0, count)
         return groups.product(rows, matrices if transposed else matrices.mT)
     result = rows.new_empty(len(rows), columns)
-    for first in range(0, layout.slices, portion):
-        last = min(first + portion, layout.slices)
+    for first in range(0, count, portion):
+        last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
         if begin < end:  # nobody visits the others, so they are not dequantized
             matrices = stack.matrices(first, last)
@@ -114,7 +114,7 @@ def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tens
 def _grouped(self: Any, experts: Tensor) -> Groups:
     """Each token's experts (T, k) as groups, counted in the module's `visits`."""
     stack = getattr(self, _DOWN)
-    groups = Groups(experts, stack.layout.slices if isinstance(stack, FrozenStack4bit) else len(stack))
+    groups = Groups(experts, stack.slices if held_by(stack).packs else len(stack))
     self.visits, self.each = groups.sizes.long() + self.visits, groups.each
     return groups
 

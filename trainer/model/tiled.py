@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.training import MLP_TILE
-from trainer.model.nf4 import dequantized_once
+from trainer.model.held.layers import dequantized_once
 from trainer.model.parts import is_experts
 from trainer.processes.accelerator import is_accelerator
 

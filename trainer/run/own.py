@@ -18,14 +18,18 @@ from trainer.store.store import Store
 
 def keep_as_own(text: bytes) -> None:
     """Note a configuration as this user's. Where their folder cannot be written, as in some containers, it is not."""
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
         _folder().mkdir(parents=True, exist_ok=True)
         _note(text).touch(mode=0o600)
 
 
 def is_own(folder: Store) -> bool:
     """Whether this user has started a run with the config.yaml of `folder`, to the letter, or trusts it."""
-    return _note(folder.get(layout.CONFIG)).is_file()
+    text = folder.get(layout.CONFIG)
+    try:
+        return _note(text).is_file()
+    except (OSError, RuntimeError):  # this user has no home here
+        return False
 
 
 def _note(text: bytes) -> Path:

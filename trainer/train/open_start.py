@@ -1,4 +1,4 @@
-"""Opens what a start of a run does beside its steps: it logs, writes records, hears requests and shows that it is
+"""Opens what a start does beside its steps: it logs, writes records, listens for requests and shows that it is
 alive.
 """
 
@@ -17,14 +17,14 @@ from trainer.train.start import ClaimedStart, Start
 
 @contextmanager
 def opened(claimed: ClaimedStart) -> Iterator[Start]:
-    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to those
-    before it.
+    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to the
+    earlier ones.
     """
     resolved, ranks, folder, generation = claimed.resolved, claimed.ranks, claimed.folder, claimed.generation
     config, first = claimed.config, ranks.rank == 0
     with (
         rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
-        # Its wait for the last adapter is outside of what looks for ranks that hang.
+        # Its wait for the last adapter is not watched by the search for hanging ranks.
         adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
         ExitStack() as stack,
     ):
@@ -35,6 +35,6 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
         stop = StopSignal(folder, watches=first, seconds=seconds, preempted=claimed.starter.preempted)
         stack.callback(stop.close)
         stack.enter_context(stop.on_signals())
-        heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
+        heart = Heart(ranks.world, config.timeouts, last_words(folder, generation, metrics, flush_log))
         stack.callback(heart.close)
         yield Start(**vars(claimed), metrics=metrics, stop=stop, pulse=heart, after_commit=after_commit)

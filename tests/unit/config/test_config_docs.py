@@ -3,6 +3,7 @@
 
 from launcher.config_docs import render
 from trainer.config import fields
+from trainer.tuning.method import methods
 
 
 def test_every_setting_has_a_row():
@@ -21,3 +22,12 @@ def test_a_row_gives_type_bounds_default_unit_and_example():
 def test_every_row_has_as_many_cells_as_the_heading():
     tables = [line for line in render().splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in tables} == {7}
+
+
+def test_a_row_names_the_kinds_that_a_setting_takes_and_those_that_read_it():
+    rows = {line.split("`")[1]: line for line in render().splitlines() if line.startswith("| `")}
+    assert all(f"`{name}`" in rows["tuning.method"] for name in methods())
+    assert "oft: rotations of a layer's inputs." in rows["tuning.method"]
+    assert "Read by oft." in rows["tuning.block"]
+    assert "Read by adafactor" not in rows["optim.eps"]
+    assert "Read by adamw, adamw_8bit, muon." in rows["optim.eps"]

@@ -17,6 +17,7 @@ from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
+from trainer.state.optimizer.optimizer import optimizers
 from trainer.store.store import open_store
 
 LINES = {
@@ -24,13 +25,7 @@ LINES = {
     "capstan data s": ["show"],
     "capstan plan run.yaml tr": ["train.", "track."],
     "capstan plan run.yaml train.ep": ["train.epochs="],
-    "capstan plan run.yaml quant.type=": [
-        "quant.type=nf4",
-        "quant.type=fp4",
-        "quant.type=int8",
-        "quant.type=none",
-        "quant.type=stored",
-    ],
+    "capstan plan run.yaml optim.name=": [f"optim.name={name}" for name in optimizers()],
     "capstan plan run.yaml quant.double=t": ["quant.double=true"],
     "capstan plan run.yaml --gpu A100": ["A100-40GB", "A100-80GB"],
     "capstan init --goal k": ["kto"],

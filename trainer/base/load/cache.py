@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -30,7 +31,7 @@ from trainer.store.store import Store
 from trainer.store.twice import read_twice
 
 if TYPE_CHECKING:
-    from trainer.processes.ranks import Ranks
+    from trainer.processes.ranks import World
     from trainer.state.zero.partition import Partition
 
 FORMAT = 1
@@ -100,11 +101,19 @@ class BaseCache:
 
     def sources(self, path: str) -> PackedSources:
         """The packed weights of the module at `path`; raises `Damaged` where it has none."""
-        names = {part: f"{path}.{part}" for part in ("weight", "absmax", "nested_absmax")}
-        parts = {part: self.tensors[name] for part, name in names.items() if name in self.tensors}
-        if not {"weight", "absmax"} <= parts.keys():
+        parts = self._parts.get(path)
+        if parts is None:
             raise Damaged(f"{self.store.uri}/{MANIFEST} has no {path}.")
         return PackedSources({**parts}, self.means.get(path))
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, CachedTensor]]:
+        """The tensors by module, and in it by the names that a format of weights in memory gives its parameters."""
+        found = dict[str, dict[str, CachedTensor]]()
+        for name, tensor in self.tensors.items():
+            path, _, part = name.rpartition(".")
+            found.setdefault(path, {})[part] = tensor
+        return found
 
 
 def cache_key(base: Base, config: Config) -> str:
@@ -170,7 +179,7 @@ def write_cache(
     partitions: dict[str, Partition],
     means: dict[str, list[float]],
     writers: int,
-    ranks: Ranks,
+    ranks: World,
     log: Callable[[str], None],
 ) -> None:
     """Commit the first `writers` ranks' partitions, which are one whole copy of the base. Collective.

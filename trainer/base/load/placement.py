@@ -1,7 +1,10 @@
-"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
+"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices: the room
+for a rank's share, which a source fills then (source.py).
+"""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,19 +15,30 @@ from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_pa
 from trainer.base.partitions.reading import Job
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant
-from trainer.model.nf4 import Format, Packed
-from trainer.model.stored import KeptFormat, packed_module
+from trainer.model.held.layers import HeldWeights, hold
 from trainer.state.zero.partition import Partition, Partitioner
-from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
+
+PackedOf = Callable[[str], PackedSources | None]
+"""The packed weights of the module at a path, or None where there are none to be read."""
+
+
+def nothing_packed(_path: str) -> None:
+    """No module's packed weights can be read: they are made of the files' weights."""
 
 
 @dataclass
 class Placement:
-    """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
+    """The packed modules by their names before adapters are around them, and for each partition, in their order, what
+    makes the jobs that fill it: of the packed weights where these can be read.
+    """
 
-    jobs: list[Job] = field(default_factory=list)
-    packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
+    packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
+    fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
+
+    def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
+        """The jobs that fill all partitions; raises `Damaged` where packed weights have other sizes."""
+        return [job for filling in self.fillings for job in filling(stored)]
 
     def partitions(self) -> dict[str, Partition]:
         """All packed parameters' partitions, by name."""
@@ -34,7 +48,7 @@ class Placement:
 
     def means(self) -> dict[str, list[float]]:
         """The means of absmax by module, under double quantization."""
-        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.form.means}
 
 
 def place_partitions(
@@ -43,7 +57,6 @@ def place_partitions(
     dtype: torch.dtype,
     partitioner: Partitioner,
     sources: Mapping[str, StoredTensor | PackedTensor],
-    stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
 ) -> Placement:
     """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
@@ -51,35 +64,49 @@ def place_partitions(
     Args:
         dtype: of the products with what is quantized.
         sources: where each parameter and buffer is read from.
-        stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
     """
-    placement, parameters = Placement(), dict(model.named_parameters())
+    placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
     for name in [name for name in sources if name not in parameters]:
-        placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
+        buffer = _place_buffer(model, name, sources[name], partitioner.device)
+        placement.fillings.append(lambda _, buffer=buffer: [buffer])
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
-        as_it_is = kept_sources(source) if quant.type == "stored" and name in quantizable else None
-        form = _form(quant, dtype, as_it_is) if name in quantizable else None
-        packed = None if form is None else packed_module(model, name, parameter, form)
-        if packed is None:
+        as_it_is = kept_sources(source) if name in quantizable and not held.quantizes else None
+        form = held.of(as_it_is and as_it_is.kept)
+        if name not in quantizable or not form.packs:
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
-            placement.jobs.append(exchanged(Copy(source, partition), source, partitioner))
+            copied = exchanged(Copy(source, partition), source, partitioner)
+            placement.fillings.append(lambda _, copied=copied: [copied])
             continue
+        packed = hold(model, name, parameter, form, dtype)
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
-        if as_it_is is not None:
-            found = as_it_is.sources
-        else:
-            found = source.sources if isinstance(source, PackedTensor) else stored(path)
-        if found is not None:
-            placement.jobs += copy_packed(packed, made, found)
-        else:
-            assert not isinstance(source, PackedTensor)
-            placement.jobs.append(exchanged(Quantize(source, packed, made, partitioner), source, partitioner))
+        own = source.sources if isinstance(source, PackedTensor) else None
+        given = own if as_it_is is None else as_it_is.sources
+        placement.fillings.append(partial(_fill_packed, path, packed, made, given, source, partitioner))
     return placement
+
+
+def _fill_packed(
+    path: str,
+    module: HeldWeights,
+    made: dict[str, Partition],
+    given: PackedSources | None,
+    source: StoredTensor | PackedTensor,
+    partitioner: Partitioner,
+    stored: PackedOf,
+) -> Sequence[Job]:
+    """The jobs that fill what was `made` for the `module` at `path`: of the packed weights that the base has `given` or
+    that are `stored` elsewhere, or else of the weight in `source`.
+    """
+    found = stored(path) if given is None else given
+    if found is not None:
+        return copy_packed(module, made, found)
+    assert not isinstance(source, PackedTensor)
+    return [exchanged(Quantize(source, module, made, partitioner), source, partitioner)]
 
 
 def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
@@ -98,14 +125,3 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter is old:
                 setattr(module, name, new)
-
-
-def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | KeptFormat | None:
-    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32
-    bits.
-    """
-    if kept is not None:
-        return KeptFormat(kept.kept, dtype)
-    if quant.type in ("none", "stored"):
-        return None
-    return Format(quant.type, quant.block_size, quant.double, dtype)

@@ -37,7 +37,7 @@ from trainer.model.micro_batch import MicroBatch
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
-# Any id does: padding is a segment of its own and has no targets.
+# Any id works: padding is a segment of its own and has no targets.
 PAD = 0
 
 
@@ -47,8 +47,8 @@ WindowPlace = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where
-    each begins.
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,), where each
+    document begins.
 
     Documents have their `numbers` in the whole data set.
     """
@@ -121,13 +121,16 @@ class Stream:
         return batches
 
     def advance(self, position: Position) -> Position:
-        """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
+        """The place where the next global step begins. After the last bin of an epoch it is the first bin of the next
+        epoch.
+        """
         return self._take(position)[1]
 
     def read_from(
         self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
     ) -> Iterator[list[MicroBatch]]:
-        """Every step from `position` on, without end; the next one is read while the caller works on the last.
+        """Yield every step from `position` on, without end. The next step is read while the caller works on the current
+        one.
 
         Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet,
         and `compiling(False)` once it is, should the step's data take longer.
@@ -152,14 +155,14 @@ class Stream:
                 self.chapters.close()
 
     def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
-        """Every step of one epoch: as many on each rank, with as many micro-batches."""
+        """Yield every step of one epoch. Each rank gets as many steps with as many micro-batches."""
         position = Position(epoch)
         while position.epoch == epoch:
             yield self.step(position)
             position = self.advance(position)
 
     def padding(self) -> MicroBatch:
-        """A row without documents, for a rank that others are ahead of."""
+        """A row without documents, for a rank that has fewer rows than others."""
         return self._pack([])
 
     def _take(self, position: Position) -> tuple[list[Position], Position]:
@@ -172,12 +175,12 @@ class Stream:
                 for window in range(plan.num_windows)
                 for k in range(plan.window(window).num_bins)
             ]
-            # Several updates may learn from a chapter, and the place counts those before.
+            # Several updates may learn from one chapter. The place counts those that are done.
             if place + 1 < self.updates:
                 return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter)
             return whole_chapter, Position(epoch, chapter=chapter + 1)
         taken: list[Position] = []
-        # A step that is full does not wait for the chapter behind it.
+        # A full step does not wait for the next chapter.
         while chapter < self.chapters.count and len(taken) < self.global_batch:
             plan = self._plan(epoch, chapter)
             while window < plan.num_windows:
@@ -191,7 +194,7 @@ class Stream:
             return taken, Position(epoch, chapter=chapter)
         if not taken and position == Position(epoch):
             raise nothing_visited(epoch, self.order)
-        # Without any, the last chapters of the epoch have nothing to visit.
+        # Without weights, the last chapters of the epoch have nothing to visit.
         return (taken, Position(epoch + 1)) if taken else self._take(Position(epoch + 1))
 
     def _chapter(self, epoch: int, turn: int) -> int:
@@ -224,8 +227,8 @@ class Stream:
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity; missing ones are padding. -> the row, or this rank's slice
-        of it.
+        """Lay bins end to end, each padded to its capacity; missing bins are padding. Returns the row, or this rank's
+        slice of it.
         """
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
@@ -250,7 +253,7 @@ class Stream:
                 padded.append(((row + 1) * length - room, (row + 1) * length))
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
-        # The second answer of a document begins inside it, and so do all that share its prompt.
+        # The second answer of a document begins inside it, and so do all answers that share its prompt.
         rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
         inside = np.flatnonzero(stored & SEGMENT_BITS)
         borders = np.sort(np.array([0, *ends, *inside], np.int32))
@@ -289,7 +292,8 @@ class Stream:
 def reserve(
     tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Documents with so many untrained `positions` before each, and before the second answer of each that has two.
+    """Put so many untrained `positions` before each document, and before the second answer of each document that has
+    two.
 
     `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
     """
@@ -347,7 +351,7 @@ class _ReadAhead:
         self._place: WindowPlace | None = None
 
     def get(self, place: WindowPlace) -> _Loaded:
-        """The window at `place`; begins to load those after it, and forgets the others."""
+        """The window at `place`. Starts loading the windows after it, and forgets the others."""
         if place == self._place:
             return self._loading[place].result()
         self._place = place
@@ -367,7 +371,7 @@ def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int)
 
 
 def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: int) -> Stream:
-    """The stream of a run's sampled answers, a chapter for each step or for several that follow each other."""
+    """The stream of a run's sampled answers: one chapter for each step, or for several consecutive steps."""
     order = replace(train_order(config), weights=(1.0,), fractions=())
     batches = config.train.global_batch, config.train.micro_batch
     updates = config.rollout.updates
@@ -386,7 +390,8 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 
 
 def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
-    """One rank's rows of one block of the data set, each of whose documents `epoch(0)` visits once; `order` has the
-    weights of an evaluation."""
+    """One rank's rows of one block of the data set. `epoch(0)` visits each of its documents once; `order` has the
+    weights of an evaluation.
+    """
     order = replace(order, weights=order.weights[:1])
     return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)

@@ -2,7 +2,9 @@
 one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.model.nf4 import share
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
 
@@ -26,38 +27,59 @@ class Partition:
     local: Tensor
 
     def write(self, offset: int, values: Tensor) -> None:
-        """Take over this rank's part of `values`, which are the elements from `offset` on; the rest is dropped."""
+        """Take this rank's part of `values`, which are the elements from `offset` on. The rest is dropped."""
         first, last = max(self.begin, offset), min(self.end, offset + len(values))
         if first < last:
             self.local[first - self.begin : last - self.begin].copy_(values[first - offset : last - offset])
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of all of a parameter: a ZeRO-3 one's own is (0,) while it is not gathered."""
+    """The shape of the whole parameter. A ZeRO-3 parameter's own shape is (0,) while it is not gathered."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Have a parameter of the base learn, in `dtype`: DeepSpeed takes all that learns in one type, and families keep
-    some in fp32, such as routers, which are multiplied in fp32 all the same. The master that the optimizer keeps is in
-    fp32 in any case."""
+    """Make a parameter of the base learn, in `dtype`. DeepSpeed takes all that learns in one type; families keep some
+    parameters in fp32, such as routers, which are multiplied in fp32 in any case. The optimizer's master is always
+    fp32.
+    """
     for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
         tensor.data = tensor.data.to(dtype)
     parameter.requires_grad_(True)
 
 
-class Partitioner:
-    """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Collective."""
+Room = Callable[[Tensor], Tensor]
+"""Gives a partition the memory that it lies over, from the one that DeepSpeed has made for it: of the same size, type
+and device.
+"""
 
-    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, scope: Scope, ranks: Ranks) -> None:
-        self.device = ranks.device
+
+def own_room(made: Tensor) -> Tensor:
+    """Leave a partition where DeepSpeed has put it."""
+    return made
+
+
+class Partitioner:
+    """Makes partitions over the ranks that share one copy of the base: all ranks, or those of a node. Each lies in
+    `room`. Collective.
+    """
+
+    def __init__(
+        self,
+        deepspeed_config: dict[str, Any],
+        dtype: torch.dtype,
+        scope: Scope,
+        ranks: World,
+        room: Room = own_room,
+    ) -> None:
+        self.device, self._room = ranks.device, room
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.kept_bytes = 0
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
-        """A parameter of `shape`, frozen until a method has it learn, whose partition is still to be written.
+        """A parameter of `shape`, frozen until a method makes it learn. Its partition is still to be written.
 
         The `torch.empty` below is as large as the whole tensor, but nothing of it is ever touched, so none of it is
         resident: DeepSpeed only copies this rank's part into the partition that it allocates.
@@ -71,12 +93,13 @@ class Partitioner:
         parameter.data = parameter.data.to(self.device)  # empty by now; DeepSpeed's own are on the device too
         begin, end = share(parameter.ds_numel, self.size, self.rank)  # type: ignore[attr-defined]
         local: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        local.data = self._room(local.data)
         self.kept_bytes += (end - begin) * dtype.itemsize
         return Partition(parameter, begin, end, local[: end - begin])
 
 
-def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
-    """The ranks that share one copy of the base; None is all of them. Collective."""
+def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
+    """The ranks that share one copy of the base; None means all ranks. Collective."""
     if scope == "world":
         return None
     if not ranks.have_even_nodes():
@@ -86,10 +109,12 @@ def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
         )
     if ranks.ranks_per_node == ranks.world_size:
         return None
-    mine = None
-    for first in range(0, ranks.world_size, ranks.ranks_per_node):
-        members = list(range(first, first + ranks.ranks_per_node))
-        group = dist.new_group(members, timeout=ranks.timeout)
-        mine = group if ranks.rank in members else mine
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    return ranks.group_of(ranks.ranks_per_node)
+
+
+def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
+    n.
+    """
+    size = ceil(numel / world_size)
+    return min(numel, rank * size), min(numel, (rank + 1) * size)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import Optim
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, State, find_optimizer
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -18,18 +18,16 @@ _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 class DividedOptimizer(torch.optim.Optimizer):
-    """Updates flat tensors, each of them with the parts of parameters that `divide` has named. Its step is
-    collective.
-    """
+    """Updates flat tensors, each with the parts of parameters that `divide` has named. Its step is collective."""
 
-    def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Ranks) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Team) -> None:
         self.kind, self.ranks = find_optimizer(settings), ranks
         read = {name: getattr(settings, name) for name in ("lr", "weight_decay", *self.kind.settings)}
         self._flats: dict[Tensor, Flat] = {}
         super().__init__(groups, read)
 
     def divide(self, values: Tensor, parts: Sequence[FlatPart]) -> None:
-        """Start with the flat tensor `values` that consists of `parts`: nothing was updated yet."""
+        """Begin with the flat tensor `values` that consists of `parts`, before any update."""
         flat = self._flats[values] = begun(self.kind, values.data, parts)
         self.state[values] = {"step": torch.zeros(()), **flat.whole}
 
@@ -51,13 +49,12 @@ class DividedOptimizer(torch.optim.Optimizer):
     def _reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
         # Offloaded states lie on the host, where NCCL reduces nothing.
         there = values.to(self.ranks.device)
-        dist.all_reduce(there, _OPERATIONS[how])
+        dist.all_reduce(there, _OPERATIONS[how], group=self.ranks.group)
         values.copy_(there)
 
 
 def begun(kind: Optimizer, values: Tensor, parts: Sequence[FlatPart]) -> Flat:
-    """The flat tensor `values` before its first step, with all states of its `parts`, which are zeros and lie where it
-    lies.
+    """The flat tensor `values` before its first step, with all states of its `parts` as zeros on the same device.
 
     A state that has an fp32 value for each element of every part is one tensor, of which the parts have views, so that
     an optimizer may update all parts at once.

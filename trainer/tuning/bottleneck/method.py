@@ -50,12 +50,12 @@ class BottleneckAdapters(OfSettings):
         if not self._width(architecture):
             found.append(
                 f"tuning.reduction: {self._given.reduction} leaves nothing of the base's hidden size of"
-                f" {architecture.hidden}. Lower it."
+                f" {architecture.width}. Lower it."
             )
         return found
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        hidden, width = architecture.hidden, self._width(architecture)
+        hidden, width = architecture.width, self._width(architecture)
         parts = {
             "down.weight": (width, hidden),
             "down.bias": (width,),
@@ -74,7 +74,7 @@ class BottleneckAdapters(OfSettings):
             block = model.get_submodule(path)
             device = next(block.parameters()).device
             width = self._width(architecture)
-            insert(block, Bottleneck(architecture.hidden, width, self._given.activation, device, dtype))
+            insert(block, Bottleneck(architecture.width, width, self._given.activation, device, dtype))
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,7 +111,7 @@ class BottleneckAdapters(OfSettings):
         return part(self.tuning, BottleneckSettings)
 
     def _width(self, architecture: Architecture) -> int:
-        return architecture.hidden // self._given.reduction
+        return architecture.width // self._given.reduction
 
     def _places(self, architecture: Architecture) -> list[str]:
         """Paths of the blocks that get an adapter."""

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Optim
-from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, Method
-from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods, with_peft_files
+from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
@@ -180,12 +179,7 @@ def with_experts(method: Method, config: Config) -> Method:
     tuning = config.tuning
     if not tuning.experts:
         return method
-    if not (isinstance(method, LowRank) and method.adapts_experts):
-        able = [name for name, other in low_rank_methods(tuning).items() if other.adapts_experts]
-        raise ConfigError(
-            f"{SETTING}: tuning.method: {tuning.method} has no adapters for experts, as PEFT has none. Choose one of"
-            f" {', '.join(able)}, or remove it."
-        )
+    assert isinstance(method, LowRank), "no other method reads the setting"
     return WithExperts(method, tuning.experts_rank or tuning.rank)
 
 

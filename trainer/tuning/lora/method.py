@@ -56,11 +56,15 @@ class Lora(LowRank):
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "init")
-    defaults: ClassVar[Mapping[str, Any]] = {**LowRank.defaults, "init": "kaiming"}
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **LowRank.defaults,
+        "experts": False,
+        "experts_rank": None,
+        "init": "kaiming",
+    }
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
-    adapts_experts: ClassVar[bool] = True
 
     def scaling_of(self, rank: int) -> float:
         return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)

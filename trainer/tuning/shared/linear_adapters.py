@@ -99,8 +99,6 @@ class LowRank(LinearAdapters):
         "targets",
         "layers",
         "modules_to_save",
-        "experts",
-        "experts_rank",
         "optim.lora_plus_ratio",
         "model.add_tokens",
     )
@@ -109,12 +107,8 @@ class LowRank(LinearAdapters):
         "targets": ALL_LINEAR,
         "layers": None,
         "modules_to_save": [],
-        "experts": False,
-        "experts_rank": None,
     }
     adapts_4_bits: ClassVar[bool] = True
-    adapts_experts: ClassVar[bool] = False
-    """Whether PEFT has it for whole parameters as well, such as stacks of experts."""
 
     @property
     def options(self) -> dict[str, Any]:

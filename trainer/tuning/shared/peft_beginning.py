@@ -32,8 +32,13 @@ _BEYOND = (
 _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
+def _last_name(base: str) -> str:
+    """A base without the folder or the account that it is in: many machines have copies."""
+    return base.strip().rstrip("/").replace("\\", "/").rpartition("/")[2].casefold()
+
+
 @dataclass(frozen=True)
-class PeftFolder:
+class PeftAdapter:
     """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
     alone.
     """
@@ -92,7 +97,19 @@ class PeftFolder:
         name = alike[0] if alike else " and ".join(sorted(asked))
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
         own = {key: value for key, value in method.identity.items() if key in given}
-        return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers()
+        return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers() or self._other_base()
+
+    def _other_base(self) -> list[str]:
+        """A sentence where the adapter says that it was made over a base of another name: its weights would fit one of
+        the same shapes, and mean nothing there."""
+        theirs, ours = self._settings.get("base_model_name_or_path"), self.model.base
+        if not isinstance(theirs, str) or not theirs.strip() or _last_name(theirs) == _last_name(ours):
+            return []
+        return [
+            f"{SETTING}: {shown(self.place)} was made over the base {shown(theirs)} (base_model_name_or_path in its"
+            f" {SETTINGS}), and model.base is {ours}. Give the base that it was made over, or, where both are the same"
+            " weights, write this run's into that file."
+        ]
 
     def _unlike_layers(self) -> list[str]:
         """A sentence where the file has other weights than the run's adapter."""

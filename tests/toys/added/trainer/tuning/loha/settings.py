@@ -7,7 +7,7 @@ class LohaSettings(Section):
     """The start of the matrices."""
 
     spread: float = setting(
-        0.1, about="loha: deviation that the matrices are drawn with, but for one of zeros.", example=0.2, gt=0, le=1
+        0.1, about="Deviation that the matrices are drawn with, but for one of zeros.", example=0.2, gt=0, le=1
     )
 
 
