@@ -19,7 +19,7 @@ from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
 from trainer.config import Config
 from trainer.config.model import Tokens
-from trainer.store.codes import Kept
+from trainer.model.held.codes import Kept
 from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store.store import Store
 

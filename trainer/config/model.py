@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import field_validator, model_validator
 
 from trainer.config.reading.patterns import check_patterns
-from trainer.config.registry import OneOf
+from trainer.config.registry import OneOf, chosen, kinds
 from trainer.config.section import Section, setting, with_parts
+from trainer.errors import ConfigError
 
 
 class Tokens(NamedTuple):
@@ -200,13 +201,11 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "int8", "stored", "none"] = setting(
+    type: Annotated[str, OneOf("trainer.model.held.formats", "HELD")] = setting(
         "nf4",
         about=(
-            "How the base is held. nf4 or fp4: quantized to 4 bits. int8: quantized to 8 bits. none: 16-bit weights."
-            " stored: as the base's files have it, in INT4, MXFP4, FP4, FP8 or INT8, and the rest in 16 bits. The"
-            " default is nf4, or stored if the configuration has no section quant and the base is published in 4 bits."
-            " docs/bases.md says which bases can stay as stored."
+            "How the base is held. The default is nf4, or stored if the configuration has no section quant and the base"
+            " is published in 4 bits."
         ),
         example="nf4",
     )
@@ -228,29 +227,22 @@ class Quant(Section):
     )
 
     @property
-    def quantizes(self) -> bool:
-        """Whether weights are quantized that files have in 16 bits, or in other codes."""
-        return self.type in ("nf4", "fp4", "int8")
-
-    @property
-    def in_words(self) -> str:
-        """The base in a sentence: `trained over the base ...`."""
-        return "as it is stored" if self.type == "stored" else f"in {self.type}"
+    def held(self) -> Any:
+        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` where there
+        is none of that name.
+        """
+        known = kinds("trainer.model.held.formats", "HELD")
+        return chosen(known, "quant.type", self.type).with_settings(self.block_size, self.double)
 
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
-        if self.type in ("none", "stored"):
-            for name in ("double", "cache"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type:"
-                        " nf4."
-                    )
-        if self.type == "int8" and self.double:
-            raise ValueError(
-                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for"
-                " fewer scales."
-            )
+        try:
+            held = self.held
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        for name in ("double", "cache"):
+            if getattr(self, name) and (remedy := held.unread(name)):
+                raise ValueError(f"quant.{name}: true has no effect with quant.type: {self.type}. {remedy}")
         return self
 
 

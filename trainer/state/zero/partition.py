@@ -4,6 +4,7 @@ one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.model.nf4 import share
 from trainer.processes.ranks import World
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
@@ -110,3 +110,11 @@ def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     if ranks.ranks_per_node == ranks.world_size:
         return None
     return ranks.group_of(ranks.ranks_per_node)
+
+
+def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
+    n.
+    """
+    size = ceil(numel / world_size)
+    return min(numel, rank * size), min(numel, (rank + 1) * size)
