@@ -1,4 +1,4 @@
-"""The floating point operations that a step asks for, and the share of the device's peak that they come to (MFU).
+"""The floating point operations that a step needs, and their share of the device's peak (MFU).
 
 A product of a (T, inputs) and an (inputs, outputs) matrix is 2 T inputs outputs operations. Only what learning from
 these documents needs is counted: no padding, and of a causal attention the half that it computes. Where activations are
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AttentionWork:
     """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one
-    sees at most.
+    token sees at most.
     """
 
     pair: float
     window: int | None
 
     def pairs(self, length: int) -> int:
-        """The pairs of a token and one that it sees, itself included, in a document."""
+        """The pairs in a document of a token and a token that it sees, including itself."""
         seen = min(length, self.window or length)
         return seen * (seen + 1) // 2 + (length - seen) * seen
 
@@ -62,9 +62,7 @@ class StepWork:
     peak: float | None = None
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
-        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many
-        each.
-        """
+        """The operations of a step's micro-batches. Ranks that share a row divide its pairs by heads, equally."""
         found = 0.0
         for batch in batches:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
@@ -72,8 +70,8 @@ class StepWork:
         return found
 
     def of_row(self, tokens: int) -> float:
-        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row
-        can ask for.
+        """The operations of a row that is filled by one document of so many tokens, each of them a target: the most
+        that a row can need.
         """
         return tokens * (self.token + self.target) + self.passes * sum(
             layer.pair * layer.pairs(tokens) for layer in self.attention
@@ -94,7 +92,7 @@ UNKNOWN_WORK = StepWork()
 
 
 def _documents(batch: MicroBatch) -> Iterator[int]:
-    """Tokens of each segment of the row that is no padding."""
+    """The tokens of each segment of the row, without padding."""
     lengths = batch.lengths
     for segments in (batch.beginnings, batch.rejected, batch.mismatched):
         yield from (lengths[segment] for segment in segments.tolist())
@@ -110,13 +108,13 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     visits = max((parameter.visits for parameter in model.parameters if parameter.kind == "experts"), default=1.0)
     learnt = sum(size for name, size in products.items() if name in learning)
     frozen = sum(products.values()) - learnt
-    if not method.virtual.count:  # virtual tokens are computed with as any token is
-        # A vector is no product.
+    if not method.virtual.count:  # virtual tokens are computed like any others
+        # A vector is not part of a product.
         added = [shape for name, shape in learning.items() if name not in base and len(shape) > 1]
         learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
-    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a
+    # Nothing is learnt from some forward passes: those through the reference, without what was added, and those of a
     # survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
@@ -124,14 +122,15 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
         token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,
         target=head * ((1 - surveyed) * (8 if head_learns else 4) + 2 * (surveyed + referred)),
         attention=tuple(_attention(model)),
-        # A backward pass has twice as many products as a forward pass: both inputs of each have gradients.
+        # A backward pass has twice as many products as a forward pass, because both inputs of each product have
+        # gradients.
         passes=(1 - surveyed) * (3 + recomputed) + surveyed + referred,
         peak=gpu.flops if gpu and config.model.dtype == "bf16" else None,
     )
 
 
 def _products(model: Architecture) -> dict[str, float]:
-    """The weights that a token is multiplied with, by parameter: of experts those that it visits."""
+    """The weights with which a token is multiplied, by parameter; of experts only those that it visits."""
     return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
 
 

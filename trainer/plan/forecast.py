@@ -1,4 +1,4 @@
-"""How long a run is and how long it takes: epochs, tokens, steps, time and money, before it has begun. No torch.
+"""How long a run is and how long it takes, before it begins: epochs, tokens, steps, time and money. No torch.
 
 Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is
 assumed.
@@ -17,14 +17,14 @@ from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.needs import GlobalBatch
 
-# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to
-# 35 to 40 %.
+# The assumed share of a GPU's bf16 peak that a step reaches. By the arithmetic of its kernels an H100 reaches 35 to 40
+# %.
 UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
 class Length:
-    """How much a run trains; None is what cannot be told.
+    """How much a run trains. None stands for what cannot be known.
 
     `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the
     steps are those that the run will take, and `compiled` that the tokens are counted rather than estimated from
@@ -57,8 +57,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait
-    for.
+    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and waiting of
+    ranks.
     """
 
     step_seconds: float
@@ -91,8 +91,9 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
-    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is
-    computed again; None where its peak is not known."""
+    """The rate at which this GPU would compute, at the assumed utilisation, if this share of the layers is computed
+    again; None if its peak is unknown.
+    """
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
@@ -107,7 +108,7 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
 
 
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
-    """The time that the run takes at this rate; None where its steps or the rate are not known."""
+    """The time that the run takes at this rate; None if its steps or the rate are unknown."""
     if rate is None or length.steps is None:
         return None
     step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row

@@ -1,4 +1,4 @@
-"""GPUs by name: the memory that they have, and the products that they can do in a second. No torch, no driver."""
+"""GPUs by name: their memory, and the products that they compute in a second. No torch, no driver."""
 
 import difflib
 import math
@@ -9,8 +9,8 @@ from trainer.errors import ConfigError, shown
 
 _MOST_GIB = 1e6
 
-# Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense
-# products in bf16 with sums in fp32, as the maker's data sheet says without sparsity. Of cards of one name the smaller
+# Name -> memory in MiB, as the driver reports it for such a card (with ECC on, if the card has it), and TFLOP/s of
+# dense bf16 products with fp32 sums, as in the maker's data sheet without sparsity. Of cards with one name the smaller
 # comes first. Cards before Ampere, such as V100 and T4, have no bf16.
 _GPUS: dict[str, tuple[int, float | None]] = {
     "H100": (81559, 989),
@@ -50,17 +50,17 @@ _GPUS: dict[str, tuple[int, float | None]] = {
 _DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6, "tib": 2**40, "tb": 1e12}
-# Words of a device's name that say nothing of which card it is.
+# Words of a device's name that do not identify the card.
 _IDLE_WORDS = frozenset(
     "nvidia amd instinct geforce tesla gpu generation hbm2 hbm2e hbm3 hbm3e sxm sxm2 sxm4 sxm5".split()
 )
-# Cards of these have the name of a faster one in theirs.
+# The names of these cards contain the name of a faster one.
 _LESSER = frozenset(("d", "laptop", "max", "mig", "super", "ti"))
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in bytes, and the peak of its products in bf16 in operations a second, where they are known."""
+    """A GPU: its memory in bytes, and the peak of its bf16 products in operations a second, if they are known."""
 
     name: str
     memory: int
@@ -68,13 +68,13 @@ class Gpu:
 
 
 def names() -> list[str]:
-    """The GPUs that are known here, each as one word."""
+    """The known GPUs, each as one word."""
     return [name.replace(" ", "-") for name in _GPUS]
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means; None for one that is not known
-    here.
+    """The GPU with a device's name, such as "NVIDIA H100 80GB HBM3", or with a name that a person uses; None for an
+    unknown one.
 
     All words of a card's name in the table have to be in `name`, and of several such cards the longest counts. A person
     may also leave words out: A100 is the one of 40 GB, and 4090 an RTX 4090.
@@ -99,7 +99,7 @@ def read_gpu(text: str, option: str) -> Gpu:
         ConfigError: it is neither; `option` is what the message calls it.
     """
     size = _SIZE.fullmatch(text.strip())
-    found = None if size and size[2] else find_gpu(text)  # 4090 is no memory
+    found = None if size and size[2] else find_gpu(text)  # 4090 is not a size of memory
     if size and not found:
         memory = float(size[1]) * _UNITS[(size[2] or "").lower()]
         if not 0 < memory <= _MOST_GIB * 2**30:
@@ -117,6 +117,6 @@ def read_gpu(text: str, option: str) -> Gpu:
 
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"^rtx(?=\d)", "rtx ", name.strip().lower())
-    # A100-40G and A100 40GiB are those that makers call A100 40GB.
+    # A100-40G and A100 40GiB are what makers call A100 40GB.
     words = (re.sub(r"^(\d+)gi?b?$", r"\1gb", word) for word in re.findall(r"[a-z0-9]+", spaced))
     return frozenset(words) - _IDLE_WORDS

@@ -1,4 +1,4 @@
-"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No
+"""The longest row that fits, by the plan's arithmetic, and what each setting gains that saves memory of activations. No
 torch.
 """
 
@@ -13,8 +13,8 @@ from trainer.errors import ConfigError
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
-_STEP, _MOST = 256, 2**20  # tokens; data.sequence_length takes no more
-# Sentences of a plan that a shorter row, or scaled positions, are the answer to.
+_STEP, _MOST = 256, 2**20  # in tokens, the largest that data.sequence_length allows
+# Sentences of a plan to which a shorter row, or scaled positions, are the answer.
 _OF_LENGTH = ("data.sequence_length:", "memory:")
 
 
@@ -40,15 +40,16 @@ class Ranks:
 
 
 def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[LongestRow]:
-    """First with the settings as they are, then without any that saves memory of activations, and with one more in each
-    line. A line that does not suit the base or the run is left out."""
+    """Yield the longest row with the settings as they are, then without any setting that saves memory of activations,
+    and then with one more in each line. A line that does not suit the base or the run is left out.
+    """
     found = [_longest(config, base, ranks, {})]
     settings: dict[str, Any] = {}
     for more in _ladder(config, ranks):
         changed = {**settings, **more}
         try:
             given = override(config, *(assignment(name, value) for name, value in changed.items()))
-        except ConfigError:  # settings of the run that do not go with it
+        except ConfigError:  # settings of the run that contradict it
             continue
         if _refused(given, base, ranks):
             continue
@@ -73,7 +74,7 @@ def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
 
 
 def _plan(config: Config, base: Description, ranks: Ranks, tokens: int) -> Plan:
-    """The plan with rows of so many tokens."""
+    """The plan for rows of so many tokens."""
     given = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": tokens})})
     gpu, host = (ranks.memory, None) if ranks.on_gpu else (None, ranks.memory)
     return make_plan(given, base, ranks.world_size, ranks.per_node, gpu, host)
