@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.head import LossHead
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
 from trainer.model.rows.peers import Peers, total
 from trainer.model.rows.row import lengths_known
@@ -29,11 +29,12 @@ class PackedModel:
         assert isinstance(head, LossHead)
         return head
 
-    def hidden(self, row: MicroBatch) -> Tensor:
+    def hidden(self, row: ModelInput) -> Tensor:
         """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the
         row.
         """
-        with lengths_known(row.lengths, self.peers if row.parts > 1 else None, row.prefixes):
+        segments = row.segments
+        with lengths_known(segments.lengths, self.peers if row.parts > 1 else None, segments.prefixes):
             return body(self.model)(
                 input_ids=row.input_ids,
                 position_ids=row.position_ids,
@@ -41,12 +42,12 @@ class PackedModel:
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
             )[0]
 
-    def total(self, mine: Tensor, row: MicroBatch) -> Tensor:
+    def total(self, mine: Tensor, row: ModelInput) -> Tensor:
         """The sum of what the ranks that share the row have of it; `mine` where no others do."""
         return mine if row.parts == 1 or self.peers is None else total(mine, self.peers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
         # Rows are made on the host, and go to a device through pinned memory.
-        row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).to(tokens.device)
+        row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).input.to(tokens.device)
         return self.head(self.hidden(row)[:, self.reserved :])
