@@ -32,10 +32,10 @@ from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.run import layout
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 

@@ -111,7 +111,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     config = run_config(base)
     found = resolve_base(config.model)
     attention = choose_attention("auto", ranks.device, DTYPES["bf16"], found.architecture)
-    model, report = load_model(found, config, settings, ranks, attention, "world")
+    model, report = load_model(found, config, settings, ranks.world, attention, "world")
     method = method_of(config)
     method.attach(model, found.architecture, DTYPES["bf16"], seed=0)
     loaded(report.kept_bytes)
@@ -137,7 +137,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
         bnb_4bit_quant_storage=torch.uint8,
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
-    adapted = get_peft_model(model, METHODS["lora"](run_config(base).tuning).peft_config("all-linear"))
+    adapted = get_peft_model(model, METHODS["lora"](run_config(base).tuning).adapting("all-linear"))
     loaded(sum(parameter.nbytes for parameter in model.parameters()))
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     deepspeed.initialize(model=adapted, optimizer=torch.optim.AdamW(trainable), config=settings)

@@ -17,7 +17,10 @@ from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from trainer.config import Config
+from trainer.config import Config, Tuning
+from trainer.config.registry import one_of
+from trainer.state.optimizer.optimizer import optimizers
+from trainer.tuning.method import methods_reading
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -84,13 +87,27 @@ def _row(name: str, field: FieldInfo) -> str:
     extra = cast(dict[str, str] | None, field.json_schema_extra) or {}
     default = "required" if field.is_required() else _value(field.get_default())
     example = _value((field.examples or [""])[0])
-    cells = (f"`{name}`", _allowed(field), default, extra.get("unit", ""), field.description or "", example)
+    kinds = ". ".join(f"{kind}: {words}" for one in one_of(field) for kind, words in one.about().items() if words)
+    about = f"{field.description or ''} {kinds}.".removesuffix(" .") + _read_by(name)
+    cells = (f"`{name}`", _allowed(field), default, extra.get("unit", ""), about, example)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _read_by(name: str) -> str:
+    """A sentence on the methods and optimizers that read the setting, where others do not."""
+    section, _, key = name.partition(".")
+    readers = methods_reading(key if section == "tuning" else name, Tuning())
+    if section == "optim":
+        readers += [optimizer for optimizer, kind in optimizers().items() if key in kind.settings]
+    return f" Read by {', '.join(sorted(readers))}." if readers else ""
 
 
 def _allowed(field: FieldInfo) -> str:
     """The type of a field and its bounds, in words: `whole number ≥ 1`."""
     limits = ", ".join(filter(None, map(_limit, field.metadata)))
+    named = ", ".join(f"`{name}`" for one in one_of(field) for name in one.about())
+    if named:
+        return f"list of {named}" if get_origin(field.annotation) is list else named
     return f"{_type(field.annotation)} {limits}".strip()
 
 

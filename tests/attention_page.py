@@ -49,44 +49,49 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-`model.attention: auto` takes the first kernel of this table that runs here and gives the values and the gradients of the base's own
-attention, with the documents of a packed row apart. The log of rank 0 names it, and says why not the ones before it; `capstan doctor`
-lists those that run on this machine, and the packages that this GPU could use. A kernel that is named and cannot be used is refused
-with the reason.
+`model.attention: auto` takes the first kernel of this table that runs on the machine and gives the values and the
+gradients of the base's own attention, with the documents of a packed row separate. The log of rank 0 names it, and says
+why the earlier ones were not taken. `capstan doctor` lists the kernels that run on this machine, and the packages that
+this GPU could use. If you name a kernel that cannot be used, it is refused with the reason.
 """
 
 _PACKAGES = """\
-A package is looked for by its own name, not by the name that it is imported by, as flash-attn and flash-attn-4 share that. Before a
-kernel is taken, its function's signature is compared with what will be asked of it. flash-attn-4 also runs on Hopper, but its backward
-pass there takes neither packed documents nor windows.
+Capstan looks for a package by its distribution name, because flash-attn and flash-attn-4 share an import name. It
+compares the signature of a kernel's function with the call before it takes the kernel. flash-attn-4 also runs on
+Hopper, but its backward pass there takes neither packed documents nor windows.
 
-PyPI has flash-attn as source alone, flash-attn-4 as wheels of betas, which pip takes only where one is asked for, and no flash-attn-3. The releases of
-flash-attn on GitHub have wheels for some builds of PyTorch, CUDA and Python: `capstan doctor` names the one for this machine, which pip finds or refuses
-at once. From the source pip looks for the same wheel, and where there is none it builds one, which takes an hour. The extra `gpu` has neither package: an
-extra can ask for a Python and a platform, and not for a build of PyTorch or a GPU.
+PyPI has flash-attn only as source, flash-attn-4 as wheels of betas, which pip takes only if you ask for one, and no
+flash-attn-3. The releases of flash-attn on GitHub have wheels for some builds of PyTorch, CUDA and Python.
+`capstan doctor` names the one for this machine; pip finds it or refuses at once. An installation from source looks for
+the same wheel, and otherwise builds one, which takes an hour. The extra `gpu` contains neither package, because an
+extra cannot depend on a build of PyTorch or on a GPU.
 
-Each kernel is compared with eager attention, values and gradients: heads of 64 to 256, grouped heads, windows, one document and several,
-caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU that holds for sdpa and for flex_attention's own plain operations; of the kernels
-for GPUs it tests the calls, with plain products behind the libraries' signatures, and PyTorch's own kernel on the meta device.
-`python -m pytest tests/unit/model/test_attention.py` on a machine with a GPU runs every kernel that is installed there.
+Tests compare each kernel's values and gradients with eager attention: heads of 64 to 256, grouped heads, windows, one
+document and several, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU they run sdpa and flex_attention's
+plain operations. For GPU kernels they test the calls, with plain products behind the libraries' signatures, and
+PyTorch's own kernel on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py`
+runs every installed kernel.
 
 ## Which one a base gets
 
-With flash-attn's package for the GPU installed; in brackets with PyTorch alone, where that is another.
+The table is for an installation with flash-attn's package for the GPU; brackets show the kernel with PyTorch alone, if
+it differs.
 """
 
 
 _LIGER = """\
 ## Norms, rotary embeddings and gated MLPs
 
-`pip install 'capstan-llm[gpu]'` brings [Liger's](https://github.com/linkedin/Liger-Kernel) kernels (BSD-2), each of which makes one pass over
-memory where the base's own operations make several. `model.kernels: auto` takes them on GPUs for the families that Liger knows, `none` leaves a base as
-it is, and `liger` is refused where it cannot run. The log of rank 0 names the parts that it computes:
+The extra `gpu` ([installation.md](installation.md#extras)) installs [Liger's](https://github.com/linkedin/Liger-Kernel)
+kernels (BSD-2). Each makes one pass over memory where the base's own operations make several. `model.kernels: auto`
+takes them on GPUs for the families that Liger knows, `none` leaves a base as it is, and `liger` is refused if it cannot
+run. The log of rank 0 names the parts that Liger computes:
 
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
-Results differ from those without by rounding alone. On a CPU nothing changes. The checks of an export are always made without them.
-Layers keep 24 % less for their backward passes in an 8B Llama: `plan`, and `train.activation_checkpointing: auto`, count that where `model.kernels: liger` is set.
+Results differ only by rounding. On a CPU nothing changes. The checks of an export never use Liger. In an 8B Llama,
+layers keep 24 % less for their backward passes; `plan` and `train.activation_checkpointing: auto` count that if
+`model.kernels: liger` is set.
 
 | `model_type` | by Liger |
 |---|---|
@@ -97,28 +102,38 @@ Layers keep 24 % less for their backward passes in an 8B Llama: `plan`, and `tra
 shared experts |
 | `deepseek_v4`, mixtures of `gemma4_text` | norms |
 
-`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` needs no GPU and compares losses and gradients: under LoRA, IA3 and bottleneck adapters, with
-norms that learn, layers computed again and MLPs in tiles, in fp32 and fp16 (Triton's interpreter has no right products in bf16); `ranks` does so on two ranks over a 4-bit base in
-shards, and `compile` makes binaries for sm_80, sm_90 and sm_100. The families of the table but `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were compared in the same way, in fp32, by transformers
-alone: gradients are at most 1.6e-5 of their length apart, and losses 1.4e-6.
+`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` needs no GPU and compares losses and gradients under LoRA,
+IA3 and bottleneck adapters, with norms that learn, layers computed again and MLPs in tiles, in fp32 and fp16 (Triton's
+interpreter computes bf16 products wrongly). `ranks` does the same on two ranks over a sharded 4-bit base, and `compile`
+makes binaries for sm_80, sm_90 and sm_100. All families of the table except `ministral`, `hunyuan_v1_moe` and
+`deepseek_v4` were also compared in fp32 by transformers alone: gradients differ by at most 1.6e-5 of their length, and
+losses by 1.4e-6.
 
-Not taken of it:
-- Its losses, as the [output head](architecture.md) has one in chunks of its own, and its experts, which want 16-bit stacks whole.
-- MLPs of another activation than is usual for their family. Liger does not look: a Llama with `gelu` would get `silu`, and gradients up to 29 % of their length off. So each kind of module
-  is compared with its own forward pass, on made-up values, before it is taken.
-- Its layer norms: for some families they would replace PyTorch's for every model of the process.
-- Kernels in other languages than Triton, which nothing without a GPU can check. `LIGER_KERNEL_IMPL` names one all the same.
+Capstan does not use these parts of Liger:
+
+- Its losses, because the [output head](architecture.md) computes its own in chunks, and its experts, which need whole
+  16-bit stacks.
+- MLPs with another activation than is usual for their family. Liger does not check this: a Llama with `gelu` would get
+  `silu`, and gradients would be off by up to 29 % of their length. So Capstan compares each kind of module with its own
+  forward pass, on made-up values, before it uses Liger's.
+- Its layer norms, because for some families they would replace PyTorch's for every model of the process.
+- Kernels in other languages than Triton, which cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still selects one.
 """
 
 _PRODUCTS = """\
 ## Products in FP8
 
-`train.products: fp8` multiplies by frozen weights in eight-bit floats: a weight that is made from its 4 or 8 bits and what it multiplies become e4m3 numbers, each row with a scale of its own, a power
-of two; sums are in fp32 (`torch._scaled_mm`). So do forward and backward passes of frozen linear layers; adapters, experts, attention, the head and layers whose sizes are no multiples of 16
-stay in `model.dtype`. It is off by default and needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused (from 12.0 on, RTX 50 and RTX PRO, cuBLAS takes no scale a row). The log says `products: fp8 in 224 of 224 linear layers`, and `plan` the same.
+With `train.products: fp8` frozen linear layers multiply in eight-bit floats, in their forward and backward passes. The
+weight decoded from its 4 or 8 bits and its other operand become e4m3 numbers. Each row has its own scale, a power of
+two, and sums are in fp32 (`torch._scaled_mm`). Adapters, experts, attention, the head, and layers whose sizes are not
+multiples of 16 stay in `model.dtype`. This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11;
+others are refused (from 12.0 on, RTX 50 and RTX PRO, cuBLAS takes no scale for each row). The log and `plan` say
+`products: fp8 in 224 of 224 linear layers`.
 
-By an H100's data sheet products take half the time. What it brings there has not been measured: converting costs two passes over each weight and row, so that short rows gain nothing. On a CPU the same numbers are
-computed more slowly: there 200 steps of a tiny base have losses 0.001 nats from those of plain products, where another seed's are 0.07 away ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export are always made without it.
+By an H100's data sheet products take half the time. The gain has not been measured. Converting takes two passes over
+each weight and row, so short rows gain nothing. A CPU computes the same numbers more slowly: there, 200 steps of a tiny
+base have losses within 0.001 nats of those of plain products, while another seed's are 0.07 away
+([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use it.
 """
 
 

@@ -28,6 +28,10 @@ os.environ.update(RAY_worker_niceness="0")
 # Architectures that are read once are kept here, not in the user's cache; ranks and commands inherit it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
 
+# Runs that a test makes by hand were started by nobody; tests/cli/test_foreign_runs.py has the rule for those.
+os.environ["CAPSTAN_TRUST_RUN"] = "1"
+os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"]
+
 # How long one of hypothesis' examples takes says how busy the machine is.
 settings.register_profile("unhurried", settings.default, deadline=None)
 settings.load_profile("unhurried")

@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
+    "CAPSTAN_TRUST_RUN": "1",  # its finished run is one that nobody has started
 }
 LATEST = {
     "build": 4.0,
@@ -51,6 +52,7 @@ LATEST = {
     "check": 4.0,
     "doctor": 6.0,
     "export": 8.0,
+    "gguf": 8.0,
     "push": 8.0,
     "evaluate": 15.0,
     "evaluate on 2 ranks": 20.0,
@@ -114,10 +116,13 @@ class Killed:
                 command = [*CAPSTAN, "generate", self.run.uri, "--base"]
                 return Task(command, command, lambda _: None)
             case ["export"]:
-                command = [*CAPSTAN, "export", self.run.uri, out, "--merge", "--verify"]
+                command = [*CAPSTAN, "export", self.run.uri, out, "--format", "merged", "--verify"]
+                return Task(command, command, lambda _: files_of(Path(out)))
+            case ["gguf"]:
+                command = [*CAPSTAN, "export", self.run.uri, out, "--format", "gguf-adapter"]
                 return Task(command, command, lambda _: files_of(Path(out)))
             case ["push"]:
-                command = [*CAPSTAN, "push", self.run.uri, f"hf://me/{own}", "--merged", "--revision", own]
+                command = [*CAPSTAN, "push", self.run.uri, f"hf://me/{own}", "--format", "merged", "--revision", own]
                 return Task(command, command, lambda _: self._pushed(own))
             case ["sweep"]:
                 rates = {"settings": {"optim.lr": {"grid": [1e-3, 1e-4]}}}
@@ -234,6 +239,7 @@ NAMES = (
     "evaluate on 2 ranks",
     "generate",
     "export",
+    "gguf",
     "push",
     "sweep",
     "smoke",
@@ -242,7 +248,7 @@ MORE = ("evaluate on 3 ranks", "teach on 2 ranks", "plan", "check", "doctor")
 """Commands whose ranks start as those of others do: they are killed at random alone."""
 
 
-_AGAIN = ("build", "train", "evaluate", "export", "push", "sweep", "torchrun")
+_AGAIN = ("build", "train", "evaluate", "export", "gguf", "push", "sweep", "torchrun")
 """Commands that are given again after a kill, each of which has a result to compare."""
 
 

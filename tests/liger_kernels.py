@@ -102,7 +102,7 @@ class Built:
     def __init__(self, workshop: Workshop, dtype: torch.dtype, setting: str, *overrides: str) -> None:
         config = workshop.config("liger", "model.dtype=fp32", "quant.type=none", *overrides)
         base, self.kernels = resolve_base(config.model), Kernels(setting, CPU)
-        attention = choose_attention("auto", CPU, dtype, base.architecture)
+        attention = choose_attention("auto", CPU, dtype, base.architecture.attention_needs)
         model = empty_model(base, config, attention, self.kernels)
         weights = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=dtype).state_dict()
         model.load_state_dict(weights, assign=True)

@@ -6,6 +6,7 @@ python -m tests.models_page --check    exit 1 when the page is not what would be
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,22 @@ def _types() -> Iterator[str]:
     found = json.loads(RECORD.read_text())
     trained, refused = found["trained"], found["refused"]
     alone = [kind for kind, status in trained.items() if status == UNPACKED]
-    yield (
+    yield _wrapped(
         f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} types train"
-        f" and are proven so, {len(alone)} of them with each document in a row of its own (`data.packing: false`), and"
-        " the others are refused:\n"
+        f" and are proven, {len(alone)} of them with each document in a row of its own (`data.packing: false`). The"
+        " others are refused."
     )
-    yield f"- proven: {_listed([kind for kind in trained if kind not in alone])};"
-    yield f"- proven with `data.packing: false`: {_listed(alone)}.\n"
+    yield ""
+    yield _wrapped(f"- proven: {_listed([kind for kind in trained if kind not in alone])};")
+    yield _wrapped(f"- proven with `data.packing: false`: {_listed(alone)}.") + "\n"
     yield "| refused | the sentence |"
     yield "|---|---|"
     for sentence in dict.fromkeys(refused.values()):
         yield f"| {_listed([kind for kind, other in refused.items() if other == sentence])} | {sentence} |"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, subsequent_indent="  " * text.startswith("-"), break_on_hyphens=False)
 
 
 def _listed(kinds: list[str]) -> str:

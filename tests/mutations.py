@@ -7,19 +7,31 @@ Each is a change of one line in a copy of the checkout, in which those quick tes
 the copy before, which is the control. A WORD picks the mutations whose names contain it.
 """
 
+import gc
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
-from tests.random_mutations import drawn, nearest
+import pytest
+
+from tests.random_mutations import Change, drawn, nearest
 
 ROOT = Path(__file__).parents[1]
+LIBRARIES = (
+    "torch numpy pyarrow pydantic transformers.models.llama.modeling_llama peft safetensors.torch hypothesis".split()
+)
+QUICKLY = ("-x", "-q", "-m", "not long", "-p", "no:cacheprovider", "--durations=0", "--timeout=300")
 
 
 class Mutation(NamedTuple):
@@ -128,22 +140,65 @@ def main(words: list[str]) -> int:
     return min(unnoticed, 1)
 
 
-def of_random(count: int, seed: int, stages: int = 3) -> int:
-    """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed."""
-    noticed = 0
+def of_random(count: int, seed: int, stages: int = 3, at_once: int = 2) -> int:
+    """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed.
+
+    `at_once` changes are tried beside each other, each in a copy and a process of its own. These are forked from this
+    one after it has imported the libraries, which takes longer than most tests.
+    """
+    for library in LIBRARIES:
+        import_module(library)
+    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="capstan-mutations-") as folder:
-        copy = copied(Path(folder, "copy"))
-        for change in drawn(count, seed, copy):
-            began, source = time.monotonic(), (copy / change.file).read_text(encoding="utf-8")
-            (copy / change.file).write_text(change.applied(source), encoding="utf-8")
-            by = next(
-                (failed for tests in nearest(change.file, copy)[:stages] if (failed := first_failed(copy, tests))), ""
-            )
-            (copy / change.file).write_text(source, encoding="utf-8")
-            noticed += bool(by)
-            print(f"{change.name}: {by or 'NOT NOTICED'} ({time.monotonic() - began:.0f} s)", flush=True)
+        copies = [copied(Path(folder, str(number))) for number in range(at_once)]
+        changes = drawn(count, seed, copies[0])
+        with ThreadPoolExecutor(at_once) as pool:
+            free = SimpleQueue[Path]()
+            for copy in copies:
+                free.put(copy)
+            noticed = sum(pool.map(lambda change: _try(change, free, stages), changes))
     print(f"{noticed} of {count} noticed")
     return 0
+
+
+def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool:
+    copy, began = free.get(), time.monotonic()
+    file = copy / change.file
+    source = file.read_text(encoding="utf-8")
+    file.write_text(change.applied(source), encoding="utf-8")
+    try:
+        found = (_first_failed_forked(copy, tests) for tests in nearest(change.file, copy)[:stages])
+        by = next((failed for failed in found if failed), "")
+    finally:
+        file.write_text(source, encoding="utf-8")
+        free.put(copy)
+    print(f"{change.name}: {by or 'NOT NOTICED'} ({time.monotonic() - began:.0f} s)", flush=True)
+    return bool(by)
+
+
+def _first_failed_forked(copy: Path, tests: tuple[str, ...]) -> str:
+    """As `first_failed`, in a forked process, which has to end within half an hour."""
+    output = copy.with_name(f"{copy.name}.out")
+    process = get_context("fork").Process(target=_pytest, args=(copy, output, tests))
+    process.start()
+    process.join(1800)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        return "time-out"
+    return _failure(process.exitcode, output.read_text(encoding="utf-8", errors="replace"))
+
+
+def _pytest(copy: Path, output: Path, tests: tuple[str, ...]) -> None:
+    """In the forked process: pytest on the tests of `copy`, whose packages are imported and not those of this checkout."""
+    os.setsid()
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(written, stream)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "trainer", "launcher")]:
+        del sys.modules[name]
+    os.chdir(copy)
+    sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
+    sys.exit(pytest.main([*QUICKLY, *tests]))
 
 
 def copied(copy: Path) -> Path:
@@ -161,18 +216,17 @@ def passes(copy: Path, tests: tuple[str, ...]) -> bool:
 
 def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
     """The first quick test that fails in `copy`, or what ended pytest; empty where all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1800, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "time-out"
-    if done.returncode in (0, 5):  # 5: all of these are long
+    command = [sys.executable, "-m", "pytest", *QUICKLY, *tests]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    return _failure(done.returncode, done.stdout)
+
+
+def _failure(code: int, output: str) -> str:
+    if code in (0, 5):  # 5: all of these are long
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    return found[1] if found else f"pytest ended with {done.returncode}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+    return found[1] if found else f"pytest ended with {code}: {output.strip().splitlines()[-1:]}"
 
 
 if __name__ == "__main__":

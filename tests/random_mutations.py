@@ -85,8 +85,8 @@ def changes(file: str, source: str) -> Iterator[Change]:
                 yield of(node, f"({ast.unparse(ast.BinOp(node.left, _SUMS[type(node.op)](), node.right))})")
             case ast.Constant(value=bool()):
                 yield of(node, str(not node.value))
-            case ast.Constant(value=int()):
-                yield of(node, f"({node.value + 1})")
+            case ast.Constant(value=int(number)):
+                yield of(node, f"({number + 1})")
             case ast.Expr(value=ast.Call()):
                 yield of(node, "pass")
 

@@ -127,3 +127,7 @@ class NothingCommitted(Stopped):
 
 class Interrupted(Stopped):
     """The ranks ended with a checkpoint committed in order to be started again: a machine leaves, or more have come."""
+
+
+class MachineLeaves(Interrupted):
+    """The same because one of the run's machines is being taken away."""

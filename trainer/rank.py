@@ -134,7 +134,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     resolved, ranks = start.resolved, start.ranks
     if ranks.rank == 0:
         start.folder.put(layout.ENVIRONMENT, environment(ranks))
-    check_same_base(resolved.base, ranks)  # before what is made of it is kept for other starts
+    check_same_base(resolved.base, ranks.world)  # before what is made of it is kept for other starts
     rows = _rows(start, datasets)
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")

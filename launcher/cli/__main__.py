@@ -60,7 +60,8 @@ def _add_verbs() -> None:
             groups[group] = typer.Typer(cls=Verbs, help=_GROUPS.get(group), no_args_is_help=True)
             app.add_typer(groups[group], name=group)
         epilog = f"Example: capstan {command.example}".replace("[", r"\[")
-        groups.get(group, app).command(verb, cls=Verb, epilog=epilog)(command.function)
+        kind = type("Verb", (Verb,), {"instead": command.instead})
+        groups.get(group, app).command(verb, cls=kind, epilog=epilog)(command.function)
 
 
 _add_verbs()

@@ -5,9 +5,10 @@ of a group. Everything that a verb needs beyond its options is imported when it 
 of these files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pkgutil import walk_packages
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from launcher.cli import verbs
@@ -15,11 +16,13 @@ from launcher.cli import verbs
 
 class Command(NamedTuple):
     """The function of a verb, whose docstring is its help and whose arguments are its options; the words after
-    `capstan` of an example, in which its help ends; and its place in --help."""
+    `capstan` of an example, in which its help ends; its place in --help; and for options that somebody may look for,
+    and that it does not have, what to write `instead`."""
 
     function: Callable[..., Any]
     example: str
     place: int = 200
+    instead: Mapping[str, str] = MappingProxyType({})
 
 
 def commands() -> list[tuple[str, Command]]:

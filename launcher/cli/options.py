@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
-from launcher.cli.shell import complete_run, complete_setting
+from launcher.cli.shell import complete_format, complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 from launcher.view.terminal import put
 from trainer.errors import ConfigError
@@ -32,6 +32,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
 ]
+TrustRun = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run",
+        envvar="CAPSTAN_TRUST_RUN",
+        help=(
+            "Read the files and run the code that its config.yaml names, though you have not started the run with it:"
+            " docs/credentials.md."
+        ),
+    ),
+]
 StepOption = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step. Default: the newest that is whole.")
 ]
@@ -44,11 +55,16 @@ FormatOptions = Annotated[
     typer.Argument(metavar="[key=value ...]", help="Options of the format, such as 'types=[f16,q8_0]' for gguf."),
 ]
 FormatOption = Annotated[
-    str | None,
+    str,
     typer.Option(
-        "--format", help="peft (the adapter, the default), merged, nf4, fp8, gguf or gguf-adapter; see docs/export.md."
+        "--format",
+        help="peft (the adapter), or another of those in docs/export.md.",
+        autocompletion=complete_format,
     ),
 ]
+MERGED = {"--merge": "--format merged", "--merged": "--format merged"}
+"""What stands in the place of options that somebody may look for."""
+
 # More than any machine has; a plan for as many would say nothing.
 _MOST_GPUS = 2**17
 
@@ -65,15 +81,6 @@ def countable(gpus: int | None) -> int | None:
     if gpus is not None and gpus > _MOST_GPUS:
         raise ConfigError(f"--gpus: {gpus:,} is more than any cluster has. Give at most {_MOST_GPUS:,}. Example: 8.")
     return gpus
-
-
-def chosen_format(given: str | None, merged: str | None) -> str:
-    """The format of `--format`, or of the option that stands for merged."""
-    if merged and given not in (None, "merged"):
-        raise ConfigError(
-            f"{merged} is the same as --format merged, and --format {given} was given. Leave out one of them."
-        )
-    return given or ("merged" if merged else "peft")
 
 
 def log(text: str) -> None:

@@ -2,11 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 Choices = list[tuple[str, str]]
 
@@ -14,7 +20,17 @@ _HELP_WIDTH = 60  # a candidate and its help are one line
 
 
 class Verb(TyperCommand):
-    """A command whose flags have no type in its help: it is there or not."""
+    """A command whose flags have no type in its help: it is there or not. An option that it does not have is refused
+    with what to write `instead`."""
+
+    instead: Mapping[str, str] = MappingProxyType({})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = args[: args.index("--")] if "--" in args else args
+        for name in (argument.partition("=")[0] for argument in given):
+            if name in self.instead:
+                raise ConfigError(f"{name}: there is no such option. Write {self.instead[name]}.")
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_untyped(parameter) for parameter in super().get_params(ctx)]
@@ -49,7 +65,7 @@ def complete_setting(incomplete: str) -> Choices:
     known = dict(fields())
     name, equals, value = incomplete.partition("=")
     if equals:
-        values = _values(known[name].annotation) if name in known else ()
+        values = _values(known[name]) if name in known else ()
         return [(f"{name}={found}", "") for found in values if found.startswith(value)]
     if "." not in incomplete:
         sections = dict.fromkeys(path.partition(".")[0] for path in known)
@@ -61,14 +77,30 @@ def complete_setting(incomplete: str) -> Choices:
     ]
 
 
-def _values(annotation: Any) -> Iterator[str]:
+def _values(setting: "FieldInfo") -> Iterator[str]:
+    from trainer.config.registry import one_of
+
+    yield from _written_in(setting.annotation)
+    for kinds in one_of(setting):
+        yield from kinds.about()
+
+
+def _written_in(annotation: Any) -> Iterator[str]:
     if annotation is bool:
         yield from ("true", "false")
     for inside in get_args(annotation):
         if isinstance(inside, str):
             yield inside
         else:
-            yield from _values(inside)
+            yield from _written_in(inside)
+
+
+def complete_format(incomplete: str) -> Choices:
+    """The formats of exports, each a file of trainer/export/formats."""
+    from trainer.config.registry import kinds
+
+    names = sorted(kinds("trainer.export.formats", "FORMATS"))
+    return [(name, "") for name in names if name.startswith(incomplete)]
 
 
 def complete_run(ctx: typer.Context, incomplete: str) -> Choices:

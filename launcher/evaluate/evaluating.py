@@ -8,6 +8,7 @@ from rich.progress import TextColumn
 
 from launcher.evaluate.ranks import Hear, for_server, run_ranks
 from launcher.evaluate.tables import Evaluated
+from launcher.policy.foreign import check_own, evaluated
 from launcher.start.local_group import count_ranks
 from launcher.view.console import progress_bars
 from trainer.config import Config, assignment
@@ -53,6 +54,7 @@ def evaluate_run(
     base: bool,
     chat: bool,
     server: str | None,
+    trust: bool,
     dry_run: bool,
     log: Log,
 ) -> Evaluated | str:
@@ -69,6 +71,7 @@ def evaluate_run(
     if server and base:
         raise ConfigError(f"--server: --base has no effect. Name the base behind a #: {server.partition('#')[0]}#NAME.")
     config = run_config(folder, overrides, say=log)
+    check_own(folder, config, evaluated, overrides, trust=trust)
     if server:
         config = for_server(config, "--server", "evaluate")
     step, every = chosen_step(folder, step, best=best), subjects(config)

@@ -19,13 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from launcher.export.export import Exported, export_run
-from trainer.base.find.small_files import NAMED_TEMPLATES, TOKENIZER_PATTERNS
+from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.folder import CARD
 from trainer.run.folder import name_of
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import NAMED_TEMPLATES
 
 _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _TOKEN = "HF_TOKEN"

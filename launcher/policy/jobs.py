@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
 
-from launcher.policy.retry import is_machine_lost
 from trainer.errors import (
     ConfigError,
     DataError,
@@ -42,7 +41,7 @@ class Ending:
 
     `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's
     request. `lost_nodes` do not answer; `failed_nodes` holds the node of each rank that died, once for each death.
-    `step` is the newest commit's. `reason` is the run's own.
+    `step` is the newest commit's. `reason` is the run's own, and `lost_machine` whether that is a machine that left.
     """
 
     exit_code: int
@@ -52,6 +51,7 @@ class Ending:
     failed_nodes: Sequence[str] = ()
     step: int = 0
     reason: str = ""
+    lost_machine: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
         return "stopped", f"stopped by {ending.stopped_by}", False
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
-    if code in _STOPPED and not ending.signal and is_machine_lost(ending.reason):
+    if code in _STOPPED and not ending.signal and ending.lost_machine:
         return "node lost", ending.reason, True  # by Ray, though Slurm still reaches it
     if code == Stopped.exit_code and not ending.signal:
         return "stopped", ending.reason or "stopped by request", False

@@ -11,23 +11,39 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from trainer.config import Retry
-from trainer.errors import CapstanError, Interrupted, NonFiniteLoss, NothingCommitted, Stopped, StorageError, Superseded
-from trainer.run.requests import MACHINE_LEAVES
+from trainer.errors import (
+    CapstanError,
+    Interrupted,
+    MachineLeaves,
+    NonFiniteLoss,
+    NothingCommitted,
+    Stopped,
+    StorageError,
+    Superseded,
+)
 
 Kind = Literal["failure", "preemption", "resize"]
-_LOST = "lost a machine: "
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished, None
-    before the first. `raised`: a rank has raised what ended it, where others were killed."""
+    before the first. `raised`: a rank has raised what ended it, where others were killed. `lost_machine`: a machine
+    left, which is nobody's failure; `died`: the rank whose process ended by itself."""
 
     reason: str
     error: CapstanError | None
     kind: Kind = "failure"
     step: int | None = None
     raised: bool = False
+    lost_machine: bool = False
+    died: int | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record of the end keeps of it for programs."""
+        lost: dict[str, Any] = {"lost_machine": True} if self.lost_machine else {}
+        return lost if self.died is None else {**lost, "died": self.died}
 
 
 class RankDied(Exception):
@@ -43,12 +59,7 @@ class RankDied(Exception):
 
 
 def lost_machine(which: str) -> Failure:
-    return Failure(f"{_LOST}{which}", None, "preemption")
-
-
-def is_machine_lost(reason: str) -> bool:
-    """Whether this reason of a start's end, as its record keeps it, is a machine that left: nobody's failure."""
-    return reason.startswith(_LOST) or MACHINE_LEAVES in reason
+    return Failure(f"lost a machine: {which}", None, "preemption", lost_machine=True)
 
 
 def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> Failure:
@@ -64,11 +75,11 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
     if ours:
         error = ours[0][1]
         kind: Kind = "failure" if not isinstance(error, Interrupted) else "resize" if resizing else "preemption"
-        return Failure(str(error), error, kind)
+        return Failure(str(error), error, kind, lost_machine=isinstance(error, MachineLeaves))
     rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
     first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")
     if isinstance(error, RankDied):
-        return Failure(f"rank {rank} died: {first_line}", None)
+        return Failure(f"rank {rank} died: {first_line}", None, died=rank)
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None, raised=True)
 
 
@@ -130,8 +141,8 @@ def _after_preemption(
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:
     """`failure` with what its generation's records tell: a hang that the ranks named, and the step they were in."""
     records = list(records)
-    reason = failure.reason
-    if failure.error is None:
-        reason = next((record["reason"] for record in records if "hung_ranks" in record), reason)
+    hang = next((record["reason"] for record in records if "hung_ranks" in record), None)
+    if failure.error is None and hang is not None:
+        failure = replace(failure, reason=hang, died=None)
     begun = [record["step"] + 1 for record in records if record["kind"] in ("start", "step")]
-    return replace(failure, reason=reason, step=max(begun, default=None))
+    return replace(failure, step=max(begun, default=None))

@@ -1,5 +1,6 @@
 """One of our modules in a process of its own, as a user would start it, with an end to it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ class Command:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # they are runs of its own, also where nobody has a home
             )
 
     def __enter__(self) -> "Command":

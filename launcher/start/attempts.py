@@ -92,7 +92,8 @@ def _after(attempts: Attempts, end: retry.Failure) -> str:
     try:
         attempts.owner.check()  # the newest records would be another start's
         end = retry.explained(end, newest_records(run, after=before))
-        record_end(run, end.reason, stopped=isinstance(end.error, Stopped), crash=end.error is None, after=before)
+        stopped, crash = isinstance(end.error, Stopped), end.error is None
+        record_end(run, end.reason, stopped=stopped, crash=crash, after=before, **end.facts)
         attempts.committed = bool(committed_steps(run))
     except Superseded:
         raise

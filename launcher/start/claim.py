@@ -10,6 +10,7 @@ from trainer.config import Config, dump_config
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
+from trainer.run.own import keep_as_own
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.records import generations
 from trainer.run.settings import changes
@@ -83,6 +84,7 @@ def turn(config: Config, submission: str, *, by: str, log: Callable[[str], None]
 def _write(folder: Store, config: Config, *, opens: bool, waits: bool, log: Callable[[str], None]) -> None:
     """config.yaml, or what stands for it until a submitted job's turn comes."""
     text = dump_config(config).encode()
+    keep_as_own(text)
     if opens:
         old = run_config(folder)
         for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):

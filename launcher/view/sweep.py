@@ -31,6 +31,7 @@ from trainer.run.owner import last_owner
 from trainer.run.requests import read_stop, stop_requester
 from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 BY = "capstan sweep"
 """The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""
@@ -102,6 +103,7 @@ def is_sweep(folder: Store) -> bool:
     return folder.exists(layout.SWEEP)
 
 
+@read_twice
 def read_plan(folder: Store) -> SearchPlan:
     """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be
     read.

@@ -99,11 +99,11 @@ def test_a_merge_is_of_what_was_trained_whatever_config_yaml_says_now(
     capstan: Capstan, run: Store, tmp_path: Path
 ) -> None:
     """And proven also where memory is so short that the model in transformers is there a decoder layer at a time."""
-    exported(capstan, run, tmp_path / "expected", "--merge")
+    exported(capstan, run, tmp_path / "expected", "--format", "merged")
     configure(run, "tuning.alpha=320", "model.layers=1", f"model.base={make_base(tmp_path / 'other', 'qwen2')}")
-    assert exported(capstan, run, tmp_path / "planned", "--merge", "--dry-run")["step"] == 6
+    assert exported(capstan, run, tmp_path / "planned", "--format", "merged", "--dry-run")["step"] == 6
     little = "import trainer.export.proof.models; trainer.export.proof.models.host_memory_left = lambda: 1000"
-    done = capstan("export", run.uri, tmp_path / "merged", "--merge", "--verify", timeout=300, before=little)
+    done = capstan("export", run.uri, tmp_path / "merged", "--format", "merged", "--verify", timeout=300, before=little)
     assert done.returncode == 0, done.stderr
     assert " ".join(done.stderr.split()).count("the exported side computes on the CPU, a layer at a time, as ") == 2
     for file in (tmp_path / "expected").iterdir():
@@ -218,7 +218,7 @@ def test_a_run_whose_base_was_tuned_is_written_as_the_whole_model_with_merge_or_
     assert exported(capstan, run, tmp_path / "planned", "--dry-run")["tuned_base"] is True
     found = exported(capstan, run, tmp_path / "model")
     assert (found["merged"], found["tuned_base"], found["step"]) == (True, True, 4)
-    done = capstan("export", run.uri, tmp_path / "merged", "--merge", timeout=300)
+    done = capstan("export", run.uri, tmp_path / "merged", "--format", "merged", timeout=300)
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "the whole model (its base was tuned, so an export and a merge are the same) of step 4 in" in text

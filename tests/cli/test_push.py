@@ -54,7 +54,18 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     capstan: Capstan, run: Store, hub: Hub, tmp_path: Path
 ) -> None:
     hub.hold_after = 1
-    command = [sys.executable, "-m", "launcher.cli", "push", run.uri, "hf://me/mine", "--merged", "--revision", "next"]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "push",
+        run.uri,
+        "hf://me/mine",
+        "--format",
+        "merged",
+        "--revision",
+        "next",
+    ]
     first = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, start_new_session=True)
     try:
         assert hub.holding.wait(300), "no second object came"
@@ -67,7 +78,7 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     assert len(there) == 1
 
     hub.hold_after = None
-    done = capstan("push", run.uri, "hf://me/mine", "--merged", "--revision", "next", "--json", timeout=600)
+    done = capstan("push", run.uri, "hf://me/mine", "--format", "merged", "--revision", "next", "--json", timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["url"], found["private"], found["exported"]["step"]) == (f"{hub.url}/me/mine", True, 4)

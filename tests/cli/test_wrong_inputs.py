@@ -66,7 +66,7 @@ def test_debug_shows_the_traceback_too(capstan: Capstan, config: Path):
 
 def test_a_start_is_refused_for_a_tracker_that_is_unknown(capstan: Capstan, config: Path):
     done = capstan("train", config, "track.trackers=[wandbb]", "--dry-run")
-    refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are mlflow, trackio, wandb. Did you mean wandb?")
+    refused(done, 2, "track.trackers: 'wandbb' is not allowed. Allowed are ", "Did you mean wandb?")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a\nb", "", "-", "~no-such-user/x", "x" * 5000])
@@ -94,7 +94,7 @@ def test_an_option_that_is_no_number_to_count_with_is_refused(
 
 
 def test_a_gpu_that_is_unknown_is_refused(capstan: Capstan, config: Path):
-    refused(capstan("plan", config, "--gpu-memory", "nan"), 2, "--gpu: 'nan' is no GPU that is known here.")
+    refused(capstan("plan", config, "--gpu", "nan"), 2, "--gpu: 'nan' is no GPU that is known here.")
 
 
 @pytest.mark.parametrize(
@@ -235,13 +235,17 @@ def test_a_merge_that_cannot_be_is_refused_by_its_dry_run_too(capstan: Capstan, 
     for name, overrides in (("cut", ["model.layers=1"]), ("whole", [])):
         commit(store.sub(name), workshop.config(name, *overrides))
     for dry_run in ("--dry-run", "--json"):
-        done = capstan("export", "cut", tmp_path / "merged", "--merge", dry_run, "--store", tmp_path / "store")
+        done = capstan(
+            "export", "cut", tmp_path / "merged", "--format", "merged", dry_run, "--store", tmp_path / "store"
+        )
         refused(done, 2, "no merged model", "first 1 layers", "Take --format peft")
-    planned = capstan("export", "whole", "merged", "--merge", "--dry-run", "--json", "--store", tmp_path / "store")
+    planned = capstan(
+        "export", "whole", "merged", "--format", "merged", "--dry-run", "--json", "--store", tmp_path / "store"
+    )
     told = json.loads(planned.stdout)
     assert (told["step"], told["dry_run"], Path(told["destination"]).name) == (4, True, "merged"), planned.stderr
     assert not (tmp_path / "merged").exists()
-    done = capstan("export", "whole", "merged", "--merge", "--json", "--store", tmp_path / "store")
+    done = capstan("export", "whole", "merged", "--format", "merged", "--json", "--store", tmp_path / "store")
     merged = json.loads(done.stdout)
     assert (merged["step"], merged["merged"], done.stderr) == (4, True, "")
     assert merged["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())

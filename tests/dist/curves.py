@@ -45,7 +45,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     model.requires_grad_(False).train()
     torch.manual_seed(config.run.seed)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config(names), model)
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).adapting(names), model)
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     optim = config.optim
     optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)

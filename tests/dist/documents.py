@@ -35,7 +35,7 @@ def packed_and_alone(config_text: str, kinds: list[str], apart: bool) -> list[fl
         if apart:
             keep_documents_apart(model)
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
-        partitioner = Partitioner(settings, torch.float32, "world", ranks)
+        partitioner = Partitioner(settings, torch.float32, "world", ranks.world)
         for name, parameter in list(model.named_parameters()):
             partition = partitioner.make(parameter.shape, torch.float32)
             partition.write(0, parameter.data.flatten())

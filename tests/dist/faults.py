@@ -17,12 +17,12 @@ from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.export.write.learnt_weights import master_weights
 from trainer.processes.ranks import Ranks, join
 from trainer.run import layout
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
 from trainer.state.checkpoint.retention import plan_removal, remove
@@ -194,13 +194,6 @@ def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
             for state, values in part.states.items():
                 assert torch.equal(values, whole_state(part.name, state, 4)[part.begin : part.end])
     return outcome
-
-
-def restores_format_2(uri: str) -> dict[str, Any]:
-    """Restore the checkpoint of step 4 that an earlier version wrote, and read it whole as an export does."""
-    ranks, run = join(), open_store(uri)
-    outcome = _restore(run, ranks, Fault())
-    return {**outcome, "wrong": wrong_with(run, 4)}
 
 
 # Rules of saving.

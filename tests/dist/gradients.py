@@ -1,7 +1,7 @@
 """The first step's gradients, ours and by PyTorch alone."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -22,6 +22,8 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.train.loop import train
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.sft.settings import SftSettings
+from trainer.tuning.shared.linear_adapters import LinearAdapters
+from trainer.tuning.shared.wrapper import innermost
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:
@@ -70,9 +72,7 @@ def plain_first_step(config_text: str, fingerprint: str, destination: str) -> di
     model = plain_base(config)
     method: Any = method_of(config)
     architecture = resolve_base(config.model).architecture
-    names = architecture.linear_names if method.targets == "all-linear" else method.targets
-    feedforward = [name for name in names if name.endswith("down_proj")]
-    described = method.peft_config(names, *([feedforward] if config.tuning.method == "ia3" else []))
+    described: Any = cast(LinearAdapters, innermost(method)).peft_config(architecture)
     if config.model.add_tokens:
         ids = [row for row, _ in find_rows(config.model)]
         plain.grow(model, max(ids) + 1)

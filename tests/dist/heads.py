@@ -91,7 +91,7 @@ def plain_model(config: Config) -> Any:
         **kind,
     )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapter = METHODS[config.tuning.method](config.tuning).peft_config(names)
+    adapter = METHODS[config.tuning.method](config.tuning).adapting(names)
     adapter.task_type = head.head.task
     model = get_peft_model(base, adapter)
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized, quantized
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base
+from trainer.base.load import load
 from trainer.base.load.load import load_model
+from trainer.base.load.source import Files
 from trainer.base.partitions.filling import Quantize, as_tensor
 from trainer.config import Config, override, parse_config
 from trainer.errors import StorageError
@@ -40,7 +43,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             config = override(parse_config(config_text), f"model.base={base}", *overrides)
             settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
             found = resolve_base(config.model)
-            model, _ = load_model(found, config, settings, ranks, Attention("sdpa", ""), "world")
+            model, _ = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), "world")
             for name, module in model.named_modules():
                 if isinstance(module, FrozenLinear4bit):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
@@ -193,7 +196,7 @@ def stock_logits(bases: list[str], quant_type: str, double: bool, destination: s
                 bnb_4bit_use_double_quant=double,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture
+        needs = describe(json.loads(Path(base, "config.json").read_text())).architecture.attention_needs
         model: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,
@@ -235,3 +238,32 @@ def _quantize_experts(model: Any, quant_type: str, double: bool) -> None:
 def probe() -> Tensor:
     """One row that is longer than the sliding windows, (1, 48)."""
     return torch.arange(48).mul(37).remainder(material.SIZES["vocab_size"])[None]
+
+
+def laid_over_a_buffer(config_text: str) -> dict[str, Any]:
+    """Load the base twice, the second time over memory that is given, and make the engine of each: what of the
+    partitions differs, and what lies elsewhere.
+    """
+    config = parse_config(config_text)
+    plain = _frozen(assemble_run(config).engine.model)
+    buffer, used = torch.zeros(2 * sum(part.nbytes + 64 for part in plain.values()), dtype=torch.uint8), 0
+
+    def room(made: Tensor) -> Tensor:
+        nonlocal used
+        begin, used = used, used + -(-made.nbytes // 64) * 64
+        return buffer[begin : begin + made.nbytes].view(made.dtype)
+
+    load.Files = partial(Files, room=room)  # type: ignore[misc]
+    given = _frozen(assemble_run(config).engine.model)
+    first, last = buffer.data_ptr(), buffer.data_ptr() + used
+    return {
+        "compared": len(given),
+        "differing": [name for name in plain if not torch.equal(plain[name], given[name])],
+        "elsewhere": [name for name, part in given.items() if not first <= part.data_ptr() < last],
+    }
+
+
+def _frozen(model: torch.nn.Module) -> dict[str, Tensor]:
+    """This rank's partitions of what is frozen, by name."""
+    named: dict[str, Any] = dict(model.named_parameters())
+    return {name: parameter.ds_tensor for name, parameter in named.items() if not parameter.requires_grad}

@@ -40,9 +40,9 @@ def load_memory(config_text: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = resolve_base(config.model)
     settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
-    attention = choose_attention("auto", ranks.device, torch.bfloat16, base.architecture)
+    attention = choose_attention("auto", ranks.device, torch.bfloat16, base.architecture.attention_needs)
     before = _peak_from_here()
-    _, report = load_model(base, config, settings, ranks, attention, "world")
+    _, report = load_model(base, config, settings, ranks.world, attention, "world")
     return {"grown_bytes": _memory("VmHWM") - before, "kept_bytes": report.kept_bytes, "read_bytes": report.read_bytes}
 
 

@@ -86,7 +86,7 @@ def adapt(model: Any, config: Config) -> dict[str, Any]:
 
     from trainer.tuning.lora.method import METHODS
 
-    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).peft_config("all-linear"), model)
+    inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).adapting("all-linear"), model)
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name, parameter in adapters.items():
         parameter.data = adapter_value(name, tuple(parameter.shape))

@@ -140,7 +140,7 @@ def proof_in_bf16(run_uri: str, step: int, adapter: str) -> dict[str, Any]:
 
 
 def merge_proof(run_uri: str, step: int, merged: str) -> dict[str, float]:
-    """The measurements of `capstan export --merge --verify`."""
+    """The measurements of `capstan export --format merged --verify`."""
     in_this_process()
     return asdict(prove_merged(open_store(run_uri), step, open_store(merged)))
 

@@ -23,9 +23,9 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import find_method

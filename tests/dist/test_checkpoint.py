@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist import faults, saving
+from tests.dist import saving
 from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
@@ -164,9 +164,7 @@ def test_a_manifest_of_a_newer_version_is_an_error_on_all_ranks_and_never_passed
     run.put(layout.manifest(3), json.dumps({**tree, "format": 99}).encode())
     results = launch(2, saving.restore, *small.of("newer"), str(tmp_path))
     assert [(result["outcome"], result["exit_code"]) for result in results] == [("StorageError", 6)] * 2
-    assert (
-        "is of format 99; this version reads formats 2 and 3. Use the version that wrote it." in results[1]["message"]
-    )
+    assert "is of format 99; this version reads format 3. Use the version that wrote it." in results[1]["message"]
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_and_commits_its_step_again(small: Saved, tmp_path: Path) -> None:
@@ -216,13 +214,6 @@ def test_a_generation_that_was_overtaken_must_not_commit(small: Saved) -> None:
     assert committed_steps(run) == []
     assert launch(2, saving.save_as_generation, *small.of("overtaken"), 2)[0]["outcome"] == "finished"
     assert committed_steps(run) == [1]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_checkpoint_of_format_2_resumes_on_any_number_of_ranks(tmp_path: Path, world_size: int) -> None:
-    shutil.copytree(Path(__file__).parents[1] / "golden/checkpoint-format-2", tmp_path, dirs_exist_ok=True)
-    for result in launch(world_size, faults.restores_format_2, str(tmp_path)):
-        assert result == {"outcome": "finished", "exit_code": 0, "message": "", "wrong": []}
 
 
 def test_a_manifest_is_plain_json_whose_shards_hold_what_the_rule_says(small: Saved) -> None:

@@ -21,9 +21,9 @@ from tests.material import Workshop, make_base
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.store.store import Store, open_store
 
 # A base -> sizes that torch's grouped products take; transformers' default experts take no others.

@@ -26,12 +26,12 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.proof.same_bytes import check_again
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.state.checkpoint.identity import check_identity
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 

@@ -20,9 +20,9 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, override
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.plan.resolve import resolve
 from trainer.run import layout
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import open_store
 

@@ -1,4 +1,5 @@
-"""DoRA and (IA)^3 over a sharded base are PEFT's: in gradients, exported and merged."""
+"""Adapters of linear layers over a sharded base are PEFT's: in gradients, exported and merged. LoRA's have tests of
+their own."""
 
 import json
 from functools import partial
@@ -19,15 +20,21 @@ from tests.dist.test_gradients import distance
 from tests.dist.test_merge import logits, merged_by_peft
 from tests.families import rows
 from tests.material import Workshop, commit, make_base
-from trainer.config import Config, dump_config, load_config
+from tests.methods import methods_of
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config, Tuning, dump_config, load_config
 from trainer.export.figures import Proof
+from trainer.export.trained import trained_checkpoint
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
+from trainer.state.checkpoint.learnt_weights import LearntWeights, master_weights
+from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
+from trainer.tuning.lora.method import METHODS as LORA
+from trainer.tuning.shared.linear_adapters import LinearAdapters
 
-METHODS = ("dora", "ia3")
+METHODS = [method for method in methods_of(LinearAdapters) if method not in LORA]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -43,10 +50,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def adapting(workshop: Workshop, method: str, name: str, *overrides: str) -> Config:
-    """A run of the workshop with the `tuning` of the method's own example."""
-    return workshop.config(name, *overrides).model_copy(
-        update={"tuning": load_config(EXAMPLES / f"8b-{method}.yaml").tuning}
-    )
+    """A run of the workshop with the `tuning` of the method's own example, where it has one."""
+    example = EXAMPLES / f"8b-{method}.yaml"
+    tuning = load_config(example).tuning if example.exists() else Tuning(method=method)
+    return workshop.config(name, *overrides).model_copy(update={"tuning": tuning})
 
 
 def run_ranks(workshop: Workshop, config: Config, ranks: int, how: str = "start") -> list[float]:
@@ -122,7 +129,7 @@ def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(ru
 
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
-    name = next(name for name in weights if name.endswith(("lora_magnitude_vector", "ia3_l")))
+    name = sorted(weights)[-1]
     weights[name] = weights[name].roll(1, 0 if weights[name].shape[0] > 1 else 1)
     save_file(weights, file, metadata={"format": "pt"})
     assert not proof_of(run, folder).holds
@@ -135,7 +142,7 @@ def test_peft_has_the_logits_of_the_trained_model_and_a_broken_file_is_caught(ru
 def test_a_merged_model_is_what_peft_merges(
     workshop: Workshop, tmp_path: Path, method: str, kind: str, dtype: torch.dtype
 ) -> None:
-    base = make_base(tmp_path / "base", kind, dtype)
+    base = make_base(tmp_path / "base", kind, dtype, intermediate_size=192)  # which blocks divide
     run = committed(workshop, adapting(workshop, method, f"{method}-{kind}", f"model.base={base}"))
     export_merged(run, open_store(str(tmp_path / "merged")))
 
@@ -147,11 +154,13 @@ def test_a_merged_model_is_what_peft_merges(
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
         if not torch.equal(value, plain.state_dict()[name]):
-            changed.add(name.partition(".self_attn.")[2] or name.partition(".mlp.")[2])
-    wanted = {"k_proj", "v_proj", "down_proj"} if method == "ia3" else {"q_proj", "k_proj", "v_proj", "o_proj"}
-    wanted |= set() if method == "ia3" else {"gate_proj", "up_proj", "down_proj"}
-    biases = {"k_proj.bias", "v_proj.bias"} if (method, kind) == ("ia3", "qwen2") else set[str]()
-    assert changed == {f"{name}.weight" for name in wanted} | biases
+            changed.add(name)
+    _, config, trained = trained_checkpoint(run, 4)
+    updates = trained.updates(
+        LearntWeights(run, read_manifest(run, 4), torch.bfloat16), resolve_base(config.model).architecture
+    )
+    assert changed == updates.keys()
+    assert any(name.endswith(".bias") for name in changed) == ((method, kind) == ("ia3", "qwen2"))
     plain.load_state_dict(expected)
     assert torch.equal(logits(model), logits(plain))
 
@@ -174,12 +183,12 @@ def test_a_merge_is_proven_and_a_broken_file_is_caught(run: Store, tmp_path: Pat
 def test_peft_reads_every_parameter_of_an_export(run: Store, workshop: Workshop, tmp_path: Path) -> None:
     manifest = export_adapter(run, open_store(str(tmp_path / "adapter")))
     base: Any = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.bfloat16)
-    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
     read = {
         name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): value
         for name, value in model.named_parameters()
-        if "lora_" in name or "ia3_" in name
+        if value.requires_grad
     }
-    masters = master_weights(run, manifest)
+    masters = {name.removesuffix(".weight"): value for name, value in master_weights(run, manifest).items()}
     assert read.keys() == masters.keys()
     assert all(torch.equal(read[name].float(), value.bfloat16().float()) for name, value in masters.items())

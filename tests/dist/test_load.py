@@ -279,3 +279,12 @@ def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
     local = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert "config.json" in local
     assert not any(name.endswith(".safetensors") for name in local)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_partitions_lie_over_the_memory_that_a_source_gives(workshop: Workshop, quant: str) -> None:
+    """The engine, which is made afterwards, leaves them there."""
+    config = workshop.config(f"over-{quant}", f"quant.type={quant}", "model.dtype=fp32")
+    for found in launch(2, loading.laid_over_a_buffer, dump_config(config)):
+        assert found["compared"] > 10
+        assert (found["differing"], found["elsewhere"]) == ([], [])

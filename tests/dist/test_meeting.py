@@ -2,8 +2,13 @@
 
 import os
 import socket
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import ClassVar
 
 import pytest
 
@@ -53,6 +58,88 @@ def test_a_rank_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, str(value))
         with pytest.raises(CapstanError, match=said):
             join(meeting=timedelta(seconds=60), is_gone=lambda other, rank=rank: other != rank)
+
+
+class Counted(ranks.PrefixStore):
+    """The store of a meeting, which counts what it is asked."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def set(self, key: str, value: str) -> None:
+        self.asked["set"] += 1
+        super().set(key, value)
+
+    def add(self, key: str, value: int) -> int:
+        self.asked["add"] += 1
+        return super().add(key, value)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        self.asked["wait"] += len(keys)
+        super().wait(keys, timeout)
+
+    def get(self, key: str) -> bytes:
+        self.asked["get"] += 1
+        return super().get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked["check"] += len(keys)
+        return super().check(keys)
+
+    def list_keys(self) -> list[str]:
+        self.asked["list_keys"] += 1
+        return super().list_keys()
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A function by which so many ranks meet, threads of this process, eight on each node: what became of each. Those of
+    `late` come only after two looks of the others, or never."""
+    monkeypatch.setattr(ranks, "_ATTEMPT", timedelta(seconds=0.5))
+    monkeypatch.setattr(ranks, "_PATIENT_ATTEMPT", timedelta(seconds=3))
+    monkeypatch.setattr(ranks, "PrefixStore", Counted)
+    Counted.asked.clear()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    kept = list[object]()  # the server lives until all are through
+
+    def meet(size: int, late: int, *, comes: bool, gone: bool = False) -> list[str]:
+        looks = threading.Event()
+
+        def is_gone(rank: int) -> bool:
+            looks.set()
+            return gone and rank == late
+
+        def one(rank: int) -> str:
+            if rank == late and not (looks.wait(60) and comes):
+                return "absent"
+            try:
+                kept.append(ranks._meet(rank, size, timedelta(seconds=60), is_gone, looks=rank % 8 == 0))
+            except CapstanError as error:
+                return str(error)
+            return "met"
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(one, range(size)))
+
+    return meet
+
+
+def test_a_meeting_costs_each_rank_a_few_requests_however_many_they_are(meeting: Callable[..., list[str]]) -> None:
+    assert meeting(64, late=63, comes=True) == ["met"] * 64
+    assert Counted.asked["check"] == 0
+    assert Counted.asked.total() <= 6 * 64
+    assert Counted.asked["list_keys"] <= 2 * 64 / 8, "only one rank of a node looks who is missing"
+
+
+def test_the_rank_that_finds_one_gone_tells_all_others(meeting: Callable[..., list[str]]) -> None:
+    began = time.monotonic()
+    said = meeting(16, late=13, comes=False, gone=True)
+    assert said.pop(13) == "absent"
+    assert all("15 of 16 ranks came together within" in text and "missing: 13." in text for text in said)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("host", "ranks_here", "address"), [("127.0.0.1", "2", "127.0.0.1"), ("127.0.0.1", "1", "::")])

@@ -19,8 +19,8 @@ from tests.material import Workshop, commit, make_base
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.store import Store, open_store
 

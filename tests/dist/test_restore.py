@@ -19,24 +19,26 @@ from tests.dist import saving
 from tests.dist.launch import launch
 from tests.dist.test_checkpoint import whole
 from tests.dist.test_experts import adapting as of_experts
-from tests.dist.test_linear_adapters import adapting
 from tests.dist.test_modules import saving as of_modules
 from tests.dist.test_tokens import adding as of_tokens
-from tests.dist.test_virtual_tokens import tuned as of_virtual_tokens
 from tests.families import rows
 from tests.material import Workshop
+from tests.methods import trained_by
 from trainer.config import Config, dump_config, override
+from trainer.tuning.method import methods
 
 pytestmark = pytest.mark.timeout(600)
 
 SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01", "checkpoint.every_steps=0")
+
+
+def trains(method: str) -> Callable[[Workshop], Config]:
+    return lambda here: here.config(method, *SETTINGS, *trained_by(method))
+
+
 # What learns -> a run of it over a workshop.
 METHODS: dict[str, Callable[[Workshop], Config]] = {
-    "dora": lambda here: adapting(here, "dora", "dora", *SETTINGS),
-    "ia3": lambda here: adapting(here, "ia3", "ia3", *SETTINGS),
-    "bottleneck": lambda here: adapting(here, "bottleneck", "bottleneck", *SETTINGS),
-    "prompt": lambda here: of_virtual_tokens(here, "prompt", "run", *SETTINGS),
-    "prefix": lambda here: of_virtual_tokens(here, "prefix", "run", *SETTINGS),
+    **{method: trains(method) for method in methods()},
     "tokens": lambda here: of_tokens(here, "tokens", "grown", *SETTINGS),
     "modules": lambda here: of_modules(here, "tied", "modules", *SETTINGS),
     "experts": lambda here: of_experts(here, "qwen3-moe", "experts", *SETTINGS),

@@ -15,11 +15,13 @@ from tests.dist.launch import launch, running
 from tests.dist.test_gradients import distance
 from tests.dist.test_resume import losses
 from tests.material import Workshop, make_classified, make_labelled, make_pairs, make_tagged
+from tests.methods import trained_by
 from trainer.base.find.locate import describe_base
 from trainer.config import dump_config
 from trainer.plan.plan import make_plan
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
+from trainer.tuning.method import methods
 
 TOLERANCE = 1e-5
 PAIRS = ("objective.name=dpo", "data.format=preference")
@@ -101,15 +103,10 @@ def test_so_have_they_over_other_bases(tmp_path: Path, name: str) -> None:
 @pytest.mark.long
 def test_so_have_two_whatever_learns(workshop: Workshop, tmp_path: Path) -> None:
     ways: dict[str, tuple[str, ...]] = {
-        "full": ("tuning={method: full}", "quant.type=none"),
+        **{method: trained_by(method) for method in methods()},
         "some": ("tuning={method: full, train: ['model.layers.1.*']}", "quant.type=none"),
-        "dora": ("tuning.method=dora",),
-        "ia3": ("tuning={method: ia3}",),
-        "bottleneck": ("tuning={method: bottleneck}",),
         "tokens": ("model.add_tokens=[he, ant]",),
         "modules": ("tuning.modules_to_save=[embed_tokens, lm_head]",),
-        "prompt": ("tuning={method: prompt, virtual_tokens: 4}",),
-        "prefix": ("tuning={method: prefix, virtual_tokens: 4}",),
     }
     assert_alike(workshop, tmp_path, ways)
 

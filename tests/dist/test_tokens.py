@@ -21,8 +21,8 @@ from trainer.base.find.tokenizer import find_rows
 from trainer.config import Config, dump_config
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.store.store import Store, open_store
 
 # Texts of the training rows, of which one stands inside words too; and a token that the tokenizer has.

@@ -17,15 +17,17 @@ from tests.dist.test_gradients import distance
 from tests.dist.test_linear_adapters import adapting, committed
 from tests.families import rows
 from tests.material import Workshop, byte_tokenizer, make_pairs
+from tests.methods import methods_of
 from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
-from trainer.export.write.learnt_weights import master_weights
 from trainer.export.write.merged import export_merged
+from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.store.store import Store, open_store
+from trainer.tuning.shared.virtual_tokens import BesideBase
 
-METHODS = ("prompt", "prefix")
+METHODS = methods_of(BesideBase)
 
 
 @pytest.fixture(scope="module")

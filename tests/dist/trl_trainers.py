@@ -106,7 +106,7 @@ def _losses(
         args=given,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(config.model.base),
-        peft_config=None if model else METHODS[config.tuning.method](config.tuning).peft_config(names),
+        peft_config=None if model else METHODS[config.tuning.method](config.tuning).adapting(names),
     )
     adapters = []
     for name, parameter in theirs.model.named_parameters():

@@ -25,7 +25,7 @@ RUN_VERBS = ("status", "logs", "checkpoints ls", "checkpoints verify", "stop --d
 OPTIONS = (
     "--json|--rank=-1|--rank=99999999999999999999|--generation=0|--generation=-5|--step=-1|--step=99999999999999999999|--driver|"
     "--orphan-hours=inf|--orphan-hours=nan|--orphan-hours=-1|--orphan-hours=1e6|--keep-last=0|--keep-last=99999999999|--keep-every=-1|"
-    "--gpu-memory=nan|--gpu-memory=inf|--gpu-memory=0|--gpu-memory=80|--ranks-per-node=0|--ranks-per-node=3|--dry-run|--x|-|--|--debug="
+    "--gpu=nan|--gpu=inf|--gpu=0|--gpu=80|--ranks-per-node=0|--ranks-per-node=3|--dry-run|--x|-|--|--debug="
 ).split("|")
 NAMES = (
     "mine",

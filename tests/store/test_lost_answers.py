@@ -2,27 +2,36 @@
 created once, through a proxy before a real S3 server.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
 
 from launcher.smoke.local_s3 import S3Server
+from tests import checkpoints
 from tests.store.proxy import Fault, How, faulty_proxy
+from trainer.config import Checkpoint
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, is_judged
-from trainer.errors import AlreadyExists, ConfigError
+from trainer.data.render.text_files import kept_text
+from trainer.errors import AlreadyExists, ConfigError, StorageError
 from trainer.run import layout
+from trainer.run.evaluations import keep_evaluation, read_evaluation
 from trainer.run.owner import newest_number, read_owner, take
 from trainer.run.records import claim_generation
+from trainer.state.checkpoint.manifest import TextHashes, whole_checkpoint
+from trainer.state.checkpoint.retention import plan_removal
 from trainer.store.store import Store, open_store
 
+Through = Callable[..., AbstractContextManager[Store]]
+EVALUATION = {"base": {"name": "b"}, "sets": {}, "tasks": {"one": {"acc": {"adapter": 1.0}}}, "bias": {}}
 WRITES: tuple[How, ...] = ("lost", "twice", "late", "refused")
 
 
 @pytest.fixture
-def through(s3: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
+def through(s3: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Through:
     """A function that gives an empty folder in a bucket, through a proxy with these faults."""
     uri = f"{s3.uri('test-store')}/{request.node.name.translate(dict.fromkeys(map(ord, '[]|'), '-'))}"
 
@@ -40,9 +49,7 @@ def rollouts() -> list[Rollout]:
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_an_object_that_is_created_is_there_whatever_became_of_the_answer(
-    through: Callable[..., Store], how: How
-) -> None:
+def test_an_object_that_is_created_is_there_whatever_became_of_the_answer(through: Through, how: How) -> None:
     fault = Fault("PUT", "claim", how)
     with through(fault) as store:
         store.create("claim", b"mine")
@@ -52,20 +59,20 @@ def test_an_object_that_is_created_is_there_whatever_became_of_the_answer(
             store.create("claim", b"yours")
 
 
-def test_an_object_is_anothers_when_two_reads_say_so(through: Callable[..., Store]) -> None:
+def test_an_object_is_anothers_when_two_reads_say_so(through: Through) -> None:
     with through(Fault("PUT", "claim", "lost"), Fault("GET", "claim", "short")) as store:
         store.create("claim", b"mine, and whole")
     with through() as store, pytest.raises(AlreadyExists):
         store.create("claim", b"yours")
 
 
-def test_an_empty_object_is_nobodys_own(through: Callable[..., Store]) -> None:
+def test_an_empty_object_is_nobodys_own(through: Through) -> None:
     with through(Fault("PUT", "000001", "lost")) as store:
         assert claim_generation(store) == 2, "another start may have claimed the first"
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_a_chapter_of_rollouts_is_committed_and_read(through: Callable[..., Store], how: How) -> None:
+def test_a_chapter_of_rollouts_is_committed_and_read(through: Through, how: How) -> None:
     fault = Fault("PUT", "manifest", how)
     with through(fault) as store:
         assert commit(store, 0, rollouts(), {"reward": 0.5})
@@ -77,7 +84,7 @@ def test_a_chapter_of_rollouts_is_committed_and_read(through: Callable[..., Stor
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_a_judgement_is_committed_and_read(through: Callable[..., Store], how: How) -> None:
+def test_a_judgement_is_committed_and_read(through: Through, how: How) -> None:
     with through(Fault("PUT", "judged.json", how)) as store:
         commit(store, 0, rollouts(), {"reward": 0.5})
         said = np.array([-0.4] * 9, np.float32)
@@ -89,7 +96,7 @@ def test_a_judgement_is_committed_and_read(through: Callable[..., Store], how: H
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_a_run_is_the_one_who_took_it(through: Callable[..., Store], how: How) -> None:
+def test_a_run_is_the_one_who_took_it(through: Through, how: How) -> None:
     with through(Fault("PUT", "owners", how)) as store:
         own = take(store, "capstan train", newest_number(store))
         found = read_owner(store)
@@ -97,3 +104,46 @@ def test_a_run_is_the_one_who_took_it(through: Callable[..., Store], how: How) -
         assert json.loads(store.get(layout.owner(1)))["by"] == "capstan train"
         with pytest.raises(ConfigError, match="somebody else has just taken"):
             take(store, "capstan train", 0)
+
+
+SHORT = (r"\.bin", "manifest", "shard", "judged.json", "text/", "evaluations/")
+
+
+def test_a_short_answer_condemns_nothing(through: Through) -> None:
+    """Each kind of object, of which one answer ends early and says that so it is whole."""
+    words = b"the words of a tokenizer"
+    digest = hashlib.sha256(words).hexdigest()
+    with through() as store:
+        checkpoints.commit(store, 4)
+        commit(store, 0, rollouts(), {"reward": 0.5})
+        commit_judgement(store, 0, np.array([-0.4] * 9, np.float32), 0.1)
+        store.put(layout.kept_text(digest), words)
+        keep_evaluation(store, {**EVALUATION, "step": 4})
+    for what in SHORT:
+        fault = Fault("GET", what, "short")
+        with through(fault) as store:
+            assert whole_checkpoint(store).step == 4, what
+            assert plan_removal(store, Checkpoint(keep_last=1)).warning is None
+            assert Rollouts(store, 1, judged=True).read([0]).shape == (3, 2), what
+            assert Rollouts(store, 1, judged=True).figures(0)["divergence"] == 0.1, what
+            found = kept_text(store, TextHashes({"tokenizer.json": digest}, None))
+            assert found.files == {"tokenizer.json": words}
+            assert read_evaluation(store, 4)["tasks"] == EVALUATION["tasks"]
+            assert fault.struck, what
+
+
+def test_an_evaluation_that_came_short_is_added_to(through: Through) -> None:
+    with through(Fault("GET", "evaluations/", "short")) as store:
+        store.put(layout.evaluation(4), json.dumps({**EVALUATION, "step": 4}).encode())
+        keep_evaluation(store, {**EVALUATION, "step": 4, "tasks": {"other": {}}})
+        assert read_evaluation(store, 4)["tasks"].keys() == {"one", "other"}
+
+
+def test_what_two_answers_say_is_damaged(through: Through) -> None:
+    with through() as store:
+        checkpoints.commit(store, 4)
+    with (
+        through(Fault("GET", "shard-00001", "short", times=4)) as store,
+        pytest.raises(StorageError, match="truncated"),
+    ):
+        whole_checkpoint(store)

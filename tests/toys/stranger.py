@@ -35,11 +35,11 @@ def refusal(*overrides: str) -> str:
 
 
 def method() -> dict[str, Any]:
-    config = parse_config(RUN, ("tuning.method=some_biases", "tuning.biases_of=[k_proj]"))
+    config = parse_config(RUN, ("tuning.method=loha", "tuning.spread=0.2"))
     return {
         "identity": find_method(config.tuning).identity,
-        "refused": refusal("tuning.biases_of=[k_proj]"),
-        "mistyped": refusal("tuning.method=some_biases", "tuning.biases_off=[k_proj]"),
+        "refused": refusal("tuning.spread=0.2"),
+        "mistyped": refusal("tuning.method=loha", "tuning.spreads=0.2"),
     }
 
 
@@ -88,7 +88,7 @@ if __name__ == "__main__":
                 "verbs": [name for name, _ in commands()],
                 "listed": [
                     name
-                    for name in ("biases_of", "gap", "riddle", "largest_every")
+                    for name in ("spread", "loha", "diary", "gap", "riddle", "largest_every")
                     if f'"{name}"' in schema and f"{name}`" in page
                 ],
             }

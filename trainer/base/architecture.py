@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from trainer.config import Config
+from trainer.model.kernels.attention import AttentionNeeds
 from trainer.model.rows.heads import Exchange
 from trainer.store.codes import Kept
 
@@ -104,11 +105,13 @@ class Architecture:
     `positions` is the longest sequence, where the model has a limit. The attention caps its logits (`caps_attention`,
     Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers runs it with SDPA
     (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
-    packed row do not see each other in a small model of the same kinds, which cannot compute over 4 bits where
-    `fails_packed` says why, and not on ranks that share a row where `fails_shared` does, nor documents that share a
-    prefix where `fails_prefix` does. Its layers can compute their activations again in the backward pass
-    (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of each entry of
-    `read_together` are called with one tensor, in this order, and are in one layer whose activations can be.
+    packed row do not see each other in a small model of the same kinds; elsewhere a row has one document, with padding
+    behind it that is no document of its own. `padding` is the token that fills rows. The small model cannot compute
+    over 4 bits where `fails_packed` says why, and not on ranks that share a row where `fails_shared` does, nor
+    documents that share a prefix where `fails_prefix` does. The layers can compute their activations again in the
+    backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of
+    each entry of `read_together` are called with one tensor, in this order, and are in one layer whose activations can
+    be.
     `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the experts. `heads` are
     transformers' classes with a head of another kind on the same model, where they have it under the name that all
     families but a few use. `tokenizer` is the class that transformers reads its tokenizer by whatever the tokenizer's
@@ -133,6 +136,7 @@ class Architecture:
     supports_sdpa: bool = True
     supports_flash: bool = True
     isolates_documents: bool = True
+    padding: int = 0
     fails_packed: str | None = None
     fails_shared: str | None = None
     fails_prefix: str | None = None
@@ -157,10 +161,24 @@ class Architecture:
         """The fewest tokens that a token sees in some layer, itself included; None where it sees all in every layer."""
         return min((layer.window for layer in self.attention if layer.window), default=None)
 
+    @cached_property
+    def width(self) -> int:
+        """Values of a token between decoder layers: `hidden`, unless a linear layer stands behind them (OPT-350M)."""
+        inputs = [part.shape[1] for part in self.parameters if part.kind == "linear"]
+        if not inputs or any(self.hidden in part.shape for part in self.parameters if part.kind == "linear"):
+            return self.hidden
+        return max(inputs, key=inputs.count)
+
     @property
     def widest_head(self) -> int:
         """The width of the widest head whose keys and values are alike; 0 without any."""
         return max((layer.head_size or 0 for layer in self.attention), default=0)
+
+    @property
+    def attention_needs(self) -> AttentionNeeds:
+        return AttentionNeeds(
+            self.caps_attention, self.has_sinks, self.supports_sdpa, self.supports_flash, self.widest_head
+        )
 
     @cached_property
     def computed_whole(self) -> frozenset[str]:
@@ -287,10 +305,20 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
             "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this"
             " base has none that can stay so. Set quant.type: nf4, or none."
         )
-    if config.data.packing and not model.isolates_documents:
+    if config.data.packing and not model.tried:
+        found.append(
+            "data.packing: documents of one row might see each other, as the code of this base runs at no small size to"
+            " be tried at. Set data.packing: false."
+        )
+    elif config.data.packing and not model.isolates_documents:
         found.append(
             "data.packing: documents of one row would see each other, as this base takes no position_ids, which tell"
             " where they begin, or does not heed them. Set data.packing: false."
+        )
+    elif not model.isolates_documents and config.train.micro_batch > 1:
+        found.append(
+            f"train.micro_batch: {config.train.micro_batch} documents of one row would see each other with this base,"
+            " which computes one at a time. Set it to 1; train.global_batch says how many are in a step."
         )
     if config.quant.type != "none" and model.fails_packed:
         found.append(

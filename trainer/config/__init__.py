@@ -85,9 +85,6 @@ def parse_config(
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} is not a configuration: its top level must be sections such as 'run:' and 'model:'.")
     apply_overrides(tree, overrides, name, say)
-    if isinstance(train := tree.get("train"), dict) and train.get("eval_every") == 0:
-        # Earlier versions wrote this into the configuration of each run, where it said nothing.
-        del train["eval_every"]
     return _validated(Config, tree)
 
 

@@ -1,10 +1,11 @@
 """The settings of the model: the base, its quantization, what learns."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
 from trainer.config.reading.patterns import check_patterns
+from trainer.config.registry import OneOf
 from trainer.config.section import Section, setting, with_parts
 
 
@@ -249,16 +250,8 @@ class Quant(Section):
 class Tuning(Section):
     """The part that learns, on the frozen layers or of them. docs/methods.md says when to use which method."""
 
-    method: str = setting(
-        "lora",
-        about=(
-            "lora or rslora: low-rank adapters, scaled by alpha / rank or by alpha / sqrt(rank). dora: those of lora,"
-            " and a length for each row of a weight. ia3: vectors that scale keys, values and the MLP's inner"
-            " activations. oft: rotations of a layer's inputs. bottleneck: narrow layers after attention and MLP."
-            " prompt: virtual tokens before each document. prefix: keys and values of such tokens in every layer. full:"
-            " the base itself, which needs quant.type: none."
-        ),
-        example="rslora",
+    method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
+        "lora", about="The way to fine-tune.", example="rslora"
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
     alpha: float = setting(
@@ -285,7 +278,7 @@ class Tuning(Section):
     )
     virtual_tokens: int = setting(
         20,
-        about="Tokens that prompt and prefix learn and put before each document.",
+        about="Tokens that are learnt and put before each document.",
         example=100,
         ge=1,
         le=4096,
@@ -294,7 +287,7 @@ class Tuning(Section):
     init_text: str | None = setting(
         None,
         about=(
-            "Text whose tokens, repeated or cut to virtual_tokens, are those that prompt and prefix start from."
+            "Text whose tokens, repeated or cut to virtual_tokens, are those that the virtual ones start from."
             " Default: tokens drawn from the vocabulary by run.seed."
         ),
         example="Classify the message as spam or not: ",
@@ -302,7 +295,7 @@ class Tuning(Section):
     )
     experts: bool = setting(
         False,
-        about="Adapters on every matrix of a mixture's experts as well (lora and rslora). Routers stay frozen.",
+        about="Adapters on every matrix of a mixture's experts as well. Routers stay frozen.",
         example=True,
     )
     experts_rank: int | None = setting(
@@ -311,7 +304,7 @@ class Tuning(Section):
     modules_to_save: list[str] = setting(
         [],
         about=(
-            "Modules of the base that learn whole beside lora, rslora, dora or ia3, by the ends of their paths: norms,"
+            "Modules of the base that learn whole beside adapters of linear layers, by the ends of their paths: norms,"
             " embed_tokens, lm_head, routers. As in PEFT."
         ),
         example=["norm", "lm_head"],

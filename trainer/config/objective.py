@@ -3,10 +3,11 @@ rewards.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import field_validator
 
+from trainer.config.registry import OneOf
 from trainer.config.section import Seconds, Section, Share, TokenCount, declared, setting, with_parts
 
 
@@ -42,17 +43,8 @@ class ObjectiveSettings(Section):
     say when to use which, and give the formulas.
     """
 
-    name: str = setting(
-        "sft",
-        about=(
-            "sft: the next token. dpo, orpo or simpo: a chosen answer against a rejected one (data.format: preference)."
-            " kto: desired and undesired answers (data.format: labelled). classification: the class of a text"
-            " (data.format: classified). multilabel_classification: any of several (data.format: multilabel)."
-            " token_classification: those of words (data.format: tagged). reward: a number for an answer, by pairs."
-            " distil: what a stored teacher says of each target. grpo: what sampled answers are worth. opd: what a"
-            " teacher says of sampled answers."
-        ),
-        example="dpo",
+    name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES", speaks="objective")] = setting(
+        "sft", about="The loss.", example="dpo"
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
         "auto",
@@ -170,7 +162,7 @@ class Serve(Section):
         return options
 
 
-class Rollout(Section):
+class RolloutSettings(Section):
     """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of
     data.train: all before the last answer of a row, which is given to the reward and never trained. docs/rollouts.md
     says how to go about it."""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 Kind = TypeVar("Kind")
 
@@ -37,6 +39,37 @@ def _kinds(package: str, path: tuple[str, ...], table: str, speaks: str) -> dict
             continue
         found |= getattr(import_module(name), table, {})
     return found
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """In the annotation of a setting: it is the name of one of these kinds. A file's `ABOUT` has a clause on each of
+    its kinds, by its name.
+
+    The files are read when somebody asks, as they import the configuration.
+    """
+
+    package: str
+    table: str
+    speaks: str = "method"
+
+    def about(self) -> dict[str, str]:
+        """Every name, and the clause on it."""
+        clauses = kinds(self.package, "ABOUT", self.speaks)
+        return {name: clauses.get(name, "") for name in sorted(kinds(self.package, self.table, self.speaks))}
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        """Names and clauses, for completion in an editor."""
+        named = (
+            {"const": name, "description": words} if words else {"const": name} for name, words in self.about().items()
+        )
+        return {**handler(core), "oneOf": list(named)}
+
+
+def one_of(field: FieldInfo) -> list[OneOf]:
+    """The kinds whose names a setting takes, or a list of them; none where it takes other values."""
+    inside = [part for kind in get_args(field.annotation) for part in get_args(kind)]
+    return [part for part in (*field.metadata, *inside) if isinstance(part, OneOf)]
 
 
 def chosen(known: Mapping[str, Kind], setting: str, name: str) -> Kind:

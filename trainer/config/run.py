@@ -2,10 +2,11 @@
 where its curves are shown.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from trainer.config.registry import OneOf
 from trainer.config.section import Seconds, Section, Seed, Steps, setting
 
 _SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
@@ -168,10 +169,10 @@ class Track(Section):
     tensorboard: bool = setting(
         True, about="Write TensorBoard events into the run's folder, once a minute.", example=True
     )
-    trackers: list[str] = setting(
+    trackers: list[Annotated[str, OneOf("trainer.run.trackers", "SERVICES")]] = setting(
         [],
         about=(
-            "Services that show the curves, each an extra: wandb, mlflow, trackio. Addresses and keys come from the"
+            "Services that show the curves, each an extra. Addresses and keys come from the"
             " environment. One that fails never ends the run. See docs/tracking.md."
         ),
         example=["wandb", "mlflow"],

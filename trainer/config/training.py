@@ -1,9 +1,10 @@
 """The course of a training: its steps, its optimizer, and its division over the ranks."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from trainer.config.registry import OneOf
 from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting, with_parts
 
 MLP_TILE = 4096
@@ -16,15 +17,8 @@ _LONG_ROW = 2**14 - 1
 class Optim(Section):
     """The optimizer and its schedule."""
 
-    name: str = setting(
-        "adamw",
-        about=(
-            "adamw: AdamW with fp32 moments, 8 bytes for each element that learns. adamw_8bit: the same with moments of"
-            " one byte each. adafactor: of a matrix one number a row and one a column, and no first moment. lion: a"
-            " momentum, 4 bytes, and updates of one size; it wants a third of AdamW's lr. muon: a momentum, 4 bytes,"
-            " made orthogonal for each matrix; vectors learn by AdamW, at the same lr."
-        ),
-        example="adamw_8bit",
+    name: Annotated[str, OneOf("trainer.state.optimizer", "OPTIMIZERS")] = setting(
+        "adamw", about="The optimizer.", example="adamw_8bit"
     )
     lr: float = setting(2e-4, about="Peak learning rate.", example=2e-4, gt=0, le=1)
     schedule: Literal[

@@ -10,7 +10,7 @@ from trainer.config.cluster import Cluster
 from trainer.config.data.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
-from trainer.config.objective import ObjectiveSettings, Rollout
+from trainer.config.objective import ObjectiveSettings, RolloutSettings
 from trainer.config.registry import kinds
 from trainer.config.run import Checkpoint, Retry, Run, Timeouts, Track
 from trainer.config.section import Section
@@ -26,7 +26,7 @@ class Config(Section):
     quant: Quant = Quant()
     tuning: Tuning = Tuning()
     objective: ObjectiveSettings = ObjectiveSettings()
-    rollout: Rollout = Rollout()
+    rollout: RolloutSettings = RolloutSettings()
     data: Data
     optim: Optim = Optim()
     train: Train

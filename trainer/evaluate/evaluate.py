@@ -32,7 +32,7 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
     manifest, about = opened.manifest, (opened.resolved.config, opened.resolved.base)
     if manifest is None:
         return evaluation(*about, 0, work, {"base": before})
-    opened.load()
+    manifest = opened.load(or_newer=ask.step is None)
     sides = {"base": before, "adapter": measure(opened, work, "adapter", progress)}
     found = evaluation(*about, manifest.step, work, sides)
     return opened.ranks.on_first(lambda: keep(opened.run, opened.resolved.config, manifest, found))

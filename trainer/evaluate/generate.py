@@ -46,8 +46,8 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
         )
     if (head := head_of(opened.resolved.method)) is not None:
         refuse_writing(ask, opened.resolved.config)
-    opened.load()
-    tell({"ready": opened.manifest.step, "chats": opened.ranks.on_first(lambda: opened.words.prompter.chats)})
+    step = opened.load(or_newer=ask.step is None).step
+    tell({"ready": step, "chats": opened.ranks.on_first(lambda: opened.words.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
         if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
@@ -66,7 +66,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
                     sides["base"] = _answers(base, openings, sampling, "base", tell)
             sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
         every += _tell(given, sides, tell)
-    return {"step": opened.manifest.step, "answers": every}
+    return {"step": step, "answers": every}
 
 
 def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:

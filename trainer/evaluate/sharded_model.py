@@ -11,7 +11,7 @@ from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Damaged, NotFound, StorageError
 from trainer.evaluate.measure.prompts import Prompter
 from trainer.export.trained import (
     check_overrides,
@@ -23,7 +23,7 @@ from trainer.export.trained import (
 )
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.checkpoints import load_partitions
 from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
@@ -59,7 +59,7 @@ class OpenedRun:
     run: Store
     resolved: Resolved
     manifest: CheckpointManifest | None
-    ranks: Ranks
+    ranks: Team
     engine: Engine
     words: Words
     keeps: bool = True
@@ -72,12 +72,28 @@ class OpenedRun:
         with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
             yield replace(self, keeps=not self.reserved)
 
-    def load(self) -> None:
-        """Put what the checkpoint has learnt into the model. Collective; raises `StorageError` on every rank."""
+    def load(self, *, or_newer: bool = False) -> CheckpointManifest:
+        """Put what the checkpoint has learnt into the model; its manifest. Where a run that trains has removed it since
+        (`checkpoint.keep_last`), the newest whole one takes its place, if that is asked for. Collective.
+
+        Raises, on every rank:
+            StorageError: it cannot be read.
+        """
         assert self.manifest is not None
         manifest, partitions = self.manifest, self.engine.partitions()
-        self.ranks.together(lambda: load_partitions(self.run, manifest, partitions, states=(MASTER,)))
-        self.engine.refresh(manifest.updates)
+        while True:
+            try:
+                self.ranks.together(
+                    lambda found=manifest: load_partitions(self.run, found, partitions, states=(MASTER,))
+                )
+            except (NotFound, Damaged) as error:
+                newer = self.ranks.on_first(lambda: whole_checkpoint(self.run)) if or_newer else manifest
+                if newer.step == manifest.step or not _same_model(newer, manifest):
+                    raise StorageError(f"the checkpoint of step {manifest.step} is gone: {error}") from error
+                manifest = newer
+            else:
+                self.engine.refresh(manifest.updates)
+                return manifest
 
     @property
     def store(self) -> Store:
@@ -87,6 +103,11 @@ class OpenedRun:
     def reserved(self) -> int:
         """Positions of a row before each text, for virtual tokens."""
         return self.resolved.method.virtual.reserved
+
+
+def _same_model(one: CheckpointManifest, other: CheckpointManifest) -> bool:
+    """Whether one can take the other's place in a model that is there already."""
+    return (one.base, one.adapter, one.shapes) == (other.base, other.adapter, other.shapes)
 
 
 def settings_of(
@@ -130,7 +151,7 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
         resolved = resolve(config, base)
         if manifest is not None:
             check_trained_shapes(resolved.method, config.model, manifest)
-    check_same_base(base, ranks)
+    check_same_base(base, ranks.world)
     ranks.on_first(lambda: _check_base(folder, base, manifest, overrides))
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)

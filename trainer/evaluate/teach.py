@@ -6,6 +6,7 @@ each as soon as it is whole, so nothing is gathered, and what is there already i
 of ranks it was.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
@@ -51,6 +52,9 @@ from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 from trainer.tuning.shared.initial_adapter import place_of
+
+_PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"
+"""A text in which tokenizers of one vocabulary may differ."""
 
 
 def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class TeacherModel:
     """
 
     resolved: Resolved
-    ranks: Ranks
+    ranks: Team
     engine: Engine
     manifest: CheckpointManifest | None = None
 
@@ -144,7 +148,7 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
     ranks = join_run(config)
     with ranks.agreeing():
         resolved = resolve(config, resolve_base(config.model))
-    check_same_base(resolved.base, ranks)
+    check_same_base(resolved.base, ranks.world)
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)
     return TeacherModel(resolved, ranks, engine)
@@ -161,15 +165,28 @@ def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str
 
 
 def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
-    there, here = (load_tokenizer(base).get_vocab() for base in (theirs, ours))
+    tokenizers = [load_tokenizer(base) for base in (theirs, ours)]
+    there, here = (tokenizer.get_vocab() for tokenizer in tokenizers)
     if there == here:
-        return
+        ids = [tokenizer.encode(_PROBE, add_special_tokens=False) for tokenizer in tokenizers]
+        if _merges(tokenizers[0]) == _merges(tokenizers[1]) and ids[0] == ids[1]:
+            return
+        raise ConfigError(
+            f"{teacher.setting}: {shown(teacher.name)} has the vocabulary of model.base: {ours.name}, and makes other"
+            " tokens of a text with it. Give a teacher with the same tokenizer."
+        )
     token = next(token for token in sorted(there.keys() | here.keys()) if there.get(token) != here.get(token))
     raise ConfigError(
         f"{teacher.setting}: {shown(teacher.name)} has another tokenizer than model.base: {ours.name}: {token!r} is"
         f" {_number(there.get(token))} there and {_number(here.get(token))} here. Give a teacher with the same"
         " tokenizer."
     )
+
+
+def _merges(tokenizer: Any) -> Any:
+    """The pairs that a tokenizer joins, in their order; None where it joins none, or is of no file of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
 
 
 def _number(token: int | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from trainer.base.find.content import check_whole
-from trainer.errors import CapstanError, NotFound
+from trainer.errors import CapstanError, StorageError
 from trainer.export.card import with_proof
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import CARD, DestinationTaken, nothing_left_by_a_refusal
@@ -46,7 +46,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             raise
         written = Written(whole_checkpoint(run, arguments.step))
         progress.say(
-            f"--verify: {destination.uri} is there already: nothing is written, and it is compared with the checkpoint"
+            f"--verify: {destination.uri} is there already, so it is compared with the checkpoint"
             f" of step {written.manifest.step}"
         )
     step = written.manifest.step
@@ -76,8 +76,10 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say_in_card(destination: Store, proof: str | None) -> None:
-    """Have the export say that it was proven, and how, or with None that it was not."""
-    with suppress(NotFound):
+    """Have the export say that it was proven, and how, or with None that it was not. A copy that cannot be written
+    says what it said.
+    """
+    with suppress(StorageError):
         card = destination.get(CARD)
         if (changed := with_proof(card, proof)) != card:
             destination.put(CARD, changed)

@@ -22,7 +22,7 @@ from trainer.base.find.locate import (
     on_the_hub,
     resolve_base,
 )
-from trainer.base.find.small_files import CHAT_TEMPLATE, TOKENIZER_FILES, cached_folder, is_small_file
+from trainer.base.find.small_files import cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer
@@ -33,6 +33,7 @@ from trainer.run.folder import run_config
 from trainer.state.checkpoint.identity import check_content, check_text
 from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_FILES
 from trainer.tuning.method import Method, method_of, methods
 
 # The keys that tell the place of a base, and their types in a manifest.
@@ -84,7 +85,8 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
     recorded = {key: manifest.base[key] for key in ("layers", "dtype") if key in manifest.base}
     recorded["add_tokens"] = manifest.base.get("add_tokens", [])
     recorded["special_tokens"] = manifest.base.get("special_tokens", {})
-    quant = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
+    every = {key.removeprefix("quant."): value for key, value in manifest.base.items() if key.startswith("quant.")}
+    quant = {key: value for key, value in every.items() if key not in _FREE["quant"]}
     sections = {
         "model": _updated(given.model, {**recorded, **_place(manifest, given.model)}, manifest),
         "quant": _updated(given.quant, quant, manifest),
@@ -258,7 +260,8 @@ def _tuning(manifest: CheckpointManifest) -> Tuning:
     name = manifest.adapter.get("method", "")
     make = methods().get(name) if isinstance(name, str) else None
     defaults = make(Tuning()).defaults if make else {}
-    return _updated(Tuning(), {**defaults, **manifest.adapter}, manifest)
+    trained = {key: value for key, value in manifest.adapter.items() if key not in _FREE["tuning"]}
+    return _updated(Tuning(), {**defaults, **trained}, manifest)
 
 
 def _updated(settings: Settings, values: dict[str, Any], manifest: CheckpointManifest) -> Settings:

@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.model.parts import body
 from trainer.model.rows.attention import attend_across, attend_by_documents
-from trainer.model.rows.mixing import divides, on_whole_row
+from trainer.model.rows.mixing import divides, functions_of_module, on_whole_row
 from trainer.model.rows.row import AtWork, CannotDivide, by_documents, described, row_at_work
 
 # The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to
@@ -54,6 +54,11 @@ def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 def keep_documents_apart(model: PreTrainedModel) -> None:
     """Have documents of a row not see each other in any layer of `model`, and attention exchange its heads with those
     that share the row.
+
+    What is put into transformers does as transformers does unless a row is at work, so other models of the process see
+    nothing of it. Masks have a registry. Two places have none: transformers itself looks for documents in position_ids,
+    and a family's own eager attention is in no registry, but is the default that it asks `get_interface` with.
+    tests/unit/model/test_upstream.py fails where either is no longer asked.
     """
     masking_utils.find_packed_sequence_indices = _find_documents
     AttentionInterface.get_interface = _interface_of_row  # type: ignore[method-assign]
@@ -96,7 +101,7 @@ def _is_told_documents(mixer: nn.Module) -> bool:
         return True
     inside = [module for module in mixer.modules() if module is not mixer and _mixes(module)]
     attention = inside[0] if len(inside) == 1 and _normed_attention(mixer) is not None else mixer
-    called = inspect.unwrap(type(attention).forward).__code__.co_names
+    called = functions_of_module(type(attention).forward)
     return "ALL_ATTENTION_FUNCTIONS" in called and (attention is not mixer or not inside)
 
 

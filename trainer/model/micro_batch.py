@@ -68,6 +68,12 @@ class Segments:
         """(segments + 1,) where each begins in the row, and the row's end."""
         return [0, *accumulate(self.lengths)]
 
+    @property
+    def padding(self) -> list[tuple[int, int]]:
+        """Where padding begins and ends in the row, for each stretch of it."""
+        borders = self.borders
+        return [(borders[number], borders[number + 1]) for number in self.of(Role.PADDING)]
+
     def of(self, role: Role) -> list[int]:
         """The numbers of the segments with this role."""
         return [number for number, own in enumerate(self.roles) if own == role]

@@ -16,12 +16,15 @@ from trainer.model.rows.row import lengths_known
 @dataclass(frozen=True)
 class PackedModel:
     """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document.
-    Rows in parts are shared with `peers`."""
+    Rows in parts are shared with `peers`. A row is padded by the token `padding`; where the model cannot keep documents
+    apart (`isolates`), a row is one document, and padding is tokens behind it that it does not see."""
 
     model: PreTrainedModel
     attention: Attention
     reserved: int = 0
     peers: Peers | None = None
+    padding: int = 0
+    isolates: bool = True
 
     @property
     def head(self) -> LossHead:
@@ -33,14 +36,27 @@ class PackedModel:
         """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the
         row.
         """
+        tokens = self._padded(row)
+        if not self.isolates:
+            row = MicroBatch.of_text(tokens).input.to(tokens.device)
         segments = row.segments
         with lengths_known(segments.lengths, self.peers if row.parts > 1 else None, segments.prefixes):
             return body(self.model)(
-                input_ids=row.input_ids,
+                input_ids=tokens,
                 position_ids=row.position_ids,
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
             )[0]
+
+    def _padded(self, row: ModelInput) -> Tensor:
+        """The tokens of a row, with this model's own as padding, which data has as 0."""
+        padding = row.segments.padding if self.padding else []
+        if not padding:
+            return row.input_ids
+        tokens = row.input_ids.clone()
+        for begin, end in padding:
+            tokens[:, max(0, begin - row.first) : max(0, end - row.first)] = self.padding
+        return tokens
 
     def total(self, mine: Tensor, row: ModelInput) -> Tensor:
         """The sum of what the ranks that share the row have of it; `mine` where no others do."""

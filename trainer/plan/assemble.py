@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.base.base import Base
@@ -33,12 +32,12 @@ from trainer.plan.resolve import Resolved
 from trainer.plan.sizes import most_whole
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
-from trainer.processes.ranks import Ranks, add_in_one_order, join
+from trainer.processes.ranks import Ranks, Team, World, add_in_one_order, join
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 
 
-def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Ranks:
+def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Team:
     """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has
     ended meanwhile.
 
@@ -66,7 +65,7 @@ def torch_gpus() -> tuple[int, str | None]:
     return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
 
 
-def check_same_base(base: Base, ranks: Ranks) -> None:
+def check_same_base(base: Base, ranks: World) -> None:
     """Raises `ConfigError` where the nodes have copies of the base with different weights. Collective."""
     if in_bucket(base.name):
         return
@@ -100,9 +99,8 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
-    return choose_attention(
-        model.attention, device, DTYPES[model.dtype], resolved.base.architecture, refused, masked=bool(masked)
-    )
+    needs = resolved.base.architecture.attention_needs
+    return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 
 
 class Sharding(NamedTuple):
@@ -114,25 +112,26 @@ class Sharding(NamedTuple):
     experts_at_once: int = EXPERTS_AT_ONCE
 
 
-def choose_sharding(resolved: Resolved, ranks: Ranks, accumulation: int) -> Sharding:
+def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Sharding:
     """The sharding that the settings say, or that suits these ranks, for so many micro-batches a step. Collective."""
     config, architecture = resolved.config, resolved.base.architecture
     settings = build_deepspeed_config(
         config,
-        world_size=ranks.world_size,
+        world_size=ranks.world.world_size,
         accumulation=accumulation,
         on_gpu=is_accelerator(ranks.device),
         whole=most_whole(config, architecture),
     )
-    memory = ranks.least_device_memory() if ranks.have_even_nodes() else None
-    sizes = config, architecture, ranks.world_size, ranks.ranks_per_node
+    world = ranks.world
+    memory = world.least_device_memory() if world.have_even_nodes() else None
+    sizes = config, architecture, world.world_size, world.ranks_per_node
     scope = choose_scope(*sizes, memory)
     return Sharding(settings, scope, choose_experts_at_once(*sizes, scope, memory))
 
 
 def assemble(
     resolved: Resolved,
-    ranks: Ranks,
+    ranks: Team,
     attention: Attention,
     sharding: Sharding,
     log: Callable[[str], None] = lambda text: None,
@@ -144,7 +143,7 @@ def assemble(
             type.
     """
     config, base, method = resolved.config, resolved.base, resolved.method
-    model, report = load_model(base, config, sharding.deepspeed, ranks, attention, sharding.scope, log)
+    model, report = load_model(base, config, sharding.deepspeed, ranks.world, attention, sharding.scope, log)
     for stack in (module for module in model.modules() if isinstance(module, FrozenStack4bit)):
         stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
@@ -153,26 +152,21 @@ def assemble(
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)
-    packed = PackedModel(model, attention, method.virtual.reserved, peers_of(config, ranks))
+    facts, peers = base.architecture, peers_of(config, ranks.world)
+    packed = PackedModel(
+        model, attention, method.virtual.reserved, peers, padding=facts.padding, isolates=facts.isolates_documents
+    )
     engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
 
 
-def peers_of(config: Config, ranks: Ranks) -> Peers | None:
+def peers_of(config: Config, world: World) -> Peers | None:
     """The ranks that share rows with this one, which follow each other; None where each has rows of its own.
     Collective.
     """
-    size, mine = config.sharding.sequence_parallel, None
-    if size == 1:
-        return None
-    for first in range(0, ranks.world_size, size):
-        # Every rank takes part in the making of every group.
-        group = dist.new_group(list(range(first, first + size)), timeout=ranks.timeout)
-        if first <= ranks.rank < first + size:
-            assert isinstance(group, dist.ProcessGroup)  # torch has a mark for the groups of others
-            mine = RankPeers(group)
-    return mine
+    size = config.sharding.sequence_parallel
+    return None if size == 1 else RankPeers(world.group_of(size))
 
 
 def checksums(model: nn.Module) -> dict[str, int]:

@@ -146,7 +146,7 @@ def _attention(model: Architecture) -> Iterator[AttentionWork]:
         widths = [
             part.shape[1]
             for part in model.in_layer(layer.layer)
-            if part.kind == "linear" and part.name.startswith(f"{layer.path}.") and part.shape[0] == model.hidden
+            if part.kind == "linear" and part.name.startswith(f"{layer.path}.") and part.shape[0] == model.width
         ]
         if widths:
             yield AttentionWork(4.0 * widths[-1], layer.window)

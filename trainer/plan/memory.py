@@ -189,9 +189,9 @@ def _activations(given: Inputs) -> tuple[int, int]:
     again = given.recomputed_layers
     kept, widest = zip(*(_layer(given, place) for place in range(model.layers)), strict=True)
     inputs = min(2, again) if given.offloads_inputs else again
-    from_forward = inputs * model.hidden + sum(kept[again:])
+    from_forward = inputs * model.width + sum(kept[again:])
     computed_again = max(0, max(kept[:again], default=0) - sum(kept[again:]))
-    in_backward = computed_again + 2 * max(widest) + model.hidden
+    in_backward = computed_again + 2 * max(widest) + model.width
     value = given.item * given.tokens
     return ceil(value * from_forward), ceil(value * in_backward)
 
@@ -212,7 +212,7 @@ def offloaded_activations(given: Inputs) -> int:
     """
     if not given.offloads_inputs:
         return 0
-    size = place_bytes(given.item * given.tokens * given.model.hidden)
+    size = place_bytes(given.item * given.tokens * given.model.width)
     return sum(pinned(places * size) for places in blocks(size, given.recomputed_layers))
 
 
@@ -228,7 +228,7 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
     # In attention's own backward pass one of the two copies of its results is gone.
     attention = values.widest_attention - exchanged / 2
     # In that of the norm before an MLP what the MLP kept is gone; where it is tiled that is next to nothing.
-    norm = (norms * given.model.hidden - tile * values.kept_in_mlps) / 2 if values.kept_in_mlps else 0
+    norm = (norms * given.model.width - tile * values.kept_in_mlps) / 2 if values.kept_in_mlps else 0
     return kept + exchanged, max(values.widest, attention, norm, tile * values.widest_mlp)
 
 

@@ -27,6 +27,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *objective_mismatches(config, objective, method),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
+        *_of_segments(config, base.architecture, objective),
         *_of_long_rows(config, base.architecture, method, objective),
         *rollout_mismatches(config, objective, method),
     ]
@@ -190,6 +191,15 @@ def _of_long_rows(config: Config, model: Architecture, method: Method, objective
                 f" {_SHARED_ROWS} to more than {ranks}, which divides the heads."
             )
             return
+
+
+def _of_segments(config: Config, model: Architecture, objective: Objective) -> Iterator[str]:
+    """A sentence where a document is several texts that must not see each other, which the base cannot keep apart."""
+    if not model.isolates_documents and not config.data.packing and config.data.segments(objective.formats) > 1:
+        yield (
+            f"objective.name: {config.objective.name} has two texts in one row, such as a chosen and a rejected answer,"
+            " which would see each other with this base. Give another base."
+        )
 
 
 def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:

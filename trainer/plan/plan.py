@@ -84,8 +84,8 @@ def make_plan(
 def _untried(model: Architecture) -> Iterator[str]:
     if not model.tried:
         yield (
-            "the base was not tried in small, as its code does not run at other sizes: that documents of a row do not"
-            " see each other, and that it computes with weights in 4 bits, is not known."
+            "the base was not tried in small, as its code does not run at other sizes: that it computes with weights in"
+            " 4 bits is not known, and each row has one document."
         )
 
 
@@ -158,8 +158,8 @@ def _counts_all_activations(config: Config, model: Architecture) -> bool:
     has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
     keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
     # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
-    uncounted = method_of(config).uncounted_activations or config.tuning.dropout > 0
-    return has_plain_attention and not keeps_scores and not uncounted
+    counted = method_of(config).counts_activations and not config.tuning.dropout
+    return has_plain_attention and not keeps_scores and counted
 
 
 def _keeping(config: Config, layers: int) -> Config:

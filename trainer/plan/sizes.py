@@ -100,15 +100,15 @@ def exchanged_values(model: Architecture, size: int) -> int:
         if layer.path in model.computed_whole:
             continue
         linears = (part for part in model.in_layer(layer.layer) if part.name.startswith(f"{layer.path}."))
-        results = [part.shape[1] for part in linears if part.kind == "linear" and part.shape[0] == model.hidden]
-        result = results[-1] if results else model.hidden
+        results = [part.shape[1] for part in linears if part.kind == "linear" and part.shape[0] == model.width]
+        result = results[-1] if results else model.width
         keys = result
         if layer.key_value_heads and layer.head_size and layer.query_heads:
             keys = _copies(layer.query_heads, layer.key_value_heads, size) * layer.key_value_heads * layer.head_size
         found += 2 * result + 2 * keys
     for mixing in model.mixing if size > 1 else ():
         found += sum(one.values + one.grouped * _copies(one.heads, one.groups, size) for one in mixing.exchanges)
-        found += 0 if mixing.exchanges else size * model.hidden
+        found += 0 if mixing.exchanges else size * model.width
     return found
 
 

@@ -24,6 +24,9 @@ from typing import Any
 from trainer.processes import guard, leash
 
 _FAMILY = "CAPSTAN_FAMILY"
+_SAFE_PATH = "PYTHONSAFEPATH"  # the variable for Python's -P
+_OURS = Path(__file__).resolve().parents[2]
+"""The folder that our own packages lie in."""
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a process where it is among the ranks of its group, which are not those of what it starts."""
 
@@ -31,7 +34,7 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
     """`subprocess.run` of a command that ends with this process."""
     try:
-        return subprocess.run(_tied(command), **options)
+        return subprocess.run(_tied(command, options.get("cwd")), **options)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         error.cmd = list(command)  # what a message shows
         raise
@@ -39,7 +42,37 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[A
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """`subprocess.Popen` of a command that ends with this process."""
-    return subprocess.Popen(_tied(command), **options)
+    return subprocess.Popen(_tied(command, options.get("cwd")), **options)
+
+
+def apart(command: Sequence[str], folder: str | os.PathLike[str] | None = None) -> list[str]:
+    """`command`, which runs in `folder` or in the current one. A module of ours imports nothing from there: a torch.py
+    that somebody has put into a shared folder is no torch. Only where our own code lies there is that where it is
+    found, as in a checkout that is not installed."""
+    ours = [place for place, word in enumerate(command) if word == sys.executable]
+    if not ours or list(command[ours[0] + 1 : ours[0] + 2]) not in (["-m"], ["-c"]) or is_checkout(folder):
+        return list(command)
+    begin = ours[0] + 1
+    return [*command[:begin], "-P", *command[begin:]]
+
+
+def is_checkout(folder: str | os.PathLike[str] | None = None) -> bool:
+    """Whether our own code lies in `folder`, or in the current one."""
+    return Path(folder or ".").resolve() == _OURS
+
+
+@contextmanager
+def spawned_apart() -> Iterator[None]:
+    """Inside, what multiprocessing spawns imports nothing from the current folder, as in `apart`."""
+    before = os.environ.get(_SAFE_PATH)
+    if not is_checkout():
+        os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_SAFE_PATH, None)
+        if before is not None:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextmanager
@@ -62,7 +95,10 @@ def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[
     with _guard() as mark:
         # Without the leash: the guard has to find the command alive to know what it has started.
         process = subprocess.Popen(
-            [_found(command[0]), *command[1:]], env={**given, _FAMILY: mark}, start_new_session=True, **options
+            [_found(command[0]), *command[1:]],
+            env={**given, _FAMILY: mark},
+            start_new_session=True,
+            **options,
         )
         try:
             yield process
@@ -91,9 +127,10 @@ def _guard() -> Iterator[str]:
             process.communicate(b"over")
 
 
-def _tied(command: Sequence[str]) -> list[str]:
+def _tied(command: Sequence[str], folder: str | os.PathLike[str] | None) -> list[str]:
     program = _found(command[0])  # the leash would find out too late for the caller
-    return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *command[1:]]
+    rest = apart(command, folder)[1:]
+    return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *rest]
 
 
 def _found(program: str) -> str:

@@ -6,7 +6,8 @@ networkx, for an optimizer. Together they are a third of the processor time that
 proof, would spend on imports before it does anything.
 
 Nothing is taken away. While such a module is imported, a stand-in takes the place of the library, and gets it when one
-of its functions is called.
+of its functions is called. No library has a setting for it, and Python's own `importlib.util.LazyLoader` defers whole
+modules, of which these imports want names at once. tests/unit/repository/test_imports.py fails where one comes back.
 """
 
 import sys

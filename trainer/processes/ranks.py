@@ -1,5 +1,10 @@
 """This process among the others: its rank, and the few small agreements that the loop needs.
 
+    World   all ranks of a job. They gather the frozen base, find out that one hangs, and agree on what they load.
+    Team    the ranks that train one model. Totals, stops, commits, checkpoints and optimizers are a team's.
+
+Today the one team of a job is all ranks of the world.
+
 Small values go through one all-gather and are reduced the same way on every rank, so that all ranks compute
 bit-identical results and decide alike.
 """
@@ -19,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import (
-    PrefixStore,
-    Store,
-    TCPStore,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
     distributed_c10d,
-)  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from trainer.errors import CapstanError, ConfigError, first_line
 from trainer.processes.accelerator import is_accelerator, mark, onto, own_device
@@ -34,20 +39,27 @@ T = TypeVar("T")
 
 _LOOPBACK = "lo"
 _ATTEMPT = timedelta(seconds=5)
-"""A rank looks so often whether rank 0, which it waits for, is still there."""
+"""A rank looks so often whether those that it waits for are still there."""
+_PATIENT_ATTEMPT = 6 * _ATTEMPT
+"""Where another rank of the node looks, one that waits wakes up so often."""
+_OUTCOME = "outcome"
+"""The key in the store whose value ends the meeting: nothing, or the numbers of those that are missing."""
 # torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `world_size`; `local_rank` counts those of its node; `device` is where its tensors live."""
+    """`world_size` ranks that act together, and this one among them: `rank` is its number among these, `local_rank` its
+    number on its node; `device` is where its tensors live. Their collectives go over `group`; None is all of the job's.
+    """
 
     rank: int
     world_size: int
     ranks_per_node: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def device_name(self) -> str:
@@ -55,30 +67,6 @@ class Ranks:
         if self.device.type != "cuda":
             return str(self.device)
         return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-
-    @property
-    def timeout(self) -> timedelta:
-        """The time that a collective of all ranks may take."""
-        return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
-
-    def begin_groups(self) -> None:
-        """Have every process group of this process make its communicator now, with the limit `timeout`. Collective.
-
-        One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first
-        pass, where `timeouts.step` is its limit instead of that of the load.
-        """
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(self.timeout, group)
-            here = torch.zeros(1, device=self.device)
-            dist.all_reduce(here, group=group)
-            here.item()  # it waits until the others have come
-
-    def have_even_nodes(self) -> bool:
-        """Whether every node has as many ranks, and those of a node follow each other. Collective."""
-        return all(
-            (per_node, local_rank) == (self.ranks_per_node, rank % self.ranks_per_node)
-            for rank, (per_node, local_rank) in enumerate(self.gather(self.ranks_per_node, self.local_rank))
-        )
 
     def least_device_memory(self) -> int | None:
         """Bytes of the smallest GPU of all ranks; None on CPUs. Collective."""
@@ -116,7 +104,7 @@ class Ranks:
     def gather_tensor(self, mine: Tensor) -> Tensor:
         """`mine` (n,) of every rank, in rank order, on this rank's device: (ranks, n). Collective."""
         every = mine.new_empty(self.world_size * len(mine))
-        dist.all_gather_into_tensor(every, mine)
+        dist.all_gather_into_tensor(every, mine, group=self.group)
         return every.view(self.world_size, len(mine))
 
     def total(self, counts: Tensor) -> Tensor:
@@ -124,13 +112,13 @@ class Ranks:
         Collective.
         """
         every = onto(counts, self.device) if counts.device != self.device else counts.clone()
-        dist.all_reduce(every)
+        dist.all_reduce(every, group=self.group)
         return every
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable objects of every rank, in rank order. Collective."""
         every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, value)
+        dist.all_gather_object(every, value, group=self.group)
         return every
 
     def gather_items(self, mine: Mapping[K, T]) -> dict[K, T]:
@@ -156,7 +144,7 @@ class Ranks:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's object. Collective."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, group=self.group, group_src=0, device=self.device)
         return box[0]
 
     def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
@@ -192,11 +180,62 @@ class Ranks:
         self.agree(failure)
 
 
+@dataclass(frozen=True)
+class World(Ranks):
+    """All ranks of the job."""
+
+    @property
+    def timeout(self) -> timedelta:
+        """The time that a collective of all ranks may take."""
+        return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
+
+    def begin_groups(self) -> None:
+        """Have every process group of this process make its communicator now, with the limit `timeout`. Collective.
+
+        One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first
+        pass, where `timeouts.step` is its limit instead of that of the load.
+        """
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(self.timeout, group)
+            here = torch.zeros(1, device=self.device)
+            dist.all_reduce(here, group=group)
+            here.item()  # it waits until the others have come
+
+    def have_even_nodes(self) -> bool:
+        """Whether every node has as many ranks, and those of a node follow each other. Collective."""
+        return all(
+            (per_node, local_rank) == (self.ranks_per_node, rank % self.ranks_per_node)
+            for rank, (per_node, local_rank) in enumerate(self.gather(self.ranks_per_node, self.local_rank))
+        )
+
+    def group_of(self, size: int) -> dist.ProcessGroup:
+        """The process group of this rank and the `size - 1` beside it, where all ranks are divided into groups of
+        `size` that follow each other. Collective over the group.
+
+        A rank takes part in the making of its own group alone: among 1,024 ranks there are 128 groups of eight. All
+        ranks make groups of the same sizes in the same order, so that no two wait for each other in different ones,
+        and NCCL, which divides the communicator of all ranks, finds each of them in the same division.
+        """
+        first = self.rank // size * size
+        assert self.world_size % size == 0, "the last group would be smaller"
+        members = list(range(first, first + size))
+        group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)  # torch has a mark for the groups of others
+        return group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team(Ranks):
+    """The ranks of the `world` that train one model."""
+
+    world: World
+
+
 def join(
     timeout: timedelta = timedelta(minutes=30),
     meeting: timedelta = timedelta(minutes=15),
     is_gone: Callable[[int], bool] = lambda rank: False,
-) -> Ranks:
+) -> Team:
     """Join the process group that Ray Train, torchrun or srun laid out in the environment (or a group of one).
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `timeout` is that of the group's
@@ -217,7 +256,7 @@ def join(
         if "RANK" in os.environ:
             stay_on_loopback()
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = _meet(rank, world_size, meeting, is_gone)
+            store = _meet(rank, world_size, meeting, is_gone, looks=local_rank == 0)
             if device.type == "cuda":
                 take_gpu(store, device, rank)
         else:
@@ -232,7 +271,8 @@ def join(
         )
     world_size = dist.get_world_size()
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+    world = World(dist.get_rank(), world_size, ranks_per_node, int(os.environ.get("LOCAL_RANK", 0)), device)
+    return Team(**vars(world), world=world)
 
 
 def bound_device(device: torch.device, world_size: int) -> torch.device | None:
@@ -283,18 +323,21 @@ def collectives_begun() -> int:
     return sum(group._get_sequence_number_for_group() for group in groups)
 
 
-def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int], bool]) -> Store:
-    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it."""
+def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int], bool], *, looks: bool) -> Store:
+    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it. One rank of each node `looks`
+    whether those that are missing are gone.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent serves the store itself, and the same one for each of its attempts.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    keys = {f"here-{other}": other for other in range(world_size)}
     missing, began = None, time.monotonic()
     try:
         server = _served(host, port, within) if serves else _reached(host, port, within, lambda: is_gone(0))
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
         store.set(f"here-{rank}", "")
-        missing = _waited_for(store, keys, within, is_gone)
+        if store.add("arrived", 1) == world_size:
+            store.set(_OUTCOME, "")
+        missing = _waited_for(store, world_size, within, is_gone if looks else None)
         if not missing:
             return store
     except dist.DistError as error:
@@ -316,21 +359,33 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int]
     )
 
 
-def _waited_for(store: Store, keys: Mapping[str, int], within: timedelta, is_gone: Callable[[int], bool]) -> list[int]:
-    """The ranks of `keys` that have not come: none, or where time is up or one of them is gone those that are
-    missing.
+def _waited_for(store: Store, world_size: int, within: timedelta, is_gone: Callable[[int], bool] | None) -> list[int]:
+    """The ranks that have not come: none, or where time is up or one of them is gone those that are missing.
+
+    All wait for one key, which the last one to come sets, or who finds that one `is_gone`. The names of those that are
+    there are asked for only then: 1,024 ranks that ask for as many names keep the store busy for minutes.
     """
     deadline = time.monotonic() + within.total_seconds()
+    attempt = _PATIENT_ATTEMPT if is_gone is None else _ATTEMPT
     while True:
         left = timedelta(seconds=max(0.0, deadline - time.monotonic()))
         try:
-            store.wait(list(keys), min(_ATTEMPT, left))
+            store.wait([_OUTCOME], min(attempt, left))
         except dist.DistStoreError:  # time is up
-            missing = [other for key, other in keys.items() if not store.check([key])]
-            if missing and (left <= _ATTEMPT or any(map(is_gone, missing))):
+            over = left <= attempt
+            missing = _missing(store, world_size) if over or is_gone is not None else []
+            if missing and over:
                 return missing
+            if is_gone is not None and any(map(is_gone, missing)):
+                store.set(_OUTCOME, ",".join(map(str, missing)))
         else:
-            return []
+            return [int(number) for number in store.get(_OUTCOME).decode().split(",") if number]
+
+
+def _missing(store: Store, world_size: int) -> list[int]:
+    """The ranks that have not come yet, by one request."""
+    there = {key.rpartition("/")[2] for key in store.list_keys()}
+    return [rank for rank in range(world_size) if f"here-{rank}" not in there]
 
 
 def _served(host: str, port: int, within: timedelta) -> TCPStore:

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from trainer.config import Config
-from trainer.errors import NOT_JSON, NotFound
+from trainer.errors import NOT_JSON, Damaged, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 FEWEST = 6
 """The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise
@@ -28,12 +30,22 @@ def finite(value: Any) -> Any:
 
 def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
     """The findings that are kept of `step`; none where it was never evaluated, or where the object is damaged."""
+    with suppress(NotFound, Damaged):
+        return _read(folder, layout.evaluation(step))
+    return {}
+
+
+@read_twice
+def _read(folder: Store, key: str) -> dict[str, Any]:
+    """Raises `NotFound`, and `Damaged` for what is no evaluation."""
     try:
-        found = json.loads(folder.get(layout.evaluation(step)))
-    except (NotFound, *NOT_JSON):
-        return {}
+        found = json.loads(folder.get(key))
+    except NOT_JSON as error:
+        raise Damaged(f"{folder.uri}/{key} is damaged: {error}.") from error
     whole = isinstance(found, dict) and all(_by_name(found.get(part, {})) for part in _PARTS)
-    return found if whole and all(map(_by_name, found.get("tasks", {}).values())) else {}
+    if not (whole and all(map(_by_name, found.get("tasks", {}).values()))):
+        raise Damaged(f"{folder.uri}/{key} is damaged: it is no evaluation.")
+    return found
 
 
 def _by_name(value: Any) -> bool:

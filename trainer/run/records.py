@@ -263,8 +263,11 @@ def record_restart(folder: Store, reason: str) -> None:
         add_record(folder, numbers[-1], "restart", reason=reason)
 
 
-def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0) -> None:
-    """Write why the newest generation ended into its records, unless its ranks did.
+def record_end(
+    folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0, **facts: Any
+) -> None:
+    """Write why the newest generation ended into its records, unless its ranks did. `facts` are what programs read of
+    it: `lost_machine`, true where one of the run's machines left, and `died`, the rank whose process did.
 
     After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it
     had a rank, so that no generation is newer than `after`, gets its generation here.
@@ -277,7 +280,7 @@ def record_end(folder: Store, reason: str, *, stopped: bool = False, crash: bool
     ends = [record for record in read_records(folder, newest) if record["kind"] == "end"]
     if ends and (not crash or ends[-1]["reason"] == reason):
         return
-    add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason)
+    add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason, **facts)
 
 
 def bad_windows(folder: Store) -> list[dict[str, int]]:

@@ -23,6 +23,7 @@ from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
+from trainer.store.twice import read_twice
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -36,6 +37,8 @@ _PARTS_IN_FLIGHT = 4
 RETRY_SECONDS = 30.0
 # How long one request may take with its body: a part has to fit in on a slow line.
 REQUEST_SECONDS = 60.0
+# The largest object that is read whole: a run of somebody else's must not fill the memory of who looks at it.
+_WHOLE_BYTES = 2**31
 _MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 # The variables by which obstore takes the address of a server other than the cloud's own.
@@ -84,20 +87,32 @@ class Store:
     def get(self, key: str) -> bytes:
         with self._errors("read", key):
             self._check_file(key)
-            return bytes(obstore.get(self._backend, self._prefix + key).bytes())
+            found = obstore.get(self._backend, self._prefix + key)
+            if found.meta["size"] > _WHOLE_BYTES:
+                raise Damaged(
+                    f"{self.uri}/{key} has {found.meta['size']:,} bytes, and nothing that is read whole has more than"
+                    f" {_WHOLE_BYTES:,}."
+                )
+            return bytes(found.bytes())
 
     def get_range(self, key: str, start: int, end: int) -> bytearray:
         """Bytes [start, end) of an object, in a writable buffer."""
         if start == end:
             return bytearray()
-        with self._errors("read", key):
-            self._check_file(key)
-            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
-        self._check_length(key, start, end, len(data))
+        data = self._read_range(key, start, end)
         with self._counting:
             self.range_bytes += len(data)
         return data
 
+    @read_twice
+    def _read_range(self, key: str, start: int, end: int) -> bytearray:
+        with self._errors("read", key):
+            self._check_file(key)
+            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
+        self._check_length(key, start, end, len(data))
+        return data
+
+    @read_twice
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
         """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight
         together.

@@ -5,10 +5,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from trainer.errors import CapstanError, DoesNotFit, NonFiniteLoss, Stopped, StorageError, counted
+from trainer.errors import CapstanError, DoesNotFit, MachineLeaves, NonFiniteLoss, Stopped, StorageError, counted
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks
@@ -29,8 +30,10 @@ def early_end(start: Start) -> Iterator[None]:
     except CapstanError as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"
         _print(outcome, str(error))
-        window = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
-        metrics.write("end", outcome=outcome, step=None, reason=str(error), **window)
+        facts: dict[str, Any] = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
+        if isinstance(error, MachineLeaves):
+            facts["lost_machine"] = True
+        metrics.write("end", outcome=outcome, step=None, reason=str(error), **facts)
         raise
     except torch.OutOfMemoryError as error:
         traceback.print_exc()

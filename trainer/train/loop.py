@@ -16,11 +16,11 @@ from trainer.config.training import StopWhen
 from trainer.data.order.order import hash_key, splitmix64
 from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
-from trainer.errors import DataError, Interrupted, NonFiniteLoss, Stopped
+from trainer.errors import DataError, Interrupted, MachineLeaves, NonFiniteLoss, Stopped
 from trainer.model.micro_batch import MicroBatch
 from trainer.plan.flops import UNKNOWN_WORK, StepWork
 from trainer.run.folder import command
-from trainer.run.requests import Stop
+from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
 from trainer.train.every.every import Actions, Moment, Stage, Window
@@ -282,7 +282,8 @@ def _commit_before_the_end(run: Training, step: int, position: Position) -> None
 def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
     reason: str = run.start.ranks.broadcast(run.start.stop.reason)
     if stopping is Stop.RESTART:
-        return Interrupted(f"stopped at step {step} {reason}, with a checkpoint committed")
+        kind = MachineLeaves if reason == MACHINE_LEAVES else Interrupted
+        return kind(f"stopped at step {step} {reason}, with a checkpoint committed")
     return Stopped(
         f"stopped at step {step} {reason}, with a checkpoint committed. {command('resume', run.checkpoints.run)}"
         " goes on."

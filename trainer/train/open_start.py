@@ -35,6 +35,6 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
         stop = StopSignal(folder, watches=first, seconds=seconds, preempted=claimed.starter.preempted)
         stack.callback(stop.close)
         stack.enter_context(stop.on_signals())
-        heart = Heart(ranks, config.timeouts, last_words(folder, generation, metrics, flush_log))
+        heart = Heart(ranks.world, config.timeouts, last_words(folder, generation, metrics, flush_log))
         stack.callback(heart.close)
         yield Start(**vars(claimed), metrics=metrics, stop=stop, pulse=heart, after_commit=after_commit)

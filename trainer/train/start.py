@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from trainer.config import Config
 from trainer.plan.resolve import Resolved
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.store.store import Store
@@ -58,7 +58,7 @@ class ClaimedStart:
     """
 
     resolved: Resolved
-    ranks: Ranks
+    ranks: Team
     store: Store
     folder: Store
     generation: int

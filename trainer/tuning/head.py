@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import base_files
@@ -19,10 +19,10 @@ from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, Model, Optim
 from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, Method, SavedByPeft
-from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.tuning.method import ExportedFiles, Method
+from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods, with_peft_files
 from trainer.tuning.shared.peft_folder import LABELS
-from trainer.tuning.shared.wrapper import Around
+from trainer.tuning.shared.wrapper import Around, innermost
 
 if TYPE_CHECKING:
     import torch
@@ -126,13 +126,10 @@ def with_head(method: Method, config: Config) -> Method:
     name, head = config.objective.name, HEADS.get(config.objective.name)
     if head is None:
         return method
-    adapter = method
-    while isinstance(adapter, Around):
-        adapter = adapter.method
-    if not isinstance(adapter, SavedByPeft):
+    if not isinstance(innermost(method), LowRank):
         raise ConfigError(
             f"tuning.method: {config.tuning.method} has no adapter that PEFT keeps beside a head, as objective.name:"
-            f" {name} wants one. Choose lora, rslora or dora."
+            f" {name} wants one. Choose one of {', '.join(low_rank_methods(config.tuning))}."
         )
     if config.model.add_tokens:
         raise ConfigError(
@@ -142,10 +139,10 @@ def with_head(method: Method, config: Config) -> Method:
     if config.tuning.start:
         raise ConfigError(
             f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter"
-            " (capstan export --merge), and give the result as model.base."
+            " (capstan export --format merged), and give the result as model.base."
         )
     labels = (config.data.labels or ()) if head.labelled else ()
-    return cast(Method, WithHead(method, head, name, labels, config.model))
+    return WithHead(method, head, name, labels, config.model)
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {"objective.name": with_head}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config, Model, Optim, Tuning
@@ -23,21 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
+
 # Settings outside the section `tuning` that not every method reads.
 OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
-
-
-class LearntWeights(Protocol):
-    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in the type of
-    the training's forward pass."""
-
-    def __getitem__(self, name: str, /) -> Tensor:
-        """The whole parameter; the first look-up reads all parameters into memory."""
-        ...
-
-    def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the flattened parameter, without reading any others; any thread may ask."""
-        ...
 
 
 class WeightUpdate(Protocol):
@@ -109,8 +98,12 @@ class Method(Protocol):
     older checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
     trains_base: ClassVar[bool] = False
     """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
-    uncounted_activations: ClassVar[bool] = False
-    """Whether a layer keeps much more for its backward pass than `plan` counts."""
+    counts_activations: ClassVar[bool] = False
+    """Whether `plan` counts all that a layer keeps for its backward pass. The memory of a method that does not say so
+    is counted with all layers computed again, and `train.activation_checkpointing: auto` has them so."""
+    adapts_4_bits: ClassVar[bool] = False
+    """Whether whoever loads its exports can put them over bitsandbytes' layers in 4 bits. `--verify` gives the others
+    the values that such layers stand for, in 16 bits."""
     exports_model: ClassVar[bool] = False
     """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same
     and `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
@@ -162,6 +155,11 @@ class Method(Protocol):
         of all that learns, so they may have parameters beside those of the method's own `shapes`."""
         raise AssertionError(self.unmergeable)
 
+    def load_exported(self, model: PreTrainedModel, folder: Path) -> AbstractContextManager[None] | None:
+        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given.
+        Inside the context that is returned, `model` computes as its base does. None where PEFT reads the files."""
+        return None
+
 
 @dataclass(frozen=True)
 class OfSettings(Method):
@@ -210,28 +208,14 @@ def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
             setattr(layer, flag, not value)
 
 
-@runtime_checkable
-class SavedByPeft(Method, Protocol):
-    """A method whose adapters PEFT keeps as those of LoRA."""
-
-    def saved_name(self, name: str) -> str:
-        """The name of a parameter that learns in PEFT's files, less the prefix of the wrapped model's names."""
-        ...
-
-
-@runtime_checkable
-class OwnFormat(Protocol):
-    """A method whose exports PEFT does not read has this beside `Method`."""
-
-    def load_exported(self, model: PreTrainedModel, folder: Path) -> AbstractContextManager[None]:
-        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given.
-        Inside the context that is returned, `model` computes as its base does."""
-        ...
-
-
 def methods() -> dict[str, Callable[[Tuning], Method]]:
     """Every method of this folder, by the names that `tuning.method` may have."""
     return kinds("trainer.tuning", "METHODS")
+
+
+def methods_reading(setting: str, tuning: Tuning) -> list[str]:
+    """The names of the methods that read a setting, with its section where that is not `tuning`."""
+    return [name for name, make in methods().items() if setting in make(tuning).settings]
 
 
 def find_method(settings: Tuning) -> Method:
@@ -244,7 +228,7 @@ def find_method(settings: Tuning) -> Method:
     if settings.start is not None and method.exports_model:
         raise ConfigError(
             f"tuning.start: tuning.method: {settings.method} has no adapter to begin from. Merge that adapter (capstan"
-            " export --merge), and give the result as model.base."
+            " export --format merged), and give the result as model.base."
         )
     refuse_unread(settings, "tuning.method", (*method.settings, "start"))
     return method

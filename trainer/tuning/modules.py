@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Optim
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, TrainedWeight
+from trainer.tuning.method import ExportedFiles, Method, TrainedWeight
 from trainer.tuning.shared.linear_adapters import with_peft_files
 from trainer.tuning.shared.wrapper import Around
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 SETTING = "tuning.modules_to_save"
 
@@ -34,9 +36,7 @@ class WithModules(Around):
     names: list[str]
     adds_tokens: bool
 
-    @property
-    def trains_base(self) -> bool:
-        return True
+    trains_base: ClassVar[bool] = True
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         found = self.method.mismatches(architecture)
@@ -124,7 +124,7 @@ def _may_learn(parameter: Parameter) -> bool:
 
 def with_modules(method: Method, config: Config) -> Method:
     names = config.tuning.modules_to_save
-    return cast(Method, WithModules(method, names, bool(config.model.add_tokens))) if names else method
+    return WithModules(method, names, bool(config.model.add_tokens)) if names else method
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_modules}

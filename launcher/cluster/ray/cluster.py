@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.config.cluster import STARTS_HERE
 from trainer.errors import CapstanError, ConfigError, first_line
+from trainer.processes import children
 from trainer.processes.children import guarded
 
 _UNITS = {"memory": ("GiB of memory", 2**30), "GPU": ("GPUs", 1), "CPU": ("CPUs", 1)}
@@ -49,7 +50,8 @@ def local_ray(workers: int) -> Iterator[str]:
     with guarded():  # a worker of Ray's does not always notice that its driver was killed
         try:
             with _on_loopback():
-                ray.init(**alone, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+                quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+                ray.init(**alone, **quiet, _node_ip_address="127.0.0.1", job_config=_job_apart())
         except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
             raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
         _quiet()
@@ -57,6 +59,23 @@ def local_ray(workers: int) -> Iterator[str]:
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()
+
+
+class _NoFolders(list[str]):
+    """Ray has its workers import from the driver's current folder first, which it adds here."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        pass
+
+
+def _job_apart() -> Any:
+    """Ray's settings of a job whose workers, as all processes of ours, import nothing from the current folder."""
+    from ray.job_config import JobConfig
+
+    job: Any = JobConfig()
+    if not children.is_checkout():
+        job._py_driver_sys_path = _NoFolders()
+    return job
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from launcher.start.shared_folder import check_shared
 from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
+from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store.scratch import scratch_folder
@@ -136,7 +137,7 @@ def _start_process(command: list[str]) -> str:
     """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
     # Not by trainer.processes.children: this process is meant to outlive the command.
     process = subprocess.Popen(
-        command,
+        children.apart(command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

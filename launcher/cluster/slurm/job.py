@@ -10,7 +10,6 @@ Both of the first two leave a record in the run's folder, slurm/attempts/000001.
 import argparse
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -36,7 +35,6 @@ from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store, open_store
 
 _ANSWER_SECONDS = 5.0
-_RANK_DIED = re.compile(r"rank (\d+) died")  # a rank that failed may only have lost its connection to a dead one
 
 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
@@ -90,6 +88,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         failed_nodes=[] if lost else _nodes_of_dead_ranks(run, status.generation, current.started, nodes),
         step=status.last_commit_step or 0,
         reason=status.reason,
+        lost_machine=_lost_machine(run, status.generation),
     )
     slurm = config.cluster.slurm
     decision = judge(ending, before, budget=config.retry.failures, supervised=slurm.launch == "ray")
@@ -144,9 +143,10 @@ def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[d
         started = records["start"][-1] if records.get("start") else None
         if started and started["time"] < since:
             break
-        died = _RANK_DIED.match(records["end"][-1]["reason"] or "") if records.get("end") else None
-        if started and died and int(died[1]) < len(started["hosts"]):
-            hostname = _short(started["hosts"][int(died[1])])
+        # A rank that failed may only have lost its connection to the one that died.
+        died = records["end"][-1].get("died") if records.get("end") else None
+        if started and died is not None and died < len(started["hosts"]):
+            hostname = _short(started["hosts"][died])
             found.append(names.get(hostname, hostname))
     return found
 
@@ -159,6 +159,11 @@ def _ranks_stopped(folder: Store, generation: int, since: float) -> bool:
     """Whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
     ends = read_generation(folder, generation).get("end")
     return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
+
+
+def _lost_machine(folder: Store, generation: int) -> bool:
+    ends = read_generation(folder, generation).get("end")
+    return bool(ends) and ends[-1].get("lost_machine", False)
 
 
 def _stopped_by(folder: Store) -> str | None:

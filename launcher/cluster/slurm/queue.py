@@ -18,10 +18,11 @@ from launcher.policy.jobs import Attempt
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
 from launcher.view.wrapped_table import facts
+from trainer.config.paths import NoFile, check_file
 from trainer.errors import ConfigError, NotFound
 from trainer.processes import children
 from trainer.run import layout
-from trainer.run.folder import command
+from trainer.run.folder import command, name_of
 from trainer.run.records import record_end
 from trainer.run.requests import request_stop
 from trainer.store.store import Store
@@ -155,7 +156,7 @@ def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
     sentence = f"{folder.uri}: {' and '.join(parts)}"
     if dry_run:
         return sentence
-    cancel(waiting)
+    cancel(waiting, job_name(name_of(folder)))
     if running or not jobs:
         request_stop(folder, by="capstan stop")
     elif read_status(folder).state not in ENDED:
@@ -169,8 +170,9 @@ def job_output(folder: Store) -> str:
     if found is None:
         raise ConfigError(f"{folder.uri} was not submitted to Slurm, so there is no job's output.")
     for job in reversed(found.jobs):
-        with suppress(FileNotFoundError):
-            return Path(found.output.replace("%j", str(job))).read_text(errors="replace")
+        with suppress(FileNotFoundError, NoFile):
+            check_file(output := Path(found.output.replace("%j", str(job))))
+            return output.read_text(errors="replace")
     raise ConfigError(
         f"there is no {found.output} here: the job has not begun, or it wrote the file on another machine."
     )
@@ -271,10 +273,16 @@ def _number(given: Any) -> int:
     return given if isinstance(given, int) else int(given["number"]) if given.get("set") else 0
 
 
-def cancel(jobs: Sequence[int]) -> None:
-    """Raises `ConfigError` with scancel's own words."""
+def job_name(run: str) -> str:
+    """The name that the jobs of a run have."""
+    return f"capstan:{run}"
+
+
+def cancel(jobs: Sequence[int], name: str | None = None) -> None:
+    """Cancel `jobs`, or those of them that have this `name`: whoever may write to a run's folder may name any job
+    there. Raises `ConfigError` with scancel's own words."""
     if jobs:
-        answer = call("scancel", *map(str, jobs))
+        answer = call("scancel", *([f"--name={name}"] if name else []), *map(str, jobs))
         if answer.returncode:
             raise ConfigError(f"scancel refuses: {words(answer)}")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.cluster.slurm.queue import job_name
 from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.config.objective import SERVE
@@ -104,7 +105,7 @@ def options(config: Config, output: str, dependencies: list[str]) -> dict[str, s
     if slurm.chain:
         dependencies = [*dependencies, "singleton"]  # one at a time of the jobs of this name
     found: dict[str, object] = {
-        "job-name": f"capstan:{config.run.name}",
+        "job-name": job_name(config.run.name),
         "nodes": node.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": node.cpus_per_node,

@@ -47,6 +47,7 @@ from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import command, run_config, run_folder
+from trainer.run.own import keep_as_own
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
@@ -206,7 +207,9 @@ def _taken(
         check_idle(folder, resume=resume)
     owner = take(folder, BY, number)
     try:
-        folder.put(layout.CONFIG, dump_config(config).encode())
+        text = dump_config(config).encode()
+        keep_as_own(text)
+        folder.put(layout.CONFIG, text)
         folder.put(layout.SWEEP, json.dumps(plan.to_json(), indent=1).encode())
         if code is not None:
             folder.put(layout.SNAPSHOT, code.archive(dump_config(config)))

@@ -1,3 +1,3 @@
-"""Configurations of axolotl, LLaMA-Factory, TRL, accelerate and torchtune as ours: tables in
+"""Configurations of axolotl, LLaMA-Factory, TRL and accelerate as ours: tables in
 trainer/config/peers/*.yaml, and what keys make together here.
 """

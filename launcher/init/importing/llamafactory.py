@@ -36,7 +36,7 @@ def join(keys: Keys) -> None:
     if keys.asked("create_new_adapter"):
         keys.drop(
             "tuning.start",
-            "create_new_adapter: merge the adapter that is there (capstan export --merge), and give that as"
+            "create_new_adapter: merge the adapter that is there (capstan export --format merged), and give that as"
             " model.base.",
         )
     _data(keys)

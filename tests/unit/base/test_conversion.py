@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -25,10 +25,11 @@ from transformers.core_model_loading import (
 
 from tests.composites import COMPOSITES, make_composite
 from tests.families import FAMILIES, rows
-from tests.material import make_base
+from tests.material import byte_tokenizer, make_base
 from tests.stored import read_index
 from trainer.base.architecture import Linear
 from trainer.base.describe.empty_model import unfilled_model
+from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.check import LeftOutPart, check_weights_at_hand
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
@@ -314,3 +315,24 @@ def test_the_index_of_a_model_of_671_billion_weights_takes_seconds_and_its_rows_
     assert len(stacks) == 2 * 58
     assert len({id(stack.stretches) for stack in stacks}) == 2
     assert all(sum(stretch.numel for stretch in stack.stretches) == math.prod(stack.shape) for stack in stacks)
+
+
+def test_experts_that_compute_nothing_may_be_in_the_files_or_not(tmp_path: Path) -> None:
+    """transformers writes a matrix for each of LongCat's experts without weights, which no published file has."""
+    config: Any = CONFIG_MAPPING["longcat_flash"]()
+    made: Any = type(config)(**{**small_settings(config), "zero_expert_num": 2})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    name, count = "model.layers.0.mlp.experts.gate_up_proj", made.n_routed_experts
+    source = find_all_weights(resolve_base(Model(base=str(tmp_path)))).sources[name]
+    first = source.read(0, math.prod(source.shape))
+    (file,) = tmp_path.glob("*.safetensors")
+    idle = tuple(f".experts.{count + number}." for number in range(2))
+    stored = load_file(file)
+    assert any(part in key for key in stored for part in idle)
+    published = {key: value for key, value in stored.items() if not any(part in key for part in idle)}
+    save_file(published, file, {"format": "pt"})
+    source = find_all_weights(resolve_base(Model(base=str(tmp_path)))).sources[name]
+    assert source.shape[0] == count
+    assert source.read(0, math.prod(source.shape)) == first

@@ -114,11 +114,6 @@ def test_dump_and_load_are_inverse():
     assert "weight_decay" in dump_config(config), "defaults are written out"
 
 
-def test_a_setting_that_earlier_versions_wrote_without_a_value_is_read_and_forgotten():
-    assert parse_config(MINIMAL, ["train.eval_every=0"]) == parse_config(MINIMAL)
-    assert "eval_every" in refusal("train.eval_every=5")
-
-
 def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
     data = ["data.fields={messages: talk}", "data.template=a.jinja", "data.loss_on=last_assistant"]
     sets = ["eval.sets.same.path=a.jsonl", "eval.sets.text={path: b.jsonl, format: text, fields: {text: content}}"]

@@ -210,7 +210,7 @@ def test_rows_of_both_forms_are_found_out() -> None:
             ("tuning.method=full",),
             "tuning.method: full has no adapter that PEFT keeps beside a head, as objective.name: classification",
         ),
-        (("tuning.method=prompt",), "Choose lora, rslora or dora"),
+        (("tuning.method=prompt",), "Choose one of dora, lora, rslora"),
         (
             ("tuning.start=other",),
             "tuning.start: an adapter has no head for objective.name: classification to begin with",

@@ -182,6 +182,11 @@ def test_a_row_is_laid_out_as_documented(dataset: Dataset, micro_batch: int) -> 
                 # The prompt's first token predicts its second, which is not trained; the last token predicts nothing.
                 assert labels == [IGNORE, *ids[2:], IGNORE]
         assert next(numbers, None) is None
+        assert sum(end - begin for begin, end in batch.input.segments.padding) == total - batch.tokens
+        assert all(
+            batch.input.input_ids[0, begin:end].tolist() == [PAD] * (end - begin)
+            for begin, end in batch.input.segments.padding
+        )
 
 
 def test_an_epoch_is_followed_by_the_next_in_another_order(dataset: Dataset) -> None:

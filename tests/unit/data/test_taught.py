@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.checkpoints import commit
 from tests.unit.export.test_served import stub
@@ -131,7 +133,25 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytes
         ConfigError, match="another tokenizer than model.base: small: 'b' is token 2 there and token 3 here"
     ):
         teach._check_tokenizer(BIG, big, small)  # type: ignore[arg-type]
-    teach._check_tokenizer(BIG, big, big)  # type: ignore[arg-type]
+
+
+def test_a_teacher_that_joins_the_same_tokens_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = {token: number for number, token in enumerate(("a", "b", "c", "ab", "bc"))}
+
+    def made(merges: list[tuple[str, str]], **options: Any) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.BPE(vocabulary, merges, **options))
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    tokenizers = {
+        "same": made([("a", "b"), ("b", "c")]),
+        "small": made([("a", "b"), ("b", "c")]),
+        "other": made([("b", "c"), ("a", "b")]),
+    }
+    monkeypatch.setattr(teach, "load_tokenizer", lambda base: tokenizers[base.name])
+    same, small, other = (SimpleNamespace(name=name) for name in tokenizers)
+    teach._check_tokenizer(BIG, same, small)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has the vocabulary of model.base: small, and makes other tokens of a text"):
+        teach._check_tokenizer(BIG, other, small)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_a_server_knows_no_step_and_perhaps_no_base(workshop: Workshop) -> None:
 def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"step": None, "best": False, "chat": False, "dry_run": False, "log": print}
     with pytest.raises(ConfigError, match="--base has no effect"):
-        evaluate_run(workshop.store.sub("first"), (), base=True, server="http://gpu-1:8000", **given)
+        evaluate_run(workshop.store.sub("first"), (), base=True, trust=True, server="http://gpu-1:8000", **given)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process asks a server"):
-        evaluate_run(workshop.store.sub("first"), (), base=False, server="http://gpu-1:8000", **given)
+        evaluate_run(workshop.store.sub("first"), (), base=False, trust=True, server="http://gpu-1:8000", **given)

@@ -18,7 +18,7 @@ from tests.material import Workshop
 from tests.needs import need
 from tests.unit.export.test_served import stub
 from trainer.config import dump_config, override
-from trainer.config.objective import Rollout as RolloutSettings
+from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.chapters import give_up, given_up, open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
 from trainer.data.order.position import Position

@@ -21,7 +21,7 @@ from trainer.export.card import PLACE, peft_usage
 from trainer.export.write.whole_class import for_whole_class
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
-from trainer.tuning.shared.peft_beginning import PeftFolder
+from trainer.tuning.shared.peft_beginning import PeftAdapter
 from trainer.tuning.shared.peft_folder import PREFIX, WEIGHTS
 
 TOKENS = torch.arange(5, 40)[None]
@@ -47,7 +47,7 @@ def check_that_a_run_begins_from(folder: Path, given: Mapping[str, bytes], model
     tree = {"run": {"name": "next"}, "model": {"base": model.base}, "tuning": settings, "data": data, "train": train}
     config = parse_config(json.dumps(tree))
     method, base = find_method(config.tuning), resolve_base(model)
-    beginning = PeftFolder(str(folder), open_store(str(folder)), method, model)
+    beginning = PeftAdapter(str(folder), open_store(str(folder)), method, model)
     assert beginning.differences(config, method, base) == []
     shapes = method.shapes(base.architecture)
     weights = {name.removeprefix(PREFIX): weight for name, weight in load(given[WEIGHTS]).items()}
@@ -59,7 +59,7 @@ def check_that_a_run_begins_from(folder: Path, given: Mapping[str, bytes], model
     end = next(iter(weights)).partition(".lora_")[0].rpartition(".")[2]
     tower = {f"{PREFIX}model.tower.0.{end}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
     (folder / WEIGHTS).write_bytes(save({**load((folder / WEIGHTS).read_bytes()), **tower}))
-    (refused,) = PeftFolder(str(folder), open_store(str(folder)), method, model).differences(config, method, base)
+    (refused,) = PeftAdapter(str(folder), open_store(str(folder)), method, model).differences(config, method, base)
     assert f"has weights of model.tower.0.{end}, which this run does not train" in refused
 
 

@@ -157,7 +157,7 @@ def test_there_are_five_files_or_more_of_each_peer() -> None:
     counts = {
         folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
     }
-    assert counts == {"axolotl": 6, "llamafactory": 5, "llamafactory-v1": 1, "torchtune": 5, "trl": 6}
+    assert counts == {"axolotl": 6, "llamafactory": 5, "llamafactory-v1": 1, "trl": 6}
     assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
 
 
@@ -208,8 +208,6 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
     }
     assert set(lost) == {"lr_scheduler"}
     assert "Left at cosine" in lost["lr_scheduler"]
-    torchtune = {outcome.key: outcome for outcome in import_files(["torchtune/chat.yaml"]).keys}
-    assert torchtune["optimizer._component_"].status == "not supported"
     text = import_files(["trl/sft.yaml"]).text
     assert "hf_abcdefghijklmnop" not in text
 
@@ -654,7 +652,6 @@ ODD = {
         {"dataset": ""},
     ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
-    "file-order": ("torchtune", {"shuffle": False}, {}, {"shuffle": "is not kept"}),
 }
 
 
@@ -784,17 +781,6 @@ def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
     assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 3)
 
 
-def test_torchtunes_adapters_have_its_rank_and_alpha_where_a_file_names_none(tmp_path: Path) -> None:
-    def adapter(kind: str, more: str = "") -> tuple[Any, Any]:
-        text = f"model: {{_component_: torchtune.models.llama3_1.{kind}llama3_1_8b{more}}}\nepochs: 1\n"
-        settings = imported_text(text, tmp_path, "torchtune").settings
-        return settings.get("tuning.rank"), settings.get("tuning.alpha")
-
-    assert adapter("lora_") == adapter("qlora_") == (8, 16)
-    assert adapter("lora_", ", lora_rank: 64") == (64, 16)
-    assert adapter("") == (None, None)
-
-
 def test_a_length_that_trl_does_not_limit_is_for_the_user_to_give(tmp_path: Path) -> None:
     text = "model_name_or_path: x\nuse_peft: true\ndataset_name: a/b\n"
     found = imported_text(f"{text}max_length: null\n", tmp_path, "trl")
@@ -810,7 +796,6 @@ def test_a_length_that_trl_does_not_limit_is_for_the_user_to_give(tmp_path: Path
     [
         ("trl", "activation_offloading", "gradient_checkpointing"),
         ("axolotl", "activation_offloading", "gradient_checkpointing"),
-        ("torchtune", "enable_activation_offloading", "enable_activation_checkpointing"),
     ],
 )
 def test_offloaded_activations_are_carried_over_where_layers_are_computed_again(
@@ -890,7 +875,6 @@ def test_the_page_says_what_the_tables_say() -> None:
         "LLaMA-Factory": "llamafactory",
         "TRL": "trl",
         "accelerate": "accelerate",
-        "torchtune": "torchtune",
     }
     peer, pairs = "", 0
     for line in (Path(__file__).parents[3] / "docs" / "migration.md").read_text().splitlines():

@@ -1,6 +1,8 @@
 """The launcher's policy after a worker group ends, without a worker group."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,10 @@ from trainer.errors import (
 )
 from trainer.run.layout import metrics
 from trainer.run.records import newest_records, record_end
+from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.store.store import Store, open_store
+from trainer.train import loop
+from trainer.train.end_record import early_end
 
 
 def decide(ends: list[Failure], rules: Retry, *, committed: bool = True) -> str | CapstanError:
@@ -125,6 +130,7 @@ def test_a_crash_names_the_lowest_rank_and_the_first_line_of_its_error():
 def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
     failure = retry.classify({0: RuntimeError("connection closed by peer"), 1: RankDied("killed by a signal")})
     assert failure.reason == "rank 1 died: killed by a signal"
+    assert failure.facts == {"died": 1}
 
 
 def test_beyond_the_budget_of_preemptions_a_run_without_a_commit_cannot_be_resumed():
@@ -138,6 +144,22 @@ def test_beyond_the_budget_of_preemptions_a_run_without_a_commit_cannot_be_resum
 def test_a_lost_machine_is_the_cause_of_whatever_else_went_wrong():
     failure = retry.classify({0: StorageError("reset"), 2: RankDied("gone", node_lost=True), 3: RankDied("gone")})
     assert (failure.kind, failure.reason) == ("preemption", "lost a machine: that of rank 2")
+    assert failure.facts == {"lost_machine": True}
+
+
+@pytest.mark.parametrize(("reason", "lost"), [(MACHINE_LEAVES, True), ("because 4 ranks find room", False)])
+def test_ranks_that_a_machine_leaves_say_so_in_a_field(reason: str, lost: bool):
+    """Whoever looks on reads no sentence for it."""
+    asked: Any = SimpleNamespace(
+        ranks=SimpleNamespace(broadcast=lambda value: value), stop=SimpleNamespace(reason=reason)
+    )
+    ended = loop._stopped(SimpleNamespace(start=asked), Stop.RESTART, 3)  # type: ignore[arg-type]
+    assert retry.classify({0: ended}).lost_machine is lost
+    written = list[dict[str, Any]]()
+    metrics = SimpleNamespace(write=lambda kind, **facts: written.append(facts))
+    with pytest.raises(Interrupted), early_end(SimpleNamespace(metrics=metrics)):  # type: ignore[arg-type]
+        raise ended
+    assert written[0].get("lost_machine", False) is lost
 
 
 def test_an_interruption_is_a_preemption_unless_the_driver_asked_for_it():
@@ -164,6 +186,7 @@ def test_ranks_that_named_a_hang_explain_why_they_died(run: Store):
     run.put(metrics(2), hang)
     explained = retry.explained(crash(), newest_records(run))
     assert explained.reason == "rank 1 hangs in load"
+    assert retry.explained(replace(crash(), died=1), newest_records(run)).died is None, "the hang is the cause"
     record_end(run, explained.reason, crash=True)
     assert run.get(metrics(2)) == hang
 

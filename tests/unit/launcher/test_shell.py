@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.view.wrapped_table import FoldedTable
+from trainer.errors import ConfigError
+from trainer.state.optimizer.optimizer import optimizers
 from trainer.store.store import open_store
 
 LINES = {
@@ -23,19 +25,13 @@ LINES = {
     "capstan data s": ["show"],
     "capstan plan run.yaml tr": ["train.", "track."],
     "capstan plan run.yaml train.ep": ["train.epochs="],
-    "capstan plan run.yaml quant.type=": [
-        "quant.type=nf4",
-        "quant.type=fp4",
-        "quant.type=int8",
-        "quant.type=none",
-        "quant.type=stored",
-    ],
+    "capstan plan run.yaml optim.name=": [f"optim.name={name}" for name in optimizers()],
     "capstan plan run.yaml quant.double=t": ["quant.double=true"],
     "capstan plan run.yaml --gpu A100": ["A100-40GB", "A100-80GB"],
     "capstan init --goal k": ["kto"],
     "capstan init --machine s": ["slurm"],
     "capstan init --gpu H20": ["H200", "H200-NVL", "H20"],
-    "capstan import x.yaml --from t": ["trl", "torchtune"],
+    "capstan import x.yaml --from t": ["trl"],
     "capstan status fi": ["first"],
     "capstan status --store elsewhere s": ["second"],
     "capstan plan no-such-ve": [],
@@ -114,3 +110,17 @@ def test_a_narrow_terminal_shows_whole_commands() -> None:
         cut.add_row("flash-linear-attention", Text(command))
     assert "…" in letters(plain, 40)
     assert command.replace(" ", "") in letters(folded, 40)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ("export first out --merge", "Write --format merged."),
+        ("push first hf://me/first --merged", "Write --format merged."),
+        ("plan run.yaml --gpu-memory=80", "Write --gpu 80GiB."),
+    ],
+)
+def test_an_option_of_another_name_is_refused_with_ours(given: str, instead: str) -> None:
+    refused = CliRunner().invoke(app, given.split()).exception
+    assert isinstance(refused, ConfigError)
+    assert str(refused).endswith(f"there is no such option. {instead}")

@@ -88,13 +88,16 @@ def test_the_process_that_asks_servers_is_started_again_and_ends_with_the_run(
             started.append(process)
             yield process
 
+    monkeypatch.chdir("/")
     monkeypatch.setattr(server.children, "family", family)
     monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
     with kept(module._keep_asking, run) as told:
         until(lambda: len(started) == 3 and b"sampled" in said(run, "rollout"))
         assert started[-1].poll() is None
     assert started[-1].poll() == -signal.SIGTERM
-    assert {tuple(command[1:]) for command in commands} == {("-m", "launcher.cli", "rollout", run.uri)}
+    assert {tuple(command[1:]) for command in commands} == {
+        ("-P", "-m", "launcher.cli", "rollout", run.uri, "--trust-run")
+    }
     assert said(run, "rollout") == b"no server answers\nno server answers\nsampled\n"
     assert told == ["capstan rollout ended with exit code 1: no server answers; it is started again every 0.01 s"]
 

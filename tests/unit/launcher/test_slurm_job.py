@@ -65,7 +65,8 @@ def generation(run: Store, number: int, *records: dict[str, Any]) -> None:
 
 
 def died(rank: int) -> dict[str, Any]:
-    return {"kind": "end", "outcome": "failed", "step": None, "reason": f"rank {rank} died: killed", "time": 0}
+    reason = f"rank {rank} died: killed"
+    return {"kind": "end", "outcome": "failed", "step": None, "reason": reason, "died": rank, "time": 0}
 
 
 def test_a_first_start_is_recorded(config: Config, run: Store) -> None:
@@ -188,7 +189,7 @@ def test_a_node_that_only_ray_has_lost_is_lost(
     if committed:
         run.create(layout.manifest(4), b"a checkpoint")
     lost = lost_machine("host2/0a1b2c3d")
-    record_end(run, lost.reason, crash=True)  # as the driver does before it ends
+    record_end(run, lost.reason, crash=True, **lost.facts)  # as the driver does before it ends
     final = decide([lost], Retry(preemptions=0), committed=committed, command=str)
     assert isinstance(final, CapstanError)
     assert end(config, final.exit_code, "", nodes) == "requeue"

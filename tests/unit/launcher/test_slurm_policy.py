@@ -14,11 +14,7 @@ from launcher.policy.jobs import (
     bad_nodes,
     judge,
 )
-from launcher.policy.retry import lost_machine
-from trainer.run.requests import MACHINE_LEAVES
 
-LOST = lost_machine("host2/0a1b2c3d").reason
-LEFT = f"stopped at step 3 {MACHINE_LEAVES}"
 PREEMPTED = Ending(75, signal="USR1", step=10)
 
 
@@ -41,12 +37,11 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(75), "stopped", False, 75),
         (Ending(75, signal="USR1", stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(1, lost_nodes=["n2"]), "node lost", True, 75),
-        (Ending(75, reason=LOST), "node lost", True, 75),  # its slurmd answers, its Ray does not
-        (Ending(7, reason=LOST), "node lost", True, 75),  # before the first commit
-        (Ending(75, reason=LEFT), "node lost", True, 75),
-        (Ending(75, reason=LOST, stopped_by="capstan stop"), "stopped", False, 75),
-        (Ending(75, signal="USR1", reason=LOST), "preempted", True, 75),
-        (Ending(3, reason=LOST), "mistake", False, 3),
+        (Ending(75, lost_machine=True), "node lost", True, 75),  # its slurmd answers, its Ray does not
+        (Ending(7, lost_machine=True), "node lost", True, 75),  # before the first commit
+        (Ending(75, lost_machine=True, stopped_by="capstan stop"), "stopped", False, 75),
+        (Ending(75, signal="USR1", lost_machine=True), "preempted", True, 75),
+        (Ending(3, lost_machine=True), "mistake", False, 3),
         (Ending(75, lost_nodes=["n2"]), "node lost", True, 75),  # the driver found too few machines left
         (Ending(75, lost_nodes=["n2"], stopped_by="capstan stop"), "stopped", False, 75),
         (Ending(2, lost_nodes=["n2"]), "node lost", True, 75),  # too few workers came: because the node is gone

@@ -25,6 +25,7 @@ from launcher.policy.jobs import Attempt
 from launcher.view.status import read_status
 from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.folder import name_of
 from trainer.run.requests import stop_requester
 from trainer.store.store import Store, open_store
 
@@ -124,7 +125,7 @@ def test_stop_cancels_what_waits_and_asks_what_runs(monkeypatch: pytest.MonkeyPa
     assert sentence.endswith("the run is to commit and end and job 13, which waits, is to be cancelled")
     assert stop_requester(run) is None
     stop(run, RECORD, dry_run=False)
-    assert fake.calls[-1] == ("scancel", "13")
+    assert fake.calls[-1] == ("scancel", f"--name=capstan:{name_of(run)}", "13")
     assert stop_requester(run) == "capstan stop"
 
 

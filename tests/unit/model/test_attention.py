@@ -62,7 +62,7 @@ QUICK = [
 def model(request: pytest.FixtureRequest) -> PackedModel:
     """A small model behind the kernel; mistral's and phi3's windows are shorter than the documents."""
     kernel, dtype, kind = request.param
-    attention = choose_attention(kernel, DEVICE, dtype, architecture(kind))
+    attention = choose_attention(kernel, DEVICE, dtype, architecture(kind).attention_needs)
     torch.manual_seed(7)
     config = AutoConfig.for_model(**{"tie_word_embeddings": False, **SIZES, **KINDS[kind]})
     model: Any = AutoModelForCausalLM.from_config(
@@ -170,13 +170,13 @@ def test_a_row_of_padding_alone_has_no_loss_and_no_gradient(model: PackedModel) 
 
 
 def test_auto_takes_the_fastest_kernel_and_says_why() -> None:
-    chosen = choose_attention("auto", torch.device("cpu"), BF16, architecture("llama"))
+    chosen = choose_attention("auto", torch.device("cpu"), BF16, architecture("llama").attention_needs)
     assert chosen.name == "sdpa"
     assert chosen.why == f"no {', '.join(FLASH)}, varlen: it needs a CUDA device"
 
 
 def test_a_kernel_that_would_change_the_base_is_refused() -> None:
-    capping, sinking = architecture("gemma2"), architecture("gpt-oss")
+    capping, sinking = (architecture(kind).attention_needs for kind in ("gemma2", "gpt-oss"))
     assert choose_attention("auto", torch.device("cpu"), BF16, capping).name == "eager"
     with pytest.raises(ConfigError, match="'sdpa' cannot run here: it does not cap attention logits"):
         choose_attention("sdpa", torch.device("cpu"), BF16, capping)
@@ -186,11 +186,11 @@ def test_a_kernel_that_would_change_the_base_is_refused() -> None:
         assert unable(sinking)[kernel] == "it has no attention sinks, as this base has"
         assert unable(replace(sinking, supports_flash=False, has_sinks=False))[kernel].startswith("it takes no mask")
     wide = replace(architecture("llama"), attention=(AttentionLayer("model.layers.0.self_attn", 0, 2, 512),))
-    assert unable(wide)["varlen"] == "it takes heads of up to 256, and this base has some of 512"
+    assert unable(wide.attention_needs)["varlen"] == "it takes heads of up to 256, and this base has some of 512"
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
     with pytest.raises(
         ConfigError, match="model.attention: 'varlen' cannot run here: it needs a CUDA device. Use auto"
     ):
-        choose_attention("varlen", torch.device("cpu"), BF16, architecture("llama"))
+        choose_attention("varlen", torch.device("cpu"), BF16, architecture("llama").attention_needs)

@@ -311,7 +311,7 @@ def test_adapters_of_experts_have_the_names_and_shapes_that_peft_gives_them(kind
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     described = method.described(architecture)
-    lora = method.method.peft_config(method.method.ends(architecture))
+    lora = method.method.adapting(method.method.ends(architecture))
     for key, value in described.items():
         setattr(lora, key, value)
     theirs = {

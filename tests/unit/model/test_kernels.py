@@ -9,7 +9,7 @@ border another result.
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from inspect import signature
 from types import ModuleType, SimpleNamespace
@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from trainer.model.attention import sdpa_with_sinks, varlen_attention
-from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
+from trainer.model.kernels.attention import FLASH, KERNELS, AttentionNeeds, unable, unavailable
 from trainer.model.kernels.flex import block_mask, flex_attention_capped
 
 
@@ -288,13 +288,7 @@ def test_torchs_own_kernel_takes_the_shapes_of_every_case(case: Case) -> None:
     assert [part.grad is not None and part.grad.shape == part.shape for part in (q, k, v)] == [True] * 3
 
 
-NEEDS: dict[str, Any] = {
-    "caps_attention": False,
-    "has_sinks": False,
-    "supports_sdpa": True,
-    "supports_flash": True,
-    "widest_head": 128,
-}
+NEEDS = AttentionNeeds(widest_head=128)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +330,7 @@ def test_a_package_is_asked_for_by_its_own_name(monkeypatch: pytest.MonkeyPatch,
 def test_a_package_that_lacks_what_is_asked_of_it_or_does_not_import_is_told(
     monkeypatch: pytest.MonkeyPatch, flash_packages: None
 ) -> None:
-    capping: Any = SimpleNamespace(**{**NEEDS, "caps_attention": True})
+    capping = replace(NEEDS, caps_attention=True)
 
     def older(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size): ...
 
@@ -371,5 +365,4 @@ def test_a_package_that_lacks_what_is_asked_of_it_or_does_not_import_is_told(
     ],
 )
 def test_a_base_gets_no_kernel_that_computes_something_else(changed: dict[str, Any], able: set[str]) -> None:
-    needs: Any = SimpleNamespace(**{**NEEDS, **changed})
-    assert {kernel.name for kernel in KERNELS} - unable(needs).keys() == able
+    assert {kernel.name for kernel in KERNELS} - unable(replace(NEEDS, **changed)).keys() == able

@@ -43,7 +43,7 @@ def on_meta(workshop: Workshop, config: Any) -> PackedModel:
     """The model as a GPU's rank has it, with PyTorch's varlen kernel and LoRA, but no weights."""
     base = resolve_base(config.model)
     dtype, cuda = torch.bfloat16, torch.device("cuda")
-    attention = choose_attention("varlen", cuda, dtype, base.architecture)
+    attention = choose_attention("varlen", cuda, dtype, base.architecture.attention_needs)
     model = empty_model(base, config, attention)
     for path, module in list(model.named_modules()):
         if f"{path}.weight" in base.architecture.quantizable() and type(module) is torch.nn.Linear:

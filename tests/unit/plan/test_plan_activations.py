@@ -22,6 +22,29 @@ EIGHT_B = {
 }
 
 
+OPT_350M: dict[str, Any] = {
+    "model_type": "opt",
+    "hidden_size": 1024,
+    "word_embed_proj_dim": 512,
+    "ffn_dim": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "do_layer_norm_before": False,
+}
+
+
+def test_layers_that_are_wider_than_the_embedding_keep_what_layers_of_their_width_keep():
+    narrow, wide = (
+        read_architecture({**OPT_350M, "word_embed_proj_dim": size}) for size in (512, OPT_350M["hidden_size"])
+    )
+    assert (narrow.hidden, narrow.width, wide.hidden, wide.width) == (512, 1024, 1024, 1024)
+    assert layer_values(narrow, 3) == layer_values(wide, 3)
+    memory = [plan_of(config(), {**OPT_350M, "word_embed_proj_dim": size}, 8, 8, None) for size in (512, 1024)]
+    assert memory[0].memory_per_gpu.activations == pytest.approx(memory[1].memory_per_gpu.activations, rel=0.02)
+
+
 def test_activation_checkpointing_saves_memory():
     on = plan_of(config(), LLAMA_70B, 8, 8, None).memory_per_gpu.activations
     off = plan_of(config("train.activation_checkpointing=false"), LLAMA_70B, 8, 8, None).memory_per_gpu.activations

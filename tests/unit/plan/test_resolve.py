@@ -72,6 +72,8 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
     assert taking == {
         "rank.py:run_rank",
         "rank.py:evaluated",  # of one of eval.sets
+        "train/every/every.py:never",  # what an action refuses before a rank starts
+        "train/every/sample.py:_mismatches",
         *(
             f"tuning/shared/{place}"
             for place in (

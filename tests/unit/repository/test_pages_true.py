@@ -144,6 +144,15 @@ def test_a_shard_has_the_files_that_its_page_counts(tmp_path: Path) -> None:
     assert set(re.findall(r"\| `(\w+)-0000i\.bin`", page)) == {name.partition("-")[0] for name in written}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_wrapped(page: Path) -> None:
+    """Tables and blocks are as wide as they need; a line that is one link or one piece of code cannot be broken."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    wide = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "#", "<", "!["))]
+    breakable = [line for line in wide if re.sub(r"`[^`]*`|\]\([^)]*\)", "", line).strip(" -").count(" ") > 1]
+    assert breakable == []
+
+
 def test_every_extra_has_its_line() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     table = re.findall(r"^\| (`.*?) \|", (DOCS / "installation.md").read_text(encoding="utf-8"), re.MULTILINE)

@@ -18,6 +18,7 @@ import pytest
 from tests.unit.run import wandb_server
 from tests.unit.run.tracked import loss
 from trainer.config import load_config, parse_config
+from trainer.config.registry import kinds
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -42,6 +43,7 @@ train: {{steps: 20}}
 track: {{trackers: {trackers}, project: capstan-tests, name: shown, group: a group, tags: [first, second]}}
 """
 SERVICES = ["wandb", "mlflow", "trackio"]
+KNOWN = sorted(kinds("trainer.run.trackers", "SERVICES"))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +344,7 @@ def test_a_process_that_dies_is_said_once(tmp_path: Path, capfd: pytest.CaptureF
     [
         (
             ["wandb", "mlfow"],
-            "track.trackers: 'mlfow' is not allowed. Allowed are mlflow, trackio, wandb. Did you mean mlflow?",
+            f"track.trackers: 'mlfow' is not allowed. Allowed are {', '.join(KNOWN)}. Did you mean mlflow?",
         ),
         (
             ["trackio"],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from trainer.errors import Damaged, StorageError
 from trainer.run import layout
 from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
 from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import parse_manifest, problems_of, read_manifest, readable_manifests
+from trainer.state.checkpoint.manifest import (
+    TextHashes,
+    parse_manifest,
+    problems_of,
+    read_manifest,
+    readable_manifests,
+)
 from trainer.state.checkpoint.reading import plan_reads
 from trainer.state.optimizer.optimizer import State
 from trainer.store.store import Store, open_store
@@ -46,8 +53,8 @@ def damaged(change: Any) -> bytes:
         (damaged(lambda tree: tree["body"].update(step=8)), "its content does not match its sha256"),
         (damaged(lambda tree: tree["body"]["shards"].clear()), "its content does not match its sha256"),
         (damaged(lambda tree: tree.update(sha256="0" * 64)), "its content does not match its sha256"),
-        (damaged(lambda tree: tree.update(format=4)), "is of format 4; this version reads formats 2 and 3"),
-        (damaged(lambda tree: tree.update(format=1)), "runs/step is damaged: it is not a manifest"),
+        (damaged(lambda tree: tree.update(format=4)), "is of format 4; this version reads format 3"),
+        (damaged(lambda tree: tree.update(format=2)), "is of format 2; this version reads format 3"),
     ],
 )
 def test_what_is_no_whole_manifest_is_refused_with_the_reason(data: bytes, reason: str) -> None:
@@ -61,45 +68,37 @@ def sealed(tree: dict[str, Any]) -> bytes:
     return json.dumps(tree | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
-GOLDEN = Path(__file__).parents[2] / "golden/checkpoint-format-2"
-A, B = (f"model.layers.0.self_attn.q_proj.lora_{matrix}.default.weight" for matrix in "AB")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/home/reader/lib/site-packages/x.pth",
+        "../../../x",
+        "additional_chat_templates/../../x.jinja",
+        "additional_chat_templates/a/b.jinja",
+        "additional_chat_templates/a\\b.jinja",
+        "additional_chat_templates/.jinja/../x.jinja",
+        "additional_chat_templates/x.jinja\n",
+        "additional_chat_templates/\x1b[2J.jinja",
+        "tokenizer.json/../../x",
+        "./tokenizer.json",
+        "config.json",
+        "x.pth",
+        "",
+    ],
+)
+def test_no_manifest_names_another_file_than_a_tokenizers(name: str) -> None:
+    given = replace(manifest(7), text=TextHashes({"tokenizer.json": "0" * 64, name: "1" * 64}, None))
+    with pytest.raises(Damaged, match="it is no file of a tokenizer"):
+        parse_manifest(given.to_json(), "runs/step")
 
 
-def format_2() -> dict[str, Any]:
-    """The manifest that an earlier version wrote for two ranks."""
-    return json.loads((GOLDEN / layout.manifest(4)).read_text())
-
-
-def test_a_manifest_of_format_2_is_read() -> None:
-    old = parse_manifest(sealed(format_2()), "here")
-    assert (old.step, old.world_size, old.position) == (4, 2, {"epoch": 1, "chapter": 0, "window": 2, "bin": 3})
-    assert old.division.intervals(1) == {A: (11, 21), B: (8, 15)}
-    assert problems_of(open_store(str(GOLDEN)), old) == []
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool use.jinja"])
+def test_a_manifest_names_the_files_of_a_tokenizer(name: str) -> None:
+    given = replace(manifest(7), text=TextHashes({name: "1" * 64}, None))
+    assert parse_manifest(given.to_json(), "runs/step").text == given.text
 
 
 Change = Callable[[dict[str, Any]], object]
-
-
-def intervals(tree: dict[str, Any], shard: int) -> dict[str, list[int]]:
-    return tree["shards"][shard]["intervals"]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda body: body.update(shards=[]), "it names 0 shards, but 2 ranks wrote it"),
-        (lambda body: body["shards"].pop(), "it names 1 shards, but 2 ranks wrote it"),
-        (lambda body: intervals(body, 1).pop(A), "other intervals than its shards hold"),
-        (lambda body: intervals(body, 0).update({A: [0, 10]}), "other intervals than its shards hold"),
-        (lambda body: intervals(body, 0).update({"w": [0, 1]}), "other intervals than its shards hold"),
-        (lambda body: body["shapes"].update({A: [3, 8]}), "other intervals than its shards hold"),
-    ],
-)
-def test_a_manifest_of_format_2_that_does_not_cover_every_element_is_damaged(change: Change, reason: str) -> None:
-    tree = format_2()
-    change(tree["body"])
-    with pytest.raises(Damaged, match=re.escape(reason)):
-        parse_manifest(sealed(tree), "here")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,6 @@ def test_a_manifest_of_format_2_that_does_not_cover_every_element_is_damaged(cha
         (lambda body: body.update(shards=[]), "it names 0 shards, but 2 ranks wrote it"),
         (lambda body: body["shards"].pop(), "it names 1 shards, but 2 ranks wrote it"),
         (lambda body: body["shards"].__setitem__(1, body["shards"][0]), "it names a shard twice"),
-        (lambda body: body["shards"][0].update(intervals={}), "other intervals than its shards hold"),
         (lambda body: body["shards"][0].update(size="200"), "shards.0.size: Input should be a valid integer"),
         (lambda body: body["shards"][0].update(sha256=""), "shards.0.sha256: String should match"),
         (lambda body: body["shards"][0].update(key="../../other/config.yaml"), "files that are no shards of step 7"),

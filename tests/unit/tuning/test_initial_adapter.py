@@ -88,6 +88,19 @@ def test_an_adapter_that_peft_would_load_over_another_base_is_refused(
         resolve(config)
 
 
+@pytest.mark.parametrize("account", ["", "somebody/", "/elsewhere/"])
+def test_an_adapter_over_a_base_of_another_name_is_refused(workshop: Workshop, account: str) -> None:
+    folder = workshop.folder / "adapter"
+    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
+    settings, given = folder / "adapter_config.json", workshop.config("next", f"tuning.start={folder}")
+    described = json.loads(settings.read_text())
+    settings.write_text(json.dumps(described | {"base_model_name_or_path": f"{account}{workshop.base.name}/"}))
+    resolve(given)
+    settings.write_text(json.dumps(described | {"base_model_name_or_path": f"{account}Other-8B"}))
+    with pytest.raises(ConfigError, match=rf"was made over the base '{account}Other-8B' \(base_model_name_or_path in"):
+        resolve(given)
+
+
 def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(workshop: Workshop) -> None:
     folder = workshop.folder / "deep"
     folder.mkdir()

@@ -26,7 +26,6 @@ from trainer.tuning.lora.method import Lora
 from trainer.tuning.method import find_method
 from trainer.tuning.oft.layer import RotatedLinear, rotations
 from trainer.tuning.oft.method import Rotation
-from trainer.tuning.shared.linear_adapters import as_peft_reads
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})
@@ -240,7 +239,7 @@ def test_targets_are_ends_or_patterns_of_paths_and_peft_finds_the_same_layers(
     ours = {name.partition(".lora_")[0] for name in method.shapes(LLAMA)}
     assert ours == {path for path in LLAMA.linear_layers() if re.fullmatch(adapted, path)}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))
-    model = inject_adapter_in_model(method.peft_config(ends), model)
+    model = inject_adapter_in_model(method.adapting(ends), model)
     assert ours == {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -284,7 +283,7 @@ def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(kind
 
     settings = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
     architecture, method = read_architecture(settings), Lora(Tuning(), rank_stabilized=False)
-    described = as_peft_reads(method.peft_config(method.ends(architecture)), architecture)
+    described = method.peft_config(architecture)
     assert sorted(described.target_parameters or ()) == [f"{name}.weight" for name in by_weight]
     model: Any = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)), described)
     found = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs, tuning_misfits
+from tests.methods import methods_of
 from tests.unit.model.test_attention import row
 from tests.unit.repository.test_examples import EXAMPLES, LLAMA_8B
 from trainer.base.describe.architecture_cache import read_architecture
@@ -29,8 +30,9 @@ from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.sft.objective import NextTokens
 from trainer.tuning.prefix.layer import add_prefixes
 from trainer.tuning.prompt.layer import add_prompt
+from trainer.tuning.shared.virtual_tokens import BesideBase
 
-METHODS = ("prompt", "prefix")
+METHODS = methods_of(BesideBase)
 P = 5
 
 

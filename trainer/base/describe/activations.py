@@ -48,15 +48,15 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     widest = widest_attention = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
     mlp_weights, kept_whole, exchanged = 0, 0.0, 0.0
     for path, parts in blocks.items():
-        last = next((part for part in reversed(parts) if model.hidden in part.shape[:-1]), parts[-1])
-        entering = _values(last, model.hidden, entering=True)
+        last = next((part for part in reversed(parts) if model.width in part.shape[:-1]), parts[-1])
+        entering = _values(last, model.width, entering=True)
         own, exchanged = entering * (1 if path in attention else 2), exchanged + entering * (path in attention)
-        leaving = sum(_values(part, model.hidden, entering=False) for part in parts if part is not last)
+        leaving = sum(_values(part, model.width, entering=False) for part in parts if part is not last)
         own += leaving
         if last.kind == "experts":  # what leaves them, which the weights of the routes multiply
-            own += last.visits * last.shape[0] * model.hidden
-        own += sum(part.shape[1] for part in parts if part is not last and model.hidden not in part.shape[1:])
-        own += _new_keys([part for part in parts if part is not last], model.hidden) if path in attention else 0
+            own += last.visits * last.shape[0] * model.width
+        own += sum(part.shape[1] for part in parts if part is not last and model.width not in part.shape[1:])
+        own += _new_keys([part for part in parts if part is not last], model.width) if path in attention else 0
         if path not in attention and len(parts) > 1 and all(part.kind == "linear" for part in parts):
             kept_in_mlps, widest_mlp = kept_in_mlps + own, max(widest_mlp, entering)
             mlp_weights = max(mlp_weights, sum(part.numel for part in parts))

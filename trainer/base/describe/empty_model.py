@@ -48,12 +48,20 @@ def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, whose experts without weights have no place in a stack. transformers 5.24 makes one for each of
-    LongCat's 256 in the first of the two stacks: no file has them, and no code reads them."""
+    LongCat's 256 in the first of the two stacks, and writes them: no published file has them, and no code reads
+    them."""
     for module in model.modules():
         up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and len(up) > len(down):
+            module.idle_rows = len(up) - len(down)  # type: ignore[assignment]  # for `idle_rows`
             module.gate_up_proj = nn.Parameter(up[: len(down)])
     return model
+
+
+def idle_rows(model: PreTrainedModel, name: str) -> int:
+    """The rows of the parameter `name` that files may have beside those of the model, which no code reads."""
+    path, _, leaf = name.rpartition(".")
+    return vars(model.get_submodule(path)).get("idle_rows", 0) if leaf == "gate_up_proj" else 0
 
 
 def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:

@@ -66,16 +66,32 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
             f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
         )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"model.base: {name} is a {kind} model, which is no causal language model. Give one.")
+        raise ConfigError(_no_language_model(config, name))
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise ConfigError(
             f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
         )
     text.name_or_path = config.name_or_path
     is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    if is_whole and getattr(text, "tie_word_embeddings", None) != config.tie_word_embeddings:
+    if is_whole and _tied(text) != _tied(config):
         text.tie_word_embeddings = _ties(whole_model(config))
     return text
+
+
+def _no_language_model(config: PretrainedConfig, name: str) -> str:
+    """The sentence for a type that transformers builds no language model of by itself."""
+    kind, kinds = config.model_type, MODEL_FOR_MULTIMODAL_LM_MAPPING.keys()
+    if wholes := sorted(whole.model_type for whole in kinds if type(config) in whole.sub_configs.values()):
+        return (
+            f"model.base: {name} is a {kind} model, which transformers {transformers.__version__} builds as a part of"
+            f" {' or '.join(wholes)} alone. Give such a model, or write its config.json around this one, as its"
+            " text_config."
+        )
+    return f"model.base: {name} is a {kind} model, which is no causal language model. Give one."
+
+
+def _tied(config: PretrainedConfig) -> bool | None:
+    return getattr(config, "tie_word_embeddings", None)
 
 
 def _ties(whole: PreTrainedModel) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
 from trainer.base.weight_samples import hash_whole
-from trainer.errors import NOT_JSON, ConfigError, NotFound
+from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.listing import committed_steps
 from trainer.store.store import Store
+from trainer.store.twice import read_json
 
 # huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its
 # SHA-256.
@@ -82,7 +83,7 @@ def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = 
 
 
 def _kept(folder: Store) -> dict[str, str]:
-    with suppress(NotFound, *NOT_JSON):
-        kept = json.loads(folder.get(layout.BASE_HASHES))
+    with suppress(NotFound, Damaged):
+        kept = read_json(folder, layout.BASE_HASHES)
         return kept if isinstance(kept, dict) else {}
     return {}

@@ -12,19 +12,13 @@ from trainer.base.base import Base, Description
 from trainer.base.describe.description import describe
 from trainer.base.find.known import known_config
 from trainer.base.find.rescaled import rescaled
-from trainer.base.find.small_files import (
-    CONFIG,
-    NAMED_TEMPLATES,
-    SMALL_FILES,
-    fetched_small_files,
-    read_config,
-    read_scaled,
-)
+from trainer.base.find.small_files import CONFIG, SMALL_FILES, fetched_small_files, read_config, read_scaled
 from trainer.config import Model
 from trainer.config.paths import check_files, local_path
 from trainer.errors import BaseOutOfReach, ConfigError, first_line
 from trainer.store.hub import hub_answers, hub_host
 from trainer.store.store import SCHEMES, open_store
+from trainer.store.tokenizer_files import NAMED_TEMPLATES
 
 # Other folders of the Hub hold other formats, and consolidated files the same weights under other names.
 _LEFT_ON_THE_HUB = [

@@ -16,22 +16,8 @@ from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import NAMED_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
-CHAT_TEMPLATE = "chat_template.jinja"
-# The files that decide what a tokenizer does.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-    "chat_template.json",
-)
-NAMED_TEMPLATES = "additional_chat_templates"
-"""The folder with a tokenizer's other chat templates, such as one for calls of tools, each by its name."""
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
@@ -76,12 +62,13 @@ def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 def tokenizer_content(folder: Path) -> dict[str, bytes]:
     """Name -> content of the files there that decide what a tokenizer does."""
     templates = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
-    return named_files(folder, (*TOKENIZER_FILES, *templates))
+    return named_files(folder, filter(is_tokenizer_file, (*TOKENIZER_FILES, *templates)))
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files`, whose names may have a folder before them."""
+    """Write `files`, which are small files of a base."""
     for name, content in files.items():
+        assert is_small_file(name), f"{name!r} would be written elsewhere, or is no file of a base"
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
@@ -96,7 +83,7 @@ def fetched_small_files(store: Store) -> Path:
 def is_small_file(name: str) -> bool:
     """Whether it is a file of a base beside its weights, of those that are read."""
     if "/" in name:
-        return Path(name).parent == Path(NAMED_TEMPLATES) and name.endswith(".jinja")
+        return is_tokenizer_file(name)
     return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in SMALL_FILES)
 
 

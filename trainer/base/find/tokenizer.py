@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.base.find.locate import base_files
-from trainer.base.find.small_files import CHAT_TEMPLATE, NAMED_TEMPLATES, tokenizer_content, write_files
+from trainer.base.find.small_files import tokenizer_content, write_files
 from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError
 from trainer.store.scratch import scratch_folder
+from trainer.store.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES
 
 _SETTINGS = "tokenizer_config.json"
 _OWN = Tokens()

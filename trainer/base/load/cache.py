@@ -27,9 +27,10 @@ from trainer.run import layout
 from trainer.store.canonical_json import digest_of
 from trainer.store.safetensors_index import PackedSources
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 if TYPE_CHECKING:
-    from trainer.processes.ranks import Ranks
+    from trainer.processes.ranks import World
     from trainer.state.zero.partition import Partition
 
 FORMAT = 1
@@ -70,6 +71,7 @@ class CachedTensor:
                 data += self._read(extent, first - extent.begin, last - extent.begin)
         return data
 
+    @read_twice
     def _read(self, extent: Extent, begin: int, end: int) -> bytearray:
         """Bytes [begin, end) of an extent, whole chunks of it read and checked."""
         start = begin // CHUNK_BYTES * CHUNK_BYTES
@@ -123,6 +125,7 @@ def cache_key(base: Base, config: Config) -> str:
     return layout.bases(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16])
 
 
+@read_twice
 def open_cache(folder: Store) -> BaseCache:
     """Raises `Damaged` for a manifest that is not what was written, or gone."""
     try:
@@ -167,7 +170,7 @@ def write_cache(
     partitions: dict[str, Partition],
     means: dict[str, list[float]],
     writers: int,
-    ranks: Ranks,
+    ranks: World,
     log: Callable[[str], None],
 ) -> None:
     """Commit the first `writers` ranks' partitions, which are one whole copy of the base. Collective.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import left_out_sentence
 from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
 from trainer.base.load.placement import Placement, place_partitions
-from trainer.base.partitions.reading import run_jobs
+from trainer.base.load.source import Cached, Files, ShareSource
 from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config
@@ -25,10 +25,9 @@ from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.model.kernels.liger import Kernels
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.state.zero.partition import Partitioner
 from trainer.state.zero.policy import Scope
-from trainer.store.safetensors_index import PackedSources
 from trainer.store.store import open_run_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,7 +49,7 @@ def load_model(
     base: Base,
     config: Config,
     deepspeed_config: dict[str, Any],
-    ranks: Ranks,
+    ranks: World,
     attention: Attention,
     scope: Scope,
     log: Callable[[str], None] = lambda text: None,
@@ -65,7 +64,7 @@ def load_model(
     started = time.monotonic()
     dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
 
-    def fill(stored: Callable[[str], PackedSources | None]) -> _Filled:
+    def fill(source: ShareSource) -> _Filled:
         with ranks.agreeing():
             base.stored.check(base, config)
             model = empty_model(base, config, attention, kernels)
@@ -74,21 +73,12 @@ def load_model(
             log(f"kernels: {kernels.name} ({kernels.why})")
             if weights.left_out:
                 log(left_out_sentence(weights.left_out))
-        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks)
-        placement = place_partitions(
-            model,
-            config.quant,
-            dtype,
-            partitioner,
-            weights.sources,
-            stored,
-            base.architecture.quantizable(),
-        )
-        before = base.store.range_bytes
-        run_jobs(placement.jobs, ranks, log)
-        return _Filled(model, placement, partitioner, base.store.range_bytes - before)
+        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room)
+        quantizable = base.architecture.quantizable()
+        placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
+        return _Filled(model, placement, partitioner, source.fill(placement, ranks, log))
 
-    filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(lambda path: None)
+    filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(Files(base))
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
@@ -109,8 +99,8 @@ class _Filled:
 def _through_cache(
     base: Base,
     config: Config,
-    ranks: Ranks,
-    fill: Callable[[Callable[[str], PackedSources | None]], _Filled],
+    ranks: World,
+    fill: Callable[[ShareSource], _Filled],
     log: Callable[[str], None],
 ) -> _Filled:
     """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into
@@ -126,15 +116,14 @@ def _through_cache(
         try:
             with ranks.agreeing():
                 cached = open_cache(folder)
-            filled = fill(cached.sources)
-            return replace(filled, read_bytes=filled.read_bytes + folder.range_bytes)
+            return fill(Cached(base, cached))
         except Damaged as error:
             if ranks.rank == 0:
                 log(f"quant.cache: {error} The base is quantized from its source again.")
             with ranks.agreeing():
                 if ranks.rank == 0:
                     folder.delete(MANIFEST)
-    filled = fill(lambda path: None)
+    filled = fill(Files(base))
     writers = filled.partitioner.size
     write_cache(folder, filled.placement.partitions(), filled.placement.means(), writers, ranks, log)
     return filled

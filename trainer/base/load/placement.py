@@ -1,7 +1,10 @@
-"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices."""
+"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices: the room
+for a rank's share, which a source fills then (source.py).
+"""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,13 +21,26 @@ from trainer.state.zero.partition import Partition, Partitioner
 from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
 
+PackedOf = Callable[[str], PackedSources | None]
+"""The packed weights of the module at a path, or None where there are none to be read."""
+
+
+def nothing_packed(_path: str) -> None:
+    """No module's packed weights can be read: they are made of the files' weights."""
+
 
 @dataclass
 class Placement:
-    """The jobs that fill the partitions, and the packed modules by their names before adapters are around them."""
+    """The packed modules by their names before adapters are around them, and for each partition, in their order, what
+    makes the jobs that fill it: of the packed weights where these can be read.
+    """
 
-    jobs: list[Job] = field(default_factory=list)
     packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
+    fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
+
+    def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
+        """The jobs that fill all partitions; raises `Damaged` where packed weights have other sizes."""
+        return [job for filling in self.fillings for job in filling(stored)]
 
     def partitions(self) -> dict[str, Partition]:
         """All packed parameters' partitions, by name."""
@@ -43,7 +59,6 @@ def place_partitions(
     dtype: torch.dtype,
     partitioner: Partitioner,
     sources: Mapping[str, StoredTensor | PackedTensor],
-    stored: Callable[[str], PackedSources | None],
     quantizable: Collection[str],
 ) -> Placement:
     """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
@@ -51,12 +66,12 @@ def place_partitions(
     Args:
         dtype: of the products with what is quantized.
         sources: where each parameter and buffer is read from.
-        stored: where a module's packed weights are read from, or None where they are made of `sources`.
         quantizable: the names of the weights that `quant` quantizes.
     """
     placement, parameters = Placement(), dict(model.named_parameters())
     for name in [name for name in sources if name not in parameters]:
-        placement.jobs.append(_place_buffer(model, name, sources[name], partitioner.device))
+        buffer = _place_buffer(model, name, sources[name], partitioner.device)
+        placement.fillings.append(lambda _, buffer=buffer: [buffer])
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
         as_it_is = kept_sources(source) if quant.type == "stored" and name in quantizable else None
@@ -66,20 +81,34 @@ def place_partitions(
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
-            placement.jobs.append(exchanged(Copy(source, partition), source, partitioner))
+            copied = exchanged(Copy(source, partition), source, partitioner)
+            placement.fillings.append(lambda _, copied=copied: [copied])
             continue
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
-        if as_it_is is not None:
-            found = as_it_is.sources
-        else:
-            found = source.sources if isinstance(source, PackedTensor) else stored(path)
-        if found is not None:
-            placement.jobs += copy_packed(packed, made, found)
-        else:
-            assert not isinstance(source, PackedTensor)
-            placement.jobs.append(exchanged(Quantize(source, packed, made, partitioner), source, partitioner))
+        own = source.sources if isinstance(source, PackedTensor) else None
+        given = own if as_it_is is None else as_it_is.sources
+        placement.fillings.append(partial(_fill_packed, path, packed, made, given, source, partitioner))
     return placement
+
+
+def _fill_packed(
+    path: str,
+    module: Packed,
+    made: dict[str, Partition],
+    given: PackedSources | None,
+    source: StoredTensor | PackedTensor,
+    partitioner: Partitioner,
+    stored: PackedOf,
+) -> Sequence[Job]:
+    """The jobs that fill what was `made` for the `module` at `path`: of the packed weights that the base has `given` or
+    that are `stored` elsewhere, or else of the weight in `source`.
+    """
+    found = stored(path) if given is None else given
+    if found is not None:
+        return copy_packed(module, made, found)
+    assert not isinstance(source, PackedTensor)
+    return [exchanged(Quantize(source, module, made, partitioner), source, partitioner)]
 
 
 def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.store.safetensors_index import StoredTensor, item_bytes
 
 # The memory of a load beside its result: so many pieces of so many bytes, as read, and one while it is quantized.
@@ -91,7 +91,7 @@ def _set_limit(freed_bytes: int) -> None:
 
 
 @freed_memory_given_back()
-def run_jobs(jobs: Sequence[Job], ranks: Ranks, log: Callable[[str], None]) -> None:
+def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> None:
     """Do them all. Collective.
 
     Raises:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.describe.composite import composite_model, language_names
-from trainer.base.describe.empty_model import TransposedLinear, meta_model
+from trainer.base.describe.empty_model import TransposedLinear, idle_rows, meta_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.check import LeftOutPart
 from trainer.base.find.locate import resolve_base
@@ -25,7 +25,7 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.parts import tied_names
-from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor, TensorSource, numel
+from trainer.store.safetensors_index import WEIGHT_DTYPES, Joined, PackedTensor, TensorSource, numel
 
 # Elements of each part of two weights that is compared, and the number of parts behind the first.
 _COMPARED, _PARTS = 2**15, 16
@@ -75,7 +75,7 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
     tied, state, last_made = tied_names(model), model.state_dict(), LastMade[Tensor]()
     sources, copies = dict[str, Weight](), dict[str, list[Weight]]()
     for name, tensor in state.items():
-        there, original = _as_in_model(model, name, found.sources.get(name), last_made), tied.get(name, name)
+        there, original = _as_in_model(model, name, tensor, found.sources.get(name), last_made), tied.get(name, name)
         if there is not None and original in sources:
             copies.setdefault(original, []).append(_checked(base, name, tensor, there))
         elif there is not None:
@@ -94,14 +94,24 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
 
 
 def _as_in_model(
-    model: PreTrainedModel, name: str, source: Weight | None, last_made: LastMade[Tensor]
+    model: PreTrainedModel, name: str, tensor: Tensor, source: Weight | None, last_made: LastMade[Tensor]
 ) -> Weight | None:
-    """The source of a linear layer of which plain files have the transpose; formats of fewer bits have it as it is
-    computed with.
+    """The source of a weight as the model has it: without the rows of experts that compute nothing, and of a linear
+    layer of which plain files have the transpose; formats of fewer bits have it as it is computed with.
     """
+    idle = idle_rows(model, name)
+    if idle and isinstance(source, Joined) and source.shape[0] == len(tensor) + idle:
+        source = _first_rows(source, len(tensor))
     path, _, leaf = name.rpartition(".")
     transposed = leaf == "weight" and isinstance(model.get_submodule(path), TransposedLinear)
     return Transposed(source, last_made) if transposed and isinstance(source, TensorSource) else source
+
+
+def _first_rows(source: Joined, rows: int) -> Joined:
+    """The first `rows` of a stack whose files hold more of them."""
+    shape = rows, *source.shape[1:]
+    count = sum(start < prod(shape) for start in source.starts)
+    return Joined(source.parts, source.stretches[:count], shape)
 
 
 def _convert(base: Base, model: PreTrainedModel) -> Conversion:

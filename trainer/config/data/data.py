@@ -20,6 +20,8 @@ from trainer.config.data.row_kinds import (
 from trainer.config.data.source import Source
 from trainer.config.section import Section, Seed, setting
 
+_FORMATS = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in ROW_FORMATS.items())
+
 
 class TrainOn(Section):
     """Which tokens are trained, more finely than data.loss_on says it."""
@@ -65,11 +67,7 @@ class Data(Section):
     format: Format = setting(
         "auto",
         about=(
-            "auto: found out for each source by its first rows. Conversations: chat (messages), sharegpt"
-            " (conversations), alpaca (instruction, output), question_answer, prompt_completion_messages. Strings:"
-            " prompt_completion, text, segments. Answers to compare: preference. Answers with a label: labelled."
-            " Several answers to a prompt, all trained: answers. Texts or conversations with a class: classified,"
-            " classified_messages; with several: multilabel, multilabel_messages. Words with tags: tagged."
+            f"auto: found out for each source by its first rows. Or one of these, with its fields: {_FORMATS}."
             " docs/data-format.md has an example of each."
         ),
         example="chat",

@@ -4,7 +4,7 @@ ours.
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
-PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "torchtune", "accelerate", "llamafactory-v1")))
+PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "accelerate", "llamafactory-v1")))
 
 
 SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)

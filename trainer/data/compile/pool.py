@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from trainer.data.source.rows import Batch
 from trainer.errors import DoesNotFit
+from trainer.processes import children
 from trainer.processes.children import end_with_parent
 from trainer.store.scratch import scratch_folder
 
@@ -84,7 +85,10 @@ def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) ->
         file = Path(folder, "start.pickle")
         file.write_bytes(pickle.dumps(start))
         spawning = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, spawning, _start_worker, (str(file),)) as pool:
+        with (
+            children.spawned_apart(),
+            ProcessPoolExecutor(processes, spawning, _start_worker, (str(file),)) as pool,
+        ):
             yield pool
 
 

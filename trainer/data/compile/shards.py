@@ -15,7 +15,7 @@ from trainer.data.dataset.manifest import (
     ShardRecord,
     add_left_out,
     chapter_key,
-    unsealed,
+    read_record,
 )
 from trainer.data.order.order import splitmix64
 from trainer.errors import Damaged, NotFound
@@ -76,7 +76,7 @@ class ShardWriter:
         while True:
             key = _journal(len(self.shards))
             try:
-                entry = unsealed(JournalEntry, self._folder.get(key), f"{self._folder.uri}/{key}")
+                entry = read_record(JournalEntry, self._folder, key)
             except (NotFound, Damaged):
                 return
             if len(entry.next) != len(self.next):

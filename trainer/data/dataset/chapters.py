@@ -17,6 +17,7 @@ from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
 from trainer.run import layout
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 LOOK_SECONDS = 2.0
 # The one before, the one in use, and as many as the windows that are read ahead may be in.
@@ -123,6 +124,7 @@ def forget_given_up(folder: Store) -> None:
     folder.delete(layout.NO_MORE_DATA)
 
 
+@read_twice
 def given_up(folder: Store) -> CapstanError | None:
     """Why no more of its data comes; None where some may."""
     try:

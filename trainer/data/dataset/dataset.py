@@ -34,6 +34,7 @@ from trainer.data.format.row_format import Column
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
 from trainer.store.store import Buffer, Store
+from trainer.store.twice import read_twice
 
 BLOCK_DOCUMENTS = 256
 BLOCK_TOKENS = 2**18
@@ -343,6 +344,7 @@ def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
     written.
     """
 
+    @read_twice
     def read(file: FileRecord) -> NDArray:
         where = f"{folder.uri}/{file.key}"
         try:

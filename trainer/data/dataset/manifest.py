@@ -1,7 +1,6 @@
 """The manifest of a compiled data set, format 3: what it consists of, and the proof that it is whole.
 
-Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it. Those written by earlier
-versions have none, and are only looked at for sense.
+Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it.
 """
 
 import contextlib
@@ -17,6 +16,7 @@ from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -41,9 +41,11 @@ class Record(BaseModel):
         return json.dumps({**tree, _SEAL: digest_of(tree)}, indent=1, ensure_ascii=False).encode()
 
 
-def unsealed(kind: type[R], data: bytes, where: str) -> R:
-    """The record that `sealed` made bytes of. Raises `Damaged` for anything else; `where` names it."""
-    return _record(kind, _tree(data, where), where)
+@read_twice
+def read_record(kind: type[R], folder: Store, key: str) -> R:
+    """The record whose `sealed` bytes are under `key`. Raises `Damaged` for anything else, and `NotFound`."""
+    where = f"{folder.uri}/{key}"
+    return _record(kind, _tree(folder.get(key), where), where)
 
 
 def _tree(data: bytes, where: str) -> dict[str, Any]:
@@ -51,15 +53,18 @@ def _tree(data: bytes, where: str) -> dict[str, Any]:
         tree = json.loads(data)
         if not isinstance(tree, dict):
             raise ValueError("it is no object")
-        seal = tree.pop(_SEAL, None)
-        if seal is not None and seal != digest_of(tree):
-            raise ValueError("its content does not match its sha256")
     except (ValueError, RecursionError) as error:
         raise damaged(where, str(error)) from error
     return tree
 
 
 def _record(kind: type[R], tree: dict[str, Any], where: str) -> R:
+    try:
+        is_whole = tree.pop(_SEAL, None) == digest_of(tree)
+    except (ValueError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise damaged(where, "its content does not match its sha256")
     try:
         return kind.model_validate(tree, strict=True)
     except ValidationError as error:
@@ -99,8 +104,8 @@ class ColumnRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only. Those of earlier versions have no hashes; those of
-    rollouts have two files of their own, see trainer/data/dataset/rollouts.py."""
+    """A shard holds documents of one source in one chapter only. Those of rollouts have no
+    hashes and two files of their own, see trainer/data/dataset/rollouts.py."""
 
     source: Count
     chapter: Count
@@ -218,6 +223,7 @@ def chapter_key(chapter: int) -> str:
     return f"chapter-{chapter:05d}.json"
 
 
+@read_twice
 def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
     """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
 

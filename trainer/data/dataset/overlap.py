@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data.dataset.binary import HASH
 from trainer.data.dataset.dataset import reader
-from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, unsealed
+from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, read_record
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
@@ -59,12 +59,12 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
 
 
 def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
-    """The documents that two compiled sets share; None where one was compiled by a version that kept no hashes."""
+    """The documents that two compiled sets share; None where one has no hashes, as sampled answers have none."""
     manifest = read_manifest(store, train, chapter=0)
     chapters = 1 + max(shard.chapter for shard in manifest.shards)
     folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"
     try:
-        kept = unsealed(Overlap, folder.get(key), f"{folder.uri}/{key}")
+        kept = read_record(Overlap, folder, key)
         if kept.chapters == chapters:
             return kept
     except (NotFound, Damaged):  # what is damaged is counted again
@@ -81,7 +81,7 @@ def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
 
 
 def document_hashes(store: Store, fingerprint: str) -> NDArray[np.uint64] | None:
-    """(documents,) of a compiled set; None where it was compiled by a version that kept no hashes."""
+    """(documents,) of a compiled set; None where it has no hashes."""
     manifest = read_manifest(store, fingerprint)
     found = list(_hashes(store, fingerprint, manifest))
     return np.concatenate(found) if len(found) == len(manifest.shards) > 0 else None

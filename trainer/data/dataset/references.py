@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from trainer.errors import NOT_JSON, Damaged
 from trainer.store.canonical_json import canonical, digest_of
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 _TENSOR = "log_p"
 
@@ -44,6 +45,7 @@ def write_references(folder: Store, facts: Mapping[str, Any], references: Refere
     folder.put(references_key(facts), save({_TENSOR: values}, {**texts, "sha256": _digest(texts, values)}))
 
 
+@read_twice
 def read_references(folder: Store, facts: Mapping[str, Any], documents: int) -> References:
     """Those that were written with the same facts.
 

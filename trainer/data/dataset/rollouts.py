@@ -38,7 +38,7 @@ from trainer.data.dataset.manifest import (
     ShardRecord,
     SourceRecord,
     read_manifest,
-    unsealed,
+    read_record,
 )
 from trainer.errors import AlreadyExists, NotFound
 from trainer.run import layout
@@ -141,7 +141,7 @@ def commit_judgement(place: Store, number: int, log_p: NDArray[np.float32], dive
 
 
 def _judgement(folder: Store) -> _Judgement:
-    return unsealed(_Judgement, folder.get(_JUDGED), f"{folder.uri}/{_JUDGED}")
+    return read_record(_Judgement, folder, _JUDGED)
 
 
 def read_figures(place: Store, number: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import Reads
-from trainer.data.dataset.manifest import Count, Record, Sha256, unsealed
+from trainer.data.dataset.manifest import Count, Record, Sha256, read_record
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, shown
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
@@ -199,7 +199,7 @@ def _key(block: int, kind: str) -> str:
 
 def _record(kind: Any, folder: Store, key: str) -> Any:
     try:
-        record = unsealed(kind, folder.get(key), f"{folder.uri}/{key}")
+        record = read_record(kind, folder, key)
     except Damaged as error:
         raise _damaged(folder, key, "it is not what was written") from error
     if isinstance(record, BlockRecord) and (

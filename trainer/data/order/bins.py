@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from trainer.data.dataset.manifest import Count, Record, unsealed
+from trainer.data.dataset.manifest import Count, Record, read_record
 from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.errors import Damaged, NotFound
@@ -31,7 +31,7 @@ def kept_bins(store: Store, fingerprint: str, order: Order) -> list[EpochBins]:
     """The bins of the first epochs, as far as an earlier start has counted them."""
     folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
     try:
-        return [*unsealed(Bins, folder.get(key), f"{folder.uri}/{key}").epochs]
+        return [*read_record(Bins, folder, key).epochs]
     except (NotFound, Damaged):  # what is damaged is counted again
         return []
 

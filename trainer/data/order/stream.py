@@ -38,7 +38,7 @@ from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Va
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
-# Any id does: padding is a segment of its own and has no targets.
+# Any id works: padding is a segment of its own and has no targets.
 PAD = 0
 
 
@@ -134,13 +134,16 @@ class Stream:
         return batches
 
     def advance(self, position: Position) -> Position:
-        """Where the next global step begins: after the last bin of an epoch, at the first of the next."""
+        """The place where the next global step begins. After the last bin of an epoch it is the first bin of the next
+        epoch.
+        """
         return self._take(position)[1]
 
     def read_from(
         self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
     ) -> Iterator[list[MicroBatch]]:
-        """Every step from `position` on, without end; the next one is read while the caller works on the last.
+        """Yield every step from `position` on, without end. The next step is read while the caller works on the current
+        one.
 
         Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet,
         and `compiling(False)` once it is, should the step's data take longer.
@@ -165,14 +168,14 @@ class Stream:
                 self.chapters.close()
 
     def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
-        """Every step of one epoch: as many on each rank, with as many micro-batches."""
+        """Yield every step of one epoch. Each rank gets as many steps with as many micro-batches."""
         position = Position(epoch)
         while position.epoch == epoch:
             yield self.step(position)
             position = self.advance(position)
 
     def padding(self) -> MicroBatch:
-        """A row without documents, for a rank that others are ahead of."""
+        """A row without documents, for a rank that has fewer rows than others."""
         return self._pack([])
 
     def _take(self, position: Position) -> tuple[list[Position], Position]:
@@ -247,8 +250,8 @@ class Stream:
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets, columns)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity; missing ones are padding. -> the row, or this rank's slice
-        of it.
+        """Lay bins end to end, each padded to its capacity; missing bins are padding. Returns the row, or this rank's
+        slice of it.
         """
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
@@ -308,7 +311,8 @@ class Stream:
 def reserve(
     tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Documents with so many untrained `positions` before each, and before the second answer of each that has two.
+    """Put so many untrained `positions` before each document, and before the second answer of each document that has
+    two.
 
     `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
     """

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trainer.base.find.small_files import NAMED_TEMPLATES
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
 from trainer.data.format.messages import THOUGHTS, Message, is_trained, read_messages, read_tools, without_system
@@ -32,6 +31,7 @@ from trainer.data.render.thinking import (
     without_thinking,
 )
 from trainer.errors import DataError
+from trainer.store.tokenizer_files import NAMED_TEMPLATES
 
 # Stands for a thought. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0f2"

@@ -17,6 +17,7 @@ from trainer.errors import Damaged
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import TextHashes
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def kept_text(folder: Store, hashes: TextHashes) -> RunText:
     return RunText(files, _kept(folder, hashes.template).decode() if hashes.template else None)
 
 
+@read_twice
 def _kept(folder: Store, sha256: str) -> bytes:
     content = folder.get(key := layout.kept_text(sha256))
     if _sha256(content) != sha256:

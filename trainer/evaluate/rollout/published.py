@@ -44,5 +44,6 @@ def fetch(place: Store, step: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     prefix = layout.rollout_adapter(step)
     for entry in place.list(prefix):
-        (folder / entry.key.removeprefix(prefix)).write_bytes(place.get(entry.key))
+        with (folder / entry.key.removeprefix(prefix)).open("wb") as file:
+            file.writelines(place.chunks(entry.key, entry.size))
     place.get(layout.published(step))  # it was whole until now

@@ -84,6 +84,8 @@ def find_reward(name: str) -> Reward:
     module, _, function = name.partition(":")
     if module == "verifiers":
         return reward_of(function)
+    # The user's own module may lie in the current folder, behind everything else: no file there is taken for a library.
+    sys.path.append(os.getcwd())
     return getattr(import_module(module), function)
 
 

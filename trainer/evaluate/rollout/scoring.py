@@ -22,7 +22,9 @@ _LONGEST_REASON = 300
 _PROGRAM = "trainer.evaluate.rollout.rewards"
 # A Python of another environment gets the package `trainer`, and nothing that lies beside it.
 _ELSEWHERE = f"""
-import runpy, sys, types
+import sys
+sys.path[:] = filter(None, sys.path)
+import runpy, types
 trainer = sys.modules["trainer"] = types.ModuleType("trainer")
 trainer.__path__ = [{str(Path(trainer.__file__).parent)!r}]
 runpy.run_module({_PROGRAM!r}, run_name="__main__")

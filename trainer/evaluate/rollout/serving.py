@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.find.locate import resolve_base
-from trainer.config.objective import SERVE, Rollout
+from trainer.config.objective import SERVE, RolloutSettings
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.chapters import give_up
 from trainer.data.dataset.rollouts import is_committed
@@ -97,7 +97,7 @@ def giving_up(run: Store) -> Iterator[None]:
         raise
 
 
-def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:
+def _servers(rules: RolloutSettings, run: Store) -> list[CompletionsServer]:
     """Those of the settings; or those that start with the run, as far as they answer now."""
     urls = list(rules.engine)
     if rules.engine == SERVE:
@@ -108,7 +108,7 @@ def _servers(rules: Rollout, run: Store) -> list[CompletionsServer]:
     return [CompletionsServer.of_adapters("rollout.engine", url) for url in urls]
 
 
-def _adapter_for(place: Store, chapter: int, rules: Rollout) -> int | None:
+def _adapter_for(place: Store, chapter: int, rules: RolloutSettings) -> int | None:
     """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where
     the chapter was lost behind the first.
     """

@@ -43,14 +43,14 @@ class GgufAdapter(Section):
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
         from trainer.export.gguf.lora import write_gguf_lora
-        from trainer.export.write.learnt_weights import CheckpointWeights
+        from trainer.state.checkpoint.learnt_weights import LearntWeights
 
         manifest, config, method = trained_checkpoint(folder, step)
         name = f"{config.run.name}-adapter.gguf"
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
         check_base_at_hand(config.model, manifest)
-        weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
+        weights = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
         exported = method.export(weights.whole, config.model)
         what = f"{exported.what} in GGUF for llama.cpp, {TRAINED}."
         with scratch_folder("gguf") as scratch:

@@ -1,6 +1,5 @@
 """The adapter alone, as PEFT's `save_pretrained` writes it; the whole model where the base itself has learnt."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store
+from trainer.store.twice import read_json
 from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
 
 
@@ -38,7 +38,7 @@ class PeftFolder(Section):
         manifest = export_adapter(folder, destination, step, progress.written, self._arranged)
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
             return Written(manifest)  # of no method of PEFT's
-        settings: dict[str, Any] = json.loads(destination.get(SETTINGS))
+        settings: dict[str, Any] = read_json(destination, SETTINGS)
         found = refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
 

@@ -5,10 +5,12 @@ It is a program, not a library: it reads a folder on a disk, writes a file there
 """
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.folder import local_folder
@@ -34,7 +36,9 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
         CapstanError: it failed otherwise.
     """
     command = [sys.executable, "-m", _CONVERTER, str(model), "--outfile", str(file), "--outtype", kind]
-    done = children.run([*command, "--model-name", name], capture_output=True, text=True)
+    # It asks nobody whether code that a base brings along may run.
+    silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = children.run([*command, "--model-name", name], **silent)
     if done.returncode == 0:
         return
     said = done.stderr.strip()

@@ -23,8 +23,8 @@ from gguf import MODEL_ARCH_NAMES, GGUFType, GGUFWriter, Keys, LlamaFileType
 from safetensors.torch import load
 from torch import Tensor
 
-from trainer.base.find.small_files import TOKENIZER_FILES
 from trainer.errors import ConfigError
+from trainer.store.tokenizer_files import TOKENIZER_FILES
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

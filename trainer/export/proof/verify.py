@@ -57,7 +57,7 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
     # The other side holds a matrix of 8 bits as the values that are left of it, in 16 bits: see `plain.quantize`.
-    packed = trained.config.quant.quantizes and trained.config.quant.type != "int8"
+    packed = trained.config.quant.quantizes and trained.config.quant.type != "int8" and trained.method.adapts_4_bits
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 
@@ -68,7 +68,9 @@ def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[lis
     """
     rows, look = trained.probe.rows, plain.head_logits if trained.head else plain.place_logits
     with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
-        model = plain_base(trained, base, computed_in, plain.adapted_weights(folder))
+        # The end of every name is "".
+        unpacked = plain.adapted_weights(folder) if trained.method.adapts_4_bits else ("",)
+        model = plain_base(trained, base, computed_in, unpacked)
         model, without = plain.add_adapter(model, folder, trained.method)
         with _computing(model, computed_in):
             found, allowed = _predictions(model, rows, computed_in, look)

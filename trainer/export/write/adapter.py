@@ -19,10 +19,10 @@ from trainer.data.render.templates.template import template_text
 from trainer.export.card import CardContent, head_usage, model_card, peft_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
-from trainer.export.write.learnt_weights import CheckpointWeights
 from trainer.export.write.merged import write_model
 from trainer.export.write.read_by_peft import as_peft_reads
 from trainer.export.write.whole_class import for_whole_class
+from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 from trainer.tuning.head import head_of
@@ -59,7 +59,7 @@ def export_adapter(
     directory = trained_directory(folder, base_files(config.model), manifest)
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
     tokenizer = beside_no_config(tokenizer, directory, config.model.base)
-    weights = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
+    weights = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
     exported = method.export(weights.whole, config.model)
     in_layout = arranged(exported.files, config.model)
     files = for_whole_class(in_layout, config.model)

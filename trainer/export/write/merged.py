@@ -39,7 +39,7 @@ from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
-from trainer.export.write.learnt_weights import CheckpointWeights
+from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import (
     INDEX_FILE,
@@ -218,7 +218,7 @@ class ChangedFile:
 
 def changed_files(folder: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
     """The base's files of weights as they are after the training; no weight is read yet."""
-    learnt = CheckpointWeights(folder, manifest, DTYPES[config.model.dtype])
+    learnt = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
     return files_with(base, find_all_weights(base), method_of(config).updates(learnt, base.architecture))
 
 

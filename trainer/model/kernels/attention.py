@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.errors import first_line
 
@@ -26,19 +26,15 @@ _COUNT_IN_32_BITS = ("auto", "flash_attention_2", "varlen", "sdpa")  # auto may 
 _OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
 
 
-class AttentionNeeds(Protocol):
+@dataclass(frozen=True)
+class AttentionNeeds:
     """The computations of a base's attention beyond softmax(QK)V; see trainer.base.architecture.Architecture."""
 
-    @property
-    def caps_attention(self) -> bool: ...
-    @property
-    def has_sinks(self) -> bool: ...
-    @property
-    def supports_sdpa(self) -> bool: ...
-    @property
-    def supports_flash(self) -> bool: ...
-    @property
-    def widest_head(self) -> int: ...
+    caps_attention: bool = False
+    has_sinks: bool = False
+    supports_sdpa: bool = True
+    supports_flash: bool = True
+    widest_head: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ rank.
 """
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -35,15 +36,22 @@ def divides(mixer: nn.Module) -> bool:
     now on.
     """
     forward = inspect.unwrap(type(mixer).forward)
-    called = set(forward.__code__.co_names)
-    known = called & {_CONVOLUTION, *_OVER_HEADS}
-    if not known or called & _OTHERS:
+    called = functions_of_module(forward)
+    known = called.keys() & {_CONVOLUTION, *_OVER_HEADS}
+    if not known or called.keys() & _OTHERS:
         return False
+    # transformers has a registry for these functions, but only with the package kernels, which takes them from the
+    # Hub. Without it a family's module is the only place where they can be exchanged.
+    # tests/unit/model/test_upstream.py fails where a family calls them otherwise.
     for name in known:
-        function = forward.__globals__[name]
-        if not hasattr(function, "across_ranks"):
-            forward.__globals__[name] = _across_ranks(name, function)
+        if not hasattr(called[name], "across_ranks"):
+            setattr(sys.modules[forward.__module__], name, _across_ranks(name, called[name]))
     return True
+
+
+def functions_of_module(forward: Callable[..., Any]) -> Mapping[str, Any]:
+    """The functions, and whatever else, that a `forward` of transformers names of its module."""
+    return inspect.getclosurevars(inspect.unwrap(forward)).globals
 
 
 def exchanges(mixer: nn.Module, example: Tensor) -> tuple[Exchange, ...]:

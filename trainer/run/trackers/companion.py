@@ -18,7 +18,7 @@ from io import FileIO
 
 from trainer.config import Config, parse_config
 from trainer.config.secrets import masked
-from trainer.errors import NOT_JSON, NotFound
+from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import name_of, run_folder
@@ -28,6 +28,7 @@ from trainer.run.trackers.services import find_service
 from trainer.run.trackers.tracker import Page, Service, Unshown
 from trainer.run.trackers.tracker_process import FAREWELL
 from trainer.store.store import Store
+from trainer.store.twice import read_json
 
 LOOK_SECONDS = 10.0
 _LONGEST_PAUSE = 600.0
@@ -51,8 +52,8 @@ class Kept:
     @staticmethod
     def read(folder: Store, tracker: str) -> "Kept":
         name = name_of(folder)
-        with suppress(NotFound, TypeError, *NOT_JSON):
-            kept = Kept(**json.loads(folder.get(layout.tracker(tracker))))
+        with suppress(NotFound, TypeError, Damaged):
+            kept = Kept(**read_json(folder, layout.tracker(tracker)))
             if kept.run == name:
                 return kept
         return Kept(secrets.token_hex(4), name, -1)

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 
 from trainer.config import Config, dump_config
+from trainer.processes import children
 from trainer.run.background import say
 from trainer.run.trackers.tracker import Tracker
 
@@ -38,7 +39,7 @@ class TrackerProcess(Tracker):
         # Not by trainer.processes.children: it outlives a rank that is killed by a few seconds, to show what that one
         # has left.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.run.trackers.companion"],
+            children.apart([sys.executable, "-m", "trainer.run.trackers.companion"]),
             stdin=subprocess.PIPE,
             env={**_QUIET, **os.environ},
             pass_fds=(alive,),

@@ -46,3 +46,4 @@ class WeightsAndBiases:
 
 
 SERVICES = {"wandb": ServiceKind(WeightsAndBiases, "wandb")}
+ABOUT = {"wandb": "Weights & Biases"}

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer import config
 from trainer.errors import NothingToResume, StorageError, Superseded
 from trainer.processes.accelerator import is_accelerator
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.run.environment import versions
 from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
@@ -68,7 +68,7 @@ class Checkpoints:
     their evaluation losses; `newest` is the step of the last save that was begun."""
 
     run: Store
-    ranks: Ranks
+    ranks: Team
     generation: int
     identity: Identity
     rules: config.Checkpoint

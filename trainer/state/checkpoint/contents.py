@@ -2,7 +2,7 @@
 
 A shard's intervals are intervals of elements, by ZeRO-3's rule. A state with one value for a block of elements, or with
 a vector of its own, has fewer values; these are divided by the rules of `Contents`. A manifest writes no intervals, as
-they follow from shape, number of shards and shard: with a thousand ranks the list of format 2 took 133 MB.
+they follow from shape, number of shards and shard: with a thousand ranks a list of them would take 133 MB.
 """
 
 from collections.abc import Iterable, Mapping

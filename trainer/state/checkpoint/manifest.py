@@ -1,8 +1,7 @@
 """The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
 
 Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
-manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field. Format 2, which
-lists each shard's intervals, is read for ever.
+manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
 """
 
 import json
@@ -23,14 +22,25 @@ from trainer.state.checkpoint.shard import Shard, verify_shard
 from trainer.state.optimizer.optimizer import optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
 from trainer.store.store import Store
+from trainer.store.tokenizer_files import is_tokenizer_file
+from trainer.store.twice import read_twice
 
 FORMAT = 3
-_LISTING_FORMAT = 2  # it lists the intervals of each shard
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 _Place = Annotated[str, Field(pattern="^(epoch|chapter|window|bin)$")]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _tokenizer_file(name: str) -> str:
+    """Raises `ValueError` for any other name: whoever reads the run writes these files."""
+    if not is_tokenizer_file(name):
+        raise ValueError("it is no file of a tokenizer")
+    return name
+
+
+_TokenizerFile = Annotated[str, AfterValidator(_tokenizer_file)]
 _Shape = Annotated[list[_Positive], Field(max_length=8)]
 
 
@@ -49,7 +59,7 @@ class TextHashes:
     tokenizer's own.
     """
 
-    tokenizer: dict[str, _Sha256]
+    tokenizer: dict[_TokenizerFile, _Sha256]
     template: _Sha256 | None
 
 
@@ -112,15 +122,10 @@ class CheckpointManifest:
         states = ((state, self.numels[name]) for name, found in self.contents.states.items() for state in found)
         if self.size < sum(state.item * state.size(numel) for state, numel in states):
             return "its shards are too small for the parameters that it names"
-        listed = ((number, shard.intervals) for number, shard in enumerate(self.shards) if shard.intervals is not None)
-        if any(intervals != self.division.intervals(number) for number, intervals in listed):
-            return "it lists other intervals than its shards hold"
         return None
 
     def to_json(self) -> bytes:
         body = asdict(self) | {"eval_loss": finite(self.eval_loss)}
-        for shard in body["shards"]:
-            del shard["intervals"]
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
         for name in ("text", "eval_data"):
@@ -154,12 +159,11 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
         text = canonical(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{where} is damaged: it is not a manifest.") from error
-    if type(number) is not int or number < _LISTING_FORMAT:
+    if type(number) is not int:
         raise Damaged(f"{where} is damaged: it is not a manifest.")
-    if number > FORMAT:
+    if number != FORMAT:
         raise StorageError(
-            f"{where} is of format {number}; this version reads formats {_LISTING_FORMAT} and {FORMAT}. Use the version"
-            " that wrote it."
+            f"{where} is of format {number}; this version reads format {FORMAT}. Use the version that wrote it."
         )
     if digest != digest_of_text(text):
         raise Damaged(f"{where} is damaged: its content does not match its sha256.")
@@ -178,6 +182,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     return manifest
 
 
+@read_twice
 def read_manifest(folder: Store, step: int) -> CheckpointManifest:
     """Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
@@ -263,11 +268,17 @@ def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: boo
     """
     steps = committed_steps(folder)
     check_step(folder, steps, step)
-    skipped: list[str] = []
-    for manifest in readable_manifests(folder, skipped, steps if step is None else [step]):
-        problems = [] if by_manifest else problems_of(folder, manifest)
-        if not problems:
-            return manifest
-        skipped += problems
+    wanted = steps if step is None else [step]
+    while True:
+        skipped: list[str] = []
+        for manifest in readable_manifests(folder, skipped, wanted):
+            problems = [] if by_manifest else problems_of(folder, manifest)
+            if not problems:
+                return manifest
+            skipped += problems
+        # A run that trains may have removed all of them meanwhile, for newer ones.
+        wanted = [newer for newer in committed_steps(folder) if newer > max(wanted)] if step is None else []
+        if not wanted:
+            break
     which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
     raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")

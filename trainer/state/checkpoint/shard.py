@@ -16,22 +16,20 @@ from trainer.state.checkpoint.contents import Key
 from trainer.state.optimizer.optimizer import Interval
 from trainer.store.safetensors_index import TensorSource, header_bytes, read_header
 from trainer.store.store import Store
+from trainer.store.twice import read_twice
 
 _HASH_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The file that one rank wrote. `intervals` are listed by manifests of format 2 only, and are those of
-    `EvenDivision` there too.
-    """
+    """The file that one rank wrote."""
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True)
 
     key: str
     size: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    intervals: dict[str, Interval] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,24 +87,34 @@ def write_shard(folder: Store, key: str, layout: ShardLayout, data: memoryview) 
 
 
 def verify_shard(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> str | None:
-    """None when the shard's bytes are what was written and hold `contents`, else what is wrong.
+    """None when the shard's bytes are what was written and hold `contents`, else what is wrong, which two reads have
+    found.
 
     A store that fails raises `StorageError`.
     """
+    try:
+        _check_shard(folder, shard, contents)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+@read_twice
+def _check_shard(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> None:
+    """Raises `Damaged` unless its bytes are what was written and hold `contents`."""
     where = f"{folder.uri}/{shard.key}"
     try:
         size = folder.head(shard.key).size
         if size != shard.size:
-            return f"{where} has {size} bytes instead of {shard.size}."
+            raise Damaged(f"{where} has {size} bytes instead of {shard.size}.")
         digest = hashlib.sha256()
         for chunk in folder.chunks(shard.key, size):
             digest.update(chunk)
         if digest.hexdigest() != shard.sha256:
-            return f"{where} does not match its sha256."
+            raise Damaged(f"{where} does not match its sha256.")
         tensors_of(folder, shard, contents)
-    except (Damaged, NotFound) as error:
-        return str(error)
-    return None
+    except NotFound as error:
+        raise Damaged(str(error)) from error
 
 
 def tensors_of(folder: Store, shard: Shard, contents: Mapping[Key, Interval]) -> dict[str, TensorSource]:

@@ -124,3 +124,4 @@ def _runs(part: FlatPart) -> Iterator[_Run]:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adafactor": Adafactor()}
+ABOUT = {"adafactor": "of a matrix one number a row and one a column, and no first moment"}

@@ -45,3 +45,4 @@ class AdamW:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adamw": AdamW()}
+ABOUT = {"adamw": "AdamW with fp32 moments, 8 bytes for each element that learns"}

@@ -33,3 +33,4 @@ class Lion:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"lion": Lion()}
+ABOUT = {"lion": "a momentum, 4 bytes, and updates of one size; it wants a third of AdamW's lr"}

@@ -113,3 +113,4 @@ def _step_vector(part: FlatPart, values: Tensor, gradient: Tensor, settings: Map
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"muon": Muon()}
+ABOUT = {"muon": "a momentum, 4 bytes, made orthogonal for each matrix; vectors learn by AdamW, at the same lr"}

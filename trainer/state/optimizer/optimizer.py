@@ -8,7 +8,7 @@ ranks for the little that it needs of the rest. Importing the file loads no torc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -99,10 +99,8 @@ class Flat:
     whole: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Reduce(Protocol):
-    """An all-reduce of an fp32 tensor, wherever it lies, in place. Collective."""
-
-    def __call__(self, values: Tensor, how: Literal["sum", "max"], /) -> None: ...
+Reduce = Callable[["Tensor", Literal["sum", "max"]], None]
+"""An all-reduce of an fp32 tensor, wherever it lies, in place. Collective."""
 
 
 class Optimizer(Protocol):

@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from trainer.config import Optim
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.optimizer.optimizer import MASTER, FlatPart
 from trainer.state.zero.clock import Clock
@@ -131,7 +131,7 @@ class Engine:
         groups: list[dict[str, Any]],
         optim: Optim,
         deepspeed_config: dict[str, Any],
-        ranks: Ranks,
+        ranks: Team,
     ) -> None:
         self.ranks = ranks
         self.model = packed.model
@@ -144,7 +144,7 @@ class Engine:
             self._engine: Any = deepspeed.initialize(
                 model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
             )[0]
-        ranks.begin_groups()
+        ranks.world.begin_groups()
         zero = self._engine.optimizer
         _read_norms_once(zero)
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):

@@ -2,6 +2,7 @@
 one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.model.nf4 import share
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import World
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
 
@@ -46,11 +47,31 @@ def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     parameter.requires_grad_(True)
 
 
-class Partitioner:
-    """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Collective."""
+Room = Callable[[Tensor], Tensor]
+"""Gives a partition the memory that it lies over, from the one that DeepSpeed has made for it: of the same size, type
+and device.
+"""
 
-    def __init__(self, deepspeed_config: dict[str, Any], dtype: torch.dtype, scope: Scope, ranks: Ranks) -> None:
-        self.device = ranks.device
+
+def own_room(made: Tensor) -> Tensor:
+    """A partition lies where DeepSpeed has put it."""
+    return made
+
+
+class Partitioner:
+    """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Each lies in
+    `room`. Collective.
+    """
+
+    def __init__(
+        self,
+        deepspeed_config: dict[str, Any],
+        dtype: torch.dtype,
+        scope: Scope,
+        ranks: World,
+        room: Room = own_room,
+    ) -> None:
+        self.device, self._room = ranks.device, room
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.kept_bytes = 0
@@ -71,11 +92,12 @@ class Partitioner:
         parameter.data = parameter.data.to(self.device)  # empty by now; DeepSpeed's own are on the device too
         begin, end = share(parameter.ds_numel, self.size, self.rank)  # type: ignore[attr-defined]
         local: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        local.data = self._room(local.data)
         self.kept_bytes += (end - begin) * dtype.itemsize
         return Partition(parameter, begin, end, local[: end - begin])
 
 
-def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
+def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     """The ranks that share one copy of the base; None is all of them. Collective."""
     if scope == "world":
         return None
@@ -86,10 +108,4 @@ def _partition_group(scope: Scope, ranks: Ranks) -> dist.ProcessGroup | None:
         )
     if ranks.ranks_per_node == ranks.world_size:
         return None
-    mine = None
-    for first in range(0, ranks.world_size, ranks.ranks_per_node):
-        members = list(range(first, first + ranks.ranks_per_node))
-        group = dist.new_group(members, timeout=ranks.timeout)
-        mine = group if ranks.rank in members else mine
-    assert isinstance(mine, dist.ProcessGroup)
-    return mine
+    return ranks.group_of(ranks.ranks_per_node)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import Optim
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Team
 from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, State, find_optimizer
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -22,7 +22,7 @@ class DividedOptimizer(torch.optim.Optimizer):
     collective.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Ranks) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Team) -> None:
         self.kind, self.ranks = find_optimizer(settings), ranks
         read = {name: getattr(settings, name) for name in ("lr", "weight_decay", *self.kind.settings)}
         self._flats: dict[Tensor, Flat] = {}
@@ -51,7 +51,7 @@ class DividedOptimizer(torch.optim.Optimizer):
     def _reduce(self, values: Tensor, how: Literal["sum", "max"]) -> None:
         # Offloaded states lie on the host, where NCCL reduces nothing.
         there = values.to(self.ranks.device)
-        dist.all_reduce(there, _OPERATIONS[how])
+        dist.all_reduce(there, _OPERATIONS[how], group=self.ranks.group)
         values.copy_(there)
 
 

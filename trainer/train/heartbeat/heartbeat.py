@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from trainer.config import Timeouts
-from trainer.processes.ranks import Ranks, collectives_begun
+from trainer.processes.ranks import World, collectives_begun
 from trainer.run.background import Every, Harmless, say
 from trainer.train.heartbeat.signed_lines import Line, Server
 
@@ -120,7 +120,7 @@ class Heart:
     `on_hang(hang, mine)` is called once before this process ends; `mine` says that this rank speaks for all.
     """
 
-    def __init__(self, ranks: Ranks, timeouts: Timeouts, on_hang: Callable[[Hang, bool], None]) -> None:
+    def __init__(self, ranks: World, timeouts: Timeouts, on_hang: Callable[[Hang, bool], None]) -> None:
         self._ranks, self._timeouts, self._on_hang = ranks, timeouts, on_hang
         self._beat = Beat("load", 0, 0, 0)
         self._answered = time.monotonic()
@@ -225,7 +225,7 @@ class Heart:
         os._exit(HUNG)
 
 
-def _connect(ranks: Ranks, hear: Callable[[Any], Any]) -> tuple[Server | None, Line | None]:
+def _connect(ranks: World, hear: Callable[[Any], Any]) -> tuple[Server | None, Line | None]:
     """Rank 0's server, at the address where the others reach it, and the others' lines to it. Collective."""
     secret: bytes = ranks.broadcast(secrets.token_bytes(32) if ranks.rank == 0 else None)
     name = ranks.broadcast(os.environ.get("MASTER_ADDR", "127.0.0.1"))

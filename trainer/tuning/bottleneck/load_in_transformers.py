@@ -1,6 +1,4 @@
-"""Puts an exported bottleneck adapter (arXiv:1902.00751) on its base in transformers. It needs torch and safetensors
-alone.
-"""
+"""Puts an exported bottleneck adapter (arXiv:1902.00751) on its base in transformers."""
 
 import json
 from pathlib import Path

@@ -37,6 +37,8 @@ class BottleneckAdapters(OfSettings):
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
     file_names: ClassVar[Collection[str]] = (_WEIGHTS, _LOADER)
+    counts_activations: ClassVar[bool] = True
+    adapts_4_bits: ClassVar[bool] = True
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         found = list[str]()
@@ -48,12 +50,12 @@ class BottleneckAdapters(OfSettings):
         if not self._width(architecture):
             found.append(
                 f"tuning.reduction: {self._given.reduction} leaves nothing of the base's hidden size of"
-                f" {architecture.hidden}. Lower it."
+                f" {architecture.width}. Lower it."
             )
         return found
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        hidden, width = architecture.hidden, self._width(architecture)
+        hidden, width = architecture.width, self._width(architecture)
         parts = {
             "down.weight": (width, hidden),
             "down.bias": (width,),
@@ -72,7 +74,7 @@ class BottleneckAdapters(OfSettings):
             block = model.get_submodule(path)
             device = next(block.parameters()).device
             width = self._width(architecture)
-            insert(block, Bottleneck(architecture.hidden, width, self._given.activation, device, dtype))
+            insert(block, Bottleneck(architecture.width, width, self._given.activation, device, dtype))
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +111,7 @@ class BottleneckAdapters(OfSettings):
         return part(self.tuning, BottleneckSettings)
 
     def _width(self, architecture: Architecture) -> int:
-        return architecture.hidden // self._given.reduction
+        return architecture.width // self._given.reduction
 
     def _places(self, architecture: Architecture) -> list[str]:
         """Paths of the blocks that get an adapter."""
@@ -118,3 +120,4 @@ class BottleneckAdapters(OfSettings):
 
 
 METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"bottleneck": BottleneckAdapters}
+ABOUT = {"bottleneck": "narrow layers after attention and MLP"}

@@ -10,20 +10,17 @@ class BottleneckSettings(Section):
 
     reduction: int = setting(
         16,
-        about="The base's hidden size over the width of a bottleneck layer, which is rounded down (method bottleneck).",
+        about="The base's hidden size over the width of a bottleneck layer, which is rounded down.",
         example=16,
         ge=1,
         le=65536,
     )
     activation: Literal["relu", "gelu", "silu", "tanh"] = setting(
-        "relu", about="The function between the two matrices of a bottleneck layer (method bottleneck).", example="gelu"
+        "relu", about="The function between the two matrices of a bottleneck layer.", example="gelu"
     )
     placement: Literal["houlsby", "pfeiffer"] = setting(
         "houlsby",
-        about=(
-            "Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP (method"
-            " bottleneck)."
-        ),
+        about=("Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP."),
         example="pfeiffer",
     )
 

@@ -7,28 +7,20 @@ is (rank, inputs), B (outputs, rank), the magnitude (outputs,).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.base.find.locate import describe_base
-from trainer.config import Model, Tuning
-from trainer.tuning.method import ExportedFiles, LearntWeights
-from trainer.tuning.shared.linear_adapters import (
-    LOW_RANK_DEFAULTS,
-    LOW_RANK_SETTINGS,
-    LinearAdapters,
-    lora_config,
-    peft_files,
-    taken_for_experts,
-)
+from trainer.config import Tuning
+from trainer.tuning.shared.linear_adapters import LowRank, taken_for_experts
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 # The names in trainer/tuning/dora/layer.py, which are PEFT's; PEFT saves the matrices as those of linear layers.
 _DOWN, _UP, _MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
@@ -57,18 +49,11 @@ class DoraUpdate:
 
 
 @dataclass(frozen=True)
-class Dora(LinearAdapters):
+class Dora(LowRank):
     """Adapters on linear layers, with a magnitude for each of their outputs."""
 
-    settings: ClassVar[Collection[str]] = LOW_RANK_SETTINGS
-    defaults: ClassVar[Mapping[str, Any]] = LOW_RANK_DEFAULTS
+    what: ClassVar[str] = "A DoRA adapter"
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: kind for kind in (_DOWN, _UP, _MAGNITUDE)}
-    uncounted_activations: ClassVar[bool] = True  # several results of each layer
-
-    @property
-    def scaling(self) -> float:
-        """The factor on B @ A."""
-        return self.tuning.alpha / self.tuning.rank
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         found = super().mismatches(architecture)
@@ -105,14 +90,9 @@ class Dora(LinearAdapters):
                 layer = DoraLinear(base, self.tuning.rank, self.scaling, self.tuning.dropout, dtype)
             model.set_submodule(path, layer)
 
-    def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
-        return lora_config(self.tuning, targets, use_dora=True)
-
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder."""
-        named = {self.saved_name(name): weight for name, weight in weights.items()}
-        config = self.peft_config(self.ends(describe_base(model).architecture))
-        return ExportedFiles("peft", "A DoRA adapter", peft_files(config, named, model))
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"use_dora": True}
 
     def saved_name(self, name: str) -> str:
         path, _, kind = name.rpartition(".")
@@ -127,3 +107,4 @@ class Dora(LinearAdapters):
 
 
 METHODS: dict[str, Callable[[Tuning], Dora]] = {"dora": Dora}
+ABOUT = {"dora": "those of lora, and a length for each row of a weight"}

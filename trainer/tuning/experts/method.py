@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
-from trainer.config import Config, Optim, Tuning
-from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method
-from trainer.tuning.shared.linear_adapters import with_peft_files
+from trainer.config import Config, Optim
+from trainer.tuning.method import ExportedFiles, Method
+from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 SETTING = "tuning.experts"
 
@@ -58,21 +59,11 @@ class StackUpdate:
             begin += len(part)
 
 
-@runtime_checkable
-class ScaledByRank(Method, Protocol):
-    """A method whose adapters are B @ A times a factor that depends on their rank."""
-
-    @property
-    def tuning(self) -> Tuning: ...
-
-    def scaling_of(self, rank: int) -> float: ...
-
-
 @dataclass(frozen=True)
 class WithExperts(Around):
     """LoRA over a frozen base, with adapters of `rank` on the stacks of its experts."""
 
-    method: ScaledByRank
+    method: LowRank
     rank: int
 
     @property
@@ -188,12 +179,8 @@ def with_experts(method: Method, config: Config) -> Method:
     tuning = config.tuning
     if not tuning.experts:
         return method
-    if not isinstance(method, ScaledByRank):
-        raise ConfigError(
-            f"{SETTING}: tuning.method: {tuning.method} has no adapters for experts, as PEFT has none. Choose lora or"
-            " rslora, or remove it."
-        )
-    return cast(Method, WithExperts(method, tuning.experts_rank or tuning.rank))
+    assert isinstance(method, LowRank), "no other method reads the setting"
+    return WithExperts(method, tuning.experts_rank or tuning.rank)
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_experts}

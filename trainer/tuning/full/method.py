@@ -19,12 +19,14 @@ from trainer.config.reading.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
 from trainer.tuning.full.settings import FullSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights, OfSettings, TrainedWeight
+from trainer.tuning.method import ExportedFiles, OfSettings, TrainedWeight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Full(OfSettings):
     settings: ClassVar[Collection[str]] = ("train",)
     defaults: ClassVar[Mapping[str, Any]] = {"train": "all"}
     trains_base: ClassVar[bool] = True
+    counts_activations: ClassVar[bool] = True
     exports_model: ClassVar[bool] = True
     # config.json, without which nothing loads, is in none but a whole export.
     file_names: ClassVar[Collection[str]] = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
@@ -101,3 +104,4 @@ class Full(OfSettings):
 
 
 METHODS: dict[str, Callable[[Tuning], Full]] = {"full": Full}
+ABOUT = {"full": "the base itself, which needs quant.type: none"}

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.base.find.locate import describe_base
-from trainer.config import Model, Tuning
+from trainer.config import Tuning
 from trainer.config.section import part
 from trainer.tuning.ia3.settings import Ia3Settings
-from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
     Targets,
     matching,
-    peft_files,
     shortest_ends,
 )
 
@@ -29,6 +26,8 @@ if TYPE_CHECKING:
     from peft import IA3Config
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 # Keys, values, and the product that the MLP's inner activations enter.
 _AUTO = ["k_proj", "v_proj", "down_proj"]
@@ -54,6 +53,7 @@ class Scaling:
 class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
 
+    what: ClassVar[str] = "An (IA)^3 adapter"
     settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save")
     defaults: ClassVar[Mapping[str, Any]] = {
         "targets": _AUTO,
@@ -63,6 +63,8 @@ class Ia3(LinearAdapters):
     }
     auto: ClassVar[Targets] = _AUTO
     groups_by_end: ClassVar[Mapping[str, str]] = {_VECTOR: _VECTOR}
+    counts_activations: ClassVar[bool] = True
+    adapts_4_bits: ClassVar[bool] = True
 
     def mismatches(self, architecture: Architecture) -> list[str]:
         targets = self._names(architecture)
@@ -111,18 +113,11 @@ class Ia3(LinearAdapters):
             return matching(architecture, given)
         return {path for path in self.adapted(architecture) if path.endswith(_FEEDFORWARD)}
 
-    def peft_config(self, targets: list[str], feedforward: list[str]) -> IA3Config:
-        """PEFT's description of the vectors; `feedforward` are those of `targets` whose inputs are scaled."""
+    def peft_config(self, architecture: Architecture) -> IA3Config:
         from peft import IA3Config
 
-        return IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
-
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder."""
-        architecture = describe_base(model).architecture
         feedforward = shortest_ends(architecture, self._inputs_scaled(architecture))
-        config = self.peft_config(self.ends(architecture), feedforward)
-        return ExportedFiles("peft", "An (IA)^3 adapter", peft_files(config, weights, model))
+        return IA3Config(task_type="CAUSAL_LM", target_modules=self.ends(architecture), feedforward_modules=feedforward)
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, Scaling]:
         names = {parameter.name for parameter in architecture.parameters}
@@ -136,3 +131,4 @@ class Ia3(LinearAdapters):
 
 
 METHODS: dict[str, Callable[[Tuning], Ia3]] = {"ia3": Ia3}
+ABOUT = {"ia3": "vectors that scale keys, values and the MLP's inner activations"}

@@ -7,32 +7,25 @@ rank).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.base.find.locate import describe_base
-from trainer.config import Model, Tuning
+from trainer.config import Tuning
 from trainer.config.section import part
 from trainer.tuning.lora.settings import LoraSettings
-from trainer.tuning.method import ExportedFiles, LearntWeights, flagged
-from trainer.tuning.shared.linear_adapters import (
-    LOW_RANK_DEFAULTS,
-    LOW_RANK_SETTINGS,
-    LinearAdapters,
-    as_peft_reads,
-    lora_config,
-    peft_files,
-)
+from trainer.tuning.method import flagged
+from trainer.tuning.shared.linear_adapters import LowRank
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 # PEFT's names of the two matrices in the model: `<linear layer>.lora_A.<adapter's name>.weight`.
 _ADAPTER = "default"
@@ -57,22 +50,23 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
-class Lora(LinearAdapters):
+class Lora(LowRank):
     """Adapters on linear layers; `rank_stabilized` is rsLoRA's scaling."""
 
     rank_stabilized: bool
 
-    settings: ClassVar[Collection[str]] = (*LOW_RANK_SETTINGS, "init")
-    defaults: ClassVar[Mapping[str, Any]] = {**LOW_RANK_DEFAULTS, "init": "kaiming"}
+    what: ClassVar[str] = "A LoRA adapter"
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **LowRank.defaults,
+        "experts": False,
+        "experts_rank": None,
+        "init": "kaiming",
+    }
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
-
-    @property
-    def scaling(self) -> float:
-        """The factor on B @ A."""
-        return self.scaling_of(self.tuning.rank)
+    counts_activations: ClassVar[bool] = True
 
     def scaling_of(self, rank: int) -> float:
-        """The same for adapters of another rank."""
         return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -88,11 +82,11 @@ class Lora(LinearAdapters):
 
         from trainer.tuning.lora.layer import LoraLinear
 
-        config = self.peft_config(self.ends(architecture))
+        config = self.adapting(self.ends(architecture))
         config._register_custom_module({torch.nn.Linear: LoraLinear})  # PEFT's way to have layers of one's own
         torch.manual_seed(seed)
         # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see
-        # `as_peft_reads`.
+        # `LowRank.peft_config`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
         for paths in architecture.read_together:
@@ -100,10 +94,10 @@ class Lora(LinearAdapters):
             for first in layers[:1]:
                 first.beside = tuple(layers[1:])
         self._begin(model, architecture, seed)
+        learning = self.shapes(architecture).keys()
         for name, parameter in model.named_parameters():
-            learns = ".lora_" in name
-            parameter.requires_grad_(learns)
-            if learns:
+            parameter.requires_grad_(name in learning)
+            if name in learning:
                 parameter.data = parameter.data.to(dtype)
 
     def _begin(self, model: PreTrainedModel, architecture: Architecture, seed: int) -> None:
@@ -121,8 +115,9 @@ class Lora(LinearAdapters):
                 matrix = model.get_parameter(f"{path}.lora_{kind}.{_ADAPTER}.weight")
                 matrix.data = values.to(matrix.device)
 
-    def peft_config(self, targets: str | Iterable[str]) -> LoraConfig:
-        return lora_config(self.tuning, targets, use_rslora=self.rank_stabilized)
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"use_rslora": self.rank_stabilized}
 
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
@@ -132,13 +127,6 @@ class Lora(LinearAdapters):
         # PEFT's private flag: its `enable_adapters` would rewrite requires_grad too, which ZeRO-3 has read already.
         with super().switched_off(model), flagged(layers, "_disable_adapters", True):
             yield
-
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder."""
-        architecture = describe_base(model).architecture
-        config = as_peft_reads(self.peft_config(self.ends(architecture)), architecture)
-        named = {self.saved_name(name): matrix for name, matrix in weights.items()}
-        return ExportedFiles("peft", "A LoRA adapter", peft_files(config, named, model))
 
     def saved_name(self, name: str) -> str:
         """PEFT saves without the adapter's own name."""
@@ -155,4 +143,8 @@ class Lora(LinearAdapters):
 METHODS: dict[str, Callable[[Tuning], Lora]] = {
     "lora": partial(Lora, rank_stabilized=False),
     "rslora": partial(Lora, rank_stabilized=True),
+}
+ABOUT = {
+    "lora": "low-rank adapters, scaled by alpha / rank",
+    "rslora": "those of lora, scaled by alpha / sqrt(rank)",
 }

@@ -13,7 +13,7 @@ class LoraSettings(Section):
     init: Literal["kaiming", "gaussian", "orthogonal"] = setting(
         "kaiming",
         about=(
-            "lora and rslora: the start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a"
+            "The start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a"
             " deviation of 1 / rank, B zero. orthogonal: both beside zero, of rows that are orthogonal, so that their"
             " product is zero; for an even rank. As PEFT's init_lora_weights."
         ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Generator, Tensor
 
-Start = Callable[[int, int, int, Generator], tuple[Tensor, Tensor]]
+Draw = Callable[[int, int, int, Generator], tuple[Tensor, Tensor]]
 """rank, inputs, outputs -> A (rank, inputs) and B (outputs, rank), fp32 on the CPU, so that every rank and every
 machine has the same.
 """
@@ -26,4 +26,4 @@ def _orthogonal(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple
     return (down @ basis[0::2]).T.contiguous(), up @ basis[1::2]
 
 
-STARTS: Mapping[str, Start] = {"gaussian": _gaussian, "orthogonal": _orthogonal}
+STARTS: Mapping[str, Draw] = {"gaussian": _gaussian, "orthogonal": _orthogonal}

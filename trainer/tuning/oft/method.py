@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
-from trainer.base.find.locate import describe_base
-from trainer.config import Model, Tuning
+from trainer.config import Tuning
 from trainer.config.section import part
-from trainer.tuning.method import ExportedFiles, LearntWeights
 from trainer.tuning.oft.settings import OftSettings
-from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters, peft_files
+from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters
 
 if TYPE_CHECKING:
     import torch
     from peft import OFTConfig
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 _SKEW = "oft_R.weight"
 
@@ -47,9 +47,12 @@ class Rotation:
 class Oft(LinearAdapters):
     """Rotations of the inputs of linear layers."""
 
+    what: ClassVar[str] = "An OFT adapter"
     settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save")
     defaults: ClassVar[Mapping[str, Any]] = {"targets": ALL_LINEAR, "layers": None, "block": 32, "modules_to_save": []}
     groups_by_end: ClassVar[Mapping[str, str]] = {"oft_R": _SKEW}
+    counts_activations: ClassVar[bool] = True
+    adapts_4_bits: ClassVar[bool] = True
 
     @property
     def _block(self) -> int:
@@ -80,16 +83,10 @@ class Oft(LinearAdapters):
             assert isinstance(base, nn.Linear)
             model.set_submodule(path, RotatedLinear(base, self._block, dtype))
 
-    def peft_config(self, targets: list[str]) -> OFTConfig:
-        """PEFT's description of the rotations."""
+    def peft_config(self, architecture: Architecture) -> OFTConfig:
         from peft import OFTConfig
 
-        return OFTConfig(task_type="CAUSAL_LM", oft_block_size=self._block, target_modules=targets)
-
-    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder."""
-        config = self.peft_config(self.ends(describe_base(model).architecture))
-        return ExportedFiles("peft", "An OFT adapter", peft_files(config, weights, model))
+        return OFTConfig(task_type="CAUSAL_LM", oft_block_size=self._block, target_modules=self.ends(architecture))
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, Rotation]:
         from trainer.tuning.oft.layer import rotations
@@ -102,3 +99,4 @@ class Oft(LinearAdapters):
 
 
 METHODS: dict[str, Callable[[Tuning], Oft]] = {"oft": Oft}
+ABOUT = {"oft": "rotations of a layer's inputs"}

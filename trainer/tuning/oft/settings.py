@@ -9,7 +9,7 @@ class OftSettings(Section):
     block: int = setting(
         32,
         about=(
-            "oft: inputs of a layer that are rotated among each other; a layer has inputs / block rotations, with block"
+            "Inputs of a layer that are rotated among each other; a layer has inputs / block rotations, with block"
             " * (block - 1) / 2 numbers each."
         ),
         example=32,

@@ -37,7 +37,6 @@ class PrefixTuning(BesideBase):
     """Keys and values that every token of a document sees in every layer."""
 
     groups_by_end: ClassVar[Mapping[str, str]] = {"prefix": "prefix"}
-    uncounted_activations: ClassVar[bool] = True  # copies of the keys and values with those before them
 
     @property
     def virtual(self) -> VirtualTokens:
@@ -99,3 +98,4 @@ class PrefixTuning(BesideBase):
 
 
 METHODS: dict[str, Callable[[Tuning], PrefixTuning]] = {"prefix": PrefixTuning}
+ABOUT = {"prefix": "keys and values of virtual tokens in every layer"}

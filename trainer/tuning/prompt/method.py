@@ -31,6 +31,7 @@ class PromptTuning(BesideBase):
     """Virtual tokens in the place of each document's first ones."""
 
     groups_by_end: ClassVar[Mapping[str, str]] = {"prompt": _WEIGHT}
+    counts_activations: ClassVar[bool] = True
 
     @property
     def virtual(self) -> VirtualTokens:
@@ -67,3 +68,4 @@ class PromptTuning(BesideBase):
 
 
 METHODS: dict[str, Callable[[Tuning], PromptTuning]] = {"prompt": PromptTuning}
+ABOUT = {"prompt": "virtual tokens before each document"}

@@ -32,7 +32,7 @@ from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.store import Store, open_run_store, open_store
 from trainer.tuning.method import Method, method_of
 from trainer.tuning.shared.beginning import SETTING, Beginning, Values, unlike, unlike_settings
-from trainer.tuning.shared.peft_beginning import PeftFolder
+from trainer.tuning.shared.peft_beginning import PeftAdapter
 from trainer.tuning.shared.peft_folder import SETTINGS
 
 _CHECKPOINT = re.compile(r"(.+)/checkpoints/step-(\d{9})")
@@ -104,7 +104,7 @@ class _Search:
     def _found(self, place: str) -> Beginning:
         folder, step = place_of(self.runs, place, SETTING)
         if folder.exists(SETTINGS):
-            return PeftFolder(place, folder, self.method, self.model)
+            return PeftAdapter(place, folder, self.method, self.model)
         steps = committed_steps(folder)
         if step is not None and step not in steps:
             there = f"those of steps {', '.join(map(str, sorted(steps)))}" if steps else "none"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Linear
+from trainer.base.find.locate import describe_base
 from trainer.config import Model, Tuning
 from trainer.config.reading.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles, OfSettings
+from trainer.tuning.method import ExportedFiles, OfSettings, methods
 from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
@@ -27,37 +28,17 @@ ALL_LINEAR = "all-linear"
 Targets = str | list[str]
 """`all-linear`, or names of layers: each the end of a path, or with a wildcard the pattern of one."""
 
-# Methods with LoRA's two matrices read these settings.
-LOW_RANK_SETTINGS = (
-    "rank",
-    "alpha",
-    "dropout",
-    "targets",
-    "layers",
-    "modules_to_save",
-    "experts",
-    "experts_rank",
-    "optim.lora_plus_ratio",
-    "model.add_tokens",
-)
-LOW_RANK_DEFAULTS = {
-    "dropout": 0.0,
-    "targets": ALL_LINEAR,
-    "layers": None,
-    "modules_to_save": [],
-    "experts": False,
-    "experts_rank": None,
-}
-
 
 @dataclass(frozen=True)
 class LinearAdapters(OfSettings):
     """The part of a method that is the same whatever it adds to the linear layers of a frozen base.
 
-    `auto` is what `tuning.targets: auto` means for the method.
+    `auto` is what `tuning.targets: auto` means for the method, and `what` says what its exports are, to begin a
+    sentence.
     """
 
     auto: ClassVar[Targets] = ALL_LINEAR
+    what: ClassVar[str]
     file_names: ClassVar[Collection[str]] = PEFT_FILES
 
     @property
@@ -90,6 +71,87 @@ class LinearAdapters(OfSettings):
     def ends(self, architecture: Architecture) -> list[str]:
         """The names by which PEFT finds the layers that are adapted, and no other."""
         return shortest_ends(architecture, self.adapted(architecture))
+
+    def peft_config(self, architecture: Architecture) -> PeftConfig:
+        """PEFT's description of the adapters of a base."""
+        raise NotImplementedError
+
+    def saved_name(self, name: str) -> str:
+        """The name of a parameter that learns in PEFT's files, less the prefix of the wrapped model's names."""
+        return name
+
+    def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
+        """PEFT's folder."""
+        named = {self.saved_name(name): weight for name, weight in weights.items()}
+        config = self.peft_config(describe_base(model).architecture)
+        return ExportedFiles("peft", self.what, peft_files(config, named, model))
+
+
+@dataclass(frozen=True)
+class LowRank(LinearAdapters):
+    """The part of it that methods share which have LoRA's two matrices. `options` are those of PEFT's `LoraConfig` that
+    tell them from one another."""
+
+    settings: ClassVar[Collection[str]] = (
+        "rank",
+        "alpha",
+        "dropout",
+        "targets",
+        "layers",
+        "modules_to_save",
+        "optim.lora_plus_ratio",
+        "model.add_tokens",
+    )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "dropout": 0.0,
+        "targets": ALL_LINEAR,
+        "layers": None,
+        "modules_to_save": [],
+    }
+    adapts_4_bits: ClassVar[bool] = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B @ A."""
+        return self.scaling_of(self.tuning.rank)
+
+    def scaling_of(self, rank: int) -> float:
+        """The same for adapters of another rank."""
+        return self.tuning.alpha / rank
+
+    def adapting(self, targets: str | Iterable[str]) -> LoraConfig:
+        """PEFT's description of adapters on `targets`, which it matches to the ends of modules' names."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.tuning.rank,
+            lora_alpha=self.tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+            lora_dropout=self.tuning.dropout,
+            target_modules=targets if isinstance(targets, str) else sorted(targets),
+            **self.options,
+        )
+
+    def peft_config(self, architecture: Architecture) -> LoraConfig:
+        """A layer that PEFT takes for an expert is named by its weight, in `target_parameters`."""
+        config = self.adapting(self.ends(architecture))
+        config.fan_in_fan_out = any(part.kind == "linear" and part.transposed for part in architecture.parameters)
+        targets = set(config.target_modules or ())
+        if taken := taken_for_experts(architecture, targets):
+            config.target_modules = sorted(targets - set(taken))
+            config.target_parameters = [f"{target}.weight" for target in taken]
+            config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
+        return config
+
+
+def low_rank_methods(tuning: Tuning) -> dict[str, LowRank]:
+    """Those of the methods that have LoRA's two matrices, by their names, with these settings."""
+    made = {name: make(tuning) for name, make in methods().items()}
+    return {name: method for name, method in made.items() if isinstance(method, LowRank)}
 
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
@@ -149,32 +211,6 @@ def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[st
                 break
         ends |= found
     return sorted(ends)
-
-
-def lora_config(tuning: Tuning, targets: str | Iterable[str], **options: Any) -> LoraConfig:
-    """PEFT's description of low-rank adapters, `targets` as PEFT matches them to the end of a module's name."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
-        lora_dropout=tuning.dropout,
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
-        **options,
-    )
-
-
-def as_peft_reads(config: LoraConfig, architecture: Architecture) -> LoraConfig:
-    """The description by which PEFT adapts those layers of the base that `config` names by `target_modules`: one that
-    PEFT takes for an expert is named by its weight, in `target_parameters`."""
-    config.fan_in_fan_out = any(part.kind == "linear" and part.transposed for part in architecture.parameters)
-    targets = set(config.target_modules or ())
-    if taken := taken_for_experts(architecture, targets):
-        config.target_modules = sorted(targets - set(taken))
-        config.target_parameters = [f"{target}.weight" for target in taken]
-        config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
-    return config
 
 
 def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> list[str]:

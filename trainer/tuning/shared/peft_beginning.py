@@ -17,10 +17,10 @@ from trainer.errors import NOT_JSON, ConfigError, StorageError, shown
 from trainer.state.optimizer.optimizer import Interval
 from trainer.store.safetensors_index import TensorSource, read_header
 from trainer.store.store import Store
-from trainer.tuning.method import Method, SavedByPeft
+from trainer.tuning.method import Method
 from trainer.tuning.shared.beginning import SETTING, Values, unlike_settings
+from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods
 from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
-from trainer.tuning.shared.wrapper import Around
 
 # PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
 _BEYOND = (
@@ -32,8 +32,13 @@ _BEYOND = (
 _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
+def _last_name(base: str) -> str:
+    """A base without the folder or the account that it is in: many machines have copies."""
+    return base.strip().rstrip("/").replace("\\", "/").rpartition("/")[2].casefold()
+
+
 @dataclass(frozen=True)
-class PeftFolder:
+class PeftAdapter:
     """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
     alone.
     """
@@ -65,14 +70,18 @@ class PeftFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"start": self.place, "start_weights": hashlib.sha256(self.folder.get(WEIGHTS)).hexdigest()}
+        digest = hashlib.sha256()
+        for chunk in self.folder.chunks(WEIGHTS, self.folder.head(WEIGHTS).size):
+            digest.update(chunk)
+        return {"start": self.place, "start_weights": digest.hexdigest()}
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
         theirs, kind = self._settings, self._settings.get("peft_type")
-        if kind != "LORA" or isinstance(method, Around) or not isinstance(method, SavedByPeft):
+        low_rank = low_rank_methods(config.tuning)
+        if kind != "LORA" or not isinstance(method, LowRank):
             return [
                 f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is"
-                f" {config.tuning.method}. Of PEFT's folders those of lora, rslora and dora are read, without experts,"
+                f" {config.tuning.method}. Of PEFT's folders those of {', '.join(low_rank)} are read, without experts,"
                 " modules_to_save or add_tokens; others begin from a run."
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
@@ -82,10 +91,25 @@ class PeftFolder:
                 f"{SETTING}: {shown(self.place)} has init_lora_weights {init!r}, so it fits a base that PEFT has"
                 " changed. Save it again with path_initial_model_for_weight_conversion, or begin from a run."
             ]
-        name = "dora" if theirs.get("use_dora") else "rslora" if theirs.get("use_rslora") else "lora"
+        options = {name for other in low_rank.values() for name in other.options}
+        asked = {name for name in options if theirs.get(name)}
+        alike = [name for name, other in low_rank.items() if {key for key, on in other.options.items() if on} == asked]
+        name = alike[0] if alike else " and ".join(sorted(asked))
         given = {"method": name, "rank": theirs.get("r"), "alpha": theirs.get("lora_alpha")}
         own = {key: value for key, value in method.identity.items() if key in given}
-        return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers()
+        return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers() or self._other_base()
+
+    def _other_base(self) -> list[str]:
+        """A sentence where the adapter says that it was made over a base of another name: its weights would fit one of
+        the same shapes, and mean nothing there."""
+        theirs, ours = self._settings.get("base_model_name_or_path"), self.model.base
+        if not isinstance(theirs, str) or not theirs.strip() or _last_name(theirs) == _last_name(ours):
+            return []
+        return [
+            f"{SETTING}: {shown(self.place)} was made over the base {shown(theirs)} (base_model_name_or_path in its"
+            f" {SETTINGS}), and model.base is {ours}. Give the base that it was made over, or, where both are the same"
+            " weights, write this run's into that file."
+        ]
 
     def _unlike_layers(self) -> list[str]:
         """A sentence where the file has other weights than the run's adapter."""
@@ -121,7 +145,7 @@ class PeftFolder:
         """The name in the file of each parameter that learns; where the file does not have it, that in the language
         model alone.
         """
-        alone = {name: f"{PREFIX}{cast(SavedByPeft, self.method).saved_name(name)}" for name in self._shapes}
+        alone = {name: f"{PREFIX}{cast(LowRank, self.method).saved_name(name)}" for name in self._shapes}
         if all(saved in self._tensors for saved in alone.values()):
             return alone
         layers = sorted({_layer(saved).removeprefix(PREFIX) for saved in alone.values()})

@@ -31,6 +31,7 @@ class BesideBase(OfSettings):
         "virtual tokens stand before a document's own, and no weight of the base can hold them"
     )
     file_names: ClassVar[Collection[str]] = PEFT_FILES
+    adapts_4_bits: ClassVar[bool] = True
 
     def first_tokens(self, model: PreTrainedModel, seed: int) -> Tensor:
         """The ids of the tokens that the virtual ones start from, (virtual_tokens,) int64: the same on every rank.

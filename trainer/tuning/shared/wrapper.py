@@ -7,20 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.base.find.locate import describe_base
 from trainer.config import Model
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method, WeightUpdate
+from trainer.tuning.method import ExportedFiles, Method, WeightUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
+
+
+class _AsTheMethod:
+    """An attribute of a wrapper that is its method's."""
+
+    def __set_name__(self, _owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, around: Around, _owner: type) -> Any:
+        return getattr(around.method, self._name)
+
 
 @dataclass(frozen=True)
-class Around:
-    """A method with something more that learns. What it does not say itself is said by its method.
+class Around(Method):
+    """A method with something more that learns.
 
     A class of it says what it adds: to the parameters (`own`), to PEFT's folder (`added_to`), and unless it is
     unmergeable to a merge (`own_updates`).
@@ -28,8 +40,21 @@ class Around:
 
     method: Method
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
+    settings: ClassVar[Any] = _AsTheMethod()
+    defaults: ClassVar[Any] = _AsTheMethod()
+    trains_base: ClassVar[Any] = _AsTheMethod()
+    counts_activations: ClassVar[Any] = _AsTheMethod()
+    adapts_4_bits: ClassVar[Any] = _AsTheMethod()
+    exports_model: ClassVar[Any] = _AsTheMethod()
+    unmergeable: ClassVar[Any] = _AsTheMethod()
+    file_names: ClassVar[Any] = _AsTheMethod()
+    identity: ClassVar[Any] = _AsTheMethod()
+    virtual: ClassVar[Any] = _AsTheMethod()
+    mismatches: ClassVar[Any] = _AsTheMethod()
+    attach: ClassVar[Any] = _AsTheMethod()
+    groups: ClassVar[Any] = _AsTheMethod()
+    switched_off: ClassVar[Any] = _AsTheMethod()
+    load_exported: ClassVar[Any] = _AsTheMethod()
 
     def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Name in the model -> shape of every parameter that learns beside those of the method."""
@@ -55,3 +80,8 @@ class Around:
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
         """The changes of a merge beside those of the method."""
         raise NotImplementedError
+
+
+def innermost(method: Method) -> Method:
+    """The method itself, without what learns beside it."""
+    return innermost(method.method) if isinstance(method, Around) else method

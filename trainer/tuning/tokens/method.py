@@ -17,7 +17,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.tokenizer import TokenRow, find_rows
 from trainer.config import Config, Model, Optim
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, LearntWeights, Method
+from trainer.tuning.method import ExportedFiles, Method, methods_reading
 from trainer.tuning.shared.linear_adapters import with_peft_files
 from trainer.tuning.shared.wrapper import Around
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 SETTING = "model.add_tokens"
 _ROWS = "trainable_tokens_delta"
@@ -124,10 +126,10 @@ def with_tokens(method: Method, config: Config) -> Method:
         return method
     if SETTING not in method.settings:
         raise ConfigError(
-            f"{SETTING}: tuning.method: {config.tuning.method} learns no rows of tokens. Choose lora, rslora or dora,"
-            " or remove it."
+            f"{SETTING}: tuning.method: {config.tuning.method} learns no rows of tokens. Choose one of"
+            f" {', '.join(methods_reading(SETTING, config.tuning))}, or remove it."
         )
-    return cast(Method, WithTokens(method, config.model))
+    return WithTokens(method, config.model)
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_tokens}

@@ -28,9 +28,7 @@ def import_(
         typer.Option(
             "--from",
             autocompletion=complete_peer,
-            help=(
-                "axolotl, llamafactory, llamafactory-v1, trl, accelerate or torchtune. Default: found out by the keys."
-            ),
+            help=("axolotl, llamafactory, llamafactory-v1, trl or accelerate. Default: found out by the keys."),
         ),
     ] = None,
     gpus: Annotated[

@@ -16,7 +16,6 @@ def plan(
         str | None,
         typer.Option(
             "--gpu",
-            "--gpu-memory",
             metavar="GPU",
             autocompletion=complete_gpu,
             help=(
@@ -50,5 +49,5 @@ def plan(
 
 
 VERBS = {
-    "plan": Command(plan, "plan run.yaml --gpu H100", 40),
+    "plan": Command(plan, "plan run.yaml --gpu H100", 40, {"--gpu-memory": "--gpu 80GiB"}),
 }

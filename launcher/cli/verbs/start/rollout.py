@@ -1,13 +1,14 @@
 """The verb that samples for a run."""
 
 from launcher.cli.command import Command
-from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, emit, open_run, say
+from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, TrustRun, emit, open_run, say
 
 
 def rollout(
     run: RunName,
     overrides: Overrides = None,
     store: StoreOption = "runs",
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -15,8 +16,12 @@ def rollout(
     them.
     """
     from launcher.data.rollout import rollout as rolled
+    from launcher.policy.foreign import check_own, started
+    from trainer.run.folder import run_config
 
-    found = rolled(open_run(run, store), overrides or (), dry_run=dry_run, log=say)
+    folder = open_run(run, store)
+    check_own(folder, run_config(folder, overrides or ()), started, overrides or (), trust=trust_run)
+    found = rolled(folder, overrides or (), dry_run=dry_run, log=say)
     emit(found, as_json, lambda result: result.sentence())
 
 

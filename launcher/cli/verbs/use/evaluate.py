@@ -14,6 +14,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
+    TrustRun,
     emit,
     log,
     open_run,
@@ -53,6 +54,7 @@ def evaluate(
     bias: Annotated[
         str | None, typer.Option("--bias", metavar="FILE", help="Pairs of sentences, as eval.bias.")
     ] = None,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -64,9 +66,8 @@ def evaluate(
 
     folder = open_run(run, store)
     given = settings(overrides or (), sets or (), tasks or (), bias)
-    found = evaluate_run(
-        folder, given, step=step, best=best, base=base, chat=chat, server=server, dry_run=dry_run, log=log
-    )
+    how = {"step": step, "best": best, "base": base, "chat": chat, "server": server, "trust": trust_run}
+    found = evaluate_run(folder, given, **how, dry_run=dry_run, log=log)
     if isinstance(found, str):
         put(json.dumps({"run": folder.uri, "dry_run": True, "what": found}) if as_json else found)
     elif not is_silent_rank():

@@ -6,6 +6,7 @@ import typer
 
 from launcher.cli.command import Command
 from launcher.cli.options import (
+    MERGED,
     BestOption,
     ConfigFile,
     DryRun,
@@ -16,7 +17,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
-    chosen_format,
+    TrustRun,
     emit,
     log,
     open_run,
@@ -31,8 +32,7 @@ def export(
     destination: Destination,
     options: FormatOptions = None,
     store: StoreOption = "runs",
-    form: FormatOption = None,
-    merge: Annotated[bool, typer.Option("--merge", help="The same as --format merged.")] = False,
+    form: FormatOption = "peft",
     step: StepOption = None,
     best: BestOption = False,
     verify: Annotated[
@@ -56,6 +56,7 @@ def export(
             ),
         ),
     ] = None,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -63,15 +64,18 @@ def export(
     adapter, merged with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method:
     full) is always the whole model."""
     from launcher.export.export import export_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
     folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
     result = export_run(
         folder,
         destination,
-        chosen_format(form, "--merge" if merge else None),
+        form,
         options or (),
         step=chosen_step(folder, step, best=best),
         verify=verify,
@@ -98,6 +102,6 @@ def dequantize(
 
 
 VERBS = {
-    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150),
+    "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150, MERGED),
     "dequantize": Command(dequantize, "dequantize sums.yaml as-quantized/", 155),
 }

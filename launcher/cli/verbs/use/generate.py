@@ -14,6 +14,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
+    TrustRun,
     finite,
     log,
     open_run,
@@ -61,10 +62,12 @@ def generate(
         typer.Option(min=0.01, max=1, callback=finite, help="Draw from the likeliest tokens of this probability."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other draws.")] = 0,
+    trust_run: TrustRun = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with a checkpoint, under the chat template that was trained: a file of them, a pipe, or a chat."""
     from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
+    from launcher.policy.foreign import check_own, generated
     from launcher.start.group import is_rank, is_silent_rank
     from trainer.evaluate.request import Ask
     from trainer.run.folder import run_config
@@ -72,6 +75,8 @@ def generate(
 
     folder = open_run(run, store)
     config = run_config(folder, overrides or (), say=say)
+    named = (*(overrides or ()), *(["eval.prompts"] if prompts else []))
+    check_own(folder, config, generated, named, trust=trust_run)
     chosen = chosen_step(folder, step, best=best)
     if top_p < 1 and not temperature:
         raise ConfigError(

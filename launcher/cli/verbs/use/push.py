@@ -6,6 +6,7 @@ import typer
 
 from launcher.cli.command import Command
 from launcher.cli.options import (
+    MERGED,
     BestOption,
     DryRun,
     FormatOption,
@@ -14,7 +15,7 @@ from launcher.cli.options import (
     RunName,
     StepOption,
     StoreOption,
-    chosen_format,
+    TrustRun,
     emit,
     log,
     open_run,
@@ -26,25 +27,28 @@ def push(
     target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="A repository of the Hub, made if need be.")],
     options: FormatOptions = None,
     store: StoreOption = "runs",
-    form: FormatOption = None,
-    merged: Annotated[bool, typer.Option("--merge", "--merged", help="The same as --format merged.")] = False,
+    form: FormatOption = "peft",
     step: StepOption = None,
     best: BestOption = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
+    trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the
     environment variable HF_TOKEN. A push that was killed goes on when it is called again."""
     from launcher.export.push import push_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
     folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
     result = push_run(
         folder,
         target,
-        chosen_format(form, "--merged" if merged else None),
+        form,
         options or (),
         step=chosen_step(folder, step, best=best),
         revision=revision,
@@ -56,5 +60,5 @@ def push(
 
 
 VERBS = {
-    "push": Command(push, "push first hf://me/first --merge", 160),
+    "push": Command(push, "push first hf://me/first --format merged", 160, MERGED),
 }

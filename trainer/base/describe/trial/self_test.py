@@ -6,8 +6,9 @@ borders, positions that are counted through a row, a layer that cannot compute f
 4 bits.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from inspect import signature
 from threading import Barrier, BrokenBarrierError
 from typing import Any, NamedTuple
@@ -26,23 +27,27 @@ from trainer.model.rows.row import CannotDivide, lengths_known
 from trainer.model.stored import packed_module
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
-# A leak changes most tokens behind the first document. One token that goes to another expert for the last bit of its
-# score is none.
-_DIFFERENT, _MOST = 1e-4, 0.5
-_MOST_SHARED = 0.1  # of a document that the cut goes through, a few tokens may differ and all others not
+_DIFFERENT = 1e-4  # of the largest value
+# A token that goes to another expert for the last bits of its score does so by noise of that size as well, in one draw
+# or another. A token that differs for another reason does not.
+_NOISE, _DRAWS = 2.0**-18, 8
+_MOST = 0.5  # of the tokens of a text that see those behind them
+_PADDING = 9  # tokens behind a document
+_IDS = 5  # ids of tokens that are tried as padding
 _OTHERWISE = "a small model of its kind predicts otherwise then"
 _FORMAT = Format("nf4", 64, False, torch.float32)
 
 
 class Found(NamedTuple):
     """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether
-    documents of a row are computed as each alone, and the reasons why ranks cannot share a row, documents cannot share
-    a prefix, and weights in 4 bits cannot be computed with, if there are any; and the linear layers that read one
-    tensor."""
+    documents of a row, and one with padding behind it, are computed as each alone, and the token that padding is of;
+    and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be
+    computed with, if there are any; and the linear layers that read one tensor."""
 
     looks_ahead: bool
     learns: bool
     keeps_documents_apart: bool
+    padding: int
     fails_shared: str | None
     fails_prefix: str | None
     fails_packed: str | None
@@ -58,23 +63,103 @@ def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
     inner = body(model)
     tokens = some_text(model, sum(_LENGTHS))
     documents = tokens.split(_LENGTHS, dim=1)
+    noise = _Noise(model)
+
+    def each_alone() -> Tensor:
+        return torch.cat([hidden_states(inner, document) for document in documents], dim=1)
+
     with torch.no_grad():
-        alone = torch.cat([hidden_states(inner, document) for document in documents], dim=1)
-        begun = hidden_states(inner, documents[1][:, : _LENGTHS[1] // 2])
-        ahead = share_of_different(begun, alone[:, _LENGTHS[0] :][:, : begun.shape[1]]) >= _MOST
-        apart = takes_positions(inner)
+        alone = each_alone()
+        begun, first = hidden_states(inner, documents[1][:, : _LENGTHS[1] // 2]), _LENGTHS[0]
+        until = first + begun.shape[1]
+        # Ties of scores may fall otherwise in a longer text too, which is no look at what is behind.
+        others = noise.others(begun, alone[:, first:until], lambda: each_alone()[:, first:until])
+        ahead = float(others.float().mean()) >= _MOST
         keep_documents_apart(model)
         positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
-        try:
-            with lengths_known(_LENGTHS):
-                packed = hidden_states(inner, tokens, positions)
-            apart &= share_of_different(packed, alone, first=_LENGTHS[0]) < _MOST
-        except Exception:  # a family's code for rows that it was not made for
-            apart = False
-        shared = _fails_shared(inner, tokens, positions, alone)
-        prefix, learns = _fails_prefix(inner, documents), _learns(model, inner, documents[1])
+        one = documents[1]
+        apart = takes_positions(inner) and _is_as_alone(noise, inner, tokens, _LENGTHS, each_alone)
+        apart = apart and _is_as_alone(noise, inner, one, _LENGTHS[1:2], lambda: hidden_states(inner, one))
+        padding = _padding(noise, model, inner, one, (_LENGTHS[1], _PADDING)) if apart else None
+        apart = padding is not None
+        if padding is None:  # a row is computed as one document then
+            padding = _padding(noise, model, inner, one, (_LENGTHS[1] + _PADDING,))
+        shared = _fails_shared(noise, inner, tokens, positions, each_alone) or (None if apart else _OTHERWISE)
+        prefix, learns = _fails_prefix(noise, inner, documents), _learns(model, inner, documents[1])
         together = read_together(inner, lambda: hidden_states(inner, documents[1]))
-        return Found(ahead, learns, apart, shared, prefix, _fails_packed(model, inner, documents[1], read), together)
+        packed = _fails_packed(noise, model, inner, documents[1], read)
+        return Found(ahead, learns, apart, padding or 0, shared, prefix, packed, together)
+
+
+class _Noise:
+    """Tells tokens that are computed otherwise from those that stand on an edge, where the last bits decide."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._embedding = model.get_input_embeddings()
+
+    def differs(self, found: Tensor, expected: Tensor, again: Callable[[], Tensor]) -> bool:
+        return bool(self.others(found, expected, again).any())
+
+    def others(self, found: Tensor, expected: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """(T,) bool, whether a token's states `found` (1, T, H) are far from those `expected`, and those that are
+        computed `again` with noise in the embeddings never are."""
+        wrong, draw = _far(found, expected), 0
+        while wrong.any() and draw < _DRAWS:
+            with self.drawn(draw):
+                wrong &= ~_far(again(), expected)
+            draw += 1
+        return wrong
+
+    @contextmanager
+    def drawn(self, seed: int) -> Iterator[None]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def shake(_module: nn.Module, _given: Any, states: Tensor) -> Tensor:
+            return states * (1 + _NOISE * torch.randn(states.shape, generator=generator))
+
+        hook = self._embedding.register_forward_hook(shake)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _is_as_alone(
+    noise: _Noise, inner: nn.Module, tokens: Tensor, lengths: Sequence[int], alone: Callable[[], Tensor]
+) -> bool:
+    """Whether a row of documents of such lengths, the last of which may be padding, is computed as each is `alone`."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    expected = alone()
+    try:
+        with lengths_known(tuple(lengths)):
+            found = hidden_states(inner, tokens, positions)
+    except Exception:  # a family's code for rows that it was not made for
+        return False
+    return not noise.differs(found[:, : expected.shape[1]], expected, alone)
+
+
+def _padding(
+    noise: _Noise, model: PreTrainedModel, inner: nn.Module, document: Tensor, lengths: tuple[int, ...]
+) -> int | None:
+    """The first id of a token that lets a document be computed as it is alone, with a gradient that is a number, where
+    padding of that token is behind it in a row of such `lengths`. Some families divide by the length of a vector, which
+    is 0 for the token that transformers takes for padding. None where there is no such token."""
+    size = document.shape[1]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    learning = [value for value in model.parameters() if value.requires_grad]
+    for token in range(_IDS):
+        row = torch.cat([document, torch.full((1, sum(lengths) - size), token)], dim=1)
+        if not _is_as_alone(noise, inner, row, lengths, lambda: hidden_states(inner, document)):
+            return None
+        try:
+            with torch.enable_grad(), lengths_known(lengths):
+                loss = hidden_states(inner, row, positions)[:, :size].square().sum()
+                found = torch.autograd.grad(loss, learning, allow_unused=True)
+        except Exception:  # a family that computes backward by code of its own
+            return None
+        if all(grad is None or bool(grad.isfinite().all()) for grad in found):
+            return token
+    return None
 
 
 def some_text(model: PreTrainedModel, length: int) -> Tensor:
@@ -102,7 +187,9 @@ class ThreadPeers:
         raise AssertionError("layers exchange heads, and add nothing up")
 
 
-def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Tensor) -> str | None:
+def _fails_shared(
+    noise: _Noise, inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Callable[[], Tensor]
+) -> str | None:
     """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if
     they do.
     """
@@ -124,24 +211,26 @@ def _fails_shared(inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Te
     if why := next((part for part in found if isinstance(part, str)), None):
         return why
     parts = [part for part in found if isinstance(part, Tensor)]
-    different = share_of_different(torch.cat(parts, dim=1), alone) >= _MOST_SHARED
-    return _OTHERWISE if different else None
+    return _OTHERWISE if noise.differs(torch.cat(parts, dim=1), alone(), alone) else None
 
 
-def _fails_prefix(inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
+def _fails_prefix(noise: _Noise, inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
     """Why a document that goes on from the first tokens of another one is not computed as behind a copy of them; None
     if it is.
     """
     first, other = documents[1], documents[2]
     prefix, lengths = first.shape[1] // 2, (first.shape[1], other.shape[1])
-    expected = hidden_states(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
+
+    def behind_a_copy() -> Tensor:
+        return hidden_states(inner, torch.cat([first[:, :prefix], other], dim=1))[:, prefix:]
+
     positions = torch.cat([torch.arange(lengths[0]), torch.arange(prefix, prefix + lengths[1])])[None]
     try:
         with lengths_known(lengths, prefixes=((0, 0), (0, prefix))):
             found = hidden_states(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
     except Exception as error:  # a family's code for rows that it was not made for
         return _reason(error)
-    return _OTHERWISE if share_of_different(found, expected) >= _MOST_SHARED else None
+    return _OTHERWISE if noise.differs(found, behind_a_copy(), behind_a_copy) else None
 
 
 def _reason(error: Exception) -> str:
@@ -160,9 +249,14 @@ def takes_positions(inner: nn.Module) -> bool:
     return "position_ids" in signature(inner.forward).parameters
 
 
-def share_of_different(one: Tensor, other: Tensor, first: int = 0) -> float:
-    far = (one - other).abs().amax(-1)[0, first:] > _DIFFERENT * other.abs().amax()
-    return float(far.float().mean())
+def _far(one: Tensor, other: Tensor) -> Tensor:
+    """(T,) bool, whether a token's values (1, T, ...) differ by more than rounding."""
+    return ~((one - other).abs().amax(-1)[0] <= _DIFFERENT * other.abs().amax())
+
+
+def are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether the values (1, T, ...) of no token differ by more than rounding."""
+    return not _far(one, other).any()
 
 
 def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
@@ -174,12 +268,17 @@ def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
         return hidden_states(inner, document).requires_grad
 
 
-def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]) -> str | None:
+def _fails_packed(
+    noise: _Noise, model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]
+) -> str | None:
     weights = list(_packable(model, read))
     packed = [_packed(weight.data) for _, weight in weights]
     for (_, weight), (_, _, left) in zip(weights, packed, strict=True):
         weight.data = left
-    plain = hidden_states(inner, document)
+    shaken = [hidden_states(inner, document)]
+    for draw in range(_DRAWS):
+        with noise.drawn(draw):
+            shaken.append(hidden_states(inner, document))
     try:
         prepare_experts(model)
         for experts in filter(is_experts, model.modules()):
@@ -190,7 +289,9 @@ def _fails_packed(model: PreTrainedModel, inner: nn.Module, document: Tensor, re
         found = hidden_states(inner, document)
     except Exception as error:  # a family's code that looks into a weight
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
-    return "its predictions are others then" if share_of_different(found, plain) >= _MOST else None
+    plain, *others = shaken
+    again = iter(others)
+    return "its predictions are others then" if noise.differs(found, plain, lambda: next(again)) else None
 
 
 def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:

@@ -65,7 +65,7 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
         return settings  # it is small already
     made = {**_sized(settings), **_that_follow(settings)}
     if rotary := settings.get("rope_parameters"):
-        made["rope_parameters"] = _with_small_sections(rotary)
+        made["rope_parameters"] = _small_rotary(rotary, settings, made)
     count = next((settings[key] for key in _LAYERS if isinstance(settings.get(key), int)), 0)
     kept = _one_of_each_kind(settings, count)
     for key, value in settings.items():
@@ -100,14 +100,19 @@ def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _size_of(key, value) for key, value in settings.items()}
 
 
-def _with_small_sections(rotary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, or those of each kind of layer, for heads of `HEAD`: sections of a dimension are parts of
-    that.
-    """
-    made = {key: _with_small_sections(value) if isinstance(value, dict) else value for key, value in rotary.items()}
+def _small_rotary(rotary: Mapping[str, Any], settings: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings, or those of each kind of layer, for heads of the sizes `made`: sections of the dimension
+    that is turned are parts of that."""
+    found = {
+        key: _small_rotary(value, settings, made) if isinstance(value, dict) else value for key, value in rotary.items()
+    }
+    share = rotary.get("partial_rotary_factor")
+    turned = made.get("qk_rope_head_dim") or int(HEAD * (share or 1.0))
+    if share and made.get("qk_rope_head_dim") and share * settings.get("head_dim", 0) == settings["qk_rope_head_dim"]:
+        found["partial_rotary_factor"] = turned / made["head_dim"]
     if sections := rotary.get("mrope_section"):
-        made["mrope_section"] = _scaled(sections, int(HEAD * rotary.get("partial_rotary_factor", 1.0)) // 2)
-    return made
+        found["mrope_section"] = _scaled(sections, turned // 2)
+    return found
 
 
 def _scaled(sections: list[int], total: int) -> list[int]:

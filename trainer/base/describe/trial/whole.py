@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.base.describe.composite import inner_of, with_parts_of
 from trainer.base.describe.language_part import whole_model
 from trainer.base.describe.logits import probe_logits
-from trainer.base.describe.trial.self_test import hidden_states, share_of_different, some_text
+from trainer.base.describe.trial.self_test import are_alike, hidden_states, some_text
 from trainer.base.describe.trial.small import small_id
 from trainer.model.parts import body
 
@@ -55,7 +55,7 @@ def predicts_otherwise(whole: PreTrainedModel, language: PreTrainedModel) -> boo
         expected = whole(input_ids=tokens, use_cache=False).logits
         found = head(hidden_states(body(language), tokens))
         logits = probe_logits(whole, inner_of(whole), head)
-    return logits is None or share_of_different(logits(found), expected) > 0
+    return logits is None or not are_alike(logits(found), expected)
 
 
 def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:

@@ -31,7 +31,7 @@ from trainer.export.proof.rows import ProbeRow
 from trainer.model.parts import body, in_order
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
-from trainer.tuning.method import Method, OwnFormat
+from trainer.tuning.method import Method
 
 _LONGEST_REASON = 600
 
@@ -161,9 +161,10 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
     Raises:
         ConfigError: it cannot be read.
     """
-    if isinstance(method, OwnFormat):
-        with _reading("the method's own loader", adapter):
-            return model, method.load_exported(model, adapter)
+    with _reading("the method's own loader", adapter):
+        without = method.load_exported(model, adapter)
+    if without is not None:
+        return model, without
     with _reading("PEFT", adapter):
         whole = _whole_class(model)
         adapted = PeftModel.from_pretrained(whole, str(adapter)).eval()

@@ -145,3 +145,8 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
         "token_classification", _labels(method), ("tagged",), "words", _of_words
     ),
 }
+ABOUT = {
+    "classification": "the class of a text (data.format: classified)",
+    "multilabel_classification": "any of several (data.format: multilabel)",
+    "token_classification": "those of words (data.format: tagged)",
+}

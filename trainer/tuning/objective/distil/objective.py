@@ -67,3 +67,4 @@ class Distil(OfSettings):
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     "distil": lambda given, _method: Distil(given)
 }
+ABOUT = {"distil": "what a stored teacher says of each target"}

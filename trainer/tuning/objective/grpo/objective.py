@@ -162,3 +162,7 @@ class Opd(Grpo):
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo, "opd": Opd}
+ABOUT = {
+    "grpo": "what sampled answers are worth",
+    "opd": "what a teacher says of sampled answers",
+}

@@ -135,3 +135,4 @@ def _owners(batch: MicroBatch) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}
+ABOUT = {"kto": "desired and undesired answers (data.format: labelled)"}

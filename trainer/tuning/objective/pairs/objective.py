@@ -75,3 +75,4 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     name: partial(Preference, loss)
     for name, loss in kinds("trainer.tuning.objective.pairs.losses", "PAIR_LOSSES").items()
 }
+ABOUT = kinds("trainer.tuning.objective.pairs.losses", "ABOUT")

@@ -72,3 +72,4 @@ def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": Reward}
+ABOUT = {"reward": "a number for an answer, by pairs"}

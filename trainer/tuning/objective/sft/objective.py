@@ -101,3 +101,4 @@ class NextTokens(OfSettings):
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     "sft": lambda given, _method: NextTokens(given)
 }
+ABOUT = {"sft": "the next token"}

@@ -72,3 +72,4 @@ PAIR_LOSSES = {
         mismatches=mismatches,
     )
 }
+ABOUT = {"dpo": "a chosen answer against a rejected one, beside a reference (data.format: preference)"}

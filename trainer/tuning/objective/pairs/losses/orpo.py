@@ -33,3 +33,4 @@ def _log_odds(mean: Tensor) -> Tensor:
 PAIR_LOSSES = {
     "orpo": PairLoss({"beta": 0.1}, orpo, more=("nats_chosen",)),  # its next-token loss, in nats a token
 }
+ABOUT = {"orpo": "the next token, and the odds of a chosen answer against a rejected one"}

@@ -35,3 +35,4 @@ def simpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
 
 
 PAIR_LOSSES = {"simpo": PairLoss({"beta": 2.0, "gamma": 1.0}, simpo, settings=SimpoSettings)}
+ABOUT = {"simpo": "a chosen answer against a rejected one by the mean of their tokens, without a reference"}

@@ -148,3 +148,11 @@ def test_two_weights_in_the_files_for_one_of_the_model_are_an_error_of_loading(t
     settings.write_text(json.dumps({**given, "tie_word_embeddings": True}))
     with pytest.raises(ConfigError, match=r"has two weights for model.embed_tokens.weight, which differ, where its"):
         find_all_weights(resolve_base(Model(base=str(base))))
+
+
+def test_a_type_that_is_only_a_part_of_others_is_refused_by_their_names() -> None:
+    config: Any = CONFIG_MAPPING["step3p5"]()
+    with pytest.raises(
+        ConfigError, match="is a step3p5 model, which transformers .* builds as a part of step3p7 alone"
+    ):
+        architecture_of({**config.to_dict(), "model_type": "step3p5"}, None, "the base")

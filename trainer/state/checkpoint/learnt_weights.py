@@ -12,7 +12,6 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.reading import read_elements
 from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.store import Store
-from trainer.tuning.method import LearntWeights
 
 
 def master_weights(folder: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
@@ -32,14 +31,16 @@ def _masters(folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, I
 
 
 @dataclass(frozen=True, eq=False)
-class CheckpointWeights(LearntWeights):
-    """Those parameters, in `dtype`."""
+class LearntWeights:
+    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in `dtype`, that
+    of the training's forward pass."""
 
     run: Store
     manifest: CheckpointManifest
     dtype: torch.dtype
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements [begin, end) of the flattened parameter, without reading any others; any thread may ask."""
         return _masters(self.run, self.manifest, {name: (begin, end)})[name].to(self.dtype)
 
     @cached_property
@@ -48,4 +49,5 @@ class CheckpointWeights(LearntWeights):
         return {name: values.to(self.dtype) for name, values in master_weights(self.run, self.manifest).items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        """The whole parameter; the first look-up reads all parameters into memory."""
         return self.whole[name]

@@ -1,0 +1,14 @@
+"""The settings of the section `tuning` that the toy alone reads."""
+
+from trainer.config.section import Section, setting
+
+
+class LohaSettings(Section):
+    """The start of the matrices."""
+
+    spread: float = setting(
+        0.1, about="Deviation that the matrices are drawn with, but for one of zeros.", example=0.2, gt=0, le=1
+    )
+
+
+SETTINGS = (LohaSettings,)

@@ -1,0 +1,117 @@
+"""A base is tried in small before it trains: with documents that share a row, with padding, and with neither."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from trainer.base.architecture import Architecture, mismatches
+from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.meta import architecture_of
+from trainer.base.describe.trial import self_test
+from trainer.base.describe.trial.small import small_model, small_settings
+from trainer.base.find.known import known_config
+from trainer.config import Config, parse_config
+from trainer.model.attention import Attention
+from trainer.model.documents import keep_documents_apart
+from trainer.model.micro_batch import ModelInput, Role, Segments
+from trainer.model.packed import PackedModel
+from trainer.model.parts import body
+
+DOCUMENT, PADDING = 11, 9
+
+
+def settings(kind: str, **own: Any) -> dict[str, Any]:
+    config: Any = CONFIG_MAPPING[kind]()
+    return {**small_settings(config), "model_type": kind, **own}
+
+
+def run(*overrides: str) -> Config:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}], sequence_length: 64}\ntrain: {steps: 1}"
+    return parse_config(text, list(overrides))
+
+
+@pytest.mark.parametrize("name", ["databricks/dbrx-base", "mistralai/Mistral-Small-4-119B-2603"])
+def test_known_bases_with_settings_inside_of_settings_are_tried(name: str) -> None:
+    found = architecture_of(known_config(name) or {}, None, name)
+    assert found["tried"]
+    assert found["isolates_documents"]
+
+
+def test_a_rotary_dimension_that_is_a_part_of_a_head_is_as_small_as_that_part() -> None:
+    config: Any = CONFIG_MAPPING["hy_v4_vl"]()
+    made = small_settings(config.get_text_config())
+    assert sum(made["rope_parameters"]["mrope_section"]) == made["qk_rope_head_dim"] // 2
+
+
+def test_a_base_that_cannot_be_tried_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_given: Any) -> Any:
+        raise ValueError("num_attention_heads (4) must be the same as num_key_value_heads (2).")
+
+    monkeypatch.setattr("trainer.base.describe.meta.small_model", fails)
+    found = Architecture.from_json(architecture_of(settings("llama"), None, "the base"))
+    assert not found.tried
+    (said,) = mismatches(run(), found)
+    assert said.startswith(
+        "data.packing: documents of one row might see each other, as the code of this base runs at no"
+    )
+    assert mismatches(run("data.packing=false"), found) == []
+    (said,) = mismatches(run("data.packing=false", "train.micro_batch=2"), found)
+    assert said.startswith("train.micro_batch: 2 documents of one row would see each other with this base")
+
+
+def test_some_tokens_that_are_computed_otherwise_in_a_row_are_enough() -> None:
+    """With two heads of an indexer many keys have the score 0, and which of them are taken depends on the row."""
+    assert read_architecture(settings("deepseek_v32", index_n_heads=16)).isolates_documents
+    assert not read_architecture(settings("deepseek_v32", index_n_heads=2)).isolates_documents
+
+
+def test_a_token_that_stands_on_an_edge_is_no_leak_and_one_that_does_not_is() -> None:
+    embedding = torch.nn.Embedding(8, 4)
+    model: Any = type("Model", (), {"get_input_embeddings": lambda _self: embedding})()
+    noise, ids = self_test._Noise(model), torch.arange(8)[None]
+
+    def states() -> torch.Tensor:
+        found = embedding(ids)
+        on_edge = (found[0, 3].sum() > edge).float()
+        return torch.cat([found[:, :3], found[:, 3:4] + on_edge, found[:, 4:]], 1)
+
+    with torch.no_grad():
+        edge = embedding(ids)[0, 3].sum()
+        expected = states()
+        other, leak = expected.clone(), expected.clone()
+        other[0, 3] += 1
+        leak[0, 5] += 1
+        assert not noise.differs(other, expected, states)
+        assert noise.differs(leak, expected, states)
+        assert noise.differs(other + (leak - expected), expected, states)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "inkling2_text", "llama", "bloom"])
+def test_padding_behind_a_document_changes_neither_it_nor_its_gradient(kind: str) -> None:
+    config: Any = CONFIG_MAPPING[kind](**small_settings(CONFIG_MAPPING[kind]()))
+    facts = read_architecture({**config.to_dict(), "model_type": kind})
+    model = small_model(config, meta_model(config))
+    tokens = torch.arange(3, 3 + DOCUMENT)[None]
+    learning = [value for name, value in model.named_parameters() if name.endswith("proj.weight") or "dense" in name]
+
+    def gradient(states: torch.Tensor) -> torch.Tensor:
+        loss = states[:, :DOCUMENT].square().sum()
+        grads = torch.autograd.grad(loss, learning, allow_unused=True)
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+    alone = body(model)(input_ids=tokens, use_cache=False)[0]
+    expected = gradient(alone)
+    keep_documents_apart(model)
+    packed = PackedModel(model, Attention("eager", ""), padding=facts.padding, isolates=facts.isolates_documents)
+    sizes = DOCUMENT, PADDING
+    row = ModelInput.of(
+        torch.nn.functional.pad(tokens, (0, PADDING)),
+        torch.cat([torch.arange(size) for size in sizes])[None],
+        Segments(sizes, (Role.DOCUMENT, Role.PADDING)),
+    )
+    found = packed.hidden(row)
+    assert torch.allclose(found[:, :DOCUMENT], alone, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gradient(found), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
