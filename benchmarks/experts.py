@@ -30,7 +30,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from trainer.base.load.load import DTYPES
 from trainer.model import experts
 from trainer.model.held.blockwise import quantize_blocks
-from trainer.model.nf4 import Format, FrozenStack4bit
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldStack
 from trainer.tuning.experts.layer import ExpertLora
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -67,7 +68,7 @@ class Counter(TorchDispatchMode):
 class OneAtATime(nn.Module):
     """A stack whose `[i]` is matrix i, dequantized for the product in which it stands."""
 
-    def __init__(self, stack: FrozenStack4bit) -> None:
+    def __init__(self, stack: HeldStack) -> None:
         super().__init__()
         self.stack = stack
 
@@ -76,7 +77,7 @@ class OneAtATime(nn.Module):
 
 
 class _Matrix:
-    def __init__(self, stack: FrozenStack4bit, index: int) -> None:
+    def __init__(self, stack: HeldStack, index: int) -> None:
         self.stack, self.index = stack, index
 
     @classmethod
@@ -87,7 +88,7 @@ class _Matrix:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, stack: FrozenStack4bit, index: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, stack: HeldStack, index: int) -> Tensor:
         ctx.stack, ctx.index = stack, index
         return rows @ stack.matrices(index, index + 1)[0].T
 
@@ -108,14 +109,14 @@ def built(given: argparse.Namespace, implementation: str) -> Any:
     return made.to(DTYPES[given.dtype]).requires_grad_(False)
 
 
-def packed(given: argparse.Namespace, implementation: str, wrapped: Callable[[FrozenStack4bit], nn.Module]) -> Any:
+def packed(given: argparse.Namespace, implementation: str, wrapped: Callable[[HeldStack], nn.Module]) -> Any:
     """The same over 4 bits."""
     made = built(given, implementation)
     experts.prepare_experts(made)
     for name in STACKS:
         weight = getattr(made, name).data
         count, rows, columns = weight.shape
-        stack = FrozenStack4bit((count, rows, columns), Format("nf4", 64, False, weight.dtype))
+        stack = HeldStack((count, rows, columns), Blocks("nf4", 64, False), weight.dtype)
         parts = [quantize_blocks(matrix.flatten(), "nf4", 64) for matrix in weight]
         stack.weight = nn.Parameter(torch.cat([part for part, _ in parts]), requires_grad=False)
         stack.absmax = nn.Parameter(torch.cat([scale for _, scale in parts]).view(torch.uint8), requires_grad=False)
@@ -165,17 +166,17 @@ def passes(made: Any, given: argparse.Namespace) -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, tuple[float, Counter]]:
-    whole = FrozenStack4bit.at_once
+    whole = HeldStack.at_once
     portion = given.experts // 4 * 2 * given.hidden * given.inner * DTYPES[given.dtype].itemsize
     made, taken, counters = sides(given), dict[str, list[float]](), dict[str, Counter]()
     for _ in range(given.repeats):
         for name, side in made.items():
-            FrozenStack4bit.at_once = portion if "portions" in name else whole
+            HeldStack.at_once = portion if "portions" in name else whole
             started = time.process_time()
             passes(side, given)
             taken.setdefault(name, []).append(time.process_time() - started)
     for name, side in made.items():
-        FrozenStack4bit.at_once = portion if "portions" in name else whole
+        HeldStack.at_once = portion if "portions" in name else whole
         with Counter() as counters[name]:
             passes(side, given)
     return {name: (min(times), counters[name]) for name, times in taken.items()}

@@ -31,8 +31,9 @@ sys.path[:0] = [str(ROOT)]
 
 from launcher.smoke.stdlib_docs import source_code, source_files  # noqa: E402
 from trainer.model.held.blockwise import quantize_blocks  # noqa: E402
+from trainer.model.held.formats.blocks import Blocks  # noqa: E402
+from trainer.model.held.layers import HeldLinear, multiply_in_fp8  # noqa: E402
 from trainer.model.kernels import fp8  # noqa: E402
-from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8  # noqa: E402
 
 ROW, BATCH, HELD_OUT, RANK = 64, 4, 64, 8  # tokens, which are bytes; rows
 
@@ -89,10 +90,8 @@ def adapted(base: Any, *, eight_bits: bool) -> Any:
     return model
 
 
-def _packed(linear: nn.Linear) -> FrozenLinear4bit:
-    packed = FrozenLinear4bit(
-        linear.in_features, linear.out_features, Format("nf4", 64, double=False, dtype=torch.bfloat16)
-    )
+def _packed(linear: nn.Linear) -> HeldLinear:
+    packed = HeldLinear(linear.in_features, linear.out_features, Blocks("nf4", 64, double=False), dtype=torch.bfloat16)
     weight, absmax = quantize_blocks(linear.weight.detach().flatten(), "nf4", 64)
     packed.weight = nn.Parameter(weight, requires_grad=False)
     packed.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)

@@ -8,7 +8,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
-from trainer.model.nf4 import Format, FrozenStack4bit
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldStack
 
 
 def decoded(packed: Tensor, state: bnb.QuantState) -> Tensor:
@@ -55,9 +56,9 @@ def decode_layers(model: nn.Module) -> None:
             model.set_submodule(path, plain)
 
 
-def packed_stack(source: Tensor, double: bool = False) -> tuple[FrozenStack4bit, Tensor]:
+def packed_stack(source: Tensor, double: bool = False) -> tuple[HeldStack, Tensor]:
     """A stack of matrices (n, rows, columns) as bitsandbytes packs each, and the weights that it then holds."""
-    stack = FrozenStack4bit((len(source), source.shape[1], source.shape[2]), Format("nf4", 64, double, source.dtype))
+    stack = HeldStack((len(source), source.shape[1], source.shape[2]), Blocks("nf4", 64, double), source.dtype)
     whole, parts = torch.empty_like(source), list[list[Tensor]]()
     for index, matrix in enumerate(source):
         code, state = bnb.quantize_4bit(matrix, quant_type="nf4", compress_statistics=double)

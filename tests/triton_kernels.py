@@ -9,22 +9,23 @@ from unittest.mock import patch
 
 import torch
 
-from trainer.model import nf4
 from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit
+from trainer.model.held.formats import blocks
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear, HeldStack
 
 CAPABILITIES = (80, 90, 100)
 
 
-def packed(shape: tuple[int, ...], dtype: torch.dtype) -> FrozenLinear4bit | FrozenStack4bit:
+def packed(shape: tuple[int, ...], dtype: torch.dtype) -> HeldLinear | HeldStack:
     """Random weights, double quantized slice by slice."""
-    form = Format("nf4", 64, True, dtype)
+    form = Blocks("nf4", 64, True)
     slices = shape[0] if len(shape) == 3 else 1
-    module = FrozenStack4bit(shape, form) if len(shape) == 3 else FrozenLinear4bit(shape[1], shape[0], form)
+    module = HeldStack(shape, form, dtype) if len(shape) == 3 else HeldLinear(shape[1], shape[0], form, dtype)
     generator = torch.Generator().manual_seed(sum(shape))
     parts: dict[str, list[torch.Tensor]] = {"weight": [], "absmax": [], "nested_absmax": []}
     for number in range(slices):
-        weights = torch.randn(module.layout.numel, generator=generator) * (1 + number)
+        weights = torch.randn(module.numel, generator=generator) * (1 + number)
         nibbles, absmax = quantize_blocks(weights, "nf4", 64)
         codes, nested, module.absmax_mean[number] = quantize_absmax(absmax)
         for part, value in zip(parts.values(), (nibbles, codes, nested.view(torch.uint8)), strict=True):
@@ -46,7 +47,7 @@ def interpret() -> None:
             first, last = (1, shape[0]) if len(shape) == 3 else (0, 1)
             plain = module.matrices(first, last)
             called = patch.object(double, "dequantize_double", wraps=double.dequantize_double)
-            with patch.object(nf4, "has_one_pass", return_value=True), called as kernel:
+            with patch.object(blocks, "has_one_pass", return_value=True), called as kernel:
                 ours = module.matrices(first, last)
             assert kernel.called
             assert torch.equal(ours, plain), (shape, dtype)

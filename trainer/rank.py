@@ -91,7 +91,7 @@ def run_rank(
 
 
 class _Rows(NamedTuple):
-    """This rank's rows: of the training, of the data that is held out, and of each of `eval.sets`."""
+    """This rank's rows for training, for the held-out data, and for each of `eval.sets`."""
 
     train: Stream
     held_out: Stream | None
@@ -99,7 +99,7 @@ class _Rows(NamedTuple):
 
 
 def _train(start: Start, training: Training, restored: CheckpointManifest | None) -> None:
-    """Take the steps that are left, and write the record of each; none where a stop was asked for while the model was
+    """Take the remaining steps and write the record of each. Takes none if a stop was requested while the model was
     loaded.
     """
     metrics, device, first = start.metrics, start.ranks.device, start.ranks.rank == 0
@@ -107,7 +107,7 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     last = training.horizon.steps  # unless something ends it before
     stop_before_training(training, step, position, committed=restored is not None)
     metrics.write("phase", phase="first_step")
-    # Its threads may wait for a chapter that does not come.
+    # Its threads may be waiting for a chapter that will not come.
     with (
         closing(training.stream.chapters),
         metered(device, reads=first) as power,
@@ -125,7 +125,7 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
 
 
 def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Training, CheckpointManifest | None]:
-    """Data, model, engine and checkpoints, put together; and the checkpoint that the state comes from, if any.
+    """Assemble data, model, engine and checkpoints; also return the checkpoint that the state comes from, if any.
 
     The order matters: the number of rows decides the accumulation that DeepSpeed is told, a reference is read off the
     base, or the base with the adapter that the run begins from, before a checkpoint is restored into it, and the record
@@ -134,7 +134,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     resolved, ranks = start.resolved, start.ranks
     if ranks.rank == 0:
         start.folder.put(layout.ENVIRONMENT, environment(ranks))
-    check_same_base(resolved.base, ranks.world)  # before what is made of it is kept for other starts
+    check_same_base(resolved.base, ranks.world)  # before anything made from it is kept for other starts
     rows = _rows(start, datasets)
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")
@@ -185,15 +185,16 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
 
 
 def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -> None:
-    """Give the streams the stored reference of their data, computed here unless it is there; after a stop request they
-    may be without it. Collective."""
+    """Give the streams the stored reference of their data, and compute it if it is missing. After a stop request the
+    streams may be without it. Collective.
+    """
     rows.train.reference = reference.log_probabilities(datasets.train, rows.train.chapters)
     if rows.held_out is not None and datasets.eval:
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
 def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) -> Checkpoints:
-    """The checkpoints of the run, whose folder keeps the texts that they belong to. Collective."""
+    """The checkpoints of the run. The run's folder keeps the texts that they refer to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))
     ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
@@ -213,8 +214,8 @@ def _training(
     datasets: Datasets,
     place: tuple[int, Position],
 ) -> Training:
-    """Everything that the loop needs to go on from `place`, without the windows of data whose loss was not finite
-    before. Collective.
+    """Everything that the loop needs to go on from `place`, without windows of data whose loss was not finite before.
+    Collective.
     """
     config, ranks = start.config, start.ranks
     bad = ranks.broadcast(bad_windows(start.folder) if ranks.rank == 0 and config.retry.skip_bad_window else [])

@@ -153,13 +153,14 @@ def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
     bitsandbytes' kernels, and double quantized ones by them and by our own kernel."""
     import torch
 
-    from trainer.model import nf4
     from trainer.model.held import blockwise
+    from trainer.model.held.formats import blocks
+    from trainer.model.held.layers import HeldLinear
 
     rows, columns = (64, 176) if given.pretend else (4096, 14336)
     for double in (False, True):
-        linear = nf4.FrozenLinear4bit(rows, columns, nf4.Format("nf4", 64, double, torch.bfloat16))
-        packed, absmax = blockwise.quantize_blocks(torch.randn(linear.layout.numel, dtype=torch.bfloat16), "nf4", 64)
+        linear = HeldLinear(rows, columns, blocks.Blocks("nf4", 64, double), torch.bfloat16)
+        packed, absmax = blockwise.quantize_blocks(torch.randn(linear.numel, dtype=torch.bfloat16), "nf4", 64)
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
         if double:
             codes, nested, mean = blockwise.quantize_absmax(absmax)
@@ -169,23 +170,23 @@ def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
         else:
             linear.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
         host, there = linear.dequantize(), linear.to(device())
-        ours = nf4.has_one_pass
+        ours = blocks.has_one_pass
         for one_pass in {False, double and ours(device())}:
-            nf4.has_one_pass = lambda _device, one_pass=one_pass: one_pass
+            blocks.has_one_pass = lambda _device, one_pass=one_pass: one_pass
             same = torch.equal(host, there.dequantize().cpu())
             seconds = seconds_of(there.dequantize)
             rate = host.nbytes * 1.28 / seconds / 1e12  # the weights written, and 4.5 bits of each read
             what = f"dequantizing {rows} x {columns}{', double' if double else ''}{', in one pass' if one_pass else ''}"
             yield Figure(what, f"{1e3 * seconds:.2f} ms, {rate:.2f} TB/s", "the CPU's bits", same)
-        nf4.has_one_pass = ours
+        blocks.has_one_pass = ours
 
 
 def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
     """A run of more weights than a kernel that counts in 32 bits can decode, beside its parts, by each way."""
     import torch
 
-    from trainer.model import nf4
     from trainer.model.held import blockwise
+    from trainer.model.held.formats import blocks
 
     if given.pretend:
         blockwise.AT_ONCE = 2**15
@@ -200,7 +201,7 @@ def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
             return blockwise.dequantize_blocks(*some, last - first, kind, 64, torch.bfloat16)
 
         yield _beside_its_parts(f"{numel} weights in {kind}", decoded, numel, part)
-    if not nf4.has_one_pass(device()):
+    if not blocks.has_one_pass(device()):
         return
     from trainer.model.kernels.double import dequantize_double
 

@@ -30,7 +30,8 @@ RunName = Annotated[
 StoreOption = Annotated[str, typer.Option("--store", envvar="CAPSTAN_STORE", help="The store that RUN is in.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs go to stderr.")]
 TakeOver = Annotated[
-    bool, typer.Option("--take-over", help="Also when the run is alive: what it has not committed is lost.")
+    bool,
+    typer.Option("--take-over", help=("Take the run over even if it is alive. What it has not committed is lost.")),
 ]
 TrustRun = Annotated[
     bool,
@@ -38,16 +39,16 @@ TrustRun = Annotated[
         "--trust-run",
         envvar="CAPSTAN_TRUST_RUN",
         help=(
-            "Read the files and run the code that its config.yaml names, though you have not started the run with it:"
+            "Read the files and run the code that the run's config.yaml names, although you have not started the run:"
             " docs/credentials.md."
         ),
     ),
 ]
 StepOption = Annotated[
-    int | None, typer.Option("--step", help="The checkpoint of this step. Default: the newest that is whole.")
+    int | None, typer.Option("--step", help="The checkpoint of this step. Default: the newest whole one.")
 ]
 BestOption = Annotated[bool, typer.Option("--best", help="The checkpoint with the lowest evaluation loss.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 FormatOptions = Annotated[

@@ -45,14 +45,14 @@ def dequantize(
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
     stored = describe_base(config.model).stored
-    if stored.unmergeable or not (config.quant.quantizes or stored.decoded):
+    if stored.unmergeable or not (config.quant.held.quantizes or stored.decoded):
         raise ConfigError(
             f"quant.type: {config.quant.type} computes with {config.model.base} as its files have it. Serve that"
             " itself."
         )
     if config.model.layers:
         raise ConfigError("model.layers: only the whole base can be written. Leave it out.")
-    found = Dequantized(config.model.base, config.quant.in_words, destination)
+    found = Dequantized(config.model.base, config.quant.held.in_words, destination)
     if dry_run:
         return found
     with bar("writing") as progress:

@@ -14,7 +14,7 @@ import pytest
 from launcher.policy.foreign import check_own, evaluated
 from launcher.start.claim import claimed
 from tests.cli.conftest import ENVIRONMENT, Capstan
-from tests.material import Workshop, commit
+from tests.material import Workshop, commit, make_data
 from trainer.config import dump_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -207,3 +207,26 @@ def test_who_has_started_a_run_reads_it_without_a_flag(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of another user"))
     with pytest.raises(ConfigError, match="data.eval"):
         check_own(mine, config, evaluated, (), trust=False)
+
+
+@pytest.mark.long
+def test_a_run_of_ones_own_is_trained_measured_and_continued_without_a_flag(
+    theirs: Workshop, reader: Capstan, tmp_path: Path
+) -> None:
+    other = make_data(tmp_path / "eval.jsonl", seed=9)
+    config = theirs.config("own", f"run.store={tmp_path / 'store'}", f"data.eval=[{{path: {other}}}]", "train.steps=1")
+    (tmp_path / "own.yaml").write_text(dump_config(config))
+    run, before = str(tmp_path / "store" / "own"), dict(ENVIRONMENT)
+    for given in (
+        ("train", tmp_path / "own.yaml"),
+        ("evaluate", run),
+        ("generate", run, "--prompts", _prompts(tmp_path), "--max-tokens", "2"),
+        ("export", run, tmp_path / "exported"),
+        ("resume", run, "train.steps=2"),
+        ("evaluate", run),
+    ):
+        done = reader(*given, timeout=500)
+        assert done.returncode == 0, done.stderr
+    shutil.move(tmp_path / "store" / "own", tmp_path / "store" / "moved")
+    assert reader("evaluate", tmp_path / "store" / "moved", "--dry-run").returncode == 0
+    assert before == ENVIRONMENT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import ENVIRONMENT
-from tests.material import Workshop, commit
+from tests.material import Workshop, commit, make_data
 from trainer.config import dump_config
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
@@ -44,7 +44,8 @@ UNSURE = ("doctor", "logs")
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop = Workshop(tmp_path_factory.mktemp("workshop"), "speck", shard_size="2KB")
-    config = workshop.config("done", f"data.eval=[{{path: {workshop.data}}}]")
+    other = make_data(workshop.folder / "eval.jsonl", seed=9)
+    config = workshop.config("done", f"data.eval=[{{path: {other}}}]")
     (workshop.folder / "run.yaml").write_text(dump_config(config))
     (workshop.folder / "prompts.txt").write_text("the ant\n")
     commit(workshop.store.sub("done"), config)

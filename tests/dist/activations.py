@@ -7,7 +7,8 @@ from typing import Any
 
 from tests.dist import gradients
 from trainer.config import parse_config, training
-from trainer.model import nf4, tiled
+from trainer.model import tiled
+from trainer.model.held import blockwise
 from trainer.plan.assemble import settle
 from trainer.plan.resolve import resolve
 from trainer.processes import ranks as ranks_module
@@ -21,7 +22,7 @@ def first_steps(loads: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
     dequantized and the passes through MLPs in tiles, which are of 16 tokens."""
     training.MLP_TILE = tiled.MLP_TILE = 16
     counts, found = Counter[str](), []
-    _count(nf4, "dequantize_blocks", "dequantized", counts)
+    _count(blockwise, "dequantize_blocks", "dequantized", counts)
     _count(tiled, "dequantized_once", "tiled", counts)
     for load in loads:
         counts.clear()

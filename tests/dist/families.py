@@ -28,7 +28,7 @@ from trainer.data.order.position import Position
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.model.nf4 import Packed
+from trainer.model.held.layers import HeldWeights
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
@@ -198,10 +198,10 @@ def _pack(here: Assembled, stock: nn.Module, config: Config) -> tuple[list[str],
     """
     differing, packed = list[str](), list[str]()
     for path, module in here.engine.model.named_modules():
-        if not isinstance(module, Packed):
+        if not isinstance(module, HeldWeights):
             continue
         path = path.removesuffix(".base_layer")
-        weight = stock.get_parameter(path if module.layout.slices > 1 else f"{path}.weight")
+        weight = stock.get_parameter(path if module.slices > 1 else f"{path}.weight")
         matrices = weight.data if weight.ndim == 3 else weight.data[None]
         theirs = [
             bnb.quantize_4bit(matrix, blocksize=config.quant.block_size, quant_type=config.quant.type)

@@ -6,7 +6,7 @@ from typing import Any
 from tests.dist.assembled import assemble_run
 from tests.dist.loading import probe
 from trainer.config import override, parse_config
-from trainer.model.stored import StoredWeights
+from trainer.model.held.layers import HeldWeights
 
 
 def kept_and_decoded(config_text: str, bases: list[str]) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def kept_and_decoded(config_text: str, bases: list[str]) -> list[dict[str, Any]]
                 parse_config(config_text), f"model.base={where}", f"quant.type={quant}", "model.dtype=fp32"
             )
             here = assemble_run(given)
-            modules = sum(isinstance(module, StoredWeights) for module in here.engine.model.modules())
+            modules = sum(isinstance(module, HeldWeights) for module in here.engine.model.modules())
             runs.append((here.engine.logits(probe()), modules, here.report))
         (logits, modules, report), (expected, none, _) = runs
         assert none == 0

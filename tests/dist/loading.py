@@ -25,7 +25,7 @@ from trainer.base.partitions.filling import Quantize, as_tensor
 from trainer.config import Config, override, parse_config
 from trainer.errors import StorageError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.nf4 import FrozenLinear4bit, Packed
+from trainer.model.held.layers import HeldLinear, HeldWeights
 from trainer.plan.assemble import checksums
 from trainer.processes.ranks import join
 from trainer.state.zero.policy import build_deepspeed_config
@@ -45,7 +45,7 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             found = resolve_base(config.model)
             model, _ = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), "world")
             for name, module in model.named_modules():
-                if isinstance(module, FrozenLinear4bit):
+                if isinstance(module, HeldLinear):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
                     whole = as_tensor(source.read(0, numel(source)), source).view(source.shape).bfloat16()
                     problems = _differences(module, whole[None], config)
@@ -71,7 +71,7 @@ def _watched_scales() -> list[int]:
     return found
 
 
-def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
+def _differences(module: HeldWeights, matrices: Tensor, config: Config) -> list[str]:
     """How the packed bytes differ from bitsandbytes' of each of the `matrices` (slices, outputs, inputs)."""
     quant, theirs = config.quant, dict[str, list[Tensor]]()
     for matrix in matrices:
@@ -84,13 +84,13 @@ def _differences(module: Packed, matrices: Tensor, config: Config) -> list[str]:
         for key, tensor in found.items():
             theirs.setdefault(key, []).append(tensor)
     with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-        slices = module.matrices(0, module.layout.slices)
+        slices = module.matrices(0, module.slices)
         ours: dict[str, Any] = {"weight": module.weight.data, "dequantized": slices}
         if quant.double:
-            ours |= {"absmax": module.absmax.data, "nested": module.nested_absmax.data.view(torch.float32)}
+            ours |= {"absmax": module.part("absmax"), "nested": module.part("nested_absmax").view(torch.float32)}
             ours |= {"mean": module.absmax_mean}
         else:
-            ours |= {"absmax": module.absmax.data.view(torch.float32)}
+            ours |= {"absmax": module.part("absmax").view(torch.float32)}
         every = {key: torch.cat(tensors) for key, tensors in theirs.items()}
         return [
             f"{key}: {tuple(ours[key].shape)} and {tuple(every[key].shape)}, "
@@ -116,7 +116,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
         reference = AutoModelForCausalLM.from_pretrained(Path(base, "decoded"), dtype=torch.bfloat16)
         expected, compared, differing, other = dict(reference.named_parameters()), 0, [], []
         for path, module in here.engine.model.named_modules():
-            if isinstance(module, Packed):
+            if isinstance(module, HeldWeights):
                 plain = path.removesuffix(".base_layer")
                 whole = expected[plain if plain in expected else f"{plain}.weight"].detach()
                 if whole.ndim == 2 and isinstance(reference.get_submodule(plain), Conv1D):
@@ -125,7 +125,7 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
                 compared += 1
                 differing += [f"{name} {plain}: {problem}" for problem in problems]
                 with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))):
-                    held = module.matrices(0, module.layout.slices)
+                    held = module.matrices(0, module.slices)
                 if not torch.equal(held.flatten(), whole.flatten()):
                     other.append(plain)
         logits = here.engine.logits(probe())

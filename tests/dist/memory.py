@@ -24,8 +24,13 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model import tiled
 from trainer.model.attention import choose_attention
+<<<<<<< HEAD
 from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.nf4 import FrozenLinear4bit
+=======
+from trainer.model.held.layers import HeldLinear
+from trainer.model.micro_batch import MicroBatch
+>>>>>>> main
 from trainer.processes.ranks import join
 from trainer.state.checkpoint import reading as checkpoint_reading
 from trainer.state.zero.engine import Engine
@@ -56,20 +61,20 @@ def gathered_in_step(config_text: str) -> dict[str, int]:
 
 
 def _most_gathered(engine: Engine, keep: Callable[[Tensor], None] = lambda _: None) -> int:
-    gathered, bytes_there, plain = dict[StorageWeakRef, int](), list[int](), FrozenLinear4bit.dequantize
+    gathered, bytes_there, plain = dict[StorageWeakRef, int](), list[int](), HeldLinear.dequantize
 
-    def noting(self: FrozenLinear4bit) -> Tensor:
+    def noting(self: HeldLinear) -> Tensor:
         keep(self.weight.data)
         storage = self.weight.data.untyped_storage()
         gathered[StorageWeakRef(storage)] = storage.nbytes()
         bytes_there.append(sum(size for one, size in gathered.items() if not one.expired()))
         return plain(self)
 
-    FrozenLinear4bit.dequantize = noting
+    HeldLinear.dequantize = noting
     try:
         _pass_through(engine, 16)
     finally:
-        FrozenLinear4bit.dequantize = plain
+        HeldLinear.dequantize = plain
     return max(bytes_there)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trainer.config import Checkpoint
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, is_judged
 from trainer.data.render.text_files import kept_text
 from trainer.errors import AlreadyExists, ConfigError, StorageError
+from trainer.export.folder import holds_export
 from trainer.run import layout
 from trainer.run.evaluations import keep_evaluation, read_evaluation
 from trainer.run.owner import newest_number, read_owner, take
@@ -66,8 +68,9 @@ def test_an_object_is_anothers_when_two_reads_say_so(through: Through) -> None:
         store.create("claim", b"yours")
 
 
-def test_an_empty_object_is_nobodys_own(through: Through) -> None:
-    with through(Fault("PUT", "000001", "lost")) as store:
+@pytest.mark.parametrize("how", ["lost", "late"])
+def test_an_empty_object_is_nobodys_own(through: Through, how: How) -> None:
+    with through(Fault("PUT", "000001", how)) as store:
         assert claim_generation(store) == 2, "another start may have claimed the first"
 
 
@@ -147,3 +150,21 @@ def test_what_two_answers_say_is_damaged(through: Through) -> None:
         pytest.raises(StorageError, match="truncated"),
     ):
         whole_checkpoint(store)
+
+
+@pytest.mark.parametrize("how", ["lost", "twice", "late"])
+def test_an_export_ends_whatever_became_of_the_answer_to_its_last_file(through: Through, how: How) -> None:
+    """As export/write/adapter.py writes it: what is there already is refused before, by its card."""
+    with through(Fault("PUT", "adapter_model", how)) as store:
+        store.create("adapter_model.safetensors", b"weights")
+        assert holds_export(store, "adapter_config.json")
+
+
+def test_a_checkpoint_is_committed_once_whatever_became_of_the_answer(through: Through) -> None:
+    for step, how in enumerate(WRITES, 1):
+        with through(Fault("PUT", "manifest", how)) as store:
+            written = checkpoints.commit(store, step)
+            assert whole_checkpoint(store).step == step
+            store.create(layout.manifest(step), written.to_json())
+            with pytest.raises(AlreadyExists):
+                store.create(layout.manifest(step), replace(written, created=2.5).to_json())

@@ -16,6 +16,7 @@ from trainer.base.describe.description import stored_format
 from trainer.config import Config, parse_config
 from trainer.data.format.formats import detect
 from trainer.errors import ConfigError
+from trainer.export.format import find_format
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
 from trainer.tuning.objective.answers import Answers
@@ -68,6 +69,16 @@ def stored(folder: Path) -> dict[str, Any]:
     raise AssertionError("thirds can be read")
 
 
+def held() -> dict[str, Any]:
+    quant = parse_config(RUN, ("quant.type=rows8", "quant.cache=true")).quant
+    return {
+        "sizes": quant.held.sizes(3, 8),
+        "refused": refusal("quant.type=rows8", "quant.double=true"),
+        "mistyped": refusal("quant.type=row8"),
+        "exported": find_format("rows8").what,
+    }
+
+
 def rows() -> dict[str, Any]:
     row = {"riddle": "What has hands?", "solution": "A clock."}
     form = detect([row], {}, ["chat"])
@@ -85,10 +96,11 @@ if __name__ == "__main__":
                 "objective": objective(),
                 "stored": stored(Path(sys.argv[1])),
                 "rows": rows(),
+                "held": held(),
                 "verbs": [name for name, _ in commands()],
                 "listed": [
                     name
-                    for name in ("spread", "loha", "diary", "gap", "riddle", "largest_every")
+                    for name in ("spread", "loha", "diary", "gap", "riddle", "largest_every", "rows8")
                     if f'"{name}"' in schema and f"{name}`" in page
                 ],
             }

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from trainer.config import Config
+from trainer.model.held.codes import Kept
 from trainer.model.kernels.attention import AttentionNeeds
 from trainer.model.rows.heads import Exchange
-from trainer.store.codes import Kept
 
 Kind = Literal["linear", "experts", "embedding", "head", "small"]
 
@@ -300,7 +300,8 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
             "train.activation_checkpointing: the layers of this base cannot be computed again, as transformers says of"
             " its class. Set it to none."
         )
-    if config.quant.type == "stored" and not any(parameter.kept for parameter in model.parameters):
+    held = config.quant.held
+    if held.packs and not held.quantizes and not any(parameter.kept for parameter in model.parameters):
         found.append(
             "quant.type: stored keeps weights as the base's files have them in 4 or 8 bits, and by its config.json this"
             " base has none that can stay so. Set quant.type: nf4, or none."
@@ -320,7 +321,7 @@ def mismatches(config: Config, model: Architecture) -> list[str]:
             f"train.micro_batch: {config.train.micro_batch} documents of one row would see each other with this base,"
             " which computes one at a time. Set it to 1; train.global_batch says how many are in a step."
         )
-    if config.quant.type != "none" and model.fails_packed:
+    if held.packs and model.fails_packed:
         found.append(
             "quant.type: this base cannot be computed with weights in 4 bits, as a small model of its kind shows"
             f" ({model.fails_packed}). Set quant.type: none."

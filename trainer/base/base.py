@@ -1,4 +1,4 @@
-"""A base as the other rooms see it: what it is made of, and the class of the ways in which its files store that.
+"""A base as other packages see it: its parts, and the protocol of the formats in which its files store them.
 
 The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
 hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places
@@ -19,15 +19,16 @@ from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
 from trainer.config import Config
 from trainer.config.model import Tokens
-from trainer.store.codes import Kept
+from trainer.model.held.codes import Kept
 from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store.store import Store
 
 
 @dataclass(frozen=True)
 class StoredFormat(ABC):
-    """How the files of a base store its weights. What is not said of a format is so of most. It is made from the
-    quantization_config of config.json, {} where there is none."""
+    """How the files of a base store its weights. The defaults hold for most formats. It is made from the
+    quantization_config of config.json, or from {} if there is none.
+    """
 
     quantization: dict[str, Any]
 
@@ -47,33 +48,35 @@ class StoredFormat(ABC):
     @staticmethod
     @abstractmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether this quantization_config is of the format; at most one format says so."""
+        """Whether this quantization_config is of this format. At most one format says so."""
 
     def mismatches(self, config: Config) -> list[str]:
-        """A sentence for each setting that does not suit what config.json says of the format."""
+        """A sentence for each setting that contradicts what config.json says of the format."""
         return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        """How the files hold a weight that may stay as it is (`quant.type: stored`), by config.json alone; None for any
-        other. A load asks the tensors themselves."""
+        """How the files hold a weight that may stay as stored (`quant.type: stored`), from config.json alone; None for
+        other weights. A load asks the tensors themselves.
+        """
         return None
 
     @abstractmethod
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
-        """The weights in the files by the names that a plain base has for them, as they are read: a weight in fewer
-        bits and its scales are one. Reads headers, and facts beside weights, but no weight. Raises `ConfigError` where
-        a part of one is missing, or has another shape or type than it should."""
+        """The weights of the files under the names of a plain base, as they are read: a weight in fewer bits and its
+        scales are one tensor. Reads headers and facts beside weights, but no weights. Raises `ConfigError` if a part of
+        a weight is missing, or has another shape or type than expected.
+        """
 
     # Most formats have one form, so there is nothing to check.
     def check(self, base: "Base", config: Config) -> None:  # noqa: B027
-        """Raises `ConfigError` when the files are in another form of the format than `config` asks for; reads no
-        weight.
+        """Raises `ConfigError` if the files have another form of the format than `config` asks for. Reads no
+        weights.
         """
 
 
 @dataclass(frozen=True)
 class Description:
-    """The facts about a base that its config.json alone tells."""
+    """The facts about a base that config.json alone gives."""
 
     architecture: Architecture
     stored: StoredFormat
@@ -84,11 +87,11 @@ class Description:
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether its makers publish it in 4 bits, in a form in which it can stay."""
+        """Whether the base is published in 4 bits, in a form in which it can stay."""
         return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
 
     def mismatches(self, config: Config) -> list[str]:
-        """A sentence for each setting of `config` that asks more of the base than it has, or otherwise."""
+        """A sentence for each setting of `config` that the base cannot meet."""
         return [*mismatches(config, self.architecture), *self.stored.mismatches(config)]
 
 
@@ -127,7 +130,7 @@ class Base:
 
     @cached_property
     def weights(self) -> Mapping[str, StoredTensor | PackedTensor]:
-        """The same as the stored format reads them, by the names of a plain base."""
+        """The weights as the stored format reads them, under the names of a plain base."""
         return self.stored.tensors(self)
 
     @cached_property
@@ -138,13 +141,15 @@ class Base:
 
     @cached_property
     def samples(self) -> dict[str, str]:
-        """Changes for each file when its weights do, as far as trainer/base/weight_samples.py looks at them."""
+        """A value for each file that changes when the file's weights do, as far as trainer/base/weight_samples.py
+        samples them.
+        """
         return sample_weights(self.store, self.headers)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the architecture, the tensors' names, shapes, types or places change. Weights are not looked
-        at.
+        """A value that changes when the architecture or the tensors' names, shapes, types or places change. It does not
+        depend on weights.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):

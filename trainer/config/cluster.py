@@ -29,7 +29,7 @@ class Ray(Section):
     )
     start_timeout: Seconds = setting(
         300,
-        about="How long to wait for room for the workers that were asked for, and then for their processes to begin.",
+        about="How long to wait for room for the ranks, and then for their processes to begin.",
         example=600,
     )
     resize_interval: Seconds = setting(
@@ -45,8 +45,8 @@ class Ray(Section):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK",
         about=(
-            "How Ray lays the ranks out over machines: PACK fills one after the other, SPREAD takes as many as there"
-            " are; STRICT refuses anything else."
+            "How Ray places the ranks. PACK fills one machine after the other, SPREAD uses as many machines as there"
+            " are. STRICT_PACK and STRICT_SPREAD refuse anything else."
         ),
         example="SPREAD",
     )
@@ -71,7 +71,7 @@ class Slurm(Section):
     node.
     """
 
-    nodes: int = setting(1, about="Machines.", example=2, ge=1, unit="nodes")
+    nodes: int = setting(1, about="Number of nodes.", example=2, ge=1, unit="nodes")
     gpus_per_node: int | None = setting(
         None, about="GPUs of each node. Default: none, the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
     )
@@ -88,7 +88,10 @@ class Slurm(Section):
     )
     memory_per_node: str | None = setting(
         None,
-        about="Memory of each node, in Slurm's notation; 0 is all of it. Default: the partition's.",
+        about=(
+            "Memory of each node, in Slurm's notation (--mem). 0 is all of it. Default: the partition's, which is"
+            " often too little."
+        ),
         example="900G",
         pattern=r"^\d+[KMGT]?$",
     )
@@ -97,7 +100,7 @@ class Slurm(Section):
     qos: str | None = setting(None, about="Quality of service.", example="high")
     time: str | None = setting(
         None,
-        about="Time limit of one job, after which the run goes on in the next. Default: the partition's.",
+        about="Time limit of one job. The run goes on in the next job. Default: the partition's.",
         example="24:00:00",
         pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
         unit="[days-]hours:minutes:seconds",
@@ -125,19 +128,21 @@ class Slurm(Section):
     output: str | None = setting(
         None,
         about=(
-            "Folder of the job's output file. Default: the run's folder where the store is one, else the current"
-            " folder."
+            "Folder of the job's output file. Default: the run's folder if the store is a folder, otherwise the"
+            " current folder."
         ),
         example="/home/me/logs",
     )
     launch: Literal["ray", "direct"] = setting(
         "ray",
-        about="ray starts Ray on the nodes; direct starts the ranks with srun, and nothing restarts them inside a job.",
+        about=(
+            "ray starts Ray on the nodes. direct starts the ranks with srun, and nothing restarts them inside a job."
+        ),
         example="direct",
     )
     signal_seconds: int = setting(
         300,
-        about="How long before the time limit the run commits and stops. A commit and the end must fit in.",
+        about="How long before the time limit the run commits and stops. The commit must fit into this time.",
         example=600,
         ge=30,
         le=65535,
@@ -146,7 +151,7 @@ class Slurm(Section):
     chain: int = setting(
         0,
         about=(
-            "Where jobs must not be requeued: how many jobs to submit that follow each other. 0 is one that requeues"
+            "If jobs must not be requeued: how many jobs to submit that follow each other. 0 is one job that requeues"
             " itself."
         ),
         example=4,
@@ -177,8 +182,8 @@ class Cluster(Section):
     workers: int | tuple[int, int] | None = setting(
         None,
         about=(
-            "Ranks, or [fewest, most] for a run that goes on with fewer when machines leave the Ray cluster and grows"
-            " when they come. Default: one for each GPU of the cluster, one without GPUs."
+            "Number of ranks, or [fewest, most] for a run that shrinks when machines leave the Ray cluster and grows"
+            " when they come. Default: one for each GPU of the cluster, or one without GPUs."
         ),
         example=[8, 32],
         unit="ranks",
@@ -186,8 +191,8 @@ class Cluster(Section):
     gpus_per_worker: Literal[0, 1] | None = setting(
         None,
         about=(
-            "GPUs of each rank; 0 is the CPU. Default: 1 where there are GPUs, else 0. GPUs that torch cannot use are"
-            " an error."
+            "GPUs of each rank. 0 uses the CPU. Default: 1 if there are GPUs, otherwise 0. GPUs that torch cannot use"
+            " are an error."
         ),
         example=1,
         unit="GPUs",
@@ -202,9 +207,8 @@ class Cluster(Section):
     nccl: dict[str, str | int] = setting(
         {},
         about=(
-            "Variables of NCCL for every rank, whoever starts it: the network interfaces, InfiniBand adapters and so on"
-            " that it uses. They win over those of the environment; `capstan doctor --config` says what NCCL makes of"
-            " them."
+            "Variables of NCCL for every rank, however it is started: network interfaces, InfiniBand adapters and so"
+            " on. They override the environment. `capstan doctor --config` shows what NCCL makes of them."
         ),
         example={"NCCL_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"},
     )

@@ -29,7 +29,7 @@ class EvalSet(Section):
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in its rows, as data.fields. Default: data.fields, where the format is the same.",
+        about="Names of the fields in its rows, as in data.fields. Default: data.fields, if the format is the same.",
         example={"text": "content"},
     )
 
@@ -59,14 +59,14 @@ class Evaluation(Section):
 
     every: Steps = setting(
         0,
-        about="Evaluate every so many steps, before the first step and at the end; 0 is only at the end.",
+        about="Evaluate every so many steps, before the first step and at the end. With 0 only at the end.",
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Instead of every: evaluate so many times in each pass over the training data, at even distances and at its"
-            " end, and before the first step. `capstan plan` says which steps these are."
+            "Instead of every: evaluate so many times in each pass over the training data, at even distances and at"
+            " its end, and before the first step. `capstan plan` lists the steps."
         ),
         example=4,
         ge=0,
@@ -76,8 +76,8 @@ class Evaluation(Section):
     sets: dict[str, EvalSet] = setting(
         {},
         about=(
-            "Further evaluation data by name, each with a loss of its own, such as general data that shows what the"
-            " model forgets."
+            "Further evaluation data by name, each with its own loss, such as general data that shows what the model"
+            " forgets."
         ),
         example={"general": {"path": "data/general.jsonl", "format": "text"}},
     )

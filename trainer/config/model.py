@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import field_validator, model_validator
 
 from trainer.config.reading.patterns import check_patterns
-from trainer.config.registry import OneOf
+from trainer.config.registry import OneOf, chosen, kinds
 from trainer.config.section import Section, setting, with_parts
+from trainer.errors import ConfigError
 
 
 class Tokens(NamedTuple):
@@ -21,11 +22,13 @@ class Tokens(NamedTuple):
 class SpecialTokens(Section):
     """Tokens that the tokenizer has, for uses that its own files give to others."""
 
-    pad: str | None = setting(None, about="Padding; Capstan itself pads nothing.", example="<pad>", min_length=1)
-    eos: str | None = setting(
-        None, about="The end of a text, behind which answers stop.", example="<|im_end|>", min_length=1
+    pad: str | None = setting(
+        None, about="The padding token. Capstan itself pads nothing.", example="<pad>", min_length=1
     )
-    bos: str | None = setting(None, about="The beginning of a text.", example="<s>", min_length=1)
+    eos: str | None = setting(
+        None, about="The token that ends a text, and an answer.", example="<|im_end|>", min_length=1
+    )
+    bos: str | None = setting(None, about="The token that begins a text.", example="<s>", min_length=1)
 
 
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -45,23 +48,26 @@ class RopeScaling(Section):
     rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
         None,
         about=(
-            "How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors are given."
-            " dynamic is not possible, as its frequencies would follow from the rows before. Default: the base's own."
+            "How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors you give."
+            " dynamic is refused, because its frequencies depend on earlier rows. Default: the base's own."
         ),
         example="yarn",
     )
     factor: float | None = setting(
-        None, about="How many times as many positions there are.", example=4.0, gt=1, le=1024
+        None, about="Factor by which the number of positions grows.", example=4.0, gt=1, le=1024
     )
     original_max_position_embeddings: int | None = setting(
         None,
-        about="The positions that the base was trained for. Default: by its config.json.",
+        about="The positions that the base was trained for. Default: from its config.json.",
         example=32768,
         ge=1,
         unit="tokens",
     )
     attention_factor: float | None = setting(
-        None, about="yarn and longrope: factor of the attention's scores. Default: by factor.", example=1.2, gt=0
+        None,
+        about="yarn and longrope: factor of the attention's scores. Default: computed from factor.",
+        example=1.2,
+        gt=0,
     )
     beta_fast: float | None = setting(
         None, about="yarn: rotations above which a frequency stays. Default: 32.", example=32.0, gt=0
@@ -121,8 +127,8 @@ class Model(Section):
 
     base: str = setting(
         about=(
-            "A Hugging Face model with safetensors files: a directory, an s3://, gs:// or az:// URI (read from there by"
-            " ranges, without a local copy), or a Hub id (downloaded into Hugging Face's cache)."
+            "A Hugging Face model with safetensors files: a directory, a URI (s3://, gs://, az://; read by ranges,"
+            " without a local copy), or a Hub id (downloaded into Hugging Face's cache)."
         ),
         example="/models/Llama-3.1-8B",
     )
@@ -139,18 +145,19 @@ class Model(Section):
     ] = setting(
         "auto",
         about=(
-            "Attention kernel. auto takes the first of these that can run here and does what the base needs, values and"
-            " gradients: those of the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager (plain"
-            " products, which hold all scores at once). The log says which and why; docs/attention.md says which where."
+            "Attention kernel. auto takes the first of these that runs on the machine and computes what the base"
+            " needs, with gradients: the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager"
+            " (plain products, which hold all scores at once). The log names the kernel and the reason."
+            " docs/attention.md has a table."
         ),
         example="sdpa",
     )
     kernels: Literal["auto", "liger", "none"] = setting(
         "auto",
         about=(
-            "Kernels for norms, rotary embeddings and gated MLPs. liger: those of the liger-kernel package, on a GPU"
-            " (the extra gpu). none: the base's own operations. auto is liger where it is installed and knows the base,"
-            " and otherwise none. The log says which and why."
+            "Kernels for norms, rotary embeddings and gated MLPs. liger: the package liger-kernel, on a GPU (extra"
+            " gpu). none: the base's own operations. auto: liger if it is installed and knows the base, otherwise none."
+            " The log names the choice and the reason."
         ),
         example="none",
     )
@@ -159,7 +166,7 @@ class Model(Section):
     )
     layers: int | None = setting(
         None,
-        about="Use only the first layers of the base: for smoke runs of a large model.",
+        about="Use only the first layers of the base, for smoke runs of a large model.",
         example=2,
         ge=1,
         unit="layers",
@@ -167,8 +174,8 @@ class Model(Section):
     add_tokens: list[str] = setting(
         [],
         about=(
-            "Texts that become one token each, whose rows of the embedding and of the output head learn beside the"
-            " adapter. A token that the tokenizer has already, such as a reserved one, learns in its own row."
+            "Texts that become one token each. Their rows of the embedding and of the output head learn beside the"
+            " adapter. A token that the tokenizer already has, such as a reserved one, learns in its own row."
         ),
         example=["<tool>", "</tool>"],
     )
@@ -194,55 +201,48 @@ class Model(Section):
 class Quant(Section):
     """How the linear layers are stored, which then stay frozen."""
 
-    type: Literal["nf4", "fp4", "int8", "stored", "none"] = setting(
+    type: Annotated[str, OneOf("trainer.model.held.formats", "HELD")] = setting(
         "nf4",
         about=(
-            "Type that the base is quantized to: nf4 or fp4 in 4 bits, or int8; none for 16-bit weights; or stored:"
-            " weights stay as the base's files have them, in INT4, MXFP4, FP4, FP8 or INT8, and those in 16 bits too."
-            " Where a configuration says nothing of quant and the base is published in 4 bits, it is stored."
-            " docs/bases.md says which bases can."
+            "How the base is held. The default is nf4, or stored if the configuration has no section quant and the base"
+            " is published in 4 bits."
         ),
         example="nf4",
     )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
         64, about="Weights that share one scale (absmax).", example=64, unit="weights"
     )
-    double: bool = setting(False, about="Quantize the scales too, to 8 bits (saves 0.37 bits a weight).", example=True)
+    double: bool = setting(
+        False, about="Also quantize the scales to 8 bits, which saves 0.37 bits a weight.", example=True
+    )
 
     cache: bool = setting(
         False,
         about=(
-            "Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs)"
-            " and read it from there next time: a quarter of the bytes, at any number of ranks. Every byte is checked"
+            "Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs)."
+            " Later starts read it from there: a quarter of the bytes, on any number of ranks. Every byte is checked"
             " against its hash."
         ),
         example=True,
     )
 
     @property
-    def quantizes(self) -> bool:
-        """Whether weights are quantized that files have in 16 bits, or in other codes."""
-        return self.type in ("nf4", "fp4", "int8")
-
-    @property
-    def in_words(self) -> str:
-        """The base in a sentence: `trained over the base ...`."""
-        return "as it is stored" if self.type == "stored" else f"in {self.type}"
+    def held(self) -> Any:
+        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` where there
+        is none of that name.
+        """
+        known = kinds("trainer.model.held.formats", "HELD")
+        return chosen(known, "quant.type", self.type).with_settings(self.block_size, self.double)
 
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
-        if self.type in ("none", "stored"):
-            for name in ("double", "cache"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"quant.{name}: true has no effect with quant.type: {self.type}. Remove it, or set quant.type:"
-                        " nf4."
-                    )
-        if self.type == "int8" and self.double:
-            raise ValueError(
-                "quant.double: true is for the scales of 4 bits. With quant.type: int8 set quant.block_size: 256 for"
-                " fewer scales."
-            )
+        try:
+            held = self.held
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        for name in ("double", "cache"):
+            if getattr(self, name) and (remedy := held.unread(name)):
+                raise ValueError(f"quant.{name}: true has no effect with quant.type: {self.type}. {remedy}")
         return self
 
 
@@ -255,9 +255,9 @@ class Tuning(Section):
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
     alpha: float = setting(
-        32.0, about="Scale of the adapters' output, before the division by the rank.", example=32, gt=0
+        32.0, about="Scale of the adapters' output, before it is divided by the rank.", example=32, gt=0
     )
-    dropout: float = setting(0.0, about="Share of the adapters' inputs dropped in training.", example=0.05, ge=0, lt=1)
+    dropout: float = setting(0.0, about="Share of the adapters' inputs that training drops.", example=0.05, ge=0, lt=1)
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
         about=(
@@ -271,14 +271,14 @@ class Tuning(Section):
     layers: tuple[int, int] | None = setting(
         None,
         about=(
-            "Adapt the targets in these decoder layers only: the number of the first one, counted from 0, and that"
-            " behind the last. Default: in all."
+            "Adapt only these decoder layers: the number of the first one, counted from 0, and the number after the"
+            " last one. Default: all."
         ),
         example=[10, 32],
     )
     virtual_tokens: int = setting(
         20,
-        about="Tokens that are learnt and put before each document.",
+        about="Number of learnt tokens before each document.",
         example=100,
         ge=1,
         le=4096,
@@ -287,15 +287,15 @@ class Tuning(Section):
     init_text: str | None = setting(
         None,
         about=(
-            "Text whose tokens, repeated or cut to virtual_tokens, are those that the virtual ones start from."
-            " Default: tokens drawn from the vocabulary by run.seed."
+            "Text whose tokens, repeated or cut to virtual_tokens, are the start of the virtual tokens. Default:"
+            " run.seed draws tokens from the vocabulary."
         ),
         example="Classify the message as spam or not: ",
         min_length=1,
     )
     experts: bool = setting(
         False,
-        about="Adapters on every matrix of a mixture's experts as well. Routers stay frozen.",
+        about="Also put adapters on every matrix of a mixture's experts. Routers stay frozen.",
         example=True,
     )
     experts_rank: int | None = setting(
@@ -313,8 +313,8 @@ class Tuning(Section):
     start: str | None = setting(
         None,
         about=(
-            "An adapter that learning begins from: a run of this store by its name (its newest checkpoint at the first"
-            " start) or NAME@STEP, the path or URI of a run, of one of its checkpoints/step-... or of a LoRA adapter in"
+            "An existing adapter to begin from: a run of this store by its name (its newest checkpoint at the first"
+            " start) or NAME@STEP, the path or URI of a run or of one of its checkpoints/step-..., or a LoRA adapter in"
             " PEFT's folder. Its rank, alpha and layers must be those of this section. The reference of dpo and kto is"
             " then the base with that adapter. Default: the method's own start."
         ),

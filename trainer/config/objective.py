@@ -51,7 +51,7 @@ class ObjectiveSettings(Section):
         about=(
             "dpo and kto: where the base's log-probabilities come from. adapter_off: a second pass in every step, with"
             " what learns switched off. stored: one pass over all data before the first step, kept beside the data."
-            " auto: adapter_off where the method can be switched off, else stored."
+            " auto: adapter_off if the method can be switched off, otherwise stored."
         ),
         example="stored",
     )
@@ -60,7 +60,7 @@ class ObjectiveSettings(Section):
         about=(
             "dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the"
             " base, 0 by default. orpo: weight of the odds ratio beside the next-token loss. simpo: scale of the"
-            " log-probability a token. Default: 0.1, for simpo 2."
+            " log-probability of a token. Default: 0.1, for simpo 2."
         ),
         example=0.1,
         gt=0,
@@ -69,30 +69,31 @@ class ObjectiveSettings(Section):
     teacher: str | None = setting(
         None,
         about=(
-            "distil: the teacher, a base as in model.base with the same tokenizer. `capstan teach` has it write its"
-            " log-probabilities beside the data, once, before the run. Or the URL of a vLLM, with the model's name"
-            " behind a #. Give this or teacher_run. opd: the same, and the teacher judges sampled answers while the run"
-            " learns."
+            "distil: the teacher, which is a base as in model.base with the same tokenizer, or the URL of a vLLM with"
+            " the model's name after a #. `capstan teach` writes its log-probabilities beside the data, once, before"
+            " the run. opd: the same, and the teacher judges sampled answers while the run learns. Give this or"
+            " teacher_run."
         ),
         example="Qwen/Qwen3-235B-A22B",
     )
     teacher_run: str | None = setting(
         None,
-        about=(
-            "distil and opd: a run as the teacher, over its base: its name in run.store, NAME@STEP, or its path or URI."
-        ),
+        about=("distil and opd: a run as the teacher, by its name in run.store, NAME@STEP, or its path or URI."),
         example="big@1200",
     )
     teacher_quant: str | None = setting(
         None,
-        about="distil and opd: quant.type of the teacher's base. Default: that of this run. A run has its own.",
+        about=(
+            "distil and opd: quant.type of the teacher's base. Default: this run's. A teacher that is a run has its"
+            " own."
+        ),
         example="nf4",
     )
     label_smoothing: Share = setting(
         0.0,
         about=(
-            "sft: share of a target's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid: share of"
-            " the pairs that are thought to be the wrong way round, below 0.5."
+            "sft: share of a trained token's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid:"
+            " share of the pairs that are assumed to be labelled the wrong way round, below 0.5."
         ),
         example=0.1,
     )
@@ -106,7 +107,9 @@ _CHOSEN = ("--host", "--port", "--served-model-name", "--api-key")
 class Serve(Section):
     """The servers of rollout.engine: serve, which start and end with the run, on GPUs of their own."""
 
-    replicas: int = setting(1, about="Servers, each of the whole base.", example=2, ge=1, le=1024, unit="servers")
+    replicas: int = setting(
+        1, about="Number of servers, each of the whole base.", example=2, ge=1, le=1024, unit="servers"
+    )
     gpus: int = setting(
         1,
         about=(
@@ -121,27 +124,27 @@ class Serve(Section):
     command: list[str] = setting(
         ["vllm", "serve"],
         about=(
-            "The program and its first words, by its path where it is in an environment of its own. Behind them come"
-            " the base and vLLM's options for adapters, the address, model.dtype, and data.sequence_length as the"
-            " longest text."
+            "The program and its first words, with its path if it is in an environment of its own. Capstan adds the"
+            " base, vLLM's options for adapters, the address, model.dtype, and data.sequence_length as the longest"
+            " text."
         ),
         example=["/opt/vllm/bin/vllm", "serve"],
     )
     options: list[str] = setting(
         [],
-        about="More options, behind those; the last one counts where vLLM is given an option twice.",
+        about="More options, after Capstan's. If vLLM gets an option twice, the last one counts.",
         example=["--gpu-memory-utilization=0.95"],
     )
     base: str | None = setting(
         None,
         about=(
-            "The base that is served, as a folder or on the Hub, where that is not model.base: what the 4 bits of"
-            " quant.type stand for, in 16."
+            "The base that is served, a folder or a Hub id, if it is not model.base: the 16-bit model that the 4 bits"
+            " of quant.type stand for, as `capstan dequantize` writes it."
         ),
         example="/models/as-quantized",
     )
     start_seconds: Seconds = setting(
-        1800, about="How long a server may take until it answers, and how long it may be silent.", example=3600
+        1800, about="How long a server may take until its first answer, and how long it may be silent.", example=3600
     )
 
     @field_validator("command")
@@ -170,33 +173,35 @@ class RolloutSettings(Section):
     reward: str | None = setting(
         None,
         about=(
-            "What an answer is worth: exact, regex, math, json_schema or length, or your function as module:function,"
-            " called as TRL calls one: with lists prompts, completions and answer, by name; it returns a number for"
-            " each. Or verifiers:TASKSET, for an environment of verifiers."
+            "The reward of an answer: exact, regex, math, json_schema or length; or your function as module:function,"
+            " which is called as TRL does it, with the lists prompts, completions and answer by name, and returns a"
+            " number for each answer; or verifiers:TASKSET for an environment of verifiers."
         ),
         example="rewards:correct",
     )
     engine: Literal["own", "serve"] | list[str] = setting(
         OWN,
         about=(
-            "Who samples. own: the ranks themselves, between updates, with the sharded model; slow, and nothing else is"
-            " needed. serve: vLLM servers that are started with the run (rollout.serve). Or URLs of vLLM servers of the"
-            " same base. Servers are asked by `capstan rollout`, beside the run."
+            "Who samples. own: the ranks, between updates, with the sharded model; slow, but nothing else is needed."
+            " serve: vLLM servers that the run starts (rollout.serve). Or a list of URLs of vLLM servers of the same"
+            " base. `capstan rollout`, beside the run, asks the servers."
         ),
         example="serve",
     )
     serve: Serve = Serve()
     answers: int = setting(
-        8, about="Answers sampled to each prompt, which are compared with each other.", example=16, ge=2, le=4096
+        8, about="Number of answers to each prompt, which are compared with each other.", example=16, ge=2, le=4096
     )
     max_tokens: TokenCount = setting(
         256,
-        about="Longest answer. It is shorter where data.sequence_length has less room behind the prompt.",
+        about="Longest answer. It is shorter if data.sequence_length has less room after the prompt.",
         example=1024,
     )
     temperature: float = setting(
         1.0,
-        about="Temperature of sampling. Log-probabilities, the sampler's and the trainer's, are those at 1.",
+        about=(
+            "Temperature of sampling. The log-probabilities of sampler and trainer are always those at temperature 1."
+        ),
         example=0.8,
         gt=0,
         le=10,
@@ -204,9 +209,9 @@ class RolloutSettings(Section):
     max_lag: int | None = setting(
         None,
         about=(
-            "Updates that an answer's adapter may be behind the update that learns from it; the trainer waits for newer"
-            " answers. 0 samples and trains in turns. Not with engine: own, which always does. Default:"
-            " rollout.updates, so that both are done at once."
+            "How many updates an answer's adapter may be behind the update that learns from it. The trainer waits for"
+            " newer answers. With 0, sampling and training take turns, as engine: own always does. Default:"
+            " rollout.updates, so that both overlap."
         ),
         example=0,
         ge=0,
@@ -216,9 +221,9 @@ class RolloutSettings(Section):
     updates: int = setting(
         1,
         about=(
-            "Updates that learn from the same answers, one after the other; TRL's num_iterations. From the second on"
-            " the ratio is one between the model as it sampled and as it has become, which is what objective.clip_low"
-            " and clip_high bound."
+            "Number of updates that learn from the same answers, one after the other (TRL's num_iterations). From the"
+            " second update on, the ratio compares the model with the one that sampled, and objective.clip_low and"
+            " clip_high bound it."
         ),
         example=2,
         ge=1,
@@ -227,8 +232,8 @@ class RolloutSettings(Section):
     held_out: int = setting(
         0,
         about=(
-            "So many prompts of the evaluation data (data.eval or data.held_out) are answered, by the likeliest tokens,"
-            " every eval.every steps, and get the same reward: held_out_reward in the records."
+            "Number of prompts of the evaluation data (data.eval or data.held_out) that are answered every eval.every"
+            " steps, by the likeliest tokens. Their reward is held_out_reward in the records."
         ),
         example=64,
         ge=0,
@@ -238,10 +243,7 @@ class RolloutSettings(Section):
     reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
     reward_python: str | None = setting(
         None,
-        about=(
-            "The Python that runs the reward, for one that has an environment of its own. Default: the one that runs"
-            " Capstan."
-        ),
+        about=("The Python that runs the reward, if the reward has an environment of its own. Default: Capstan's."),
         example="/envs/verifiers/bin/python",
     )
 

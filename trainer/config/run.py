@@ -16,26 +16,26 @@ class Run(Section):
     """Which run this is and where it lives."""
 
     name: str = setting(
-        about="Name of the run: a folder of this name is made in the store. Letters, digits, '.', '_' and '-'.",
+        about="Name of the run, and of its folder in the store. Letters, digits, '.', '_' and '-'.",
         example="llama-8b-support",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
     )
     store: str = setting(
         "runs",
-        about="Where runs, compiled data and checkpoints are kept: a folder, or an s3://, gs:// or az:// URI.",
+        about="Folder or URI (s3://, gs://, az://) that keeps runs, compiled data and checkpoints.",
         example="s3://bucket/runs",
     )
     store_retry: Seconds = setting(
         120,
-        about="How long a request to a failing bucket is tried again, with growing pauses, before it counts as failed.",
+        about="How long a failing request to a bucket is repeated, with growing pauses, before it counts as failed.",
         example=600,
     )
     store_timeout: Seconds = setting(
         60,
-        about="How long one request to a bucket may take; uploads go in parts of 32 MiB, four at a time.",
+        about="How long one request to a bucket may take. Uploads go in parts of 32 MiB, four at a time.",
         example=300,
     )
-    seed: Seed = setting(0, about="Decides the data order, the adapter's start and dropout.", example=7)
+    seed: Seed = setting(0, about="Seed of the data order, of the adapter's start and of dropout.", example=7)
 
     @field_validator("name")
     @classmethod
@@ -53,13 +53,13 @@ class Checkpoint(Section):
 
     every_steps: Steps = setting(
         100,
-        about="Commit every so many steps; 0 turns this rule off, as per_epoch does where this is not given.",
+        about="Commit every so many steps. 0 turns this rule off, and so does per_epoch unless this is given.",
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Commit so many times in each pass over the training data, at even distances and at its end; 0 turns this"
+            "Commit so many times in each pass over the training data, at even distances and at its end. 0 turns this"
             " rule off."
         ),
         example=1,
@@ -69,12 +69,12 @@ class Checkpoint(Section):
     )
     every_minutes: float = setting(
         30,
-        about="Commit when so long has passed since the last; 0 turns this rule off.",
+        about="Commit when so long has passed since the last commit. 0 turns this rule off.",
         example=15,
         ge=0,
         unit="minutes",
     )
-    keep_last: int = setting(3, about="Newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
+    keep_last: int = setting(3, about="Number of newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
     keep_every: Steps = setting(
         0, about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.", example=1000
     )
@@ -91,23 +91,24 @@ class Checkpoint(Section):
     adapters: bool = setting(
         False,
         about=(
-            "Beside each commit write what it has learnt as a PEFT adapter, `checkpoints/step-.../adapter/`, in a"
-            " process of its own beside the training. It goes with its checkpoint. Not for tuning.method: full, which"
-            " has no adapter."
+            "Write each commit also as a PEFT adapter, `checkpoints/step-.../adapter/`, in a process of its own beside"
+            " the training. It is removed with its checkpoint. Not for tuning.method: full, which has no adapter."
         ),
         example=True,
     )
     when_busy: Literal["wait", "skip"] = setting(
         "wait",
-        about="What a save does that is due while the one before is still being uploaded: wait for it, or be skipped. "
-        "The metrics say how long and how often.",
+        about=(
+            "What happens to a save that is due while the previous one is still being uploaded: it waits, or it is"
+            " skipped. The metrics record how long and how often."
+        ),
         example="skip",
     )
     failed_saves: int = setting(
         3,
         about=(
-            "Saves that may fail one after the other before the run ends with exit code 6. The first and the last save "
-            "of a start may not fail at all."
+            "Number of saves in a row that may fail before the run ends with exit code 6. The first and the last save"
+            " of a start must not fail."
         ),
         example=0,
         ge=0,
@@ -137,7 +138,9 @@ class Retry(Section):
     )
     preemptions: int | None = setting(
         None,
-        about="Restarts after a machine was taken away or lost, counted apart from crashes. Default: any number.",
+        about=(
+            "Restarts after a machine was taken away or lost, counted separately from crashes. Default: any number."
+        ),
         example=20,
         ge=0,
         unit="restarts",
@@ -145,8 +148,8 @@ class Retry(Section):
     skip_bad_window: bool = setting(
         True,
         about=(
-            "After a loss that is not finite: go back to the last commit and leave that step's rows out, once. Without"
-            " it, or the second time, the run ends with exit code 5."
+            "After a loss that is not finite, go back to the last commit and leave that step's rows out, once. Without"
+            " this, or the second time, the run ends with exit code 5."
         ),
         example=False,
     )
@@ -156,11 +159,13 @@ class Timeouts(Section):
     """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
 
     meet: Seconds = setting(
-        900, about="For all ranks to come together after they are started by torchrun or srun.", example=300
+        900, about="How long all ranks may take to come together after torchrun or srun has started them.", example=300
     )
-    load: Seconds = setting(3600, about="For loading the model and restoring its checkpoint.", example=1800)
-    step: Seconds = setting(900, about="For one step, or one step's data, or one evaluation.", example=300)
-    save: Seconds = setting(3600, about="For waiting until a checkpoint is committed.", example=900)
+    load: Seconds = setting(
+        3600, about="How long loading the model and restoring its checkpoint may take.", example=1800
+    )
+    step: Seconds = setting(900, about="How long one step, one step's data, or one evaluation may take.", example=300)
+    save: Seconds = setting(3600, about="How long waiting until a checkpoint is committed may take.", example=900)
 
 
 class Track(Section):
@@ -179,7 +184,7 @@ class Track(Section):
     )
     project: str = setting(
         "capstan",
-        about="The project (W&B, trackio) or experiment (MLflow) that the run is shown in.",
+        about="The project (W&B, trackio) or experiment (MLflow) of the run.",
         example="support-bot",
         min_length=1,
         max_length=100,
@@ -192,16 +197,16 @@ class Track(Section):
     print_steps: Steps = setting(
         10,
         about=(
-            "Print a line every so many steps, in rank 0's log and, where there is no terminal, by `capstan train`; 0"
-            " prints none."
+            "Print a line every so many steps, in rank 0's log and, without a terminal, by `capstan train`. 0 prints"
+            " none."
         ),
         example=1,
     )
     price_per_gpu_hour: float | None = setting(
         None,
         about=(
-            "The price of one GPU for an hour, in your money: `capstan status` and `report` then show what the run has"
-            " cost."
+            "The price of one GPU for an hour, in your money. `capstan status` and `report` then show the cost of the"
+            " run."
         ),
         example=2.5,
         ge=0,
@@ -210,8 +215,8 @@ class Track(Section):
     flush_seconds: Seconds = setting(
         5.0,
         about=(
-            "How often metrics are written to the store, and logs that have grown, which a rank that prints a lot sends"
-            " less often."
+            "How often metrics and grown logs are written to the store. A rank that prints a lot sends its log less"
+            " often."
         ),
         example=10,
     )

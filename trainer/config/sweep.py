@@ -28,15 +28,15 @@ class Sweep(Section):
     settings: dict[str, Any] = setting(
         {},
         about=(
-            "The settings that are tried, by their dotted names, and their values. grid: [..] tries each of them;"
-            " choice: [..] draws one; uniform, log_uniform and int: [lowest, highest] draw a number in between, the"
-            " bounds included."
+            "The settings to try, by their dotted names, and their values. grid: [..] tries each value. choice: [..]"
+            " draws one. uniform, log_uniform and int: [lowest, highest] draw a number in between, including the"
+            " bounds."
         ),
         example={"optim.lr": {"log_uniform": [1e-5, 1e-3]}, "tuning.rank": {"grid": [8, 64]}},
     )
     samples: int | None = setting(
         None,
-        about="How often what is drawn is drawn, for each combination of the grids. Default: 8.",
+        about="Number of draws for each combination of the grids. Default: 8.",
         example=16,
         ge=1,
         le=10_000,
@@ -45,10 +45,10 @@ class Sweep(Section):
     metric: str | None = setting(
         None,
         about=(
-            "The figure that trials are compared by: eval (the loss of the evaluation data), the name of one of"
+            "The figure by which trials are compared: eval (the loss of the evaluation data), the name of one of"
             " eval.sets, or train (the training loss, a mean over ten steps). NAME/MEASURE is another figure of the"
-            " same records, such as eval/reward_accuracy of preferences. Default: eval where there is evaluation data,"
-            " else train."
+            " same records, such as eval/reward_accuracy of preferences. Default: eval if there is evaluation data,"
+            " otherwise train."
         ),
         example="general",
         min_length=1,
@@ -64,25 +64,25 @@ class Sweep(Section):
     grace_steps: int | None = setting(
         None,
         about=(
-            "Stop bad trials early (ASHA): a trial that has taken so many steps, or reduction_factor times as many, and"
-            " so on, goes on only if it is among the best 1 / reduction_factor of those that got there. Default: each"
-            " trial trains to its end."
+            "Stop bad trials early (ASHA): after so many steps, and then after reduction_factor times as many, and so"
+            " on, a trial goes on only if it is among the best 1 / reduction_factor of those that got there. Default:"
+            " each trial trains to its end."
         ),
         example=100,
         ge=1,
         unit="steps",
     )
     reduction_factor: int = setting(
-        4, about="The factor from one look at a trial to the next, see grace_steps.", example=2, ge=2, le=100
+        4, about="The factor from one comparison of trials to the next, see grace_steps.", example=2, ge=2, le=100
     )
     concurrent: int | None = setting(
         None,
-        about="Trials that train at the same time, at most. Default: as many as the cluster has room for.",
+        about="Largest number of trials that train at the same time. Default: as many as fit into the cluster.",
         example=4,
         ge=1,
         unit="trials",
     )
-    seed: Seed = setting(0, about="Decides what is drawn. The order of the data is run.seed's.", example=7)
+    seed: Seed = setting(0, about="Seed of the draws. run.seed decides the order of the data.", example=7)
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -28,8 +28,8 @@ class Optim(Section):
         about=(
             "Course of the learning rate after warm-up. cosine, linear, polynomial (by optim.power) and"
             " cosine_with_restarts (by optim.cycles) fall over all steps, wsd over the last ones (optim.decay_ratio),"
-            " inverse_sqrt for ever more slowly; constant stays. one_cycle rises along a cosine from a 25th and falls"
-            " to nearly nothing."
+            " inverse_sqrt falls ever more slowly, and constant stays. one_cycle rises along a cosine from a 25th of lr"
+            " and falls to nearly nothing."
         ),
         example="wsd",
     )
@@ -45,14 +45,14 @@ class Optim(Section):
     warmup_power: Factor = setting(1.0, about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.", example=2.0)
     min_lr_ratio: float = setting(
         0.1,
-        about="Last learning rate, as a share of lr (not of constant, inverse_sqrt and one_cycle).",
+        about="Last learning rate, as a share of lr. Not for constant, inverse_sqrt and one_cycle.",
         example=0.1,
         ge=0,
         le=1,
         unit="share of lr",
     )
     cycles: int = setting(
-        1, about="Falls of cosine_with_restarts, each from lr.", example=3, ge=1, le=10_000, unit="cycles"
+        1, about="Number of falls of cosine_with_restarts, each from lr.", example=3, ge=1, le=10_000, unit="cycles"
     )
     power: Factor = setting(1.0, about="Exponent of polynomial; 1 is linear.", example=2.0)
     decay_ratio: float = setting(
@@ -83,7 +83,7 @@ class Optim(Section):
         about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
         example=16,
     )
-    grad_clip: float = setting(1.0, about="Largest norm of the gradient; 0 turns clipping off.", example=1.0, ge=0)
+    grad_clip: float = setting(1.0, about="Largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Optim":
@@ -111,11 +111,11 @@ class StopWhen(Section):
     loss_above: float | None = setting(
         None, about="End when the loss of a step is above this so many times in a row.", example=5.0, gt=0, unit="nats"
     )
-    loss_steps: int = setting(3, about="So many times in a row.", example=10, ge=1, unit="steps")
+    loss_steps: int = setting(3, about="Number of steps in a row.", example=10, ge=1, unit="steps")
     no_better: int = setting(
         0,
         about=(
-            "End after so many evaluations in a row whose loss is not below the best one's; 0 is never. Needs"
+            "End after so many evaluations in a row that are no better than the best one. 0 turns it off. Needs"
             " checkpoint.keep_best, which keeps the best one."
         ),
         example=3,
@@ -137,7 +137,7 @@ class Train(Section):
     steps: int | None = setting(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
     epochs: float | None = setting(
         None,
-        about="Passes over the training data, the last of which may be a part of one. Give this or steps.",
+        about="Passes over the training data; the last one may be partial. Give this or steps.",
         example=2.5,
         gt=0,
         le=10_000,
@@ -146,35 +146,35 @@ class Train(Section):
     global_batch: Rows = setting(
         8,
         about=(
-            "Packed rows in one optimizer step over all ranks. Accumulation is derived, so that the loss curve does not"
-            " move with the number of GPUs."
+            "Packed rows in one optimizer step, over all ranks. The accumulation is derived from it, so the loss curve"
+            " does not change with the number of GPUs."
         ),
         example=64,
     )
-    micro_batch: Rows = setting(1, about="Packed rows a rank takes through the model at once.", example=1)
+    micro_batch: Rows = setting(1, about="Packed rows that a rank computes at once.", example=1)
     activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
         "auto",
         about=(
-            "Which decoder layers compute their activations again in the backward pass, which frees their memory and"
-            " takes half more time with adapters, a third with method full: all (or true), none (or false), or all but"
-            " the last N. auto: as few as the memory of the GPU allows, by the plan; on CPUs that of the host. The"
-            " result is the same to the last bit, unless tiled_mlp tiles rows so long."
+            "Which decoder layers compute their activations again in the backward pass. That frees their memory and"
+            " takes half more time with adapters, a third with method full. all (or true), none (or false), or a number"
+            " N: all except the last N. auto: as few as the memory of the GPU (on CPUs of the host) allows, by the"
+            " plan. The result is the same to the last bit, unless tiled_mlp tiles such long rows."
         ),
         example="all",
     )
     tiled_mlp: bool | Literal["auto"] = setting(
         "auto",
         about=(
-            "Whether MLPs take long rows 4,096 tokens at a time, and compute each portion again in the backward pass."
-            " auto: from 16,384 tokens on, in layers that are computed again anyway, where it takes no time."
+            "Whether MLPs compute long rows in tiles of 4,096 tokens, each again in the backward pass. auto: from"
+            " 16,384 tokens on, in layers that are computed again anyway, where it takes no time."
         ),
         example=True,
     )
     activation_offload: bool = setting(
         False,
         about=(
-            "Keep the inputs of the layers that are computed again in pinned host memory. For rows so long that these"
-            " alone are too much for the GPU."
+            "Keep the inputs of layers that are computed again in pinned host memory, for rows so long that these"
+            " alone do not fit on the GPU."
         ),
         example=True,
     )
@@ -182,18 +182,18 @@ class Train(Section):
         "plain",
         about=(
             "How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a"
-            " scale a row, sums in fp32, on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose peak is"
-            " twice that in bf16; what learns stays in model.dtype. It needs a base in 4 or 8 bits and model.dtype"
-            " bf16. Experts, the head and layers whose sizes are no multiples of 16 multiply plainly."
+            " scale for each row and sums in fp32, on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose"
+            " peak is twice that of bf16. It needs a base in 4 or 8 bits and model.dtype bf16. What learns stays in"
+            " model.dtype. Experts, the head, and layers whose sizes are not multiples of 16 multiply plainly."
         ),
         example="fp8",
     )
     deterministic: bool = setting(
         False,
         about=(
-            "Have a GPU add in the same order every time, where attention's backward pass and others would add as their"
-            " parts happen to end: a run then repeats to the last bit on the same GPUs, and is a few percent slower. A"
-            " kernel that has no such way is named in the log. CPUs always do."
+            "Make a GPU add in the same order every time. Attention's backward pass and other kernels otherwise add in"
+            " the order in which their parts end. A run then repeats to the last bit on the same GPUs, and is a few"
+            " percent slower. The log names a kernel that cannot do this. CPUs always do."
         ),
         example=True,
     )
@@ -254,26 +254,26 @@ class Sharding(Section):
         "auto",
         about=(
             "A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several"
-            " GPUs, single_gpu on one, cpu without."
+            " GPUs, single_gpu on one GPU, cpu without a GPU."
         ),
         example="zero3",
     )
     scope: Literal["auto", "world", "node"] = setting(
         "auto",
         about=(
-            "Over which ranks the frozen base is divided: all of them, or those of one node (each node then holds a"
-            " whole base and no frozen weight crosses the network). auto is node where there are several nodes and"
-            " their GPUs have the memory, as `capstan plan --gpu` tells; else world."
+            "Over which ranks the frozen base is divided. world: over all ranks. node: over those of one node, so each"
+            " node holds a whole base and no frozen weight crosses the network. auto: node if there are several nodes"
+            " whose GPUs have the memory, as `capstan plan --gpu` shows; otherwise world."
         ),
         example="node",
     )
     sequence_parallel: int = setting(
         1,
         about=(
-            "Ranks that share each row: every one of them has an equal slice of its tokens, and in attention, Mamba and"
-            " linear attention a share of its heads (Ulysses). The memory of activations falls as much. The ranks of a"
-            " run are a multiple of it, and those that share a row are on one node. docs/long-rows.md says what it"
-            " needs."
+            "Number of ranks that share each row. Each has an equal slice of its tokens, and in attention, Mamba and"
+            " linear attention a share of its heads (Ulysses), so the memory of activations falls by this factor. The"
+            " ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md has"
+            " the conditions."
         ),
         example=4,
         ge=1,

@@ -56,8 +56,10 @@ class Config(Section):
             raise ValueError(wrong)
         if self.tuning.targets == []:
             raise ValueError("tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear.")
-        if self.train.products == "fp8" and (self.quant.type == "none" or self.model.dtype != "bf16"):
-            name, given = ("quant.type", "none") if self.quant.type == "none" else ("model.dtype", self.model.dtype)
+        if self.train.products == "fp8" and (not self.quant.held.packs or self.model.dtype != "bf16"):
+            name, given = (
+                ("model.dtype", self.model.dtype) if self.quant.held.packs else ("quant.type", self.quant.type)
+            )
             raise ValueError(
                 f"train.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16, but {name} is {given}."
                 " Set plain."

@@ -238,7 +238,7 @@ def _table(head: Any, rows: Any) -> str:
 
 
 def _limitations(config: Config) -> str:
-    over = "" if config.quant.type == "none" else f" It was trained over that base {config.quant.in_words}."
+    over = f" It was trained over that base {config.quant.held.in_words}." if config.quant.held.packs else ""
     return (
         "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety,"
         " nor bias, nor other languages and tasks than those of the data. It keeps the limits and the licence of its"

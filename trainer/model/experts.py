@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
-from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
@@ -24,9 +24,10 @@ _DOWN = "down_proj"
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for it and for adapters, those of
-    classes without the interface too. Their attribute `visits` counts the rows of each expert, (count,) on the device,
-    where a token has `each`; it is 0 before the first pass."""
+    """Prepare the experts of a model that transformers built with `IMPLEMENTATION`, including classes without the
+    interface, for that forward pass and for adapters. Their attribute `visits` counts the rows of each expert, (count,)
+    on the device, where a token visits `each` experts; it is 0 before the first pass.
+    """
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
             _WITHOUT_INTERFACE[type(module).__name__](module)
@@ -56,7 +57,7 @@ def _through_experts(self: Any, rows: Tensor, groups: Groups) -> Tensor:
 
 def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
     stack = getattr(self, name)
-    learning = None if isinstance(stack, FrozenStack4bit) else stack
+    learning = None if held_by(stack).packs else stack
     result = _GroupedLinear.apply(rows, learning, self, name, groups)
     if name in self.adapters and self.adapters[name].active:
         result = result + self.adapters[name](rows, groups)
@@ -68,8 +69,8 @@ def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
 class _GroupedLinear(Function):
     """Rows (S, in), sorted by expert, by the experts' matrices -> (S, out).
 
-    As in trainer/model/nf4.py the function keeps the module, never a gathered weight. `weight` is the stack of a base
-    in 16 bits, for its gradient alone.
+    As in trainer/model/held/layers.py the function keeps the module, never a gathered weight. `weight` is the stack of
+    a base in 16 bits, for its gradient alone.
     """
 
     @staticmethod
@@ -93,45 +94,45 @@ class _GroupedLinear(Function):
 
 def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tensor:
     """Rows (S, in) by a stack (count, out, in), or (count, in, out) where `transposed` -> (S, out)."""
-    if not isinstance(stack, FrozenStack4bit):
+    if not held_by(stack).packs:
         return groups.product(rows, stack.data if transposed else stack.data.mT)
-    layout, columns = stack.layout, stack.slice_shape[transposed]
-    portion = max(1, stack.at_once // (layout.numel * stack.format.dtype.itemsize))
-    if portion >= layout.slices:
-        matrices = stack.matrices(0, layout.slices)
+    count, columns = stack.slices, stack.slice_shape[transposed]
+    portion = max(1, stack.at_once // (stack.numel * stack.dtype.itemsize))
+    if portion >= count:
+        matrices = stack.matrices(0, count)
         return groups.product(rows, matrices if transposed else matrices.mT)
     result = rows.new_empty(len(rows), columns)
-    for first in range(0, layout.slices, portion):
-        last = min(first + portion, layout.slices)
+    for first in range(0, count, portion):
+        last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
-        if begin < end:  # nobody visits the others, so they are not dequantized
+        if begin < end:  # no token visits the others, so they are not dequantized
             matrices = stack.matrices(first, last)
             result[begin:end] = groups.product(rows, matrices if transposed else matrices.mT, first)
-            del matrices  # before the next are made
+            del matrices  # before the next ones are made
     return result
 
 
 def _grouped(self: Any, experts: Tensor) -> Groups:
     """Each token's experts (T, k) as groups, counted in the module's `visits`."""
     stack = getattr(self, _DOWN)
-    groups = Groups(experts, stack.layout.slices if isinstance(stack, FrozenStack4bit) else len(stack))
+    groups = Groups(experts, stack.slices if held_by(stack).packs else len(stack))
     self.visits, self.each = groups.sizes.long() + self.visits, groups.each
     return groups
 
 
 def _weighted_inputs_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """As `experts_forward`, where the weights are those of the experts' inputs."""
+    """Like `experts_forward`, for families that weight the experts' inputs."""
     groups = _grouped(self, experts)
     rows = groups.dispatch(hidden) * groups.sort(weights.reshape(-1)).unsqueeze(-1)
     return groups.restore(_through_experts(self, rows, groups)).sum(1)
 
 
 def _llama4(mixture: Any) -> None:
-    """transformers multiplies every token by every expert there, nearly all of them as zeros."""
+    """Replaces transformers' pass, which multiplies every token by every expert, nearly all of them as zeros."""
 
     def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden.reshape(-1, self.hidden_dim)
-        scores, logits = self.router(hidden)  # (T, count), 0 for the experts that a token does not visit
+        scores, logits = self.router(hidden)  # (T, count), 0 for experts that a token does not visit
         weights, experts = scores.topk(self.top_k, dim=1)
         return self.shared_expert(hidden) + self.experts(hidden, experts, weights), logits
 
@@ -147,7 +148,7 @@ def _gated(self: Any, rows: Tensor) -> Tensor:
     return self.act_fn(gate) * up
 
 
-# The mixtures whose experts are in `EXPERTS_WITHOUT_INTERFACE`, and how they get a forward pass.
+# The mixtures whose experts are in `EXPERTS_WITHOUT_INTERFACE`, and the function that gives them a forward pass.
 _WITHOUT_INTERFACE = {"Llama4TextMoe": _llama4}
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

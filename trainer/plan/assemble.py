@@ -22,8 +22,8 @@ from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
+from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks
-from trainer.model.nf4 import FrozenStack4bit, multiply_in_fp8
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
 from trainer.model.rows.peers import Peers, RankPeers
@@ -144,7 +144,7 @@ def assemble(
     """
     config, base, method = resolved.config, resolved.base, resolved.method
     model, report = load_model(base, config, sharding.deepspeed, ranks.world, attention, sharding.scope, log)
-    for stack in (module for module in model.modules() if isinstance(module, FrozenStack4bit)):
+    for stack in (module for module in model.modules() if isinstance(module, HeldStack)):
         stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
         some, of = multiply_in_fp8(model, ranks.device)

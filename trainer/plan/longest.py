@@ -60,7 +60,7 @@ def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[Longes
 def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
     plain = {"train.activation_checkpointing": "none", "train.tiled_mlp": False, "train.activation_offload": False}
     yield {**plain, "train.micro_batch": 1, "sharding.sequence_parallel": 1}
-    if config.quant.type == "none":
+    if not config.quant.held.packs:
         yield {"quant.type": "nf4"}
     yield {"train.activation_checkpointing": "all"}
     yield {"train.tiled_mlp": True}

@@ -11,6 +11,7 @@ from trainer.config.training import MLP_TILE
 from trainer.plan.inputs import Inputs
 from trainer.plan.needs import GpuMemory
 from trainer.plan.sizes import (
+    held_as,
     is_packed,
     multiplies_in_fp8,
     stored_bytes,
@@ -19,9 +20,6 @@ from trainer.plan.sizes import (
 from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
-# trainer/model/stored.py: codes as indices, values, scales and products in fp32 of the weights that are decoded at
-# once.
-_DECODING_BYTES = 16 * 2**23
 # trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a
 # GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
@@ -118,8 +116,7 @@ def offloaded_states(given: Inputs) -> int:
 
 def _dequantized(given: Inputs) -> int:
     """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as
-    many of a mixture's experts as are multiplied at once; those that stay as they are stored are decoded in fp32, some
-    at a time."""
+    many of a mixture's experts as are multiplied at once; and what their format takes to decode them."""
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
         for parameter in given.model.parameters
@@ -129,7 +126,8 @@ def _dequantized(given: Inputs) -> int:
         layers = range(given.model.layers)
         tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
         sizes.append(given.item * max(tiled, default=0))
-    return max(sizes, default=0) + (_DECODING_BYTES if sizes and given.config.quant.type == "stored" else 0)
+    held = (held_as(parameter, given.config.quant) for parameter in given.model.parameters)
+    return max(sizes, default=0) + max((form.decoding_bytes for form in held), default=0)
 
 
 def _in_fp8(given: Inputs) -> int:
@@ -160,7 +158,7 @@ def _gathered(given: Inputs) -> int:
     layer = max(stored_layers(given.config, given.model))
     turn = given.item * given.model.largest("embedding", "head") + layer
     # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
-    element_bytes = given.item if given.config.quant.type == "none" else 1
+    element_bytes = 1 if given.config.quant.held.packs else given.item
     kept = given.zero.get("stage3_max_reuse_distance", 0) // 2 * element_bytes
     return min(base_bytes(given), max(_LAYERS_GATHERED * layer, turn) + kept)
 

@@ -57,7 +57,7 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
             f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter"
             " to write beside a commit. Set it to false; capstan export writes the whole model."
         )
-    if method.exports_model and config.quant.type != "none":
+    if method.exports_model and config.quant.held.packs:
         yield (
             f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method}"
             " trains its weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."

@@ -91,7 +91,7 @@ def _untried(model: Architecture) -> Iterator[str]:
 
 def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
     """Nothing is left as it is by a run that quantizes nothing."""
-    if config.quant.type == "none":
+    if not config.quant.held.packs:
         return []
     item = value_bytes(config)
     return [WholeWeights(name, why, count, item * count) for (name, why), count in model.whole().items()]
@@ -309,7 +309,7 @@ def _remedy(given: Inputs) -> str:
     config = given.config
     if given.kept_layers:
         return "Set train.activation_checkpointing: auto."
-    if config.quant.type == "none" and not given.method.exports_model:
+    if not config.quant.held.packs and not given.method.exports_model:
         return "Set quant.type: nf4."
     if given.method.exports_model and not given.states_offloaded:
         return "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."

@@ -1,32 +1,18 @@
 """Bytes of a base as it is stored, and what is small enough beside it to be whole on every rank. No torch."""
 
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
+from trainer.model.held.formats.plain import Plain
+from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
 from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
 
-# trainer/model/nf4.py: scales that share a second scale under double quantization.
-_NESTED_BLOCK = 256
 # Adapters of more bytes are not worth their memory on every rank.
 _WHOLE_BYTES = 2**29
-
-
-def quantized_bytes(numel: int, quant: Quant) -> int:
-    """Bytes of one quantized matrix: its parts, and under double quantization the fp32 mean of the scales."""
-    return sum(_quantized_parts(numel, quant)) + 4 * quant.double
-
-
-def _quantized_parts(numel: int, quant: Quant) -> list[int]:
-    """Bytes of a quantized matrix's codes, two weights a byte or one in int8, and of its scales: an fp32 one for each
-    `block_size` weights, or under double quantization a byte, and an fp32 one for each 256 of those (QLoRA,
-    arXiv:2305.14314, section 3)."""
-    blocks = ceil(numel / quant.block_size)
-    scales = [blocks, 4 * ceil(blocks / _NESTED_BLOCK)] if quant.double else [4 * blocks]
-    return [numel if quant.type == "int8" else ceil(numel / 2), *scales]
 
 
 def value_bytes(config: Config) -> int:
@@ -34,9 +20,14 @@ def value_bytes(config: Config) -> int:
     return 2 if config.model.dtype == "bf16" else 4
 
 
+def held_as(parameter: Parameter, quant: Quant) -> HeldFormat:
+    """How a frozen parameter is held: what is no matrix of a linear layer or of experts stays as it is."""
+    return quant.held.of(parameter.kept) if parameter.matrices else Plain()
+
+
 def is_packed(parameter: Parameter, quant: Quant) -> bool:
     """Whether a parameter is held in fewer bits than it is computed with."""
-    return bool(parameter.matrices) and quant.type != "none" and (quant.type != "stored" or parameter.kept is not None)
+    return held_as(parameter, quant).packs
 
 
 def multiplies_in_fp8(config: Config, parameter: Parameter) -> bool:
@@ -49,11 +40,9 @@ def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
     """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not
     quantized.
     """
-    if not parameter.matrices:
-        return 0
-    if not is_packed(parameter, quant) or quant.type == "stored":
-        return sum(stored.bytes for stored in stored_parameters(parameter, quant, item))
-    return len(parameter.matrices) * quantized_bytes(parameter.matrices[0], quant)
+    means = 4 * len(parameter.matrices) * held_as(parameter, quant).means
+    stored = stored_parameters(parameter, quant, item) if parameter.matrices else []
+    return means + sum(part.bytes for part in stored)
 
 
 class StoredParameter(NamedTuple):
@@ -71,14 +60,11 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[StoredParameter]:
     """The parameters that one of the base's becomes; of `item` bytes an element where it is not quantized."""
-    if not is_packed(parameter, quant):
+    form = held_as(parameter, quant)
+    if not form.packs:
         return [StoredParameter(parameter.numel, item)]
-    if quant.type == "stored":
-        assert parameter.kept is not None
-        sizes = parameter.kept.sizes(*parameter.shape[-2:]).values()
-        return [StoredParameter(len(parameter.matrices) * size, 1) for size in sizes]
-    parts = _quantized_parts(parameter.matrices[0], quant)
-    return [StoredParameter(len(parameter.matrices) * size, 1) for size in parts]
+    rows, columns = parameter.shape[-2:]
+    return [StoredParameter(len(parameter.matrices) * size, 1) for size in form.sizes(rows, columns).values()]
 
 
 def stored_layers(config: Config, model: Architecture) -> list[int]:

@@ -46,9 +46,10 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
 
 
 def apart(command: Sequence[str], folder: str | os.PathLike[str] | None = None) -> list[str]:
-    """`command`, which runs in `folder` or in the current one. A module of ours imports nothing from there: a torch.py
-    that somebody has put into a shared folder is no torch. Only where our own code lies there is that where it is
-    found, as in a checkout that is not installed."""
+    """`command`, to run in `folder` or in the current one, without importing our modules' names from there: a torch.py
+    that somebody has put into a shared folder is not torch. The folder is searched only if our own code lies there, as
+    in a checkout that is not installed.
+    """
     ours = [place for place, word in enumerate(command) if word == sys.executable]
     if not ours or list(command[ours[0] + 1 : ours[0] + 2]) not in (["-m"], ["-c"]) or is_checkout(folder):
         return list(command)
@@ -77,8 +78,9 @@ def spawned_apart() -> Iterator[None]:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Around work with a program that starts processes in its own way, such as Ray: whatever is started in the body, by
-    whomever, ends within seconds when this process is killed."""
+    """Around work with a program that starts processes in its own way, such as Ray. If this process is killed,
+    everything that was started in the body ends within seconds.
+    """
     with _guard() as mark:
         os.environ[_FAMILY] = mark
         try:
@@ -89,11 +91,12 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A command that starts processes in its own way, such as vLLM. It and they end with the body, SIGTERM first and
-    after `patience` seconds SIGKILL, or within seconds when this process is killed. Raises `FileNotFoundError`."""
+    """A command that starts processes in its own way, such as vLLM. It and they end with the body, by SIGTERM and after
+    `patience` seconds by SIGKILL, or within seconds if this process is killed. Raises `FileNotFoundError`.
+    """
     given: dict[str, str] = options.pop("env", dict(os.environ))
     with _guard() as mark:
-        # Without the leash: the guard has to find the command alive to know what it has started.
+        # Without the leash, because the guard has to find the command alive to know what it has started.
         process = subprocess.Popen(
             [_found(command[0]), *command[1:]],
             env={**given, _FAMILY: mark},
@@ -106,7 +109,7 @@ def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[
             name = os.fsencode(f"{_FAMILY}={mark}")
             if process.poll() is None:
                 guard.end(name, process.pid, patience=patience)
-            else:  # what it has left behind has nobody to end for
+            else:  # Nobody ends the processes that it has left behind.
                 guard.end(name, patience=0)
             with suppress(ProcessLookupError):  # what a command has left that was killed itself
                 os.killpg(process.pid, signal.SIGKILL)
@@ -115,11 +118,11 @@ def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[
 
 @contextmanager
 def _guard() -> Iterator[str]:
-    """A process that ends the family of the mark where this one is killed in the body."""
+    """A process that ends the family of the mark if this process is killed in the body."""
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
     command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
-    # In a session of its own: what ends the family, such as Ctrl-C twice, must not end its guard before.
+    # In a session of its own, because what ends the family, such as Ctrl-C twice, must not end its guard first.
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
         try:
             yield mark
@@ -141,9 +144,7 @@ def _found(program: str) -> str:
 
 
 def end_with_parent() -> None:
-    """Have this worker of multiprocessing end with its parent, whom it would else wait for until the machine is
-    switched off.
-    """
+    """Make this worker of multiprocessing end with its parent. It would otherwise wait for the parent for ever."""
     parent = parent_process()
     assert parent is not None
 
@@ -155,8 +156,8 @@ def end_with_parent() -> None:
 
 
 def end_with_agent() -> None:
-    """Have this rank end with torchrun's agent, which cannot end its ranks where it is killed. Without one nothing
-    happens.
+    """Make this rank end with torchrun's agent, which cannot end its ranks if it is killed. Does nothing without an
+    agent.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         leash.tie()
@@ -165,9 +166,10 @@ def end_with_agent() -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether another process has taken this one over: the first of the machine, or one that has asked for it, as
-    systemd and the first processes of containers do. Torchrun's agent has torch loaded, and a program between it and
-    the rank has the rank's variables."""
+    """Whether another process has adopted this one: the first process of the machine, or one that has asked for
+    orphans, as systemd and the first processes of containers do. Torchrun's agent has torch loaded, and a program
+    between it and the rank has the rank's variables.
+    """
     parent, mine = Path(f"/proc/{os.getppid()}"), f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']}"
     try:
         between = os.fsencode(mine) in (parent / "environ").read_bytes().split(b"\0")

@@ -1,4 +1,4 @@
-"""Keep libraries that no run uses out of a rank's start.
+"""Keeps libraries that no run uses out of a rank's start.
 
 DeepSpeed imports its autotuner, and with it mlflow, pandas and fastapi. transformers imports scipy for losses of
 images. bitsandbytes imports torch's compiler for devices that it has no kernels for, and DeepSpeed imports it, with
@@ -48,7 +48,9 @@ def _stand_in(name: str) -> Iterator[None]:
 
 @contextmanager
 def _compile_at_the_first_call() -> Iterator[None]:
-    """`torch.compile` imports the compiler for every function that it decorates; here it waits until one is called."""
+    """Make `torch.compile` wait until a decorated function is called. It imports the compiler for every function that
+    it decorates.
+    """
     import torch
 
     compile_now: Any = torch.compile
@@ -73,18 +75,18 @@ def _compile_at_the_first_call() -> Iterator[None]:
         torch.compile = compile_now
 
 
-# A module of a library, with all below it -> what its import is wrapped in.
+# A module of a library, with everything below it -> the wrapper of its import.
 _DEFERRED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "deepspeed.autotuning.autotuner": partial(_stand_in, "mlflow"),
     "transformers.loss": partial(_stand_in, "scipy.optimize"),
     "bitsandbytes.backends": _compile_at_the_first_call,
-    # An optimizer that DeepSpeed imports to ask whether the given one is it.
+    # DeepSpeed imports this optimizer only to ask whether the given one is an instance of it.
     "deepspeed.runtime.zero.muon": _compile_at_the_first_call,
 }
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of `_DEFERRED` where they are, and wraps their import."""
+    """Finds the modules of `_DEFERRED` at their places, and wraps their import."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         around = next((how for name, how in _DEFERRED.items() if f"{fullname}.".startswith(f"{name}.")), None)
@@ -103,6 +105,6 @@ class _Finder(MetaPathFinder):
 
 
 def defer_imports() -> None:
-    """From now on in this process; a second call changes nothing."""
+    """Defer imports from now on in this process. A second call changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,6 @@
-"""Devices of ranks: a GPU each, or the CPU if that is meant or all there is. Without torch, which only ranks import."""
+"""Devices of ranks: one GPU each, or the CPU if that is meant or there is no GPU. Without torch, which only ranks
+import.
+"""
 
 import os
 import re
@@ -24,8 +26,8 @@ _MEMORY_FILES = {
 
 @dataclass(frozen=True)
 class ListedGpu:
-    """A GPU of this machine by its UUID, which is empty where only its device file tells of it, and its MIG instances'
-    UUIDs.
+    """A GPU of this machine, by its UUID, and the UUIDs of its MIG instances. The UUID is empty if only its device file
+    shows the GPU.
     """
 
     uuid: str = ""
@@ -33,20 +35,20 @@ class ListedGpu:
 
 
 def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine that a process computes on: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves to
-    it.
+    """The GPUs of this machine on which a process computes: those of NVIDIA's driver that CUDA_VISIBLE_DEVICES
+    shows.
     """
     return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The words by which CUDA_VISIBLE_DEVICES leaves each of these GPUs to a process."""
+    """The words with which CUDA_VISIBLE_DEVICES shows each of these GPUs to a process."""
     count, setting = local_gpus(environment), environment.get("CUDA_VISIBLE_DEVICES")
     return (list(map(str, range(count))) if setting is None else [word.strip() for word in setting.split(",")])[:count]
 
 
 def listed_gpus() -> list[ListedGpu]:
-    """All GPUs of this machine in the driver's order, whatever CUDA_VISIBLE_DEVICES leaves of them."""
+    """All GPUs of this machine in the driver's order, regardless of CUDA_VISIBLE_DEVICES."""
     listing = _told_by_driver("--list-gpus")
     if listing is None:
         return [ListedGpu() for path in Path("/dev").glob("nvidia[0-9]*") if _opens(path)]
@@ -60,7 +62,7 @@ def listed_gpus() -> list[ListedGpu]:
 
 
 def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
-    """How many devices a process gets from CUDA, where `setting` is its CUDA_VISIBLE_DEVICES.
+    """The number of devices that CUDA shows a process whose CUDA_VISIBLE_DEVICES is `setting`.
 
     The list ends at its first word that names no device, and a word that comes twice empties it (torch's
     `_parse_visible_devices`). A process that sees a MIG instance gets this one alone ("CUDA Device Enumeration" in
@@ -73,9 +75,7 @@ def count_visible(gpus: list[ListedGpu], setting: str | None) -> int:
 
 
 def _chosen(gpus: list[ListedGpu], setting: str | None) -> Iterator[tuple[ListedGpu, str | None]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, all of them where it is not set; each with the MIG instance of it that
-    is meant.
-    """
+    """The GPUs that CUDA_VISIBLE_DEVICES names, or all if it is not set; each with the MIG instance that is meant."""
     if setting is None:
         yield from ((gpu, None) for gpu in gpus)
         return
@@ -87,7 +87,7 @@ def _chosen(gpus: list[ListedGpu], setting: str | None) -> Iterator[tuple[Listed
         if word.isdecimal():
             found = every[int(word) : int(word) + 1] if int(word) < len(gpus) else []
         elif word.startswith(("GPU-", "MIG-")):
-            # Device files have no UUIDs: such a word is taken for one of theirs, so that no GPU is overlooked.
+            # Device files have no UUIDs, so such a word counts as one of theirs. No GPU is overlooked then.
             found = [one for one in every if (one[1] or one[0].uuid or word).startswith(word)]
         else:
             found = []
@@ -104,8 +104,8 @@ class LocalGpu(NamedTuple):
 
 
 def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves to a process, as NVIDIA's driver describes them; none without it, and
-    no parts of one.
+    """The GPUs that CUDA_VISIBLE_DEVICES shows a process, as NVIDIA's driver describes them. Empty without the driver,
+    and without parts of a GPU.
     """
     told = _told_by_driver("--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits") or ""
     # A size may be "[N/A]". A name has no comma.
@@ -116,7 +116,7 @@ def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu
 
 
 def _told_by_driver(*question: str) -> str | None:
-    """The answer of nvidia-smi; None where it is not there, fails, or does not answer."""
+    """The answer of nvidia-smi; None if it does not exist, fails, or does not answer."""
     try:
         told = children.run(["nvidia-smi", *question], capture_output=True, text=True, timeout=_DRIVER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -125,7 +125,7 @@ def _told_by_driver(*question: str) -> str | None:
 
 
 def _opens(path: Path) -> bool:
-    """A container or a job's cgroup may show devices that it does not hand out."""
+    """Whether a device file can be opened. A container or a job's cgroup may show devices that it does not hand out."""
     try:
         os.close(os.open(path, os.O_RDWR))
     except OSError:
@@ -134,7 +134,7 @@ def _opens(path: Path) -> bool:
 
 
 def check_device(gpus_per_worker: int | None, torch_gpus: int, torch_build: str | None) -> None:
-    """Nobody finds out after a day that a run is on the CPU.
+    """Make sure that the ranks do not compute on the CPU by mistake, which would otherwise be noticed after a day.
 
     Args:
         gpus_per_worker: the setting `cluster.gpus_per_worker`.
@@ -161,22 +161,23 @@ def check_device(gpus_per_worker: int | None, torch_gpus: int, torch_build: str 
 
 
 def unused(torch_build: str | None) -> tuple[str, str]:
-    """Why torch sees none of the GPUs that are there, and what to do about it."""
+    """Why torch sees none of the existing GPUs, and what to do about it."""
     if torch_build is None:
         return "is a CPU build", "Install one for CUDA (https://pytorch.org/get-started/locally)"
     return f"(built for {torch_build}) finds none", "Compare its version with the driver's (nvidia-smi)"
 
 
 def host_memory_left() -> int:
-    """Bytes of this machine's memory that are free or that Linux would give up of its caches, and no more than what the
-    control groups of this process, such as those of a container or a job, have left."""
+    """Bytes of this machine's memory that are free or in caches that Linux would give up, but at most what the
+    process's control groups, such as those of a container or a job, have left.
+    """
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     return min([1024 * int(fields["MemAvailable"].split()[0]), *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Bytes up to the limits of the process's control group and of those around it, by version 2 of cgroups or by
-    version 1.
+    """Bytes left below the limits of the process's control group and of its parents, in version 2 or version 1 of
+    cgroups.
     """
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -192,5 +193,5 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def stay_on_cpu() -> None:
-    """Hide the GPUs of this machine from torch and DeepSpeed, which must not have been imported yet."""
+    """Hide the GPUs of this machine from torch and DeepSpeed, which must not be imported yet."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

@@ -48,17 +48,17 @@ def _processes() -> dict[int, tuple[int, str]]:
                 fields = stat.read().rpartition(")")[2].split()
         except OSError:
             continue
-        if fields[0] != "Z":  # which has ended, and waits for its parent to look
+        if fields[0] != "Z":  # It has ended, and waits for its parent to look.
             found[int(name)] = int(fields[1]), fields[19]
     return found
 
 
 def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
-    """End the family with this mark: those that are `asked` get SIGTERM, and all that is left after `patience` seconds
-    SIGKILL.
+    """End the family with this mark: processes that are `asked` get SIGTERM, and all that remain after `patience`
+    seconds SIGKILL.
     """
-    # One that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. It is known by its
-    # parent, while that is there.
+    # A process that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. Its parent
+    # identifies it, as long as the parent exists.
     known = descendants(family(mark))
     _signal(asked, signal.SIGTERM)
     deadline = time.monotonic() + patience
@@ -70,7 +70,7 @@ def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
 
 
 def _same(known: dict[int, str]) -> list[int]:
-    """Those of the processes that are there still."""
+    """The processes that still exist."""
     now = _processes()
     return [number for number, began in known.items() if number in now and now[number][1] == began]
 

@@ -1,5 +1,5 @@
-"""Threads beside whatever is done meanwhile, which nobody has to wait for: unlike those of a pool they keep no process
-from ending.
+"""Threads beside other work, which nobody has to wait for. Unlike threads of a pool they do not keep a process from
+ending.
 """
 
 import sys
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Do `work` in a thread of its own; the future has what it returns or raises."""
+    """Do `work` in a thread of its own. The future gets what it returns or raises."""
     done: Future[T] = Future()
 
     def run() -> None:
@@ -35,8 +35,8 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
 def helper_thread(
     work: Callable[[threading.Event], object], name: str, patience: float | None = None
 ) -> Iterator[None]:
-    """Around what is done meanwhile: `work` gets an event that is set when it is over, and then has `patience` seconds
-    to end, by default any.
+    """Run `work` in a thread beside the body. It gets an event that is set when the body ends, and then has `patience`
+    seconds to end, by default as long as it takes.
     """
     over = threading.Event()
     thread = threading.Thread(target=work, args=(over,), name=name, daemon=True)
@@ -55,8 +55,8 @@ def _to_stderr(line: str) -> None:
 
 @contextmanager
 def patiently(doing: str, say: Callable[[str], None] = _to_stderr, every: float | None = None) -> Iterator[None]:
-    """Around what may take long, for whoever waits before a terminal: says what is `doing` once that has taken 3
-    seconds, and now and then that it goes on, or both `every` so many.
+    """Around work that may take long while somebody waits at a terminal: after 3 seconds it says what it is `doing`,
+    and then repeats that now and then, or both `every` so many seconds.
     """
     began = time.monotonic()
 

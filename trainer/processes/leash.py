@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def tie() -> None:
-    """Have Linux kill this process when the thread that started it ends; an `exec` keeps that."""
+    """Make Linux kill this process when the thread that started it ends. An `exec` keeps this."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -4,7 +4,7 @@ _ALIGNED = 64  # bytes; any type of values may begin there
 
 
 def pinned(size: int) -> int:
-    """Bytes of a block of pinned memory of this size: PyTorch rounds each up to a power of two
+    """Bytes of a block of pinned memory of this size. PyTorch rounds each up to a power of two
     (ATen/core/CachingHostAllocator.h).
     """
     return 2 ** (size - 1).bit_length() if size else 0

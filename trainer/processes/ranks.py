@@ -50,8 +50,8 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 
 @dataclass(frozen=True)
 class Ranks:
-    """`world_size` ranks that act together, and this one among them: `rank` is its number among these, `local_rank` its
-    number on its node; `device` is where its tensors live. Their collectives go over `group`; None is all of the job's.
+    """`world_size` ranks that act together, and this one among them: `rank` is its number among them, `local_rank` its
+    number on its node, and `device` holds its tensors. Their collectives use `group`; None means all ranks of the job.
     """
 
     rank: int
@@ -63,7 +63,7 @@ class Ranks:
 
     @property
     def device_name(self) -> str:
-        """For people: `cpu`, or a GPU's number and model."""
+        """The device as people read it: `cpu`, or a GPU's number and model."""
         if self.device.type != "cuda":
             return str(self.device)
         return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
@@ -79,16 +79,18 @@ class Ranks:
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
     def least_host_memory(self) -> int:
-        """Bytes of the smallest part of a rank in half of what is left of its host's memory. Collective."""
+        """Bytes of host memory that each rank may use: half of what the host has left, divided by its ranks; the
+        smallest of all hosts. Collective.
+        """
         return int(min(row[0] for row in self.gather(host_memory_left() / 2 / self.ranks_per_node)))
 
     def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
-        """`values` of every rank, in rank order, and behind them `sums` (n,) fp64 of its device. Collective."""
+        """`values` of every rank in rank order, followed by `sums` (n,) fp64 from its device. Collective."""
         return self.begin_gather(*values, sums=sums)()
 
     def begin_gather(self, *values: float, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
-        """The same, on its way to the host: a call of the result waits for that, no longer than until the device has
-        come here. Collective.
+        """Start a `gather`, and return a function that gives its result. Calling it waits until the device has reached
+        this point. Collective.
         """
         mine = onto(torch.tensor(values, dtype=torch.float64), self.device)
         every = self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).to("cpu", non_blocking=True)
@@ -102,13 +104,13 @@ class Ranks:
         return arrived
 
     def gather_tensor(self, mine: Tensor) -> Tensor:
-        """`mine` (n,) of every rank, in rank order, on this rank's device: (ranks, n). Collective."""
+        """`mine` (n,) of every rank in rank order, on this rank's device: (ranks, n). Collective."""
         every = mine.new_empty(self.world_size * len(mine))
         dist.all_gather_into_tensor(every, mine, group=self.group)
         return every.view(self.world_size, len(mine))
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over ranks of a tensor of whole numbers, on this rank's device; the host waits for nothing.
+        """The sum over ranks of a tensor of whole numbers, on this rank's device. The host does not wait.
         Collective.
         """
         every = onto(counts, self.device) if counts.device != self.device else counts.clone()
@@ -122,22 +124,22 @@ class Ranks:
         return every
 
     def gather_items(self, mine: Mapping[K, T]) -> dict[K, T]:
-        """The small picklable values of all ranks, each by a key that one rank alone has. Collective."""
+        """The small picklable values of all ranks, by key. Each key belongs to one rank only. Collective."""
         return {key: value for part in self.gather_objects(mine) for key, value in part.items()}
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """`action`'s result on every rank, in rank order; what it raises on one is raised on all. Collective."""
+        """`action`'s result on every rank, in rank order. An error on one rank is raised on all. Collective."""
         with self.agreeing():
             result = action()
         return self.gather_objects(result)
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone; every rank gets its result, or its error (see `agree`). Collective."""
+        """Run `action` on rank 0 only. Every rank gets its result, or its error (see `agree`). Collective."""
         result: Any = None
         with self.agreeing():
             if self.rank == 0:
                 result = action()
-        # Not `together`: a gather makes room on each rank for as many objects as there are ranks, each of the largest
+        # Not `together`, because a gather allocates room on each rank for one object per rank, each of the largest
         # size.
         return self.broadcast(result)
 
@@ -148,7 +150,7 @@ class Ranks:
         return box[0]
 
     def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
-        """`values` of every rank, unless one of them failed: then the same error on all, so that none waits for it.
+        """`values` of every rank. If one of them failed, all raise the same error, so that none waits for it.
         Collective.
 
         Raises:
@@ -171,7 +173,9 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """An error in the block on one rank ends it on all (see `agree`). Collective; the block itself must not be."""
+        """An error in the block on one rank ends the block on all (see `agree`). Collective; the block itself must not
+        be.
+        """
         failure = None
         try:
             yield
@@ -190,7 +194,7 @@ class World(Ranks):
         return distributed_c10d._get_default_group()._get_backend(self.device).options._timeout
 
     def begin_groups(self) -> None:
-        """Have every process group of this process make its communicator now, with the limit `timeout`. Collective.
+        """Make every process group of this process create its communicator now, with the limit `timeout`. Collective.
 
         One that a library made has torch's own limit, 10 minutes for NCCL. And NCCL's would begin inside of the first
         pass, where `timeouts.step` is its limit instead of that of the load.
@@ -199,18 +203,18 @@ class World(Ranks):
             distributed_c10d._set_pg_timeout(self.timeout, group)
             here = torch.zeros(1, device=self.device)
             dist.all_reduce(here, group=group)
-            here.item()  # it waits until the others have come
+            here.item()  # it waits until the others have arrived
 
     def have_even_nodes(self) -> bool:
-        """Whether every node has as many ranks, and those of a node follow each other. Collective."""
+        """Whether every node has equally many ranks with consecutive numbers. Collective."""
         return all(
             (per_node, local_rank) == (self.ranks_per_node, rank % self.ranks_per_node)
             for rank, (per_node, local_rank) in enumerate(self.gather(self.ranks_per_node, self.local_rank))
         )
 
     def group_of(self, size: int) -> dist.ProcessGroup:
-        """The process group of this rank and the `size - 1` beside it, where all ranks are divided into groups of
-        `size` that follow each other. Collective over the group.
+        """The process group of this rank and the `size - 1` ranks beside it. All ranks are divided into groups of
+        `size` consecutive ranks. Collective over the group.
 
         A rank takes part in the making of its own group alone: among 1,024 ranks there are 128 groups of eight. All
         ranks make groups of the same sizes in the same order, so that no two wait for each other in different ones,
@@ -276,15 +280,16 @@ def join(
 
 
 def bound_device(device: torch.device, world_size: int) -> torch.device | None:
-    """The device that the process group is told of: NCCL then makes other groups' communicators of this one's, and need
-    not guess which device is whose. Of one rank NCCL cannot do so on some machines (CUDA error 600,
-    deepspeedai/DeepSpeed#8248), and need not."""
+    """The device that the process group is told. NCCL then derives other groups' communicators from this one's, and
+    need not guess which device belongs to whom. With one rank NCCL fails at this on some machines (CUDA error 600,
+    deepspeedai/DeepSpeed#8248), and does not need it.
+    """
     return device if is_accelerator(device) and world_size > 1 else None
 
 
 def let_segments_grow() -> None:
-    """Have torch's allocator take memory of a GPU in segments that grow, unless the environment has settings for it:
-    layers are gathered into memory of ever other sizes, of which fixed segments would leave gaps.
+    """Make torch's allocator use growing segments of a GPU's memory, unless the environment sets it otherwise. Layers
+    are gathered into blocks of changing sizes, and fixed segments would leave gaps.
 
     The environment would be too late for that, as torch reads it once, when CUDA begins, and bitsandbytes begins it in
     its import.
@@ -294,8 +299,8 @@ def let_segments_grow() -> None:
 
 
 def add_in_one_order() -> None:
-    """Have kernels add in the same order every time, where they have such a way and another one that is faster. Before
-    CUDA begins.
+    """Make kernels add in the same order every time, if they have such a mode beside a faster one. Call it before CUDA
+    begins.
     """
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it for FlashAttention's packages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -304,8 +309,8 @@ def add_in_one_order() -> None:
 
 
 def take_gpu(store: Store, device: torch.device, rank: int) -> None:
-    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` where another has it, which NCCL allows
-    to none.
+    """Note in the ranks' `store` that `rank` has this GPU. Raises `ConfigError` if another rank has it, because NCCL
+    does not allow that.
     """
     gpu = torch.cuda.get_device_properties(device)
     others = store.add(f"gpu-{gpu.uuid}", 1) - 1
@@ -318,17 +323,17 @@ def take_gpu(store: Store, device: torch.device, rank: int) -> None:
 
 
 def collectives_begun() -> int:
-    """How many collectives this process has begun so far, in all its groups. Any thread may ask."""
+    """The number of collectives that this process has begun so far, in all its groups. Any thread may call it."""
     groups: list[Any] = list(distributed_c10d._world.pg_map)  # torch's stubs leave the sequence number out
     return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int], bool], *, looks: bool) -> Store:
-    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has come to it. One rank of each node `looks`
-    whether those that are missing are gone.
+    """The key-value store at MASTER_ADDR and MASTER_PORT, once every rank has arrived. One rank of each node `looks`
+    whether missing ranks are gone.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent serves the store itself, and the same one for each of its attempts.
+    # torchrun's agent serves the store itself, and keeps it over its attempts.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     missing, began = None, time.monotonic()
     try:
@@ -360,7 +365,7 @@ def _meet(rank: int, world_size: int, within: timedelta, is_gone: Callable[[int]
 
 
 def _waited_for(store: Store, world_size: int, within: timedelta, is_gone: Callable[[int], bool] | None) -> list[int]:
-    """The ranks that have not come: none, or where time is up or one of them is gone those that are missing.
+    """Ranks that have not arrived when the time is up, or as soon as one of them has died; none if all have arrived.
 
     All wait for one key, which the last one to come sets, or who finds that one `is_gone`. The names of those that are
     there are asked for only then: 1,024 ranks that ask for as many names keep the store busy for minutes.
@@ -383,21 +388,24 @@ def _waited_for(store: Store, world_size: int, within: timedelta, is_gone: Calla
 
 
 def _missing(store: Store, world_size: int) -> list[int]:
-    """The ranks that have not come yet, by one request."""
+    """The ranks that have not arrived yet, by one request."""
     there = {key.rpartition("/")[2] for key in store.list_keys()}
     return [rank for rank in range(world_size) if f"here-{rank}" not in there]
 
 
 def _served(host: str, port: int, within: timedelta) -> TCPStore:
-    """The store, served at the one address by which the others reach it, as whoever reaches it may write to it."""
+    """The store, served only at the address by which the other ranks reach it, because whoever reaches it may write to
+    it.
+    """
     return TCPStore(
         host, port, is_master=True, timeout=within, wait_for_workers=False, master_listen_fd=_listening(host, port)
     )
 
 
 def _listening(host: str, port: int) -> int:
-    """A socket at `host` and `port`, as its file descriptor. It is at every address where `host` is not an address that
-    this machine knows itself by, or only one that others cannot reach it by."""
+    """A socket at `host` and `port`, as its file descriptor. It listens at every address if `host` is not an address
+    that this machine knows itself by, or only one by which others cannot reach it.
+    """
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         if not ip_address(place[0]).is_loopback or _on_one_machine():
@@ -414,16 +422,17 @@ def _on_one_machine() -> bool:
 
 
 def stay_on_loopback() -> None:
-    """Have gloo and NCCL open their sockets where no other machine reaches them, as long as all ranks are on this one
-    and nobody has named an interface."""
+    """Make gloo and NCCL open their sockets where no other machine reaches them, if all ranks are on this machine and
+    nobody has named an interface.
+    """
     if _on_one_machine():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, _LOOPBACK)
 
 
 def _reached(host: str, port: int, within: timedelta, is_gone: Callable[[], bool]) -> TCPStore:
-    """The store that rank 0 serves, as soon as it does. In short attempts, as torch would go on asking for one that has
-    ended.
+    """The store that rank 0 serves, as soon as it does. It tries in short attempts, because torch would keep asking a
+    server that has ended.
     """
     deadline = time.monotonic() + within.total_seconds()
     while True:

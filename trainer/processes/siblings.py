@@ -1,4 +1,4 @@
-"""The ranks of one machine that were started by hand or by srun, as processes: nobody tells the others when one of them
+"""The ranks of one machine that were started by hand or by srun, as processes. Nobody tells the others if one of them
 is killed.
 """
 
@@ -14,7 +14,7 @@ _LATE_SECONDS = 30.0
 
 
 class Siblings:
-    """Looks for the processes of the other ranks by the environment that they were started with.
+    """Finds the processes of the other ranks by the environment with which they were started.
 
     Where this process was not started with a rank of its own, as by Ray, or where ranks are on several machines or
     under torchrun's agent, which ends them itself, it knows nothing.
@@ -32,7 +32,7 @@ class Siblings:
         self._seen: dict[int, float] = {}
 
     def is_gone(self, rank: int) -> bool:
-        """Whether its process has ended for certain, or has not come for so long that it never will."""
+        """Whether the process has certainly ended, or has been missing for so long that it will never come."""
         if self._group is None:
             return False
         name, same = self._group
@@ -64,7 +64,7 @@ _STARTERS = (
 
 
 def _own_environment() -> dict[str, str]:
-    """As it was when this program was started: whatever was set later, others cannot see."""
+    """The environment with which this program was started. Others cannot see what was set later."""
     with open("/proc/self/environ", "rb") as file:
         pairs = (os.fsdecode(pair).partition("=") for pair in file.read().split(b"\0"))
         return {name: value for name, _, value in pairs}

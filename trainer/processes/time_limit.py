@@ -1,6 +1,4 @@
-"""A time limit on code of the user's, such as a chat template, that runs in this process and may never end by
-itself.
-"""
+"""A time limit for a user's code, such as a chat template, that runs in this process and may never end."""
 
 import ctypes
 import threading
@@ -10,7 +8,7 @@ from contextlib import contextmanager
 
 
 class OutOfTime(BaseException):
-    """The code took longer than its limit. No `Exception`, which such code or a library around it might catch."""
+    """The code took longer than its limit. Not an `Exception`, which such code or a library around it might catch."""
 
 
 class _Limit:
@@ -28,14 +26,15 @@ _LOOK_SECONDS = 0.5
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the body when that has taken so many seconds, wherever it is in its Python code. It costs
-    microseconds, so it may be around each row."""
+    """Raises `OutOfTime` in the body when it has taken so many seconds, anywhere in its Python code. It costs
+    microseconds, so it may be put around each row.
+    """
     global _watch
     limit = _Limit(time.monotonic() + seconds)
     with _lock:
         _running.add(limit)
-        # One thread looks after all limits of this process. A signal would only reach the main thread, where the work
-        # seldom is.
+        # One thread watches all limits of this process. A signal would only reach the main thread, which seldom does
+        # the work.
         if _watch is None or not _watch.is_alive():
             _watch = threading.Thread(target=_look, name="time-limit", daemon=True)
             _watch.start()

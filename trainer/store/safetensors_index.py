@@ -117,7 +117,7 @@ class Joined:
 @dataclass(frozen=True)
 class PackedSources:
     """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in
-    a `Packed`; `mean` is that of absmax, one for each slice, under double quantization."""
+    a module that holds the weight; `mean` is that of absmax, one for each slice, under double quantization."""
 
     parts: dict[str, StoredTensor]
     mean: list[float] | None

@@ -173,11 +173,14 @@ class Store:
         except AlreadyExists:
             if not data or not self._holds(key, data):
                 raise
-        except Unreachable:
+        except Unreachable as error:
             # A request whose time was up is not sent again, as it may have been done.
-            with suppress(StorageError):
-                if data and self.failing_fast()._holds(key, data):
+            with suppress(Unreachable):
+                there = self.failing_fast()
+                if data and there._holds(key, data):
                     return
+                if there.exists(key):
+                    raise AlreadyExists(f"{self.uri}/{key} exists already.") from error
             raise
 
     def _holds(self, key: str, data: bytes) -> bool:

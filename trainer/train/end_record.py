@@ -1,4 +1,4 @@
-"""The record of how a start ends early, and the reason that people read in it."""
+"""The record of how a start ends early, with the reason that people read."""
 
 import sys
 import traceback
@@ -23,7 +23,7 @@ from trainer.train.start import Start
 
 @contextmanager
 def early_end(start: Start) -> Iterator[None]:
-    """Leave the reason of an early end in the records and the rank's log, and pass it on."""
+    """Write the reason of an early end into the records and the rank's log, and raise it again."""
     metrics = start.metrics
     try:
         yield
@@ -68,14 +68,16 @@ def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
 def last_words(
     folder: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
 ) -> Callable[[Hang, bool], None]:
-    """A function that writes a rank's log and end to the run's folder, before it ends because some rank hangs."""
+    """A function that writes a rank's log and end into the run's folder before the rank ends because some rank
+    hangs.
+    """
 
     def say(hang: Hang, mine: bool) -> None:
         flush_log()
         if not mine:
             return
         end = {"outcome": "failed", "step": None, "reason": hang.reason, "hung_ranks": hang.ranks}
-        if 0 in hang.ranks:  # then this rank is another, and rank 0 may never write again
+        if 0 in hang.ranks:  # Then this rank is not rank 0, and rank 0 may never write again.
             with suppress(StorageError):
                 add_record(folder, generation, "end", **end)
         metrics.write_now("end", **end)

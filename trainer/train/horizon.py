@@ -1,4 +1,4 @@
-"""Where a run ends: after so many steps, or where its epochs do, which is counted from the position in the data.
+"""Where a run ends: after so many steps, or with its epochs, which are counted from the position in the data.
 
 A start goes on from a position, whatever `train.global_batch` led there. So the steps that are left are those that the
 present settings make of the data behind it, and a run of one epoch takes every row once, also when the batch changes on
@@ -30,12 +30,13 @@ class Horizon:
     epochs: Sequence[EpochBins] = ()
 
     def rate(self, optim: Optim, step: int) -> float:
-        """The learning rate of the update that makes `step`: the schedule goes by the data, so it counts the steps that
-        the present settings would have made of what lies before."""
+        """The learning rate of the update that makes `step`. The schedule follows the data, so it counts the steps that
+        the present settings would have made of the earlier data.
+        """
         return learning_rate(optim, step - self.steps + self.whole, self.whole)
 
     def passes(self, position: Position) -> float | None:
-        """The passes over the data that lie before `position`; None where the bins of an epoch are not counted."""
+        """The passes over the data before `position`; None if the bins of an epoch are not counted."""
         if not self.epochs:
             return None
         if position.epoch >= len(self.epochs):
@@ -44,15 +45,15 @@ class Horizon:
         return position.epoch + bins.before(epoch, position) / bins.total(epoch)
 
     def is_due(self, per_epoch: float, before: Position, after: Position) -> bool:
-        """Whether what comes `per_epoch` times in each pass comes with the update whose data lies between the two
-        positions.
+        """Whether an action that is due `per_epoch` times in each pass is due with the update whose data lies between
+        the two positions.
 
         It goes by the data alone, so a start with another batch or other epochs finds the same places in them.
         """
         return per_epoch > 0 and self._times(per_epoch, before) != self._times(per_epoch, after)
 
     def _times(self, per_epoch: float, position: Position) -> int:
-        """How often something that comes `per_epoch` times in a pass has come before `position`."""
+        """How often an action that is due `per_epoch` times in a pass has been due before `position`."""
         passed = Fraction(position.epoch)
         if position.epoch < len(self.epochs):
             epoch = self.epochs[position.epoch]
@@ -77,7 +78,7 @@ def horizon_of(
 
 
 def _taken(number: int, size: int, epoch: EpochBins, position: Position) -> int:
-    """The bins of the epoch of this number that lie before `position`."""
+    """The bins of the epoch of this number before `position`."""
     if number == position.epoch:
         return bins.before(epoch, position)
     return size if number < position.epoch else 0
@@ -86,7 +87,7 @@ def _taken(number: int, size: int, epoch: EpochBins, position: Position) -> int:
 def _is_ahead(
     place: Position, epochs: Sequence[EpochBins], taken: Sequence[int], left: Sequence[int], global_batch: int
 ) -> bool:
-    """Whether one of the steps that are left begins at `place`."""
+    """Whether one of the remaining steps begins at `place`."""
     if place.epoch >= len(epochs):
         return False
     steps, rest = divmod(bins.before(epochs[place.epoch], place) - taken[place.epoch], global_batch)

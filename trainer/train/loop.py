@@ -1,4 +1,6 @@
-"""The training loop. Step s is the state after s updates; step 0 is the base with what learns as it was attached."""
+"""The training loop. Step s is the state after s updates; step 0 is the base with freshly attached trainable
+parameters.
+"""
 
 import math
 import time
@@ -40,23 +42,23 @@ class Training:
     engine: Engine
     stream: Stream
     eval_stream: Stream | None = None
-    eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # those of eval.sets
+    eval_sets: Mapping[str, Stream] = field(default_factory=dict)  # the streams of eval.sets
     supply: Supply = compiled
     checkpoints: Checkpoints
     horizon: Horizon
-    work: StepWork = UNKNOWN_WORK  # of a step, so that records say how much of the device's peak it came to
+    work: StepWork = UNKNOWN_WORK  # of a step; the records use it for the share of the device's peak
     rules: StopRules = field(default_factory=lambda: StopRules(StopWhen()))
-    skipped: tuple[Position, ...] = ()  # their loss was not finite in an earlier start of the run
-    clock: Callable[[], float] = time.monotonic  # by which saves are due, in seconds
+    skipped: tuple[Position, ...] = ()  # windows whose loss was not finite in an earlier start of the run
+    clock: Callable[[], float] = time.monotonic  # the clock that decides when saves are due, in seconds
 
     def begin(self, phase: Phase, step: int = 0) -> None:
-        """This rank begins `phase`, for the update that makes `step`."""
+        """Record that this rank begins `phase`, for the update that makes `step`."""
         self.start.pulse(phase, step)
         self.engine.clock.enter(phase)
 
 
 class _RankStep(NamedTuple):
-    """One rank's part of a step, as all ranks tell each other after the backward passes: plain numbers."""
+    """One rank's part of a step: plain numbers that all ranks exchange after the backward passes."""
 
     tokens: float
     weight: float  # of its part in the loss
@@ -68,8 +70,8 @@ class _RankStep(NamedTuple):
 
 
 def train(run: Training, step: int, position: Position) -> Generator[dict[str, Any]]:
-    """Go from the state after `step` updates, whose next data is at `position`, to the last step, or to where
-    `train.stop_when` ends it; yields each update's record.
+    """Train from the state after `step` updates, with the next data at `position`, to the last step or until
+    `train.stop_when` ends it. Yields each update's record.
 
     Raises:
         NonFiniteLoss: on every rank, before anything is saved.
@@ -83,7 +85,7 @@ def train(run: Training, step: int, position: Position) -> Generator[dict[str, A
 
 def _steps(run: Training, actions: Actions, step: int, position: Position) -> Iterator[dict[str, Any]]:
     first_step = step + 1
-    updated = position  # where the data of the last update ends: what is skipped behind it still passes by
+    updated = position  # the end of the last update's data; skipped windows after it are still passed over
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
         started = time.monotonic()
@@ -91,7 +93,7 @@ def _steps(run: Training, actions: Actions, step: int, position: Position) -> It
         try:
             supplied = run.supply(run.engine, step)
             batches = next(reader)  # this rank's micro-batches of the global batch; the same number on every rank
-        except (DataError, Stopped):  # on every rank: the next chapter of the data will not be compiled
+        except (DataError, Stopped):  # On every rank: the next chapter of the data cannot be compiled.
             if step >= first_step:
                 _commit_before_the_end(run, step, position)
             raise
@@ -115,8 +117,8 @@ def _steps(run: Training, actions: Actions, step: int, position: Position) -> It
 
 
 class _Update(NamedTuple):
-    """An update that was made: each rank's part, what its actions `told`, the loss with the learning rate and the norm
-    of the gradient, and the objective's figures.
+    """A finished update: each rank's part, what its actions `told`, the loss with the learning rate and the gradient's
+    norm, and the objective's figures.
     """
 
     every: list[_RankStep]
@@ -131,19 +133,20 @@ def _update(
     """Make the update after `step`, from the data at `position`. Collective; raises `NonFiniteLoss` on every rank."""
     ranks, objective = run.start.ranks, run.start.objective
     run.begin("step", step + 1)
-    # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same whatever the
-    # accumulation, the packing and the number of ranks: count them all before the first backward pass.
+    # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same with any
+    # accumulation, packing and number of ranks. So count them all before the first backward pass.
     mine = sum(map(objective.weight, batches))
     sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
-    # One exchange, and every rank draws the same conclusions from it. It is read in the update's wait for the
-    # gradient's norm, our one wait for the device in a step. An update by a loss that is not finite is never kept.
+    # One exchange, from which every rank draws the same conclusions. It is read while the update waits for the
+    # gradient's norm, the only time in a step that we wait for the device. An update by a loss that is not finite is
+    # never kept.
     exchange = _exchange(run, actions.told(), batches, sums, mine, waited=waited)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
     every, told, totals = exchange()
     weight = sum(rank.weight for rank in every)
     loss, *measures = (total / weight for total in totals)
-    # Answers are sampled for one update, so that there are no others in their place.
+    # Answers are sampled for one update, so no others can take their place.
     window = None if run.stream.rollouts else position
     if not math.isfinite(loss):
         raise _not_finite("loss", step + 1, loss, window)
@@ -154,7 +157,7 @@ def _update(
 
 
 def _follow(run: Training, actions: Actions, update: _Update, step: int, window: Window, *, first: bool) -> bool:
-    """Let the actions that are due in the state at `step` act; returns whether the training ends there. Collective.
+    """Let the actions that are due in the state at `step` act. Returns whether the training ends there. Collective.
 
     Raises `Stopped` after a stop request, with the state committed.
     """
@@ -174,8 +177,9 @@ def _follow(run: Training, actions: Actions, update: _Update, step: int, window:
 
 
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:
-    """Add up the gradients of this rank's part of the step after `step`, whose `weight` () over all ranks is on the
-    device; returns its summed loss and measures, fp64."""
+    """Add up the gradients of this rank's part of the step after `step`, and return its summed loss and measures
+    (fp64). `weight` (), over all ranks, is on the device.
+    """
     run.engine.clock.enter("forward")
     surveyed = surveys(run, batches)
     sums = torch.zeros(1 + sums_of(run.start.objective), dtype=torch.float64, device=run.start.ranks.device)
@@ -190,8 +194,8 @@ def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: 
 
 
 def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
-    """For each of this rank's micro-batches the `MicroBatch.survey` that its loss needs, if any, over those of all
-    ranks. Collective.
+    """For each micro-batch of this rank, the `MicroBatch.survey` that its loss needs, if any, computed over all ranks.
+    Collective.
     """
     survey = run.start.objective.survey
     if survey is None:
@@ -206,8 +210,8 @@ def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | N
 def _exchange(
     run: Training, told: Sequence[float], batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, waited: float
 ) -> Callable[[], tuple[list[_RankStep], list[list[float]], list[float]]]:
-    """Ask for every rank's part of the step and what its actions have `told`, in rank order, and the `sums` over all
-    ranks, which a call of the result reads. Collective.
+    """Start exchanging every rank's part of the step and what its actions have `told`, in rank order, and the `sums`
+    over all ranks. Calling the result reads them. Collective.
     """
     mine = _RankStep(
         tokens=sum(batch.tokens for batch in batches),
@@ -230,14 +234,14 @@ def _exchange(
 
 
 def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
-    """The part of a step's record that adds up over the ranks, and how long each phase of rank 0's took since the
-    record before.
+    """The parts of a step's record that add up over the ranks, and how long each of rank 0's phases took since the
+    previous record.
     """
     tokens = sum(int(rank.tokens) for rank in every)
     data = max(rank.waited for rank in every)  # on the rank that waited longest
     run.engine.clock.enter("save")
     spent = run.engine.clock.passed()
-    # The ranks meet before the first pass: where another one waited for its data, rank 0 waited for that one.
+    # The ranks meet before the first pass. If another rank waited for its data, rank 0 waited for that rank.
     exchange = spent.pop("step", 0.0) + spent.pop("data", 0.0) - data
     phases = {**spent, "data": data, "exchange": max(0.0, exchange)}
     return {
@@ -252,14 +256,14 @@ def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[s
 
 
 def _wait(run: Training, step: int, awaited: bool) -> None:
-    """Show that the run is alive while the data of the step after `step` is still compiled."""
+    """Show that the run is alive while the data of the step after `step` is still being compiled."""
     run.start.pulse("compile" if awaited else "data", step + 1)
     if awaited:
         run.start.metrics.write("compiling", step=step)
 
 
 def stop_before_training(run: Training, step: int, position: Position, *, committed: bool) -> None:
-    """End here when it was asked for while the model was loaded: nothing is trained yet. Collective.
+    """End here if a stop was requested while the model was loaded, before anything is trained. Collective.
 
     Raises `Stopped`, with the state at `step` committed in any case.
     """
@@ -272,7 +276,7 @@ def stop_before_training(run: Training, step: int, position: Position, *, commit
 
 
 def _commit_before_the_end(run: Training, step: int, position: Position) -> None:
-    """Commit the state at `step`, if it is not yet. Collective."""
+    """Commit the state at `step` unless it is committed already. Collective."""
     run.begin("save", step)
     if run.checkpoints.newest != step:
         run.checkpoints.save(run.engine, step, position.to_json(), eval_loss=None, may_skip=False)
@@ -298,18 +302,18 @@ def _not_finite(what: str, step: int, value: float, window: Position | None) -> 
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Randomness derives from the position in the run, so a checkpoint needs no generator state."""
+    """The seed of dropout. It depends only on the position in the run, so a checkpoint needs no generator state."""
     return int(hash_key(seed, step, micro_batch, rank))
 
 
 def samples_key(batches: Sequence[MicroBatch]) -> int:
-    """A number for one rank's documents of a step: the sum over ranks tells which they were, whatever the world
-    size.
+    """A number for the documents of one rank's step. The sum over ranks identifies the step's documents on any number
+    of ranks.
     """
     documents = np.array([number for batch in batches for number in batch.documents], dtype=np.uint64)
     places = [
         (at.epoch << 48) + (at.chapter << 40) + (at.window << 24) + at.bin for batch in batches for at in batch.bins
     ]
     bins = np.array(places, dtype=np.uint64)
-    # Halves of 32 bits: sums of millions of them are exact in the float64 of an exchange.
+    # Split into halves of 32 bits: their sums over millions of documents are exact in an exchange's float64.
     return sum(int((splitmix64(numbers) >> np.uint64(32)).sum()) for numbers in (documents, bins))

@@ -1,4 +1,4 @@
-"""Opens what a start of a run does beside its steps: it logs, writes records, hears requests and shows that it is
+"""Opens what a start does beside its steps: it logs, writes records, listens for requests and shows that it is
 alive.
 """
 
@@ -17,14 +17,14 @@ from trainer.train.start import ClaimedStart, Start
 
 @contextmanager
 def opened(claimed: ClaimedStart) -> Iterator[Start]:
-    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to those
-    before it.
+    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to the
+    earlier ones.
     """
     resolved, ranks, folder, generation = claimed.resolved, claimed.ranks, claimed.folder, claimed.generation
     config, first = claimed.config, ranks.rank == 0
     with (
         rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
-        # Its wait for the last adapter is outside of what looks for ranks that hang.
+        # Its wait for the last adapter is not watched by the search for hanging ranks.
         adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
         ExitStack() as stack,
     ):

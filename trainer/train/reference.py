@@ -1,4 +1,4 @@
-"""The reference that is stored: one pass through the base over all data before the first step, and none in any step.
+"""The stored reference: one pass through the base over all data before the first step, and none in any step.
 
 The model is as it was attached, before a checkpoint is restored, so that a base that learns is still the base. Every
 rank computes its own rows of one order that knows no ranks; what is there already, from an earlier start or another
@@ -29,12 +29,14 @@ from trainer.store.store import Store
 from trainer.train.initial_adapter import begin_from
 from trainer.train.start import Start
 
-_KEPT_SECONDS = 300.0  # between two writes of what is computed so far
+_KEPT_SECONDS = 300.0  # between two writes of the results so far
 _TOLD_SECONDS = 30.0
 
 
 class _Part(NamedTuple):
-    """One rank's rows of a step: their documents, log-probabilities (documents, answers), and what it has to say."""
+    """One rank's rows of a step: their documents, their log-probabilities (documents, answers), and the rank's
+    messages.
+    """
 
     documents: list[int]
     log_p: NDArray[np.float32]
@@ -51,7 +53,7 @@ class ReferencePass:
     kernels: str
 
     def log_probabilities(self, fingerprint: str, chapters: Chapters | None = None) -> NDArray[np.float32] | None:
-        """(documents, answers) of a data set, in nats; None where a stop was asked for meanwhile. Collective.
+        """(documents, answers) of a data set, in nats; None if a stop was requested meanwhile. Collective.
 
         `chapters` are those of a data set that may still be compiled: the pass begins when it is whole.
 
@@ -116,7 +118,7 @@ class ReferencePass:
     def _compute(
         self, folder: Store, facts: dict[str, Any], dataset: Dataset, found: References | None
     ) -> NDArray[np.float32] | None:
-        """All that `found` lacks. Rank 0 writes what there is from time to time, and at the end or a stop."""
+        """Compute all that `found` lacks. Rank 0 writes the results from time to time, and at the end or a stop."""
         order = eval_order(self.start.config, dataset.manifest).to_json()
         stream = eval_stream(self.start.config, dataset, self.start.ranks.rank, self.start.ranks.world_size)
         log_p, position = None, Position()
@@ -146,7 +148,7 @@ class ReferencePass:
 
     def _part(self, batches: Sequence[MicroBatch]) -> _Part:
         rows = [self.engine.look(self.start.objective.reference, batch).float().cpu().numpy() for batch in batches]
-        # Ranks that share a row all have its values, and one of them names its documents.
+        # All ranks that share a row have its values, and one of them names its documents.
         values = [row[: len(batch.documents)] for row, batch in zip(rows, batches, strict=True)]
         documents = [number for batch in batches for number in batch.documents]
         return _Part(documents, np.concatenate(values), bool(self.start.stop.requested), time.monotonic())

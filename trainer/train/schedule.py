@@ -14,7 +14,7 @@ Course = Callable[[Optim, int, int, int], float]
 
 # torch's OneCycleLR: the first rate is a 25th of the peak, the last one a ten-thousandth of the first.
 _ONE_CYCLE_FIRST, _ONE_CYCLE_LAST = 1 / 25, 1e-4
-_INVERSE_SQRT_STEPS = 10_000  # that transformers counts as warm-up where there is none
+_INVERSE_SQRT_STEPS = 10_000  # transformers counts this much as warm-up if there is none
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
@@ -31,12 +31,12 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
 
 
 def _done(step: int, warmup: int, total: int) -> float:
-    """The share of the steps behind warm-up that `step` completes."""
+    """The share of the steps after warm-up that `step` completes."""
     return (step - warmup) / max(1, total - warmup)
 
 
 def _down_to(least: float, decay: float) -> float:
-    """`decay`, which goes from 1 to 0, as one from 1 to `least`."""
+    """`decay`, which goes from 1 to 0, rescaled to go from 1 to `least`."""
     return least + (1 - least) * decay
 
 

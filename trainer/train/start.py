@@ -1,6 +1,4 @@
-"""One start of a run, as one of its ranks sees it: the values that everything which this rank does for the run
-needs.
-"""
+"""One start of a run as one of its ranks sees it: the values that this rank needs for everything it does."""
 
 import socket
 import time
@@ -37,7 +35,8 @@ class Starter:
 
 
 class Elapsed:
-    """The time since a start began, which was in another process, perhaps on another machine, in seconds since 1970.
+    """Seconds since a start began, which was in another process and perhaps on another machine, from a time in seconds
+    since 1970.
 
     This process measures its own part by a clock that is never set.
     """
@@ -53,8 +52,8 @@ class Elapsed:
 
 @dataclass(frozen=True)
 class ClaimedStart:
-    """One start of the run that has its number, on this rank. `folder` is the run's own in the `store`, where its data
-    lies beside it.
+    """A start of the run that has its number, on this rank. `folder` is the run's own in the `store`, which also holds
+    its data.
     """
 
     resolved: Resolved
@@ -74,14 +73,14 @@ class ClaimedStart:
         return self.resolved.objective
 
     def log(self, text: str) -> None:
-        """A line for the run's log, which is that of rank 0."""
+        """Write a line to the run's log, which is rank 0's."""
         if self.ranks.rank == 0:
             print(text, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start(ClaimedStart):
-    """The same once it can write records, hears requests to stop, shows that it is alive, and has adapters written
+    """A start that can also write records, hears requests to stop, shows that it is alive, and has adapters written
     after commits.
     """
 

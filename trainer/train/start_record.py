@@ -1,4 +1,4 @@
-"""The records of a start: what it is and how long each part of it took, what was planned for it, and which settings are
+"""The records of a start: what it is, how long each part of it took, what was planned for it, and which settings are
 new.
 """
 
@@ -43,7 +43,7 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
 
 
 def record_plan(start: Start, settled: Resolved) -> None:
-    """Write what is planned for the `settled` settings on these ranks, beside what will be measured."""
+    """Write the plan for the `settled` settings on these ranks, to compare with what will be measured."""
     ranks = start.ranks
     plan = make_plan(
         settled.config, settled.base.description, ranks.world_size, ranks.ranks_per_node, ranks.device_memory
@@ -54,7 +54,7 @@ def record_plan(start: Start, settled: Resolved) -> None:
 
 
 def record_changes(start: Start) -> None:
-    """Keep the settings of this start, on rank 0, and write which of them differ from those of the start before."""
+    """Keep the settings of this start, on rank 0, and write which of them differ from the previous start's."""
     try:
         for change in record_settings(start.folder, start.generation, start.config):
             start.metrics.write("change", **change._asdict())

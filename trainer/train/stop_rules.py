@@ -1,5 +1,5 @@
-"""When a run ends by itself before its last step, `train.stop_when`: the loss stays high, or evaluations no longer get
-better.
+"""The rules of `train.stop_when`, by which a run ends before its last step: its loss stays high, or evaluations no
+longer improve.
 """
 
 import math
@@ -15,8 +15,9 @@ _NONE: Mapping[int, float] = {}
 
 
 class StopRules:
-    """The rules of a run, and what they have seen; every rank sees the same. Of earlier starts `evaluated` are the
-    losses of evaluations, and `losses` those of updates, each by its step."""
+    """The rules of a run, and what they have seen, which is the same on every rank. `evaluated` are the evaluation
+    losses of earlier starts and `losses` their updates' losses, each by its step.
+    """
 
     ended = ""
     """Why the run has ended, as a clause; empty while it goes on."""
@@ -29,8 +30,9 @@ class StopRules:
             self._count(losses[step])
 
     def end(self, step: int, loss: float, evaluated: float | None) -> bool:
-        """Whether the run ends with the state at `step`. `loss` is that of the update, `evaluated` that of the
-        evaluation after it, if there was one."""
+        """Whether the run ends with the state at `step`. `loss` is the update's; `evaluated` is that of the evaluation
+        after it, if there was one.
+        """
         self._count(loss)
         self.ended = self._high_loss() or (self._no_better(step, evaluated) if evaluated is not None else "")
         return bool(self.ended)

@@ -1,5 +1,6 @@
-"""The parts of a run's data that no compilation makes: what a stored teacher says of the rows, and the answers that are
-sampled while the run learns."""
+"""The parts of a run's data that no compilation makes: a stored teacher's records of the rows, and the answers that are
+sampled while the run learns.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,12 +33,12 @@ _ONCE = ("sampling_seconds", "reward_seconds", "held_out_reward")
 
 
 def compiled(_engine: Engine, _step: int) -> Mapping[str, Any]:
-    """The supply of data that is read from files: all of it is there."""
+    """The supply of data that is read from files, which is complete."""
     return {}
 
 
 def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
-    """The supply of rollouts, of which each chapter is for one update, or for `rollout.updates` of them. Collective."""
+    """The supply of rollouts. Each chapter is for one update, or for `rollout.updates` of them. Collective."""
     if start.config.rollout.engine != OWN:
         return partial(_by_servers, start, rollouts)
     making = None
@@ -48,7 +49,7 @@ def supply_of(start: Start, datasets: Datasets, rollouts: Rollouts) -> Supply:
 
 
 def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: Engine, step: int) -> Mapping[str, Any]:
-    """Sample the chapter here, unless an earlier start has; rank 0 alone has what it is made of."""
+    """Sample the chapter here, unless an earlier start has. Only rank 0 has its content."""
     ranks = start.ranks
     chapter = start.config.rollout.chapter(step)
     if ranks.on_first(lambda: is_committed(rollouts.place, chapter)):
@@ -67,15 +68,13 @@ def _by_ranks(start: Start, rollouts: Rollouts, making: Making | None, engine: E
 
 
 def _by_servers(start: Start, rollouts: Rollouts, engine: Engine, step: int) -> Mapping[str, Any]:
-    """Publish what was learnt, and wait for the chapter that another process commits."""
+    """Publish the adapter, and wait for the chapter that another process commits."""
     publish(rollouts.place, engine, start.resolved, step)
     return _ready(start, rollouts, step)
 
 
 def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
-    """The figures of the step's chapter, once others have done with it what is theirs to do: sampled it, or judged
-    it.
-    """
+    """The figures of the step's chapter, once other processes have done their part: sampled it, or judged it."""
     ranks, told, chapter = start.ranks, time.monotonic(), start.config.rollout.chapter(step)
     while True:
         there = ranks.rank == 0 and rollouts.is_ready(chapter)
@@ -83,7 +82,7 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
         if rows[0][0]:
             rollouts.chapters.look()
             figures = ranks.on_first(lambda: rollouts.figures(chapter))
-            # The chapter was sampled once, so the record of its first update alone says how long that took.
+            # The chapter was sampled once, so only the record of its first update says how long that took.
             if step % start.config.rollout.updates:
                 figures = {name: value for name, value in figures.items() if name not in _ONCE}
             return {**figures, "lag": step - figures.pop("adapter")}
@@ -98,13 +97,13 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
 
 
 def _check_given_up(folder: Store) -> None:
-    """Raise why there will be no more answers, where those have said so who start the servers."""
+    """Raise the reason if the processes that start the servers have said that there will be no more answers."""
     if error := given_up(folder):
         raise error
 
 
 def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeacher | None:
-    """The teacher's word on the data set; None where the objective has no teacher.
+    """The teacher's records of the data set; None if the objective has no teacher.
 
     Raises:
         ConfigError: it is not there, or not all of it.

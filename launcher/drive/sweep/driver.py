@@ -148,11 +148,11 @@ def _sharing_base(config: Config) -> Config:
     """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or
     has none to cache.
     """
-    if "cache" in config.quant.model_fields_set or not config.quant.quantizes:
+    if "cache" in config.quant.model_fields_set or not config.quant.held.quantizes:
         return config
     base = describe_base(config.model)
     config = config.decided(base.in_4_bits)
-    if not config.quant.quantizes:
+    if not config.quant.held.quantizes:
         return config
     shared = override(config, "quant.cache=true")
     return config if base.mismatches(shared) else shared

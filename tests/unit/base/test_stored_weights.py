@@ -16,10 +16,10 @@ from trainer.base.describe.config_json import quantization_of
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant, override, parse_config
-from trainer.model.nf4 import Packed
-from trainer.model.stored import KeptFormat, StoredLinear, StoredStack
+from trainer.model.held.codes import Code, KeptSources
+from trainer.model.held.formats.stored import KeptCodes
+from trainer.model.held.layers import HeldLinear, HeldStack, HeldWeights
 from trainer.plan.sizes import stored_bytes
-from trainer.store.codes import Code, KeptSources
 from trainer.store.safetensors_index import Joined, Stretch, numel
 
 KEPT = [
@@ -39,7 +39,7 @@ def weight_of(base: Base, how: dict[str, Any], name: str) -> Any:
     return stored_format(how, "mine").tensors(base)[name]
 
 
-def filled(module: Packed, found: KeptSources) -> Packed:
+def filled(module: HeldWeights, found: KeptSources) -> HeldWeights:
     """The module with the whole of its parameters, as one rank has them."""
     for name, source in found.sources.parts.items():
         assert numel(source) == module.sizes[name]
@@ -49,7 +49,7 @@ def filled(module: Packed, found: KeptSources) -> Packed:
 
 
 def linear(found: KeptSources, rows: int, columns: int, dtype: torch.dtype) -> Any:
-    return filled(StoredLinear(columns, rows, KeptFormat(found.kept, dtype)), found)  # type: ignore[arg-type]
+    return filled(HeldLinear(columns, rows, KeptCodes(found.kept), dtype), found)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -94,7 +94,7 @@ def test_experts_that_are_stored_one_by_one_are_a_stack_of_the_same_bytes(tmp_pa
     stretches = tuple(Stretch(index, 0, 24 * 96) for index in range(6))
     found = kept_sources(Joined(parts, stretches, (3, 48, 96)))
     assert found is not None
-    stack = filled(StoredStack((3, 48, 96), KeptFormat(found.kept, torch.bfloat16)), found)  # type: ignore[arg-type]
+    stack = filled(HeldStack((3, 48, 96), KeptCodes(found.kept), torch.bfloat16), found)
     expected = torch.cat([values for _, values in made.values()]).view(3, 48, 96)
     for first, last in ((0, 3), (1, 2), (1, 3)):
         assert torch.equal(stack.matrices(first, last), expected[first:last].bfloat16())
@@ -116,7 +116,7 @@ def test_mxfp4_stays_the_transpose_that_it_is(tmp_path: Path) -> None:
     base = base_of(tmp_path, {"down_proj_blocks": blocks, "down_proj_scales": scales})
     found = kept_sources(weight_of(base, {"quant_method": "mxfp4"}, "down_proj"))
     assert found is not None
-    stack = filled(StoredStack((3, 64, 40), KeptFormat(found.kept, torch.bfloat16)), found)  # type: ignore[arg-type]
+    stack = filled(HeldStack((3, 64, 40), KeptCodes(found.kept), torch.bfloat16), found)
     assert torch.equal(stack.matrices(0, 3), from_mxfp4(blocks, scales))
 
 

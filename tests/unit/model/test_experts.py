@@ -22,8 +22,8 @@ from tests.nf4 import packed_stack
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
+from trainer.model.held.layers import HeldStack
 from trainer.model.kernels.grouped import Groups
-from trainer.model.nf4 import FrozenStack4bit
 from trainer.model.parts import is_experts
 from trainer.tuning.experts.layer import ExpertLora
 from trainer.tuning.experts.method import saved_as
@@ -173,10 +173,10 @@ def test_values_and_gradients_are_those_of_transformers(family: str, monkeypatch
         assert distance(passes(both.ours, both.our_learning), expected) < 1e-6, kind
     both = pair(family, "packed")
     expected = passes(both.theirs, both.their_learning)
-    monkeypatch.setattr(FrozenStack4bit, "at_once", 3 * 4 * WIDE * 2 * INNER)
+    monkeypatch.setattr(HeldStack, "at_once", 3 * 4 * WIDE * 2 * INNER)
     assert distance(passes(both.ours, both.our_learning), expected) < 1e-6, "three experts at a time"
     stack: Any = next(module for module in both.ours.modules() if hasattr(module, "slice_shape"))
-    stack.weight.data[: stack.layout.slice_bytes] ^= 1
+    stack.weight.data[: stack.numel // 2] ^= 1
     assert distance(passes(both.ours, both.our_learning), expected) > 1e-3, "the control: another bit in one expert"
 
 
@@ -206,7 +206,7 @@ def test_any_sizes_and_double_quantization_are_those_of_transformers(
         both = pair("mixtral", kind, hidden_size=wide, intermediate_size=inner)
         expected = passes(both.theirs, both.their_learning, wide)
         for budget in (2**29, 3 * 4 * wide * 2 * inner):
-            monkeypatch.setattr(FrozenStack4bit, "at_once", budget)
+            monkeypatch.setattr(HeldStack, "at_once", budget)
             assert distance(passes(both.ours, both.our_learning, wide), expected) < 1e-6
 
 
@@ -241,7 +241,7 @@ def test_the_host_does_not_wait_where_a_stack_fits_and_once_a_pass_where_not(
         passes(both.theirs, [])
     assert eager.waits > EXPERTS, "the control: transformers asks for each expert"
     for budget, expected in ((2**29, 0), (3 * 4 * WIDE * 2 * INNER, 1)):
-        monkeypatch.setattr(FrozenStack4bit, "at_once", budget)
+        monkeypatch.setattr(HeldStack, "at_once", budget)
         lists.clear()
         with Counted() as ours:
             passes(both.ours, [])
@@ -254,7 +254,7 @@ def test_a_stack_is_dequantized_in_portions_and_not_where_nobody_visits(monkeypa
     stack = both.ours.down_proj
     plain = stack.matrices
     monkeypatch.setattr(stack, "matrices", lambda first, last: asked.append((first, last)) or plain(first, last))
-    monkeypatch.setattr(FrozenStack4bit, "at_once", 2 * 4 * WIDE * INNER)
+    monkeypatch.setattr(HeldStack, "at_once", 2 * 4 * WIDE * INNER)
     x, index = torch.randn(6, WIDE), torch.tensor([[0, 1, 7]] * 6)
     both.ours(x, index, torch.rand(6, 3))
     assert asked == [(0, 2), (6, 8)]

@@ -10,16 +10,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.errors import ConfigError
 from trainer.model.held.blockwise import quantize_blocks
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear, multiply_in_fp8
 from trainer.model.kernels import fp8
-from trainer.model.nf4 import Format, FrozenLinear4bit, multiply_in_fp8
 from trainer.tuning.lora.layer import Adapted, multiply_adapted
 
 IN, OUT = 96, 80
 
 
-def layer(inputs: int = IN, outputs: int = OUT) -> FrozenLinear4bit:
+def layer(inputs: int = IN, outputs: int = OUT) -> HeldLinear:
     torch.manual_seed(1)
-    module = FrozenLinear4bit(inputs, outputs, Format("nf4", 64, double=False, dtype=torch.bfloat16))
+    module = HeldLinear(inputs, outputs, Blocks("nf4", 64, double=False), dtype=torch.bfloat16)
     scales = torch.logspace(-1, 1, outputs)[:, None]  # rows of very different sizes, as a scale a row is for
     packed, absmax = quantize_blocks((torch.randn(outputs, inputs) * scales).bfloat16().view(-1), "nf4", 64)
     module.weight = nn.Parameter(packed, requires_grad=False)
@@ -28,7 +29,7 @@ def layer(inputs: int = IN, outputs: int = OUT) -> FrozenLinear4bit:
     return module
 
 
-def values(module: FrozenLinear4bit, adapter: bool) -> tuple[Tensor, Tensor]:
+def values(module: HeldLinear, adapter: bool) -> tuple[Tensor, Tensor]:
     """The result of a pass, and the gradient of its input."""
     torch.manual_seed(2)
     x = torch.randn(2, 50, IN, dtype=torch.bfloat16, requires_grad=True)

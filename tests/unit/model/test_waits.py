@@ -20,8 +20,9 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.evaluate.measure.losses import document_losses
 from trainer.model.attention import choose_attention
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear
 from trainer.model.micro_batch import MicroBatch
-from trainer.model.nf4 import Format, FrozenLinear4bit
 from trainer.model.packed import PackedModel
 from trainer.processes.accelerator import onto
 from trainer.tuning.method import method_of
@@ -47,8 +48,8 @@ def on_meta(workshop: Workshop, config: Any) -> PackedModel:
     model = empty_model(base, config, attention)
     for path, module in list(model.named_modules()):
         if f"{path}.weight" in base.architecture.quantizable() and type(module) is torch.nn.Linear:
-            packed = FrozenLinear4bit(module.in_features, module.out_features, Format("nf4", 64, False, dtype))
-            for name, size in (("weight", packed.layout.packed_bytes), ("absmax", 4 * packed.layout.blocks)):
+            packed = HeldLinear(module.in_features, module.out_features, Blocks("nf4"), dtype)
+            for name, size in packed.sizes.items():
                 part = torch.empty(size, dtype=torch.uint8, device=META)
                 setattr(packed, name, torch.nn.Parameter(part, requires_grad=False))
             model.set_submodule(path, packed)

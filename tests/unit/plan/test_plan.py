@@ -14,7 +14,7 @@ from trainer.config import Config, Quant, parse_config
 from trainer.errors import ConfigError
 from trainer.plan.longest import Ranks, longest_rows
 from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
-from trainer.plan.sizes import most_whole, quantized_bytes
+from trainer.plan.sizes import most_whole
 from trainer.state.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
@@ -53,6 +53,11 @@ def plan_of(
     config: Config, base_config: dict[str, Any], world_size: int, ranks_per_node: int, gpu_memory: int | None
 ) -> Plan:
     return make_plan(config, describe(base_config, config.model.layers), world_size, ranks_per_node, gpu_memory)
+
+
+def quantized_bytes(numel: int, quant: Quant) -> int:
+    """Bytes of one quantized matrix: its parts, and under double quantization the fp32 mean of the scales."""
+    return sum(quant.held.sizes(1, numel).values()) + 4 * quant.held.means
 
 
 def meta_model(base_config: dict[str, Any]) -> Any:

@@ -86,8 +86,19 @@ def test_a_format_of_rows_is_recognised_and_named(found: dict[str, Any]) -> None
     }
 
 
+def test_a_way_to_hold_weights_is_a_setting_and_an_export(found: dict[str, Any]) -> None:
+    assert found["held"] == {
+        "sizes": {"weight": 24, "scales": 12},
+        "refused": "quant.double: true has no effect with quant.type: rows8. Remove it, or set quant.type: nf4.",
+        "mistyped": (
+            "quant.type: 'row8' is not allowed. Allowed are fp4, int8, nf4, none, rows8, stored. Did you mean rows8?"
+        ),
+        "exported": "base and adapter, merged, in rows8",
+    }
+
+
 def test_the_schema_and_the_page_of_settings_list_what_is_new(found: dict[str, Any]) -> None:
-    assert found["listed"] == ["spread", "loha", "diary", "gap", "riddle", "largest_every"]
+    assert found["listed"] == ["spread", "loha", "diary", "gap", "riddle", "largest_every", "rows8"]
 
 
 def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> None:
@@ -244,3 +255,33 @@ def test_an_action_every_other_step_has_its_record_wherever_a_run_is_looked_at(c
     shown = capstan(copy, ("status", str(folder)), ("report", str(folder), "--output", str(page)))
     assert re.search(rf"^largest +{newest} *$", shown, re.MULTILINE)
     assert "Largest: value" in page.read_text()
+
+
+@pytest.mark.long
+def test_a_base_is_held_so_trained_planned_proven_and_exported(copy: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"The number {n} follows {n - 1}."}) + "\n" for n in range(40)))
+    held = ("quant.type=rows8", "quant.cache=true")
+    llama, mixture = (
+        run_of(tmp_path / kind, make_base(tmp_path / kind / "base", kind, torch.float32), rows, *held)
+        for kind in ("llama", "qwen3-moe")
+    )
+    folder, config = llama.folder, llama.train[1]
+    run, merged = str(folder / "runs/first"), folder / "merged"
+    said = capstan(
+        copy,
+        llama.train,
+        ("train", config, *held, "run.name=second"),  # from the cache
+        mixture.train,
+        ("plan", config, *held, "--gpu", "24GB"),
+        ("export", run, str(folder / "adapter"), "--verify"),
+        ("export", run, str(merged), "--format", "rows8"),
+        ("plan", config, f"model.base={merged}", "quant.type=stored", "--gpu", "24GB"),
+    )
+    manifest, losses = llama.read()
+    assert '"rows8"' in manifest
+    assert len(set(losses)) == 3
+    assert [record["loss"] for record in records_of(folder / "runs/second", "step")] == losses
+    assert len(mixture.read()[1]) == 3
+    assert said.count("fits") == 2
+    assert json.loads((merged / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"

@@ -14,7 +14,8 @@ from tests.families import KINDS, SIZES
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.model.held.blockwise import quantize_blocks
-from trainer.model.nf4 import Format, FrozenLinear4bit
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear
 from trainer.tuning.lora import layer as lora
 from trainer.tuning.lora.layer import LoraLinear
 from trainer.tuning.method import find_method
@@ -27,7 +28,7 @@ def base_layer(stored: str, bias: bool, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(INPUTS, OUTPUTS, bias=bias, dtype=dtype).requires_grad_(False)
     if stored == "16 bits":
         return layer
-    packed = FrozenLinear4bit(INPUTS, OUTPUTS, Format("nf4", 32, False, dtype))
+    packed = HeldLinear(INPUTS, OUTPUTS, Blocks("nf4", 32, False), dtype)
     weight, absmax = quantize_blocks(layer.weight.reshape(-1), "nf4", 32)
     packed.weight = nn.Parameter(weight, requires_grad=False)
     packed.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)

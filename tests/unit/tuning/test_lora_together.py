@@ -15,7 +15,8 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.model import tiled
 from trainer.model.held.blockwise import quantize_blocks
-from trainer.model.nf4 import Format, FrozenLinear4bit
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear
 from trainer.tuning.lora import layer as lora
 from trainer.tuning.lora.layer import LoraLinear
 from trainer.tuning.method import find_method
@@ -38,7 +39,7 @@ def adapted(targets: list[str] = ALL, dropout: float = 0.0) -> Any:
     for path, linear in [
         (path, module) for path, module in model.model.named_modules() if isinstance(module, nn.Linear)
     ]:
-        packed = FrozenLinear4bit(linear.in_features, linear.out_features, Format("nf4", 64, False, torch.float32))
+        packed = HeldLinear(linear.in_features, linear.out_features, Blocks("nf4", 64, False), torch.float32)
         codes, absmax = quantize_blocks(linear.weight.data.flatten(), "nf4", 64)
         packed.weight = nn.Parameter(codes, requires_grad=False)
         packed.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)

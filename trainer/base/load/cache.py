@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -100,11 +101,19 @@ class BaseCache:
 
     def sources(self, path: str) -> PackedSources:
         """The packed weights of the module at `path`; raises `Damaged` where it has none."""
-        names = {part: f"{path}.{part}" for part in ("weight", "absmax", "nested_absmax")}
-        parts = {part: self.tensors[name] for part, name in names.items() if name in self.tensors}
-        if not {"weight", "absmax"} <= parts.keys():
+        parts = self._parts.get(path)
+        if parts is None:
             raise Damaged(f"{self.store.uri}/{MANIFEST} has no {path}.")
         return PackedSources({**parts}, self.means.get(path))
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, CachedTensor]]:
+        """The tensors by module, and in it by the names that a format of weights in memory gives its parameters."""
+        found = dict[str, dict[str, CachedTensor]]()
+        for name, tensor in self.tensors.items():
+            path, _, part = name.rpartition(".")
+            found.setdefault(path, {})[part] = tensor
+        return found
 
 
 def cache_key(base: Base, config: Config) -> str:

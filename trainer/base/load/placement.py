@@ -15,10 +15,8 @@ from trainer.base.partitions.filling import Copy, Quantize, copy_packed, make_pa
 from trainer.base.partitions.reading import Job
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant
-from trainer.model.nf4 import Format, Packed
-from trainer.model.stored import KeptFormat, packed_module
+from trainer.model.held.layers import HeldWeights, hold
 from trainer.state.zero.partition import Partition, Partitioner
-from trainer.store.codes import KeptSources
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
 
 PackedOf = Callable[[str], PackedSources | None]
@@ -35,7 +33,7 @@ class Placement:
     makes the jobs that fill it: of the packed weights where these can be read.
     """
 
-    packed: dict[str, tuple[Packed, dict[str, Partition]]] = field(default_factory=dict)
+    packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
     fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
 
     def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
@@ -50,7 +48,7 @@ class Placement:
 
     def means(self) -> dict[str, list[float]]:
         """The means of absmax by module, under double quantization."""
-        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.format.double}
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.form.means}
 
 
 def place_partitions(
@@ -68,22 +66,22 @@ def place_partitions(
         sources: where each parameter and buffer is read from.
         quantizable: the names of the weights that `quant` quantizes.
     """
-    placement, parameters = Placement(), dict(model.named_parameters())
+    placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
     for name in [name for name in sources if name not in parameters]:
         buffer = _place_buffer(model, name, sources[name], partitioner.device)
         placement.fillings.append(lambda _, buffer=buffer: [buffer])
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
-        as_it_is = kept_sources(source) if quant.type == "stored" and name in quantizable else None
-        form = _form(quant, dtype, as_it_is) if name in quantizable else None
-        packed = None if form is None else packed_module(model, name, parameter, form)
-        if packed is None:
+        as_it_is = kept_sources(source) if name in quantizable and not held.quantizes else None
+        form = held.of(as_it_is and as_it_is.kept)
+        if name not in quantizable or not form.packs:
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
             copied = exchanged(Copy(source, partition), source, partitioner)
             placement.fillings.append(lambda _, copied=copied: [copied])
             continue
+        packed = hold(model, name, parameter, form, dtype)
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
         own = source.sources if isinstance(source, PackedTensor) else None
@@ -94,7 +92,7 @@ def place_partitions(
 
 def _fill_packed(
     path: str,
-    module: Packed,
+    module: HeldWeights,
     made: dict[str, Partition],
     given: PackedSources | None,
     source: StoredTensor | PackedTensor,
@@ -127,14 +125,3 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter is old:
                 setattr(module, name, new)
-
-
-def _form(quant: Quant, dtype: torch.dtype, kept: KeptSources | None) -> Format | KeptFormat | None:
-    """How a weight is held that can be quantized, which may be `kept` as it is stored; None if it is in 16 or 32
-    bits.
-    """
-    if kept is not None:
-        return KeptFormat(kept.kept, dtype)
-    if quant.type in ("none", "stored"):
-        return None
-    return Format(quant.type, quant.block_size, quant.double, dtype)

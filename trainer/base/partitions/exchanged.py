@@ -14,9 +14,8 @@ from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.partitions.reading import Job, Piece, cut
-from trainer.model.nf4 import share
 from trainer.processes.accelerator import onto
-from trainer.state.zero.partition import Partitioner
+from trainer.state.zero.partition import Partitioner, share
 from trainer.store.safetensors_index import StoredTensor
 
 

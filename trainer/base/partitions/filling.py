@@ -6,6 +6,7 @@ whole blocks. Bit-identical to bitsandbytes quantizing the whole tensor, as bloc
 """
 
 from collections.abc import Iterator
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,12 @@ from torch import Tensor
 
 from trainer.base.partitions.reading import Piece, cut
 from trainer.errors import Damaged
-from trainer.model.held.blockwise import quantize_absmax
-from trainer.model.nf4 import Format, Layout, Packed, share
+from trainer.model.held.layers import HeldWeights
 from trainer.processes.accelerator import onto
-from trainer.state.zero.partition import Partition, Partitioner
+from trainer.state.zero.partition import Partition, Partitioner, share
 from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
 
-# Weights; a multiple of every block size. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
+# Weights. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
 _QUANTIZED_AT_ONCE = 2**19
 SOURCE_DTYPES = {
     "BF16": torch.bfloat16,
@@ -54,7 +54,7 @@ class Copy:
         pass
 
 
-def make_packed(module: Packed, partitioner: Partitioner) -> dict[str, Partition]:
+def make_packed(module: HeldWeights, partitioner: Partitioner) -> dict[str, Partition]:
     """Partitions of the sizes that `module` needs, which become its parameters."""
     made = {name: partitioner.make((size,), torch.uint8) for name, size in module.sizes.items()}
     for name, partition in made.items():
@@ -62,10 +62,10 @@ def make_packed(module: Packed, partitioner: Partitioner) -> dict[str, Partition
     return made
 
 
-def copy_packed(module: Packed, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
+def copy_packed(module: HeldWeights, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
     """The jobs that fill `made` with the packed weights in `stored`; raises `Damaged` where these have other sizes."""
     there, means = {name: numel(source) for name, source in stored.parts.items()}, stored.mean or []
-    if there != module.sizes or len(means) != module.layout.slices * module.format.double:
+    if there != module.sizes or len(means) != module.slices * module.form.means:
         raise Damaged(f"packed weights of {there} bytes were found, where {module.sizes} belong.")
     if means:
         module.absmax_mean.copy_(torch.tensor(means))
@@ -73,92 +73,84 @@ def copy_packed(module: Packed, made: dict[str, Partition], stored: PackedSource
 
 
 class Quantize:
-    """A weight that is quantized into `module`: slice by slice, each in pieces of whole blocks.
+    """A weight that is quantized into `module`: slice by slice, each in pieces of whole units of its format.
 
     Under double quantization the scales of a slice need their mean and their blocks of 256, which span ranks: they are
     gathered when all ranks have computed theirs. They are 1/16 byte a weight, for one tensor at a time.
     """
 
     def __init__(
-        self, source: StoredTensor, module: Packed, made: dict[str, Partition], partitioner: Partitioner
+        self, source: StoredTensor, module: HeldWeights, made: dict[str, Partition], partitioner: Partitioner
     ) -> None:
-        self._source, self._module, self._ranks = source, module, partitioner
-        self._format: Format = module.format
-        self._layout: Layout = module.layout
+        self._source, self._module, self._made, self._ranks = source, module, made, partitioner
+        self._form, shape = module.form, module.slice_shape
+        self._unit, self._bytes, self._unit_bytes = (
+            self._form.unit(*shape),
+            self._form.sizes(*shape),
+            self._form.unit_bytes(*shape),
+        )
+        self._units = ceil(module.numel / self._unit)
         self.numel = numel(source)
-        self._weight, self._absmax, self._nested = made["weight"], made["absmax"], made.get("nested_absmax")
         self._scales: Tensor | None = None  # this rank's part of a matrix's, from its first piece to its `finish`
 
     def pieces(self) -> Iterator[Piece]:
-        layout = self._layout
-        for index in range(layout.slices):
-            first, last = self._blocks(index)
-            start = index * layout.numel
-            stop = start + min(layout.numel, last * layout.block_size)
-            for begin, end in cut(self._source, start + first * layout.block_size, stop, layout.block_size):
-                block = (begin - start) // layout.block_size
+        for index in range(self._module.slices):
+            first, last = self._span(index)
+            start = index * self._module.numel
+            stop = start + min(self._module.numel, last * self._unit)
+            for begin, end in cut(self._source, start + first * self._unit, stop, self._unit):
+                unit = (begin - start) // self._unit
                 yield Piece(
-                    self._source, begin, end, lambda data, index=index, block=block: self._place(index, block, data)
+                    self._source, begin, end, lambda data, index=index, unit=unit: self._place(index, unit, data)
                 )
 
-    def _blocks(self, index: int) -> tuple[int, int]:
-        """The blocks of a slice whose packed bytes or scales this rank holds: nearly the same range for both."""
-        layout = self._layout
-        in_byte = layout.weights_a_byte
-        byte_begin, byte_end = _overlap(
-            self._weight.begin, self._weight.end, index * layout.slice_bytes, layout.slice_bytes
-        )
-        scale_begin, scale_end = self._scale_span()
-        scale_begin, scale_end = _overlap(scale_begin, scale_end, index * layout.slice_blocks, layout.slice_blocks)
-        spans = [
-            (
-                in_byte * byte_begin // layout.block_size,
-                -(-in_byte * byte_end // layout.block_size),
-                byte_end > byte_begin,
-            ),
-            (scale_begin, scale_end, scale_end > scale_begin),
-        ]
-        used = [(begin, min(end, layout.slice_blocks)) for begin, end, holds in spans if holds]
+    def _span(self, index: int) -> tuple[int, int]:
+        """The units of a slice whose bytes, or scales, this rank holds: nearly the same range for all."""
+        used = list[tuple[int, int]]()
+        for name, size in self._unit_bytes.items():
+            part, whole = self._made[name], self._bytes[name]
+            begin, end = _overlap(part.begin, part.end, index * whole, whole)
+            if end > begin:
+                used.append((begin // size, min(ceil(end / size), self._units)))
+        if self._form.spanning:
+            begin, end = _overlap(*self._scale_span(), index * self._units, self._units)
+            if end > begin:
+                used.append((begin, end))
         return (min(begin for begin, _ in used), max(end for _, end in used)) if used else (0, 0)
 
     def _scale_span(self) -> tuple[int, int]:
-        """The blocks whose absmax this rank computes: a partition of the fp32 scales' bytes, or of the scales."""
-        if self._format.double:
-            return share(self._layout.blocks, self._ranks.size, self._ranks.rank)
-        return self._absmax.begin // 4, -(-self._absmax.end // 4)
+        """The scales that this rank computes, of those that are finished together."""
+        return share(self._module.slices * self._units, self._ranks.size, self._ranks.rank)
 
-    def _place(self, index: int, block: int, data: bytearray) -> None:
-        layout = self._layout
-        for part in onto(as_tensor(data, self._source), self._ranks.device).split(_QUANTIZED_AT_ONCE):
-            weights = part.to(self._format.dtype)
-            packed, absmax = self._format.quantize(weights)
-            self._weight.write(index * layout.slice_bytes + block * layout.block_size // layout.weights_a_byte, packed)
-            first = index * layout.slice_blocks + block
-            if self._format.double:
-                begin, end = self._scale_span()
-                Partition(self._absmax.parameter, begin, end, self._own_scales()).write(first, absmax)
-            else:
-                self._absmax.write(4 * first, absmax.view(torch.uint8))
-            block += len(part) // layout.block_size
+    def _place(self, index: int, unit: int, data: bytearray) -> None:
+        at_once = max(1, _QUANTIZED_AT_ONCE // self._unit) * self._unit
+        for part in onto(as_tensor(data, self._source), self._ranks.device).split(at_once):
+            encoded = self._form.encode(part.to(self._module.dtype), self._module.slice_shape[1])
+            for name, size in self._unit_bytes.items():
+                self._made[name].write(index * self._bytes[name] + unit * size, encoded[name])
+            if spanning := self._form.spanning:
+                scales = encoded[spanning.part].view(torch.float32)
+                parameter, span = self._made[spanning.part].parameter, self._scale_span()
+                Partition(parameter, *span, self._own_scales()).write(index * self._units + unit, scales)
+            unit += len(part) // self._unit
 
     def _own_scales(self) -> Tensor:
         if self._scales is None:
-            self._scales = torch.zeros(-(-self._layout.blocks // self._ranks.size), device=self._ranks.device)
+            size = ceil(self._module.slices * self._units / self._ranks.size)
+            self._scales = torch.zeros(size, device=self._ranks.device)
         return self._scales
 
     def finish(self) -> None:
-        if self._nested is None:
+        if (spanning := self._form.spanning) is None:
             return
-        layout, size = self._layout, self._ranks.size
         mine = self._own_scales()
         self._scales = None
-        every = mine.new_empty(len(mine) * size)
+        every = mine.new_empty(len(mine) * self._ranks.size)
         dist.all_gather_into_tensor(every, mine, group=self._ranks.group)
-        for index in range(layout.slices):
-            absmax = every[index * layout.slice_blocks : (index + 1) * layout.slice_blocks]
-            codes, nested, mean = quantize_absmax(absmax)
-            self._absmax.write(index * layout.slice_blocks, codes)
-            self._nested.write(4 * index * layout.slice_nested_blocks, nested.view(torch.uint8))
+        for index in range(self._module.slices):
+            parts, mean = spanning.finish(every[index * self._units : (index + 1) * self._units])
+            for name, values in parts.items():
+                self._made[name].write(index * self._bytes[name], values)
             self._module.absmax_mean[index] = mean
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.model.held.blockwise import NESTED_BLOCK, dequantize_absmax
-from trainer.model.nf4 import Format
-from trainer.store.codes import CodedTensor, Kept, KeptSources
+from trainer.model.held.blockwise import NESTED_BLOCK, dequantize_absmax, dequantize_blocks
+from trainer.model.held.codes import CodedTensor, Kept, KeptSources
 from trainer.store.safetensors_index import (
     DTYPE_BYTES,
     Joined,
@@ -46,9 +45,9 @@ class Unpacked:
         packed, size = self.packed, self.packed.block_size
         first, last = begin // size, -(-end // size)
         start, stop = first * size, min(last * size, math.prod(self.shape))
-        form = Format(packed.quant_type, size, packed.double, SOURCE_DTYPES[self.dtype])  # type: ignore[arg-type]
         half = _bytes(packed.sources.parts["weight"], start // 2, -(-stop // 2))
-        values = form.dequantize(half, self._scales(first, last), stop - start)
+        scales, dtype = self._scales(first, last), SOURCE_DTYPES[self.dtype]
+        values = dequantize_blocks(half, scales, stop - start, packed.quant_type, size, dtype)
         return bytearray(values[begin - start : end - start].view(torch.uint8).numpy())
 
     def _scales(self, first: int, last: int) -> Tensor:

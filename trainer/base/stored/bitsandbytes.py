@@ -14,7 +14,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.config import Config
 from trainer.errors import NOT_JSON, ConfigError
-from trainer.store.codes import Code
+from trainer.model.held.codes import Code
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, PackedTensor, StoredTensor, TensorSource, numel
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -29,7 +29,7 @@ from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.store.codes import Code, Kept, Numbers
+from trainer.model.held.codes import Code, Kept, Numbers
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource, numel
 
 _FORMATS = (

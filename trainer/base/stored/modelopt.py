@@ -15,7 +15,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
-from trainer.store.codes import Code, Kept
+from trainer.model.held.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 _BESIDE = ("weight_scale", "weight_scale_2", "input_scale")

@@ -29,8 +29,8 @@ class TrainOn(Section):
     roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
         about=(
-            "The roles whose turns are trained, or all for the whole text. Default: assistant, and the answer where"
-            " there are no roles."
+            "The roles whose turns are trained, or all for the whole text. Default: assistant, or the answer in"
+            " formats without roles."
         ),
         example=["assistant", "tool"],
     )
@@ -42,7 +42,7 @@ class TrainOn(Section):
         about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
         example=False,
     )
-    thinking: bool = setting(True, about="Train what assistants thought before they answered, too.", example=False)
+    thinking: bool = setting(True, about="Also train the assistant's thinking.", example=False)
 
 
 class Data(Section):
@@ -55,15 +55,15 @@ class Data(Section):
     held_out: float = setting(
         0.0,
         about=(
-            "Share of the training rows that is evaluated instead of trained on, chosen by content, so that equal rows"
-            " stay together. Instead of eval."
+            "Share of the training rows that is evaluated instead of trained on. The choice depends on content, so"
+            " equal rows stay together. Instead of eval."
         ),
         example=0.01,
         ge=0,
         lt=1,
         unit="share of rows",
     )
-    held_out_seed: Seed = setting(0, about="Chooses other rows to hold out.", example=1)
+    held_out_seed: Seed = setting(0, about="Seed of the choice of rows to hold out.", example=1)
     format: Format = setting(
         "auto",
         about=(
@@ -75,8 +75,8 @@ class Data(Section):
     fields: dict[str, str] = setting(
         {},
         about=(
-            "Names of the fields in your rows, where they differ from those of the format, such as messages, tools,"
-            " prompt, completion, text, chosen, rejected and label."
+            "Names of the fields in your rows, if they differ from the format's, such as messages, tools, prompt,"
+            " completion, text, chosen, rejected and label."
         ),
         example={"messages": "dialogue"},
     )
@@ -84,8 +84,8 @@ class Data(Section):
         None,
         about=(
             "The names of the classes, in the order of their numbers, for objective.name: classification,"
-            " multilabel_classification and token_classification. Default: those of the rows of data.train, sorted; the"
-            " run keeps them."
+            " multilabel_classification and token_classification. Default: the sorted labels of data.train, which the"
+            " run keeps."
         ),
         example=["negative", "positive"],
         min_length=2,
@@ -93,16 +93,16 @@ class Data(Section):
     template: str | None = setting(
         None,
         about=(
-            "Instead of the tokenizer's own chat template, such as for a base that has none: chatml, llama3, gemma,"
-            " mistral or phi3, or the path of a Jinja file. docs/data-format.md says which fits."
+            "Chat template that replaces the tokenizer's, for instance for a base without one: chatml, llama3, gemma,"
+            " mistral or phi3, or the path of a Jinja file. docs/data-format.md says which one fits."
         ),
         example="chatml",
     )
     today: str = setting(
         "2025-01-01",
         about=(
-            "The day that chat templates print which print today's date (gpt-oss, Llama 3.1, ...), so that rows are the"
-            " same tokens on every day."
+            "The date for chat templates that print today's date (gpt-oss, Llama 3.1, ...), so that rows have the same"
+            " tokens on every day."
         ),
         example="2026-06-30",
         unit="YYYY-MM-DD",
@@ -119,18 +119,18 @@ class Data(Section):
     thinking: Literal["as_template", "keep", "strip"] = setting(
         "as_template",
         about=(
-            "The thinking of assistants, in reasoning_content or <think> tags. as_template: in the text as the chat"
-            " template writes it, mostly in the last turn alone; keep: in all turns, in the template's own form; strip:"
-            " in none."
+            "What happens to the assistant's thinking, in reasoning_content or <think> tags. as_template: the chat"
+            " template decides, usually for the last turn only. keep: all turns have it, in the template's own form."
+            " strip: no turn has it."
         ),
         example="strip",
     )
     drop_system: bool = setting(
-        False, about="Leave out the system message that a conversation begins with.", example=True
+        False, about="Leave out a system message at the beginning of a conversation.", example=True
     )
     sequence_length: int = setting(
         2048,
-        about="Length of a packed row, without what virtual tokens take.",
+        about="Length of a packed row, without virtual tokens.",
         example=8192,
         ge=8,
         le=2**20,
@@ -140,24 +140,24 @@ class Data(Section):
     share_prefix: bool = setting(
         False,
         about=(
-            "Hold a prompt once in a row where several answers to it follow: the two of a pair, a labelled and its"
-            " mismatched one, all of `answers`. Each sees the prompt and itself, so that loss and gradients are the"
-            " same, of fewer tokens. For bases whose layers mix tokens by attention alone, and kernels that take a mask"
-            " (sdpa, flex_attention, eager)."
+            "If several answers follow one prompt (the two of a pair, a labelled and its mismatched one, all of"
+            " `answers`), hold the prompt once in a row. Each answer sees the prompt and itself, so loss and gradients"
+            " are the same with fewer tokens. Only for bases whose layers mix tokens by attention alone, with kernels"
+            " that take a mask (sdpa, flex_attention, eager)."
         ),
         example=True,
     )
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
         about=(
-            "What happens to a document longer than sequence_length; it is counted either way. split makes documents of"
-            " its pieces."
+            "What happens to a document longer than sequence_length. It is counted in any case. split makes documents"
+            " of its pieces."
         ),
         example="drop",
     )
     min_length: int = setting(
         0,
-        about="Documents that are shorter are dropped, and counted.",
+        about="Shorter documents are dropped and counted.",
         example=16,
         ge=0,
         le=2**20,

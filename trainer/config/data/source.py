@@ -11,9 +11,9 @@ class Source(Section):
 
     path: str = setting(
         about=(
-            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (a text a line; also .gz, .zst), .parquet, .arrow or"
-            " .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or a data set"
-            " of the Hugging Face Hub: hf://owner/name, with @revision or a file behind it."
+            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), also with .gz or .zst, .parquet,"
+            " .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or"
+            " a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
         ),
         example="data/train-*.jsonl",
     )
@@ -28,8 +28,8 @@ class Source(Section):
     fraction: float | None = setting(
         None,
         about=(
-            "Instead of weight: the share of an epoch's tokens that comes from this source, such as general data mixed"
-            " in so that the model keeps what it knew (replay)."
+            "Instead of weight: this source's share of an epoch's tokens, for instance of general data that keeps what"
+            " the model knew (replay)."
         ),
         example=0.1,
         gt=0,
@@ -37,12 +37,12 @@ class Source(Section):
         unit="share of tokens",
     )
     format: Format | None = setting(
-        None, about="The format of this source's rows, where it is not data.format.", example="alpaca"
+        None, about="The format of this source's rows, if it differs from data.format.", example="alpaca"
     )
     fields: dict[str, str] = setting(
         {},
         about=(
-            "Names of the fields in this source's rows; those of data.fields hold beside them unless the source has a"
+            "Names of the fields in this source's rows. Those of data.fields also apply, unless the source has a"
             " format."
         ),
         example={"messages": "dialogue"},
@@ -50,19 +50,19 @@ class Source(Section):
 
     subset: str | None = setting(
         None,
-        about="Which configuration of a data set of the Hub. Default: the one that it names as such.",
+        about="Configuration of a data set of the Hub. Default: the one that the data set calls default.",
         example="en",
     )
-    split: str | None = setting(None, about="Which split of a data set of the Hub. Default: train.", example="test")
+    split: str | None = setting(None, about="Split of a data set of the Hub. Default: train.", example="test")
     take: int | float | None = setting(
         None,
-        about="So many of its rows, or below 1 that share of them: the first ones. Default: all.",
+        about="Number of rows to take, or below 1 the share of the rows: the first ones. Default: all.",
         example=1000,
         gt=0,
         unit="rows, or share of rows",
     )
     take_seed: int | None = setting(
-        None, about="Take a random choice by this seed, not the first rows.", example=42, ge=0, lt=2**32
+        None, about="Take a random choice of rows by this seed instead of the first ones.", example=42, ge=0, lt=2**32
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.registry import kinds
 from trainer.errors import ConfigError, shown
 
 _MOST_SECTIONS = 8
@@ -29,9 +30,15 @@ _EXCLUSIONS = (
     _Exclusion("data.train_on.turns", ("data.loss_on",), lambda turns: turns != "all"),
     _Exclusion("optim.warmup_steps", ("optim.warmup_ratio",)),
     _Exclusion("optim.warmup_ratio", ("optim.warmup_steps",)),
-    _Exclusion("quant.type", ("quant.double", "quant.cache"), lambda kind: kind in ("none", "stored")),
-    _Exclusion("quant.type", ("quant.double",), lambda kind: kind == "int8"),
+    _Exclusion("quant.type", ("quant.double",), lambda kind: _leaves_unread(kind, "double")),
+    _Exclusion("quant.type", ("quant.cache",), lambda kind: _leaves_unread(kind, "cache")),
 )
+
+
+def _leaves_unread(kind: Any, setting: str) -> bool:
+    """Whether a `quant.type` does not read a setting of `quant`."""
+    held = kinds("trainer.model.held.formats", "HELD").get(kind)
+    return held is not None and held.unread(setting) is not None
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], name: str, say: Callable[[str], None]) -> None:

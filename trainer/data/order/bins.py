@@ -28,11 +28,11 @@ class Bins(Record):
 
 
 def kept_bins(store: Store, fingerprint: str, order: Order) -> list[EpochBins]:
-    """The bins of the first epochs, as far as an earlier start has counted them."""
+    """The bins of the first epochs that an earlier start has counted and kept."""
     folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
     try:
         return [*read_record(Bins, folder, key).epochs]
-    except (NotFound, Damaged):  # what is damaged is counted again
+    except (NotFound, Damaged):  # damaged bins are counted again
         return []
 
 
@@ -53,7 +53,7 @@ def total(epoch: EpochBins) -> int:
 
 
 def before(epoch: EpochBins, position: Position) -> int:
-    """The bins of `epoch` that lie before `position`, which is in this epoch."""
+    """The bins of `epoch` before `position`, which is in this epoch."""
     in_chapter = epoch[position.chapter] if position.chapter < len(epoch) else ()
     return total(epoch[: position.chapter]) + sum(in_chapter[: position.window]) + position.bin
 
@@ -61,7 +61,7 @@ def before(epoch: EpochBins, position: Position) -> int:
 def steps_of_epochs(
     epoch_bins: Sequence[int], epochs: Fraction, global_batch: int, taken: Sequence[int] = ()
 ) -> list[int]:
-    """The optimizer steps of each of `epochs` behind the bins that are `taken` of it; none are by default.
+    """The optimizer steps of each of `epochs` after the bins that are already `taken` of it; by default none are.
 
     Where only a part of the last epoch is asked for, it has its first steps, rounded up to whole ones. `epochs` is the
     very number that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.

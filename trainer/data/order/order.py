@@ -49,12 +49,12 @@ def hash_key(*parts: int) -> np.uint64:
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """The permutation of range(count) that `key` stands for."""
+    """The permutation of range(count) that `key` determines."""
     return np.argsort(splitmix64(np.arange(count, dtype=np.uint64) ^ hash_key(*key)), kind="stable")
 
 
 def turns(chapters: int, seed: int, epoch: int) -> list[int]:
-    """The chapters in the order that an epoch takes them: the first one, as they are compiled."""
+    """The chapters in the order in which an epoch takes them. The first epoch takes them as they are compiled."""
     return permutation(chapters, seed, epoch, _CHAPTERS).tolist() if epoch else list(range(chapters))
 
 
@@ -73,7 +73,7 @@ class Window:
         return len(self.borders) - 1
 
     def bin(self, k: int) -> NDArray[np.int64]:
-        """Documents of bin k in the order they are laid into the row, (documents,) int64."""
+        """The documents of bin k in the order in which the row holds them, (documents,) int64."""
         return self.documents[self.borders[k] : self.borders[k + 1]]
 
 
@@ -99,14 +99,15 @@ class EpochPlan:
 
     def __post_init__(self) -> None:
         order, block_sources = self.order, self.block_sources
-        self._key = self.epoch + (self.turn << 32)  # chapters of the same size are not permuted alike
+        self._key = self.epoch + (self.turn << 32)  # so that chapters of the same size get different permutations
         tokens = np.bincount(block_sources, np.diff(self.offsets[self.blocks]), minlength=len(order.weights))
         weights = order.weights_for(tokens.astype(np.int64).tolist())
         self._block_weights = np.asarray(weights, np.float64)[block_sources]
-        # Each visit is a block with all its documents, or with those whose turn the fraction of the weight is.
+        # Each visit is a block with all its documents, or with those whose turn it is by the fraction of the weight.
         whole = np.floor(self._block_weights).astype(np.int64)
         partial = self._block_weights > whole
-        # The blocks of a large source take turns as wholes: a small share of it must not mean to read all of it.
+        # The blocks of a large source take turns as wholes, so that a small share of it does not require reading all of
+        # it.
         for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
             mine = np.flatnonzero(block_sources == source)
             phase = (permutation(len(mine), order.seed, _PHASE, int(source)) + 0.5) / len(mine)
@@ -124,7 +125,7 @@ class EpochPlan:
         return -(-len(self._visits) // WINDOW_BLOCKS)
 
     def count_bins(self) -> list[int]:
-        """The bins of each window. Packs all of the chapter: about a second for three million documents."""
+        """The number of bins of each window. Packs the whole chapter: about a second for three million documents."""
         return [self._window(index).num_bins for index in range(self.num_windows)]
 
     def _window(self, index: int) -> Window:
@@ -150,12 +151,12 @@ class EpochPlan:
         )
 
     def _packed(self, documents: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The bin of each visit, (documents,). The first visits of all documents are packed, then the second ones of
-        those that have two, and so on: no bin holds a document twice.
+        """The bin of each visit, (documents,). The first visits of all documents are packed first, then the second
+        visits, and so on, so no bin holds a document twice.
         """
         by_document = np.argsort(documents, kind="stable")
         sorted_ = documents[by_document]
-        number = np.empty_like(documents)  # of the visit among those of its document
+        number = np.empty_like(documents)  # the number of the visit among the document's visits
         number[by_document] = np.arange(len(documents)) - np.searchsorted(sorted_, sorted_)
         bins, used = np.empty_like(documents), 0
         for visit in range(int(number.max(initial=-1)) + 1):
@@ -177,7 +178,8 @@ class EpochPlan:
 
 
 def _visits(phase: NDArray[np.floating], weight: float, epoch: int) -> NDArray[np.int64]:
-    """Visits in an epoch of what has a `phase` in [0, 1): one whenever phase + epochs * weight passes an integer.
+    """The visits in an epoch of a document or block with a `phase` in [0, 1): one whenever phase + epochs * weight
+    passes an integer.
 
     So after any number of epochs the visits are within one of their due.
     """
@@ -185,7 +187,7 @@ def _visits(phase: NDArray[np.floating], weight: float, epoch: int) -> NDArray[n
 
 
 def nothing_visited(epoch: int, order: Order) -> DataError:
-    """The error of an epoch whose weights leave no document in it."""
+    """The error for an epoch whose weights leave no document to visit."""
     return DataError(
         f"data.train: epoch {epoch} visits no document, as weights of {', '.join(map(str, order.weights))} are too "
         "small for so few documents. Raise a weight."

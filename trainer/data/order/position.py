@@ -1,4 +1,4 @@
-"""A place in the order of a run's data. Without torch."""
+"""A place in the order of a run's data. This module does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Position:
-    """Where a global step begins: at a bin of a window of an epoch. It knows no ranks; a checkpoint stores it.
+    """The place where a global step begins: a bin of a window of an epoch. It does not depend on ranks, and a
+    checkpoint stores it.
 
     `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
     """

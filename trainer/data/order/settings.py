@@ -1,4 +1,6 @@
-"""The settings of a run that the order of its data depends on; trainer/data/order/order.py makes the order of them."""
+"""The settings of a run on which the order of its data depends. trainer/data/order/order.py computes the order from
+them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +23,7 @@ different bins.
 
 @dataclass(frozen=True)
 class Order:
-    """The settings that the order depends on, beside the data set and the epoch.
+    """The settings on which the order depends, beside the data set and the epoch.
 
     `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is
     visited in every second epoch, and half of the documents in each. A source that has one of `fractions` gets this
@@ -40,7 +42,7 @@ class Order:
 
     @property
     def beside(self) -> int:
-        """Positions that a document takes beside its tokens."""
+        """Positions that a document takes in addition to its tokens."""
         return self.reserved * self.segments
 
     @property
@@ -49,7 +51,9 @@ class Order:
         return self.sequence_length + self.beside
 
     def weights_for(self, tokens: Sequence[int]) -> list[float]:
-        """The weight of each source of a chapter that has so many `tokens` of it; 0 for a fraction of nothing."""
+        """The weight of each source of a chapter with so many `tokens` of each. A fraction of a source without tokens
+        gives 0.
+        """
         fractions = self.fractions or (None,) * len(self.weights)
         sources = list(zip(self.weights, fractions, tokens, strict=True))
         plain = sum(weight * size for weight, fraction, size in sources if fraction is None)
@@ -85,5 +89,5 @@ def train_order(config: Config) -> Order:
 
 
 def eval_order(config: Config, manifest: DatasetManifest) -> Order:
-    """Every document once, in an order that the run's seed does not move."""
+    """Every document once, in an order that does not depend on the run's seed."""
     return replace(train_order(config), weights=(1.0,) * len(manifest.sources), fractions=(), seed=0)

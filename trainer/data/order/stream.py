@@ -58,8 +58,8 @@ class _Column:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,) of where
-    each begins.
+    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,), where each
+    document begins.
 
     Documents have their `numbers` in the whole data set, and `columns` beside their tokens.
     """
@@ -188,12 +188,12 @@ class Stream:
                 for window in range(plan.num_windows)
                 for k in range(plan.window(window).num_bins)
             ]
-            # Several updates may learn from a chapter, and the place counts those before.
+            # Several updates may learn from one chapter. The place counts those that are done.
             if place + 1 < self.updates:
                 return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter)
             return whole_chapter, Position(epoch, chapter=chapter + 1)
         taken: list[Position] = []
-        # A step that is full does not wait for the chapter behind it.
+        # A full step does not wait for the next chapter.
         while chapter < self.chapters.count and len(taken) < self.global_batch:
             plan = self._plan(epoch, chapter)
             while window < plan.num_windows:
@@ -207,7 +207,7 @@ class Stream:
             return taken, Position(epoch, chapter=chapter)
         if not taken and position == Position(epoch):
             raise nothing_visited(epoch, self.order)
-        # Without any, the last chapters of the epoch have nothing to visit.
+        # Without weights, the last chapters of the epoch have nothing to visit.
         return (taken, Position(epoch + 1)) if taken else self._take(Position(epoch + 1))
 
     def _chapter(self, epoch: int, turn: int) -> int:
@@ -281,6 +281,7 @@ class Stream:
                 padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
+<<<<<<< HEAD
         segments = _segments(stored, np.array(starts, np.int64), ends)
         begun, answers = stored[np.array(starts, np.int64)], len(segments.lengths) - segments.roles.count(Role.PADDING)
         prefixes = np.array([tokens for _, tokens in segments.prefixes] or 0, np.int32)
@@ -296,6 +297,21 @@ class Stream:
             found |= {"teacher_ids": ("target", taught.ids), "teacher_log_p": ("target", taught.log_p)}
         if self.rollouts is not None:
             found["sampled"] = ("target", self.rollouts.read(documents))
+=======
+        # The second answer of a document begins inside it, and so do all answers that share its prompt.
+        rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
+        inside = np.flatnonzero(stored & SEGMENT_BITS)
+        borders = np.sort(np.array([0, *ends, *inside], np.int32))
+        prefixes = _prefixes(stored, np.array(starts, np.int64), borders)
+
+        def segments(places: ArrayLike) -> torch.Tensor:
+            return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
+
+        begun = stored[np.array(starts, np.int64)]
+        sizes, answers = np.diff(borders), len(documents) + len(inside)
+        padding = sum(end - begin for begin, end in padded)
+        before = borders[:-1] - np.array([tokens for _, tokens in prefixes] or 0, np.int32)
+>>>>>>> main
         row = MicroBatch(
             ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments),
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
@@ -391,7 +407,7 @@ class _ReadAhead:
         self._place: WindowPlace | None = None
 
     def get(self, place: WindowPlace) -> _Loaded:
-        """The window at `place`; begins to load those after it, and forgets the others."""
+        """The window at `place`. Starts loading the windows after it, and forgets the others."""
         if place == self._place:
             return self._loading[place].result()
         self._place = place
@@ -411,7 +427,7 @@ def train_stream(config: Config, chapters: Chapters, rank: int, world_size: int)
 
 
 def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: int) -> Stream:
-    """The stream of a run's sampled answers, a chapter for each step or for several that follow each other."""
+    """The stream of a run's sampled answers: one chapter for each step, or for several consecutive steps."""
     order = replace(train_order(config), weights=(1.0,), fractions=())
     batches = config.train.global_batch, config.train.micro_batch
     updates = config.rollout.updates
@@ -430,7 +446,8 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 
 
 def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
-    """One rank's rows of one block of the data set, each of whose documents `epoch(0)` visits once; `order` has the
-    weights of an evaluation."""
+    """One rank's rows of one block of the data set. `epoch(0)` visits each of its documents once; `order` has the
+    weights of an evaluation.
+    """
     order = replace(order, weights=order.weights[:1])
     return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)

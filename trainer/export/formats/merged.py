@@ -5,7 +5,9 @@ A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the
 to 4 bits, which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
 """
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import create_model
 
 from trainer.base.base import Description
 from trainer.config import Config
@@ -13,7 +15,11 @@ from trainer.config.section import Section, setting
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, check_recodable
+from trainer.model.held.held import Encodes, encoders
 from trainer.store.store import Store
+
+if TYPE_CHECKING:
+    from trainer.model.held.encoder import Encoder
 
 
 class MergedFolder(Section):
@@ -35,59 +41,28 @@ class MergedFolder(Section):
         return prove_merged(folder, step, destination)
 
 
-class Fp8Folder(Section):
-    """A scale for each tile of 128 x 128, for vLLM, SGLang and transformers."""
+class _EncodedFolder(Section):
+    """The options are the settings of `quant` that the encoder reads."""
 
-    what: ClassVar[str] = "base and adapter, merged, in FP8"
-    what_if_tuned: ClassVar[str] = "the whole model in FP8"
+    code: ClassVar[str]
     whole_model: ClassVar[bool] = True
 
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
-        check_recodable(base, "fp8")
-
-    def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.export.write.codes import Fp8Blocks
-        from trainer.export.write.recoded import export_recoded
-
-        return export_recoded(folder, destination, step, lambda config: Fp8Blocks(), progress)
-
-    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.proof.recoded import prove_recoded
-
-        return prove_recoded(folder, step, destination)
-
-
-class Nf4Folder(Section):
-    """As transformers and bitsandbytes load it."""
-
-    what: ClassVar[str] = "base and adapter, merged, in nf4"
-    what_if_tuned: ClassVar[str] = "the whole model in nf4"
-    whole_model: ClassVar[bool] = True
-
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] | None = setting(
-        None, about="Weights that share a scale. Default: the run's quant.block_size.", example=64
-    )
-    double: bool | None = setting(
-        None, about="Whether scales are quantized too. Default: the run's quant.double.", example=True
-    )
-
-    def check(self, config: Config, base: Description) -> None:
-        check_mergeable_run(config, base)
-        check_recodable(base, "nf4")
+        check_recodable(base, self.code)
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
-        from trainer.export.write.codes import BitsAndBytes
         from trainer.export.write.recoded import export_recoded
-        from trainer.model.nf4 import Format
 
-        def code(config: Config) -> BitsAndBytes:
-            block_size, double = self.block_size or config.quant.block_size, self.double
-            double = config.quant.double if double is None else double
-            return BitsAndBytes(Format("nf4", block_size, double, DTYPES[config.model.dtype]))
+        def encoder(config: Config) -> "Encoder":
+            given, settings = self.model_dump(exclude_none=True), config.quant
+            form = encoders()[self.code].with_settings(
+                given.get("block_size", settings.block_size), given.get("double", settings.double)
+            )
+            return form.encoder(DTYPES[config.model.dtype])
 
-        return export_recoded(folder, destination, step, code, progress)
+        return export_recoded(folder, destination, step, encoder, progress)
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.recoded import prove_recoded
@@ -95,4 +70,30 @@ class Nf4Folder(Section):
         return prove_recoded(folder, step, destination)
 
 
-FORMATS = {"merged": MergedFolder, "fp8": Fp8Folder, "nf4": Nf4Folder}
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "block_size": (
+        Literal[64, 128, 256, 512, 1024, 2048, 4096] | None,
+        setting(None, about="Weights that share a scale. Default: the run's quant.block_size.", example=64),
+    ),
+    "double": (
+        bool | None,
+        setting(None, about="Whether scales are quantized too. Default: the run's quant.double.", example=True),
+    ),
+}
+
+
+def _folder_of(code: str, form: Encodes) -> type[_EncodedFolder]:
+    """The format of export that has its linear layers in `form`."""
+    options = {name: _OPTIONS[name] for name in form.settings if name in _OPTIONS}
+    folder: Any = create_model(f"{code.capitalize()}Folder", __base__=_EncodedFolder, **options)  # type: ignore[call-overload]
+    name = code.upper() if code in _CAPITALS else code
+    folder.code, folder.what, folder.what_if_tuned = (
+        code,
+        f"base and adapter, merged, in {name}",
+        f"the whole model in {name}",
+    )
+    return folder
+
+
+_CAPITALS = ("fp8",)
+FORMATS = {"merged": MergedFolder, **{code: _folder_of(code, form) for code, form in encoders().items()}}

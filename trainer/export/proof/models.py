@@ -213,7 +213,7 @@ def plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(trained.base)
     streamed = trained.streamed_layers()
     model = stored_base(trained, folder, exact if computed_in == "fp32" else dtype, streamed)
-    if config.quant.quantizes and not trained.base.stored.quantized:
+    if config.quant.held.quantizes and not trained.base.stored.quantized:
         plain.quantize(model, config.quant, dtype, trained.base.architecture.quantizable(), unpacked, streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 

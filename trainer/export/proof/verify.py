@@ -56,8 +56,8 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
-    # The other side holds a matrix of 8 bits as the values that are left of it, in 16 bits: see `plain.quantize`.
-    packed = trained.config.quant.quantizes and trained.config.quant.type != "int8" and trained.method.adapts_4_bits
+    # The other side holds what bitsandbytes has no layer for as the values that are left of it: see `plain.quantize`.
+    packed = trained.config.quant.held.in_linear4bit and trained.method.adapts_4_bits
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 

@@ -27,8 +27,7 @@ from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.format import print_bytes
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import OURS, files_with, write_files
-from trainer.model.held.blockwise import dequantize_absmax, quantize_absmax
-from trainer.model.nf4 import Format
+from trainer.model.held.held import HeldFormat, Spanning
 from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import Store, open_store
 
@@ -41,36 +40,36 @@ def write_as_quantized(config: Config, destination: Store, report: BytesWritten)
     """
     base, quant, dtype = as_plain(resolve_base(config.model)), config.quant, DTYPES[config.model.dtype]
     weights, updates, scales = find_all_weights(base), dict[str, AsQuantized](), LastMade[Tensor]()
-    for name, shape in base.architecture.quantizable().items() if quant.quantizes else ():
+    for name, shape in base.architecture.quantizable().items() if quant.held.quantizes else ():
         source = weights.sources[name]
         if dtype == torch.float32 != SOURCE_DTYPES[source.dtype]:
             raise ConfigError(
                 f"model.dtype: fp32 computes with weights that {base.name} has no room for in its type,"
                 f" {source.dtype.lower()}. Set model.dtype: bf16."
             )
-        form = Format(quant.type, quant.block_size, quant.double, dtype)  # type: ignore[arg-type]  # `quantizes` says that it is one
-        updates[name] = AsQuantized(name, source, shape, form, scales)  # type: ignore[arg-type]  # nothing in a plain base is packed
+        updates[name] = AsQuantized(name, source, shape, quant.held, dtype, scales)  # type: ignore[arg-type]  # nothing in a plain base is packed
     check_destination(destination, *OURS)
     destination.put(
-        CARD, f"{base.name} as a model computes with it that is {TRAINED} over it {quant.in_words}.\n".encode()
+        CARD, f"{base.name} as a model computes with it that is {TRAINED} over it {quant.held.in_words}.\n".encode()
     )
     write_files(base, config, files_with(base, weights, updates), destination, report)
 
 
 @dataclass(frozen=True)
 class AsQuantized:
-    """The weight `name` as packed layers make it (trainer/model/nf4.py): each of its matrices is quantized by itself
+    """The weight `name` as packed layers make it (trainer/model/held): each of its matrices is quantized by itself
     and dequantized.
     """
 
     name: str
     source: StoredTensor
     shape: tuple[int, ...]
-    form: Format
+    form: HeldFormat
+    dtype: torch.dtype
     scales: LastMade[Tensor] = field(repr=False, compare=False)
 
     def apply_to(self, rows: Tensor, first: int) -> None:
-        """Replace these rows. What they are made of is read again in whole blocks, which rows need not be."""
+        """Replace these rows. Their values are read again in whole units of the format, which rows need not be."""
         begin, size = first * self.shape[-1], prod(self.shape[-2:])
         for matrix in range(begin // size, -(-(begin + len(rows)) // size)):
             start = matrix * size
@@ -79,24 +78,29 @@ class AsQuantized:
 
     def _values(self, start: int, begin: int, end: int) -> Tensor:
         """Elements [begin, end) of the matrix that begins with the element `start`."""
-        block = self.form.block_size
-        first, last = begin // block, -(-end // block)
-        before, behind = first * block, min(last * block, prod(self.shape[-2:]))
-        packed, absmax = self._quantized(start, before, behind)
-        if self.form.double:
-            absmax = self.scales.get((self.name, start), _KEPT, lambda: self._double(start))[first:last]
-        values = self.form.dequantize(packed, absmax, behind - before)
+        first, last = begin // self._unit, -(-end // self._unit)
+        before, behind = first * self._unit, min(last * self._unit, prod(self.shape[-2:]))
+        parts = self._encoded(start, before, behind)
+        if spanning := self.form.spanning:
+            scales = self.scales.get((self.name, start), _KEPT, lambda: self._spanned(start, spanning))
+            parts[spanning.part] = scales[first:last].view(torch.uint8)
+        values = self.form.decode(parts, behind - before, self.shape[-1], self.dtype)
         return values[begin - before : end - before]
 
-    def _quantized(self, start: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        values = as_tensor(self.source.read(start + begin, start + end), self.source).to(self.form.dtype)
-        return self.form.quantize(values)
+    @property
+    def _unit(self) -> int:
+        rows, columns = self.shape[-2:]
+        return self.form.unit(rows, columns)
 
-    def _double(self, start: int) -> Tensor:
+    def _encoded(self, start: int, begin: int, end: int) -> dict[str, Tensor]:
+        values = as_tensor(self.source.read(start + begin, start + end), self.source).to(self.dtype)
+        return self.form.encode(values, self.shape[-1])
+
+    def _spanned(self, start: int, spanning: Spanning) -> Tensor:
         """fp32 scales of a matrix, which are quantized together."""
-        pieces = cut(self.source, 0, prod(self.shape[-2:]), self.form.block_size)
-        codes, nested, mean = quantize_absmax(torch.cat([self._quantized(start, *piece)[1] for piece in pieces]))
-        return dequantize_absmax(codes, nested) + mean
+        pieces = cut(self.source, 0, prod(self.shape[-2:]), self._unit)
+        scales = [self._encoded(start, *piece)[spanning.part].view(torch.float32) for piece in pieces]
+        return spanning.left(torch.cat(scales))
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ def complete_model(base: Base, config: Config, destination: Store, settings: byt
 def _description(config: Config) -> str:
     if method_of(config).exports_model:
         return f"A model {TRAINED}: its base's own weights were fine-tuned, so there is no adapter to merge."
-    over = "" if config.quant.type == "none" else f" The adapter was trained over the base {config.quant.in_words}."
+    over = f" The adapter was trained over the base {config.quant.held.in_words}." if config.quant.held.packs else ""
     return f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the weights of its base.{over}"
 
 

@@ -7,10 +7,8 @@ the new header goes first.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,67 +34,10 @@ from trainer.export.write.merged import (
     merged_config,
     put_index,
 )
+from trainer.model.held.encoder import Encoder, NewTensor, WeightError
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, header_of
 from trainer.store.store import Store
-
-
-class NewTensor(NamedTuple):
-    """A tensor of a file to be written; `dtype` as safetensors names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass
-class WeightError:
-    """Sums over the quantized weights: of the squares of the differences, and of the weights."""
-
-    differences: float = 0.0
-    weights: float = 0.0
-
-    def add(self, weights: Tensor, decoded: Tensor) -> None:
-        self.differences += float((decoded.float() - weights.float()).square().sum(dtype=torch.float64))
-        self.weights += float(weights.float().square().sum(dtype=torch.float64))
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.differences / self.weights) if self.weights else 0.0
-
-
-class Code(Protocol):
-    """A way to store a matrix in fewer bits."""
-
-    @property
-    def name(self) -> str:
-        """In words, such as nf4."""
-        ...
-
-    def takes(self, shape: tuple[int, int]) -> bool:
-        """Whether a matrix of this shape can be stored so."""
-        ...
-
-    def at_once(self, shape: tuple[int, int]) -> int:
-        """A matrix may be encoded in portions of any multiple of so many elements."""
-        ...
-
-    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        """The tensors in place of the weight `name`, in the order in which `encode` gives their bytes."""
-        ...
-
-    def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
-        """`pieces` are the flat weights, in order; each but the last a multiple of `at_once` long."""
-        ...
-
-    def configuration(self, untouched: list[str]) -> dict[str, Any]:
-        """The quantization_config of config.json; `untouched` are the paths of linear layers that stay as they are."""
-        ...
 
 
 @dataclass
@@ -105,14 +46,14 @@ class _Recoding:
     layers.
     """
 
-    code: Code
+    code: Encoder
     chosen: Mapping[str, tuple[int, int]]
     untouched: list[str]
     error: WeightError = field(default_factory=WeightError)
 
 
 def export_recoded(
-    folder: Store, destination: Store, step: int | None, make: Callable[[Config], Code], progress: ExportProgress
+    folder: Store, destination: Store, step: int | None, make: Callable[[Config], Encoder], progress: ExportProgress
 ) -> Written:
     """Write the merged model of `step`, or of the newest whole checkpoint, in the code that `make` makes for the run.
 
@@ -134,7 +75,7 @@ def export_recoded(
     return _written(manifest, recoding)
 
 
-def _choose(base: Base, code: Code) -> _Recoding:
+def _choose(base: Base, code: Encoder) -> _Recoding:
     """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model
     has them.
 
@@ -207,7 +148,7 @@ def _stream(
             yield from recoding.code.encode(_pieces(merged, tensor, recoding.code), shape, recoding.error)
 
 
-def _pieces(merged: "_Merged", tensor: NewTensor, code: Code) -> Iterator[Tensor]:
+def _pieces(merged: "_Merged", tensor: NewTensor, code: Encoder) -> Iterator[Tensor]:
     rows, columns = tensor.shape
     item, unit = DTYPE_BYTES[tensor.dtype], code.at_once((rows, columns))
     step = max(1, PIECE_BYTES // item // unit) * unit * item

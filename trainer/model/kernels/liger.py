@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import ConfigError, first_line
-from trainer.model.nf4 import has_one_pass
+from trainer.model.held.formats.blocks import has_one_pass
 from trainer.model.parts import is_experts
 
 _DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[gpu]'"

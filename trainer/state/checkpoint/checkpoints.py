@@ -38,7 +38,9 @@ from trainer.store.store import Store
 
 @dataclass
 class _Pending:
-    """A save under way: first `work` is this rank's upload, then, with all shards in the `manifest`, the commit."""
+    """A save in progress: first `work` is this rank's upload, then, once all shards are in the `manifest`, the
+    commit.
+    """
 
     manifest: CheckpointManifest
     started: float
@@ -49,7 +51,7 @@ class _Pending:
 
 @dataclass(frozen=True)
 class CommitHooks:
-    """The functions that a run has called as it saves.
+    """Functions of a run that are called when it saves.
 
     `record` gets what happens as (kind, values): commit, save_skipped, save_failed, prune_failed. `before` is called on
     rank 0 before each manifest is written, beside the training, and `after` after it, in the loop; `oldest` there
@@ -65,7 +67,8 @@ class CommitHooks:
 @dataclass
 class Checkpoints:
     """One run's checkpoints, as one rank of one generation writes them. `evaluated` is the fingerprint of the data of
-    their evaluation losses; `newest` is the step of the last save that was begun."""
+    their evaluation losses; `newest` is the step of the last save that has begun.
+    """
 
     run: Store
     ranks: Team
@@ -82,7 +85,7 @@ class Checkpoints:
     _pending: _Pending | None = None
     _block: Tensor | None = None
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
-    _proven: int | None = None  # step of a checkpoint that was read and found whole
+    _proven: int | None = None  # step of a checkpoint that was read and is whole
     _next_pruning: Future[None] | None = None
     _pruning: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prune"))
 
@@ -143,10 +146,12 @@ class Checkpoints:
         self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
 
     def _copy(self, shard_layout: ShardLayout, partitions: list[TrainablePartition]) -> memoryview:
-        """The states as bytes of host memory, laid out as the file is. The memory is one block, kept for every save."""
+        """The states as bytes of host memory, in the file's layout. The memory is one block that is kept for every
+        save.
+        """
         on_gpu = is_accelerator(self.ranks.device)
         if self._block is None:
-            # Pinned: the copies run at the bus's speed, and none waits for the one before.
+            # Pinned, so that the copies run at the bus's speed and none waits for the previous one.
             self._block = torch.empty(shard_layout.size, dtype=torch.uint8, pin_memory=on_gpu)
         assert self._block.numel() == shard_layout.size, "a partition's size does not change during a run"
         parts = {part.name: part for part in partitions}
@@ -159,12 +164,11 @@ class Checkpoints:
 
     @property
     def ready(self) -> bool:
-        """Whether this rank's background work on the save is done, or there is none."""
+        """Whether this rank has no background work for a save, or has finished it."""
         return self._pending is None or self._pending.work.done()
 
     def advance(self, all_ready: bool) -> None:
-        """Take the save under way a stage further, once every rank is ready: to the commit, then to its end.
-        Collective.
+        """Advance the save in progress by a stage once every rank is ready: to the commit, then to its end. Collective.
 
         Raises:
             StorageError: too many saves failed one after the other; `Superseded` when a later generation has taken over
@@ -173,7 +177,8 @@ class Checkpoints:
         pending = self._pending
         if pending is None or not all_ready:
             return
-        # A failure on one rank fails all: a rank that raised alone would leave the others in their next collective.
+        # A failure on one rank fails all, because a rank that raised alone would leave the others in their next
+        # collective.
         outcomes = self.ranks.gather_objects(_outcome(pending.work))
         failed = next((rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, StorageError)), None)
         if failed is not None:
@@ -197,7 +202,7 @@ class Checkpoints:
         )
         if self.ranks.rank == 0:
             self.hooks.after()
-        # A removal that has not begun yet will see this commit too.
+        # A removal that has not begun yet will see this commit, too.
         waits = self._next_pruning and not (self._next_pruning.running() or self._next_pruning.done())
         if self.ranks.rank == 0 and not waits:
             self._next_pruning = self._pruning.submit(self._prune)
@@ -213,20 +218,21 @@ class Checkpoints:
             raise error
 
     def _settle(self) -> None:
-        """Wait for the save under way, to its end. Collective."""
+        """Wait for the end of the save in progress. Collective."""
         self._error = None
         while self._pending is not None:
             _outcome(self._pending.work)
             self.advance(all_ready=True)
 
     def finish(self) -> None:
-        """Wait until the save under way is committed. Collective; raises `StorageError` when it failed."""
+        """Wait until the save in progress is committed. Collective; raises `StorageError` if it failed."""
         self._settle()
         if self._error is not None:
             raise self._error
 
     def prove(self) -> None:
-        """`finish`, then read the checkpoint back: a run that cannot save ends now and not at its first loss of a rank.
+        """`finish`, then read the checkpoint back, so that a run that cannot save ends now and not when a rank is first
+        lost.
 
         Collective; raises `StorageError` when the store returns something else than was written.
         """
@@ -252,7 +258,9 @@ class Checkpoints:
         self.run.create(layout.manifest(manifest.step), manifest.to_json())
 
     def _prune(self) -> None:
-        """In the background after each commit; what fails now is tried again after the next."""
+        """Remove old checkpoints, in the background after each commit. A failed removal is tried again after the next
+        commit.
+        """
         try:
             removal = plan_removal(self.run, self.rules, proven=self._proven)
             remove(self.run, removal)
@@ -268,7 +276,7 @@ class Checkpoints:
     # --- restore
 
     def restore(self, learner: Learner, required: bool, log: Callable[[str], None]) -> CheckpointManifest | None:
-        """Load the newest whole checkpoint into `learner`. Collective; None when the run has none.
+        """Load the newest whole checkpoint into `learner`. Collective; returns None if the run has none.
 
         Raises, on all ranks alike:
             NothingToResume: there is none, and `required`.
@@ -310,7 +318,7 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
-        """Newest first, the same on every rank: a whole checkpoint, or None and what is wrong with it."""
+        """The checkpoints, newest first and the same on every rank: a whole one, or None with its problem."""
         for step in self.ranks.on_first(lambda: committed_steps(self.run)):
             manifest, problems = self.ranks.on_first(lambda step=step: self._read(step))
             if manifest is not None:
@@ -328,7 +336,7 @@ class Checkpoints:
         return [problem for problems in found for problem in problems]
 
     def _set_aside(self, newer_than: int) -> None:
-        """Rename the damaged checkpoints' manifests: their steps come again, and a commit only ever creates."""
+        """Rename the damaged checkpoints' manifests, because their steps come again and a commit never overwrites."""
         for step in committed_steps(self.run):
             if step > newer_than:
                 key = layout.manifest(step)
@@ -345,7 +353,7 @@ def _outcome(work: Future[Any]) -> Any:
 
 
 def _log_changes(saved: dict[str, Any], given: dict[str, Any], log: Callable[[str], None]) -> None:
-    """Hyperparameters of the optimizer may change from one start to the next: the configuration's count."""
+    """Log the optimizer's hyperparameters that differ from the checkpoint's. Those of the configuration apply."""
     for group, settings in json.loads(json.dumps(given)).items():
         for name, value in settings.items():
             before = saved.get(group, {}).get(name)
@@ -358,7 +366,7 @@ def _shapes(partitions: list[TrainablePartition]) -> dict[str, list[int]]:
 
 
 def _slice(part: TrainablePartition, state: State, begin: int, end: int) -> Tensor:
-    """The values [begin, end) of a state, as a view; the rank holds these."""
+    """The values [begin, end) of a state that the rank holds, as a view."""
     first = state.held(part.begin, part.end)[0]
     return part.states[state.name][begin - first : end - first]
 
@@ -369,9 +377,7 @@ def load_partitions(
     partitions: list[TrainablePartition],
     states: Sequence[State] | None = None,
 ) -> None:
-    """Fill the partitions' `states`, or all that they have, from whatever the checkpoint's ranks wrote: any world size
-    loads.
-    """
+    """Fill the partitions' `states`, or all that they have, from a checkpoint that any number of ranks wrote."""
     mine = {part.name: part for part in partitions}
     wanted = {
         Key(part.name, state): state.held(part.begin, part.end)

@@ -1,4 +1,4 @@
-"""Which values of each state the shards of a checkpoint hold: a value goes with the first element that it is of.
+"""Which values of each state the shards of a checkpoint hold. A value lies with the first element that it belongs to.
 
 A shard's intervals are intervals of elements, by ZeRO-3's rule. A state with one value for a block of elements, or with
 a vector of its own, has fewer values; these are divided by the rules of `Contents`. A manifest writes no intervals, as
@@ -49,7 +49,7 @@ class Contents:
     shards: int
 
     def of(self, shard: int) -> dict[Key, Interval]:
-        """The values in shard number `shard`, where it has any, in the order in which they lie there."""
+        """The values in shard number `shard`, if it has any, in the order in which they lie there."""
         elements = self.division.intervals(shard)
         found: dict[Key, Interval] = {}
         # Bytes come last, so that all fp32 values are aligned in the file.
@@ -69,7 +69,7 @@ class Contents:
         return -(-begin // key.state.block), -(-end // key.state.block)
 
     def holders(self, key: Key, begin: int, end: int) -> Iterable[int]:
-        """Numbers of the shards that hold some of the values [begin, end)."""
+        """The numbers of the shards that hold some of the values [begin, end)."""
         if begin >= end:
             return ()
         if key.state.length is not None:

@@ -1,5 +1,5 @@
 """The identity of a checkpoint (its base, adapter, objective, optimizer, data and their order), and whether a run may
-go on from it.
+continue it.
 
 The ranks compare before they load a checkpoint, and the launcher compares before it writes anything: both ask here, so
 that neither accepts what the other refuses. Without torch.
@@ -52,7 +52,7 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
     check_content(manifest, identity.base)
     check_text(manifest, identity.text)
     for what, saved, given in parts:
-        # Another method or objective has other settings, which would say less.
+        # Another method or objective has other settings; listing those would say less.
         for key in sorted(saved.keys() | given.keys(), key=lambda key: (key not in ("method", "name"), key)):
             before, now = (values.get(key, identity.defaults.get(key)) for values in (saved, given))
             if not (what == "base" and key in _BESIDE_IDENTITY | _CONTENT) and before != now:
@@ -68,9 +68,7 @@ def check_identity(manifest: CheckpointManifest, identity: Identity) -> None:
 
 
 def check_content(manifest: CheckpointManifest, base: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where `base`, the facts about a base, has other weights than the checkpoint was trained
-    on.
-    """
+    """Raise `ConfigError` if `base`, the facts about a base, has other weights than the checkpoint was trained on."""
     before, after = manifest.base.get("commit"), base.get("commit")
     if before and after and before != after:
         raise ConfigError(
@@ -90,15 +88,15 @@ def check_content(manifest: CheckpointManifest, base: Mapping[str, Any]) -> None
 
 
 def is_written_anew(manifest: CheckpointManifest, base: Mapping[str, Any]) -> bool:
-    """Whether the objects of the base have been written since the checkpoint, which by itself changes nothing of what
-    is in them.
+    """Whether the objects of the base have been written since the checkpoint. That alone does not change their
+    content.
     """
     same_place = manifest.base.get("path") == base.get("path")
     return same_place and manifest.base.get("versions", base.get("versions")) != base.get("versions")
 
 
 def check_text(manifest: CheckpointManifest, text: TextHashes | None) -> None:
-    """Raise `ConfigError` where the tokenizer or the chat template is another than the checkpoint was trained with."""
+    """Raise `ConfigError` if the tokenizer or the chat template differs from the checkpoint's."""
     before = manifest.text
     if before is None or text is None:
         return

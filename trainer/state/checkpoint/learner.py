@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TrainablePartition:
-    """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, padding left out.
+    """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, without padding.
 
     `states` are live 1-D views by the names of the optimizer's states, each with the values that the state is held
     with: of the master weight and AdamW's two moments, fp32 and of length end - begin.
@@ -22,22 +22,24 @@ class TrainablePartition:
 
 
 class Learner(Protocol):
-    """The object that learns: the engine in a run, a stand-in where a test needs no model."""
+    """What learns: the engine in a run, or a stand-in in tests that need no model."""
 
     def partitions(self) -> list[TrainablePartition]:
-        """This rank's part of everything that learns, as live views: without collectives, in a fixed order."""
+        """This rank's part of everything that learns, as live views, in a fixed order. Not collective."""
         ...
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's groups by name, with the hyperparameters that do not follow from the step."""
+        """The optimizer's groups by name, with the hyperparameters that do not depend on the step."""
         ...
 
     @property
     def updates(self) -> int:
-        """The optimizer's step count, which AdamW's bias correction and Adafactor's decay depend on."""
+        """The optimizer's step count, on which AdamW's bias correction and Adafactor's decay depend."""
         ...
 
     def refresh(self, updates: int) -> None:
-        """After writing into `partitions`: set the step count and whatever is derived from the masters. Collective."""
+        """Call after writing into `partitions`: sets the step count and everything that is derived from the masters.
+        Collective.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The learnt weights of a committed checkpoint, from whatever ranks wrote it: in parts, or each parameter whole."""
+"""The learnt weights of a committed checkpoint of any number of ranks: in parts, or each parameter whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ def master_weights(folder: Store, manifest: CheckpointManifest) -> dict[str, Ten
 
 
 def _masters(folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, Interval]) -> dict[str, Tensor]:
-    """The elements that are wanted of each parameter, flat, in fp32."""
+    """The wanted elements of each parameter, flat, in fp32."""
     found = {name: torch.empty(end - begin) for name, (begin, end) in wanted.items()}
     places = {Key(name, MASTER): interval for name, interval in wanted.items()}
     for ((name, _), begin, end), data in read_elements(folder, manifest, places):
@@ -32,15 +32,16 @@ def _masters(folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, I
 
 @dataclass(frozen=True, eq=False)
 class LearntWeights:
-    """The weights that a checkpoint holds of each parameter that learns, by its name in the model and in `dtype`, that
-    of the training's forward pass."""
+    """A checkpoint's weights of each parameter that learns, by its name in the model, in `dtype`, the type of the
+    training's forward pass.
+    """
 
     run: Store
     manifest: CheckpointManifest
     dtype: torch.dtype
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the flattened parameter, without reading any others; any thread may ask."""
+        """Elements [begin, end) of the flattened parameter, without reading any others. Any thread may call it."""
         return _masters(self.run, self.manifest, {name: (begin, end)})[name].to(self.dtype)
 
     @cached_property

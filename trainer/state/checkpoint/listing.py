@@ -14,7 +14,7 @@ _LOOKS_AT_A_TIME = 16
 
 
 class StepFolder(NamedTuple):
-    """The folder of one step's checkpoint, with so many folders of attempts at its save. It is committed when it has a
+    """The folder of one step's checkpoint, with the number of attempts at its save. It is committed if it has a
     manifest.
     """
 
@@ -24,13 +24,13 @@ class StepFolder(NamedTuple):
 
 
 def step_folders(folder: Store) -> list[StepFolder]:
-    """Newest first: one request, and one for each folder."""
+    """The folders, newest first: one request, and one more for each folder."""
     with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:
         return list(pool.map(lambda step: _look(folder, step), _steps(folder)))
 
 
 def newest_commit(folder: Store) -> StepFolder | None:
-    """Two requests, unless the newest folders are of saves that never came to their commit."""
+    """The newest committed step. Two requests, unless the newest folders belong to saves that were never committed."""
     looks = (_look(folder, step) for step in _steps(folder))
     return next((found for found in looks if found.manifest is not None), None)
 
@@ -47,5 +47,5 @@ def _look(folder: Store, step: int) -> StepFolder:
 
 
 def committed_steps(folder: Store) -> list[int]:
-    """Steps that have a manifest, newest first. Whether it is whole, reading it tells."""
+    """The steps that have a manifest, newest first. Only reading a manifest shows whether the checkpoint is whole."""
     return [found.step for found in step_folders(folder) if found.manifest is not None]

@@ -34,7 +34,7 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _tokenizer_file(name: str) -> str:
-    """Raises `ValueError` for any other name: whoever reads the run writes these files."""
+    """Raises `ValueError` for any other name, because whoever reads the run writes these files."""
     if not is_tokenizer_file(name):
         raise ValueError("it is no file of a tokenizer")
     return name
@@ -55,7 +55,7 @@ _Facts = Annotated[dict[str, Any], AfterValidator(_as_json)]
 
 @dataclass(frozen=True)
 class TextHashes:
-    """SHA-256 of each file of the tokenizer, and of the chat template where `data.template` took the place of the
+    """SHA-256 of each file of the tokenizer, and of the chat template if `data.template` replaces the
     tokenizer's own.
     """
 
@@ -81,7 +81,7 @@ class CheckpointManifest:
     adapter: _Facts  # method, rank, alpha and targets
     groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
-    # Nats a target token, where the step was evaluated. An infinite loss is no loss: it cannot be compared.
+    # Nats a target token, if the step was evaluated. An infinite loss is not recorded, because it cannot be compared.
     eval_loss: Annotated[float | None, BeforeValidator(finite)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
@@ -112,7 +112,7 @@ class CheckpointManifest:
         return Contents(self.division, states_by_name(self.optimizer, self.shapes), len(self.shards))
 
     def problem(self) -> str | None:
-        """Why this cannot be a whole checkpoint, whatever lies in its shards; None when it can."""
+        """Why this cannot be a whole checkpoint, whatever its shards contain; None if it can."""
         if any(layout.shard_step(shard.key) != self.step for shard in self.shards):
             return f"it names files that are no shards of step {self.step}"
         if len(self.shards) != self.world_size:
@@ -138,8 +138,9 @@ class CheckpointManifest:
 
 
 def comparable_losses(manifests: Iterable[CheckpointManifest]) -> dict[int, float]:
-    """Step -> evaluation loss of those of `manifests`, newest first, that were evaluated, over the data that the newest
-    of these has. One that does not say which data it was is taken for the same."""
+    """Step -> evaluation loss of the `manifests`, newest first, that were evaluated on the same data as the newest of
+    them. A manifest that does not name its data counts as the same.
+    """
     evaluated = [(found.step, found.eval_loss, found.eval_data) for found in manifests if found.eval_loss is not None]
     newest = next((data for _, _, data in evaluated if data is not None), None)
     return {step: loss for step, loss, data in evaluated if data in (None, newest)}
@@ -149,7 +150,7 @@ _READER = TypeAdapter(CheckpointManifest)
 
 
 def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
-    """The manifest in `data`, whose shards hold every trainable element exactly once, if they are what it says.
+    """The manifest in `data`. Its shards hold every trainable element exactly once, if they are what it says.
 
     Raises `Damaged` when it is none, and `StorageError` when it is of another format.
     """
@@ -184,7 +185,7 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
 
 @read_twice
 def read_manifest(folder: Store, step: int) -> CheckpointManifest:
-    """Raises `NotFound`, and what `parse_manifest` raises."""
+    """Read a manifest. Raises `NotFound`, and what `parse_manifest` raises."""
     key = layout.manifest(step)
     manifest = parse_manifest(folder.get(key), f"{folder.uri}/{key}")
     if manifest.step != step:
@@ -207,19 +208,19 @@ def readable_manifests(
 
 
 def problems_of(folder: Store, manifest: CheckpointManifest) -> list[str]:
-    """The problems of its shards; a store that fails raises `StorageError`."""
+    """The problems of the manifest's shards. A store that fails raises `StorageError`."""
     found = (shard_problem(folder, manifest, number) for number in range(len(manifest.shards)))
     return [problem for problem in found if problem]
 
 
 def shard_problem(folder: Store, manifest: CheckpointManifest, number: int) -> str | None:
-    """The problem of one of its shards, or None."""
+    """The problem of one of the manifest's shards, or None."""
     return verify_shard(folder, manifest.shards[number], manifest.contents.of(number))
 
 
 def check_step(folder: Store, steps: Sequence[int], step: int | None) -> None:
-    """Whether the run has checkpoints, its `steps`, and one of `step` if that is asked for; raises as
-    `whole_checkpoint`.
+    """Check that the run has checkpoints, its `steps`, and one of `step` if that is given. Raises as `whole_checkpoint`
+    does.
     """
     if not steps:
         raise NothingToResume(f"{folder.uri} has no committed checkpoint.")
@@ -258,8 +259,8 @@ def chosen_step(folder: Store, step: int | None, *, best: bool) -> int | None:
 
 
 def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: bool = False) -> CheckpointManifest:
-    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over. No shard is looked
-    at where a manifest that can be read is enough (`by_manifest`), as for a dry run.
+    """The checkpoint of `step`, or the newest whose shards all verify; damaged ones are passed over. With `by_manifest`
+    a readable manifest is enough and no shard is read, as for a dry run.
 
     Raises:
         NothingToResume: there is none.
@@ -276,7 +277,7 @@ def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: boo
             if not problems:
                 return manifest
             skipped += problems
-        # A run that trains may have removed all of them meanwhile, for newer ones.
+        # A run that is training may have removed all of them meanwhile, in favour of newer ones.
         wanted = [newer for newer in committed_steps(folder) if newer > max(wanted)] if step is None else []
         if not wanted:
             break

@@ -33,8 +33,8 @@ def plan_reads(contents: Contents, wanted: Mapping[Key, Interval]) -> Iterator[t
 def read_elements(
     folder: Store, manifest: CheckpointManifest, wanted: Mapping[Key, Interval]
 ) -> Iterator[tuple[StateSlice, Buffer]]:
-    """Every wanted value once, as slices with their bytes. Raises `Damaged` where a shard holds something else than its
-    manifest says.
+    """Yield every wanted value once, as slices with their bytes. Raises `Damaged` if a shard holds something else than
+    its manifest says.
 
     Only these bytes leave the store: near ones in one request, and a part's worth at a time.
     """

@@ -1,4 +1,4 @@
-"""The time that a rank's device spends in each phase of its steps, measured without a wait for it.
+"""The time that a rank's device spends in each phase of its steps, measured without waiting for the device.
 
     enter("data")   enter("forward")   enter("backward")   enter("optimizer")   enter("save")
          |   data          |  forward  [gather]  |  backward [gather]  |  optimizer   |   ...
@@ -19,7 +19,8 @@ import torch
 
 from trainer.processes.accelerator import is_accelerator, mark
 
-# Marks that wait to be read: an evaluation of many rows, which are no steps, would leave ever more of them.
+# The most marks that wait to be read. An evaluation of many rows, which are not steps, would otherwise collect more and
+# more.
 _MOST_MARKS = 1024
 
 
@@ -27,11 +28,11 @@ class Mark(Protocol):
     """A moment in the work of a device."""
 
     def query(self) -> bool:
-        """Whether the device has come to it."""
+        """Whether the device has reached it."""
         ...
 
     def elapsed_time(self, end_event: Self, /) -> float:
-        """Milliseconds from here to `end_event`, to which the device has come too."""
+        """Milliseconds from here to `end_event`, which the device has reached as well."""
         ...
 
 
@@ -66,7 +67,7 @@ class Clock:
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
-        """The phase before ends, and this one begins."""
+        """End the previous phase and begin this one."""
         if not self._entered or self._entered[-1].phase != phase:
             now = mark(self._device) if is_accelerator(self._device) else HostMark()
             self._entered.append(_Entered(phase, now))
@@ -75,7 +76,7 @@ class Clock:
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Inside it is `phase`, and afterwards again the one before."""
+        """Inside, the phase is `phase`; afterwards it is the previous one again."""
         if not self._entered:
             yield
             return
@@ -87,13 +88,13 @@ class Clock:
             self.enter(outer)
 
     def passed(self) -> dict[str, float]:
-        """The seconds of each phase since the last call, as far as the device has come."""
+        """The seconds of each phase since the last call, up to where the device is."""
         self._read()
         seconds, self._seconds = self._seconds, {}
         return seconds
 
     def _read(self) -> None:
-        """Add up what lies between the marks that the device has come to."""
+        """Add up the time between the marks that the device has reached."""
         while len(self._entered) > 1 and self._entered[1].mark.query():
             phase, begin = self._entered.popleft()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(self._entered[0].mark) / 1000

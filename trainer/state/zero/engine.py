@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer.processes.accelerator import kind
 
 if kind() is None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: DeepSpeed picks its accelerator then
+    # Set before the import, because DeepSpeed then chooses its accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -31,14 +32,14 @@ from trainer.state.zero.clock import Clock
 from trainer.state.zero.gather import Gathers, without_hooks
 from trainer.state.zero.partitioned_optimizer import DividedOptimizer
 
-# DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather: the log would hold little else.
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather. The warnings would fill the log.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 @contextmanager
 def _own_device(device: torch.device) -> Iterator[None]:
-    """LOCAL_RANK is the number of `device` inside: DeepSpeed takes its device by it, also where each rank sees one GPU
-    alone.
+    """Inside, LOCAL_RANK is the number of `device`. DeepSpeed chooses its device by it, even if each rank sees only one
+    GPU.
     """
     local_rank = os.environ["LOCAL_RANK"]
     os.environ["LOCAL_RANK"] = str(device.index or 0)
@@ -49,7 +50,7 @@ def _own_device(device: torch.device) -> Iterator[None]:
 
 
 def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Init:
-    """DeepSpeed's `Init`, which makes plain parameters ZeRO-3 ones, over the process group that `ranks.join` made."""
+    """DeepSpeed's `Init`, which turns plain parameters into ZeRO-3 ones, over the process group of `ranks.join`."""
     # Tell DeepSpeed that no op can be compiled: it would build one for inference collectives (a minute of g++), and a
     # rank killed meanwhile leaves a lock file on which every later start on this machine waits for ever.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
@@ -59,8 +60,8 @@ def zero_init(deepspeed_config: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 def divide_now(module: nn.Module, beside: nn.Module) -> None:
-    """Divide the parameters of `module`, which every rank has whole and alike, over the ranks, as those of `beside` are
-    divided already. The engine does the same when it is made, but until then a rank would hold all of them. Collective.
+    """Divide the parameters of `module`, which every rank holds whole and equal, over the ranks, like those of
+    `beside`. The engine would do this when it is made; until then each rank would hold all of them. Collective.
     """
     divided: Any = next(beside.parameters())
     divided.convert_to_zero_parameters(list(module.parameters()))
@@ -68,14 +69,14 @@ def divide_now(module: nn.Module, beside: nn.Module) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """The sharded parameters of `module` are whole inside, to be read only. Collective, before the engine is made."""
+    """Inside, the sharded parameters of `module` are whole, for reading only. Collective; before the engine is made."""
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         yield
 
 
 @contextmanager
 def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The sharded parameters of each of `modules` are whole while it computes, to be read only. Collective, before the
+    """The sharded parameters of each of `modules` are whole while it computes, for reading only. Collective; before the
     engine is made.
     """
     held = ExitStack()
@@ -87,7 +88,7 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
         held.close()
 
     with ExitStack() as hooks:
-        hooks.callback(held.close)  # what a failed pass has left
+        hooks.callback(held.close)  # left by a failed pass
         for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(gather))
             hooks.enter_context(module.register_forward_hook(release))
@@ -95,30 +96,31 @@ def gathered_in_turn(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class DeviceRow(Protocol):
-    """A packed row, or a text that grows, as a pass takes it."""
+    """A packed row, or a growing text, in the form that a pass takes."""
 
     def to(self, device: torch.device) -> Self: ...
 
 
 class _Wrapped(nn.Module):
-    """The module for DeepSpeed: one packed row in, its sums out, in one call that ZeRO-3's hooks can follow; or what
-    another function than the loss makes of the row."""
+    """The module for DeepSpeed. One call takes a packed row and returns its sums, or what another function than the
+    loss computes from the row, so that ZeRO-3's hooks can follow.
+    """
 
     def __init__(self, packed: PackedModel, loss: Callable[[PackedModel, Any], Tensor]) -> None:
         super().__init__()
         self.model, self.packed, self._loss = packed.model, packed, loss
 
     def forward(self, row: Any, look: Callable[[PackedModel, Any], Tensor] | None = None) -> Tensor:
-        # DeepSpeed would gather what is read outside of its own module's call (an embedding's dtype, its device), and
-        # count on its hooks.
+        # DeepSpeed would gather what is read outside of its module's own call (an embedding's dtype or device), and
+        # rely on its hooks.
         for module in self.modules():
             module._parameters._in_forward = False  # type: ignore[attr-defined]
         return (look or self._loss)(self.packed, row)
 
 
 class Engine:
-    """A model under ZeRO-3 with an optimizer on what learns: a `trainer.state.checkpoint.learner.Learner`. Every method
-    but `partitions` is collective.
+    """A model under ZeRO-3 with an optimizer for what learns: a `trainer.state.checkpoint.learner.Learner`. Every
+    method except `partitions` is collective.
 
     `loss` maps the model and a row to sums over the row, of which the first is the loss; `groups` are the optimizer's,
     each with its name, its parameters and `lr_ratio`, its factor on the learning rate.
@@ -139,7 +141,7 @@ class Engine:
         trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         self._optimizer = DividedOptimizer(groups, optim, ranks)
-        # Any: DeepSpeed's annotations would have every attribute be a tensor or a module.
+        # Typed as Any, because by DeepSpeed's annotations every attribute would be a tensor or a module.
         with without_hooks(), _own_device(ranks.device):
             self._engine: Any = deepspeed.initialize(
                 model=_Wrapped(packed, loss), optimizer=self._optimizer, config=deepspeed_config
@@ -152,12 +154,12 @@ class Engine:
         self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
 
     def loss(self, row: MicroBatch) -> Tensor:
-        """The sums that the loss function makes of the row, fp32, with their graph."""
+        """The sums that the loss function computes from the row, fp32, with their graph."""
         self._gathers.begin("loss")
         return self._engine(row.to(self.ranks.device))
 
     def look(self, look: Callable[[PackedModel, Any], Tensor], row: DeviceRow) -> Tensor:
-        """The values that `look` makes of the model and the row, without a graph."""
+        """The values that `look` computes from the model and the row, without a graph."""
         self._gathers.begin(look)
         with torch.no_grad():
             return self._engine(row.to(self.ranks.device), look)
@@ -174,7 +176,7 @@ class Engine:
         self._gathers.finish()
 
     def step(self, lr: float) -> float:
-        """Clip, update, and return the gradient's global norm before clipping, which the host waits for, and not for
+        """Clip, update, and return the gradient's global norm before clipping. The host waits for the norm and not for
         the update.
         """
         self.clock.enter("optimizer")
@@ -222,7 +224,7 @@ class Engine:
         """After writing into `partitions`: set the optimizer's step count and derive the 16-bit weights from the
         masters.
         """
-        self._gathers.finish()  # DeepSpeed parts every parameter again, and none may be on its way then
+        self._gathers.finish()  # DeepSpeed partitions every parameter again. None may be in flight then.
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
         for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -237,8 +239,8 @@ class Engine:
 
 
 def _read_norms_once(zero: Any) -> None:
-    """DeepSpeed asks the device twice in an update, whether the gradient's norm is a number and which: the host reads
-    it once, before the update.
+    """Make the host read the gradient's norm once, before the update. DeepSpeed asks the device twice in an update:
+    whether the norm is a number, and which one.
     """
     norms = zero._get_norm_groups
     zero._get_norm_groups = lambda: list(torch.stack(norms()).cpu())

@@ -33,14 +33,14 @@ from torch.utils.hooks import RemovableHandle
 from trainer.model.parts import is_computed_at_once, is_layer
 from trainer.state.zero.clock import Clock
 
-_AHEAD = 2  # layers that a gather may be ahead of what the device computes
-# Bytes from which on a parameter is gathered by itself, into its place: others are copied from one buffer.
+_AHEAD = 2  # how many layers a gather may be ahead of what the device computes
+# From this many bytes on a parameter is gathered by itself, in place. Smaller ones are copied from one buffer.
 _ALONE = 2**28
 
 
 @contextmanager
 def without_hooks() -> Iterator[None]:
-    """Inside, DeepSpeed makes an engine without the hooks that gather, of which each module would have four."""
+    """Inside, DeepSpeed makes an engine without its gathering hooks, of which each module would have four."""
 
     def no_hooks(self: Any) -> None:
         self.fwd_pre_hook = RemovableHandle(OrderedDict())  # which its `destroy` removes
@@ -54,7 +54,9 @@ def without_hooks() -> Iterator[None]:
 
 
 class _Unit:
-    """Parameters that are gathered and freed together: what a decoder layer has, or a module outside of all layers."""
+    """Parameters that are gathered and freed together: those of a decoder layer, or of a module outside of all
+    layers.
+    """
 
     def __init__(self, parameters: list[Any]) -> None:
         self.parameters, self.holders = parameters, 0
@@ -63,7 +65,9 @@ class _Unit:
 
 
 class _Call:
-    """One forward pass through a unit, whose backward pass is to come. It ends with the gradients of its inputs."""
+    """One forward pass through a unit, whose backward pass is still to come. It ends with the gradients of its
+    inputs.
+    """
 
     def __init__(self, unit: _Unit, *, held: bool) -> None:
         self.unit, self.held, self.begun = unit, held, False
@@ -71,8 +75,8 @@ class _Call:
 
 
 class Gathers:
-    """Gathers the parameters of `model` for each pass through it, and frees them behind it. Every method is collective,
-    and the engine was made `without_hooks`. Sizes are in bytes.
+    """Gathers the parameters of `model` for each pass through it, and frees them afterwards. Every method is
+    collective. The engine was made `without_hooks`. Sizes are in bytes.
 
     `zero` is DeepSpeed's optimizer of stage 3. These keys of its `policy` count: `overlap_comm`;
     `stage3_prefetch_bucket_size`, where 0 means that no layer is gathered before it is needed;
@@ -89,7 +93,7 @@ class Gathers:
             self._stream = self._device.Stream() if policy.get("overlap_comm", True) else self._device.default_stream()
         parameters: list[Any] = list(model.parameters())
         self._whole = [parameter for parameter in parameters if parameter.ds_persist]
-        zero.persistent_parameters = []  # DeepSpeed would gather them one by one after each update
+        zero.persistent_parameters = []  # DeepSpeed would gather them one by one after each update.
         zero._partition_all_parameters = self._part_what_learns
         for module in model.modules():
             if any(True for _ in module.parameters()) and not isinstance(module, nn.Linear | nn.Embedding):
@@ -102,35 +106,38 @@ class Gathers:
         layer = max((unit.size for module, unit in watched if is_layer(module)), default=0)
         kept = policy.get("stage3_max_reuse_distance", 0) // 2 * max((p.dtype.itemsize for p in parameters), default=0)
         self._room = kept + max((_AHEAD + 1) * layer, *(a.size + b.size for a, b in pairwise(self._units)), 0)
-        self._live = 0  # elements that are gathered or on their way
+        self._live = 0  # elements that are gathered or in flight
         self._live_bytes = 0  # the same in bytes
-        self._ahead: set[_Unit] = set()  # units that are gathered and that no call holds
-        self._handles: dict[Any, Any] = {}  # of parameters on their way
-        self._computed: deque[tuple[Any, int]] = deque()  # an event and the size of each freed unit that may be in use
-        self._traces: dict[Hashable, list[_Unit]] = {}  # the units that a pass used, in their order
+        self._ahead: set[_Unit] = set()  # gathered units that no call holds
+        self._handles: dict[Any, Any] = {}  # handles of parameters in flight
+        # an event and the size of each freed unit that may still be in use
+        self._computed: deque[tuple[Any, int]] = deque()
+        self._traces: dict[Hashable, list[_Unit]] = {}  # the units that a pass used, in order
         self._before: list[_Unit] = []
         self._now: list[_Unit] = []
-        self._calls: list[_Call] = []  # those of the pass, whose backward passes come in the opposite order
+        self._calls: list[_Call] = []  # the pass's calls, whose backward passes come in the opposite order
         self._open: list[_Call] = []
         self.gather_whole()
 
     def gather_whole(self) -> None:
         """Gather the parameters that are small enough to stay whole on every rank. They are not whole after an update,
-        nor after partitions were written or somebody has gathered them for a while."""
+        after partitions were written, or after somebody has gathered them for a while.
+        """
         missing = [parameter for parameter in self._whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
 
     def _part_what_learns(self) -> None:
-        """Before an update or a change of partitions: DeepSpeed would part all that is whole, and what is frozen would
-        be made whole again, though its partitions stay as they are."""
+        """Partition what learns before an update or a change of partitions. DeepSpeed would partition everything that
+        is whole, and frozen parameters would be gathered again although their partitions do not change.
+        """
         self.finish()
         for parameter in self._whole:
             if parameter.requires_grad and parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.partition()
 
     def begin(self, kind: Hashable) -> None:
-        """A pass begins. Passes of one kind use units in the same order, so the second one knows what comes next."""
+        """Begin a pass. Passes of one kind use units in the same order, so the second one knows what comes next."""
         self.finish()
         self.gather_whole()
         self._before, self._now = self._traces.get(kind, []), []
@@ -139,8 +146,8 @@ class Gathers:
             self._stream.wait_stream(self._device.current_stream())
 
     def finish(self) -> None:
-        """The pass and its backward pass are over: free what a call holds that had no gradient to pass on, or what
-        nobody used.
+        """End a pass and its backward pass: free what is held by calls without a gradient to pass on, and what was
+        never used.
         """
         for call in self._open:
             self._end(call)
@@ -186,15 +193,13 @@ class Gathers:
         self._open.append(call)
         for tensor in outputs:
             tensor.register_hook(partial(self._before_backward, call))
-        if inputs:  # those of them alone count that the loss depends on
+        if inputs:  # only those count on which the loss depends
             call.hook = register_multi_grad_hook(inputs, lambda _gradients: self._end(call))
         if not call.held:
             self._let_go(unit)
 
     def _is_soon_used_again(self) -> bool:
-        """Whether the backward pass of the call that ends is near: between lie the rest of the pass and the way
-        back.
-        """
+        """Whether the backward pass of the ending call is near: the rest of the pass and the way back lie between."""
         place = len(self._now)
         known = self._before[:place] == self._now
         return known and 2 * sum(unit.numel for unit in self._before[place:]) < self._reuse
@@ -212,7 +217,7 @@ class Gathers:
             self._prefetch(self._calls[-1].unit)
 
     def _end(self, call: _Call) -> None:
-        # A hook keeps nodes of the graph that keep it, a cycle that Python's collector hardly ever finds.
+        # A hook keeps nodes of the graph that keep the hook, a cycle that Python's collector hardly ever finds.
         if call.hook is not None:
             call.hook.remove()
             call.hook = None
@@ -221,7 +226,7 @@ class Gathers:
             self._let_go(call.unit)
 
     def _hold(self, unit: _Unit) -> None:
-        """The unit's parameters are whole from now on, until as many calls of `_let_go`."""
+        """Keep the unit's parameters whole from now on, until as many calls of `_let_go`."""
         unit.holders += 1
         for parameter in unit.parameters:
             parameter.ds_active_sub_modules.add(unit)
@@ -231,17 +236,20 @@ class Gathers:
         self._ahead.discard(unit)
 
     def _let_the_device_come_near(self, size: int) -> None:
-        """The host runs ahead of the device and takes memory for all that it gathers: hold it until one unit is left to
-        compute, or none where there is no room for `size` bytes beside it."""
+        """Make the host wait until the device has one unit left to compute, or none if there is no room for `size` more
+        bytes. The host runs ahead of the device and allocates memory for all that it gathers.
+        """
         while self._computed and (len(self._computed) >= _AHEAD or self._taken() + size > self._room):
             self._computed.popleft()[0].synchronize()
 
     def _taken(self) -> int:
-        """Bytes of what is gathered or on its way, and of what was freed and may still be computed with."""
+        """Bytes of parameters that are gathered or in flight, and of freed ones that the device may still
+        compute with.
+        """
         return self._live_bytes + sum(size for _, size in self._computed)
 
     def _copied(self, unit: _Unit) -> int:
-        """Bytes of what DeepSpeed will copy from one buffer: parameters that were gathered together."""
+        """Bytes that DeepSpeed will copy from one buffer: parameters that were gathered together."""
         together = [_size(p) for p in unit.parameters if p in self._handles and not _is_alone(p)]
         return sum(together) if len(together) > 1 else 0
 
@@ -277,7 +285,7 @@ class Gathers:
         self._live_bytes += size
 
     def _wait(self, unit: _Unit) -> None:
-        """Have the device's current stream wait until the unit's parameters are there."""
+        """Make the device's current stream wait until the unit's parameters have arrived."""
         with self._clock.within("gather"):
             with self._device.stream(self._stream):
                 for parameter in unit.parameters:
@@ -287,7 +295,7 @@ class Gathers:
                 self._device.current_stream().wait_stream(self._stream)
 
     def _free(self, unit: _Unit) -> int:
-        """Free those of the unit's parameters that no other unit, which shares them, needs. Returns their bytes."""
+        """Free the unit's parameters that no other unit shares and needs. Returns their bytes."""
         self._ahead.discard(unit)
         freed = 0
         for parameter in unit.parameters:
@@ -308,7 +316,7 @@ def _is_alone(parameter: Any) -> bool:
 
 
 def _together(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """The modules whose calls parameters are gathered for, in the order of the model, and which those are."""
+    """The modules for whose calls parameters are gathered, in the order of the model, and those parameters."""
     own = list(module.parameters(recurse=False))
     if is_layer(module) or ((own or is_computed_at_once(module)) and not any(map(is_layer, module.modules()))):
         yield module, list(module.parameters())
@@ -343,5 +351,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _is_recomputed() -> bool:
-    """Whether a forward pass is one within a backward pass, by activation checkpointing."""
+    """Whether a forward pass runs inside a backward pass, by activation checkpointing."""
     return torch._C._current_graph_task_id() != -1

@@ -4,6 +4,7 @@ one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.model.nf4 import share
 from trainer.processes.ranks import World
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
@@ -27,21 +27,22 @@ class Partition:
     local: Tensor
 
     def write(self, offset: int, values: Tensor) -> None:
-        """Take over this rank's part of `values`, which are the elements from `offset` on; the rest is dropped."""
+        """Take this rank's part of `values`, which are the elements from `offset` on. The rest is dropped."""
         first, last = max(self.begin, offset), min(self.end, offset + len(values))
         if first < last:
             self.local[first - self.begin : last - self.begin].copy_(values[first - offset : last - offset])
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of all of a parameter: a ZeRO-3 one's own is (0,) while it is not gathered."""
+    """The shape of the whole parameter. A ZeRO-3 parameter's own shape is (0,) while it is not gathered."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def let_learn(parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Have a parameter of the base learn, in `dtype`: DeepSpeed takes all that learns in one type, and families keep
-    some in fp32, such as routers, which are multiplied in fp32 all the same. The master that the optimizer keeps is in
-    fp32 in any case."""
+    """Make a parameter of the base learn, in `dtype`. DeepSpeed takes all that learns in one type; families keep some
+    parameters in fp32, such as routers, which are multiplied in fp32 in any case. The optimizer's master is always
+    fp32.
+    """
     for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
         tensor.data = tensor.data.to(dtype)
     parameter.requires_grad_(True)
@@ -54,12 +55,12 @@ and device.
 
 
 def own_room(made: Tensor) -> Tensor:
-    """A partition lies where DeepSpeed has put it."""
+    """Leave a partition where DeepSpeed has put it."""
     return made
 
 
 class Partitioner:
-    """Makes partitions over the ranks that share one copy of the base: all of them, or those of a node. Each lies in
+    """Makes partitions over the ranks that share one copy of the base: all ranks, or those of a node. Each lies in
     `room`. Collective.
     """
 
@@ -78,7 +79,7 @@ class Partitioner:
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
-        """A parameter of `shape`, frozen until a method has it learn, whose partition is still to be written.
+        """A parameter of `shape`, frozen until a method makes it learn. Its partition is still to be written.
 
         The `torch.empty` below is as large as the whole tensor, but nothing of it is ever touched, so none of it is
         resident: DeepSpeed only copies this rank's part into the partition that it allocates.
@@ -98,7 +99,7 @@ class Partitioner:
 
 
 def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
-    """The ranks that share one copy of the base; None is all of them. Collective."""
+    """The ranks that share one copy of the base; None means all ranks. Collective."""
     if scope == "world":
         return None
     if not ranks.have_even_nodes():
@@ -109,3 +110,11 @@ def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     if ranks.ranks_per_node == ranks.world_size:
         return None
     return ranks.group_of(ranks.ranks_per_node)
+
+
+def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
+    n.
+    """
+    size = ceil(numel / world_size)
+    return min(numel, rank * size), min(numel, (rank + 1) * size)

@@ -18,9 +18,7 @@ _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 class DividedOptimizer(torch.optim.Optimizer):
-    """Updates flat tensors, each of them with the parts of parameters that `divide` has named. Its step is
-    collective.
-    """
+    """Updates flat tensors, each with the parts of parameters that `divide` has named. Its step is collective."""
 
     def __init__(self, groups: list[dict[str, Any]], settings: Optim, ranks: Team) -> None:
         self.kind, self.ranks = find_optimizer(settings), ranks
@@ -29,7 +27,7 @@ class DividedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, read)
 
     def divide(self, values: Tensor, parts: Sequence[FlatPart]) -> None:
-        """Start with the flat tensor `values` that consists of `parts`: nothing was updated yet."""
+        """Begin with the flat tensor `values` that consists of `parts`, before any update."""
         flat = self._flats[values] = begun(self.kind, values.data, parts)
         self.state[values] = {"step": torch.zeros(()), **flat.whole}
 
@@ -56,8 +54,7 @@ class DividedOptimizer(torch.optim.Optimizer):
 
 
 def begun(kind: Optimizer, values: Tensor, parts: Sequence[FlatPart]) -> Flat:
-    """The flat tensor `values` before its first step, with all states of its `parts`, which are zeros and lie where it
-    lies.
+    """The flat tensor `values` before its first step, with all states of its `parts` as zeros on the same device.
 
     A state that has an fp32 value for each element of every part is one tensor, of which the parts have views, so that
     an optimizer may update all parts at once.

@@ -1,4 +1,4 @@
-"""A DeepSpeed policy file and the run's configuration become one complete DeepSpeed dictionary.
+"""Builds one complete DeepSpeed dictionary from a DeepSpeed policy file and the run's configuration.
 
 A policy is plain DeepSpeed JSON that says how the model is divided and moved: ZeRO's buckets, offload, communication
 types. A key that the run's configuration decides (batch, optimizer, precision, clipping) is refused in a policy, with
@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, shown
 Scope = Literal["world", "node"]
 """Over which ranks one copy of the base is divided: all of them, or those of each node."""
 
-# Beside the trainer package, in a checkout and in site-packages alike.
+# ds_configs lies beside the trainer package, in a checkout and in site-packages.
 _POLICY_FOLDER = Path(__file__).resolve().parents[3] / "ds_configs"
 
 # DeepSpeed prints a line of its own every so many steps; ours come from trainer/run/metrics.py.
@@ -40,7 +40,7 @@ def policy_names() -> list[str]:
 
 
 def choose_policy(config: Config, world_size: int, on_gpu: bool) -> str:
-    """`sharding.deepspeed`, with auto decided: cpu without GPUs, single_gpu for one rank, else zero3."""
+    """`sharding.deepspeed` with auto resolved: cpu without GPUs, single_gpu for one rank, else zero3."""
     if config.sharding.deepspeed != "auto":
         return config.sharding.deepspeed
     if not on_gpu:
@@ -51,7 +51,7 @@ def choose_policy(config: Config, world_size: int, on_gpu: bool) -> str:
 def build_deepspeed_config(
     config: Config, world_size: int, accumulation: int, on_gpu: bool, whole: int = WHOLE
 ) -> dict[str, Any]:
-    """Everything `deepspeed.initialize(config=...)` needs, complete: no "auto" is left in it.
+    """Everything that `deepspeed.initialize(config=...)` needs, complete and without any "auto".
 
     Args:
         world_size: ranks in the run.
@@ -67,7 +67,8 @@ def build_deepspeed_config(
     policy = _load_policy(choose_policy(config, world_size, on_gpu))
     zero = {_THRESHOLD: whole, **policy.pop("zero_optimization", {}), "stage": 3}
     if world_size == 1 and not is_offloaded(zero):
-        zero[_THRESHOLD] = _EVERYTHING  # a partition is the parameter, so nothing is ever gathered or waited for
+        # With one rank a partition is the parameter, so nothing is ever gathered or waited for.
+        zero[_THRESHOLD] = _EVERYTHING
     return {
         # DeepSpeed's own clock waits for the device before and after each micro-batch.
         "timers": {"throughput": {"enabled": False}},
@@ -126,7 +127,7 @@ def _find_policy(name: str) -> Path:
 
 
 def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
-    """`tree` less every key whose value is "auto", and less the sections that held nothing else."""
+    """`tree` without keys whose value is "auto", and without sections that held nothing else."""
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         if value == "auto":
@@ -172,7 +173,7 @@ def _refusals(policy: dict[str, Any], file: str) -> list[str]:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a policy that is no section with something in it, by its dotted key."""
+    """Every value of a policy that is not a non-empty section, by its dotted key."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _leaves(cast(dict[str, Any], value), f"{prefix}{key}.")

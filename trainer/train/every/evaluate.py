@@ -27,12 +27,14 @@ class Evaluate(Action):
         return now.step == self.run.horizon.steps or (due and not now.stopping)
 
     def act(self, now: Moment) -> None:
-        """Evaluate, and remember the loss, in nats, of the unnamed data, or without any of the first set."""
+        """Evaluate, and remember the loss, in nats, of the data without a name, or of the first set if there is
+        none.
+        """
         from trainer.config.evaluation import split_of
         from trainer.evaluate.measure.losses import mean_loss
 
         run, step = self.run, now.step
-        # Backwards, so that the newest record is of the data whose loss decides what is kept.
+        # Backwards, so that the newest record is that of the data whose loss decides which checkpoints are kept.
         for name, stream in reversed(list(run.eval_sets.items())):
             loss, tokens = mean_loss(run.engine, stream, lambda _: run.begin("evaluate"))
             measured = self.actions.evaluated(step, split_of(name))
@@ -63,7 +65,7 @@ class Evaluate(Action):
         return {**means, run.start.objective.unit: total}
 
     def _rows(self, stream: Stream) -> Iterator[MicroBatch]:
-        """This rank's rows of the evaluation data; each shows that the run is alive."""
+        """This rank's rows of the evaluation data. Each row shows that the run is alive."""
         for batches in stream.epoch(0):
             self.run.begin("evaluate")
             yield from batches

@@ -67,12 +67,12 @@ class Moment:
     saved: bool = False
 
     def is_every(self, steps: int) -> bool:
-        """Whether it is a state of every so many steps, among which the one before the first step is; 0 is never."""
+        """Whether this state comes every so many steps, counting the state before the first step; 0 means never."""
         return steps > 0 and self.step % steps == 0
 
 
 class Action:
-    """Something that a run does every so many steps. A class of it says what it does; what it leaves out does nothing.
+    """Something that a run does every so many steps. A class says what it does, and inherits to do nothing else.
 
     Every rank calls all of it at the same time, so that each may exchange values with the others.
     """
@@ -83,22 +83,22 @@ class Action:
         """The start goes on from the state after `step` updates."""
 
     def told(self) -> tuple[float, ...]:
-        """Numbers that all ranks get with the exchange of the update under way: always as many."""
+        """Numbers that all ranks get with the exchange of the current update, always equally many."""
         return ()
 
     def heard(self, ranks: Sequence[Sequence[float]]) -> None:
-        """What was `told`, by rank."""
+        """The numbers that were `told`, by rank."""
 
     def stepped(self, step: int) -> Mapping[str, float]:
-        """The update that makes `step` is done: figures for its record."""
+        """The update that makes `step` is done. Returns figures for its record."""
         return {}
 
     def evaluated(self, step: int, of: str) -> Mapping[str, float]:
-        """An evaluation has passed over the data called `of`: figures for its record."""
+        """An evaluation has passed over the data called `of`. Returns figures for its record."""
         return {}
 
     def is_due(self, now: Moment) -> bool:
-        """Whether it acts in this state."""
+        """Whether the action acts in this state."""
         return False
 
     def act(self, now: Moment) -> Mapping[str, float] | None:
@@ -115,8 +115,8 @@ def never(_config: Config) -> Iterator[str]:
 
 
 class ActionKind(NamedTuple):
-    """A kind of action. `opens` makes the one of a training, beside the others, or None where its settings ask for
-    nothing. `mismatches` yields a sentence for each of its settings that would have no effect.
+    """A kind of action. `opens` makes the action of a training, or None if its settings ask for nothing. `mismatches`
+    yields a sentence for each of its settings that would have no effect.
     """
 
     opens: Callable[[Training, Actions], Action | None]
@@ -165,7 +165,7 @@ class Actions:
         return {name: value for action in self._every.values() for name, value in action.evaluated(step, of).items()}
 
     def act(self, now: Moment, *stages: Stage) -> None:
-        """Let those of these stages act that are due."""
+        """Let the due actions of these stages act."""
         for name, action in self._every.items():
             if action.stage in stages and action.is_due(now) and (figures := action.act(now)) is not None:
                 self._run.start.metrics.write("measured", by=name, step=now.step, **figures)

@@ -24,8 +24,8 @@ class ProfileSettings(Section):
     profile: tuple[int, int] | None = setting(
         None,
         about=(
-            "First and last step of which rank 0 keeps a trace in the run's folder, profiles/, for"
-            " https://ui.perfetto.dev. Tracing slows these steps. Default: none."
+            "First and last step that rank 0 traces into the run's folder, profiles/, for https://ui.perfetto.dev."
+            " Tracing slows these steps. Default: none."
         ),
         example=[10, 12],
         unit="steps",

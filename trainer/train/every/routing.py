@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Layer(NamedTuple):
-    """The visits to each expert of a layer on all ranks, where a token visits `each`."""
+    """The visits to each expert of a layer on all ranks, where each token visits `each` experts."""
 
     visits: list[int]
     each: int
@@ -28,13 +28,13 @@ class Layer(NamedTuple):
 
     @property
     def load(self) -> float:
-        """The visits to the busiest expert over their mean: 1 where all are alike."""
+        """The visits to the busiest expert divided by the mean: 1 if all are alike."""
         return max(self.visits) * len(self.visits) / max(1, sum(self.visits))
 
 
 class Routing(Action):
-    """The counts of a mixture's experts, by the paths of their modules. The shares since the save before are written
-    with each save.
+    """The counts of a mixture's experts, by the paths of their modules. Each save writes the shares since the previous
+    save.
     """
 
     stage = Stage.REPORT

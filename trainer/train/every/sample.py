@@ -21,8 +21,8 @@ class SampleSettings(Section):
     sample_every: Steps = setting(
         0,
         about=(
-            "Answer eval.prompts every so many steps, before the first step and at the end, greedily, and keep the"
-            " answers in the run's folder; 0 turns it off."
+            "Answer eval.prompts every so many steps, before the first step and at the end, by the likeliest tokens,"
+            " and keep the answers in the run's folder. 0 turns it off."
         ),
         example=200,
     )

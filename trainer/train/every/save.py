@@ -1,4 +1,4 @@
-"""Checkpoints: after so many steps, so many minutes after the one before, so many times a pass, and at the end."""
+"""Checkpoints: after so many steps, so many minutes after the previous one, so many times a pass, and at the end."""
 
 from __future__ import annotations
 

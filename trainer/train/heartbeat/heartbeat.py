@@ -1,4 +1,4 @@
-"""Finds the rank that hangs, whoever started the ranks: Ray, torchrun or srun.
+"""Finds the rank that hangs, however the ranks were started: by Ray, torchrun or srun.
 
 A rank says what it begins (`pulse("step", 12)`). A thread of its own tells that to rank 0, with a count of its own
 turns; rank 0 judges by its own clock. Where one rank has begun less than the others, they wait for it: it is the one
@@ -35,8 +35,9 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Beat:
-    """The place of a rank when its thread looked: `begun` counts its phases, `collectives` those that it has begun over
-    all phases, and `turns` the thread's own looks."""
+    """The state of a rank when its thread looked: `begun` counts its phases, `collectives` those that it has begun over
+    all phases, and `turns` the thread's own looks.
+    """
 
     phase: Phase
     step: int
@@ -63,8 +64,8 @@ def limit(timeouts: Timeouts, phase: Phase) -> tuple[str, float]:
 
 
 class Judge:
-    """Rank 0's view of all: when each rank last began something, last went on and last published anything, in seconds
-    of `clock`.
+    """Rank 0's view of all ranks: when each last began something, last progressed and last published anything, in
+    seconds of `clock`.
     """
 
     def __init__(self, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic) -> None:
@@ -75,11 +76,11 @@ class Judge:
         self._went: dict[int, float] = {}
 
     def look(self, beats: Sequence[Beat]) -> Hang | None:
-        """`beats` in rank order; what hangs, once a rank is over the limit of its phase."""
+        """Take `beats` in rank order. Returns what hangs, once a rank is over the limit of its phase."""
         now = self._clock()
         for rank, beat in enumerate(beats):
             last = self._last.get(rank)
-            # A rank whose data is still compiled waits for no rank, and for as long as that takes.
+            # A rank whose data is still being compiled waits for no rank, and may take as long as that takes.
             if last is None or last.begun != beat.begun or beat.phase == "compile":
                 self._moved[rank] = now
             if last is None or last.turns != beat.turns:
@@ -91,12 +92,12 @@ class Judge:
         silent = [rank for rank in self._last if now - self._heard[rank] > limits[rank][1]]
         if silent:
             return self._found(silent, limits, "no sign of life", "frozen, or cut off from the others")
-        # Ranks that have begun more wait for those that have begun less, for as long as these may take.
+        # Ranks that have begun more wait for those that have begun less, as long as these may take.
         fewest = min((beat.begun, beat.collectives) for beat in beats)
         behind = [rank for rank, beat in enumerate(beats) if (beat.begun, beat.collectives) == fewest]
         if not any(now - self._moved[rank] > limits[rank][1] for rank in behind):
             return None
-        # Beats are of slightly different moments, so that where collectives go on some rank is always behind.
+        # Beats are taken at slightly different moments, so some rank always seems behind while collectives proceed.
         if all(now - self._went[rank] < limits[rank][1] / 2 for rank in behind):
             return self._found(
                 list(range(len(beats))), limits, "no end", "collectives go on, so it is slow and not stuck"
@@ -115,7 +116,7 @@ class Judge:
 
 
 class Heart:
-    """This rank's pulse among the others'. Collective to make; calling it costs a few assignments.
+    """This rank's pulse among the others'. Making it is collective; calling it costs a few assignments.
 
     `on_hang(hang, mine)` is called once before this process ends; `mine` says that this rank speaks for all.
     """
@@ -124,12 +125,12 @@ class Heart:
         self._ranks, self._timeouts, self._on_hang = ranks, timeouts, on_hang
         self._beat = Beat("load", 0, 0, 0)
         self._answered = time.monotonic()
-        # A thousand ranks are heard at a rate that costs rank 0 no more than a few milliseconds a second.
+        # Rank 0 hears a thousand ranks at a rate that costs it at most a few milliseconds a second.
         self._seconds = min(
             max(1.0, ranks.world_size / 200), *(limit(timeouts, phase)[1] / 5 for phase in get_args(Phase))
         )
         self._closed, self._ending = threading.Event(), threading.Lock()
-        # On rank 0: what each rank said last, whom it found to hang, and which ranks know.
+        # On rank 0: each rank's last message, the rank that it found to hang, and which ranks know.
         self._beats = [self._beat] * ranks.world_size
         self._hang: Hang | None = None
         self._told: set[int] = set()
@@ -143,8 +144,8 @@ class Heart:
         )
 
     def __call__(self, phase: Phase, step: int = 0) -> None:
-        """This rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that not every rank
-        has.
+        """Record that this rank begins `phase`, for the update that makes `step`. "compile" is a part of "data" that
+        not every rank has.
         """
         inside = phase == "compile" or (self._beat.phase == "compile" and phase == "data")
         self._beat = Beat(phase, step, self._beat.begun + (not inside), self._beat.turns)
@@ -176,9 +177,7 @@ class Heart:
             self._pronounce(hang)
 
     def _turn_of_other(self, turns: int) -> None:
-        """Tell rank 0, and end when it says that some rank hangs. Where it does not answer, `_watch` sees to the
-        rest.
-        """
+        """Tell rank 0, and end when it says that some rank hangs. If it does not answer, `_watch` decides."""
         line = self._line
         assert line is not None
         told = {"rank": self._ranks.rank, "beat": asdict(self._now(turns)), "knows": False}
@@ -191,7 +190,7 @@ class Heart:
                 self._end(Hang(*answer["hang"]), mine=False, tell=lambda: line.ask({**told, "knows": True}))
 
     def _watch(self) -> None:
-        """End when rank 0 has not answered for longer than this rank's phase may take."""
+        """End if rank 0 has not answered for longer than this rank's phase may take."""
         setting, seconds = limit(self._timeouts, self._beat.phase)
         if time.monotonic() - self._answered > seconds:
             reason = (
@@ -201,7 +200,7 @@ class Heart:
             self._end(Hang(reason, [0]), mine=self._ranks.rank == 1)
 
     def _pronounce(self, hang: Hang) -> None:
-        """Rank 0 tells the others, waits until those that can have heard it, and ends too."""
+        """On rank 0: tell the others, wait until those that can hear it have heard it, and end too."""
 
         def wait() -> None:
             deadline = time.monotonic() + _FAREWELL_SECONDS + self._seconds
@@ -212,8 +211,8 @@ class Heart:
         self._end(hang, mine=True, tell=wait)
 
     def _end(self, hang: Hang, *, mine: bool, tell: Callable[[], None] = lambda: None) -> None:
-        """Stacks to the log, last words to the run's folder, `tell`, and the end. The thread that comes second waits
-        for it.
+        """Write stacks to the log and last words to the run's folder, `tell`, and end. A second thread waits for the
+        first.
         """
         self._ending.acquire()
         if self._closed.is_set():
@@ -226,7 +225,7 @@ class Heart:
 
 
 def _connect(ranks: World, hear: Callable[[Any], Any]) -> tuple[Server | None, Line | None]:
-    """Rank 0's server, at the address where the others reach it, and the others' lines to it. Collective."""
+    """Rank 0's server, at the address by which the others reach it, and the others' lines to it. Collective."""
     secret: bytes = ranks.broadcast(secrets.token_bytes(32) if ranks.rank == 0 else None)
     name = ranks.broadcast(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     # A machine may know itself by an address of its own only, such as 127.0.1.1, so the last rank's answer counts.

@@ -23,20 +23,20 @@ _STRANGERS = 256
 
 
 def sign(secret: bytes, told: Any) -> bytes:
-    """The line that tells `told`, which is plain JSON."""
+    """The signed line for `told`, which is plain JSON."""
     text = json.dumps(told).encode()
     return hmac.new(secret, text, hashlib.sha256).hexdigest().encode() + b" " + text + b"\n"
 
 
 def verified(secret: bytes, line: bytes) -> Any:
-    """The value that a line carries, or None where it is not signed with `secret`."""
+    """The value that a line carries, or None if it is not signed with `secret`."""
     digest, _, text = line.rstrip(b"\n").partition(b" ")
     expected = hmac.new(secret, text, hashlib.sha256).hexdigest().encode()
     return json.loads(text) if hmac.compare_digest(digest, expected) else None
 
 
 class Server:
-    """Answers the lines of whoever knows the secret by `answer`, in a thread of its own, at one address of this
+    """Answers, with `answer`, the lines of whoever knows the secret, in a thread of its own, at one address of this
     machine.
     """
 
@@ -77,7 +77,7 @@ class Server:
             writer.close()
 
     async def _first_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        if len(self._strangers) >= _STRANGERS:  # a rank speaks at once, so it is not the one that is hung up on
+        if len(self._strangers) >= _STRANGERS:  # a rank speaks at once, so it is not the one that is disconnected
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.transport.abort()
@@ -89,14 +89,14 @@ class Server:
 
 
 class Line:
-    """A rank's connection to the server, made again whenever it breaks."""
+    """A rank's connection to the server, which is made again whenever it breaks."""
 
     def __init__(self, host: str, port: int, secret: bytes) -> None:
         self._address, self._secret = (host, port), secret
         self._connection: socket.socket | None = None
 
     def ask(self, told: Any) -> Any:
-        """The server's answer to `told`. Raises `OSError` when it does not come, or is not signed."""
+        """The server's answer to `told`. Raises `OSError` if it does not come, or is not signed."""
         if self._connection is None:
             self._connection = socket.create_connection(self._address, timeout=_PATIENCE_SECONDS)
         try:

@@ -10,7 +10,7 @@ class BottleneckSettings(Section):
 
     reduction: int = setting(
         16,
-        about="The base's hidden size over the width of a bottleneck layer, which is rounded down.",
+        about="The base's hidden size divided by the width of a bottleneck layer. The width is rounded down.",
         example=16,
         ge=1,
         le=65536,
@@ -20,7 +20,7 @@ class BottleneckSettings(Section):
     )
     placement: Literal["houlsby", "pfeiffer"] = setting(
         "houlsby",
-        about=("Where bottleneck layers are: houlsby, after attention and after the MLP; pfeiffer, after the MLP."),
+        about=("Place of the bottleneck layers. houlsby: after attention and after the MLP. pfeiffer: after the MLP."),
         example="pfeiffer",
     )
 

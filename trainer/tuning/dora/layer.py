@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.model.nf4 import weight_of
+from trainer.model.held.layers import weight_of
 
 # Keeps a row of zeros from being divided by its length.
 _TINY = torch.finfo(torch.float32).tiny

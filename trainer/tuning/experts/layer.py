@@ -1,8 +1,8 @@
 """Low-rank adapters of a mixture's experts (LoRA, arXiv:2106.09685): each expert's matrix is W + scaling * B @ A with
 its own A and B.
 
-The rows of all experts are multiplied in groups, and B @ A is never formed. As in trainer/model/nf4.py the function
-keeps the module, never the gathered A and B.
+The rows of all experts are multiplied in groups, and B @ A is never formed. As in trainer/model/held/layers.py the
+function keeps the module, never the gathered A and B.
 """
 
 from typing import Any

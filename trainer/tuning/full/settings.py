@@ -14,8 +14,8 @@ class FullSettings(Section):
     train: Literal["all"] | list[str] = setting(
         "all",
         about=(
-            "Which parameters of the base learn with method full: all, or patterns of their whole names, where * is any"
-            " text (last layers, norms, biases), or regular expressions for them behind re:."
+            "Which parameters of the base learn with method full: all, or patterns of their whole names, where * is"
+            " any text (last layers, norms, biases), or re: and a regular expression for whole names."
         ),
         example=["model.layers.31.*", "*norm.weight"],
     )

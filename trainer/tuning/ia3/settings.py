@@ -9,8 +9,8 @@ class Ia3Settings(Section):
     feedforward: list[str] | None = setting(
         None,
         about=(
-            "Those of the targets whose inputs ia3 scales, where it scales the outputs of the others. Default: those"
-            " that end in down_proj."
+            "The targets whose inputs ia3 scales; it scales the outputs of the others. Default: those that end in"
+            " down_proj."
         ),
         example=["down_proj"],
     )

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from trainer.model.nf4 import multiply, multiply_back
+from trainer.model.held.layers import multiply, multiply_back
 from trainer.processes.accelerator import is_accelerator
 
 

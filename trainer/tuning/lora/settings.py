@@ -13,9 +13,9 @@ class LoraSettings(Section):
     init: Literal["kaiming", "gaussian", "orthogonal"] = setting(
         "kaiming",
         about=(
-            "The start of the two matrices. kaiming: A uniform, B zero. gaussian: A normal with a"
-            " deviation of 1 / rank, B zero. orthogonal: both beside zero, of rows that are orthogonal, so that their"
-            " product is zero; for an even rank. As PEFT's init_lora_weights."
+            "The start of the two matrices, as PEFT's init_lora_weights. kaiming: A uniform, B zero. gaussian: A"
+            " normal with a deviation of 1 / rank, B zero. orthogonal: both nonzero, with orthogonal rows, so that"
+            " their product is zero; the rank must be even."
         ),
         example="orthogonal",
     )

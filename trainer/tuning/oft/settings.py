@@ -9,8 +9,8 @@ class OftSettings(Section):
     block: int = setting(
         32,
         about=(
-            "Inputs of a layer that are rotated among each other; a layer has inputs / block rotations, with block"
-            " * (block - 1) / 2 numbers each."
+            "Number of a layer's inputs that are rotated together. A layer has inputs / block rotations, with block *"
+            " (block - 1) / 2 numbers each."
         ),
         example=32,
         ge=2,

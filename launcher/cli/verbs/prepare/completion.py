@@ -9,7 +9,7 @@ from launcher.cli.command import Command
 
 
 def completion(
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell to complete in.")],
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell.")],
 ) -> None:
     """Print the script with which a shell completes verbs, options, runs and settings; docs/quickstart.md says where to
     put it.

@@ -20,7 +20,7 @@ def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
 
 
 def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 when train would refuse them."""
+    """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 if train would refuse them."""
     from launcher.data.check import check, report_table
     from trainer.errors import DataError
 
@@ -34,13 +34,15 @@ def data_show(
     config: ConfigFile,
     overrides: Overrides = None,
     row: Annotated[
-        int | None, typer.Option("--row", min=1, help="The row of this number, from 1. Default: the first rows.")
+        int | None, typer.Option("--row", min=1, help=("Show the row of this number, from 1. Default: the first rows."))
     ] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Packed rows, with their documents' borders.")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Show packed rows, with the borders of their documents.")
+    ] = False,
     split: Annotated[str, typer.Option("--split", help="train or eval.")] = "train",
     as_json: Json = False,
 ) -> None:
-    """Show rows as the model sees them: what is trained, special tokens, and what of a row is not in its text."""
+    """Show rows as the model sees them: what is trained, special tokens, and what a row loses."""
     from launcher.data.show import render, show
 
     shown = show(config, overrides or (), say, row=row, packed=packed, split=split)

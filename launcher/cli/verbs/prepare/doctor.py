@@ -11,21 +11,25 @@ from launcher.cli.options import Json, emit
 
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", envvar="CAPSTAN_STORE", help="A store to write a probe to.")
+        str | None,
+        typer.Option("--store", envvar="CAPSTAN_STORE", help=("A store to test: writes, reads and removes a probe.")),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A run whose cluster.nccl counts, and whose base --base reads.")
+        Path | None,
+        typer.Option("--config", help=("A run's file: its cluster.nccl applies, and --base reads its base.")),
     ] = None,
     base: Annotated[
         bool,
         typer.Option(
-            "--base", help="Read every byte of the base and compare it with the Hub's hashes or those kept by the run."
+            "--base",
+            help=("Read every byte of the base and compare it with the Hub's hashes, or those that the run has kept."),
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, accelerator, kernels, a store, in a Slurm allocation NCCL's network on all nodes;
-    say what is missing and how to get it."""
+    """Check this machine: versions, accelerator, kernels, a store, and in a Slurm allocation NCCL's network on all
+    nodes. Says what is missing and how to get it.
+    """
     from launcher.doctor.doctor import diagnose, report_table
     from trainer.config import load_config
     from trainer.errors import ConfigError

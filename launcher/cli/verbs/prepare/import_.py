@@ -18,8 +18,8 @@ def import_(
         typer.Argument(
             metavar="FILE...",
             help=(
-                "The other tool's YAML or JSON, or a script with its command line; several make one, such as TRL's and"
-                " accelerate's."
+                "The other tool's YAML or JSON, or a script with its command line. Several files make one"
+                " configuration, such as TRL's and accelerate's."
             ),
         ),
     ],
@@ -32,7 +32,8 @@ def import_(
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="GPUs that it ran on, of which its batch depends. Default: 1.")
+        int | None,
+        typer.Option("--gpus", min=1, help=("Number of GPUs that it ran on, which decides its batch. Default: 1.")),
     ] = None,
     data_info: Annotated[
         Path | None,
@@ -45,7 +46,9 @@ def import_(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make a configuration of another tool's: each of its keys is carried over, or listed with the reason why not."""
+    """Turn another tool's configuration into one of Capstan's. Each key is carried over, or listed with the reason why
+    not.
+    """
     from launcher.init.commented import check_new, write_new
     from launcher.init.importing.importing import import_files
     from launcher.view.console import Terminal

@@ -46,14 +46,17 @@ def init(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=1, help="How many. Default: all of this machine; of a cluster as few as suffice."),
+        typer.Option(
+            "--gpus", min=1, help=("Number of GPUs. Default: all of this machine; on a cluster as few as suffice.")
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a first configuration that fits these GPUs by the plan, with the reason behind each setting. In a terminal
-    it asks for what no option gives."""
+    """Write a first configuration that fits these GPUs by the plan, with the reason for each setting. On a terminal it
+    asks for what no option gives.
+    """
     from launcher.init.commented import check_new, write_new
     from launcher.init.goals import GOALS
     from launcher.init.initial import KINDS, InitAnswers, initial_config

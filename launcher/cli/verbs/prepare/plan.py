@@ -27,12 +27,16 @@ def plan(
     ] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on one node. Default: all of them.")] = None,
     longest: Annotated[
-        bool, typer.Option("--longest", help="The longest row that fits, and what each setting that saves memory buys.")
+        bool,
+        typer.Option(
+            "--longest", help=("Show the longest row that fits, and what each setting that saves memory gains.")
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Does it fit, how long is it, how long does it take, what does it cost? Memory, batch and traffic, without a GPU.
-    Exit code 4 when it does not fit."""
+    """Show whether a run fits, how long it is, how long it takes and what it costs: memory, batch and traffic, without
+    a GPU. Exit code 4 if it does not fit.
+    """
     from launcher.plan.planning import plan_run
     from launcher.plan.summary import show_plan
     from trainer.config import load_config

@@ -12,20 +12,23 @@ from launcher.cli.options import DryRun, Json, Overrides, emit, say
 def smoke(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG]", help="Your own run, scaled down. Default: a small one, made on the spot."),
+        typer.Argument(
+            metavar="[CONFIG]",
+            help=("Your own run, which is scaled down. Default: a small one that is made on the spot."),
+        ),
     ] = None,
     overrides: Overrides = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Use only the first layers of your base.")] = None,
     online: Annotated[
-        bool, typer.Option("--online", help="Made on the spot, one that learns from the rewards of what it samples.")
+        bool, typer.Option("--online", help="Make a run that learns from the rewards of answers that it samples.")
     ] = False,
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where it works; kept, so that a second time is faster.")
+        Path, typer.Option("--dir", help="Folder to work in. It is kept, so that a second time is faster.")
     ] = Path("smoke"),
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Take one run through its whole life in small: train, kill, resume on another world size, export, verify."""
+    """Take one run through its whole life in small: train, kill, resume on another number of ranks, export, verify."""
     from launcher.smoke.life import plan_smoke, run_smoke
     from launcher.smoke.verdict import table
     from trainer.config import load_config

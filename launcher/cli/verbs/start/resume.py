@@ -14,8 +14,8 @@ def resume(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Continue a run from its newest committed checkpoint, at any number of workers; or a sweep, with the trials that
-    are not over.
+    """Continue a run from its newest committed checkpoint, on any number of ranks; or a sweep, with its unfinished
+    trials.
     """
     from launcher.cli.verbs.start.sweep import start_sweep
     from launcher.policy.foreign import check_own, started

@@ -12,8 +12,8 @@ def rollout(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Have the servers of rollout.engine sample the answers that a run learns from, beside it, until it has all of
-    them.
+    """Ask the servers of rollout.engine for the answers that a run learns from, beside the run, until it has all of
+    them. The run normally starts this itself.
     """
     from launcher.data.rollout import rollout as rolled
     from launcher.policy.foreign import check_own, started

@@ -11,7 +11,7 @@ from trainer.errors import CapstanError, ConfigError
 
 
 def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
-    """Try the settings of the section `sweep`, each trial a run of its own, and end those early that do badly."""
+    """Try the settings of the section `sweep`, each trial as a run of its own, and end bad trials early."""
     from trainer.config import load_config
 
     start_sweep(load_config(config, overrides or (), say), as_json=as_json, dry_run=dry_run)

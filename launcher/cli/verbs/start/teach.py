@@ -5,8 +5,8 @@ from launcher.cli.options import ConfigFile, DryRun, Json, Overrides, emit, say
 
 
 def teach(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:
-    """Have the teacher of objective.teacher write its log-probabilities beside the data, once, before the run, or for
-    opd judge the answers beside it; goes on where it was killed.
+    """Ask the teacher of objective.teacher for its log-probabilities and store them beside the data, once, before the
+    run. For opd, judge the answers beside the run. Continues where it was killed.
     """
     from launcher.data.teach import teach as taught
     from launcher.start.group import is_silent_rank

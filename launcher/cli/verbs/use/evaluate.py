@@ -28,16 +28,17 @@ def evaluate(
     store: StoreOption = "runs",
     step: StepOption = None,
     best: BestOption = False,
-    base: Annotated[bool, typer.Option("--base", help="The base alone, also of a run without a checkpoint.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Measure the base alone, also for a run without a checkpoint.")
+    ] = False,
     server: Annotated[
         str | None,
         typer.Option(
             "--server",
             metavar="URL",
             help=(
-                "A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default"
-                " the run's. "
-                "--step or --best says which checkpoint that is."
+                "Ask a vLLM that serves the run's export instead of computing here. The model's name follows a #;"
+                " default: the run's. --step or --best says which checkpoint it serves."
             ),
         ),
     ] = None,
@@ -47,10 +48,10 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            "--tasks", help="A task of lm-evaluation-harness, a YAML file or a folder of them; may be repeated."
+            "--tasks", help="A task of lm-evaluation-harness, a YAML file or a folder of them. May be repeated."
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask tasks under the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask tasks with the chat template.")] = False,
     bias: Annotated[
         str | None, typer.Option("--bias", metavar="FILE", help="Pairs of sentences, as eval.bias.")
     ] = None,
@@ -58,8 +59,8 @@ def evaluate(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure a checkpoint beside its base: loss and perplexity on sets, tasks, pairs of sentences; kept in the run's
-    folder.
+    """Measure a checkpoint and its base: loss and perplexity on sets, tasks, pairs of sentences. The result is kept in
+    the run's folder.
     """
     from launcher.evaluate.evaluating import evaluate_run, settings
     from launcher.start.group import is_silent_rank

@@ -40,8 +40,8 @@ def export(
         typer.Option(
             "--verify",
             help=(
-                "Compare its predictions, in the program that reads it, with the trained model's. One that is in DEST"
-                " already is proven as it is."
+                "Compare the export's predictions, in the program that reads it, with the trained model's. An export"
+                " that is already in DEST is proven without writing."
             ),
         ),
     ] = False,
@@ -60,9 +60,10 @@ def export(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a committed checkpoint in the format that another program reads, to a folder or a bucket: as a PEFT
-    adapter, merged with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method:
-    full) is always the whole model."""
+    """Write a committed checkpoint in the format of another program, to a folder or a bucket: as a PEFT adapter, merged
+    with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always
+    exported as the whole model.
+    """
     from launcher.export.export import export_run
     from launcher.policy.foreign import check_own, exported
     from trainer.run.folder import run_config
@@ -92,7 +93,7 @@ def dequantize(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model: what servers serve that sample for
+    """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model, for the servers that sample for
     the run.
     """
     from launcher.export.as_quantized import dequantize as dequantized

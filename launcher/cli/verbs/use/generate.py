@@ -33,39 +33,50 @@ def generate(
             "--prompts",
             metavar="FILE",
             help=(
-                "JSONL with prompt or messages, or a text file with a prompt a line; - is standard input. Default: a"
-                " chat on a "
-                "terminal, else standard input, or eval.prompts if that is empty."
+                "JSONL with prompt or messages, or a text file with one prompt a line; - is standard input. Default: a"
+                " chat on a terminal, otherwise standard input, or eval.prompts if that is empty."
             ),
         ),
     ] = None,
     step: StepOption = None,
     best: BestOption = False,
-    base: Annotated[bool, typer.Option("--base", help="The base's answer too, before the checkpoint's.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Show the base's answer, too, before the checkpoint's.")] = False,
     server: Annotated[
         str | None,
         typer.Option(
             "--server",
             metavar="URL",
             help=(
-                "A vLLM that has the run's export answers, not this machine; the model's name behind a #, by default"
-                " the run's."
+                "Ask a vLLM that serves the run's export instead of computing here. The model's name follows a #;"
+                " default: the run's."
             ),
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, callback=finite, help="0 takes the most likely token; 1 draws as the model says.")
+        float,
+        typer.Option(
+            min=0,
+            callback=finite,
+            help=("Temperature. 0 takes the most likely token, 1 draws from the model's probabilities."),
+        ),
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.01, max=1, callback=finite, help="Draw from the likeliest tokens of this probability."),
+        typer.Option(
+            min=0.01,
+            max=1,
+            callback=finite,
+            help=("Draw only from the likeliest tokens that together have this probability."),
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the draws.")] = 0,
     trust_run: TrustRun = False,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts with a checkpoint, under the chat template that was trained: a file of them, a pipe, or a chat."""
+    """Answer prompts with a checkpoint, with the chat template of the training: prompts of a file, of a pipe, or of a
+    chat.
+    """
     from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
     from launcher.policy.foreign import check_own, generated
     from launcher.start.group import is_rank, is_silent_rank

@@ -24,20 +24,26 @@ from launcher.cli.options import (
 
 def push(
     run: RunName,
-    target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="A repository of the Hub, made if need be.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="hf://OWNER/NAME", help=("A repository of the Hub. It is made if it does not exist.")),
+    ],
     options: FormatOptions = None,
     store: StoreOption = "runs",
     form: FormatOption = "peft",
     step: StepOption = None,
     best: BestOption = False,
-    revision: Annotated[str | None, typer.Option(help="A branch, made if need be. Default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, which is made if it does not exist. Default: main.")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
     trust_run: TrustRun = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token is that of the
-    environment variable HF_TOKEN. A push that was killed goes on when it is called again."""
+    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token comes from the
+    environment variable HF_TOKEN. Call it again to continue a push that was killed.
+    """
     from launcher.export.push import push_run
     from launcher.policy.foreign import check_own, exported
     from trainer.run.folder import run_config

@@ -9,7 +9,7 @@ from launcher.cli.options import DryRun, Json, RunName, StoreOption, emit, finit
 
 
 def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:
-    """List committed checkpoints: step, size, age, world size, evaluation loss."""
+    """List committed checkpoints: step, size, age, number of ranks, evaluation loss."""
     from launcher.view.checkpoints import checkpoint_table, list_checkpoints
 
     emit(list_checkpoints(open_run(run, store)), as_json, checkpoint_table)
@@ -18,11 +18,11 @@ def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = Fa
 def checkpoints_verify(
     run: RunName,
     store: StoreOption = "runs",
-    step: Annotated[int | None, typer.Option(help="Only this one. Default: all.")] = None,
+    step: Annotated[int | None, typer.Option(help="Only the checkpoint of this step. Default: all.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Only the one with the lowest evaluation loss.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every checkpoint whole and compare it with its hashes. Exit code 6 when one is damaged."""
+    """Read every checkpoint completely and compare it with its hashes. Exit code 6 if one is damaged."""
     from launcher.view.checkpoints import checkpoint_table, verify_checkpoints
     from trainer.state.checkpoint.manifest import chosen_step
 
@@ -44,13 +44,13 @@ def checkpoints_prune(
             min=0,
             max=1e6,
             callback=finite,
-            help="Remove what no commit refers to when it is so old. Below an hour only when no job runs.",
+            help="Remove files older than this to which no commit refers. Below an hour only if no job runs.",
         ),
     ] = 24.0,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove the checkpoints that the rules do not keep, and what dead saves left behind."""
+    """Remove the checkpoints that the rules do not keep, and what dead saves left."""
     from launcher.view.checkpoints import prune_checkpoints
 
     folder = open_run(run, store)

@@ -13,14 +13,16 @@ from trainer.errors import ConfigError
 def logs(
     run: RunName,
     store: StoreOption = "runs",
-    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
-    generation: Annotated[int | None, typer.Option(help="Which start of the run. Default: the newest.")] = None,
-    driver: Annotated[bool, typer.Option("--driver", help="What the driver said, instead of a rank.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
-    job: Annotated[bool, typer.Option("--job", help="The Slurm job's own output instead: Ray and the driver.")] = False,
+    rank: Annotated[int, typer.Option(help="The rank whose log is shown.")] = 0,
+    generation: Annotated[int | None, typer.Option(help="The number of the start. Default: the newest.")] = None,
+    driver: Annotated[bool, typer.Option("--driver", help="Show the driver's log instead of a rank's.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, as the log grows.")] = False,
+    job: Annotated[
+        bool, typer.Option("--job", help="Show the Slurm job's own output instead: Ray and the driver.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """A rank's log, or the driver's."""
+    """Show a rank's log, or the driver's."""
     from launcher.cluster.slurm.queue import job_output
     from launcher.view.logs import follow_log, read_driver_log, read_log
     from launcher.view.terminal import in_lines, put

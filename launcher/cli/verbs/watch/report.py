@@ -35,8 +35,9 @@ def report(
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make one HTML file that shows what a run or a sweep did, or compares several runs. With --json the figures alone,
-    unless -o names a file for the page."""
+    """Make one HTML file that shows what a run or a sweep did, or compares several runs. With --json print only the
+    figures, unless -o names a file for the page.
+    """
     from launcher.report.report import read_report, target_of, write_report
 
     folders = [open_run(run, store) for run in runs]

@@ -11,12 +11,10 @@ from launcher.cli.options import Json, RunName, StoreOption, emit, log, open_run
 def status(
     run: RunName,
     store: StoreOption = "runs",
-    follow: Annotated[bool, typer.Option("--watch", help="Keep showing it until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Keep showing the status until the run ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run or a sweep is doing, from its folder alone; for a run submitted to Slurm, Slurm's word on its
-    jobs too.
-    """
+    """Show what a run or a sweep is doing, from its folder alone, and for a run on Slurm the state of its jobs."""
     from launcher.cluster.slurm.queue import is_over, slurm_status, submitted_jobs
     from launcher.view.status import read_status
     from launcher.view.sweep import is_sweep

@@ -1,6 +1,7 @@
 """No call of bitsandbytes gets as many numbers as its kernels cannot count, and a run that is cut has the same bits."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +19,18 @@ from trainer.base.find.known import FILE
 from trainer.config import Config, parse_config
 from trainer.model.experts import _product
 from trainer.model.held import blockwise
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear, HeldStack, HeldWeights
 from trainer.model.kernels.grouped import Groups
-from trainer.model.nf4 import Format, FrozenLinear4bit, FrozenStack4bit, Packed
 from trainer.plan.gpus import find_gpu
 from trainer.plan.plan import choose_experts_at_once, choose_scope, settled
 
 ENTRIES: list[dict[str, Any]] = [json.loads(line) for line in FILE.read_text().splitlines()]
 LIMIT = 2**31  # what a C int cannot hold
 FORMS = {
-    "nf4": Format("nf4", 64, False, torch.bfloat16),
-    "double": Format("nf4", 64, True, torch.bfloat16),
-    "int8": Format("int8", 64, False, torch.bfloat16),
+    "nf4": Blocks("nf4"),
+    "double": Blocks("nf4", 64, True),
+    "int8": Blocks("int8"),
 }
 STACKS = {
     "GLM-4.6": (160, 3072, 5120),
@@ -51,11 +53,15 @@ class Counted:
 
     def dequantize_4bit(self, codes: Tensor, state: bnb.QuantState, out: Tensor | None = None) -> Tensor:
         assert state.shape is not None
+        assert state.blocksize is not None
+        assert state.dtype is not None
         assert codes.numel() == -(-state.shape.numel() // 2)
         assert state.absmax.numel() == -(-state.shape.numel() // state.blocksize)
         return self._result(state.shape.numel(), state.dtype, out)
 
     def dequantize_blockwise(self, codes: Tensor, state: bnb.QuantState, out: Tensor | None = None) -> Tensor:
+        assert state.blocksize is not None
+        assert state.dtype is not None
         assert state.absmax.numel() == -(-codes.numel() // state.blocksize)
         return self._result(codes.numel(), state.dtype, out)
 
@@ -70,17 +76,17 @@ def counted() -> Iterator[Callable[[], int]]:
         yield lambda: Counted.most
 
 
-def on_meta(module: Packed) -> Any:
+def on_meta(module: HeldWeights) -> Any:
     for name, size in module.sizes.items():
         setattr(module, name, nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False))
-    if module.format.double:
-        module.absmax_mean = nn.Buffer(torch.empty(module.layout.slices, device="meta"), persistent=False)
+    if module.form.means:
+        module.absmax_mean = nn.Buffer(torch.empty(module.slices, device="meta"), persistent=False)
     return module
 
 
-def multiply_a_stack(shape: tuple[int, int, int], form: Format, at_once: int) -> None:
+def multiply_a_stack(shape: tuple[int, int, int], form: Blocks, at_once: int) -> None:
     """One product of every expert with a row, of as many experts at a time as a run has."""
-    stack = on_meta(FrozenStack4bit(shape, form))
+    stack = on_meta(HeldStack(shape, form, torch.bfloat16))
     stack.at_once = at_once
     groups = Groups(torch.arange(shape[0])[None], shape[0])
     rows = torch.empty(shape[0], shape[2], dtype=torch.bfloat16, device="meta")
@@ -92,7 +98,7 @@ def multiply_a_stack(shape: tuple[int, int, int], form: Format, at_once: int) ->
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shape", STACKS.values(), ids=STACKS)
 def test_no_call_counts_beyond_32_bits_where_a_whole_stack_is_dequantized_at_once(
-    shape: tuple[int, int, int], form: Format
+    shape: tuple[int, int, int], form: Blocks
 ) -> None:
     with counted() as most:
         multiply_a_stack(shape, form, 2 * shape[0] * shape[1] * shape[2])
@@ -128,22 +134,20 @@ def test_no_call_counts_beyond_32_bits_with_any_known_base_as_ranks_decide(
     model = Architecture.from_json(architecture_of(entry["config"], None, entry["ids"][0]))
     for kind, form in FORMS.items():
         config = run_of(form.double, form.quant_type)
-        budgets = set[int]()
-        for gpu in ("H100", "H200", "B200"):
+        stacks, budgets = largest(model.parameters, "experts"), set[int]()
+        for gpu, ranks in (("H100", 8), ("H200", 8), ("B200", 16)) if stacks else ():
             found = find_gpu(gpu)
             assert found is not None
-            memory = found.memory
-            for ranks in (8, 16):
-                decided = settled(config, model, ranks, 8, memory)
-                scope = choose_scope(decided, model, ranks, 8, memory)
-                budgets.add(choose_experts_at_once(decided, model, ranks, 8, scope, memory))
+            decided = settled(config, model, ranks, 8, found.memory)
+            scope = choose_scope(decided, model, ranks, 8, found.memory)
+            budgets.add(choose_experts_at_once(decided, model, ranks, 8, scope, found.memory))
         with counted() as most:
-            for stack in largest(model.parameters, "experts"):
+            for stack in stacks:
                 count, rows, columns = stack.shape
                 for at_once in budgets:
                     multiply_a_stack((count, rows, columns), form, at_once)
             for linear in largest(model.parameters, "linear"):
-                layer = on_meta(FrozenLinear4bit(linear.shape[1], linear.shape[0], form))
+                layer = on_meta(HeldLinear(linear.shape[1], linear.shape[0], form, torch.bfloat16))
                 assert layer.dequantize().shape == linear.shape
             assert most() < LIMIT, kind
 
@@ -176,7 +180,7 @@ def test_a_run_that_is_cut_is_quantized_and_dequantized_to_the_same_bits(
 
 def test_nothing_else_calls_bitsandbytes_but_the_other_side_of_a_proof() -> None:
     root = Path(blockwise.__file__).parents[2]
-    found = {str(file.relative_to(root)) for file in root.rglob("*.py") if "bitsandbytes import" in file.read_text()}
-    found |= {str(file.relative_to(root)) for file in root.rglob("*.py") if "import bitsandbytes" in file.read_text()}
+    called = re.compile(r"^\s*(from|import) bitsandbytes\b", re.MULTILINE)
+    found = {str(file.relative_to(root)) for file in root.rglob("*.py") if called.search(file.read_text())}
     proof = "export/proof/in_transformers"
     assert found == {"model/held/blockwise.py", f"{proof}/streamed.py", f"{proof}/plain.py"}

@@ -6,7 +6,7 @@ borders, positions that are counted through a row, a layer that cannot compute f
 4 bits.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import signature
@@ -21,10 +21,10 @@ from trainer.base.describe.trial.read_together import read_together
 from trainer.base.describe.trial.weight_readers import Place, place_of
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
-from trainer.model.nf4 import Format
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import hold
 from trainer.model.parts import body, decoder_layers, is_experts
 from trainer.model.rows.row import CannotDivide, lengths_known
-from trainer.model.stored import packed_module
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 _DIFFERENT = 1e-4  # of the largest value
@@ -35,7 +35,7 @@ _MOST = 0.5  # of the tokens of a text that see those behind them
 _PADDING = 9  # tokens behind a document
 _IDS = 5  # ids of tokens that are tried as padding
 _OTHERWISE = "a small model of its kind predicts otherwise then"
-_FORMAT = Format("nf4", 64, False, torch.float32)
+_FORM = Blocks("nf4")
 
 
 class Found(NamedTuple):
@@ -284,7 +284,7 @@ def _fails_packed(
         for experts in filter(is_experts, model.modules()):
             getattr(experts, "config", model.config)._experts_implementation = IMPLEMENTATION
         for (name, weight), (codes, absmax, _) in zip(weights, packed, strict=True):
-            module = packed_module(model, name, weight, _FORMAT)
+            module = hold(model, name, weight, _FORM, torch.float32)
             module.weight, module.absmax = (nn.Parameter(part, requires_grad=False) for part in (codes, absmax))
         found = hidden_states(inner, document)
     except Exception as error:  # a family's code that looks into a weight
@@ -315,7 +315,9 @@ def _packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own.
     """
     matrices = [matrix.flatten() for matrix in (weight if weight.ndim == 3 else weight[None])]
-    pairs = [_FORMAT.quantize(matrix) for matrix in matrices]
-    left = [_FORMAT.dequantize(*pair, len(matrix)) for pair, matrix in zip(pairs, matrices, strict=True)]
-    codes, absmax = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return codes, absmax.view(torch.uint8), torch.cat(left).view(weight.shape)
+    columns, found, left = weight.shape[-1], list[Mapping[str, Tensor]](), list[Tensor]()
+    for matrix in matrices:
+        found.append(_FORM.encode(matrix, columns))
+        left.append(_FORM.decode(found[-1], len(matrix), columns, torch.float32))
+    codes, absmax = (torch.cat([parts[name] for parts in found]) for name in ("weight", "absmax"))
+    return codes, absmax, torch.cat(left).view(weight.shape)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E8M0
-from trainer.store.codes import Code, Kept, KeptSources
+from trainer.model.held.codes import Code, Kept, KeptSources
 from trainer.store.safetensors_index import PackedSources, StoredTensor, TensorSource, as_bytes
 
 BLOCK = 32

@@ -18,7 +18,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
-from trainer.store.codes import Code, Kept
+from trainer.model.held.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, numel
 
 # Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, SCALES, TABLES, Floats, write_as
-from trainer.store.codes import Code, Kept, KeptSources
+from trainer.model.held.codes import Code, Kept, KeptSources
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
 # The values of the two codes in a byte, (256, 2).

@@ -1,7 +1,7 @@
 """Floating-point numbers of 4, 8 and 16 bits as numpy's fp32, which numpy itself does not know.
 
-E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/store/codes.py has the others. numpy
-decodes here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
+E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/model/held/codes.py has the others.
+numpy decodes here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.store.codes import VALUES, Numbers
+from trainer.model.held.codes import VALUES, Numbers
 
 # Numbers that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
 DECODED_AT_ONCE = 2**14

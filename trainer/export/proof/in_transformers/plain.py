@@ -259,7 +259,7 @@ def quantize(
         matrix: Tensor = module.weight.data.t().contiguous() if transposed else module.weight.data
         outputs, inputs = matrix.shape
         misread = device().type == "cpu" and inputs % quant.block_size
-        if misread or quant.type == "int8" or f"{path}.weight".endswith(unpacked):
+        if misread or not quant.held.in_linear4bit or f"{path}.weight".endswith(unpacked):
             values = _dequantized(matrix, quant, dtype)
             module.weight.data = values.t().contiguous() if transposed else values
         else:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config import Quant
 from trainer.model.held.blockwise import AT_ONCE
+from trainer.model.held.held import HeldFormat
 from trainer.model.parts import decoder_layers
 
 
@@ -121,7 +122,7 @@ def bnb_form(quant: Quant) -> dict[str, Any]:
 
 
 class PackedWeight:
-    """A matrix, or a stack of them, in bitsandbytes' 4 or 8 bits on the host.
+    """A matrix, or a stack of them, in few bits on the host: by bitsandbytes where that has a layer for it.
 
     Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole
     blocks. Where the weight `is_transpose`, its transpose is quantized.
@@ -131,26 +132,41 @@ class PackedWeight:
         self._is_transpose = is_transpose
         weight = weight.t().contiguous() if is_transpose else weight
         self._like = _nothing(weight.shape, dtype, weight.device)
-        self._matrices: list[tuple[Tensor, bnb.QuantState]] = []
-        for matrix in weight.view(-1, *weight.shape[-2:]):
-            packed, state = self._quantized(matrix.to(dtype).flatten(), quant)
-            state.to("cpu")
-            self._matrices.append((packed.cpu(), state))
-
-    def _quantized(self, values: Tensor, quant: Quant) -> tuple[Tensor, bnb.QuantState]:
-        # bitsandbytes itself, as the proof's other side is none of ours: a matrix is never as large as it cannot count.
-        assert values.numel() <= AT_ONCE
-        if quant.type != "int8":
-            return bnb.quantize_4bit(values, **bnb_form(quant))
-        code = bnb.create_linear_map(signed=True, total_bits=8).to(values.device)
-        return bnb.quantize_blockwise(values, code=code, blocksize=quant.block_size)
+        held: HeldFormat = quant.held
+        pack = partial(_by_bitsandbytes, quant) if held.in_linear4bit else partial(_by_format, held)
+        self._matrices = [pack(matrix.to(dtype)) for matrix in weight.view(-1, *weight.shape[-2:])]
 
     def values(self) -> Tensor:
         """The weight as its bits say, where and in the type that it was."""
         values = torch.empty_like(self._like, memory_format=torch.contiguous_format)
-        for matrix, (packed, kept) in zip(values.view(-1, *values.shape[-2:]), self._matrices, strict=True):
-            state = deepcopy(kept)
-            state.to(values.device)
-            dequantize = bnb.dequantize_4bit if state.quant_type else bnb.dequantize_blockwise
-            matrix.copy_(dequantize(packed.to(values.device), state).view_as(matrix))
+        for matrix, unpack in zip(values.view(-1, *values.shape[-2:]), self._matrices, strict=True):
+            matrix.copy_(unpack(values.device).view_as(matrix))
         return values.t().contiguous() if self._is_transpose else values
+
+
+def _by_bitsandbytes(quant: Quant, matrix: Tensor) -> Callable[[torch.device], Tensor]:
+    """Packs a matrix by bitsandbytes itself, as the proof's other side is none of ours; returns what unpacks it."""
+    assert matrix.numel() <= AT_ONCE, "bitsandbytes cannot count so many"
+    packed, kept = bnb.quantize_4bit(matrix.flatten(), **bnb_form(quant))
+    packed = packed.cpu()
+    kept.to("cpu")
+
+    def unpack(device: torch.device) -> Tensor:
+        state = deepcopy(kept)
+        state.to(device)
+        return bnb.dequantize_4bit(packed.to(device), state)
+
+    return unpack
+
+
+def _by_format(held: HeldFormat, matrix: Tensor) -> Callable[[torch.device], Tensor]:
+    (rows, columns), parts = matrix.shape, dict[str, Tensor]()
+    assert held.spanning is None
+    for name, part in held.encode(matrix.flatten(), columns).items():
+        parts[name] = part.cpu()
+
+    def unpack(device: torch.device) -> Tensor:
+        there = {name: part.to(device) for name, part in parts.items()}
+        return held.decode(there, rows * columns, columns, matrix.dtype)
+
+    return unpack

@@ -11,8 +11,8 @@ class DistilSettings(Section):
     top_k: TokenCount = setting(
         64,
         about=(
-            "distil: likeliest tokens of the teacher that are stored for each target; all others are one outcome, the"
-            " tail."
+            "distil: how many of the teacher's likeliest tokens are stored for each trained token. All others are one"
+            " outcome, the tail."
         ),
         example=16,
     )
@@ -27,14 +27,14 @@ class DistilSettings(Section):
     temperature: Factor = setting(
         1.0,
         about=(
-            "distil: divisor of the logits of both before they are compared. The divergence is multiplied by its"
+            "distil: divides the logits of both models before they are compared. The divergence is multiplied by its"
             " square."
         ),
         example=2.0,
     )
     next_tokens: Share = setting(
         0.0,
-        about="distil: share of the loss that is the next token's, as in sft; the rest is the divergence.",
+        about="distil: share of the loss that comes from the next token, as in sft. The rest is the divergence.",
         example=0.5,
     )
 

@@ -10,7 +10,7 @@ class KtoSettings(Section):
     undesirable_weight: Multiple = setting(
         1.0,
         about=(
-            "kto: weight of the loss of an undesired answer. Let the two weights times the numbers of their answers be"
+            "kto: weight of the loss of an undesired answer. Each weight times the number of its answers should be"
             " about equal."
         ),
         example=0.5,

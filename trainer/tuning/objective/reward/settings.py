@@ -17,7 +17,7 @@ class RewardSettings(Section):
     )
     center_rewards: float = setting(
         0.0,
-        about="reward: weight of the square of both rewards' sum beside the loss, which holds their mean at 0.",
+        about="reward: weight of the square of the sum of both rewards beside the loss. It keeps their mean at 0.",
         example=0.01,
         ge=0,
         le=100,

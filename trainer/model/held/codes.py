@@ -1,5 +1,6 @@
-"""How a weight in 4 or 8 bits is coded in files: which numbers its codes are, and which weights share a scale. Facts
-only, without numpy and torch: trainer/base/stored/shared/coded.py decodes as files are read, trainer/model/stored.py
+"""How a weight in 4 or 8 bits is coded in files: which numbers its codes are, and which weights share a scale.
+
+Facts only, without numpy and torch: trainer/base/stored/shared/coded.py decodes as files are read, formats/stored.py
 when a layer computes."""
 
 from dataclasses import dataclass

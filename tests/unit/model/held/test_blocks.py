@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.nf4 import dequantized, packed_stack
-from trainer.model import nf4
 from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
-from trainer.model.nf4 import Format, FrozenLinear4bit, Layout, share
+from trainer.model.held.formats import blocks
+from trainer.model.held.formats.blocks import Blocks
+from trainer.model.held.layers import HeldLinear
+from trainer.state.zero.partition import share
 
 Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
 
 
-def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear4bit, Tensor]:
+def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple[HeldLinear, Tensor]:
     """A layer filled from random weights, and the weight that bitsandbytes makes of them."""
     torch.manual_seed(1)
     source = torch.randn(OUT, IN, dtype=dtype)
-    module = FrozenLinear4bit(IN, OUT, Format(kind, 64, double, dtype))
+    module = HeldLinear(IN, OUT, Blocks(kind, 64, double), dtype)
     packed, absmax = quantize_blocks(source.view(-1), kind, 64)
     module.weight = torch.nn.Parameter(packed, requires_grad=False)
     if double:
@@ -102,8 +104,8 @@ def test_a_run_of_whole_blocks_quantizes_like_the_whole_tensor(
     a_byte = 1 if kind == "int8" else 2
     assert torch.equal(part, packed[first * block_size // a_byte :])
     assert torch.equal(part_absmax, absmax[first:])
-    layout = Layout(len(weights), block_size, weights_a_byte=a_byte)
-    assert (len(packed), len(absmax)) == (layout.packed_bytes, layout.blocks)
+    sizes = Blocks(kind, block_size).sizes(1, len(weights))
+    assert (len(packed), 4 * len(absmax)) == (sizes["weight"], sizes["absmax"])
 
 
 def test_int8_is_off_by_half_a_step_of_its_block() -> None:
@@ -121,7 +123,7 @@ def test_double_quantization_is_that_of_bitsandbytes() -> None:
     assert torch.equal(codes, state.absmax)
     assert torch.equal(nested, state.state2.absmax)
     assert torch.equal(mean, state.offset)
-    assert len(nested) == Layout(source.numel(), 64).nested_blocks == 2
+    assert 4 * len(nested) == Blocks("nf4", 64, True).sizes(*source.shape)["nested_absmax"] == 8
 
 
 @given(numel=st.integers(0, 1000), world_size=st.integers(1, 12))
@@ -148,11 +150,11 @@ def test_the_one_pass_is_not_taken_where_triton_could_not_launch_it(
     """It compiles its launchers by a C compiler, with Python's headers."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(nf4, "find_spec", lambda name: name)
+    monkeypatch.setattr(blocks, "find_spec", lambda name: name)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    found = [nf4.has_one_pass.__wrapped__("cuda")]
+    found = [blocks.has_one_pass.__wrapped__("cuda")]
     for missing in ("Python.h", "gcc"):
         (tmp_path / missing).touch(mode=0o755)
-        found.append(nf4.has_one_pass.__wrapped__("cuda"))
+        found.append(blocks.has_one_pass.__wrapped__("cuda"))
     assert found == [False, False, True]
-    assert not nf4.has_one_pass.__wrapped__("cpu")
+    assert not blocks.has_one_pass.__wrapped__("cpu")

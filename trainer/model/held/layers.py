@@ -1,0 +1,200 @@
+"""The modules that hold frozen weights as a format says, and products with what any linear layer holds."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.training import EXPERTS_AT_ONCE
+from trainer.model.held.formats.plain import Plain
+from trainer.model.held.held import HeldFormat
+from trainer.model.kernels import fp8
+
+_PLAIN = Plain()
+
+
+class HeldWeights(nn.Module):
+    """`slices` matrices of `slice_shape` (rows, columns) in the format `form`, each by itself and one after another,
+    which `dtype` is computed with. Their bytes are parameters of the names and `sizes` that the format gives them.
+    """
+
+    weight: Tensor
+    absmax: nn.Parameter
+    absmax_mean: Tensor
+    form: HeldFormat
+    dtype: torch.dtype
+    slices: int
+    slice_shape: tuple[int, int]
+
+    def _hold(self, shape: tuple[int, int], slices: int, form: HeldFormat, dtype: torch.dtype) -> None:
+        self.form, self.dtype, self.slices, self.slice_shape = form, dtype, slices, shape
+        if form.means:
+            # The mean of each slice's scales, the same on every rank.
+            self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)
+
+    @property
+    def numel(self) -> int:
+        """Weights of a slice."""
+        return math.prod(self.slice_shape)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each parameter."""
+        return {name: self.slices * size for name, size in self.form.sizes(*self.slice_shape).items()}
+
+    def part(self, name: str) -> Tensor:
+        """The bytes of a parameter, which must be gathered."""
+        return getattr(self, name).data
+
+    def matrices(self, first: int, last: int) -> Tensor:
+        """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered."""
+        return self.form.matrices(self, first, last)
+
+
+class HeldLinear(HeldWeights, nn.Linear):
+    """`y = x W^T + b` with W in a format; x is (..., in_features). `in_fp8` says that it multiplies by
+    trainer/model/kernels/fp8.py.
+    """
+
+    in_fp8 = False
+
+    def __init__(self, in_features: int, out_features: int, form: HeldFormat, dtype: torch.dtype) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias=False, device="meta")
+        self._hold((out_features, in_features), 1, form, dtype)
+
+    def dequantize(self) -> Tensor:
+        """The weight, (out_features, in_features)."""
+        if _made is None:
+            return self.matrices(0, 1)[0]
+        if self not in _made:
+            _made[self] = self.matrices(0, 1)[0]
+        return _made[self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenMatmul.apply(x, self, self.bias)
+
+
+class HeldStack(HeldWeights):
+    """Matrices where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
+    trainer/model/experts.py and makes `at_once` bytes of them at a time. That module must be a leaf to ZeRO-3, as
+    nothing calls this one's forward.
+    """
+
+    at_once = EXPERTS_AT_ONCE
+
+    def __init__(self, shape: tuple[int, int, int], form: HeldFormat, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._hold((shape[1], shape[2]), shape[0], form, dtype)
+
+
+def hold(model: nn.Module, name: str, parameter: Tensor, form: HeldFormat, dtype: torch.dtype) -> HeldWeights:
+    """The module that holds the weight `name`, put in place of a linear layer or of a mixture's experts."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, nn.Linear):
+        layer = HeldLinear(owner.in_features, owner.out_features, form, dtype)
+        layer.bias = owner.bias  # a parameter of its own
+        model.set_submodule(path, layer)
+        return layer
+    experts, rows, columns = parameter.shape
+    stack = HeldStack((experts, rows, columns), form, dtype)
+    delattr(owner, leaf)
+    owner.add_module(leaf, stack)
+    return stack
+
+
+def held_by(module: Any) -> HeldFormat:
+    """How a linear layer, or a mixture's stack, holds its weights."""
+    return module.form if isinstance(module, HeldWeights) else _PLAIN
+
+
+def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
+    """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be
+    gathered.
+    """
+    form = held_by(linear)
+    result = form.product(x, linear, bias)
+    return _product(x, linear, form.weight(linear), bias) if result is None else result
+
+
+def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
+    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where
+    that is given, to which it is added.
+    """
+    form = held_by(linear)
+    result = form.product_back(grad, linear, total)
+    return _product_back(grad, linear, form.weight(linear), total) if result is None else result
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer, (out_features, in_features), however it is held. Its parameters must be
+    gathered.
+    """
+    return held_by(linear).weight(linear)
+
+
+def _product(x: Tensor, linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return fp8.product(x, weight) if _is_in_fp8(linear) else nn.functional.linear(x, weight)
+    result = fp8.product(x, weight).add_(bias) if _is_in_fp8(linear) else nn.functional.linear(x, weight, bias)
+    # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as
+    # Falcon's code does.
+    return torch.ops.aten._unsafe_view(result, result.shape)
+
+
+def _product_back(grad: Tensor, linear: nn.Linear, weight: Tensor, total: Tensor | None) -> Tensor:
+    if total is not None and not _is_in_fp8(linear):
+        total.flatten(0, -2).addmm_(grad.flatten(0, -2), weight)
+        return total
+    result = fp8.product(grad, weight.t()) if _is_in_fp8(linear) else grad @ weight
+    return result if total is None else total.add_(result.view_as(total))
+
+
+def _is_in_fp8(linear: nn.Linear) -> bool:
+    return isinstance(linear, HeldLinear) and linear.in_fp8
+
+
+def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Have the model's packed linear layers multiply in FP8, those whose sizes fit; returns how many do, of how many.
+    Raises `ConfigError` where the device cannot."""
+    fp8.check(device)
+    layers = [module for module in model.modules() if isinstance(module, HeldLinear)]
+    for layer in layers:
+        layer.in_fp8 = layer.in_features % fp8.MULTIPLE == layer.out_features % fp8.MULTIPLE == 0
+    return sum(layer.in_fp8 for layer in layers), len(layers)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Keeps the module, never the gathered weight: a saved view would pin every gathered layer until backward.
+
+    ZeRO-3 gathers the module's parameters again before its backward runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: HeldLinear, bias: Tensor | None) -> Tensor:
+        ctx.module = module
+        return multiply(x, module, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return multiply_back(grad, ctx.module), None, bias
+
+
+_made: dict[HeldLinear, Tensor] | None = None
+
+
+@contextmanager
+def dequantized_once() -> Iterator[None]:
+    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay
+    gathered.
+    """
+    global _made
+    outer, _made = _made, {}
+    try:
+        yield
+    finally:
+        _made = outer
