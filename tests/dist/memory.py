@@ -24,13 +24,8 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.model import tiled
 from trainer.model.attention import choose_attention
-<<<<<<< HEAD
-from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
-from trainer.model.nf4 import FrozenLinear4bit
-=======
 from trainer.model.held.layers import HeldLinear
-from trainer.model.micro_batch import MicroBatch
->>>>>>> main
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.processes.ranks import join
 from trainer.state.checkpoint import reading as checkpoint_reading
 from trainer.state.zero.engine import Engine

@@ -281,7 +281,6 @@ class Stream:
                 padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
-<<<<<<< HEAD
         segments = _segments(stored, np.array(starts, np.int64), ends)
         begun, answers = stored[np.array(starts, np.int64)], len(segments.lengths) - segments.roles.count(Role.PADDING)
         prefixes = np.array([tokens for _, tokens in segments.prefixes] or 0, np.int32)
@@ -297,21 +296,6 @@ class Stream:
             found |= {"teacher_ids": ("target", taught.ids), "teacher_log_p": ("target", taught.log_p)}
         if self.rollouts is not None:
             found["sampled"] = ("target", self.rollouts.read(documents))
-=======
-        # The second answer of a document begins inside it, and so do all answers that share its prompt.
-        rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
-        inside = np.flatnonzero(stored & SEGMENT_BITS)
-        borders = np.sort(np.array([0, *ends, *inside], np.int32))
-        prefixes = _prefixes(stored, np.array(starts, np.int64), borders)
-
-        def segments(places: ArrayLike) -> torch.Tensor:
-            return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
-
-        begun = stored[np.array(starts, np.int64)]
-        sizes, answers = np.diff(borders), len(documents) + len(inside)
-        padding = sum(end - begin for begin, end in padded)
-        before = borders[:-1] - np.array([tokens for _, tokens in prefixes] or 0, np.int32)
->>>>>>> main
         row = MicroBatch(
             ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments),
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
