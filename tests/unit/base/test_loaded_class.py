@@ -112,8 +112,8 @@ def test_the_whole_class_is_the_one_that_architectures_names_where_it_suits() ->
 def test_a_class_that_asks_its_language_models_output_for_pictures_is_tried_on_text() -> None:
     """Llama 4's whole class asks for a field that the output of its language model has not, in transformers 5.24."""
     config: Any = CONFIG_MAPPING["llama4"]()
-    text = {key: value for key, value in small_settings(config.text_config).items()}
-    found = architecture_of({"model_type": "llama4", "text_config": text}, None, "the base")
+    text = small_settings(config.text_config)
+    found = architecture_of({"model_type": "llama4", "text_config": text}, 2, "the base")
     assert found["tried"]
     assert found["softcap"] is None
 
@@ -156,3 +156,14 @@ def test_a_type_that_is_only_a_part_of_others_is_refused_by_their_names() -> Non
         ConfigError, match="is a step3p5 model, which transformers .* builds as a part of step3p7 alone"
     ):
         architecture_of({**config.to_dict(), "model_type": "step3p5"}, None, "the base")
+
+
+def test_layers_whose_adapters_peft_finds_nowhere_in_the_whole_class_get_none() -> None:
+    config: Any = CONFIG_MAPPING["inkling2"]()
+    text = small_settings(config.get_text_config())
+    vision = {**config.vision_config.to_dict(), "text_hidden_size": text["hidden_size"]}
+    found = read_architecture({"model_type": "inkling2", "text_config": text, "vision_config": vision})
+    lost = [part.name for part in found.parameters if part.kind == "linear" and not part.adaptable]
+    assert lost
+    assert all(name.endswith("sconv.weight_proj.weight") for name in lost)
+    assert found.linear_layers().keys().isdisjoint(name.removesuffix(".weight") for name in lost)

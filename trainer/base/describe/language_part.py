@@ -53,6 +53,10 @@ def head_of(whole: PreTrainedModel) -> nn.Module | None:
     return next((head for model in models if (head := model.get_output_embeddings()) is not None), None)
 
 
+class NoLanguagePart(Exception):
+    """A whole class that has no language model to be taken out of it; the text says why, as a clause."""
+
+
 class LanguagePart(PreTrainedModel):
     """A causal language model of a `decoder` and a `head`, whose settings are the decoder's."""
 
@@ -72,12 +76,12 @@ class LanguagePart(PreTrainedModel):
 
     @classmethod
     def of(cls, whole: PreTrainedModel) -> "LanguagePart":
-        """The part of a model that is `whole`, which shares its modules. Raises `ValueError` where it has no decoder or
-        no head.
+        """The part of a model that is `whole`, which shares its modules. Raises `NoLanguagePart` where it has no
+        decoder or no head.
         """
         decoder, head = whole.get_decoder(), whole.get_output_embeddings()
         if not isinstance(decoder, PreTrainedModel) or head is None:
-            raise ValueError(f"{type(whole).__name__} has no decoder with an output head")
+            raise NoLanguagePart(f"class {type(whole).__name__} has no decoder with an output head")
         return cls(decoder, head, type(whole))
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]  # transformers looks into the file of the class

@@ -37,10 +37,10 @@ from trainer.base.architecture import (
     Parameter,
 )
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
-from trainer.base.describe.composite import inner_of, outputs_lack_nothing
+from trainer.base.describe.composite import inner_of, outputs_lack_nothing, whole_names
 from trainer.base.describe.config_json import EXPERT_COUNTS
 from trainer.base.describe.empty_model import TransposedLinear, meta_model
-from trainer.base.describe.language_part import head_of, whole_class, whole_model
+from trainer.base.describe.language_part import NoLanguagePart, head_of, whole_class, whole_model
 from trainer.base.describe.language_settings import SHARED, causal, first_layers, own_tokenizer, unknown
 from trainer.base.describe.logits import Logits, probe_logits
 from trainer.base.describe.trial.peft_names import saved_paths
@@ -102,7 +102,10 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
                 " drafts for. Give that one."
             )
         config, stored_layers = first_layers(config, layers)
-        model = meta_model(config)
+        try:
+            model = meta_model(config)
+        except NoLanguagePart as error:
+            raise ConfigError(f"model.base: {name} is a {kind} model, whose {error}. Give another base.") from error
         reader = _Reader(model, config.get_text_config(), name, whole)
         return {**reader.architecture(stored_layers).to_json(), "tokenizer": own_tokenizer(kind)}
 
@@ -438,10 +441,14 @@ class _Reader:
     @cached_property
     def _lost_by_peft(self) -> set[str]:
         """The linear layers whose adapters PEFT finds under no name."""
-        linears = [path for path, module in self._modules.items() if isinstance(module, nn.Linear)]
+        linears = {path: path for path, module in self._modules.items() if isinstance(module, nn.Linear)}
+        loaded = self.model
         if not self._is_alone:
-            return set()
-        return {path for path, saved in saved_paths(self.model, linears).items() if saved is None}
+            loaded = whole_model(self.whole)
+            in_whole = whole_names(loaded, self.model)
+            linears = {path: in_whole(path) for path in linears}
+        saved = saved_paths(loaded, list(linears.values()))
+        return {path for path, there in linears.items() if saved[there] is None}
 
     def _visits(self, path: str, experts: int) -> float:
         """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""

@@ -20,7 +20,7 @@ from trainer.base.describe.trial.self_test import are_alike, hidden_states, some
 from trainer.base.describe.trial.small import small_id
 from trainer.model.parts import body
 
-_AS_WIDE = ("out_hidden_size",)
+_AS_WIDE = ("out_hidden_size", "text_hidden_size")
 """Settings of towers that classes require to be the language model's hidden size."""
 
 
