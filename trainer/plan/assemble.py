@@ -47,10 +47,14 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
         CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
-    os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator.
+    # Ranks have several communicators (two of all, others of a node and of those that share a row), and their
+    # kernels may come to two GPUs in different orders, which then wait for each other. NCCL 2.26 and later keep the
+    # order in which the host started them. NCCL reads its variables when it makes its first communicator.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    os.environ.update(config.cluster.nccl_variables)
     if config.train.deterministic and kind():
         add_in_one_order()
-    # A collective may last longer than the heartbeat's limits, because the heartbeat names the rank that hangs.
+    # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
@@ -61,12 +65,12 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
 
 
 def torch_gpus() -> tuple[int, str | None]:
-    """The number of GPUs that torch sees, and the CUDA or ROCm version that it was built for; None for a CPU build."""
+    """How many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
     return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
 
 
 def check_same_base(base: Base, ranks: World) -> None:
-    """Raises `ConfigError` if the nodes have copies of the base with different weights. Collective."""
+    """Raises `ConfigError` where the nodes have copies of the base with different weights. Collective."""
     if in_bucket(base.name):
         return
     copies = ranks.together(lambda: (socket.gethostname(), base.samples if ranks.local_rank == 0 else None))
@@ -80,10 +84,10 @@ def check_same_base(base: Base, ranks: World) -> None:
 
 
 def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Resolved:
-    """The run with the settings decided that depend on these ranks' memory; `log` gets a line about it. Collective."""
+    """The run with what depends on the memory of these ranks decided; `log` gets a line on it. Collective."""
     config, architecture = resolved.config, resolved.base.architecture
     memory = ranks.least_device_memory() or ranks.least_host_memory()
-    # If nodes have different numbers of ranks, each would decide by its own number.
+    # Where nodes have different numbers of ranks, each would decide by its own.
     decided: Config = ranks.broadcast(settled(config, architecture, ranks.world_size, ranks.ranks_per_node, memory))
     layers, asked = architecture.layers, config.train.activation_checkpointing
     why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
@@ -94,8 +98,8 @@ def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Reso
 
 
 def attention_of(resolved: Resolved, device: torch.device) -> Attention:
-    """The attention kernel for the run's settings, base and method. Raises `ConfigError` if the chosen one cannot be
-    used.
+    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set
+    cannot be used.
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
@@ -113,7 +117,7 @@ class Sharding(NamedTuple):
 
 
 def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Sharding:
-    """The sharding that the settings name, or that suits these ranks, for so many micro-batches a step. Collective."""
+    """The sharding that the settings say, or that suits these ranks, for so many micro-batches a step. Collective."""
     config, architecture = resolved.config, resolved.base.architecture
     settings = build_deepspeed_config(
         config,
@@ -162,7 +166,7 @@ def assemble(
 
 
 def peers_of(config: Config, world: World) -> Peers | None:
-    """The ranks that share rows with this one, with consecutive numbers; None if each rank has its own rows.
+    """The ranks that share rows with this one, which follow each other; None where each has rows of its own.
     Collective.
     """
     size = config.sharding.sequence_parallel
@@ -170,14 +174,14 @@ def peers_of(config: Config, world: World) -> Peers | None:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """A sum over this rank's bytes of each packed parameter, which shows that nothing has cast or moved them."""
+    """A sum over this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
     parts: dict[str, Tensor] = {
         name: parameter.ds_tensor  # type: ignore[attr-defined]
         for name, parameter in model.named_parameters()
         if parameter.dtype == torch.uint8
     }
-    # Each parameter is read separately: if partitions are offloaded, those of small parameters are on the GPU and the
-    # others on the host.
+    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on
+    # the host.
     return {name: int(_sum(part)) for name, part in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""The floating point operations that a step needs, and their share of the device's peak (MFU).
+"""The floating point operations that a step asks for, and the share of the device's peak that they come to (MFU).
 
 A product of a (T, inputs) and an (inputs, outputs) matrix is 2 T inputs outputs operations. Only what learning from
 these documents needs is counted: no padding, and of a causal attention the half that it computes. Where activations are
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AttentionWork:
     """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one
-    token sees at most.
+    sees at most.
     """
 
     pair: float
     window: int | None
 
     def pairs(self, length: int) -> int:
-        """The pairs in a document of a token and a token that it sees, including itself."""
+        """The pairs of a token and one that it sees, itself included, in a document."""
         seen = min(length, self.window or length)
         return seen * (seen + 1) // 2 + (length - seen) * seen
 
@@ -62,16 +62,18 @@ class StepWork:
     peak: float | None = None
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
-        """The operations of a step's micro-batches. Ranks that share a row divide its pairs by heads, equally."""
+        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many
+        each.
+        """
         found = 0.0
         for batch in batches:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
-            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs / batch.parts
+            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs / batch.input.parts
         return found
 
     def of_row(self, tokens: int) -> float:
-        """The operations of a row that is filled by one document of so many tokens, each of them a target: the most
-        that a row can need.
+        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row
+        can ask for.
         """
         return tokens * (self.token + self.target) + self.passes * sum(
             layer.pair * layer.pairs(tokens) for layer in self.attention
@@ -92,10 +94,13 @@ UNKNOWN_WORK = StepWork()
 
 
 def _documents(batch: MicroBatch) -> Iterator[int]:
-    """The tokens of each segment of the row, without padding."""
-    lengths = batch.lengths
-    for segments in (batch.beginnings, batch.rejected, batch.mismatched):
-        yield from (lengths[segment] for segment in segments.tolist())
+    """Tokens of each segment of the row that is no padding."""
+    from trainer.model.micro_batch import Role
+
+    segments = batch.input.segments
+    for length, role in zip(segments.lengths, segments.roles, strict=True):
+        if role != Role.PADDING:
+            yield length
 
 
 def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
@@ -108,13 +113,13 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     visits = max((parameter.visits for parameter in model.parameters if parameter.kind == "experts"), default=1.0)
     learnt = sum(size for name, size in products.items() if name in learning)
     frozen = sum(products.values()) - learnt
-    if not method.virtual.count:  # virtual tokens are computed like any others
-        # A vector is not part of a product.
+    if not method.virtual.count:  # virtual tokens are computed with as any token is
+        # A vector is no product.
         added = [shape for name, shape in learning.items() if name not in base and len(shape) > 1]
         learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
-    # Nothing is learnt from some forward passes: those through the reference, without what was added, and those of a
+    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a
     # survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
@@ -122,15 +127,14 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
         token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,
         target=head * ((1 - surveyed) * (8 if head_learns else 4) + 2 * (surveyed + referred)),
         attention=tuple(_attention(model)),
-        # A backward pass has twice as many products as a forward pass, because both inputs of each product have
-        # gradients.
+        # A backward pass has twice as many products as a forward pass: both inputs of each have gradients.
         passes=(1 - surveyed) * (3 + recomputed) + surveyed + referred,
         peak=gpu.flops if gpu and config.model.dtype == "bf16" else None,
     )
 
 
 def _products(model: Architecture) -> dict[str, float]:
-    """The weights with which a token is multiplied, by parameter; of experts only those that it visits."""
+    """The weights that a token is multiplied with, by parameter: of experts those that it visits."""
     return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
 
 

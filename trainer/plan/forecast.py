@@ -1,4 +1,4 @@
-"""How long a run is and how long it takes, before it begins: epochs, tokens, steps, time and money. No torch.
+"""How long a run is and how long it takes: epochs, tokens, steps, time and money, before it has begun. No torch.
 
 Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is
 assumed.
@@ -16,15 +16,18 @@ from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.needs import GlobalBatch
+from trainer.plan.sizes import held_as
 
-# The assumed share of a GPU's bf16 peak that a step reaches. By the arithmetic of its kernels an H100 reaches 35 to 40
-# %.
+# The share of its memory's peak that a GPU comes to in operators that only move numbers.
+_OF_BANDWIDTH = 0.9
+# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to
+# 35 to 40 %.
 UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
 class Length:
-    """How much a run trains. None stands for what cannot be known.
+    """How much a run trains; None is what cannot be told.
 
     `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the
     steps are those that the run will take, and `compiled` that the tokens are counted rather than estimated from
@@ -57,8 +60,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and waiting of
-    ranks.
+    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait
+    for.
     """
 
     step_seconds: float
@@ -91,15 +94,15 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
-    """The rate at which this GPU would compute, at the assumed utilisation, if this share of the layers is computed
-    again; None if its peak is unknown.
-    """
+    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is
+    computed again; None where its peak is not known."""
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
     tokens = config.data.sequence_length
     work = work_of(config, model, recomputed, gpu.name)
     seconds = work.of_row(tokens) / reached / config.sharding.sequence_parallel
+    seconds += _decoding_seconds(config, model, gpu, recomputed)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
         f" sheet of {gpu.name} says for bf16. The share is assumed, not measured"
@@ -107,8 +110,18 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
     return Rate(seconds, tokens / seconds / config.sharding.sequence_parallel, basis)
 
 
+def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> float:
+    """The time of a row for making matrices of weights as they are held, where that is much: each rank makes all of
+    them for a micro-batch, in the forward and in the backward pass and where a layer is computed again.
+    """
+    moved = sum(part.numel * held_as(part, config.quant).decoding_traffic for part in model.parameters)
+    if not gpu.bandwidth:
+        return 0.0
+    return (2 + recomputed) * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
+
+
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
-    """The time that the run takes at this rate; None if its steps or the rate are unknown."""
+    """The time that the run takes at this rate; None where its steps or the rate are not known."""
     if rate is None or length.steps is None:
         return None
     step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row
