@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from launcher.evaluate.ranks import for_server, run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
-from launcher.start.local_group import count_ranks
+from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import ConfigError

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from launcher.plan.planning import machine_of
-from launcher.plan.tables import binary
-from launcher.view.wrapped_table import FoldedTable
+from launcher.plan.summary import binary
+from launcher.view.console import FoldedTable
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.errors import ConfigError

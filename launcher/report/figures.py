@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from launcher.report.curves import Point, finite_points, means, thinned
 from launcher.report.evaluations import EvaluationFigures, SampleFigures, other_data, read_evaluations, read_samples
-from launcher.report.history import PARTS, History, Start, read_history
+from launcher.report.history import PARTS, History, Point, Start, finite_points, means, read_history, thinned
 from launcher.report.trained import (
     DataFigures,
     Figures,

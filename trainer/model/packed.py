@@ -15,9 +15,10 @@ from trainer.model.rows.row import lengths_known
 
 @dataclass(frozen=True)
 class PackedModel:
-    """`model` with the attention kernel that was chosen for it. It wants `reserved` positions before each document.
-    Rows in parts are shared with `peers`. A row is padded by the token `padding`; where the model cannot keep documents
-    apart (`isolates`), a row is one document, and padding is tokens behind it that it does not see."""
+    """`model` with the chosen attention kernel. It reserves `reserved` positions before each document, and shares rows
+    in parts with `peers`. Rows are padded by the token `padding`. If the model cannot keep documents separate
+    (`isolates`), a row is one document, and padding follows it, which it does not see.
+    """
 
     model: PreTrainedModel
     attention: Attention
@@ -33,7 +34,7 @@ class PackedModel:
         return head
 
     def hidden(self, row: MicroBatch) -> Tensor:
-        """Hidden states of a packed row before the output head, (1, T, H); of this rank's part, where it shares the
+        """Hidden states of a packed row before the output head, (1, T, H); only of this rank's part if it shares the
         row.
         """
         tokens = self._padded(row)
@@ -48,7 +49,7 @@ class PackedModel:
             )[0]
 
     def _padded(self, row: MicroBatch) -> Tensor:
-        """The tokens of a row, with this model's own as padding, which data has as 0."""
+        """The tokens of a row with this model's padding token, for which data has 0."""
         if not (self.padding and row.padding):
             return row.input_ids
         tokens = row.input_ids.clone()
@@ -57,11 +58,11 @@ class PackedModel:
         return tokens
 
     def total(self, mine: Tensor, row: MicroBatch) -> Tensor:
-        """The sum of what the ranks that share the row have of it; `mine` where no others do."""
+        """The sum over the ranks that share the row; `mine` if no others do."""
         return mine if row.parts == 1 or self.peers is None else total(mine, self.peers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
-        # Rows are made on the host, and go to a device through pinned memory.
+        # Rows are made on the host, and reach a device through pinned memory.
         row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).to(tokens.device)
         return self.head(self.hidden(row)[:, self.reserved :])

@@ -15,9 +15,8 @@ import huggingface_hub
 import pytest
 
 from launcher.doctor.doctor import check_base
-from launcher.drive.sweep.bases import check_same
 from launcher.drive.sweep.driver import laid_out
-from launcher.drive.sweep.trial import train_trial
+from launcher.drive.sweep.trial import check_same, train_trial
 from launcher.policy.trials import SearchPlan
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
