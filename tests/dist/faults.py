@@ -19,12 +19,10 @@ from trainer.config import Checkpoint
 from trainer.errors import StorageError
 from trainer.processes.ranks import Ranks, join
 from trainer.run import layout
-from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks, TrainablePartition
 from trainer.state.checkpoint.identity import Identity
-from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.checkpoint.learnt_weights import master_weights
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
+from trainer.state.checkpoint.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store
 

@@ -11,7 +11,7 @@ from tests.dist.launch import launch
 from tests.families import rows
 from tests.material import Workshop, make_data, make_labelled, make_pairs
 from trainer.config import Config, dump_config, load_config
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

@@ -15,8 +15,7 @@ from trainer.run.metrics import Metrics
 from trainer.run.records import claim_generation
 from trainer.run.requests import StopSignal
 from trainer.run.trackers.jsonl import JsonLines
-from trainer.train.end_record import early_end, planned_memory
-from trainer.train.start import Start
+from trainer.train.start import Start, early_end, planned_memory
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
