@@ -143,7 +143,10 @@ def test_data_compiled_before_is_found_and_gives_the_batches_of_before(bucket: S
     with closing(chapters):
         for _ in FACTS["order"]:
             step = stream.step(position)
-            fields = [(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens) for batch in step]
+            fields = [
+                (batch.input.input_ids, batch.labels, batch.input.position_ids, batch.input.cu_seqlens)
+                for batch in step
+            ]
             batches.append(sha256(b"".join(tensor.numpy().tobytes() for batch in fields for tensor in batch)))
             position = stream.advance(position)
     assert batches == FACTS["order"]
