@@ -1,4 +1,4 @@
-"""The longest row that fits, by the plan's arithmetic, and what each setting gains that saves memory of activations. No
+"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No
 torch.
 """
 
@@ -13,8 +13,8 @@ from trainer.errors import ConfigError
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
-_STEP, _MOST = 256, 2**20  # in tokens, the largest that data.sequence_length allows
-# Sentences of a plan to which a shorter row, or scaled positions, are the answer.
+_STEP, _MOST = 256, 2**20  # tokens; data.sequence_length takes no more
+# Sentences of a plan that a shorter row, or scaled positions, are the answer to.
 _OF_LENGTH = ("data.sequence_length:", "memory:")
 
 
@@ -30,7 +30,7 @@ class LongestRow:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class PlannedRanks:
     """The ranks that rows are planned for, each with `memory` bytes of a GPU, or of the host where they are on CPUs."""
 
     world_size: int
@@ -39,17 +39,16 @@ class Ranks:
     on_gpu: bool
 
 
-def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[LongestRow]:
-    """Yield the longest row with the settings as they are, then without any setting that saves memory of activations,
-    and then with one more in each line. A line that does not suit the base or the run is left out.
-    """
+def longest_rows(config: Config, base: Description, ranks: PlannedRanks) -> list[LongestRow]:
+    """First with the settings as they are, then without any that saves memory of activations, and with one more in each
+    line. A line that does not suit the base or the run is left out."""
     found = [_longest(config, base, ranks, {})]
     settings: dict[str, Any] = {}
     for more in _ladder(config, ranks):
         changed = {**settings, **more}
         try:
             given = override(config, *(assignment(name, value) for name, value in changed.items()))
-        except ConfigError:  # settings of the run that contradict it
+        except ConfigError:  # settings of the run that do not go with it
             continue
         if _refused(given, base, ranks):
             continue
@@ -58,7 +57,7 @@ def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[Longes
     return found
 
 
-def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
+def _ladder(config: Config, ranks: PlannedRanks) -> Iterator[dict[str, Any]]:
     plain = {"train.activation_checkpointing": "none", "train.tiled_mlp": False, "train.activation_offload": False}
     yield {**plain, "train.micro_batch": 1, "sharding.sequence_parallel": 1}
     if not config.quant.held.packs:
@@ -73,19 +72,19 @@ def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
         size *= 2
 
 
-def _plan(config: Config, base: Description, ranks: Ranks, tokens: int) -> Plan:
-    """The plan for rows of so many tokens."""
+def _plan(config: Config, base: Description, ranks: PlannedRanks, tokens: int) -> Plan:
+    """The plan with rows of so many tokens."""
     given = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": tokens})})
     gpu, host = (ranks.memory, None) if ranks.on_gpu else (None, ranks.memory)
     return make_plan(given, base, ranks.world_size, ranks.per_node, gpu, host)
 
 
-def _refused(config: Config, base: Description, ranks: Ranks) -> bool:
+def _refused(config: Config, base: Description, ranks: PlannedRanks) -> bool:
     shortfalls = _plan(config, base, ranks, _STEP * config.sharding.sequence_parallel).shortfalls
     return any(not sentence.startswith(_OF_LENGTH) for sentence in shortfalls)
 
 
-def _longest(config: Config, base: Description, ranks: Ranks, settings: dict[str, Any]) -> LongestRow:
+def _longest(config: Config, base: Description, ranks: PlannedRanks, settings: dict[str, Any]) -> LongestRow:
     step = _STEP * config.sharding.sequence_parallel
 
     def is_too_long(steps: int) -> bool:
