@@ -132,6 +132,11 @@ Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's routers)
 gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may differ by as much.
 """
 
+_WHOLE = """\
+The same is done for whole classes that see or hear beside their language model. The reference is the class that the base's `architectures` name, given
+text alone; a class that computes nothing without a picture or sound is refused.
+"""
+
 _PLANNED = """
 run: {name: planned}
 model: {base: base}
