@@ -96,6 +96,7 @@ _LACKING: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
 }
+_OF_THIS_MACHINE = re.compile("cannot be read|wants a package|has no tensor")
 # The modules that whole classes have their language models in.
 _IN_WHOLE = re.compile("language_model|text_model")
 # Settings of the whole class, without which there is none of the type.
@@ -464,7 +465,10 @@ def record(table: Path) -> None:
 
 
 def _section(rows: Mapping[str, Any]) -> dict[str, Any]:
-    ordered = sorted(rows.items())
+    """A refusal for settings that transformers itself cannot build, or for a package of this machine, tells nothing of
+    a type."""
+    here = [kind for kind, found in rows.items() if _OF_THIS_MACHINE.search(found.get("reason", ""))]
+    ordered = sorted((kind, {**found, "status": NOT_BUILT} if kind in here else found) for kind, found in rows.items())
     return {
         "transformers": transformers.__version__,
         "commit": ", ".join(sorted({found["commit"] for found in rows.values()})),
@@ -477,7 +481,7 @@ def _section(rows: Mapping[str, Any]) -> dict[str, Any]:
 def _clause(reason: str) -> str:
     """A refusal without the place and the type of the base that was tried."""
     said = re.sub(r"^model\.base: /\S* is an? \S+ model, ", "It is ", reason)
-    return said.replace("It is which", "It")
+    return re.sub(r"^model\.base: /\S* ", "It ", said).replace("It is which", "It")
 
 
 def _commit() -> str:
