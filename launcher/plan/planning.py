@@ -303,7 +303,8 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
         return None, None, 0
     smallest = min(local, key=lambda gpu: gpu.memory)
     known = find_gpu(smallest.name)
-    return Gpu(smallest.name, smallest.memory, known.flops if known else None), "this machine", len(local)
+    peaks = (known.flops, known.bandwidth) if known else (None, None)
+    return Gpu(smallest.name, smallest.memory, *peaks), "this machine", len(local)
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:

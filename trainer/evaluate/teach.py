@@ -157,9 +157,9 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> TeacherModel:
     """The run at the checkpoint that is asked for, or the newest."""
     run, step = place_of(store, teacher.name, teacher.setting)
-    opened = open_run(
-        run, step, [assignment("cluster", config.cluster.model_dump(mode="json"))], base_alone=False, log=log
-    )
+    # The teacher may be somebody else's run, whose settings put no copy of a base of this machine into their store.
+    ours = [assignment("cluster", config.cluster.model_dump(mode="json")), assignment("quant.cache", False)]
+    opened = open_run(run, step, ours, base_alone=False, log=log)
     opened.load()
     return TeacherModel(opened.resolved, opened.ranks, opened.engine, opened.manifest)
 

@@ -27,7 +27,7 @@ _FORMATS = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in ROW_
 
 
 class TrainOn(Section):
-    """Which tokens are trained, more finely than data.loss_on says it."""
+    """Which tokens are trained, in finer detail than data.loss_on."""
 
     roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
