@@ -106,8 +106,7 @@ class Ours:
 
     def size(self) -> int:
         from trainer.run.layout import manifest
-        from trainer.state.checkpoint.listing import committed_steps
-        from trainer.state.checkpoint.manifest import read_manifest
+        from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 
         step = committed_steps(self.run)[0]
         return read_manifest(self.run, step).size + self.run.head(manifest(step)).size

@@ -27,7 +27,7 @@ from trainer.model.attention import choose_attention
 from trainer.model.held.layers import HeldLinear
 from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.processes.ranks import join
-from trainer.state.checkpoint import reading as checkpoint_reading
+from trainer.state.checkpoint import manifest as checkpoint_reading
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store import store

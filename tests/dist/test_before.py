@@ -26,7 +26,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 BEFORE = Path(__file__).parents[1] / "golden/before"

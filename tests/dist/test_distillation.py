@@ -17,7 +17,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.model.head import IGNORE
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 DOCUMENTS = 700  # three blocks of the data set

@@ -51,7 +51,7 @@ from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.initial_adapter import place_of
+from trainer.tuning.shared.beginning import place_of
 
 _PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"
 """A text in which tokenizers of one vocabulary may differ."""

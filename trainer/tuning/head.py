@@ -20,8 +20,7 @@ from trainer.config import Config, Model, Optim
 from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, Method
-from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods, with_peft_files
-from trainer.tuning.shared.peft_folder import LABELS
+from trainer.tuning.shared.linear_adapters import LABELS, LowRank, low_rank_methods, with_peft_files
 from trainer.tuning.shared.wrapper import Around, innermost
 
 if TYPE_CHECKING:

@@ -20,12 +20,14 @@ from tests.stored import edit_config
 # The tests that go over whatever there is, or compare it with what is said of it elsewhere.
 LISTING = (
     "tests/unit/config",
-    "tests/unit/repository",
+    *(
+        f"tests/unit/repository/test_{name}.py"
+        for name in ("architecture_page", "contracts", "examples", "imports", "pages")
+    ),
     "tests/unit/tuning",
     "tests/unit/launcher/test_shell.py",
     "tests/unit/launcher/test_words.py",
     "tests/unit/plan/test_objective.py",
-    "tests/unit/run/test_trackers.py",
     "tests/dist/test_restore.py",
 )
 ROOT = Path(__file__).parents[3]
