@@ -22,8 +22,7 @@ from typing import Any
 import yaml
 from methods import CHARACTERS, PROMPT, SIZES, questions, write_rows
 
-from launcher.smoke.sample import Sizes, make_sample
-from launcher.smoke.stdlib_docs import source_code, source_files
+from launcher.smoke.sample import Sizes, make_sample, source_code, source_files
 
 NARROW, GENERAL, REPLAYED = 16, 40, 200  # questions, and modules
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")

@@ -28,8 +28,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from launcher.smoke.sample import Sizes, make_sample
-from launcher.smoke.stdlib_docs import source_code, source_files
+from launcher.smoke.sample import Sizes, make_sample, source_code, source_files
 from trainer.config import Config, Tuning, load_config, override
 from trainer.tuning.method import methods
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from launcher.smoke.stdlib_docs import source_code, source_files  # noqa: E402
+from launcher.smoke.sample import source_code, source_files  # noqa: E402
 from trainer.model.held.blockwise import quantize_blocks  # noqa: E402
 from trainer.model.held.formats.blocks import Blocks  # noqa: E402
 from trainer.model.held.layers import HeldLinear, multiply_in_fp8  # noqa: E402

@@ -29,11 +29,11 @@ _HEADER = """\
 
 <!-- Written by `python -m launcher.config_docs` from trainer/config/: change the settings there. -->
 
-A run is one YAML file. Any setting can be overridden on the command line by its dotted name, with a YAML value:
-`capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`; the last override of a setting counts. One that
+A run is one YAML file. The command line can override any setting by its dotted name, with a YAML value: `capstan train
+run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. The last override of a setting counts. An override that
 contradicts the file replaces what it contradicts, such as `train.epochs=2` a `train.steps`, and a line says so. Unknown
-settings are refused with the nearest name, and so is a key that a file gives twice.
-`capstan config schema` prints the JSON Schema, for completion in an editor.
+settings are refused with the nearest name, and so is a key that a file has twice. `capstan config schema` prints the
+JSON Schema, for completion in an editor.
 """
 
 _TABLE = "| Setting | Allowed | Default | Unit | What it does | Example |\n| --- | --- | --- | --- | --- | --- |"

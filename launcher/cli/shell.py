@@ -124,7 +124,7 @@ def complete_gpu(incomplete: str) -> Choices:
 
 
 def complete_goal(incomplete: str) -> Choices:
-    from launcher.init.goals import GOALS
+    from launcher.init.initial import GOALS
 
     return _begun(incomplete, {name: goal.about for name, goal in GOALS.items()})
 

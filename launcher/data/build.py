@@ -9,7 +9,7 @@ from typing import Any
 from launcher.cluster.ray.cluster import address_of, is_dashboard
 from launcher.cluster.ray.data import join_and_map
 from launcher.view.compiling import compile_progress
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config

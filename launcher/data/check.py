@@ -9,8 +9,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from launcher.view.compiling import describe_left_out
-from launcher.view.console import Terminal
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable, Terminal
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.config import load_config

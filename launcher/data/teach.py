@@ -13,7 +13,7 @@ from launcher.evaluate.evaluating import run_with_bars
 from launcher.evaluate.ranks import for_server
 from launcher.start.check import anchored
 from launcher.start.group import is_rank
-from launcher.start.local_group import count_ranks
+from launcher.start.local_ranks import count_ranks
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks

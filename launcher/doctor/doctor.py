@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.base.find.content import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
@@ -56,10 +56,13 @@ print(json.dumps({
     "wheel": cuda and release_wheel(torch.__version__, cuda, cxx11_abi=torch.compiled_with_cxx11_abi()),
     "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
     "bf16": bf16,
+    "nccl": torch.cuda.nccl.version() if cuda and gpus else None,
     "kernels": [kernel.name for kernel in KERNELS if not kernel.unavailable(capability, bf16)],
     "packages": [kernel.name for kernel in KERNELS if kernel.install and not kernel.unfit(capability, bf16)],
 }))
 """
+ORDERED_SINCE = (2, 26)
+"""The NCCL that heeds NCCL_LAUNCH_ORDER_IMPLICIT (docs.nvidia.com/deeplearning/nccl, environment variables)."""
 _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
 
 
@@ -175,6 +178,13 @@ def _accelerator() -> Iterator[Check]:
         yield Check("GPUs", "optional", f"{len(there)}, of which {hidden} leaves none", "Unset it, or name GPUs in it.")
     else:
         yield Check("GPUs", "optional", "none: runs compute on the CPU")
+    if (nccl := facts.get("nccl")) and tuple(nccl) < ORDERED_SINCE:
+        yield Check(
+            "NCCL version",
+            "optional",
+            f"{'.'.join(map(str, nccl))}, which does not order the collectives of several communicators",
+            "Install a torch that brings NCCL 2.26 or newer; with an older one several GPUs may hang.",
+        )
     yield Check("attention kernels", "ok", ", ".join(facts["kernels"]))
     for kernel in KERNELS:
         if kernel.name in facts["packages"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.cluster.ray.data import map_on_cluster
 from launcher.drive.signals import BY_COMPILATION
-from launcher.start.stopping import stop_if_asked
+from launcher.start.attempts import stop_if_asked
 from launcher.view.compiling import compile_progress, log_left_out
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config

@@ -9,37 +9,71 @@ drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job
 docs/architecture.md has the files that a submission and a failure pass, in their order. A signal or `capstan stop` is
 no
 failure: it becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the
-driver before it has ranks (start/stopping.py).
+driver before it has ranks (start/attempts.py).
 """
 
 import argparse
+import os
+import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 from launcher.cluster.ray.cluster import address_of, joined_ray
 from launcher.cluster.ray.train import run_on_ray
 from launcher.drive.compiling import Compilation
-from launcher.drive.journal import Journal
 from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.report.report import keep_report
 from launcher.start.attempts import Attempts
 from launcher.start.claim import turn
 from launcher.start.local_ranks import ranks_here, run_here
 from launcher.start.sidecars import sidecars_here
-from launcher.view.lines import follow_lines
+from launcher.view.logs import follow_lines
 from launcher.view.tables import watch
 from trainer.config import Config
 from trainer.data.dataset.chapters import forget_given_up
-from trainer.errors import CapstanError, Stopped, Superseded
+from trainer.errors import CapstanError, NotFound, Stopped, Superseded
 from trainer.processes.helper_thread import helper_thread
-from trainer.run.background import say
+from trainer.run import layout
+from trainer.run.background import Harmless, say
 from trainer.run.folder import submitted_config
 from trainer.run.owner import Ownership
 from trainer.run.records import record_end
-from trainer.store.store import open_store
+from trainer.store.store import Store, open_store
+
+
+class Journal:
+    """Lines for `capstan logs RUN --driver`; `log` shows those that a person should see at once."""
+
+    def __init__(self, folder: Store, log: Callable[[str], None]) -> None:
+        self._run, self._log = folder, log
+        self._harmless = Harmless("keeping the driver's log")
+        self._text, self._keeping = "", threading.Lock()
+        with suppress(NotFound):
+            self._text = folder.get(layout.DRIVER_LOG).decode(errors="replace")
+        self.keep(f"driver of process {os.getpid()} on {socket.gethostname()}")
+
+    def write(self, line: str) -> None:
+        self._log(line)
+        self.keep(line)
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Keep how the body, which is the driver's work, ends."""
+        try:
+            yield
+        except CapstanError as error:
+            self.keep(f"ended with exit code {error.exit_code}: {error}")
+            raise
+        self.keep("finished")
+
+    def keep(self, line: str) -> None:
+        with self._keeping:  # what is beside the ranks has threads of its own
+            self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+            self._harmless(lambda: self._run.put(layout.DRIVER_LOG, self._text.encode()))
 
 
 def drive(

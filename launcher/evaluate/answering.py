@@ -8,14 +8,13 @@ from typing import Any, TextIO
 from launcher.evaluate.ranks import for_server, run_ranks
 from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
-from launcher.start.local_group import count_ranks
+from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
 from trainer.evaluate.request import Ask
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import check_step
+from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store
 
 

@@ -9,7 +9,7 @@ from rich.progress import TextColumn
 from launcher.evaluate.ranks import Hear, for_server, run_ranks
 from launcher.evaluate.tables import Evaluated
 from launcher.policy.foreign import check_own, evaluated
-from launcher.start.local_group import count_ranks
+from launcher.start.local_ranks import count_ranks
 from launcher.view.console import progress_bars
 from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
@@ -18,8 +18,7 @@ from trainer.evaluate.request import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.folder import run_config
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import check_step, chosen_step
+from trainer.state.checkpoint.manifest import check_step, chosen_step, committed_steps
 from trainer.store.store import Store
 
 Log = Callable[[str], None]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import IO, Any
 
 from launcher.start.group import is_rank, slurm_rank
-from launcher.start.local_group import count_ranks, end_together, places
+from launcher.start.local_ranks import count_ranks, end_together, places
 from launcher.view.terminal import put
 from trainer.config import Config, override
 from trainer.errors import CapstanError, ConfigError

@@ -2,16 +2,18 @@
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
+from pydantic import BaseModel
+
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
 from launcher.init.commented import yaml_text
-from launcher.init.goals import GOALS
-from launcher.init.importing.sources import is_hub_id
+from launcher.init.importing.mapping import is_hub_id
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources, find_train, has_conversations
@@ -23,6 +25,26 @@ from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown
 from trainer.plan.gpus import read_gpu
 from trainer.processes.devices import described_gpus
+
+
+class Goal(BaseModel):
+    """A goal of goals.yaml: its settings with the reason for each, its learning rates, and the data that it needs, in
+    words.
+    """
+
+    about: str
+    data: str
+    rates: tuple[float, float]
+    rate_source: str
+    trains_base: bool = False
+    settings: Mapping[str, tuple[Any, str]]
+
+
+GOALS: Mapping[str, Goal] = {
+    name: Goal.model_validate(given)
+    for name, given in yaml.safe_load(Path(__file__).with_name("goals.yaml").read_text(encoding="utf-8")).items()
+}
+
 
 T = TypeVar("T")
 Kind = Literal["one", "slurm", "ray"]

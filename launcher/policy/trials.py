@@ -1,12 +1,16 @@
-"""The trials of a sweep, as a pure function of its configuration, and their form in its folder."""
+"""The trials of a sweep: which there are, as a pure function of its configuration, with their form in its folder; whose
+turn it is; and how much the metric depends on each setting, which is a plain description and no test of significance.
+"""
 
 import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from statistics import StatisticsError, correlation, fmean
+from typing import Any, NamedTuple
 
 from launcher.policy.comparable import Metric, metric_of
 from trainer.config import Config, Model, assignment, override
@@ -167,3 +171,131 @@ def in_words(settings: Mapping[str, Any]) -> str:
 def word(value: Any) -> str:
     """A setting's value, as short as people compare it."""
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial that has not had its turn. `makes` are the things in the store that its run needs and runs share:
+    compiled data and quantized bases, by the keys of their manifests. One that is `done` has only its figures to tell.
+    """
+
+    number: int
+    makes: frozenset[str] = frozenset()
+    done: bool = False
+
+
+class End(NamedTuple):
+    """How a trial's run ended; the reason is empty where it finished."""
+
+    exit_code: int
+    reason: str
+
+
+@dataclass
+class Turns:
+    """The trials that are `waiting` for their turn and those that have it. Where several share something which is not
+    made yet, one goes first, and the others wait until it is there; `made` tells. `room` is how many trials the cluster
+    can train at once that are like the one of this number."""
+
+    waiting: list[Candidate]
+    made: Callable[[str], bool]
+    room: Callable[[int], int]
+    running: dict[int, Candidate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Those that are done first: what their figures were decides who is stopped early from now on.
+        self.waiting = sorted(self.waiting, key=lambda trial: (not trial.done, trial.number))
+
+    def next(self) -> int | None:
+        """The trial to start now; it is running from here on. None where all that wait have to."""
+        missing = {thing for trial in self.running.values() for thing in trial.makes if not self.made(thing)}
+        training = sum(not trial.done for trial in self.running.values())
+        for trial in self.waiting:
+            if trial.done or (not trial.makes & missing and training < self.room(trial.number)):
+                self.waiting.remove(trial)
+                self.running[trial.number] = trial
+                return trial.number
+        return None
+
+    def ended(self, number: int) -> None:
+        self.running.pop(number, None)
+
+
+_RANGES = ("uniform", "log_uniform", "int")
+_FEWEST = 3
+"""Two trials have a rank correlation of 1 or -1 whatever is measured."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The metric of `trials` trials at `step`, by the values of one setting.
+
+    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single
+    values have the `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
+    """
+
+    setting: str
+    trials: int
+    step: int
+    correlation: float | None = None
+    means: list[dict[str, Any]] = field(default_factory=list)
+    spread: float | None = None
+
+    def sentence(self, metric: str) -> str:
+        where = f"at step {self.step:,}, {self.trials} trials"
+        if self.spread is not None:
+            means = ", ".join(f"{mean['value']}: {mean['mean']:.4f} ({mean['trials']})" for mean in self.means)
+            return f"{self.setting}: means of {metric} differ by {self.spread:.4f} ({means}; {where})"
+        if self.correlation is None:
+            return f"{self.setting}: too few different trials to tell ({where})"
+        way = "rises" if self.correlation > 0 else "falls"
+        return f"{self.setting}: {metric} {way} with it, rank correlation {self.correlation:+.2f} ({where})"
+
+
+def sensitivities(
+    settings: Mapping[str, Any], trials: Sequence[Trial], curves: Mapping[int, Mapping[int, float]]
+) -> list[Sensitivity]:
+    """One for each of the sweep's `settings`, the strongest first among those of a kind.
+
+    `curves` has the metric after each step for the numbers of those trials that count. They are compared at the last
+    step that all of them have reached: a metric before it and one behind it would not tell the settings apart from the
+    training.
+    """
+    # Before the first step all are the base.
+    reached = {trial.number: {step for step in curves.get(trial.number, ()) if step > 0} for trial in trials}
+    counted = [trial for trial in trials if reached[trial.number]]
+    common = set[int].intersection(*(reached[trial.number] for trial in counted)) if counted else set[int]()
+    if not common:
+        return []
+    step = max(common)
+    values = [curves[trial.number][step] for trial in counted]
+    found = [
+        _of_range(name, [trial.settings[name] for trial in counted], values, step)
+        if next(iter(given)) in _RANGES
+        else _of_values(name, [trial.settings[name] for trial in counted], values, step)
+        for name, given in settings.items()
+    ]
+    return sorted(found, key=lambda one: (one.spread is None, -(one.spread or abs(one.correlation or 0.0))))
+
+
+def _of_range(name: str, given: list[Any], metric: list[float], step: int) -> Sensitivity:
+    found = None
+    if len(given) >= _FEWEST:
+        with suppress(StatisticsError):  # all values are the same
+            found = correlation(_ranks(given), _ranks(metric))
+    return Sensitivity(name, len(given), step, correlation=found)
+
+
+def _of_values(name: str, given: list[Any], metric: list[float], step: int) -> Sensitivity:
+    groups: dict[str, list[float]] = {}
+    for value, figure in zip(given, metric, strict=True):
+        groups.setdefault(value if isinstance(value, str) else json.dumps(value), []).append(figure)
+    means = [{"value": value, "mean": fmean(group), "trials": len(group)} for value, group in groups.items()]
+    found = [mean["mean"] for mean in means]
+    return Sensitivity(name, len(given), step, means=means, spread=max(found) - min(found))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

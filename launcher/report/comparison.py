@@ -1,16 +1,25 @@
-"""The page that compares several runs: how they ended side by side, the settings that differ, and their curves over
-each other.
+"""The pages that compare: several runs, with the settings that differ and their curves over each other; and the trials
+of a sweep, with how the metric depends on each setting.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from launcher.policy.trials import word
-from launcher.report.figures import RunFigures
+from launcher.report.figures import RunFigures, read_figures
+from launcher.report.history import Point
 from launcher.report.page import measure_of, rendered
-from launcher.report.plots import Plot, Series, lines
+from launcher.report.plots import Axis, Plot, Series, lines
+from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
 from trainer.config.evaluation import UNNAMED, split_of
+from trainer.config.sweep import LOG_UNIFORM
+from trainer.run.folder import run_config, store_of
 from trainer.run.settings import leaves
+from trainer.store.store import Store
 
 _LOSS = "loss"
 _COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
@@ -106,3 +115,83 @@ def _overlaid(runs: Mapping[str, RunFigures], name: str, words: str = "") -> Plo
     series = [Series(run, measure.scaled(curve.means or curve.points)) for run, curve in curves.items()]
     note = "Means of stretches of steps" if any(curve.means for curve in curves.values()) else ""
     return lines(f"{measure.title}: {words}" if words else measure.title, series, unit=measure.unit, note=note)
+
+
+_OVERLAID = 7
+"""Trials whose curves are drawn over each other: as many as have colours of their own."""
+_FEW = 6
+"""So many values of a setting have a tick each."""
+_DECADES = 100
+"""Values of a setting that are so many times apart are on a logarithmic axis, however they were drawn."""
+
+
+@dataclass(frozen=True)
+class SweepFigures:
+    """A sweep now, and the figures of its best trials, the best first. `logarithmic` are the settings that are drawn
+    so.
+    """
+
+    made: float
+    status: SweepStatus
+    best: list[RunFigures]
+    logarithmic: Collection[str]
+
+    def to_json(self) -> dict[str, Any]:
+        best = [figures.to_json() for figures in self.best]
+        return {"made": self.made, **asdict(self.status), "best_runs": best}
+
+
+def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
+    """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
+    status = read_sweep(folder, clock)
+    store, tried = store_of(folder), run_config(folder).sweep.settings
+    best = [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)]
+    return SweepFigures(clock(), status, best, [name for name, given in tried.items() if LOG_UNIFORM in given])
+
+
+def _ranked(status: SweepStatus) -> list[TrialStatus]:
+    sign = 1 if status.mode == "min" else -1
+    told = [trial for trial in status.trials if trial.value is not None]
+    others = sorted(told, key=lambda trial: (trial.number != status.best, sign * (trial.value or 0.0)))
+    return others[:_OVERLAID]
+
+
+def sweep_page(figures: SweepFigures) -> str:
+    """The whole HTML file."""
+    status = figures.status
+    by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
+    return rendered(
+        "sweep.html.j2",
+        figures.to_json(),
+        sweep=status,
+        name=status.sweep.rpartition("/")[2],
+        settings=status.settings,
+        best=status.best_trial,
+        by_setting=[plot for plot in by_setting if plot],
+        plots=comparison_plots({run.name: run for run in figures.best}),
+        shown=len(figures.best),
+    )
+
+
+def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
+    """The metric of every trial at its last step over a setting, by the trials' states. None where its values are no
+    numbers.
+    """
+    groups: dict[str, list[Point]] = {}
+    for trial in status.trials:
+        value = trial.settings[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or trial.value is None:
+            continue
+        groups.setdefault(trial.state, []).append((float(value), trial.value))
+    every = sorted({x for points in groups.values() for x, _ in points})
+    spread = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
+    log = logarithmic or spread
+    axis = Axis(name, log=log, ticks=every if len(every) <= _FEW else ())
+    series = [Series(state, points, "dots") for state, points in groups.items()]
+    return lines(f"By {name}", series, unit=status.metric, x=axis)
+
+
+def _is_geometric(values: list[float]) -> bool:
+    """Whether three or more rising values grow by one factor, as 8, 16, 32 do."""
+    factors = [later / earlier for earlier, later in pairwise(values)]
+    return len(factors) > 1 and all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors)

@@ -4,14 +4,105 @@ A start goes on from a committed checkpoint, so its steps replace the equal and 
 those were computed in vain.
 """
 
+import math
+from array import array
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from launcher.report.curves import Columns
+from launcher.view.status import stretches
 from trainer.run.records import Lifetime, Record, generations, read_records
 from trainer.run.settings import Change
 from trainer.store.store import Store
+
+Point: TypeAlias = tuple[float, float]
+
+MOST_POINTS = 600
+"""A plot is some hundred pixels wide: more points than this could not be told apart."""
+_NO_MEASURE = {"kind", "step", "time", "clock"}
+
+
+class Columns:
+    """One column a number that steps have, in the order of the steps; a step that lacks a number has NaN there."""
+
+    def __init__(self) -> None:
+        self.steps = array("q")
+        self._columns: dict[str, array[float]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add a step's record. A number that is not finite is none, and so is a text."""
+        before = len(self.steps)
+        self.steps.append(record["step"])
+        for name, value in record.items():
+            if name in _NO_MEASURE or not _is_number(value):
+                continue
+            if (column := self._columns.get(name)) is None:
+                column = self._columns[name] = array("d")
+            if len(column) < before:
+                column.extend([math.nan] * (before - len(column)))
+            column.append(value)
+
+    def cut(self, step: int) -> "Columns":
+        """Take away the steps after `step`; returns what was taken, in columns of its own."""
+        place, taken = bisect_right(self.steps, step), Columns()
+        taken.steps = self.steps[place:]
+        taken._columns = {name: column[place:] for name, column in self._columns.items()}
+        del self.steps[place:]
+        for column in self._columns.values():
+            del column[place:]
+        return taken
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self._columns if next(self.values(name), None) is not None]
+
+    def points(self, name: str) -> Iterator[Point]:
+        """(step, value) of each step that has this number."""
+        column = self._columns.get(name, ())
+        return ((step, value) for step, value in zip(self.steps, column, strict=False) if not math.isnan(value))
+
+    def values(self, name: str) -> Iterator[float]:
+        return (value for _, value in self.points(name))
+
+    def sum(self, name: str) -> float:
+        return math.fsum(self.values(name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def finite_points(points: Sequence[tuple[Any, Any]]) -> list[Point]:
+    """Those of `points` that can be drawn."""
+    return [(x, y) for x, y in points if _is_number(x) and _is_number(y)]
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` of `points`, in their order: the first, the last, and of each stretch the lowest and the
+    highest.
+    """
+    if len(points) <= most:
+        return list(points)
+    kept = {0, len(points) - 1}
+    for begin, end in stretches(len(points), most // 2 - 1):
+        stretch = range(begin, end)
+        kept |= {min(stretch, key=lambda at: points[at][1]), max(stretch, key=lambda at: points[at][1])}
+    return [points[at] for at in sorted(kept)]
+
+
+def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """The mean of each stretch of `points`, at the stretch's last x; empty where there are few enough to show them
+    all.
+    """
+    if len(points) <= most:
+        return []
+    return [
+        (points[end - 1][0], math.fsum(y for _, y in points[begin:end]) / (end - begin))
+        for begin, end in stretches(len(points), most // 4)
+    ]
+
 
 _NO_END = "it ended without a word, killed or with its machine"
 PARTS = ("launch", "load", "restore")
@@ -19,7 +110,7 @@ PARTS = ("launch", "load", "restore")
 
 
 @dataclass
-class Start:
+class PastStart:
     """One start of the run. Times are seconds since 1970; `seconds` has those that a part of the start took.
 
     `step` is the state that it went on from, None where it never trained; `last_step` is the last one that it took.
@@ -56,7 +147,7 @@ class History:
     left out.
     """
 
-    starts: list[Start] = field(default_factory=list)
+    starts: list[PastStart] = field(default_factory=list)
     steps: Columns = field(default_factory=Columns)
     others: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
@@ -69,7 +160,7 @@ def read_history(folder: Store) -> History:
     """Read every generation of the run in `folder`; a damaged record counts as none."""
     history = History()
     for number in generations(folder):
-        history.starts.append(start := Start(number))
+        history.starts.append(start := PastStart(number))
         _read(history, start, read_records(folder, number))
     last = len(history.starts) - 1
     for place, start in enumerate(history.starts):
@@ -78,7 +169,7 @@ def read_history(folder: Store) -> History:
     return history
 
 
-def _read(history: History, start: Start, records: Iterable[Record]) -> None:
+def _read(history: History, start: PastStart, records: Iterable[Record]) -> None:
     for record in records:
         kind, step = record["kind"], record.get("step")
         if kind in ("start", "step") and start.step is None and step is not None:
@@ -115,7 +206,7 @@ def _go_on_from(history: History, step: int) -> None:
         history.others[kind] = [record for record in history.others[kind] if record.get("step", 0) <= step]
 
 
-def _add_facts(start: Start, record: Record) -> None:
+def _add_facts(start: PastStart, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
     start.sequence_parallel = record.get("sequence_parallel") or 1
     start.machines = len(set(map(str, record.get("machines") or ()))) or None

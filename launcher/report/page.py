@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.filesize import decimal
 
-from launcher.plan.tables import meaning
-from launcher.report.curves import Point
+from launcher.plan.summary import meaning
 from launcher.report.figures import RunFigures
+from launcher.report.history import Point
 from launcher.report.plots import Plot, Series, lines, tick
 from trainer.run.lines import duration
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 from xml.etree import ElementTree
 
-from launcher.report.curves import Point, finite_points
+from launcher.report.history import Point, finite_points
 
 _SVG = "http://www.w3.org/2000/svg"
 _PLACES = {"d", "x", "y", "cx", "cy"}

@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.report.comparison import comparison_page
+from launcher.report.comparison import comparison_page, read_sweep_figures, sweep_page
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
-from launcher.report.sweep import read_sweep_figures, sweep_page
 from launcher.view.sweep import is_sweep, trial_folders
 from trainer.errors import StorageError
 from trainer.run import layout

@@ -11,6 +11,8 @@ Each part is the real command in a process of its own, so the proof holds for th
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,6 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from launcher.cluster.ray.cluster import local_ray
 from launcher.smoke import local_s3
-from launcher.smoke.command import Command
 from launcher.smoke.small import (
     COMMIT_EVERY,
     ROWS_OF_A_SOURCE,
@@ -43,10 +44,72 @@ from trainer.data.dataset.manifest import MANIFEST
 from trainer.errors import CapstanError, ConfigError, DoesNotFit
 from trainer.export.figures import Proof
 from trainer.plan.plan import make_plan
+from trainer.processes import children
 from trainer.processes.devices import local_gpus
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
+
+_LONGEST_SECONDS = 600.0
+_POLL_SECONDS = 0.5
+
+
+class Command:
+    """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it.
+
+    What it reads from stdin, if it reads, is `output`'s `said`.
+    """
+
+    def __init__(self, log: Path, module: str, *arguments: str) -> None:
+        self._log = log
+        self._deadline = time.monotonic() + _LONGEST_SECONDS
+        with log.open("ab") as stderr:
+            self._process = children.start(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # they are runs of its own, also where nobody has a home
+            )
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def runs(self) -> bool:
+        """Whether it still runs, after a short wait. Raises `CapstanError` when it has taken too long."""
+        try:
+            self._process.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > self._deadline:
+                raise CapstanError(f"no end after {_LONGEST_SECONDS:.0f} s: {self.last_words()}") from None
+            return True
+        return False
+
+    def output(self, said: str = "") -> str:
+        """Its output, once it has ended well. It reads what is `said` to it."""
+        with self:
+            try:
+                out, _ = self._process.communicate(said.encode(), timeout=_LONGEST_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise CapstanError(f"no end after {_LONGEST_SECONDS:.0f} s: {self.last_words()}") from None
+        self.check()
+        return out.decode()
+
+    def check(self) -> None:
+        """Raises `CapstanError`, with the same exit code, unless it has ended with exit code 0."""
+        if code := self._process.returncode:
+            error = CapstanError(f"a part of the smoke run ended with exit code {code}: {self.last_words()}")
+            error.exit_code = max(code, 1)  # negative for a signal
+            raise error
+
+    def last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it said nothing'} (all of it in {self._log})"
+
 
 KILL_AFTER = 6
 # The killed run is resumed so, and the undisturbed one never had more: no loss depends on how many ranks there are.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.text import Text
 
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.export.figures import Proof
 
 STEPS = 15

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import NamedTuple, Protocol
 
-from launcher.start.local_group import gpus_of_server
+from launcher.start.local_ranks import gpus_of_server
 from launcher.start.server import Program, keep_server
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE

@@ -1,4 +1,6 @@
-"""The one console for tables and bars: it sends no control characters but rich's own, and reads no text as markup."""
+"""Tables and bars for the terminal. They send no control characters but rich's own, read no text as markup, and cut
+nothing off.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +8,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Column
+from rich.table import Column, Table
+from rich.text import Text
 
 from launcher.view.terminal import visible
 
@@ -43,3 +46,23 @@ class Terminal(Console):
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(visible(text), style)
+
+
+class FoldedTable(Table):
+    """A table that wraps a cell where its column is narrow, at a space or inside a word, so that commands and names
+    stay whole.
+    """
+
+    def add_column(self, *args: Any, **options: Any) -> None:
+        super().add_column(*args, **{"overflow": "fold", **options})
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def facts() -> FoldedTable:
+    """A table without lines, for rows of a name and what there is to say."""
+    table = FoldedTable(box=None, show_header=False, padding=(0, 2), pad_edge=False, collapse_padding=True)
+    table.add_column(style="bold")
+    table.add_column()
+    return table

@@ -5,18 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.view.console import FoldedTable
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, heard_of, judge
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.tables import colored
-from launcher.view.wrapped_table import FoldedTable
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration, of_total
-from trainer.run.owner import last_owner
+from trainer.run.owner import StoreClock, last_owner
 from trainer.run.records import edge_records, starts_in
 from trainer.run.segments import Segment, streams
-from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store
 
 _EDGE_BYTES = 2**17

@@ -1,13 +1,18 @@
-"""The output of a run's ranks and drivers, from its folder alone, during and after the run."""
+"""What a run says, from its folder alone: the output of its ranks and drivers, and its progress as plain lines where
+there is no terminal.
+"""
 
 import codecs
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-from launcher.view.tail import poll_seconds
-from trainer.errors import ConfigError, NotFound
+from launcher.view.runs import poll_seconds
+from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.run import layout
+from trainer.run.lines import PlainLines
+from trainer.run.records import RunReader, generations
 from trainer.run.segments import Appended, Segment, read_stream, streams
 from trainer.store.store import Store
 
@@ -75,3 +80,27 @@ def _logs(folder: Store) -> dict[tuple[int, int], list[Segment]]:
         if len(numbers) == 2 and layout.rank_log(*numbers) == stream:
             found[numbers[0], numbers[1]] = segments
     return found
+
+
+def follow_lines(
+    folder: Store,
+    stop: Callable[[], bool],
+    every: int,
+    log: Callable[[str], None],
+    *,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Give `log` the lines of the starts that begin from now on, a step in every so many, until `stop()` is true."""
+    lines, reader, before = PlainLines(every), RunReader(folder), None
+    while every:
+        last_look = stop()
+        with suppress(StorageError):  # the run has its own patience with the store
+            if before is None:
+                before = max(generations(folder), default=0)
+            for number, records in reader.read(streams(folder.list(layout.METRICS))):
+                for record in records if number > before else ():
+                    if text := lines.of(record):
+                        log(text)
+        if last_look:
+            return
+        wait(3 * poll_seconds(folder))  # a log is looked at less often than a live view

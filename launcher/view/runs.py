@@ -8,9 +8,14 @@ from itertools import compress
 from trainer.errors import ConfigError, shown
 from trainer.run import layout
 from trainer.run.folder import command
-from trainer.run.owner import preparer
-from trainer.run.store_clock import StoreClock
+from trainer.run.owner import StoreClock, preparer
 from trainer.store.store import Store, open_store
+
+
+def poll_seconds(folder: Store) -> float:
+    """A bucket bills each listing; a folder does not."""
+    return 0.5 if folder.uri.startswith(("file://", "memory://")) else 5.0
+
 
 _REQUESTS_AT_A_TIME = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be

@@ -5,9 +5,10 @@ is over.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
@@ -15,23 +16,66 @@ from rich.live import Live
 from rich.text import Text
 
 from launcher.policy.comparable import Metric
-from launcher.policy.sensitivity import Sensitivity, sensitivities
-from launcher.policy.trials import SearchPlan, Trial, in_words, word
-from launcher.view.console import Terminal
-from launcher.view.scores import Scores
+from launcher.policy.trials import SearchPlan, Sensitivity, Trial, in_words, sensitivities, word
+from launcher.view.console import FoldedTable, Terminal
+from launcher.view.runs import poll_seconds
 from launcher.view.status import Follower, RunStatus
-from launcher.view.tail import poll_seconds
-from launcher.view.wrapped_table import FoldedTable
+from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import TRAIN
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.run.folder import command, run_config, store_of
 from trainer.run.lines import of_total
-from trainer.run.owner import last_owner
+from trainer.run.owner import StoreClock, last_owner
+from trainer.run.records import Record, RunReader
 from trainer.run.requests import read_stop, stop_requester
-from trainer.run.store_clock import StoreClock
+from trainer.run.segments import streams
 from trainer.store.store import Store
 from trainer.store.twice import read_twice
+
+_SMOOTHED_STEPS = 10
+"""The training loss is a mean over so many steps, since that of one step is that of its few rows."""
+
+
+class Scores:
+    """The metric of the run in `folder` after each step that has one, NaN where it was no finite number; each look
+    reads only what is new. Step 0 has none: there a trial is still the base."""
+
+    def __init__(self, folder: Store, metric: Metric) -> None:
+        self._folder, self._metric = folder, metric
+        self._reader = RunReader(folder)
+        self._losses: dict[int, float] = {}
+        self._by_step: dict[int, float] = {}
+        self.of_data = TRAIN if metric.of == TRAIN else split_of(metric.of)
+        self.data: Mapping[str, str | None] = {}
+        """The fingerprints of the data of the newest start, where they are known; the metric's own is that of
+        `of_data`.
+        """
+
+    def read(self) -> dict[int, float]:
+        """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its
+        figures count.
+        """
+        for _, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
+            for record in records:
+                self._add(record)
+        return dict(sorted(self._by_step.items()))
+
+    def _add(self, record: Record) -> None:
+        if record["kind"] == "start":
+            self.data = record.get("data", {})
+        step, value = record.get("step"), record.get(self._metric.measure)
+        if not isinstance(step, int) or step < 1:
+            return
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            value = math.nan
+        if self._metric.of == TRAIN and record["kind"] == "step":
+            self._losses[step] = value
+            recent = range(step - _SMOOTHED_STEPS + 1, step + 1)
+            self._by_step[step] = fmean(self._losses[earlier] for earlier in recent if earlier in self._losses)
+        elif record["kind"] == "eval" and record.get("set", UNNAMED) == self._metric.of:
+            self._by_step[step] = value
+
 
 BY = "capstan sweep"
 """The owner of a sweep and of its trials, and the author of the stop requests to them that end the whole sweep."""

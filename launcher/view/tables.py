@@ -10,12 +10,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from launcher.view.console import Terminal
-from launcher.view.runs import is_there
-from launcher.view.sparkline import sparkline
-from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus
-from launcher.view.tail import poll_seconds
-from launcher.view.wrapped_table import facts
+from launcher.view.console import Terminal, facts
+from launcher.view.runs import is_there, poll_seconds
+from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, sparkline
 from trainer.errors import StorageError
 from trainer.run.lines import duration, figures_line, of_total
 from trainer.store.store import Store

@@ -32,7 +32,7 @@ for package in (launcher, trainer):
 """
 READ_FILES = """
 from trainer.state.zero.policy import policy_names
-from launcher.cluster.slurm.script import _BODY
+from launcher.cluster.slurm.submit import _BODY
 print(*policy_names(), _BODY.read_text().splitlines()[0])
 """
 

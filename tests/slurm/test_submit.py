@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from launcher.cluster.slurm.script import slurm_quoted
+from launcher.cluster.slurm.submit import slurm_quoted
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import commit
 from tests.slurm.cluster import NETWORK, Cluster

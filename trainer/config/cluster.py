@@ -177,7 +177,7 @@ class Slurm(Section):
 
 
 class Cluster(Section):
-    """How many ranks, and on what."""
+    """The number of ranks, and the machines that run them."""
 
     workers: int | tuple[int, int] | None = setting(
         None,

@@ -18,7 +18,7 @@ def split_of(name: str = UNNAMED) -> str:
 
 
 class EvalSet(Section):
-    """One named set: where its rows are, and how they are read where that differs from the training data."""
+    """One named set: the place of its rows, and how they are read if that differs from the training data."""
 
     path: str = setting(
         about="A file, a glob, a folder or a URI, as in data.eval.",
@@ -53,8 +53,8 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """The settings of all that is measured beside the training loss. Sets are evaluated during the run; `capstan
-    evaluate` measures all of it.
+    """Everything that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate`
+    measures all of it.
     """
 
     every: Steps = setting(

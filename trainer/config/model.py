@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
 
 
 class SpecialTokens(Section):
-    """Tokens that the tokenizer has, for uses that its own files give to others."""
+    """Existing tokens that get another use than the tokenizer's own files give them."""
 
     pad: str | None = setting(
         None, about="The padding token. Capstan itself pads nothing.", example="<pad>", min_length=1
@@ -41,8 +41,8 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class RopeScaling(Section):
-    """Rotary positions for documents longer than the base's, as transformers scales them; exports have them in their
-    config.json.
+    """Rotary positions for documents longer than the base's, as transformers scales them. Exports have the scaling in
+    their config.json.
     """
 
     rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
@@ -199,7 +199,7 @@ class Model(Section):
 
 
 class Quant(Section):
-    """How the linear layers are stored, which then stay frozen."""
+    """How the frozen linear layers are held."""
 
     type: Annotated[str, OneOf("trainer.model.held.formats", "HELD")] = setting(
         "nf4",
@@ -248,7 +248,9 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """The part that learns, on the frozen layers or of them. docs/methods.md says when to use which method."""
+    """What learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says when to use which
+    method.
+    """
 
     method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
         "lora", about="The way to fine-tune.", example="rslora"

@@ -40,7 +40,7 @@ names it in `HEADS`.
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
     """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md
-    say when to use which, and give the formulas.
+    give the formulas, and say when to use which.
     """
 
     name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES", speaks="objective")] = setting(
@@ -166,9 +166,10 @@ class Serve(Section):
 
 
 class RolloutSettings(Section):
-    """Answers that are sampled while the run learns, for objective.name: grpo and opd. The prompts are those of
-    data.train: all before the last answer of a row, which is given to the reward and never trained. docs/rollouts.md
-    says how to go about it."""
+    """Answers that are sampled while the run learns, for objective.name: grpo and opd. A prompt is everything in a row
+    of data.train before its last answer. That answer is passed to the reward and never trained. docs/rollouts.md is the
+    guide.
+    """
 
     reward: str | None = setting(
         None,

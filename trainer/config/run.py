@@ -13,7 +13,7 @@ _SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/l
 
 
 class Run(Section):
-    """Which run this is and where it lives."""
+    """The name of the run and its place."""
 
     name: str = setting(
         about="Name of the run, and of its folder in the store. Letters, digits, '.', '_' and '-'.",
@@ -49,7 +49,7 @@ class Run(Section):
 
 
 class Checkpoint(Section):
-    """When training state is committed to the store."""
+    """When training state is committed to the store, and which checkpoints are kept."""
 
     every_steps: Steps = setting(
         100,
@@ -156,7 +156,9 @@ class Retry(Section):
 
 
 class Timeouts(Section):
-    """How long a rank may take over one thing before it counts as hanging, is named, and the ranks start again."""
+    """How long a rank may take over one thing before it counts as hanging. It is then named, and the ranks
+    start again.
+    """
 
     meet: Seconds = setting(
         900, about="How long all ranks may take to come together after torchrun or srun has started them.", example=300
@@ -169,7 +171,7 @@ class Timeouts(Section):
 
 
 class Track(Section):
-    """Where metrics go, besides the run's folder."""
+    """Where metrics go, in addition to the run's folder."""
 
     tensorboard: bool = setting(
         True, about="Write TensorBoard events into the run's folder, once a minute.", example=True

@@ -23,7 +23,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Sweep(Section):
-    """What `capstan sweep` tries: each trial is a run with other values of these settings."""
+    """What `capstan sweep` tries. Each trial is a run with other values of these settings."""
 
     settings: dict[str, Any] = setting(
         {},

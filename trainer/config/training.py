@@ -106,7 +106,7 @@ class Optim(Section):
 
 
 class StopWhen(Section):
-    """When a run ends by itself before its last step: with a checkpoint, and as finished."""
+    """When a run ends before its last step, with a checkpoint and as finished."""
 
     loss_above: float | None = setting(
         None, about="End when the loss of a step is above this so many times in a row.", example=5.0, gt=0, unit="nats"
@@ -132,7 +132,7 @@ class StopWhen(Section):
 
 @with_parts("trainer.train.every", files=True)
 class Train(Section):
-    """How long and in what portions."""
+    """The length of the training and the size of its steps."""
 
     steps: int | None = setting(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
     epochs: float | None = setting(

@@ -14,7 +14,7 @@ from trainer.processes.accelerator import kind
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
-    """Have layers of `model` compute their activations again, keep their inputs on the host and tile their MLPs, as
+    """Make layers of `model` compute their activations again, keep their inputs on the host and tile their MLPs, as
     `settings` say.
 
     The last layers are the cheapest to keep: their backward passes come first, and when the others are computed again,

@@ -1,4 +1,4 @@
-"""Which attention kernel runs, picked once, and the reason for the log.
+"""Chooses the attention kernel that runs, once, with the reason for the log.
 
 All of them honour document borders: flash-attn's and PyTorch's varlen kernel through cu_seqlens, flex_attention and the
 eager one, which is plain matrix products and holds all scores at once, through masks, and SDPA document by document, or
@@ -24,9 +24,9 @@ from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.rows.attention import causal
 
 VARLEN = "capstan_varlen"
-SINKS = "capstan_sinks"  # SDPA, a word that transformers looks for in a name, to refuse it
+SINKS = "capstan_sinks"  # SDPA, spelt so that the name lacks a word that transformers looks for in order to refuse it
 FLEX = "capstan_flex"
-# The names that transformers gives what a layer's attention has beyond softmax(QK)V.
+# transformers' names for what a layer's attention has beyond softmax(QK)V.
 _BEYOND = ("softcap", "s_aux", "position_bias", "indices")
 
 
@@ -40,7 +40,7 @@ class Attention:
     def arguments(
         self, cu_seqlens: Tensor, max_seqlen: int, of_keys: tuple[Tensor, int] | None = None
     ) -> dict[str, Any]:
-        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents apart.
+        """The arguments of the model's forward, beside input_ids and position_ids, that keep packed documents separate.
 
         One text whose earlier keys were kept has borders `of_keys` beside those of its new tokens. flash-attn is not
         told them: a layer with a window keeps fewer keys than they say, and transformers calls it for one text by the
@@ -66,7 +66,7 @@ def choose_attention(
     *,
     masked: bool = False,
 ) -> Attention:
-    """Resolve `model.attention`; raises `ConfigError` when the named kernel cannot run here, or not this base.
+    """Resolve `model.attention`. Raises `ConfigError` if the named kernel cannot run here, or not with this base.
 
     `refused` gives the reason for each kernel that the run's method cannot compute with; with `masked` its rows have a
     mask that is more than borders of documents.
@@ -100,7 +100,7 @@ def _registered(kernel: str, needs: AttentionNeeds) -> str:
 
 
 def no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Borders travel as cu_seqlens."""
+    """No mask, because borders travel as cu_seqlens."""
 
 
 def varlen_attention(
@@ -126,7 +126,7 @@ def varlen_attention(
     """
     from torch.nn.attention import varlen
 
-    if max_length_k > key.shape[2]:  # of one text that grows, a layer with a window keeps no more keys than it sees
+    if max_length_k > key.shape[2]:  # For one growing text, a layer with a window keeps no more keys than it sees.
         cu_seq_lens_k, max_length_k = cu_seq_lens_k.clamp(max=key.shape[2]), key.shape[2]
     assert all(beyond.get(name) is None for name in _BEYOND), (
         f"varlen attention computes none of {_BEYOND}: see unable()"
@@ -135,7 +135,7 @@ def varlen_attention(
     value = nn.functional.pad(value, (0, key.shape[-1] - width))
     groups = query.shape[1] // key.shape[1]
     given: dict[str, Any] = {"enable_gqa": groups > 1}
-    if "enable_gqa" not in _arguments(varlen.varlen_attn):  # torch before 2.12, which wants a key head for each head
+    if "enable_gqa" not in _arguments(varlen.varlen_attn):  # torch before 2.12 needs a key head for each head
         key, value, given = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), {}
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     out = varlen.varlen_attn(
@@ -171,8 +171,8 @@ def sdpa_with_sinks(
     s_aux: Tensor | None = None,
     **beyond: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, as transformers calls it, where a head's softmax has a term more, its sink, which weighs no value; `s_aux`
-    (heads,).
+    """SDPA, as transformers calls it, with one more term in each head's softmax: its sink, which weighs no value;
+    `s_aux` (heads,).
 
     The term is the score of one more key, whose value is zero: with a feature that is 1 in this key and 0 in the
     others, and in all queries of a head sink / scaling. Eight features and keys, as kernels on GPUs want widths that
@@ -182,7 +182,7 @@ def sdpa_with_sinks(
     if s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **beyond)
     more = 8
-    if attention_mask is None:  # one document, which SDPA alone would take for causal
+    if attention_mask is None:  # one document, which SDPA would otherwise take for causal
         attention_mask = causal(query, key)
     first = torch.arange(more, device=query.device) == 0
     sink = (s_aux / scaling).to(query.dtype)[:, None, None] * first

@@ -18,14 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The reverse divergence is infinite where the teacher leaves nothing for the tail, as with nearly the whole vocabulary
+# The reverse divergence is infinite if the teacher leaves nothing for the tail, as with nearly the whole vocabulary
 # stored.
 _SMALLEST_TAIL = -40.0
 
 
 class Taught(NamedTuple):
-    """A teacher's word on some targets: `ids` (targets, k) int64, its likeliest tokens, and `log_p` (targets, k + 1)
-    fp32 in nats, theirs and behind them the tail's."""
+    """A teacher's probabilities for some targets: `ids` (targets, k) int64, its likeliest tokens, and `log_p` (targets,
+    k + 1) fp32 in nats, those of these tokens followed by the tail's.
+    """
 
     ids: Tensor
     log_p: Tensor
@@ -35,8 +36,9 @@ class Taught(NamedTuple):
 
 
 class Distillation(NamedTuple):
-    """A loss by a teacher: `next_tokens` times -log p of the target, and the rest of 1 times the divergence, at
-    `temperature` and times its square, so that gradients keep their size (arXiv:1503.02531, section 2.1)."""
+    """A loss with a teacher: `next_tokens` times -log p of the target, plus the rest of 1 times the divergence at
+    `temperature`, multiplied by its square so that gradients keep their size (arXiv:1503.02531, section 2.1).
+    """
 
     taught: Taught
     reverse: bool = False
@@ -44,12 +46,12 @@ class Distillation(NamedTuple):
     next_tokens: float = 0.0
 
     def part(self, place: slice) -> "Distillation":
-        """The same loss of some of the targets."""
+        """The same loss for some of the targets."""
         return self._replace(taught=self.taught.part(place))
 
 
 class TopK(NamedTuple):
-    """The question to a teacher: the `k` likeliest of its first `vocabulary` tokens, at `temperature`."""
+    """What a teacher is asked for: the `k` likeliest of its first `vocabulary` tokens, at `temperature`."""
 
     k: int
     vocabulary: int
@@ -57,18 +59,18 @@ class TopK(NamedTuple):
 
 
 def likeliest(logits: Tensor, asked: TopK) -> Taught:
-    """The teacher's word by its logits (targets, V) fp32."""
+    """The teacher's likeliest tokens and their probabilities, from its logits (targets, V) fp32."""
     k, vocabulary, temperature = asked
     logits = logits[:, :vocabulary] / temperature
     normalizer = logits.logsumexp(-1, keepdim=True)
     values, ids = logits.topk(k, -1)
-    # Not by the others' sum: the tail of a teacher that is sure is lost in the rounding of 1.
+    # Not 1 minus the others' sum: the tail of a confident teacher is lost in the rounding of 1.
     tail = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     return Taught(ids, torch.cat([values, tail], -1) - normalizer)
 
 
 class Divergence:
-    """The divergence of targets with `logits` (n, V) fp32, which stay as they are."""
+    """The divergence of targets with `logits` (n, V) fp32, which are not changed."""
 
     def __init__(self, logits: Tensor, given: Distillation) -> None:
         self.given = given
@@ -86,10 +88,10 @@ class Divergence:
         """d nats / d logits, (n, V) fp32."""
         ids, s = self.given.taught.ids, self._log_s.exp()
         factors = self._reverse_factors() if self.given.reverse else 1 - (self._log_t - self._outcomes).exp()
-        # An outcome of no probability has no gradient, whatever its factor is.
+        # An outcome without probability has no gradient, whatever its factor.
         factors = torch.where(self._outcomes == float("-inf"), 0, factors)
         own = s.gather(-1, ids) * factors[:, :-1]
-        if not self.given.reverse:  # the same without a ratio, which a student that is far off would make infinite
+        if not self.given.reverse:  # the same without a ratio, which would be infinite for a student that is far off
             own = s.gather(-1, ids) - self._log_t[:, :-1].exp()
         return s.mul_(factors[:, -1:]).scatter_(-1, ids, own).mul_(self.given.temperature)
 
@@ -108,6 +110,6 @@ class Divergence:
 
     @staticmethod
     def _mean(log_p: Tensor, values: Tensor) -> Tensor:
-        """Of `values`, each with its probability; those of probability 0 count nothing."""
+        """The sum of `values`, each times its probability. Values of probability 0 count nothing."""
         p = log_p.exp()
         return torch.where(p > 0, p * values, 0).sum(-1)

@@ -1,4 +1,4 @@
-"""Documents of one packed row stay apart in every layer that mixes tokens, whichever model transformers builds.
+"""Keeps the documents of a packed row separate in every layer that mixes tokens, in any model that transformers builds.
 
 A row may be divided over ranks (trainer/model/rows/): then attention, and its mask, is for all of the row's tokens, and
 every other layer for this rank's slice of them; trainer/model/rows/mixing.py has the layers that pass a state on.
@@ -38,22 +38,23 @@ from trainer.model.rows.attention import attend_across, attend_by_documents
 from trainer.model.rows.mixing import divides, functions_of_module, on_whole_row
 from trainer.model.rows.row import AtWork, CannotDivide, by_documents, described, row_at_work
 
-# The names that layers of transformers have for what they keep of earlier tokens: whoever mixes tokens needs it to
-# generate.
+# The names that layers of transformers use for what they keep of earlier tokens. Every module that mixes tokens needs
+# it to generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
-# Arguments that speak of the whole row's borders, and mean nothing to a batch of documents.
+# Arguments that describe the whole row's borders, and mean nothing to a batch of documents.
 _BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of activation checkpointing: a layer that is computed again in backward, by another thread and
-    after other rows maybe, computes for the row that it did."""
+    """The `context_fn` of activation checkpointing. A layer that is computed again in the backward pass, perhaps by
+    another thread and after other rows, computes for its own row.
+    """
     return nullcontext(), AtWork(row_at_work())
 
 
 def keep_documents_apart(model: PreTrainedModel) -> None:
-    """Have documents of a row not see each other in any layer of `model`, and attention exchange its heads with those
-    that share the row.
+    """Make documents of a row not see each other in any layer of `model`, and make attention exchange heads with the
+    ranks that share the row.
 
     What is put into transformers does as transformers does unless a row is at work, so other models of the process see
     nothing of it. Masks have a registry. Two places have none: transformers itself looks for documents in position_ids,
@@ -73,7 +74,8 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
 
 def mixers(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules inside a model's layers in which a token's result depends on other tokens: those that take
-    a cache, as they could not generate without one, or have a convolution."""
+    a cache, without which they could not generate, or that have a convolution.
+    """
     for child in model.children():
         if _mixes(child) and not any(isinstance(module, GradientCheckpointingLayer) for module in child.modules()):
             yield child
@@ -95,8 +97,9 @@ def knows_borders(mixer: nn.Module) -> bool:
 
 
 def _is_told_documents(mixer: nn.Module) -> bool:
-    """Whether a layer needs no mask for the documents of a row: it takes them apart, or calls an attention function of
-    transformers' interface, which can, and nothing else that would read the mask."""
+    """Whether a layer needs no mask for the documents of a row: it computes them separately, or it calls an attention
+    function of transformers' interface, which can, and nothing else that would read the mask.
+    """
     if not knows_borders(mixer):
         return True
     inside = [module for module in mixer.modules() if module is not mixer and _mixes(module)]
@@ -120,7 +123,7 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def convolves(module: nn.Module) -> bool:
-    """Whether a convolution is among its own parts."""
+    """Whether one of the module's own parts is a convolution."""
     return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
@@ -132,9 +135,10 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 
 def _find_documents(position_ids: Tensor) -> Tensor | None:
-    """transformers looks for documents in position_ids whenever it makes a mask, and waits for the device. In a row
-    they are known, and `of_row` has them in the mask: the positions of a slice would be too few for it, and would hide
-    a prefix."""
+    """Keep transformers from searching position_ids for documents whenever it makes a mask, which waits for the device.
+    In a row the documents are known, and `of_row` puts them into the mask. The positions of a slice would be too few
+    for that, and would hide a prefix.
+    """
     return _find_packed(position_ids) if row_at_work() is None else None
 
 
@@ -142,8 +146,9 @@ _interface = AttentionInterface.get_interface
 
 
 def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function that a layer is about to call, by which kernel soever: document by document where the mask
-    of several was left out, and across the ranks that share the row, if some do."""
+    """The attention function that a layer is about to call, with any kernel: document by document if the mask of
+    several was left out, and across the ranks that share the row, if some do.
+    """
     attend, row = _interface(known, name, default), row_at_work()
     if row is not None and row.unmasked:
         attend = functools.partial(attend_by_documents, attend, row)
@@ -151,8 +156,9 @@ def _interface_of_row(known: AttentionInterface, name: str, default: Callable[..
 
 
 def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `make` of a mask, with the borders of the row's documents in it. SDPA needs none for documents that
-    it computes one by one, each of them causal."""
+    """transformers' `make` of a mask, with the borders of the row's documents. SDPA needs no mask for documents that it
+    computes one by one, because each is causal.
+    """
 
     def mask(*, mask_function: Callable[..., Any] = causal_mask_function, **given: Any) -> Any:
         row = row_at_work()
@@ -191,7 +197,7 @@ def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
 
 
 def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of `mixer`, for each batch of documents of a row."""
+    """The forward of `mixer` for each batch of documents of a row."""
     is_divided = divides(mixer)
 
     @functools.wraps(forward)

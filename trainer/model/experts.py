@@ -24,9 +24,10 @@ _DOWN = "down_proj"
 
 
 def prepare_experts(model: nn.Module) -> None:
-    """Make the experts of a model that transformers built with `IMPLEMENTATION` ready for it and for adapters, those of
-    classes without the interface too. Their attribute `visits` counts the rows of each expert, (count,) on the device,
-    where a token has `each`; it is 0 before the first pass."""
+    """Prepare the experts of a model that transformers built with `IMPLEMENTATION`, including classes without the
+    interface, for that forward pass and for adapters. Their attribute `visits` counts the rows of each expert, (count,)
+    on the device, where a token visits `each` experts; it is 0 before the first pass.
+    """
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
             _WITHOUT_INTERFACE[type(module).__name__](module)
@@ -104,10 +105,10 @@ def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tens
     for first in range(0, count, portion):
         last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
-        if begin < end:  # nobody visits the others, so they are not dequantized
+        if begin < end:  # no token visits the others, so they are not dequantized
             matrices = stack.matrices(first, last)
             result[begin:end] = groups.product(rows, matrices if transposed else matrices.mT, first)
-            del matrices  # before the next are made
+            del matrices  # before the next ones are made
     return result
 
 
@@ -120,18 +121,18 @@ def _grouped(self: Any, experts: Tensor) -> Groups:
 
 
 def _weighted_inputs_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """As `experts_forward`, where the weights are those of the experts' inputs."""
+    """Like `experts_forward`, for families that weight the experts' inputs."""
     groups = _grouped(self, experts)
     rows = groups.dispatch(hidden) * groups.sort(weights.reshape(-1)).unsqueeze(-1)
     return groups.restore(_through_experts(self, rows, groups)).sum(1)
 
 
 def _llama4(mixture: Any) -> None:
-    """transformers multiplies every token by every expert there, nearly all of them as zeros."""
+    """Replaces transformers' pass, which multiplies every token by every expert, nearly all of them as zeros."""
 
     def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden.reshape(-1, self.hidden_dim)
-        scores, logits = self.router(hidden)  # (T, count), 0 for the experts that a token does not visit
+        scores, logits = self.router(hidden)  # (T, count), 0 for experts that a token does not visit
         weights, experts = scores.topk(self.top_k, dim=1)
         return self.shared_expert(hidden) + self.experts(hidden, experts, weights), logits
 
@@ -147,7 +148,7 @@ def _gated(self: Any, rows: Tensor) -> Tensor:
     return self.act_fn(gate) * up
 
 
-# The mixtures whose experts are in `EXPERTS_WITHOUT_INTERFACE`, and how they get a forward pass.
+# The mixtures whose experts are in `EXPERTS_WITHOUT_INTERFACE`, and the function that gives them a forward pass.
 _WITHOUT_INTERFACE = {"Llama4TextMoe": _llama4}
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

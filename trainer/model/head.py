@@ -1,4 +1,4 @@
-"""The output head and token-summed cross entropy, without ever holding the logits of a whole row.
+"""The output head and token-summed cross entropy, which never hold the logits of a whole row.
 
 Where the head is frozen, the gradient with respect to the hidden states is computed chunk by chunk in the forward pass:
 no recomputation, and ZeRO-3 gathers the head once a micro-batch instead of once a chunk and pass. Where it learns, tied
@@ -18,8 +18,8 @@ from trainer.processes.accelerator import is_accelerator
 IGNORE = -100
 """The label of a position that predicts nothing (cross entropy's `ignore_index`)."""
 _CHUNK_BYTES = 2**28  # of logits, were they in fp32
-_CHUNK_ROWS = 512  # of which a chunk has a multiple, as many as kernels of products take at once or twice
-# So many bytes of logits are in fp32 at one time: a core's cache holds them, and on a GPU each kernel is worth its
+_CHUNK_ROWS = 512  # a chunk has a multiple of this many targets, as many as kernels of products take at once or twice
+# So many bytes of logits are in fp32 at one time. A core's cache holds them, and on a GPU they are worth a kernel's
 # launch.
 _BLOCK_BYTES, _BLOCK_BYTES_ON_GPU = 2**22, 2**26
 
@@ -41,8 +41,8 @@ _PLAIN = LossTerms()
 
 
 class Goal(NamedTuple):
-    """All that the loss of some targets is made of: their `labels` (targets,) int64, the `terms` beside -log p, or a
-    teacher.
+    """What the loss of some targets is computed from: their `labels` (targets,) int64, and the `terms` beside -log p or
+    a teacher.
     """
 
     labels: Tensor
@@ -55,8 +55,9 @@ class Goal(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows `ids` (N,) int64 of a head of `vocabulary` rows are those of `matrix` (N, H). All that the head's own
-    weight lacks are among them."""
+    """Learnt rows of the head: the rows `ids` (N,) int64 of a head with `vocabulary` rows are those of `matrix` (N, H).
+    They include all rows that the head's own weight lacks.
+    """
 
     matrix: Tensor
     ids: Tensor
@@ -78,7 +79,7 @@ class LossHead(nn.Linear):
     _vocabulary: int | None = None
 
     def learn(self, ids: Tensor, tokens: nn.Parameter, start: Tensor) -> None:
-        """Have `tokens` (N, H) be the rows `ids` (N,) int64, or `start` where `active` is off; V is then the larger
+        """Use `tokens` (N, H) as the rows `ids` (N,) int64, or `start` if `active` is off. V is then the larger
         vocabulary.
         """
         self.trainable_tokens_delta, self.active = tokens, True
@@ -148,14 +149,15 @@ class LossHead(nn.Linear):
             yield from (block for _, block in _blocks(logits, goal.part(part), self))
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """Logits of products, as the base scales them; or gradients of products of those of logits."""
+        """The logits of products, scaled as the base scales them; or the gradients of products from those of logits."""
         logits = logits if self.factor == 1 else logits * self.factor
         return logits if self.divisor == 1 else logits / self.divisor
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
-    """A frozen head, of which some `rows` may learn. `matrix` is that of the rows, given once more for its gradient.
-    `learns` says whether autograd records: torch has switched that off inside of `forward`."""
+    """A frozen head, of which some `rows` may learn. `matrix` is that of the rows, passed once more for its gradient.
+    `learns` says whether autograd records, which torch switches off inside `forward`.
+    """
 
     @staticmethod
     def forward(
@@ -191,7 +193,8 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         hidden, grad, of_rows = ctx.saved_tensors
-        # In fp32 first: the scale (1 / targets) can be too small for the product's rounding in bf16 to be harmless.
+        # In fp32 first, because the scale (1 / targets) can be so small that rounding the product in bf16 would do
+        # harm.
         grad, of_rows = (
             None if part is None else (part.float() * grad_output[:, None]).to(part.dtype) for part in (grad, of_rows)
         )
@@ -257,15 +260,15 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Rows | None, bias: Tensor | No
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Slices of the N rows of `hidden` whose logits are made at one time."""
+    """Slices of the N rows of `hidden`; the logits of one slice are made at a time."""
     size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]) // _CHUNK_ROWS) * _CHUNK_ROWS
     for begin in range(0, len(hidden), size):
         yield slice(begin, begin + size)
 
 
 def _nats(logits: Tensor, goal: Goal, head: LossHead, *, turn_into_gradient: bool = False) -> Tensor:
-    """The nats of each target, (n,) fp32, by logits (n, V). Its gradient may take the place of the logits, which nobody
-    else needs.
+    """The nats of each target, (n,) fp32, from logits (n, V). Its gradient may overwrite the logits, which nobody else
+    needs.
     """
     nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for place, block in _blocks(logits, goal, head):
@@ -276,8 +279,8 @@ def _nats(logits: Tensor, goal: Goal, head: LossHead, *, turn_into_gradient: boo
 
 
 def _blocks(logits: Tensor, goal: Goal, head: LossHead) -> Iterator[tuple[slice, "_Block"]]:
-    """Rows of logits (n, V), as many as are in fp32 at one time, and what is computed of them. A row does not depend on
-    others.
+    """Blocks of rows of logits (n, V), as many rows as are in fp32 at one time, and the function that computes on them.
+    A row does not depend on others.
     """
     size = max(1, (_BLOCK_BYTES_ON_GPU if is_accelerator(logits.device) else _BLOCK_BYTES) // (4 * logits.shape[1]))
     for begin in range(0, len(logits), size):

@@ -1,5 +1,5 @@
-"""Inputs of layers in pinned memory of the host between forward and backward, carried by a stream of their own while
-the device computes.
+"""Inputs of layers in pinned host memory between forward and backward, copied by a stream of their own while the device
+computes.
 
     compute | layer 3      | layer 4      | ... | layer 4, backward | layer 3, backward
     copies  | input of 3 > | input of 4 > |     | < input of 3      | < input of 2
@@ -22,19 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from trainer.model.documents import recomputed
 from trainer.processes.pinned import blocks, place_bytes
 
-_LEAVING = 2  # inputs that are on the device though they are saved on the host
+_LEAVING = 2  # how many saved inputs may be on the device as well
 
 
 class _Arena:
-    """Pinned memory for `count` inputs of layers, in places as large as the largest of them. All copies from and to it
-    are a stream's, in their order: so a place may be another input's at once when its own is gone."""
+    """Pinned memory for `count` inputs of layers, in places as large as the largest. One stream makes all copies from
+    and to it, in order, so a place may be reused as soon as its input has left.
+    """
 
     def __init__(self, count: int) -> None:
         self._count, self._size = count, 0
         self._free, self._blocks = list[Tensor](), list[int]()
 
     def place_of(self, size: int) -> Tensor:
-        """A free one for a tensor of so many bytes, as bytes."""
+        """A free place for a tensor of so many bytes, as bytes."""
         if place_bytes(size) > self._size:
             self._size = place_bytes(size)
             self._free, self._blocks = [], blocks(self._size, self._count)
@@ -65,10 +66,10 @@ class Offload:
     def __init__(self, device: torch.device, layers: int) -> None:
         self._device, self._stream, self._arena = device, torch.Stream(device), _Arena(layers)
         self._leaving: deque[_Input] = deque()
-        self._newest: Callable[[], _Input | None] = lambda: None  # what was saved last and is still needed
+        self._newest: Callable[[], _Input | None] = lambda: None  # the last saved input that is still needed
 
     def checkpoint(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        """As torch.utils.checkpoint, for transformers' layers."""
+        """A replacement for torch.utils.checkpoint in transformers' layers."""
         with saved_tensors_hooks(self._send, self._receive):
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=recomputed)
 
@@ -89,7 +90,7 @@ class Offload:
         here = self._call_back(wanted)
         self._wait_for(wanted)
         wanted.here, self._newest = None, wanted.before
-        if wanted in self._leaving:  # which would hold its place until the next forward pass
+        if wanted in self._leaving:  # It would hold its place until the next forward pass.
             self._leaving.remove(wanted)
         if (following := wanted.before()) is not None:
             self._call_back(following)

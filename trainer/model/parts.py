@@ -1,4 +1,4 @@
-"""The parts of a causal language model that code of ours works on, wherever its family has them."""
+"""The parts of a causal language model on which our code works, wherever its family has them."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ EXPERTS_WITHOUT_INTERFACE = ("Llama4TextExperts",)
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: tokens to hidden states. That is transformers' decoder, or the part with the
-    embedding where that is not inside."""
+    """The model without its head: tokens to hidden states. This is transformers' decoder, or the part with the
+    embedding if that is outside of the decoder.
+    """
     embedding, decoder = model.get_input_embeddings(), model.get_decoder()
     if decoder is not model and any(module is embedding for module in decoder.modules()):
         return decoder
@@ -19,7 +20,7 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 
 def in_order(model: PreTrainedModel) -> list[nn.Module]:
-    """The parts of the body that are computed one after another: each decoder layer is one."""
+    """The parts of the body that are computed one after another. Each decoder layer is one."""
     return [
         part for child in body(model).children() for part in (child if isinstance(child, nn.ModuleList) else [child])
     ]
@@ -33,7 +34,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The decoder layers in order, or None where the body has no list of them."""
+    """The decoder layers in order, or None if the body has no list of them."""
     lists = [module for module in body(model).modules() if isinstance(module, nn.ModuleList)]
     count = model.config.num_hidden_layers
     return next((found for found in lists if len(found) == count), lists[0] if lists else None)

@@ -1,4 +1,4 @@
-"""MLPs over long rows: a tile of tokens at a time, so that what is wider than a hidden state is there for one tile
+"""MLPs over long rows compute a tile of tokens at a time, so that tensors wider than a hidden state exist for one tile
 only.
 
 What a token leaves an MLP with depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996, section 3.1,
@@ -44,8 +44,9 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def tile(module: nn.Module, longest: int) -> None:
-    """Have an MLP take more than `longest` tokens a tile at a time. Its values and the gradient of its input stay the
-    same; those of its parameters are added up over the tiles in fp32."""
+    """Make an MLP compute more than `longest` tokens a tile at a time. Its values and the gradient of its input stay
+    the same. Gradients of its parameters are summed over the tiles in fp32.
+    """
     whole = module.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def tile(module: nn.Module, longest: int) -> None:
             return whole(x)
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if learning and torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # what gets no gradient would not be saved
+            x = x.detach().requires_grad_()  # tensors without a gradient would not be saved
         kept = _Kept()
         x = _Keep.apply(x, kept)  # type: ignore[assignment]
         return _Tiled.apply(x, kept, whole, *learning)  # type: ignore[return-value]
@@ -62,7 +63,7 @@ def tile(module: nn.Module, longest: int) -> None:
 
 
 class _Kept:
-    """The node of the graph that has the MLP's input, for the node that needs it."""
+    """The node of the graph that holds the MLP's input, for the node that needs it."""
 
     node: Any
 
@@ -101,7 +102,7 @@ class _Tiled(torch.autograd.Function):
         with _randomly_as(ctx.random, x.device), torch.enable_grad(), dequantized_once():
             for part, part_grad, destination in parts:
                 part = part.detach().requires_grad_()
-                # A bottleneck adapter is a module of the MLP, and is computed behind it.
+                # A bottleneck adapter is a module of the MLP that is computed after it.
                 wanted = (part, *ctx.learning)
                 found, *of_parameters = torch.autograd.grad(ctx.whole(part), wanted, part_grad, allow_unused=True)
                 destination.copy_(found)
@@ -113,14 +114,14 @@ class _Tiled(torch.autograd.Function):
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that dropout draws from: the CPU's, and a GPU's."""
+    """The states of the generators from which dropout draws: the CPU's, and a GPU's."""
     here = [torch.get_device_module(device).get_rng_state(device)] if is_accelerator(device) else []
     return [torch.get_rng_state(), *here]
 
 
 @contextmanager
 def _randomly_as(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Inside, dropout draws what it drew from these states on; outside nothing is drawn."""
+    """Inside, dropout draws what it drew from these states on. Outside, the generators are as before."""
     on_cpu, *on_gpu = states
     with torch.random.fork_rng([device] if on_gpu else [], device_type=device.type if on_gpu else "cuda"):
         torch.set_rng_state(on_cpu)

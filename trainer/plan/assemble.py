@@ -47,7 +47,11 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
         CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
-    os.environ.update(config.cluster.nccl_variables)  # NCCL reads them when it makes its first communicator
+    # Ranks have several communicators (two of all, others of a node and of those that share a row), and their
+    # kernels may come to two GPUs in different orders, which then wait for each other. NCCL 2.26 and later keep the
+    # order in which the host started them. NCCL reads its variables when it makes its first communicator.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    os.environ.update(config.cluster.nccl_variables)
     if config.train.deterministic and kind():
         add_in_one_order()
     # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.

@@ -16,7 +16,10 @@ from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.needs import GlobalBatch
+from trainer.plan.sizes import held_as
 
+# The share of its memory's peak that a GPU comes to in operators that only move numbers.
+_OF_BANDWIDTH = 0.9
 # The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to
 # 35 to 40 %.
 UTILISATION = 0.3
@@ -99,11 +102,22 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
     tokens = config.data.sequence_length
     work = work_of(config, model, recomputed, gpu.name)
     seconds = work.of_row(tokens) / reached / config.sharding.sequence_parallel
+    seconds += _decoding_seconds(config, model, gpu, recomputed)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
         f" sheet of {gpu.name} says for bf16. The share is assumed, not measured"
     )
     return Rate(seconds, tokens / seconds / config.sharding.sequence_parallel, basis)
+
+
+def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> float:
+    """The time of a row for making matrices of weights as they are held, where that is much: each rank makes all of
+    them for a micro-batch, in the forward and in the backward pass and where a layer is computed again.
+    """
+    moved = sum(part.numel * held_as(part, config.quant).decoding_traffic for part in model.parameters)
+    if not gpu.bandwidth:
+        return 0.0
+    return (2 + recomputed) * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
 
 
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:

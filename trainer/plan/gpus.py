@@ -10,42 +10,42 @@ from trainer.errors import ConfigError, shown
 _MOST_GIB = 1e6
 
 # Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense
-# products in bf16 with sums in fp32, as the maker's data sheet says without sparsity. Of cards of one name the smaller
-# comes first. Cards before Ampere, such as V100 and T4, have no bf16.
-_GPUS: dict[str, tuple[int, float | None]] = {
-    "H100": (81559, 989),
-    "H100 PCIe": (81559, 756),
-    "H100 NVL": (95830, 835),
-    "H200": (143771, 989),
-    "H200 NVL": (143771, 835),
-    "H800": (81559, 989),
-    "H20": (97871, 148),
-    "GH200": (97871, 989),
-    "B200": (183359, 2250),
-    "GB200": (189471, 2500),
-    "B300": (275040, 2250),
-    "GB300": (284208, 2500),
-    "A100 40GB": (40960, 312),
-    "A100 80GB": (81920, 312),
-    "A800 80GB": (81920, 312),
-    "A40": (46068, 150),
-    "A30": (24576, 165),
-    "A10": (23028, 125),
-    "A10G": (23028, None),
-    "L4": (23034, 121),
-    "L40": (46068, 181),
-    "L40S": (46068, 362),
-    "RTX A6000": (49140, 155),
-    "RTX A5000": (24564, 111),
-    "RTX 6000 Ada": (49140, 364),
-    "RTX 5090": (32607, 210),
-    "RTX 4090": (24564, 165),
-    "RTX 4080": (16376, 97),
-    "RTX 3090": (24576, 71),
-    "MI250X": (65520, 383),
-    "MI300X": (196592, 1307),
-    "MI325X": (262128, 1307),
-    "MI355X": (294896, 2300),
+# products in bf16 with sums in fp32, without sparsity, and GB/s of its memory, as the maker's data sheet says. Of cards
+# of one name the smaller comes first. Cards before Ampere, such as V100 and T4, have no bf16.
+_GPUS: dict[str, tuple[int, float | None, int]] = {
+    "H100": (81559, 989, 3350),
+    "H100 PCIe": (81559, 756, 2039),
+    "H100 NVL": (95830, 835, 3938),
+    "H200": (143771, 989, 4800),
+    "H200 NVL": (143771, 835, 4800),
+    "H800": (81559, 989, 3350),
+    "H20": (97871, 148, 4000),
+    "GH200": (97871, 989, 4000),
+    "B200": (183359, 2250, 8000),
+    "GB200": (189471, 2500, 8000),
+    "B300": (275040, 2250, 8000),
+    "GB300": (284208, 2500, 8000),
+    "A100 40GB": (40960, 312, 1555),
+    "A100 80GB": (81920, 312, 2039),
+    "A800 80GB": (81920, 312, 2039),
+    "A40": (46068, 150, 696),
+    "A30": (24576, 165, 933),
+    "A10": (23028, 125, 600),
+    "A10G": (23028, None, 600),
+    "L4": (23034, 121, 300),
+    "L40": (46068, 181, 864),
+    "L40S": (46068, 362, 864),
+    "RTX A6000": (49140, 155, 768),
+    "RTX A5000": (24564, 111, 768),
+    "RTX 6000 Ada": (49140, 364, 960),
+    "RTX 5090": (32607, 210, 1792),
+    "RTX 4090": (24564, 165, 1008),
+    "RTX 4080": (16376, 97, 717),
+    "RTX 3090": (24576, 71, 936),
+    "MI250X": (65520, 383, 1638),
+    "MI300X": (196592, 1307, 5300),
+    "MI325X": (262128, 1307, 6000),
+    "MI355X": (294896, 2300, 8000),
 }
 _DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
@@ -60,11 +60,14 @@ _LESSER = frozenset(("d", "laptop", "max", "mig", "super", "ti"))
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in bytes, and the peak of its products in bf16 in operations a second, where they are known."""
+    """A GPU: its memory in bytes, the peak of its products in bf16 in operations a second, and that of its memory in
+    bytes a second, where they are known.
+    """
 
     name: str
     memory: int
     flops: float | None = None
+    bandwidth: float | None = None
 
 
 def names() -> list[str]:
@@ -88,8 +91,8 @@ def find_gpu(name: str) -> Gpu | None:
     found = max(named, key=lambda known: len(_words(known)), default=short[0] if short else None)
     if found is None:
         return None
-    mebibytes, teraflops = _GPUS[found]
-    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12)
+    mebibytes, teraflops, gigabytes = _GPUS[found]
+    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12, gigabytes * 1e9)
 
 
 def read_gpu(text: str, option: str) -> Gpu:

@@ -20,6 +20,7 @@ from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, of
 from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes
+from trainer.processes.pinned import pinned
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 
@@ -247,6 +248,8 @@ def _host_memory(given: Inputs) -> HostMemory:
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
     inputs = ranks * offloaded_activations(given)
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
+    if given.on_gpu:  # a pinned block on each rank (trainer/state/checkpoint/checkpoints.py)
+        copies = ranks * pinned(ceil(given.checkpoint_bytes / given.world_size))
     return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
 
 

@@ -16,9 +16,8 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
 from launcher.start import snapshot
-from launcher.start.check import anchored, check, checked, pinned
+from launcher.start.check import anchored, check, check_shared, checked, pinned
 from launcher.start.claim import claimed
-from launcher.start.shared_folder import check_shared
 from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line

@@ -20,9 +20,8 @@ from typing import Any
 from launcher.cluster.ray.cluster import Need, alive_nodes, local_ray, lost_nodes, room, wait_for_room
 from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
 from launcher.policy import retry
-from launcher.start.attempts import Attempts, Watch, keep_trying
+from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
 from launcher.start.group import imported_rank
-from launcher.start.stopping import stop_if_asked
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted, first_line

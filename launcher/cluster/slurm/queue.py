@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
 
 from launcher.policy.jobs import Attempt
+from launcher.view.console import facts
 from launcher.view.status import ENDED, RunStatus, read_status
 from launcher.view.tables import render
-from launcher.view.wrapped_table import facts
 from trainer.config.paths import NoFile, check_file
 from trainer.errors import ConfigError, NotFound
 from trainer.processes import children

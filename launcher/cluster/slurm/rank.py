@@ -5,10 +5,10 @@ launcher.cluster.slurm.rank RUN_URI SUBMISSION
 import os
 import sys
 
+from launcher.drive.local import wait_for_first_rank
 from launcher.start.claim import turn
 from launcher.start.group import imported_rank, slurm_rank
 from launcher.start.sidecars import sidecars_here
-from launcher.start.waiting import wait_for_first_rank
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare

@@ -7,7 +7,7 @@ import socket
 import sys
 
 from launcher.start import sidecars
-from launcher.start.local_group import gpus_of_server
+from launcher.start.local_ranks import gpus_of_server
 from trainer.processes.devices import visible_gpus
 from trainer.run.folder import submitted_config
 from trainer.store.store import open_store

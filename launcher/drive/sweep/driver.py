@@ -15,9 +15,8 @@ from typing import Any
 from launcher.cluster.ray.cluster import address_of, check_ray, fits, joined_ray, local_ray, need
 from launcher.drive.local import check_local_device
 from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
-from launcher.drive.sweep.bases import base_facts
-from launcher.policy.trial_order import Candidate, End, Turns
-from launcher.policy.trials import SearchPlan, base_key, in_words, planned, trial_config
+from launcher.drive.sweep.trial import base_facts
+from launcher.policy.trials import Candidate, End, SearchPlan, Turns, base_key, in_words, planned, trial_config
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle
 from launcher.start.claim import keep_code
@@ -53,7 +52,7 @@ from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.shared.initial_adapter import is_asked_for, starting_at, with_known_start
+from trainer.tuning.shared.beginning import is_asked_for, starting_at, with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")

@@ -13,7 +13,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from launcher.policy.trial_order import End, Turns
+from launcher.policy.trials import End, Turns
 from trainer.config.sweep import Sweep
 from trainer.errors import StorageError
 

@@ -2,6 +2,8 @@
 own.
 """
 
+import hashlib
+import json
 import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -9,27 +11,46 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from launcher.drive.driver import compile_and_train
-from launcher.drive.journal import Journal
+from launcher.drive.driver import Journal, compile_and_train
 from launcher.drive.signals import forget_own_stop
-from launcher.drive.sweep.bases import check_same
 from launcher.drive.sweep.search import EXIT_CODE, REASON, STEP, VALUE, next_look
 from launcher.policy.trials import trial_config
 from launcher.report.report import keep_report
 from launcher.start.claim import claimed
-from launcher.view.scores import Scores
 from launcher.view.status import read_status
-from launcher.view.sweep import BY, DONE, EARLY, read_plan, trial_state
+from launcher.view.sweep import BY, DONE, EARLY, Scores, read_plan, trial_state
+from trainer.base.base import Base
+from trainer.base.find.content import hub_commit
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
-from trainer.errors import CapstanError, Stopped, StorageError, Superseded
+from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import run_config, run_folder
 from trainer.run.owner import read_owner
 from trainer.run.records import generations, record_end
 from trainer.run.requests import read_stop, request_stop
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
+
+
+def base_facts(base: Base) -> dict[str, str]:
+    """The facts by which `base` is known again. Reads samples of its weights."""
+    digest = hashlib.sha256(json.dumps([base.fingerprint, base.samples]).encode()).hexdigest()[:16]
+    commit = hub_commit(base.directory)
+    return {"digest": digest, **({"commit": commit} if commit else {})}
+
+
+def check_same(config: Config, known: dict[str, str]) -> None:
+    """Raises `ConfigError` where the base of a trial's `config` is another than the `known` one; without facts nothing
+    is read.
+    """
+    if known and base_facts(resolve_base(config.model)) != known:
+        raise ConfigError(
+            f"model.base: {config.model.base} is not the model that this sweep began with: its weights have changed"
+            " since. Put that one back, or start another sweep under another run.name."
+        )
+
 
 _LOOK_SECONDS = 0.5
 _WORST = 1e30

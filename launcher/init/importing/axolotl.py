@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, no_training
-from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import MEDIA, Keys, no_training, sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 

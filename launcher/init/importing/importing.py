@@ -11,7 +11,7 @@ from typing import Any, get_args
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
 from launcher.init.importing.reading import COMPUTED, detect, read_peer_file
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, no_training
-from launcher.init.importing.sources import source_paths, sources_at
+from launcher.init.importing.mapping import MEDIA, Keys, no_training, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError

@@ -3,8 +3,7 @@
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys
-from launcher.init.importing.sources import source_paths, sources_at
+from launcher.init.importing.mapping import Keys, source_paths, sources_at
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 

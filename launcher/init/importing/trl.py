@@ -3,8 +3,7 @@
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys
-from launcher.init.importing.sources import sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 

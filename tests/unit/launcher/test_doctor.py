@@ -134,3 +134,14 @@ def test_the_verdict_comes_before_the_table():
     text = screen.file.getvalue()
     assert "pip install 'ray[train]'" in text
     assert text.startswith("Missing: ray.")
+
+
+@pytest.mark.parametrize(("version", "told"), [([2, 21, 5], True), ([2, 26, 0], False), (None, False)])
+def test_an_nccl_that_keeps_no_order_of_collectives_is_told(
+    monkeypatch: pytest.MonkeyPatch, version: list[int] | None, told: bool
+) -> None:
+    facts = {"build": "13.0", "gpus": [GPU], "bf16": True, "kernels": ["sdpa"], "packages": [], "wheel": None}
+    monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1")])
+    monkeypatch.setattr(doctor, "ask_torch", lambda: {**facts, "nccl": version})
+    found = [check.found for check in diagnose(None).checks if check.name == "NCCL version"]
+    assert found == ["2.21.5, which does not order the collectives of several communicators"] * told

@@ -15,8 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.init.goals import GOALS
-from launcher.init.initial import InitAnswers, Initial, initial_config
+from launcher.init.initial import GOALS, InitAnswers, Initial, initial_config
 from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base

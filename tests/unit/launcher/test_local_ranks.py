@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.start import local_group, local_ranks
+from launcher.start import local_ranks
 from launcher.start.attempts import Attempts
 from launcher.start.local_rank import outcome_of
 from launcher.start.local_ranks import ranks_here, run_here
@@ -41,7 +41,7 @@ def drive(config: Config, monkeypatch: pytest.MonkeyPatch, *programs: str, ranks
         return children.start([sys.executable, "-c", f"import sys; {next(script)}", *command[3:]], **options)
 
     monkeypatch.setattr(local_ranks, "children", type("", (), {"start": staticmethod(start)}))
-    monkeypatch.setattr(local_group, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(local_ranks, "_LOOK_SECONDS", 0.05)
     owner = take(run_folder(config), "capstan train", 0)
     run_here(Attempts(config, Datasets("d", None), owner, resume=False), ranks, log.append)
     assert next(script, None) is None
@@ -102,7 +102,7 @@ WAITS = "import time; time.sleep(60)"
 
 
 def test_a_rank_that_is_killed_ends_those_that_wait_for_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_group, "_LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(local_ranks, "_LAST_WORDS_SECONDS", 0.2)
     (why,) = drive(config, monkeypatch, WAITS, KILLED, DONE, DONE, ranks=2)
     assert why.startswith("rank 1 died: its process was killed by signal 9. Starting again")
 
@@ -145,5 +145,5 @@ def test_ranks_stay_here_unless_they_ask_for_ray(config: Config, monkeypatch: py
         (0, "cluster.ray.resources={special: 1}", None),
         (0, "cluster.ray.address=local", None),
     ):
-        monkeypatch.setattr(local_group, "local_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(local_ranks, "local_gpus", lambda gpus=gpus: gpus)
         assert ranks_here(override(config, given) if given else config) == expected, given

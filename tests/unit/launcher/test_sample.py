@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.smoke.sample import Sample, Sizes, make_sample
-from launcher.smoke.stdlib_docs import pairs, split
+from launcher.smoke.sample import Sample, Sizes, make_sample, pairs, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -29,7 +28,7 @@ def tokenizer(sample: Sample) -> Any:
 
 def test_the_pairs_are_the_same_in_every_process() -> None:
     program = (
-        "import hashlib; from launcher.smoke.stdlib_docs import pairs;"
+        "import hashlib; from launcher.smoke.sample import pairs;"
         " print(hashlib.sha256(repr(pairs()).encode()).hexdigest())"
     )
     digests = {

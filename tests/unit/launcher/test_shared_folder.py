@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.start import shared_folder
-from launcher.start.shared_folder import check_shared, file_system
+from launcher.start import check
+from launcher.start.check import check_shared, file_system
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
 
@@ -46,7 +46,7 @@ def test_a_folder_has_the_type_of_the_nearest_mount(folder: str, kind: str) -> N
 def test_a_disk_of_this_machine_is_refused_where_the_cluster_is_elsewhere(
     monkeypatch: pytest.MonkeyPatch, kind: str | None, store: str, address: str, refused: bool
 ) -> None:
-    monkeypatch.setattr(shared_folder, "file_system", lambda folder: kind)
+    monkeypatch.setattr(check, "file_system", lambda folder: kind)
     if not refused:
         check_shared(config(store), address)
         return

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, report_table
-from launcher.view.wrapped_table import FoldedTable
+from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
 from trainer.state.optimizer.optimizer import optimizers
 from trainer.store.store import open_store

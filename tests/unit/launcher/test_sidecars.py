@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.slurm import script
+from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
-from launcher.start import local_group, server
+from launcher.start import local_ranks, server
 from launcher.start import sidecars as module
-from launcher.start.local_group import check_servers_here, count_ranks, gpus_of_server
+from launcher.start.local_ranks import check_servers_here, count_ranks, gpus_of_server
 from launcher.start.server import keep_server, server_command
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of, sidecars_sentence
 from tests.dist import stub_server
@@ -225,7 +225,7 @@ def test_the_command_has_what_the_run_needs_of_vllm(workshop: Workshop) -> None:
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
     monkeypatch.setattr("trainer.processes.devices.local_gpus", lambda *_: count)
-    monkeypatch.setattr(local_group, "local_gpus", lambda: count)
+    monkeypatch.setattr(local_ranks, "local_gpus", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -290,9 +290,9 @@ def test_a_run_that_asks_no_server_has_none(workshop: Workshop) -> None:
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
     job = workshop.config("first", *SERVERS, "cluster.workers=2", "cluster.slurm.nodes=2")
-    text = script.render(job, "s3://bucket/first", "abc", {})
+    text = submit.render(job, "s3://bucket/first", "abc", {})
     assert "\n# beside the ranks, where the run is driven: capstan rollout, which has http://gpu-1:8000 sample" in text
-    assert "capstan rollout" not in script.render(override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {})
+    assert "capstan rollout" not in submit.render(override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {})
     serve = override(job, "rollout.engine=serve", "rollout.serve.replicas=2")
     assert (
         sidecars_sentence(serve)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.cluster.slurm.script import Shape, options, render, shape, slurm_quoted
-from launcher.cluster.slurm.submit import inside_a_job
+from launcher.cluster.slurm.submit import Shape, inside_a_job, render, sbatch_options, shape, slurm_quoted
 from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 
@@ -32,7 +31,7 @@ def config(*overrides: str) -> Config:
 
 
 def script(run: Config, uri: str = "s3://bucket/runs/big") -> str:
-    return render(run, uri, "0a1b2c3d", options(run, "/logs/slurm-%j.out", []))
+    return render(run, uri, "0a1b2c3d", sbatch_options(run, "/logs/slurm-%j.out", []))
 
 
 def header_and_body(text: str) -> tuple[str, str]:
@@ -111,7 +110,7 @@ def test_the_code_is_valid_bash() -> None:
 
 def test_a_chain_is_of_jobs_that_follow_each_other_and_are_never_requeued() -> None:
     run = config("cluster.workers=2", "cluster.slurm.chain=3")
-    found = options(run, "out", ["afterok:12"])
+    found = sbatch_options(run, "out", ["afterok:12"])
     assert found["dependency"] == "afterok:12,singleton"
     assert "no-requeue" in found
     assert "requeue" not in found
@@ -178,7 +177,7 @@ def test_every_gpu_gets_a_rank_unless_told_otherwise() -> None:
 def test_cpus_are_asked_for_by_what_a_rank_uses(overrides: list[str], cpus: int) -> None:
     run = config(*(text if "." in text.split("=")[0] else f"cluster.slurm.{text}" for text in overrides))
     assert shape(run).cpus_per_node == cpus
-    assert options(run, "out", [])["cpus-per-task"] == str(cpus)
+    assert sbatch_options(run, "out", [])["cpus-per-task"] == str(cpus)
 
 
 def test_ranks_of_a_job_that_asks_for_gpus_compute_on_nothing_else() -> None:

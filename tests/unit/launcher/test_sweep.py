@@ -17,13 +17,13 @@ from launcher.drive.sweep.search import STEP, VALUE
 from launcher.drive.sweep.trial import TuneTrial, train_trial
 from launcher.policy.comparable import Metric
 from launcher.policy.trials import SearchPlan, in_words, planned, trial_config
+from launcher.start.attempts import stop_if_asked
 from launcher.start.check import check
-from launcher.start.stopping import stop_if_asked
 from launcher.view.listing import list_runs
-from launcher.view.scores import Scores
 from launcher.view.sweep import (
     BY,
     EARLY,
+    Scores,
     SweepStatus,
     TrialStatus,
     best_trial,

@@ -16,8 +16,7 @@ from launcher.cli.command import commands
 from launcher.doctor.doctor import Check, Diagnosis, report_table
 from launcher.export.export import lines
 from launcher.report import report
-from launcher.start.check import checked
-from launcher.start.shared_folder import warn_of_place
+from launcher.start.check import checked, warn_of_place
 from launcher.view.console import Terminal
 from launcher.view.status import read_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write

@@ -16,19 +16,20 @@ import pytest
 from rich.console import Console
 
 from launcher.plan import planning
-from launcher.plan.measured import measured_rate
-from launcher.plan.planning import Planned, plan_run
+from launcher.plan.planning import Planned, measured_rate, plan_run
 from launcher.plan.summary import show_plan
 from tests.material import Workshop
 from tests.unit.repository.test_examples import LLAMA_8B
 from tests.unit.run.made_records import NOW, start, step, write
 from trainer.base.describe.description import describe
+from trainer.base.find.known import known_config
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.bins import total
 from trainer.data.order.position import Position
 from trainer.errors import ConfigError, DoesNotFit
+from trainer.model.held.codes import Code, Kept
 from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
@@ -217,6 +218,33 @@ def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost
     assert assumed_rate(config, base.architecture, Gpu("", 80 * 2**30), recomputed=1) is None
 
 
+def test_weights_that_are_decoded_operator_by_operator_take_the_time_of_what_these_move() -> None:
+    config = parse_config(RUN, ["data.sequence_length=4096", "train.global_batch=16"])
+    model = describe(LLAMA_8B, None).architecture
+    kept = Kept(Code("int4", (1, 32)), "BF16", "BF16")
+    parts = tuple(replace(part, kept=kept if part.kind == "linear" else None) for part in model.parameters)
+    stored = override(config, "quant.type=stored")
+    for recomputed in (0.0, 1.0):
+        plain = assumed_rate(stored, model, H100, recomputed)
+        decoded = assumed_rate(stored, replace(model, parameters=parts), H100, recomputed)
+        assert plain is not None
+        assert decoded is not None
+        moved = (2 + recomputed) * 34.5 * 6_979_321_856 / (0.9 * 3350e9)
+        assert decoded.seconds_a_row - plain.seconds_a_row == pytest.approx(moved)
+        assert decoded.tokens_per_second == pytest.approx(4096 / decoded.seconds_a_row)
+
+
+@pytest.mark.long
+def test_kimi_takes_the_time_of_its_roofline_where_it_stays_as_it_is_stored() -> None:
+    """37 s a micro-batch of 4,096 tokens on an H100, by the bytes that its operators move (three passes)."""
+    found = known_config("moonshotai/Kimi-K2.5")
+    assert found is not None
+    config = parse_config(RUN, ["data.sequence_length=4096", "quant.type=stored"])
+    rate = assumed_rate(config, describe(found, None).architecture, H100, recomputed=1)
+    assert rate is not None
+    assert rate.seconds_a_row == pytest.approx(37.0, rel=0.25)
+
+
 def ran(shop: Workshop, config: Config, *, device: str, steps: int = 20, name: str = "before", at: float = NOW) -> None:
     """A run of `steps` steps of two seconds on two ranks."""
     run = shop.store.sub(name)
@@ -336,7 +364,7 @@ def test_the_gpu_is_that_of_the_job_or_of_this_machine_where_none_is_named(
     local = [LocalGpu("NVIDIA L40S", 46068 * 2**20), LocalGpu("NVIDIA L40S", 45000 * 2**20)]
     monkeypatch.setattr(planning, "described_gpus", lambda: local)
     here = plan()
-    assert (here.gpu, here.whose) == (Gpu("NVIDIA L40S", 45000 * 2**20, 362e12), "this machine")
+    assert (here.gpu, here.whose) == (Gpu("NVIDIA L40S", 45000 * 2**20, 362e12, 864e9), "this machine")
     assert here.plan.batch.world_size == 2, "a rank for each GPU, as train makes them"
     assert "on each of 2 GPUs (NVIDIA L40S, of this machine)" in shown(here, config)
     assert plan("H100").plan.batch.world_size == 1

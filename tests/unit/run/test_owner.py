@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from launcher.start.attempts import give_up_waiting
 from launcher.start.check import check_idle, check_name
-from launcher.start.stopping import give_up_waiting
 from launcher.view.listing import list_runs
 from launcher.view.runs import find_run
 from launcher.view.status import read_status
@@ -22,9 +22,18 @@ from tests.unit.run.made_records import stamp
 from trainer.errors import ConfigError, StorageError, Superseded
 from trainer.run import layout, owner
 from trainer.run.folder import store_of
-from trainer.run.owner import FRESH_SECONDS, Owner, Ownership, newest_number, preparer, preparing, read_owner, take
+from trainer.run.owner import (
+    FRESH_SECONDS,
+    Owner,
+    Ownership,
+    StoreClock,
+    newest_number,
+    preparer,
+    preparing,
+    read_owner,
+    take,
+)
 from trainer.run.records import record_line
-from trainer.run.store_clock import StoreClock
 from trainer.store.store import Store, open_store
 
 

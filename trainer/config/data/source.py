@@ -7,7 +7,7 @@ from trainer.config.section import Section, setting
 
 
 class Source(Section):
-    """One place that documents come from."""
+    """One source of documents."""
 
     path: str = setting(
         about=(

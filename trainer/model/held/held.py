@@ -34,6 +34,9 @@ class HeldFormat(ABC):
     """Whether they are made of the values that the base's files have, as these are read: by `encode`."""
     decoding_bytes: ClassVar[int] = 0
     """The memory that `matrices` takes for a moment beside its result."""
+    decoding_traffic: ClassVar[float] = 0.0
+    """The bytes a weight that `matrices` moves through a GPU's memory, where a forecast has to count them: those of one
+    kernel, some three, are in the share of the GPU's peak that it assumes."""
     means: bool = False
     """Whether an fp32 mean belongs to each matrix beside its parameters: `absmax_mean` of the module."""
     settings: tuple[str, ...] = ()

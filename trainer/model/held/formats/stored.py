@@ -48,6 +48,8 @@ class KeptCodes(_Stored):
     kept: Kept
     # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
     decoding_bytes: ClassVar[int] = 16 * _AT_ONCE
+    # Operator by operator: codes as indices, their values, the scales spread over these, the product, and that rounded.
+    decoding_traffic: ClassVar[float] = 34.5
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
         return self.kept.sizes(rows, columns)

@@ -58,8 +58,7 @@ def init(
     asks for what no option gives.
     """
     from launcher.init.commented import check_new, write_new
-    from launcher.init.goals import GOALS
-    from launcher.init.initial import KINDS, InitAnswers, initial_config
+    from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
 
     check_new(config, force or dry_run)
     asks = sys.stdin.isatty() and not as_json

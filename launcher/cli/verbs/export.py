@@ -96,7 +96,7 @@ def dequantize(
     """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model, for the servers that sample for
     the run.
     """
-    from launcher.export.as_quantized import dequantize as dequantized
+    from launcher.export.export import dequantize as dequantized
 
     found = dequantized(config, destination, overrides or (), dry_run=dry_run, log=log)
     emit(found, as_json, lambda result: result.sentence())

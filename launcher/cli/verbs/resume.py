@@ -2,7 +2,7 @@
 
 from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, TakeOver, TrustRun, open_run, say
-from launcher.cli.verbs.start.train import start_run
+from launcher.cli.verbs.train import start_run
 
 
 def resume(
@@ -17,7 +17,7 @@ def resume(
     """Continue a run from its newest committed checkpoint, on any number of ranks; or a sweep, with its unfinished
     trials.
     """
-    from launcher.cli.verbs.start.sweep import start_sweep
+    from launcher.cli.verbs.sweep import start_sweep
     from launcher.policy.foreign import check_own, started
     from launcher.view.sweep import is_sweep
     from trainer.run.folder import run_config

@@ -9,7 +9,7 @@ from launcher.cli.options import DryRun, Json, RunName, StoreOption, log, open_r
 def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_run: DryRun = False) -> None:
     """Ask a run to commit a checkpoint and end with exit code 75. A Slurm job that has not started is cancelled."""
     from launcher.cluster.slurm import queue
-    from launcher.start.stopping import give_up_waiting
+    from launcher.start.attempts import give_up_waiting
     from trainer.run.folder import command
     from trainer.run.requests import request_stop
 

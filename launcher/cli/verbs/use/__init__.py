@@ -1,1 +1,0 @@
-"""Verbs about the model that a run has made: measured, asked, and taken out for other programs."""

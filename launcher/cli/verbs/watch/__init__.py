@@ -1,1 +1,0 @@
-"""Verbs about a run that is there, going on or ended: what it does, what it left, and how to stop it."""
