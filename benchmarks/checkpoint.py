@@ -49,11 +49,11 @@ class Bench:
         """Seconds of one training step."""
         import torch
 
-        from trainer.model.micro_batch import MicroBatch
+        from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 
         tokens = torch.arange(TOKENS).remainder(1000)[None]
-        borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-        batch = MicroBatch(tokens, tokens, torch.arange(TOKENS)[None], borders, TOKENS, TOKENS, TOKENS, (), ())
+        row = ModelInput.of(tokens, torch.arange(TOKENS)[None], Segments.of_documents([TOKENS]))
+        batch = MicroBatch(row, tokens, TOKENS, TOKENS)
         self.ranks.gather(0.0)
         started = time.monotonic()
         self.engine.backward(self.engine.loss(batch) / TOKENS, last=True)
@@ -106,8 +106,7 @@ class Ours:
 
     def size(self) -> int:
         from trainer.run.layout import manifest
-        from trainer.state.checkpoint.listing import committed_steps
-        from trainer.state.checkpoint.manifest import read_manifest
+        from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 
         step = committed_steps(self.run)[0]
         return read_manifest(self.run, step).size + self.run.head(manifest(step)).size

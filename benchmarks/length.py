@@ -29,7 +29,7 @@ from tests.material import Workshop
 from trainer.base.find.locate import describe_base
 from trainer.config import Config, dump_config, training
 from trainer.plan import memory
-from trainer.plan.longest import Ranks, longest_rows
+from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import make_plan
 
 SIZES: dict[str, Any] = {
@@ -71,7 +71,7 @@ def longest(workshop: Workshop, memory: int, tile: int) -> Table:
     table = Table("for memory", "longest row", "planned", "ratio")
     for way in ON_HOST:
         config = workshop.config("longest", *settings_of(1, way))
-        said = longest_rows(config, describe_base(config.model), Ranks(1, 1, memory, on_gpu=False))[0].tokens
+        said = longest_rows(config, describe_base(config.model), PlannedRanks(1, 1, memory, on_gpu=False))[0].tokens
         (found,) = launch(1, memory_of.longest_row, dump_config(config), memory, 2 * said, tile, timeout=3600)
         table.add_row(way, f"{found:,}", f"{said:,}", f"{found / said:.2f}")
         print(way, found, said, found / said, flush=True)

@@ -28,12 +28,15 @@ from trainer.run.records import record_line
 from trainer.run.segments import Appender
 from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tensorboard import Curves
-from trainer.state.checkpoint.contents import Contents, EvenDivision
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest, read_manifest
-from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.checkpoint.manifest import (
+    CheckpointManifest,
+    committed_steps,
+    parse_manifest,
+    plan_reads,
+    read_manifest,
+)
 from trainer.state.checkpoint.retention import plan_removal, remove
-from trainer.state.checkpoint.shard import Shard
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Shard
 from trainer.store.store import Buffer, Entry, Store, open_store
 
 LAYERS, HIDDEN, INTERMEDIATE, KEY_VALUE, LORA_RANK = 126, 16384, 53248, 1024, 16

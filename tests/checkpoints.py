@@ -3,9 +3,8 @@
 import struct
 
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.state.checkpoint.shard import Shard, ShardLayout, write_shard
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Shard, ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store
 

@@ -243,7 +243,6 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     from tests.dist.assembled import assemble_run
     from trainer.export.write.adapter import export_adapter
     from trainer.export.write.merged import export_merged
-    from trainer.model.micro_batch import MicroBatch
     from trainer.plan.resolve import resolve
     from trainer.state.checkpoint.checkpoints import load_partitions
     from trainer.state.checkpoint.manifest import read_manifest
@@ -283,7 +282,7 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     ours.engine.refresh(0)
     logits = ours.engine.logits(row()[1][1])
     total, norm = 0.0, 0.0
-    for batch in _batches(packing, MicroBatch):
+    for batch in _batches(packing):
         loss = ours.engine.loss(batch)
         total += float(loss)
         ours.engine.backward(loss, last=batch.documents == (0,))
@@ -327,24 +326,18 @@ def _proven(kind: str, base: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _batches(packing: bool, made: Any) -> Iterator[Any]:
+def _batches(packing: bool) -> Iterator[Any]:
     """The documents as one packed row, or each in one of its own; the last one is that of documents == (0,)."""
+    from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
+
     documents = row()[1]
     parts = [documents] if packing else [[document] for document in documents]
     for left, part in zip(reversed(range(len(parts))), parts, strict=True):
         lengths = [document.shape[1] for document in part]
         labels = torch.cat([nn.functional.pad(document[:, 1:], (0, 1), value=-100) for document in part], dim=1)
-        yield made(
-            input_ids=torch.cat(part, dim=1).int(),
-            labels=labels.int(),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None].int(),
-            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-            max_seqlen=max(lengths),
-            tokens=sum(lengths),
-            targets=sum(lengths) - len(lengths),
-            bins=(),
-            documents=(left,),
-        )
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].int()
+        given = ModelInput.of(torch.cat(part, dim=1).int(), positions, Segments.of_documents(lengths))
+        yield MicroBatch(given, labels.int(), sum(lengths), sum(lengths) - len(lengths), documents=(left,))
 
 
 def _plain(base: Path) -> Any:

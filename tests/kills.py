@@ -27,8 +27,7 @@ from tests.material import Workshop, commit, make_data
 from trainer.config import dump_config
 from trainer.processes import guard
 from trainer.run.records import generations, read_records
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store
 
 SECONDS = 5.0

@@ -30,7 +30,7 @@ from trainer.model import tiled
 from trainer.model.attention import choose_attention
 from trainer.model.kernels import liger
 from trainer.model.kernels.liger import Kernels
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.parts import decoder_layers
 from trainer.tuning.method import method_of
@@ -92,7 +92,8 @@ def row() -> MicroBatch:
     borders = torch.tensor([0, LENGTHS[0], count], dtype=torch.int32)
     labels = tokens.roll(-1, 1)
     labels[0, borders[1:].long() - 1] = -100
-    return MicroBatch(tokens, labels, places.int()[None], borders, max(LENGTHS), count, count - 2, (), ())
+    row = ModelInput.of(tokens, places.int()[None], Segments.of_documents(LENGTHS))
+    return MicroBatch(row, labels, count, count - 2)
 
 
 class Built:

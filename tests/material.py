@@ -21,13 +21,12 @@ from trainer.data.render.text_files import keep_text, text_of
 from trainer.plan.mismatches import tuning_mismatches
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents, EvenDivision
 from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.state.checkpoint.shard import ShardLayout, write_shard
+from trainer.state.checkpoint.shard import Contents, EvenDivision, ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
-from trainer.tuning.shared.initial_adapter import find_beginning
+from trainer.tuning.shared.beginning import find_beginning
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")

@@ -82,7 +82,7 @@ MUTATIONS = (
     ),
     Mutation(
         "restore: the last shard that holds a part of an interval is not read",
-        "trainer/state/checkpoint/contents.py",
+        "trainer/state/checkpoint/shard.py",
         "range(begin // length, -(-end // length))",
         "range(begin // length, max(1, end // length))",
         ("tests/dist/test_checkpoint.py", "-k", "comes_back and lora-rank-3"),

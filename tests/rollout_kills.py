@@ -37,7 +37,7 @@ from trainer.evaluate.rollout.making import rollouts_of
 from trainer.evaluate.rollout.serving import has_finished
 from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 STEPS_A_KILL = 2

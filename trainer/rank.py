@@ -44,14 +44,21 @@ from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
-from trainer.train.end_record import early_end
 from trainer.train.horizon import horizon_of
-from trainer.train.initial_adapter import begin_from
 from trainer.train.loop import Training, stop_before_training, train
-from trainer.train.open_start import opened
 from trainer.train.reference import ReferencePass
-from trainer.train.start import ClaimedStart, Elapsed, Start, Starter
-from trainer.train.start_record import record_changes, record_plan, record_start
+from trainer.train.start import (
+    ClaimedStart,
+    Elapsed,
+    Start,
+    Starter,
+    begin_from,
+    early_end,
+    opened,
+    record_changes,
+    record_plan,
+    record_start,
+)
 from trainer.train.stop_rules import open_stop_rules
 from trainer.train.supply import compiled, stored_teacher, supply_of
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, unlike_sampler

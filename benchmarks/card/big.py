@@ -136,13 +136,13 @@ def longest(given: argparse.Namespace) -> Iterator[Figure]:
     documents are no longer than other rows, so that it takes seconds."""
     from trainer.base.find.locate import resolve_base
     from trainer.config import assignment, load_config, override
-    from trainer.plan.longest import Ranks, longest_rows
+    from trainer.plan.longest import PlannedRanks, longest_rows
     from trainer.plan.plan import make_plan
 
     folder = _material(given, given.layers)
     config = load_config(folder / "fixed.yaml")
     base = resolve_base(config.model).description
-    tiled = [row for row in longest_rows(config, base, Ranks(1, 1, SMALL, on_gpu=True)) if row.settings][-2]
+    tiled = [row for row in longest_rows(config, base, PlannedRanks(1, 1, SMALL, on_gpu=True)) if row.settings][-2]
     tokens = min(tiled.tokens, given.length * ACCUMULATION * (STEPS + 1))  # there are no more
     changed = {
         **tiled.settings,

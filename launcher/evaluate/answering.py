@@ -14,8 +14,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
 from trainer.evaluate.request import Ask
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import check_step
+from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store
 
 

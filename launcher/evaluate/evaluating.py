@@ -18,8 +18,7 @@ from trainer.evaluate.request import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.folder import run_config
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import check_step, chosen_step
+from trainer.state.checkpoint.manifest import check_step, chosen_step, committed_steps
 from trainer.store.store import Store
 
 Log = Callable[[str], None]

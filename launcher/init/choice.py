@@ -11,7 +11,7 @@ from launcher.init.commented import yaml_text
 from trainer.base.base import Description
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError, DoesNotFit, counted
-from trainer.plan.longest import Ranks, longest_rows
+from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
@@ -91,7 +91,7 @@ def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int,
     wanted = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, most)
     if machine.memory is None or wanted <= shorter:
         return choice
-    ranks = Ranks(choice.gpus, min(choice.gpus, machine.per_node), int(_SHARE * machine.memory), on_gpu=True)
+    ranks = PlannedRanks(choice.gpus, min(choice.gpus, machine.per_node), int(_SHARE * machine.memory), on_gpu=True)
     lines = longest_rows(parsed({**choice.settings, "train.micro_batch": (1, "")}), base, ranks)
     line = next((line for line in lines if line.tokens >= wanted), max(lines, key=lambda line: line.tokens))
     if (length := min(wanted, line.tokens)) <= shorter:

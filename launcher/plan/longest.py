@@ -14,14 +14,14 @@ from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.plan.gpus import Gpu
-from trainer.plan.longest import LongestRow, Ranks, longest_rows
+from trainer.plan.longest import LongestRow, PlannedRanks, longest_rows
 
 
 @dataclass(frozen=True)
 class Longest:
     """The longest rows on `ranks`, of a base with so many `positions`, where it has a limit."""
 
-    ranks: Ranks
+    ranks: PlannedRanks
     gpu: Gpu | None
     positions: int | None
     rows: list[LongestRow]
@@ -37,7 +37,7 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
     memory = machine.gpu.memory if machine.gpu else machine.host_memory
     if memory is None:
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
-    ranks = Ranks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
+    ranks = PlannedRanks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
     base = base_at_hand(config.model).description
     rows = longest_rows(config.decided(base.in_4_bits), base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from launcher.report.evaluations import EvaluationFigures, SampleFigures, other_data, read_evaluations, read_samples
-from launcher.report.history import PARTS, History, Point, Start, finite_points, means, read_history, thinned
+from launcher.report.history import PARTS, History, PastStart, Point, finite_points, means, read_history, thinned
 from launcher.report.trained import (
     DataFigures,
     Figures,
@@ -25,7 +25,7 @@ from launcher.report.trained import (
 from launcher.view.status import read_status
 from trainer.run.folder import name_of
 from trainer.run.records import Record, measures
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 _COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
@@ -68,7 +68,7 @@ class RunFigures:
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
     measured: dict[str, dict[str, list[Point]]]
-    starts: list[Start]
+    starts: list[PastStart]
     commits: list[Figures]
     skipped_steps: list[int]
     failed_saves: int
@@ -83,7 +83,7 @@ class RunFigures:
     notes: list[str]
 
     @property
-    def restarts(self) -> list[Start]:
+    def restarts(self) -> list[PastStart]:
         """The starts after the first that went on from a state."""
         return [start for start in self.starts if start.step is not None][1:]
 

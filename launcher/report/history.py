@@ -110,7 +110,7 @@ PARTS = ("launch", "load", "restore")
 
 
 @dataclass
-class Start:
+class PastStart:
     """One start of the run. Times are seconds since 1970; `seconds` has those that a part of the start took.
 
     `step` is the state that it went on from, None where it never trained; `last_step` is the last one that it took.
@@ -147,7 +147,7 @@ class History:
     left out.
     """
 
-    starts: list[Start] = field(default_factory=list)
+    starts: list[PastStart] = field(default_factory=list)
     steps: Columns = field(default_factory=Columns)
     others: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
@@ -160,7 +160,7 @@ def read_history(folder: Store) -> History:
     """Read every generation of the run in `folder`; a damaged record counts as none."""
     history = History()
     for number in generations(folder):
-        history.starts.append(start := Start(number))
+        history.starts.append(start := PastStart(number))
         _read(history, start, read_records(folder, number))
     last = len(history.starts) - 1
     for place, start in enumerate(history.starts):
@@ -169,7 +169,7 @@ def read_history(folder: Store) -> History:
     return history
 
 
-def _read(history: History, start: Start, records: Iterable[Record]) -> None:
+def _read(history: History, start: PastStart, records: Iterable[Record]) -> None:
     for record in records:
         kind, step = record["kind"], record.get("step")
         if kind in ("start", "step") and start.step is None and step is not None:
@@ -206,7 +206,7 @@ def _go_on_from(history: History, step: int) -> None:
         history.others[kind] = [record for record in history.others[kind] if record.get("step", 0) <= step]
 
 
-def _add_facts(start: Start, record: Record) -> None:
+def _add_facts(start: PastStart, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
     start.sequence_parallel = record.get("sequence_parallel") or 1
     start.machines = len(set(map(str, record.get("machines") or ()))) or None

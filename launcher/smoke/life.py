@@ -47,7 +47,7 @@ from trainer.plan.plan import make_plan
 from trainer.processes import children
 from trainer.processes.devices import local_gpus
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 _LONGEST_SECONDS = 600.0

@@ -21,7 +21,7 @@ from trainer.run.folder import command
 from trainer.run.owner import Ownership, ended_waiting
 from trainer.run.records import generations, newest_records, record_end, record_restart
 from trainer.run.requests import read_stop
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 

@@ -27,8 +27,7 @@ from trainer.run.folder import command, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
 from trainer.run.trackers.services import check_trackers
 from trainer.state.checkpoint.identity import check_identity
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import readable_manifests
+from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.store import Store
 from trainer.tuning.method import method_of

@@ -13,8 +13,13 @@ from rich.text import Text
 from launcher.view.console import FoldedTable, Terminal
 from trainer.run.folder import run_config
 from trainer.run.lines import duration
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import CheckpointManifest, check_step, readable_manifests, shard_problem
+from trainer.state.checkpoint.manifest import (
+    CheckpointManifest,
+    check_step,
+    committed_steps,
+    readable_manifests,
+    shard_problem,
+)
 from trainer.state.checkpoint.retention import Removal, plan_removal, remove
 from trainer.store.store import Store
 

@@ -20,7 +20,7 @@ from trainer.run.folder import command, run_config
 from trainer.run.owner import StoreClock, preparer, read_owner
 from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
 from trainer.run.segments import Segment, streams
-from trainer.state.checkpoint.listing import newest_commit
+from trainer.state.checkpoint.manifest import newest_commit
 from trainer.store.store import Store
 
 _BLOCKS = "▁▂▃▄▅▆▇█"

@@ -9,8 +9,7 @@ import pytest
 
 from tests.cli.conftest import Capstan
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.long

@@ -128,28 +128,32 @@ def test_an_evaluation_runs_no_task_that_somebody_elses_run_names(run: Store, re
     assert files(evil.parent / "shared") == before
 
 
+NAMED = [
+    ("evaluate", "eval.sets.x.path={private}", "eval.sets.x.path"),
+    ("evaluate", "data.eval=[{{path: {private}}}]", "data.eval"),
+    ("evaluate", "data.eval=[{{path: s3://of-the-reader/private.jsonl}}]", "data.eval"),
+    ("evaluate", "data.held_out=0.5", "data.train"),
+    ("evaluate", "eval.bias={private}", "eval.bias"),
+    ("evaluate", "data.template={private}", "data.template"),
+    ("evaluate", "sharding.deepspeed={private}", "sharding.deepspeed"),
+    ("evaluate", "quant.cache=true", "quant.cache"),
+    ("generate", "quant.cache=true", "quant.cache"),
+    ("generate", "eval.prompts={private}", "eval.prompts"),
+    ("generate", "data.template={private}", "data.template"),
+    ("export", "data.template={private}", "data.template"),
+    ("push", "data.template={private}", "data.template"),
+    ("resume", "tuning.rank=8", "data.train"),
+    ("resume", "cluster.slurm.setup=[touch {private}]", "cluster.slurm.setup"),
+    ("resume", "cluster.ray.runtime_env={{pip: [evil]}}", "cluster.ray.runtime_env"),
+    ("rollout", "rollout.reward=evil:reward", "rollout.reward"),
+    ("rollout", "rollout.serve.command=[/shared/evil]", "rollout.serve.command"),
+]
+"""A verb, what their config.yaml names, and the setting that is refused; the first row of each verb is quick."""
+QUICK = {row[0]: row for row in reversed(NAMED)}.values()
+
+
 @pytest.mark.parametrize(
-    ("verb", "setting", "name"),
-    [
-        ("evaluate", "eval.sets.x.path={private}", "eval.sets.x.path"),
-        ("evaluate", "data.eval=[{{path: {private}}}]", "data.eval"),
-        ("evaluate", "data.eval=[{{path: s3://of-the-reader/private.jsonl}}]", "data.eval"),
-        ("evaluate", "data.held_out=0.5", "data.train"),
-        ("evaluate", "eval.bias={private}", "eval.bias"),
-        ("evaluate", "data.template={private}", "data.template"),
-        ("evaluate", "sharding.deepspeed={private}", "sharding.deepspeed"),
-        ("evaluate", "quant.cache=true", "quant.cache"),
-        ("generate", "quant.cache=true", "quant.cache"),
-        ("generate", "eval.prompts={private}", "eval.prompts"),
-        ("generate", "data.template={private}", "data.template"),
-        ("export", "data.template={private}", "data.template"),
-        ("push", "data.template={private}", "data.template"),
-        ("resume", "tuning.rank=8", "data.train"),
-        ("resume", "cluster.slurm.setup=[touch {private}]", "cluster.slurm.setup"),
-        ("resume", "cluster.ray.runtime_env={{pip: [evil]}}", "cluster.ray.runtime_env"),
-        ("rollout", "rollout.reward=evil:reward", "rollout.reward"),
-        ("rollout", "rollout.serve.command=[/shared/evil]", "rollout.serve.command"),
-    ],
+    ("verb", "setting", "name"), [row if row in QUICK else pytest.param(*row, marks=pytest.mark.long) for row in NAMED]
 )
 def test_what_somebody_elses_run_names_is_neither_read_nor_run(
     run: Store, reader: Capstan, tmp_path: Path, verb: str, setting: str, name: str

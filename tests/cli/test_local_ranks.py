@@ -18,7 +18,7 @@ from tests.unit.export.test_served import stub
 from trainer.config import dump_config
 from trainer.run import layout
 from trainer.run.segments import read_stream
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

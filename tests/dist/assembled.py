@@ -16,7 +16,7 @@ from trainer.model.attention import Attention
 from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.plan import choose_scope
 from trainer.plan.resolve import Resolved
-from trainer.processes.ranks import Ranks, join
+from trainer.processes.ranks import Team, join
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
@@ -36,7 +36,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 @dataclass
 class Assembled:
     resolved: Resolved
-    ranks: Ranks
+    ranks: Team
     engine: Engine
     stream: Stream
     attention: Attention

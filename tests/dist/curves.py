@@ -56,7 +56,9 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         batches = [batch.to(torch.device("cpu")) for batch in stream.step(position)]
         targets, nats = sum(batch.targets for batch in batches), 0.0
         for batch in batches:
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+            logits = model(
+                input_ids=batch.input.input_ids, position_ids=batch.input.position_ids, use_cache=False
+            ).logits[0]
             loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels[0], reduction="sum") / targets
             loss.backward()
             nats += float(loss.detach())

@@ -11,7 +11,7 @@ from tests.families import FAMILIES, SIZES
 from trainer.config import parse_config
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart, recomputed
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import join
 from trainer.state.zero.engine import Engine
@@ -43,14 +43,16 @@ def packed_and_alone(config_text: str, kinds: list[str], apart: bool) -> list[fl
             setattr(model.get_submodule(path), leaf, partition.parameter.requires_grad_(True))
         groups = [{"name": "all", "lr_ratio": 1.0, "params": list(model.parameters())}]
         packed = PackedModel(model, Attention("eager", ""))
-        engine = Engine(packed, lambda packed, row: _loss(packed.hidden(row)), groups, config.optim, settings, ranks)
+        engine = Engine(
+            packed, lambda packed, row: _loss(packed.hidden(row.input)), groups, config.optim, settings, ranks
+        )
         for number, step in enumerate(ROWS):
             rows = [_row(lengths, 10 * number + rank) for rank, lengths in enumerate(step)]
             engine.backward(engine.loss(rows[ranks.rank]), last=True)
             found = {name: safe_get_full_grad(parameter) for name, parameter in engine.model.named_parameters()}
             plain.zero_grad()
             for row in rows:
-                for document in row.input_ids.split(row.cu_seqlens.diff().tolist(), dim=1):
+                for document in row.input.input_ids.split(row.input.cu_seqlens.diff().tolist(), dim=1):
                     _loss(plain.model(input_ids=document, use_cache=False).last_hidden_state).backward()
             wanted = {name: part.grad for name, part in plain.named_parameters() if part.grad is not None}
             distances.append(max(float((found[name] - part).norm() / part.norm()) for name, part in wanted.items()))  # type: ignore[operator]
@@ -74,5 +76,5 @@ def _loss(states: Tensor) -> Tensor:
 def _row(lengths: tuple[int, ...], seed: int) -> MicroBatch:
     ids = torch.randint(3, SIZES["vocab_size"], (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    return MicroBatch(ids, ids, positions, borders, max(lengths), sum(lengths), sum(lengths), (), ())
+    row = ModelInput.of(ids, positions, Segments.of_documents(lengths))
+    return MicroBatch(row, ids, sum(lengths), sum(lengths))

@@ -32,7 +32,7 @@ from trainer.model.held.layers import HeldWeights
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import open_store
 from trainer.train.loop import train
 

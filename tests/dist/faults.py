@@ -17,14 +17,12 @@ from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.processes.ranks import Ranks, join
+from trainer.processes.ranks import Team, join
 from trainer.run import layout
-from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
+from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks, TrainablePartition
 from trainer.state.checkpoint.identity import Identity
-from trainer.state.checkpoint.learner import TrainablePartition
 from trainer.state.checkpoint.learnt_weights import master_weights
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import problems_of, read_manifest, whole_checkpoint
+from trainer.state.checkpoint.manifest import committed_steps, problems_of, read_manifest, whole_checkpoint
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store
 
@@ -39,7 +37,7 @@ RULES = Checkpoint(keep_last=1, failed_saves=100)
 class FakeLearner:
     """In the engine's place: states that tell their parameter, their kind and the step that they are of."""
 
-    ranks: Ranks
+    ranks: Team
     step: int = 0
     states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -77,7 +75,7 @@ def whole_state(name: str, state: str, step: int) -> Tensor:
     return torch.arange(first, first + torch.Size(SHAPES[name]).numel(), dtype=torch.float32)
 
 
-def checkpoints(run: Store, ranks: Ranks, generation: int = 1) -> tuple[Checkpoints, list[dict[str, Any]]]:
+def checkpoints(run: Store, ranks: Team, generation: int = 1) -> tuple[Checkpoints, list[dict[str, Any]]]:
     """And what it records."""
     events: list[dict[str, Any]] = []
 
@@ -87,7 +85,7 @@ def checkpoints(run: Store, ranks: Ranks, generation: int = 1) -> tuple[Checkpoi
     return Checkpoints(run, ranks, generation, Identity("data", {}, {}), RULES, CommitHooks(record)), events
 
 
-def save(run: Store, ranks: Ranks, step: int, generation: int = 1) -> list[dict[str, Any]]:
+def save(run: Store, ranks: Team, step: int, generation: int = 1) -> list[dict[str, Any]]:
     """Save and prove the state of `step`; the removal of what retention drops comes in between, in a fixed order."""
     ours, events = checkpoints(run, ranks, generation)
     ours._pruning = InTurn()
@@ -185,7 +183,7 @@ def restores_with_one_faulty_rank(uri: str) -> dict[str, Any]:
     return {"operations": operations, "messages": [_restore(root, ranks, fault)["message"] for fault in faults]}
 
 
-def _restore(run: Store, ranks: Ranks, fault: Fault) -> dict[str, Any]:
+def _restore(run: Store, ranks: Team, fault: Fault) -> dict[str, Any]:
     learner = FakeLearner(ranks)
     ours, _ = checkpoints(FaultyStore(run, fault), ranks, 2)
     outcome = outcome_of(lambda: ours.restore(learner, required=True, log=print))
@@ -288,11 +286,11 @@ def race(uri: str) -> dict[str, Any]:
     return {**outcome, "kinds": [event["kind"] for event in events], "wrong": wrong_with(run, 1)}
 
 
-class Alone(Ranks):
+class Alone(Team):
     """A rank that is the only one of its run, in a process that has others for other things."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        super().__init__(0, 1, 1, 0, ranks.device)
+    def __init__(self, ranks: Team) -> None:
+        super().__init__(0, 1, 1, 0, ranks.device, world=ranks.world)
 
     def gather(self, *values: float) -> list[list[float]]:
         return [list(values)]

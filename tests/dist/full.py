@@ -106,10 +106,10 @@ def _batches(stream: Stream, position: Position) -> list[MicroBatch]:
 
 def _documents(batch: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens (1, n) and labels (n,) of each document with a target."""
-    borders = batch.cu_seqlens.tolist()
+    borders = batch.input.cu_seqlens.tolist()
     for begin, end in zip(borders, borders[1:], strict=False):
         if (batch.labels[0, begin:end] != -100).any():
-            yield batch.input_ids[:, begin:end], batch.labels[0, begin:end]
+            yield batch.input.input_ids[:, begin:end], batch.labels[0, begin:end]
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:

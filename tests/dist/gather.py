@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from tests.dist import traffic
 from tests.dist.assembled import Assembled, assemble_run
 from trainer.config import parse_config
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.processes.ranks import join
 from trainer.state.zero import gather
 
@@ -86,8 +86,8 @@ class GpuLike:
 
 def _pass(here: Assembled) -> None:
     """A micro-batch, forward and backward."""
-    ids, borders = torch.arange(3, 3 + TOKENS, dtype=torch.int32)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
-    row = MicroBatch(ids, ids, ids - 3, borders, TOKENS, TOKENS, TOKENS, (), ())
+    ids = torch.arange(3, 3 + TOKENS, dtype=torch.int32)[None]
+    row = MicroBatch(ModelInput.of(ids, ids - 3, Segments.of_documents([TOKENS])), ids, TOKENS, TOKENS)
     here.engine.backward(here.engine.loss(row) / TOKENS, last=True)
 
 

@@ -143,11 +143,11 @@ def documents(batches: list[MicroBatch], reserved: int = 0) -> Iterator[tuple[Te
     it.
     """
     for batch in batches:
-        borders = batch.cu_seqlens.tolist()
+        borders = batch.input.cu_seqlens.tolist()
         for begin, end in zip(borders, borders[1:], strict=False):
             begin += reserved
             if (batch.labels[0, begin:end] != -100).any():
-                yield batch.input_ids[:, begin:end], batch.labels[0, begin:end]
+                yield batch.input.input_ids[:, begin:end], batch.labels[0, begin:end]
 
 
 def _loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:

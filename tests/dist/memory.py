@@ -25,9 +25,9 @@ from trainer.export.write.merged import export_merged
 from trainer.model import tiled
 from trainer.model.attention import choose_attention
 from trainer.model.held.layers import HeldLinear
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.processes.ranks import join
-from trainer.state.checkpoint import reading as checkpoint_reading
+from trainer.state.checkpoint import manifest as checkpoint_reading
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store import store
@@ -117,9 +117,10 @@ def longest_row(config_text: str, memory: int, longest: int, tile: int) -> int:
 def _pass_through(engine: Engine, length: int, mine: tuple[int, int] = (0, 1)) -> None:
     """A step over one document of so many tokens, or over a slice of it: its number and how many there are."""
     tokens = torch.arange(length, dtype=torch.int32)[None] % 250
-    borders = torch.tensor([0, length], dtype=torch.int32)
     positions = torch.arange(length, dtype=torch.int32)[None]
-    row = MicroBatch(tokens, tokens, positions, borders, length, length, length, (), ())
+    row = MicroBatch(
+        ModelInput.of(tokens, positions, Segments.of_documents([length])), tokens, tokens=length, targets=length
+    )
     engine.backward(engine.loss(row if mine == (0, 1) else row.cut(*mine)) / length, last=True)
     engine.step(1e-6)
 

@@ -13,7 +13,7 @@ from tests.dist.assembled import assemble_run
 from tests.dist.full import plain_model, plain_stream
 from trainer.config import parse_config
 from trainer.data.order.position import Position
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Role
 from trainer.run.requests import StopSignal
 from trainer.train.reference import ReferencePass
 from trainer.train.schedule import learning_rate
@@ -37,7 +37,7 @@ def plain_losses(config_text: str, fingerprint: str, frozen: bool = True) -> lis
         batches = [batch.to(torch.device("cpu")) for batch in stream.step(position)]
         pairs, sum_of_losses = sum(len(batch.documents) for batch in batches), 0.0
         for batch in batches:
-            for rejected in batch.rejected.tolist():
+            for rejected in batch.segments(Role.REJECTED).tolist():
                 margin = torch.zeros(())
                 for segment, sign in ((rejected - 1, 1), (rejected, -1)):
                     with torch.no_grad():
@@ -58,8 +58,8 @@ def plain_losses(config_text: str, fingerprint: str, frozen: bool = True) -> lis
 
 def _log_p(model: Any, batch: MicroBatch, segment: int) -> Tensor:
     """log p of the trained tokens of one segment of a row, by itself."""
-    begin, end = batch.cu_seqlens[segment : segment + 2].tolist()
-    logits = model(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0].float()
+    begin, end = batch.input.cu_seqlens[segment : segment + 2].tolist()
+    logits = model(input_ids=batch.input.input_ids[:, begin:end], use_cache=False).logits[0].float()
     labels = batch.labels[0, begin:end]
     return -torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
 

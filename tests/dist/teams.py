@@ -74,7 +74,7 @@ def _team(world: World) -> Team:
 def optimizers_of_teams() -> float:
     """What an optimizer sums up over its team."""
     from trainer.config import Optim
-    from trainer.state.zero.partitioned_optimizer import DividedOptimizer
+    from trainer.state.zero.engine import DividedOptimizer
 
     world = join(LIMIT).world
     learns = torch.nn.Parameter(torch.zeros(1))

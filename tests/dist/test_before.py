@@ -26,7 +26,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 BEFORE = Path(__file__).parents[1] / "golden/before"
@@ -143,7 +143,10 @@ def test_data_compiled_before_is_found_and_gives_the_batches_of_before(bucket: S
     with closing(chapters):
         for _ in FACTS["order"]:
             step = stream.step(position)
-            fields = [(batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens) for batch in step]
+            fields = [
+                (batch.input.input_ids, batch.labels, batch.input.position_ids, batch.input.cu_seqlens)
+                for batch in step
+            ]
             batches.append(sha256(b"".join(tensor.numpy().tobytes() for batch in fields for tensor in batch)))
             position = stream.advance(position)
     assert batches == FACTS["order"]

@@ -14,8 +14,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first

@@ -18,7 +18,7 @@ from trainer.export.write import checkpoint_adapters as beside
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.checkpoint_adapters import AdapterWriter
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store
 

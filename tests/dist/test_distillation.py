@@ -17,7 +17,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.stream import train_stream
 from trainer.model.head import IGNORE
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 DOCUMENTS = 700  # three blocks of the data set
@@ -94,8 +94,8 @@ def full_divergence(workshop: Workshop, config: Config) -> float:
     dataset = open_dataset(workshop.store, workshop.prepare(config).train)
     total, targets = 0.0, 0
     for batch in train_stream(config, whole(dataset), 0, 1).step(Position()):
-        for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-            ids, labels = batch.input_ids[:, begin:end].long(), batch.labels[0, begin:end]
+        for begin, end in zip(batch.input.cu_seqlens[:-1], batch.input.cu_seqlens[1:], strict=True):
+            ids, labels = batch.input.input_ids[:, begin:end].long(), batch.labels[0, begin:end]
             with torch.no_grad():
                 t, s = (model(ids).logits[0].log_softmax(-1)[labels != IGNORE] for model in (teacher, student))
             total += float((t.exp() * (t - s)).sum())

@@ -11,7 +11,9 @@ from tests.dist.launch import launch
 from tests.families import rows
 from tests.material import Workshop, make_data, make_labelled, make_pairs
 from trainer.config import Config, dump_config, load_config
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.config.section import part
+from trainer.state.checkpoint.manifest import committed_steps
+from trainer.train.every.sample import SampleSettings
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -44,7 +46,7 @@ def in_small(path: Path, workshop: Workshop) -> Config:
         "eval.sets": json.dumps(sets),
         "eval.prompts": str(prompts) if example.eval.prompts else "null",
         "eval.max_tokens": 4,
-        "train.sample_every": min(example.train.sample_every, 1),
+        "train.sample_every": min(part(example.train, SampleSettings).sample_every, 1),
         "train.epochs": "null",
         "optim.lr": 0.001,
         "optim.warmup_steps": 0,

@@ -22,8 +22,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
 from trainer.state.checkpoint.learnt_weights import master_weights
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store, open_store
 
 

@@ -8,8 +8,7 @@ import pytest
 from launcher.smoke.local_s3 import S3Server
 from tests.dist import export_faults, faults
 from tests.dist.launch import launch, running
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import open_store
 
 STORES = ["memory", "local", "s3"]

@@ -18,8 +18,7 @@ from tests.families import rows
 from tests.material import Workshop, make_labelled
 from trainer.config import Config, dump_config, override
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 
 ROWS = 12
 # world size, micro_batch and packing. Without packing each of the 12 answers has a row, with it 8 rows hold them.

@@ -24,8 +24,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.plan.plan import make_plan
 from trainer.run import layout
 from trainer.state.checkpoint.learnt_weights import master_weights
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import open_store
 
 PAIRS = 12

@@ -12,8 +12,7 @@ from tests.dist.launch import launch, running
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store
 
 TOLERANCE = 1e-3  # nats, at another world size

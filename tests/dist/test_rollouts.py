@@ -30,10 +30,10 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.export.write.per_expert import per_expert_files
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 from trainer.tuning.objective.rollouts import unlike_sampler
-from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 STEPS = 10
 TEN = f"train.steps={STEPS}"

@@ -12,8 +12,7 @@ from tests.dist import faults, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 
 
 def kinds(result: dict[str, Any]) -> list[tuple[str, int]]:

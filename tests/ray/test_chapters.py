@@ -20,7 +20,7 @@ from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import train_order
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

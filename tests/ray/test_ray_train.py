@@ -20,7 +20,7 @@ from tests.material import Workshop
 from tests.ray.cluster import PATIENCE, Driver, alive, losses, steps, write
 from trainer.config import dump_config
 from trainer.run.requests import request_stop
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import open_store
 
 pytestmark = pytest.mark.timeout(1200)

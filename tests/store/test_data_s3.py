@@ -43,7 +43,7 @@ def stream(dataset: Dataset) -> Stream:
 
 
 def rows(dataset: Dataset) -> list[list[int]]:
-    return [batch.input_ids[0].tolist() for step in stream(dataset).epoch(0) for batch in step]
+    return [batch.input.input_ids[0].tolist() for step in stream(dataset).epoch(0) for batch in step]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.store.proxy import Fault, How, faulty_proxy
 from trainer.run import layout
 from trainer.run.evaluations import read_evaluation
 from trainer.run.records import generations, read_records
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import open_store
 
 SCHEME = {"azurite": "az", "moto": "s3"}

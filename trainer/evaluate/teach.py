@@ -39,7 +39,7 @@ from trainer.evaluate.sharded_model import open_run
 from trainer.evaluate.teach_server import finished, teach_by_server
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
 from trainer.plan.resolve import Resolved, resolve
@@ -51,7 +51,7 @@ from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.initial_adapter import place_of
+from trainer.tuning.shared.beginning import place_of
 
 _PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"
 """A text in which tokenizers of one vocabulary may differ."""
@@ -196,8 +196,8 @@ def _number(token: int | None) -> str:
 def by_document(batch: MicroBatch, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """The values (targets, ...) of each document, which is one segment."""
     trained = (batch.labels[0] != IGNORE).numpy()
-    ends = np.concatenate([[0], np.cumsum(trained)])[batch.cu_seqlens.numpy()]
-    return [values[ends[segment] : ends[segment + 1]] for segment in batch.beginnings.tolist()]
+    ends = np.concatenate([[0], np.cumsum(trained)])[batch.input.segments.borders]
+    return [values[ends[segment] : ends[segment + 1]] for segment in batch.input.segments.of(Role.DOCUMENT)]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class TeacherPass:
     def _look(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """(targets, 2k + 1), see `LossHead`."""
         asked = TopK(self.record.k, self.record.vocabulary, self.teacher.temperature)
-        return model.head(model.hidden(batch), batch.labels, batch.places, top=asked)
+        return model.head(model.hidden(batch.input), batch.labels, batch.places, top=asked)
 
     def _likeliest(self, values: NDArray[np.float32]) -> Likeliest:
         return Likeliest(values[:, : self.record.k].astype(np.int64), values[:, self.record.k :])

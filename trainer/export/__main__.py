@@ -22,8 +22,7 @@ from trainer.export.format import ExportFormat, ExportProgress, Written, find_fo
 from trainer.export.proof.process import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.processes.helper_thread import patiently
-from trainer.state.checkpoint.listing import newest_commit
-from trainer.state.checkpoint.manifest import whole_checkpoint
+from trainer.state.checkpoint.manifest import newest_commit, whole_checkpoint
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 

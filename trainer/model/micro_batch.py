@@ -1,91 +1,158 @@
-"""One packed row of a global step, as a rank gets it."""
+"""One packed row of a global step, as a rank gets it: what the model computes, and what the objective is told of it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
 from trainer.processes.accelerator import onto
 
-_NONE, _NO_FLAGS = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool)
+
+class Role(IntEnum):
+    """The part that a segment of a row has in its document."""
+
+    DOCUMENT = 0
+    """A whole document, or the first segment of one: the chosen answer of a pair, a labelled answer, a text."""
+    REJECTED = 1
+    """The rejected answer of the pair whose chosen one is the segment before."""
+    MISMATCHED = 2
+    """The mismatched answer behind a labelled one (trainer/data/render/labelled.py), or the numbers of tags behind
+    their words (trainer/data/render/numbered.py)."""
+    ALTERNATIVE = 3
+    """Another answer behind the prompt that its document begins with."""
+    PADDING = 4
+    """The end of a bin."""
 
 
-class Place(Protocol):
-    """The place of a bin in the order of the data; see `Position` in trainer/data/order/position.py."""
+@dataclass(frozen=True)
+class Segments:
+    """The segments of a whole row, end to end: documents never see each other, and nor do the segments of one.
+
+    Attributes:
+        lengths: tokens of each.
+        roles: the role of each.
+        prefixes: the prefix that each goes on from, as answers do that share their prompt: the place of its first token
+            in the row, and its tokens, 0 for none. Empty where no segment has one.
+    """
+
+    lengths: tuple[int, ...]
+    roles: tuple[Role, ...]
+    prefixes: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of_documents(cls, lengths: "list[int] | tuple[int, ...]") -> "Segments":
+        """Documents of these lengths."""
+        return cls(tuple(lengths), (Role.DOCUMENT,) * len(lengths))
 
     @property
-    def epoch(self) -> int: ...
+    def borders(self) -> list[int]:
+        """(segments + 1,) where each begins in the row, and the row's end."""
+        return [0, *accumulate(self.lengths)]
+
     @property
-    def window(self) -> int: ...
+    def padding(self) -> list[tuple[int, int]]:
+        """Where padding begins and ends in the row, for each stretch of it."""
+        borders = self.borders
+        return [(borders[number], borders[number + 1]) for number in self.of(Role.PADDING)]
+
+    def of(self, role: Role) -> list[int]:
+        """The numbers of the segments with this role."""
+        return [number for number, own in enumerate(self.roles) if own == role]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """All that a model gets of a row of T tokens, micro_batch times a bin's capacity.
+
+    Attributes:
+        input_ids: (1, T) int32.
+        position_ids: (1, T) int32, from 0 in each segment, or from the end of its prefix.
+        segments: those of the whole row, also where this is a slice of it.
+        cu_seqlens: (segments + 1,) int32, the borders of the segments, where the tokens are.
+        max_seqlen: tokens of the longest segment, or more.
+        parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
+        first: the place in the row of the slice's first token.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: Segments
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    parts: int = 1
+    first: int = 0
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: Segments) -> "ModelInput":
+        """The whole row of these segments, on the host."""
+        borders = torch.tensor(segments.borders, dtype=torch.int32)
+        return cls(input_ids, position_ids, segments, borders, max(segments.lengths))
+
     @property
-    def bin(self) -> int: ...
-    @property
-    def chapter(self) -> int: ...
+    def prefixes(self) -> tuple[tuple[int, int], ...]:
+        return self.segments.prefixes or ((0, 0),) * len(self.segments.lengths)
+
+    def cut(self, part: int, parts: int) -> "ModelInput":
+        """The slice number `part` of a row that `parts` ranks share: the ids and positions of its tokens."""
+        size = self.input_ids.shape[1] // parts
+        assert size * parts == self.input_ids.shape[1]
+        ids, positions = (values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.position_ids))
+        return replace(self, input_ids=ids, position_ids=positions, parts=parts, first=part * size)
+
+    def to(self, device: torch.device) -> "ModelInput":
+        """The same row on `device`, with the int64 that models take; half the bytes travel."""
+        return replace(
+            self,
+            input_ids=onto(self.input_ids, device).long(),
+            position_ids=onto(self.position_ids, device).long(),
+            cu_seqlens=onto(self.cu_seqlens, device),
+        )
+
+
+class Values(NamedTuple):
+    """A column of a row: `values` (n, ...) for each of its documents, of its targets, or of its tokens, in the order of
+    the row.
+    """
+
+    per: Literal["document", "target", "token"]
+    values: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The input of one forward pass: one packed row of T tokens, micro_batch times a bin's capacity.
+    """One packed row: the model's `input`, and what an objective is told of it.
 
     Attributes:
-        input_ids: (1, T) int32.
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
-        position_ids: (1, T) int32, from 0 in each segment, or from the end of its prefix.
-        cu_seqlens: (segments + 1,) int32, borders of the segments from 0 to T. A segment is a document, an answer of a
-            pair, a labelled or a mismatched answer, or the padding at the end of a bin.
-        max_seqlen: tokens of the longest segment.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
-        bins: the places of the bins in the row, without the empty ones.
+        bins: the places of the bins in the row, each a `trainer.data.order.position.Position`, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
-        rejected: (pairs,) int32, the segments that are rejected answers; the segment before each is the chosen one.
-        beginnings: (documents,) int32, the segments that documents begin with.
-        desired: (documents,) bool, whether each is a labelled answer that is desired.
-        mismatched: (mismatched,) int32, the segments that are mismatched answers; see trainer/data/render/labelled.py.
-            Or, of words with
-            tags, those with the tags' numbers; see trainer/data/render/numbered.py.
+        columns: what is known of documents, targets or tokens beside their ids, by name: the columns of the kind of
+            rows (trainer/data/format/row_format.py), `reference` (documents, answers) fp32, the log-probabilities of
+            their answers by a stored reference, in nats, `teacher_ids` and `teacher_log_p`, a stored teacher's word on
+            each target, and `sampled` (targets, 2) fp32, of sampled answers each target's log p by the sampler, in
+            nats, and its advantage.
         survey: the figures that the losses of the step were found to need beforehand; see
             trainer/tuning/objective/objective.py.
-        reference: (documents, answers) fp32, log-probabilities of their answers by a stored reference, in nats; None
-            without one.
-        taught: a stored teacher's word on each target, in the order of the labels; None without one.
-        sampled: (targets, 2) fp32, of sampled answers each target's log p by the sampler, in nats, and its advantage;
-            None without any.
-        parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
-        first: the place in the row of the slice's first token.
-        prefixes: the prefix that each segment goes on from, as answers do that share their prompt: the place of its
-            first token in the row,
-            and its tokens, 0 for none. Empty where no segment has one.
-        padding: where padding begins and ends in the whole row, for each stretch of it.
         uncut: the whole row on the host, for a slice of one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """
 
-    input_ids: torch.Tensor
+    input: ModelInput
     labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
     tokens: int
     targets: int
-    bins: tuple[Place, ...]
-    documents: tuple[int, ...]
-    rejected: torch.Tensor = _NONE
-    beginnings: torch.Tensor = _NONE
-    desired: torch.Tensor = _NO_FLAGS
-    mismatched: torch.Tensor = _NONE
+    bins: tuple[Any, ...] = ()
+    documents: tuple[int, ...] = ()
+    columns: Mapping[str, Values] = field(default_factory=dict[str, Values])
     survey: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    taught: Taught | None = None
-    sampled: torch.Tensor | None = None
-    parts: int = 1
-    first: int = 0
-    prefixes: tuple[tuple[int, int], ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
     uncut: "MicroBatch | None" = None
     host: "MicroBatch | None" = None
 
@@ -93,17 +160,8 @@ class MicroBatch:
     def of_text(cls, tokens: torch.Tensor) -> "MicroBatch":
         """One text, `tokens` (1, T), as a row without targets."""
         length = tokens.shape[1]
-        return cls(
-            input_ids=tokens,
-            labels=torch.full_like(tokens, IGNORE),
-            position_ids=torch.arange(length)[None],
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-            max_seqlen=length,
-            tokens=length,
-            targets=0,
-            bins=(),
-            documents=(),
-        )
+        row = ModelInput.of(tokens, torch.arange(length)[None], Segments.of_documents([length]))
+        return cls(row, torch.full_like(tokens, IGNORE), length, 0)
 
     @cached_property
     def whole(self) -> "MicroBatch":
@@ -113,80 +171,72 @@ class MicroBatch:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each segment."""
-        return tuple((self.host or self).cu_seqlens.diff().tolist())
+        return self.input.segments.lengths
 
     @cached_property
     def places(self) -> torch.Tensor:
         """(targets,) int64, the positions whose label is not `IGNORE`."""
         return onto(_places((self.host or self).labels), self.labels.device)
 
+    def segments(self, role: Role) -> torch.Tensor:
+        """(n,) int64, the numbers of the row's segments with this role."""
+        return onto(torch.tensor(self.input.segments.of(role), dtype=torch.int64), self.labels.device)
+
+    def column(self, name: str) -> torch.Tensor:
+        """The values of a column that the rows of the run have."""
+        return self.columns[name].values
+
     def cut(self, part: int, parts: int) -> "MicroBatch":
-        """The slice number `part` of a row on the host that `parts` ranks share: ids, labels and positions are of its
-        tokens, `targets` and `places` of its labels, and segments and their borders of the whole row. The first one
-        alone counts the row's tokens, bins and documents."""
-        size = self.input_ids.shape[1] // parts
-        assert size * parts == self.input_ids.shape[1]
-        ids, labels, positions = (
-            values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.labels, self.position_ids)
-        )
+        """The slice number `part` of a row on the host that `parts` ranks share: `labels`, `targets` and `places` are
+        of its tokens, and so are columns of targets and of tokens. The first one alone counts the row's tokens, bins
+        and documents.
+        """
+        row = self.input.cut(part, parts)
+        mine = slice(row.first, row.first + row.input_ids.shape[1])
+        labels = self.labels[:, mine]
+        before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : row.first], labels))
+        slices = {"token": mine, "target": slice(before, before + targets), "document": slice(None)}
+        columns = {name: Values(per, values[slices[per]]) for name, (per, values) in self.columns.items()}
         counted: dict[str, Any] = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
-        sliced = replace(
-            self, input_ids=ids, labels=labels, position_ids=positions, parts=parts, first=part * size, uncut=self
-        )
-        before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : part * size], labels))
-        if self.taught is not None:
-            counted["taught"] = self.taught.part(slice(before, before + targets))
-        return replace(sliced, targets=targets, **counted)
+        return replace(self, input=row, labels=labels, targets=targets, columns=columns, uncut=self, **counted)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same row on `device`, with int64 for what the model and the loss take; half the bytes travel."""
         return replace(
             self,
-            input_ids=onto(self.input_ids, device).long(),
+            input=self.input.to(device),
             labels=onto(self.labels, device).long(),
-            position_ids=onto(self.position_ids, device).long(),
-            cu_seqlens=onto(self.cu_seqlens, device),
-            rejected=onto(self.rejected, device).long(),
-            beginnings=onto(self.beginnings, device).long(),
-            desired=onto(self.desired, device),
-            mismatched=onto(self.mismatched, device).long(),
+            columns={name: Values(per, onto(values, device)) for name, (per, values) in self.columns.items()},
             survey=None if self.survey is None else self.survey.to(device),  # the device made it
-            reference=None if self.reference is None else onto(self.reference, device),
-            taught=None if self.taught is None else Taught(*(onto(values, device) for values in self.taught)),
-            sampled=None if self.sampled is None else onto(self.sampled, device),
             host=self,
         )
 
-    def part(self, segments: Literal["beginnings", "mismatched"]) -> "MicroBatch":
-        """These of the row's segments alone, in rising order, each behind the prefix that it goes on from, and where
-        ranks share the row perhaps padding behind them; this rank's slice of that. All that it has of the row where
-        they are none, as a pass needs tokens. `max_seqlen` may be more than the longest."""
+    def part(self, role: Role) -> "MicroBatch":
+        """The row's segments of this role alone, each behind the prefix that it goes on from, and where ranks share the
+        row perhaps padding behind them; this rank's slice of that. All that it has of the row where there are none, as
+        a pass needs tokens."""
         row = self.uncut or self.host or self
-        chosen: torch.Tensor = getattr(row, segments).long()
-        if not len(chosen):
+        given, chosen = row.input, row.input.segments.of(role)
+        if not chosen:
             return self
-        begins, prefixes = row.cu_seqlens.tolist(), row.prefixes or ((0, 0),) * len(row.lengths)
-        spans = [(prefixes[number], (begins[number], row.lengths[number])) for number in chosen.tolist()]
+        begins = given.segments.borders
+        spans = [(given.prefixes[number], (begins[number], given.segments.lengths[number])) for number in chosen]
         places = torch.cat([torch.arange(begin, begin + size) for pair in spans for begin, size in pair])
         sizes = [sum(size for _, size in pair) for pair in spans]
-        ids, labels, positions = (values[:, places] for values in (row.input_ids, row.labels, row.position_ids))
-        if uneven := -len(places) % self.parts:  # ranks share a row by as many tokens each: a last segment of padding
-            sizes.append(uneven)
+        ids, labels, positions = (values[:, places] for values in (given.input_ids, row.labels, given.position_ids))
+        segments = Segments.of_documents(sizes)
+        # Ranks share a row by as many tokens each: a last segment of padding.
+        if uneven := -len(places) % self.input.parts:
+            segments = Segments((*sizes, uneven), (*segments.roles, Role.PADDING))
             ids, labels = F.pad(ids, (0, uneven)), F.pad(labels, (0, uneven), value=IGNORE)
             positions = torch.cat([positions, torch.arange(uneven, dtype=positions.dtype)[None]], 1)
+        made = ModelInput.of(ids, positions, segments)
+        longest = max(self.input.max_seqlen, made.max_seqlen)
         part = MicroBatch(
-            input_ids=ids,
-            labels=labels,
-            position_ids=positions,
-            cu_seqlens=F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(row.cu_seqlens.dtype),
-            max_seqlen=max(self.max_seqlen, *sizes),
-            tokens=len(places),
-            targets=int((labels != IGNORE).sum()),
-            bins=(),
-            documents=(),
-            padding=((len(places), len(places) + uneven),) if uneven else (),
+            replace(made, max_seqlen=longest), labels, tokens=len(places), targets=int((labels != IGNORE).sum())
         )
-        mine = part if self.parts == 1 else part.cut(self.first // self.labels.shape[1], self.parts)
+        shared = self.input
+        mine = part if shared.parts == 1 else part.cut(shared.first // self.labels.shape[1], shared.parts)
         return mine.to(self.labels.device)
 
 

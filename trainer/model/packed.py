@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
 from trainer.model.head import LossHead
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
 from trainer.model.rows.peers import Peers, total
 from trainer.model.rows.row import lengths_known
@@ -33,14 +33,15 @@ class PackedModel:
         assert isinstance(head, LossHead)
         return head
 
-    def hidden(self, row: MicroBatch) -> Tensor:
+    def hidden(self, row: ModelInput) -> Tensor:
         """Hidden states of a packed row before the output head, (1, T, H); only of this rank's part if it shares the
         row.
         """
         tokens = self._padded(row)
         if not self.isolates:
-            row = MicroBatch.of_text(tokens).to(tokens.device)
-        with lengths_known(row.lengths, self.peers if row.parts > 1 else None, row.prefixes):
+            row = MicroBatch.of_text(tokens).input.to(tokens.device)
+        segments = row.segments
+        with lengths_known(segments.lengths, self.peers if row.parts > 1 else None, segments.prefixes):
             return body(self.model)(
                 input_ids=tokens,
                 position_ids=row.position_ids,
@@ -48,21 +49,22 @@ class PackedModel:
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
             )[0]
 
-    def _padded(self, row: MicroBatch) -> Tensor:
+    def _padded(self, row: ModelInput) -> Tensor:
         """The tokens of a row with this model's padding token, for which data has 0."""
-        if not (self.padding and row.padding):
+        padding = row.segments.padding if self.padding else []
+        if not padding:
             return row.input_ids
         tokens = row.input_ids.clone()
-        for begin, end in row.padding:
+        for begin, end in padding:
             tokens[:, max(0, begin - row.first) : max(0, end - row.first)] = self.padding
         return tokens
 
-    def total(self, mine: Tensor, row: MicroBatch) -> Tensor:
+    def total(self, mine: Tensor, row: ModelInput) -> Tensor:
         """The sum over the ranks that share the row; `mine` if no others do."""
         return mine if row.parts == 1 or self.peers is None else total(mine, self.peers)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of one unpacked row: (1, T) int64 -> (1, T, V)."""
         # Rows are made on the host, and reach a device through pinned memory.
-        row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).to(tokens.device)
+        row = MicroBatch.of_text(nn.functional.pad(tokens.cpu(), (self.reserved, 0))).input.to(tokens.device)
         return self.head(self.hidden(row)[:, self.reserved :])

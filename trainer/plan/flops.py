@@ -68,7 +68,7 @@ class StepWork:
         found = 0.0
         for batch in batches:
             pairs = sum(layer.pair * layer.pairs(length) for length in _documents(batch) for layer in self.attention)
-            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs / batch.parts
+            found += batch.tokens * self.token + batch.targets * self.target + self.passes * pairs / batch.input.parts
         return found
 
     def of_row(self, tokens: int) -> float:
@@ -95,9 +95,12 @@ UNKNOWN_WORK = StepWork()
 
 def _documents(batch: MicroBatch) -> Iterator[int]:
     """Tokens of each segment of the row that is no padding."""
-    lengths = batch.lengths
-    for segments in (batch.beginnings, batch.rejected, batch.mismatched):
-        yield from (lengths[segment] for segment in segments.tolist())
+    from trainer.model.micro_batch import Role
+
+    segments = batch.input.segments
+    for length, role in zip(segments.lengths, segments.roles, strict=True):
+        if role != Role.PADDING:
+            yield length
 
 
 def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:

@@ -1,4 +1,4 @@
-"""Facts about a run on one rank of so many, from which plans count. No GPU, no torch."""
+"""Facts about a run on one of so many ranks, from which plans count. No GPU, no torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,12 +40,14 @@ class Inputs:
 
     @property
     def shared(self) -> int:
-        """Ranks that share each row."""
+        """The number of ranks that share each row."""
         return self.config.sharding.sequence_parallel
 
     @property
     def data_groups(self) -> int:
-        """Rows that are computed at one time: one for each rank, or for each group of ranks that share theirs."""
+        """The number of rows that are computed at one time: one for each rank, or for each group of ranks that share
+        theirs.
+        """
         return max(1, self.world_size // self.shared)
 
     @property
@@ -70,7 +72,7 @@ class Inputs:
 
     @property
     def reference(self) -> Literal["adapter_off", "stored"] | None:
-        """Where the values come from that the objective compares with, if it reads any."""
+        """The source of the values with which the objective compares, if it reads any."""
         return reference_of(self.config, self.objective, self.method)
 
     @cached_property
@@ -80,7 +82,7 @@ class Inputs:
 
     @cached_property
     def learning(self) -> dict[str, int]:
-        """Elements of each of them."""
+        """The elements of each parameter that learns."""
         return {name: prod(shape) for name, shape in self.shapes.items()}
 
     @cached_property
@@ -113,7 +115,7 @@ class Inputs:
 
     @property
     def share(self) -> int:
-        """Elements of what learns that one rank has."""
+        """The elements of what learns that one rank holds."""
         return ceil(self.trainable / self.world_size)
 
     @cached_property
@@ -128,7 +130,7 @@ class Inputs:
         return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
 
     def is_whole(self, stored: StoredParameter) -> bool:
-        """Whether it is small enough to be whole on every rank, and to stay on the GPU where the others are
+        """Whether a parameter is small enough to be whole on every rank, and to stay on the GPU when the others are
         offloaded.
         """
         return stored.elements <= self.zero["stage3_param_persistence_threshold"]
@@ -150,17 +152,17 @@ class Inputs:
 
     @property
     def recomputed_layers(self) -> int:
-        """The others, which compute theirs again."""
+        """The decoder layers that compute their activations again."""
         return self.model.layers - self.kept_layers
 
     @property
     def offloads_inputs(self) -> bool:
-        """Whether the inputs of layers that are computed again go to the host; those of a CPU are there."""
+        """Whether the inputs of layers that are computed again go to the host. On a CPU they are there already."""
         return self.config.train.activation_offload and self.on_gpu
 
     @cached_property
     def row(self) -> int:
-        """Positions of a packed row, with those that are reserved for a method's virtual tokens
+        """Positions of a packed row, including those reserved for a method's virtual tokens
         (trainer/data/order/settings.py).
         """
         data = self.config.data
@@ -181,7 +183,7 @@ class Inputs:
 
     @property
     def sub_group(self) -> int:
-        """Elements that one step of the update takes."""
+        """The elements that one step of the update takes."""
         return self.zero.get("sub_group_size", 1_000_000_000)
 
     def pins(self, section: str) -> bool:
@@ -190,8 +192,9 @@ class Inputs:
 
     @property
     def communicators(self) -> int:
-        """NCCL's: all ranks have two, as DeepSpeed clones theirs, those of a node one where they share a copy of the
-        base, and those that share rows one. CPUs use gloo."""
+        """The number of NCCL's communicators. All ranks have two, because DeepSpeed clones theirs; those of a node have
+        one if they share a copy of the base, and those that share rows have one. CPUs use gloo.
+        """
         if not self.on_gpu:
             return 0
         return 2 * (self.world_size > 1) + (1 < self.group < self.world_size) + (self.shared > 1)

@@ -30,7 +30,7 @@ class LongestRow:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class PlannedRanks:
     """The ranks that rows are planned for, each with `memory` bytes of a GPU, or of the host where they are on CPUs."""
 
     world_size: int
@@ -39,7 +39,7 @@ class Ranks:
     on_gpu: bool
 
 
-def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[LongestRow]:
+def longest_rows(config: Config, base: Description, ranks: PlannedRanks) -> list[LongestRow]:
     """First with the settings as they are, then without any that saves memory of activations, and with one more in each
     line. A line that does not suit the base or the run is left out."""
     found = [_longest(config, base, ranks, {})]
@@ -57,7 +57,7 @@ def longest_rows(config: Config, base: Description, ranks: Ranks) -> list[Longes
     return found
 
 
-def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
+def _ladder(config: Config, ranks: PlannedRanks) -> Iterator[dict[str, Any]]:
     plain = {"train.activation_checkpointing": "none", "train.tiled_mlp": False, "train.activation_offload": False}
     yield {**plain, "train.micro_batch": 1, "sharding.sequence_parallel": 1}
     if not config.quant.held.packs:
@@ -72,19 +72,19 @@ def _ladder(config: Config, ranks: Ranks) -> Iterator[dict[str, Any]]:
         size *= 2
 
 
-def _plan(config: Config, base: Description, ranks: Ranks, tokens: int) -> Plan:
+def _plan(config: Config, base: Description, ranks: PlannedRanks, tokens: int) -> Plan:
     """The plan with rows of so many tokens."""
     given = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": tokens})})
     gpu, host = (ranks.memory, None) if ranks.on_gpu else (None, ranks.memory)
     return make_plan(given, base, ranks.world_size, ranks.per_node, gpu, host)
 
 
-def _refused(config: Config, base: Description, ranks: Ranks) -> bool:
+def _refused(config: Config, base: Description, ranks: PlannedRanks) -> bool:
     shortfalls = _plan(config, base, ranks, _STEP * config.sharding.sequence_parallel).shortfalls
     return any(not sentence.startswith(_OF_LENGTH) for sentence in shortfalls)
 
 
-def _longest(config: Config, base: Description, ranks: Ranks, settings: dict[str, Any]) -> LongestRow:
+def _longest(config: Config, base: Description, ranks: PlannedRanks, settings: dict[str, Any]) -> LongestRow:
     step = _STEP * config.sharding.sequence_parallel
 
     def is_too_long(steps: int) -> bool:

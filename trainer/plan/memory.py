@@ -89,8 +89,9 @@ def _frozen_whole(given: Inputs) -> int:
 
 
 def offloaded_base(given: Inputs) -> int:
-    """Bytes of host memory for a rank's partitions of the base where they are offloaded: each is a block of its own,
-    pinned where the policy says so."""
+    """Bytes of host memory for a rank's offloaded partitions of the base. Each is a block of its own, pinned if the
+    policy says so.
+    """
     if not given.offloaded:
         return 0
     parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
@@ -98,9 +99,9 @@ def offloaded_base(given: Inputs) -> int:
 
 
 def offloaded_states(given: Inputs) -> int:
-    """Bytes of host memory for a rank's masters, moments and gradients where they are offloaded, with the update.
-    Gradients are pinned where the policy says so: what is added up, and the fp32 copy of each sub-group that its update
-    takes."""
+    """Bytes of host memory for a rank's offloaded masters, moments and gradients, with the update. Gradients are pinned
+    if the policy says so: the summed ones, and the fp32 copy of each sub-group that its update takes.
+    """
     if not given.states_offloaded:
         return 0
     gradient, group = 4 * given.share, 4 * given.sub_group
@@ -115,8 +116,9 @@ def offloaded_states(given: Inputs) -> int:
 
 
 def _dequantized(given: Inputs) -> int:
-    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of an MLP that is tiled, or as
-    many of a mixture's experts as are multiplied at once; and what their format takes to decode them."""
+    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of a tiled MLP, or as many of a
+    mixture's experts as are multiplied at once; plus what their format needs to decode them.
+    """
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
         for parameter in given.model.parameters
@@ -137,7 +139,7 @@ def _in_fp8(given: Inputs) -> int:
 
 
 def optimizer_step(given: Inputs) -> int:
-    """Bytes that the update takes when the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
+    """Bytes that the update takes after the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
     portion = min(given.share, given.sub_group)
     largest = ceil(max(given.learning.values(), default=0) / given.world_size)
     on_gpu = given.on_gpu and not given.states_offloaded
@@ -215,7 +217,9 @@ def offloaded_activations(given: Inputs) -> int:
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
-    """Values a token that a layer keeps, and the widest that enter the last linear layer of one of its blocks."""
+    """Values a token that a layer keeps, and the width of the widest that enter the last linear layer of one of its
+    blocks.
+    """
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
     exchanged = values.exchanged * (given.shared > 1)
@@ -231,7 +235,7 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
 
 
 def _tile(given: Inputs, place: int) -> float:
-    """The share of a row that the MLPs of a layer take at a time."""
+    """The share of a row that the MLPs of a layer compute at a time."""
     longest = given.config.train.longest_mlp(recomputed=place < given.recomputed_layers)
     return 1.0 if longest is None or given.tokens <= longest else MLP_TILE / given.tokens
 

@@ -26,8 +26,7 @@ from trainer.tuning.method import Method, method_of
 from trainer.tuning.objective.objective import Objective, find_objective
 from trainer.tuning.objective.rollouts import rollout_identity
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.beginning import SETTING, Beginning
-from trainer.tuning.shared.initial_adapter import find_beginning, starting_at
+from trainer.tuning.shared.beginning import SETTING, Beginning, find_beginning, starting_at
 
 if TYPE_CHECKING:
     from trainer.processes.ranks import Ranks

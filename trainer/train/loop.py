@@ -26,7 +26,7 @@ from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
 from trainer.train.every.every import Actions, Moment, Stage, Window
-from trainer.train.heartbeat.heartbeat import Phase
+from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules

@@ -26,8 +26,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-from trainer.train.initial_adapter import begin_from
-from trainer.train.start import Start
+from trainer.train.start import Start, begin_from
 
 _KEPT_SECONDS = 300.0  # between two writes of the results so far
 _TOLD_SECONDS = 30.0

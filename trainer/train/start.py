@@ -1,18 +1,45 @@
-"""One start of a run as one of its ranks sees it: the values that this rank needs for everything it does."""
+"""One start of a run, as one of its ranks sees it, from its claim to its end.
 
+Starter        what only the program knows that started the ranks
+ClaimedStart   the settings, the ranks and the place in the run's folder, with the start's number
+Start          the same once it writes records, hears requests and shows that it is alive (`opened`)
+begin_from     the adapter that the run begins from, in what learns
+record_...     what the start is, what was planned for it, which settings are new
+early_end      why it ended before the last step, `last_words` where some rank hangs
+"""
+
+import os
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
+import torch
+
+from trainer.base.load.load import LoadReport
+from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.config import Config
+from trainer.errors import CapstanError, DoesNotFit, MachineLeaves, NonFiniteLoss, Stopped, StorageError, counted
+from trainer.export.write.checkpoint_adapters import adapters_beside
+from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
-from trainer.processes.ranks import Team
-from trainer.run.metrics import Metrics
+from trainer.processes.ranks import Ranks, Team
+from trainer.run.lines import end_sentence
+from trainer.run.log import rank_log
+from trainer.run.metrics import Metrics, open_trackers
+from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
+from trainer.run.settings import record_settings
+from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-from trainer.train.heartbeat.heartbeat import Pulse, silent_pulse
+from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse
 from trainer.tuning.objective.objective import Objective
+from trainer.tuning.shared.beginning import Beginning
 
 
 @dataclass(frozen=True)
@@ -88,3 +115,161 @@ class Start(ClaimedStart):
     stop: StopSignal
     pulse: Pulse = silent_pulse
     after_commit: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def opened(claimed: ClaimedStart) -> Iterator[Start]:
+    """The start with its log, adapters, records, requests and heartbeat, nested so that each may still write to the
+    earlier ones.
+    """
+    resolved, ranks, folder, generation = claimed.resolved, claimed.ranks, claimed.folder, claimed.generation
+    config, first = claimed.config, ranks.rank == 0
+    with (
+        rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
+        # Its wait for the last adapter is not watched by the search for hanging ranks.
+        adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
+        ExitStack() as stack,
+    ):
+        metrics = Metrics(open_trackers(folder, generation, config) if first else ())
+        stack.callback(metrics.close)
+        metrics.write("phase", phase="load")
+        seconds = min(5.0, config.track.flush_seconds)
+        stop = StopSignal(folder, watches=first, seconds=seconds, preempted=claimed.starter.preempted)
+        stack.callback(stop.close)
+        stack.enter_context(stop.on_signals())
+        heart = Heart(ranks.world, config.timeouts, last_words(folder, generation, metrics, flush_log))
+        stack.callback(heart.close)
+        yield Start(**vars(claimed), metrics=metrics, stop=stop, pulse=heart, after_commit=after_commit)
+
+
+def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:
+    """Fill the masters of `engine` from `tuning.start`. Collective.
+
+    Raises:
+        StorageError: the adapter cannot be read, or is damaged.
+    """
+    start.ranks.on_first(beginning.check)
+    start.ranks.together(lambda: _fill(beginning, engine))
+    engine.refresh(0)
+    start.log(f"begins from the adapter of {beginning.facts['start']}")
+
+
+def _fill(beginning: Beginning, engine: Engine) -> None:
+    partitions = {part.name: part for part in engine.partitions()}
+    ranges = {name: (part.begin, part.end) for name, part in partitions.items()}
+    for name, begin, end, dtype, data in beginning.read(ranges):
+        part = partitions[name]
+        values = torch.frombuffer(bytearray(data), dtype=SOURCE_DTYPES[dtype])
+        part.states["master"][begin - part.begin : end - part.begin].copy_(values)
+
+
+def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
+    """Write what this start is, with these `facts`, and how long each part of it took. Collective."""
+    ranks, starter, elapsed = start.ranks, start.starter, start.elapsed
+    read_bytes = sum(read for (read,) in ranks.gather(report.read_bytes))
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
+    start.metrics.write(
+        "start",
+        generation=start.generation,
+        world_size=ranks.world_size,
+        sequence_parallel=start.config.sharding.sequence_parallel,
+        **facts,
+        host=processes[0][0],
+        hosts=[host for host, _, _ in processes],
+        pids=[pid for _, pid, _ in processes],
+        machines=[machine for _, _, machine in processes],
+        device=ranks.device_name,
+        launch_seconds=round(elapsed.launch_seconds, 3),
+        load_seconds=round(report.seconds, 3),
+        load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
+        read_bytes=int(read_bytes),
+        kept_bytes=report.kept_bytes,
+        kernels=report.kernels,
+        start_seconds=elapsed.seconds,
+        **starter.facts,
+    )
+
+
+def record_plan(start: Start, settled: Resolved) -> None:
+    """Write the plan for the `settled` settings on these ranks, to compare with what will be measured."""
+    ranks = start.ranks
+    plan = make_plan(
+        settled.config, settled.base.description, ranks.world_size, ranks.ranks_per_node, ranks.device_memory
+    )
+    parts = (plan.parameters, plan.memory_per_gpu, plan.memory_per_host)
+    names = ("parameters", "memory_per_gpu", "memory_per_host")
+    start.metrics.write("plan", device=ranks.device.type, **dict(zip(names, map(asdict, parts), strict=True)))
+
+
+def record_changes(start: Start) -> None:
+    """Keep the settings of this start, on rank 0, and write which of them differ from the previous start's."""
+    try:
+        for change in record_settings(start.folder, start.generation, start.config):
+            start.metrics.write("change", **change._asdict())
+            start.log(change.sentence())
+    except StorageError as error:  # a record never decides how a run ends
+        start.log(f"the settings of this start could not be kept, which does not end the run: {error}")
+
+
+@contextmanager
+def early_end(start: Start) -> Iterator[None]:
+    """Write the reason of an early end into the records and the rank's log, and raise it again."""
+    metrics = start.metrics
+    try:
+        yield
+    except CapstanError as error:
+        outcome = "stopped" if isinstance(error, Stopped) else "failed"
+        _print(outcome, str(error))
+        facts: dict[str, Any] = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
+        if isinstance(error, MachineLeaves):
+            facts["lost_machine"] = True
+        metrics.write("end", outcome=outcome, step=None, reason=str(error), **facts)
+        raise
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        short = DoesNotFit(
+            f"out of GPU memory ({str(error).splitlines()[0]}). {planned_memory(start.resolved, start.ranks)} Lower "
+            "data.sequence_length or train.micro_batch, set train.activation_checkpointing: all, or use more ranks."
+        )
+        _print("failed", str(short))
+        metrics.write("end", outcome="failed", step=None, reason=str(short))
+        raise short from error
+    except Exception as error:
+        traceback.print_exc()
+        metrics.write("end", outcome="failed", step=None, reason=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _print(outcome: str, reason: str) -> None:
+    print(end_sentence(outcome, reason), file=sys.stderr, flush=True)
+
+
+def planned_memory(resolved: Resolved, ranks: Ranks) -> str:
+    """A sentence on the memory that `capstan plan` expects on one GPU: the total, and its three largest parts."""
+    base = resolved.base.description
+    plan = make_plan(resolved.config, base, ranks.world_size, ranks.ranks_per_node, ranks.device_memory)
+    memory = asdict(plan.memory_per_gpu)
+    total = memory.pop("total")
+    largest = sorted(memory.items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.1f} GiB" for name, size in largest)
+    return f"The plan for {counted(ranks.world_size, 'rank')} is {total / 2**30:.1f} GiB a GPU: {parts}."
+
+
+def last_words(
+    folder: Store, generation: int, metrics: Metrics, flush_log: Callable[[], None]
+) -> Callable[[Hang, bool], None]:
+    """A function that writes a rank's log and end into the run's folder before the rank ends because some rank
+    hangs.
+    """
+
+    def say(hang: Hang, mine: bool) -> None:
+        flush_log()
+        if not mine:
+            return
+        end = {"outcome": "failed", "step": None, "reason": hang.reason, "hung_ranks": hang.ranks}
+        if 0 in hang.ranks:  # Then this rank is not rank 0, and rank 0 may never write again.
+            with suppress(StorageError):
+                add_record(folder, generation, "end", **end)
+        metrics.write_now("end", **end)
+
+    return say

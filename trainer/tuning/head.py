@@ -20,8 +20,7 @@ from trainer.config import Config, Model, Optim
 from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, Method
-from trainer.tuning.shared.linear_adapters import LowRank, low_rank_methods, with_peft_files
-from trainer.tuning.shared.peft_folder import LABELS
+from trainer.tuning.shared.linear_adapters import LABELS, LowRank, low_rank_methods, with_peft_files
 from trainer.tuning.shared.wrapper import Around, innermost
 
 if TYPE_CHECKING:
@@ -115,11 +114,11 @@ def head_of(method: Method) -> WithHead | None:
 def outputs(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
     """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row
     have the same of all of them, so that one of them counts what follows."""
-    hidden = model.hidden(row)[0]
-    here = places.to(hidden.device) - row.first
+    hidden = model.hidden(row.input)[0]
+    here = places.to(hidden.device) - row.input.first
     mine = (here >= 0) & (here < len(hidden))
     found = model.model.get_submodule(MODULE)(hidden.index_select(0, here.clamp(0, len(hidden) - 1))).float()
-    return model.total(found * mine[:, None], row)
+    return model.total(found * mine[:, None], row.input)
 
 
 def with_head(method: Method, config: Config) -> Method:

@@ -31,7 +31,7 @@ from trainer.run.folder import run_folder, submitted_config
 from trainer.run.owner import end_group, ended_waiting, newest_number, take
 from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 _ANSWER_SECONDS = 5.0

@@ -52,7 +52,7 @@ from trainer.run.requests import request_stop, stop_requester
 from trainer.run.settings import changes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.shared.initial_adapter import is_asked_for, starting_at, with_known_start
+from trainer.tuning.shared.beginning import is_asked_for, starting_at, with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")

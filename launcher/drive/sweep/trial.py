@@ -30,7 +30,7 @@ from trainer.run.folder import run_config, run_folder
 from trainer.run.owner import read_owner
 from trainer.run.records import generations, record_end
 from trainer.run.requests import read_stop, request_stop
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
 
 

@@ -35,7 +35,7 @@ class EverySecond(Objective):
 
         labels = batch.labels.clone()
         labels[:, 1::2] = IGNORE
-        loss = model.head(model.hidden(batch), labels)
+        loss = model.head(model.hidden(batch.input), labels)
         return torch.stack([loss, torch.ones_like(loss)])
 
     def weight(self, batch: MicroBatch) -> int:

@@ -16,7 +16,7 @@ from trainer.base.find.known import known_config
 from trainer.config import Config, parse_config
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.parts import body
 
@@ -107,17 +107,10 @@ def test_padding_behind_a_document_changes_neither_it_nor_its_gradient(kind: str
     keep_documents_apart(model)
     packed = PackedModel(model, Attention("eager", ""), padding=facts.padding, isolates=facts.isolates_documents)
     sizes = DOCUMENT, PADDING
-    row = MicroBatch(
-        input_ids=torch.nn.functional.pad(tokens, (0, PADDING)),
-        labels=torch.full((1, sum(sizes)), -100),
-        position_ids=torch.cat([torch.arange(size) for size in sizes])[None],
-        cu_seqlens=torch.tensor([0, DOCUMENT, sum(sizes)], dtype=torch.int32),
-        max_seqlen=max(sizes),
-        tokens=DOCUMENT,
-        targets=0,
-        bins=(),
-        documents=(0,),
-        padding=((DOCUMENT, sum(sizes)),),
+    row = ModelInput.of(
+        torch.nn.functional.pad(tokens, (0, PADDING)),
+        torch.cat([torch.arange(size) for size in sizes])[None],
+        Segments(sizes, (Role.DOCUMENT, Role.PADDING)),
     )
     found = packed.hidden(row)
     assert torch.allclose(found[:, :DOCUMENT], alone, rtol=1e-4, atol=1e-5)

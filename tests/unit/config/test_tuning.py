@@ -13,6 +13,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
 from trainer.tuning.method import Method, find_method, method_of, methods
+from trainer.tuning.shared.wrapper import Around, innermost
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 
@@ -267,3 +268,20 @@ def test_full_cannot_be_switched_off():
         ),
     ):
         pass
+
+
+def test_what_a_method_says_of_itself_a_wrapper_says_too():
+    """Each is the method's, or said by the wrapper: a default of the protocol would be a lie."""
+    asked = {name for name in vars(Method) if not name.startswith("_")}
+    assert asked - vars(Around).keys() == set()
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    method = method_of(parse_config(text, ("tuning.modules_to_save=[norm]", "tuning.method=oft")))
+    assert isinstance(method, Around)
+    assert (method.counts_activations, method.adapts_4_bits, method.trains_base) == (True, True, True)
+    assert innermost(method).trains_base is False
+
+
+def test_a_method_that_says_nothing_is_planned_with_all_layers_computed_again_and_proven_over_values():
+    assert (Method.counts_activations, Method.adapts_4_bits) == (False, False)
+    uncounted = {name for name, make in methods().items() if not make(Tuning(method=name)).counts_activations}
+    assert uncounted >= {"dora", "prefix"}

@@ -101,7 +101,7 @@ def steps(given: Chapters, start: Position, count: int, world_size: int = 1) -> 
 
 
 def bins(batch: MicroBatch) -> list[Any]:
-    return [(place, batch.input_ids[0].tolist()) for place in batch.bins]
+    return [(place, batch.input.input_ids[0].tolist()) for place in batch.bins]
 
 
 def epoch(given: Chapters, number: int, **options: Any) -> list[MicroBatch]:
@@ -159,7 +159,7 @@ def test_every_document_is_visited_once_an_epoch_and_chapters_change_their_place
         assert {place.chapter for place in places} == {0, 1, 2, 3}
     assert turns(4, 3, 0) == [0, 1, 2, 3]
     assert sorted(turns(4, 3, 1)) == [0, 1, 2, 3] != turns(4, 3, 1)
-    assert {word for batch in epoch(compiled, 0) for word in batch.input_ids[0].tolist()} >= set(range(A + B))
+    assert {word for batch in epoch(compiled, 0) for word in batch.input.input_ids[0].tolist()} >= set(range(A + B))
 
 
 def test_the_global_order_knows_no_ranks(compiled: Chapters) -> None:
@@ -280,7 +280,7 @@ def test_a_fraction_holds_in_every_chapter(compiled: Chapters, monkeypatch: pyte
     monkeypatch.setattr(order, "WINDOW_BLOCKS", 64)  # so small a source is chosen from by documents, not by blocks
     tokens = [Counter[bool]() for _ in range(4)]
     for batch in epoch(compiled, 0, fractions=(None, 0.1)):
-        row = batch.input_ids[0][: batch.tokens]
+        row = batch.input.input_ids[0][: batch.tokens]
         tokens[batch.bins[0].chapter].update(word >= A for word in row.tolist() if word < A + B)
     for found in tokens:
         assert 0.05 < found[True] / found.total() < 0.15  # a dozen documents, drawn

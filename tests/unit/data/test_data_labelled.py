@@ -27,6 +27,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import DataError
+from trainer.model.micro_batch import Role
 from trainer.store.store import open_store
 
 
@@ -133,21 +134,28 @@ def test_an_answer_and_its_mismatched_one_are_two_segments_of_one_row(
     stream = Stream(whole(dataset), Order((1.0,), 32, packing, seed=3), 4, micro_batch, 0, 1, epochs=1)
     seen = []
     for batch in (batch for step in stream.epoch(0) for batch in step):
-        assert len(batch.beginnings) == len(batch.desired) == len(batch.mismatched) == len(batch.documents)
-        assert batch.mismatched.tolist() == [first + 1 for first in batch.beginnings.tolist()]
-        assert batch.desired.tolist() == [document % 5 != 0 for document in batch.documents]
-        answers, others = batch.part("beginnings"), batch.part("mismatched")
+        assert (
+            len(batch.segments(Role.DOCUMENT))
+            == len(batch.column("desired"))
+            == len(batch.segments(Role.MISMATCHED))
+            == len(batch.documents)
+        )
+        assert batch.segments(Role.MISMATCHED).tolist() == [
+            first + 1 for first in batch.segments(Role.DOCUMENT).tolist()
+        ]
+        assert batch.column("desired").tolist() == [document % 5 != 0 for document in batch.documents]
+        answers, others = batch.part(Role.DOCUMENT), batch.part(Role.MISMATCHED)
         for part, back in ((answers, 0), (others, 1)):
             if not batch.documents:
-                assert part.input_ids.shape == batch.input_ids.shape, "a row of padding stays whole"
+                assert part.input.input_ids.shape == batch.input.input_ids.shape, "a row of padding stays whole"
                 continue
-            borders = part.cu_seqlens.tolist()
-            assert borders[-1] == part.input_ids.shape[1]
+            borders = part.input.cu_seqlens.tolist()
+            assert borders[-1] == part.input.input_ids.shape[1]
             for document, (begin, end) in zip(batch.documents, pairwise(borders), strict=True):
                 prompt, answer = expected(document)[0], expected((document - back) % 30)[1]
-                assert part.input_ids[0, begin:end].tolist() == prompt + answer
+                assert part.input.input_ids[0, begin:end].tolist() == prompt + answer
                 assert part.labels[0, begin:end].tolist() == [-100] * (len(prompt) - 1) + answer + [-100]
-                assert part.position_ids[0, begin:end].tolist() == list(range(end - begin))
+                assert part.input.position_ids[0, begin:end].tolist() == list(range(end - begin))
         seen += batch.documents
     assert sorted(seen) == list(range(30))
     assert dataset.manifest.counters.desired == 24

@@ -26,6 +26,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import ConfigError, DataError
+from trainer.model.micro_batch import Role
 from trainer.store.store import open_store
 
 USER, AGAIN = {"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}
@@ -160,10 +161,10 @@ def steps(dataset: Dataset, micro_batch: int, packing: bool = True) -> list[Any]
 def test_a_pair_stays_in_one_row_as_two_segments(dataset: Dataset, micro_batch: int, packing: bool) -> None:
     seen, several = [], 0
     for batch in steps(dataset, micro_batch, packing):
-        ids, borders = batch.input_ids[0].numpy(), batch.cu_seqlens.numpy()
-        assert len(batch.rejected) == len(batch.documents)
-        several += len(batch.rejected) > 1
-        for document, second in zip(batch.documents, batch.rejected.tolist(), strict=True):
+        ids, borders = batch.input.input_ids[0].numpy(), batch.input.cu_seqlens.numpy()
+        assert len(batch.segments(Role.REJECTED)) == len(batch.documents)
+        several += len(batch.segments(Role.REJECTED)) > 1
+        for document, second in zip(batch.documents, batch.segments(Role.REJECTED).tolist(), strict=True):
             begin, middle, end = borders[second - 1 : second + 2]
             chosen, rejected = ids[begin:middle].tolist(), ids[middle:end].tolist()
             prompt = 1 + document % 3
@@ -171,8 +172,8 @@ def test_a_pair_stays_in_one_row_as_two_segments(dataset: Dataset, micro_batch: 
             assert chosen[prompt:-1] == list(range(30 * document + 10, 30 * document + 11 + document % 4))
             assert rejected[prompt:-1] == list(range(30 * document + 20, 30 * document + 21 + document % 5))
             assert chosen[-1] == rejected[-1] == 1000
-            assert batch.position_ids[0, begin:middle].tolist() == list(range(len(chosen)))
-            assert batch.position_ids[0, middle:end].tolist() == list(range(len(rejected)))
+            assert batch.input.position_ids[0, begin:middle].tolist() == list(range(len(chosen)))
+            assert batch.input.position_ids[0, middle:end].tolist() == list(range(len(rejected)))
             for first, tokens in ((begin, chosen), (middle, rejected)):
                 expected = [-100] * (prompt - 1) + tokens[prompt:] + [-100]
                 assert batch.labels[0, first : first + len(tokens)].tolist() == expected

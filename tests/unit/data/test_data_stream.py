@@ -88,7 +88,7 @@ def bins(step: list[MicroBatch]) -> list[Any]:
 
 def rows(step: list[MicroBatch]) -> list[list[int]]:
     """The rows that hold documents, in their global order."""
-    rows = (row for batch in step for row in batch.input_ids.reshape(-1, LENGTH).tolist())
+    rows = (row for batch in step for row in batch.input.input_ids.reshape(-1, LENGTH).tolist())
     return [row for row in rows if row[0] != PAD]
 
 
@@ -151,28 +151,28 @@ def test_the_last_step_has_empty_rows_and_every_rank_the_same_number_of_micro_ba
     assert all(len(step) == 24 for step in steps)
     assert 0 < len(bins(steps[-1])) < 24
     empty = next(batch for batch in steps[-1] if not batch.bins)
-    assert (empty.targets, empty.documents, empty.max_seqlen) == (0, (), LENGTH)
-    assert empty.input_ids.tolist() == [[PAD] * LENGTH]
+    assert (empty.targets, empty.documents, empty.input.max_seqlen) == (0, (), LENGTH)
+    assert empty.input.input_ids.tolist() == [[PAD] * LENGTH]
     assert empty.labels.tolist() == [[IGNORE] * LENGTH]
-    assert empty.cu_seqlens.tolist() == [0, LENGTH]
+    assert empty.input.cu_seqlens.tolist() == [0, LENGTH]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_a_row_is_laid_out_as_documented(dataset: Dataset, micro_batch: int) -> None:
     total = micro_batch * LENGTH
     for batch in (batch for step in epoch_of(dataset, 1, micro_batch=micro_batch) for batch in step):
-        for tensor in (batch.input_ids, batch.labels, batch.position_ids):
+        for tensor in (batch.input.input_ids, batch.labels, batch.input.position_ids):
             assert (tensor.shape, tensor.dtype) == ((1, total), torch.int32)
-        borders = batch.cu_seqlens.tolist()
-        assert (borders[0], borders[-1], batch.cu_seqlens.dtype) == (0, total, torch.int32)
-        assert batch.max_seqlen == max(b - a for a, b in pairwise(borders))
+        borders = batch.input.cu_seqlens.tolist()
+        assert (borders[0], borders[-1], batch.input.cu_seqlens.dtype) == (0, total, torch.int32)
+        assert batch.input.max_seqlen == max(b - a for a, b in pairwise(borders))
         assert batch.targets == int((batch.labels != IGNORE).sum())
         # Bins begin at multiples of the sequence length, so no segment crosses one.
         assert set(range(0, total, LENGTH)) <= set(borders)
         numbers = iter(batch.documents)
         for start, end in pairwise(borders):
-            ids, labels = batch.input_ids[0, start:end].tolist(), batch.labels[0, start:end].tolist()
-            assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
+            ids, labels = batch.input.input_ids[0, start:end].tolist(), batch.labels[0, start:end].tolist()
+            assert batch.input.position_ids[0, start:end].tolist() == list(range(end - start))
             if ids[0] == PAD:
                 assert ids == [PAD] * len(ids)
                 assert labels == [IGNORE] * len(ids)
@@ -182,8 +182,11 @@ def test_a_row_is_laid_out_as_documented(dataset: Dataset, micro_batch: int) -> 
                 # The prompt's first token predicts its second, which is not trained; the last token predicts nothing.
                 assert labels == [IGNORE, *ids[2:], IGNORE]
         assert next(numbers, None) is None
-        assert sum(end - begin for begin, end in batch.padding) == total - batch.tokens
-        assert all(batch.input_ids[0, begin:end].tolist() == [PAD] * (end - begin) for begin, end in batch.padding)
+        assert sum(end - begin for begin, end in batch.input.segments.padding) == total - batch.tokens
+        assert all(
+            batch.input.input_ids[0, begin:end].tolist() == [PAD] * (end - begin)
+            for begin, end in batch.input.segments.padding
+        )
 
 
 def test_an_epoch_is_followed_by_the_next_in_another_order(dataset: Dataset) -> None:

@@ -19,7 +19,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.held_out import EVERYTHING
 from trainer.data.source.reading import batches
 from trainer.errors import ConfigError
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Role
 from trainer.store.store import open_store
 
 LENGTH = 64
@@ -65,10 +65,12 @@ def seen(row: MicroBatch) -> list[Seen]:
     """The ids, positions and labels of each document with what it sees before itself; labels of that count in its own
     document.
     """
-    ids, positions, labels = (values[0].tolist() for values in (row.input_ids, row.position_ids, row.labels))
-    borders, found = row.cu_seqlens.tolist(), list[Seen]()
+    ids, positions, labels = (
+        values[0].tolist() for values in (row.input.input_ids, row.input.position_ids, row.labels)
+    )
+    borders, found = row.input.cu_seqlens.tolist(), list[Seen]()
     for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)):
-        first, tokens = row.prefixes[number] if row.prefixes else (0, 0)
+        first, tokens = row.input.segments.prefixes[number] if row.input.segments.prefixes else (0, 0)
         places = [*range(first, first + tokens), *range(begin, end)]
         found.append(tuple(tuple(values[place] for place in places) for values in (ids, positions, labels)))  # type: ignore[arg-type]
     return [one for one in found if max(one[2]) >= 0]
@@ -80,16 +82,16 @@ def test_each_answer_is_the_document_that_it_is_without_sharing(tmp_path: Path, 
     documents = sorted(one for row in shared for one in seen(row))
     assert documents == sorted(one for row in apart for one in seen(row))
     assert all(one[1] == tuple(range(len(one[0]))) for one in documents)
-    once = sum(tokens for row in shared for _, tokens in row.prefixes)
+    once = sum(tokens for row in shared for _, tokens in row.input.segments.prefixes)
     assert once > 0
     assert sum(row.tokens for row in shared) == sum(row.tokens for row in apart) - once
     assert sum(row.targets for row in shared) == sum(row.targets for row in apart)
     # The parts of a row that KTO looks at by themselves have their prompts before them.
     for row in shared:
-        part = row.part("mismatched")
-        if len(row.mismatched):
-            assert sum(part.lengths) == part.input_ids.shape[1]
-            assert part.position_ids[0].tolist() == [place for length in part.lengths for place in range(length)]
+        part = row.part(Role.MISMATCHED)
+        if len(row.segments(Role.MISMATCHED)):
+            assert sum(part.lengths) == part.input.input_ids.shape[1]
+            assert part.input.position_ids[0].tolist() == [place for length in part.lengths for place in range(length)]
 
 
 @pytest.mark.parametrize(("shared", "lengths"), [(True, [7 + 2 * 3] * 4), (False, [8 + 2] * 8)])

@@ -16,7 +16,7 @@ from trainer.errors import StorageError
 from trainer.evaluate.sharded_model import OpenedRun
 from trainer.run import layout
 from trainer.state.checkpoint import manifest as manifests
-from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.checkpoint.checkpoints import TrainablePartition
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.store.store import Store, open_store

@@ -34,6 +34,7 @@ from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
 from trainer.evaluate.rollout.vllm_plugin import StoreResolver
+from trainer.model.micro_batch import Role
 from trainer.run import layout
 from trainer.servers import completions
 from trainer.servers.completions import CompletionsServer, Refused
@@ -71,13 +72,13 @@ def test_a_chapter_is_what_was_sampled(workshop: Workshop, tmp_path: Path) -> No
         for rank in range(world_size):
             stream = rollout_stream(config, Rollouts(run, 5), rank, world_size)
             for batch in stream.step(Position()):
-                assert batch.sampled is not None
+                assert batch.column("sampled") is not None
                 ends = np.concatenate([[0], np.cumsum((batch.labels[0] >= 0).numpy())])
-                for number, segment in zip(batch.documents, batch.beginnings.tolist(), strict=True):
-                    begin, end = batch.cu_seqlens[segment : segment + 2].tolist()
+                for number, segment in zip(batch.documents, batch.segments(Role.DOCUMENT).tolist(), strict=True):
+                    begin, end = batch.input.cu_seqlens[segment : segment + 2].tolist()
                     found[number] = (
-                        batch.input_ids[0, begin:end].tolist(),
-                        batch.sampled[ends[begin] : ends[end]].tolist(),
+                        batch.input.input_ids[0, begin:end].tolist(),
+                        batch.column("sampled")[ends[begin] : ends[end]].tolist(),
                     )
             assert stream.advance(Position()) == Position(chapter=1)
             stream.chapters.close()
@@ -103,8 +104,8 @@ def test_several_updates_learn_from_a_chapter(workshop: Workshop, tmp_path: Path
     assert (config.rollout.chapters(7), len(set(places))) == (3, 7)
     stream.chapters.close()
     again = rollout_stream(config, Rollouts(run, 3), 0, 1)
-    first, second = ([batch.input_ids.tolist() for batch in again.step(places[step])] for step in (3, 4))
-    assert first == second != [batch.input_ids.tolist() for batch in again.step(places[6])]
+    first, second = ([batch.input.input_ids.tolist() for batch in again.step(places[step])] for step in (3, 4))
+    assert first == second != [batch.input.input_ids.tolist() for batch in again.step(places[6])]
     again.chapters.close()
 
 

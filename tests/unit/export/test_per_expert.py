@@ -18,7 +18,7 @@ from trainer.config import parse_config
 from trainer.export.write.per_expert import per_expert_files
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.method import method_of
-from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 RUN = "run: {name: demo}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -16,7 +16,7 @@ from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.export.write.read_by_peft import as_peft_reads
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 RANK = 2
 

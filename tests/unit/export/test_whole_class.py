@@ -21,8 +21,8 @@ from trainer.export.card import PLACE, peft_usage
 from trainer.export.write.whole_class import for_whole_class
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
-from trainer.tuning.shared.peft_beginning import PeftAdapter
-from trainer.tuning.shared.peft_folder import PREFIX, WEIGHTS
+from trainer.tuning.shared.beginning import PeftAdapter
+from trainer.tuning.shared.linear_adapters import PREFIX, WEIGHTS
 
 TOKENS = torch.arange(5, 40)[None]
 

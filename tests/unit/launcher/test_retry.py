@@ -26,7 +26,7 @@ from trainer.run.records import newest_records, record_end
 from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.store.store import Store, open_store
 from trainer.train import loop
-from trainer.train.end_record import early_end
+from trainer.train.start import early_end
 
 
 def decide(ends: list[Failure], rules: Retry, *, committed: bool = True) -> str | CapstanError:

@@ -17,7 +17,7 @@ from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
 from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.tuning.objective.sft.objective import NextTokens
 
@@ -94,12 +94,10 @@ def row(documents: list[Tensor], trained: list[bool], padding: int = 0) -> Micro
         if wanted:
             labels[begin : begin + len(document) - 1] = document[1:]
         begin += len(document)
+    positions = torch.cat([torch.arange(length) for length in lengths])
     return MicroBatch(
-        input_ids=tokens[None],
+        ModelInput.of(tokens[None], positions[None], Segments.of_documents(lengths)),
         labels=labels[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        max_seqlen=max(lengths),
         tokens=begin,
         targets=int((labels != IGNORE).sum()),
         bins=(Position(),),

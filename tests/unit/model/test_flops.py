@@ -15,7 +15,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import Config
 from trainer.model.attention import choose_attention
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.parts import recomputed_share
 from trainer.plan.flops import AttentionWork, StepWork, work_of
@@ -33,19 +33,16 @@ def row(segments: int = 1, rejected: tuple[int, ...] = (), padding: int = 0) -> 
     tokens = torch.arange(TOKENS + padding, dtype=torch.int32)[None] % 100
     places = torch.cat([*(torch.arange(length) for _ in range(segments)), torch.arange(padding)])
     labels = torch.where((places < length - 1) & (torch.arange(TOKENS + padding) < TOKENS), tokens, -100)
+    roles = [Role.REJECTED if number in rejected else Role.DOCUMENT for number in range(segments)]
+    lengths, more = [length] * segments, [Role.PADDING] if padding else []
+    whole = Segments((*lengths, *([padding] if padding else [])), (*roles, *more))
     return MicroBatch(
-        input_ids=tokens,
+        ModelInput.of(tokens, places.int()[None], whole),
         labels=labels.int(),
-        position_ids=places.int()[None],
-        cu_seqlens=torch.tensor([*range(0, TOKENS + 1, length), *([TOKENS + padding] if padding else [])], dtype=torch.int32),
-        max_seqlen=max(length, padding),
         tokens=TOKENS,
         targets=int((labels != -100).sum()),
-        bins=(),
         documents=tuple(range(segments - len(rejected))),
-        rejected=torch.tensor(rejected, dtype=torch.int32),
-        beginnings=torch.tensor([number for number in range(segments) if number not in rejected], dtype=torch.int32),
-    )  # fmt: skip
+    )
 
 
 def counted(config: Config, batch: MicroBatch) -> tuple[StepWork, StepWork, Counter[str]]:

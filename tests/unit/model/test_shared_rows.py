@@ -1,7 +1,6 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from tests.unit.plan.test_plan import config, plan_of
 from trainer.data.order.position import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_run
-from trainer.model.divergence import Taught
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.store.store import open_store
 
@@ -137,15 +135,20 @@ def test_status_says_how_many_ranks_share_rows() -> None:
 def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
     labels = torch.tensor([[-100, 4, 5, -100, 7, -100, -100, -100]], dtype=torch.int32)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1]], dtype=torch.int32)
-    row = MicroBatch(
-        *(torch.arange(8, dtype=torch.int32)[None], labels, positions),
-        *(torch.tensor([0, 3, 6, 8], dtype=torch.int32), 3, 6, 3, (Position(),), (1, 2)),
-    )
-    taught = Taught(torch.arange(6).view(3, 2), torch.randn(3, 3))
-    parts = [replace(row, taught=taught).cut(part, 2) for part in range(2)]
-    assert [part.taught.ids.tolist() for part in parts if part.taught] == [[[0, 1], [2, 3]], [[4, 5]]]
-    assert torch.cat([part.input_ids for part in parts], dim=1).equal(row.input_ids)
-    assert torch.cat([part.places + part.first for part in parts]).equal(row.places)
+    segments = Segments((3, 3, 2), (Role.DOCUMENT, Role.DOCUMENT, Role.PADDING))
+    given = ModelInput.of(torch.arange(8, dtype=torch.int32)[None], positions, segments)
+    columns = {
+        "of_target": Values("target", torch.arange(6).view(3, 2)),
+        "of_token": Values("token", torch.arange(8)),
+        "of_document": Values("document", torch.arange(2)),
+    }
+    row = MicroBatch(given, labels, 6, 3, (Position(),), (1, 2), columns)
+    parts = [row.cut(part, 2) for part in range(2)]
+    assert [part.column("of_target").tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert [part.column("of_token").tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [part.column("of_document").tolist() for part in parts] == [[0, 1], [0, 1]]
+    assert torch.cat([part.input.input_ids for part in parts], dim=1).equal(row.input.input_ids)
+    assert torch.cat([part.places + part.input.first for part in parts]).equal(row.places)
     assert [part.targets for part in parts] == [2, 1]
     assert [(part.tokens, part.documents, len(part.bins)) for part in parts] == [(6, (1, 2), 1), (0, (), 0)]
     assert [part.lengths for part in parts] == [row.lengths] * 2

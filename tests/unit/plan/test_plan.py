@@ -12,7 +12,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, override, parse_config
 from trainer.errors import ConfigError
-from trainer.plan.longest import Ranks, longest_rows
+from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
 from trainer.plan.sizes import most_whole
 from trainer.state.zero.policy import WHOLE
@@ -399,7 +399,7 @@ def test_the_plan_is_json():
 
 
 def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting_makes_it_longer() -> None:
-    given, ranks = config("quant.type=none", "train.micro_batch=2"), Ranks(4, 4, 17 * 2**30 // 10, on_gpu=True)
+    given, ranks = config("quant.type=none", "train.micro_batch=2"), PlannedRanks(4, 4, 17 * 2**30 // 10, on_gpu=True)
     found = longest_rows(given, describe({**TINY, "model_type": "llama"}, None), ranks)
     more = [dict(after.settings.items() - before.settings.items()) for before, after in itertools.pairwise(found[1:])]
     assert more == [

@@ -78,11 +78,9 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
             f"tuning/shared/{place}"
             for place in (
                 "beginning.py:differences",
-                "peft_beginning.py:differences",
-                "initial_adapter.py:differences",
-                "initial_adapter.py:find_beginning",
-                "initial_adapter.py:starting_at",
-                "initial_adapter.py:with_known_start",
+                "beginning.py:find_beginning",
+                "beginning.py:starting_at",
+                "beginning.py:with_known_start",
             )
         ),
     }

@@ -20,12 +20,14 @@ from tests.stored import edit_config
 # The tests that go over whatever there is, or compare it with what is said of it elsewhere.
 LISTING = (
     "tests/unit/config",
-    "tests/unit/repository",
+    *(
+        f"tests/unit/repository/test_{name}.py"
+        for name in ("architecture_page", "contracts", "examples", "imports", "pages")
+    ),
     "tests/unit/tuning",
     "tests/unit/launcher/test_shell.py",
     "tests/unit/launcher/test_words.py",
     "tests/unit/plan/test_objective.py",
-    "tests/unit/run/test_trackers.py",
     "tests/dist/test_restore.py",
 )
 ROOT = Path(__file__).parents[3]
@@ -184,6 +186,44 @@ def test_what_lists_methods_formats_verbs_and_settings_passes_unedited_in_a_copy
     run(everything, "-m", "pytest", *options, *LISTING)
     proven = run(everything, "-m", "pytest", *options, "tests/dist/test_linear_adapters.py", "-k", "loha")
     assert " passed" in proven
+
+
+def test_a_kind_of_rows_with_columns_goes_from_its_rows_to_the_loss_of_its_objective(
+    copy: Path, tmp_path: Path
+) -> None:
+    """A value of each document, of each token and of each target is stored, packed and given to the objective."""
+    data, words = tmp_path / "rated.jsonl", "the shop is open until six and on sundays from ten to noon".split()
+    rated = [{"text": " ".join(words[: 1 + n % len(words)]), "rating": n / 4} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rated, {"text": "no", "rating": "good"}]))
+    ours = (
+        "objective.name=rated",
+        "data.on_bad_row=skip",
+        "train.global_batch=1",
+        "train.epochs=1",
+        "train.steps=null",
+    )
+    capstan(copy, run_of(tmp_path, make_base(tmp_path / "base"), data, *ours).train)
+    (manifest,) = [json.loads(file.read_text()) for file in (tmp_path / "runs/data").glob("*/manifest.json")]
+    (shard,) = manifest["shards"]
+    per = {name: column["per"] for name, column in shard["columns"].items()}
+    assert per == {"rating": "document", "place": "token", "share": "target"}
+    assert manifest["counters"]["bad_rows"] == 1
+    steps = records_of(tmp_path / "runs/first", "step")
+    assert len(steps) > 1
+    # A text of so many bytes ends with a token, and may begin with one.
+    sizes = [len(str(row["text"])) for row in rated]
+    targets = [size + (manifest["tokens"] - sum(sizes)) // len(rated) - 1 for size in sizes]
+    assert sum(targets) == manifest["targets"] == sum(record["targets"] for record in steps)
+
+    def total(name: str) -> float:
+        return sum(record[name] * record["targets"] for record in steps)
+
+    assert total("rating") == pytest.approx(
+        sum(float(row["rating"]) * count for row, count in zip(rated, targets, strict=True))
+    )
+    assert total("place") == pytest.approx(sum(count * (count + 1) / 2 for count in targets))
+    assert total("share") == pytest.approx(sum(count * (count + 1) / 4 for count in targets))
+    assert 0 < total("loss") < 7 * total("rating"), "a document of rating 0 weighs nothing"
 
 
 @pytest.mark.long

@@ -14,8 +14,7 @@ from trainer.run.metrics import Metrics
 from trainer.run.records import new_record, record_line
 from trainer.run.trackers.printed import Printed
 from trainer.store.store import Store, open_store
-from trainer.train.end_record import early_end
-from trainer.train.start import Start
+from trainer.train.start import Start, early_end
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:

@@ -9,14 +9,13 @@ import torch
 from tests.material import Workshop
 from trainer.errors import DoesNotFit
 from trainer.plan.resolve import resolve
-from trainer.processes.ranks import Ranks
+from trainer.processes.ranks import Ranks, Team, World
 from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics
 from trainer.run.records import claim_generation
 from trainer.run.requests import StopSignal
 from trainer.run.trackers.jsonl import JsonLines
-from trainer.train.end_record import early_end, planned_memory
-from trainer.train.start import Start
+from trainer.train.start import Start, early_end, planned_memory
 
 
 def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
@@ -24,7 +23,8 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     config = workshop.config("large")
     run = workshop.store.sub("large")
     told = Metrics([JsonLines(run, claim_generation(run), seconds=60)])
-    ranks = Ranks(0, 2, 2, 0, torch.device("cpu"))
+    world = World(0, 2, 2, 0, torch.device("cpu"))
+    ranks = Team(**vars(world), world=world)
     stop = StopSignal(run, watches=False, seconds=60)
     start = Start(resolve(config), ranks, workshop.store, run, 1, metrics=told, stop=stop)
     with pytest.raises(DoesNotFit) as raised, early_end(start):

@@ -12,8 +12,7 @@ from launcher.cli.__main__ import app
 from tests.checkpoints import commit
 from trainer.errors import CapstanError, ConfigError, NothingToResume
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import chosen_step, whole_checkpoint
+from trainer.state.checkpoint.manifest import chosen_step, committed_steps, whole_checkpoint
 from trainer.store.store import Store, open_store
 
 CONFIG = {

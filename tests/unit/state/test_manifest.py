@@ -13,16 +13,16 @@ import pytest
 from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
-from trainer.state.checkpoint.listing import committed_steps
 from trainer.state.checkpoint.manifest import (
     TextHashes,
+    committed_steps,
     parse_manifest,
+    plan_reads,
     problems_of,
     read_manifest,
     readable_manifests,
 )
-from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Key
 from trainer.state.optimizer.optimizer import State
 from trainer.store.store import Store, open_store
 

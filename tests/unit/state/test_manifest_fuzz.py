@@ -16,10 +16,9 @@ from tests.checkpoints import manifest
 from trainer.config import Checkpoint
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
-from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest
-from trainer.state.checkpoint.reading import plan_reads
+from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest, plan_reads
 from trainer.state.checkpoint.retention import Removal, plan_removal
+from trainer.state.checkpoint.shard import Key
 from trainer.state.optimizer.optimizer import Interval
 from trainer.store.store import open_store
 

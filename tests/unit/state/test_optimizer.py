@@ -19,7 +19,7 @@ from transformers.optimization import Adafactor
 from trainer.config import Optim
 from trainer.errors import ConfigError
 from trainer.state.optimizer.optimizer import FlatPart, Reduce, State, find_optimizer, states_by_name
-from trainer.state.zero.partitioned_optimizer import begun
+from trainer.state.zero.engine import begun
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in
 # bytes.

@@ -10,8 +10,7 @@ import pytest
 from tests.checkpoints import commit, manifest, write_shards
 from trainer.config import Checkpoint
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import chosen_step, read_manifest
+from trainer.state.checkpoint.manifest import chosen_step, committed_steps, read_manifest
 from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
 from trainer.store.store import Store, open_store
 

@@ -1,7 +1,7 @@
 """The ranks to blame for a hang: the judge over beats and a clock of its own."""
 
 from trainer.config import Timeouts
-from trainer.train.heartbeat.heartbeat import Beat, Hang, Judge, Phase
+from trainer.train.heartbeat import Beat, Hang, Judge, Phase
 
 LIMITS = Timeouts(load=100, step=10, save=50)
 

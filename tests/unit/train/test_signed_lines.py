@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.train.heartbeat import signed_lines
-from trainer.train.heartbeat.signed_lines import Line, Server, sign, verified
+from trainer.train import heartbeat
+from trainer.train.heartbeat import Line, Server, sign, verified
 
 SECRET = b"of this start"
 
@@ -60,8 +60,8 @@ def test_a_line_without_the_secret_is_not_heard_or_answered(server: Server, hear
 
 
 def test_connections_that_say_nothing_keep_nobody_out_for_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signed_lines, "_STRANGERS", 4)
-    monkeypatch.setattr(signed_lines, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "_STRANGERS", 4)
+    monkeypatch.setattr(heartbeat, "_PATIENCE_SECONDS", 0.2)
     known = Line("127.0.0.1", server.port, SECRET)
     known.ask("before")
     silent = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(8)]
@@ -73,8 +73,8 @@ def test_connections_that_say_nothing_keep_nobody_out_for_long(server: Server, m
 def test_however_many_say_nothing_a_rank_that_comes_later_is_heard(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signed_lines, "_STRANGERS", 4)
-    monkeypatch.setattr(signed_lines, "_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(heartbeat, "_STRANGERS", 4)
+    monkeypatch.setattr(heartbeat, "_PATIENCE_SECONDS", 60.0)
     silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(5)]
     assert silent[0].recv(1) == b"", "the oldest made room"
     rank = Line("127.0.0.1", server.port, SECRET)

@@ -1,6 +1,7 @@
 """The loss over sampled answers is TRL's, in each of its forms."""
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from trainer.config import parse_config
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
 from trainer.tuning.objective.objective import find_objective, measured
 
 LENGTHS = (3, 5, 1, 4)
@@ -33,23 +34,20 @@ def objective_of(*overrides: str) -> Any:
 
 def row(advantages: Any) -> MicroBatch:
     """Four answers behind prompts of two tokens, and three tokens of padding."""
-    labels, borders = list[int](), [0]
+    labels = list[int]()
     for length in LENGTHS:
         labels += [IGNORE, *range(1, length + 1), IGNORE]
-        borders.append(len(labels))
+    segments = Segments((*(length + 2 for length in LENGTHS), 3), (*[Role.DOCUMENT] * len(LENGTHS), Role.PADDING))
     labels += [IGNORE] * 3
     columns = np.stack([SAMPLED, np.repeat(advantages, LENGTHS)], axis=1)
+    zeros = torch.zeros(1, len(labels), dtype=torch.int32)
     return MicroBatch(
-        input_ids=torch.zeros(1, len(labels), dtype=torch.int32),
+        ModelInput.of(zeros, zeros, segments),
         labels=torch.tensor([labels]),
-        position_ids=torch.zeros(1, len(labels), dtype=torch.int32),
-        cu_seqlens=torch.tensor([*borders, len(labels)], dtype=torch.int32),
-        max_seqlen=8,
-        tokens=borders[-1],
+        tokens=len(labels) - 3,
         targets=sum(LENGTHS),
-        bins=(),
         documents=tuple(range(len(LENGTHS))),
-        sampled=torch.from_numpy(columns).float(),
+        columns={"sampled": Values("target", torch.from_numpy(columns).float())},
     )
 
 
@@ -138,6 +136,6 @@ def test_figures_are_means_over_tokens() -> None:
 def test_an_evaluation_needs_no_rollouts() -> None:
     objective = objective_of()
     batch = row([0.0] * len(LENGTHS))
-    sums = objective.loss(model(torch.tensor(LOG_P)), MicroBatch(**{**vars(batch), "sampled": None}))
+    sums = objective.loss(model(torch.tensor(LOG_P)), replace(batch, columns={}))
     assert float(sums[0]) == pytest.approx(-LOG_P.sum())
     assert len(sums) == 1 + objective.sums

@@ -78,7 +78,7 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, logits: L
 def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHead) -> None:
     """-sg(p) log p, as the paper and LLaMA-Factory's `use_dft_loss` have it; an evaluation is without the weights."""
     hidden, labels = row()
-    batch = SimpleNamespace(labels=labels, places=None)
+    batch = SimpleNamespace(input=None, labels=labels, places=None)
     model = SimpleNamespace(head=head.train(), hidden=lambda _: hidden)
     logits = head(hidden)[labels != IGNORE]
     chosen = logits.log_softmax(-1).gather(1, labels[labels != IGNORE][:, None])
@@ -98,7 +98,7 @@ def test_entropy_adaptive_fine_tuning_weighs_each_target_by_the_entropy_of_the_l
     """By LLaMA-Factory's `use_eaft_loss`, which divides the entropy by 3, and axolotl's `use_eaft`, which does not."""
     hidden, labels = row()
     batch, model = (
-        SimpleNamespace(labels=labels, places=None),
+        SimpleNamespace(input=None, labels=labels, places=None),
         SimpleNamespace(head=head.train(), hidden=lambda _: hidden),
     )
     logits = head(hidden)[labels != IGNORE]
@@ -119,8 +119,8 @@ def test_noise_on_embeddings_is_transformers_for_each_document_and_gone_behind_t
 
     def noise(*lengths: int) -> Tensor:
         torch.manual_seed(7)
-        batch: Any = SimpleNamespace(lengths=lengths, first=0)
-        with noise_on(embedding, batch, 5.0):
+        row: Any = SimpleNamespace(segments=SimpleNamespace(lengths=lengths), first=0)
+        with noise_on(embedding, row, 5.0):
             return embedding(tokens) - embedding.weight[:5]
 
     alone, packed = noise(5), noise(3, 2)

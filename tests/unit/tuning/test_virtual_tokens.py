@@ -22,7 +22,7 @@ from trainer.data.order.stream import Stream
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method, flagged
@@ -48,20 +48,26 @@ def documents_of(workshop: Workshop, config: Config) -> dict[int, list[tuple[lis
     segments = config.data.segments(find_objective(config).formats)
     for batch, *more in stream.epoch(0):
         for each in (batch, *more):
-            borders = each.cu_seqlens.tolist()
-            assert borders[-1] == each.input_ids.shape[1] == config.train.micro_batch * train_order(config).capacity
+            borders = each.input.cu_seqlens.tolist()
+            assert (
+                borders[-1] == each.input.input_ids.shape[1] == config.train.micro_batch * train_order(config).capacity
+            )
             spans = [(begin, end) for begin, end in zip(borders, borders[1:], strict=False)]
             kept = [span for span in spans if (each.labels[0, slice(*span)] != -100).any()]
             assert len(kept) == len(each.documents) * segments
             for index, number in enumerate(each.documents):
                 own = kept[index * segments : (index + 1) * segments]
-                rows = (each.input_ids[0], each.labels[0], each.position_ids[0])
+                rows = (each.input.input_ids[0], each.labels[0], each.input.position_ids[0])
                 found[number] = [tuple(values[b:e].tolist() for values in rows) for b, e in own]
             assert each.tokens == sum(e - b for b, e in kept) - len(kept) * train_order(config).reserved
-            assert len(each.rejected) + len(each.mismatched) == (len(each.documents) if segments == 2 else 0)
+            assert len(each.segments(Role.REJECTED)) + len(each.segments(Role.MISMATCHED)) == (
+                len(each.documents) if segments == 2 else 0
+            )
             if config.data.format == "labelled":
-                assert each.desired.tolist() == [number % 3 != 2 for number in each.documents]
-                assert each.mismatched.tolist() == [first + 1 for first in each.beginnings.tolist()]
+                assert each.column("desired").tolist() == [number % 3 != 2 for number in each.documents]
+                assert each.segments(Role.MISMATCHED).tolist() == [
+                    first + 1 for first in each.segments(Role.DOCUMENT).tolist()
+                ]
     return found
 
 
@@ -273,7 +279,7 @@ def with_virtual_tokens(packed: PackedModel, method: str) -> tuple[PackedModel, 
 def reserved(documents: list[Tensor], trained: list[bool], positions: int, padding: int) -> MicroBatch:
     before = torch.zeros(positions, dtype=torch.int64)
     batch = row([torch.cat([before, document]) for document in documents], trained, padding)
-    for begin in batch.cu_seqlens.tolist()[:-1]:
+    for begin in batch.input.cu_seqlens.tolist()[:-1]:
         batch.labels[0, begin : begin + positions] = -100
     return batch
 

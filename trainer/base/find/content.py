@@ -14,7 +14,7 @@ from trainer.base.find.locate import in_bucket
 from trainer.base.weight_samples import hash_whole
 from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 from trainer.store.twice import read_json
 

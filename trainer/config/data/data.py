@@ -8,15 +8,12 @@ from unicodedata import normalize
 from pydantic import field_validator, model_validator
 
 from trainer.config.data.row_kinds import (
-    LOSS_ON,
-    OF_CLASSES,
-    PLAIN,
-    READ_BY,
+    READ_BY_SOME,
     ROW_FORMATS,
-    TALKING,
-    WHOLE,
+    ROW_KINDS,
     Format,
     check_fields,
+    is_templated,
     kind_of,
     most_segments,
 )
@@ -189,24 +186,23 @@ class Data(Section):
 
     def unsuited(self, format: str) -> str | None:
         """A sentence for a setting that rows of this format do not go with, if there is one."""
-        kind = ROW_FORMATS[format].kind
-        for name, (kinds, why) in READ_BY.items():
-            if kind not in kinds and getattr(self, name) != Data.model_fields[name].default:
-                return f"data.{name}: has no effect with data.format: {format}{why}. Remove it."
-        if self.loss_on and not LOSS_ON[kind]:
-            what = "say themselves what is trained" if kind == "segments" else "have a class, which is trained"
-            return f"data.loss_on: has no effect with data.format: {format}, whose rows {what}. Remove it."
-        if self.loss_on and self.loss_on not in LOSS_ON[kind]:
+        name, kind = ROW_FORMATS[format].kind, ROW_KINDS[ROW_FORMATS[format].kind]
+        for setting_, why in READ_BY_SOME.items():
+            if setting_ not in kind.reads and getattr(self, setting_) != Data.model_fields[setting_].default:
+                return f"data.{setting_}: has no effect with data.format: {format}{why}. Remove it."
+        if self.loss_on and not kind.loss_on:
+            return f"data.loss_on: has no effect with data.format: {format}, whose rows {kind.fixed}. Remove it."
+        if self.loss_on and self.loss_on not in kind.loss_on:
             return (
                 f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
-                f"Allowed there: {', '.join(LOSS_ON[kind])}."
+                f"Allowed there: {', '.join(kind.loss_on)}."
             )
-        if unread := self._unread_by(kind):
+        if unread := self._unread_by(name):
             return f"{unread}: has no effect with data.format: {format}. Remove it."
-        if kind in WHOLE and self.on_too_long == "split":
+        if kind.parted and self.on_too_long == "split":
             return (
-                f"data.on_too_long: split would {WHOLE[kind]} of data.format: {format}. Set it to truncate, drop or"
-                " fail."
+                f"data.on_too_long: split would part {kind.parted} of data.format: {format}. Set it to truncate, drop"
+                " or fail."
             )
         return None
 
@@ -214,28 +210,28 @@ class Data(Section):
         """The settings with those alone of what is trained, of thinking and of the template that rows of this format
         have a use for.
         """
-        kind, on = ROW_FORMATS[format].kind, self.train_on
-        talks = kind in TALKING
+        kind, on = ROW_KINDS[ROW_FORMATS[format].kind], self.train_on
+        talks = "template" in kind.reads
         roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
         kept: dict[str, Any] = {
-            "loss_on": self.loss_on if self.loss_on in LOSS_ON[kind] else None,
+            "loss_on": self.loss_on if self.loss_on in kind.loss_on else None,
             "train_on": on if talks else TrainOn(roles=roles, end=on.end),
-            **{name: Data.model_fields[name].default for name, (kinds, _) in READ_BY.items() if kind not in kinds},
+            **{name: Data.model_fields[name].default for name in READ_BY_SOME if name not in kind.reads},
         }
         return self.model_copy(update=kept)
 
-    def _unread_by(self, kind: str) -> str | None:
+    def _unread_by(self, name: str) -> str | None:
         """A setting of `train_on` that has no meaning for rows of a kind."""
-        on = self.train_on
-        if kind != "chat" and on.turns != "all":
+        on, kind = self.train_on, ROW_KINDS[name]
+        if name != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if kind in (*WHOLE, "segments") and on.roles is not None:
+        if (kind.parted or not kind.loss_on) and on.roles is not None:
             return "data.train_on.roles"
-        if kind in OF_CLASSES and not (on.end and on.thinking):
+        if "labels" in kind.reads and not (on.end and on.thinking):
             return "data.train_on"
-        if kind in ("prompt_completion", "text") and on.roles not in (None, "all", ["assistant"]):
+        if not is_templated(name) and on.roles not in (None, "all", ["assistant"]):
             return "data.train_on.roles"
-        return "data.train_on.thinking" if kind in PLAIN and not on.thinking else None
+        return None if is_templated(name) or on.thinking else "data.train_on.thinking"
 
     @field_validator("today")
     @classmethod
@@ -290,7 +286,7 @@ class Data(Section):
     @property
     def too_long_remedies(self) -> str:
         """The other values of `on_too_long` that a row may be refused with."""
-        return "truncate or drop" if self.kind in WHOLE else "truncate, split or drop"
+        return "truncate or drop" if ROW_KINDS[self.kind].parted else "truncate, split or drop"
 
     @property
     def kind(self) -> str:
@@ -320,9 +316,7 @@ class Data(Section):
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
-        return {"chat": "assistant", "text": "all", "segments": "segments", **dict.fromkeys(OF_CLASSES, "label")}.get(
-            self.kind, "completion"
-        )
+        return ROW_KINDS[self.kind].trained
 
     @property
     def beyond_targets(self) -> dict[str, Any]:

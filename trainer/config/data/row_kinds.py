@@ -1,85 +1,47 @@
-"""The formats that rows may have, the kinds that they become, and the settings that suit each kind."""
+"""The formats and kinds of rows that there are, and which settings suit them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.registry import kinds
 
-
-class RowFacts(Protocol):
-    """The facts of a format of rows that settings are compared with. trainer/data/format/row_format.py says what they
-    are.
-    """
-
-    @property
-    def fields(self) -> tuple[str, ...]: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def place(self) -> int: ...
-
-
-# The formats of rows are files of trainer/data/format/known, which import nothing of the configuration: a new one is
+_KNOWN = "trainer.data.format.known"
+# Both tables are in the files of trainer/data/format/known, which import nothing of the configuration: a new one is
 # known here.
-ROW_FORMATS: "dict[str, RowFacts]" = dict(
-    sorted(
-        kinds("trainer.data.format.known", "ROW_FORMATS").items(),
-        key=lambda item: (item[1].place, item[0]),
-    )
+ROW_KINDS: dict[str, Any] = kinds(_KNOWN, "ROW_KINDS", speaks="kind")
+"""Every kind of rows; trainer/data/format/row_format.py says what one is."""
+ROW_FORMATS: dict[str, Any] = dict(
+    sorted(kinds(_KNOWN, "ROW_FORMATS", speaks="kind").items(), key=lambda item: (item[1].place, item[0]))
 )
 """Every format that `data.format` may name, in the order in which rows are tried."""
 if TYPE_CHECKING:
     Format = str
 else:
     Format = Literal["auto", *ROW_FORMATS]
-LIKELY = ("chat", "prompt_completion", "text", "segments", "answers")
+LIKELY = tuple(name for name, kind in ROW_KINDS.items() if kind.has_likelihood)
 """The kinds of rows that have a likelihood of their own; those of the others are answers to be judged."""
-PLAIN = ("prompt_completion", "text", "segments")
-"""Those that no chat template writes."""
-LOSS_ON = {
-    "chat": ("assistant", "last_assistant", "all"),
-    "prompt_completion": ("completion", "all"),
-    "text": ("all",),
-    "segments": (),
-    "preference": ("completion",),
-    "labelled": ("completion",),
-    "answers": ("completion",),
-    "classified": (),
-    "multilabel": (),
-    "tagged": (),
+# Settings of the section `data` that only rows of some kinds read, and what the rows of the others are.
+READ_BY_SOME = {
+    "labels": ", whose rows have no class",
+    "share_prefix": ", whose rows have one answer to a prompt",
+    "drop_system": ", whose rows are no conversations to be learnt",
+    **dict.fromkeys(("thinking", "template", "today"), ""),
 }
-# Kinds of rows that are never split, and what a split would do.
-WHOLE = {
-    "preference": "part a pair",
-    "labelled": "part an answer",
-    "answers": "part an answer",
-    "classified": "part a text from its class",
-    "multilabel": "part a text from its classes",
-    "tagged": "part words from their tags",
-}
-TWO_SEGMENTS = ("preference", "labelled", "tagged")
-OF_CLASSES = ("classified", "multilabel", "tagged")
-SHARING = ("preference", "labelled", "answers")
-"""Kinds of rows with several answers to a prompt."""
 
-TALKING = tuple(kind for kind in LOSS_ON if kind not in PLAIN)
-# Settings of the section `data` that only rows of some kinds read: those kinds, and what the rows of the others are.
-READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
-    "labels": (OF_CLASSES, ", whose rows have no class"),
-    "share_prefix": (SHARING, ", whose rows have one answer to a prompt"),
-    "drop_system": (("chat",), ", whose rows are no conversations to be learnt"),
-    **dict.fromkeys(("thinking", "template", "today"), (TALKING, "")),
-}
+
+def is_templated(kind: str) -> bool:
+    """Whether a chat template may render rows of this kind."""
+    return "template" in ROW_KINDS[kind].reads
 
 
 def kind_of(format: str) -> str:
     """The kind of rows that those of a format become; that of conversations where `format` is auto."""
-    return ROW_FORMATS[format].kind if format in ROW_FORMATS else "chat"
+    return ROW_FORMATS[format].kind if format in ROW_FORMATS else format if format in ROW_KINDS else "chat"
 
 
 def most_segments(format: str) -> int:
     """`Data.segments` of rows of this format."""
-    return 2 if kind_of(format) in TWO_SEGMENTS else 1
+    return ROW_KINDS[kind_of(format)].segments
 
 
 def check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:

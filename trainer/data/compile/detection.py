@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import ROW_FORMATS
+from trainer.config.data.row_kinds import ROW_FORMATS, ROW_KINDS
 from trainer.data.format.formats import Row, RowForm, detect, lost_fields, wider_form
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import rows
@@ -38,10 +38,11 @@ def with_forms(
         form = _form(data, sources[index], mine, kinds, name)
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
             if form.kind not in kinds:
+                other = ROW_KINDS[form.kind].objective
                 raise ConfigError(
                     f"{name}: its rows are {form}, and objective.name: {config.objective.name} learns from"
-                    f" {' or '.join(kinds)}. Choose objective.name={_LEARNS[form.kind]}, other data, or name the format"
-                    " and the fields with data.format and data.fields."
+                    f" {' or '.join(kinds)}. Choose objective.name={other}, other data, or name the format and the"
+                    " fields with data.format and data.fields."
                 )
             if unsuited := data.unsuited(form.format):
                 raise ConfigError(f"{name}: {unsuited}")
@@ -103,7 +104,3 @@ def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
     for file in files:
         for _, row in rows(file, keep_first):
             yield row
-
-
-# An objective for each kind of rows, to propose.
-_LEARNS = {**dict.fromkeys((form.kind for form in ROW_FORMATS.values()), "sft"), "preference": "dpo", "labelled": "kto"}

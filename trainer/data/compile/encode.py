@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,13 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
-from trainer.data.dataset.binary import DESIRED_BIT, TARGET_BIT, TOKEN
+from trainer.config.data.row_kinds import ROW_KINDS
+from trainer.data.dataset.binary import TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
-from trainer.data.render import alternatives, labelled, pairs
-from trainer.data.render.alternatives import Alternatives
-from trainer.data.render.answers import AnswersRenderer
-from trainer.data.render.chat import Example, Renderer, Turn
-from trainer.data.render.labelled import Labelled, one_kind
-from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
-from trainer.data.render.pairs import Pair
+from trainer.data.format.row_format import Column, RowKind
+from trainer.data.render.document import Document, RowRenderer, Turn
+from trainer.data.render.labelled import one_kind
 from trainer.data.source.held_out import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
@@ -32,11 +28,13 @@ class Encoded:
     """The documents of a batch.
 
     `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and
-    `lengths` (documents,) how many each has. `error` is the first row that ends the compilation, if any does.
+    `lengths` (documents,) how many each has. `columns` are those of the kind of rows, of all documents end to end.
+    `error` is the first row that ends the compilation, if any does.
     """
 
     tokens: NDArray[np.uint32]
     lengths: NDArray[np.int64]
+    columns: dict[Column, NDArray[Any]] = field(default_factory=dict[Column, NDArray[Any]])
     counters: Counters = field(default_factory=Counters)
     bad_rows: list[str] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
@@ -52,26 +50,12 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
-_RENDERERS = {
-    "preference": partial(AnswersRenderer, read=pairs.read, documents=pairs.documents),
-    "labelled": partial(AnswersRenderer, read=labelled.read, documents=labelled.documents),
-    "answers": partial(AnswersRenderer, read=alternatives.read, documents=alternatives.documents),
-    "classified": ClassifiedRenderer,
-    "multilabel": ClassifiedRenderer,
-    "tagged": TaggedRenderer,
-}
-_RowRenderer = Renderer | AnswersRenderer[Any] | ClassifiedRenderer | TaggedRenderer
-Document = Alternatives | Example | Pair | Labelled | Classified | Tagged
-"""A row, tokenized."""
-
-
 class RowEncoder:
-    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own, made when its first rows come;
-    it raises `ConfigError` where the tokenizer cannot serve the form."""
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self._renderers: dict[RowForm, _RowRenderer] = {}
+        self._renderers: dict[RowForm, RowRenderer] = {}
         if data.format != "auto":
             self._renderer(explicit_form(data))
 
@@ -85,10 +69,9 @@ class RowEncoder:
         """The turns of a row. Raises `DataError` where it is not of this form."""
         return self._renderer(form).turns(form.read(row))
 
-    def _renderer(self, form: RowForm) -> _RowRenderer:
+    def _renderer(self, form: RowForm) -> RowRenderer:
         if form not in self._renderers:
-            kind = _RENDERERS.get(form.kind, Renderer)
-            self._renderers[form] = kind(self._tokenizer, as_read(self._data, form))
+            self._renderers[form] = ROW_KINDS[form.kind].renderer(self._tokenizer, as_read(self._data, form))
         return self._renderers[form]
 
 
@@ -108,8 +91,9 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> Encoded:
         form = batch.form or explicit_form(self._data)
+        kind: RowKind = ROW_KINDS[form.kind]
         result = Encoded(np.empty(0, TOKEN), np.empty(0, np.int64))
-        documents: list[NDArray[np.uint32]] = []
+        documents: list[Document] = []
         try:
             rows = self._part.rows(batch, lambda error: self._bad(result, error))
             examples = self._rows.encode(form, [row for _, row in rows])
@@ -122,10 +106,11 @@ class Encoder:
                     documents += self._documents(result, where, example)
         except _Fatal as error:
             result.error = str(error)
-        result.lengths = np.array([len(document) for document in documents], np.int64)
-        result.tokens = np.concatenate([result.tokens, *documents])
-        if form.kind == "labelled" and result.counters.desired is None:
-            result.counters.desired = 0
+        stored = [document.stored() for document in documents]
+        result.lengths = np.array([len(document) for document in stored], np.int64)
+        result.tokens = np.concatenate([result.tokens, *stored])
+        result.columns = {column: _joined(column, documents) for column in kind.columns}
+        result.counters = result.counters.plus(Counters(**dict.fromkeys(kind.counters, 0)))
         return result
 
     def _bad(self, result: Encoded, error: DataError) -> None:
@@ -135,9 +120,9 @@ class Encoder:
         result.counters.bad_rows += 1
         result.bad_rows.append(str(error))
 
-    def _documents(self, result: Encoded, where: str, example: Document) -> list[NDArray[np.uint32]]:
-        """The example as it is stored."""
-        length, limit = row_tokens(example), self._data.sequence_length
+    def _documents(self, result: Encoded, where: str, example: Document) -> list[Document]:
+        """The documents of the example."""
+        length, limit = example.longest, self._data.sequence_length
         if length > limit and self._data.on_too_long == "fail":
             raise _Fatal(
                 f"{where}: {length} tokens, but data.sequence_length is {limit}. Raise it, or set "
@@ -146,19 +131,28 @@ class Encoder:
         return documents_of(self._data, example, result.counters)
 
 
-def row_tokens(example: Document) -> int:
-    """The tokens of the shortest row that holds a document, or each of the documents that it falls into."""
-    return example.longest if isinstance(example, Alternatives) else len(example.tokens)
+def _joined(column: Column, documents: Sequence[Document]) -> NDArray[Any]:
+    """The column's values of the documents, end to end."""
+    every = [np.zeros((0, *column.shape), column.dtype)]
+    for document in documents:
+        given = document.columns[column.name]
+        values = np.asarray([given] if column.per == "document" else given, column.dtype)
+        due = {"document": 1, "token": len(document.tokens), "target": int(document.targets.sum())}[column.per]
+        assert values.shape == (due, *column.shape), (
+            f"the column {column.name} has {values.shape} for {due} {column.per}s"
+        )
+        every.append(values)
+    return np.concatenate(every)
 
 
-def documents_of(data: Data, example: Document, counters: Counters) -> list[NDArray[np.uint32]]:
-    """The documents that a row becomes, as they are stored: cut to the sequence length or into pieces, without those
-    that train nothing. `counters` counts what became of it."""
+def documents_of(data: Data, example: Document, counters: Counters) -> list[Document]:
+    """The documents that a row becomes: cut to the sequence length or into pieces, without those that train nothing.
+    `counters` counts what became of it."""
     limit = data.sequence_length
-    if row_tokens(example) < data.min_length:
+    if example.longest < data.min_length:
         counters.dropped += 1
         return []
-    if row_tokens(example) > limit:
+    if example.longest > limit:
         match data.on_too_long:
             case "drop" | "fail":
                 counters.dropped += 1
@@ -168,13 +162,11 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[NDAr
                 example = example.cut(limit)
             case "split":
                 counters.split += 1
-    teaching = [piece.stored() for piece in example.pieces(limit) if piece.teaches]
+    teaching = [piece for piece in example.pieces(limit) if piece.teaches]
     if not teaching:
         counters.without_targets += 1
-    if isinstance(example, Tagged) and example.untagged:
-        counters.untagged = (counters.untagged or 0) + example.untagged
-    if isinstance(example, Labelled):
-        counters.desired = (counters.desired or 0) + sum(bool(document[0] & DESIRED_BIT) for document in teaching)
+    for name, more in (count for piece in teaching for count in piece.counts.items()):
+        setattr(counters, name, (getattr(counters, name) or 0) + more)
     return teaching
 
 

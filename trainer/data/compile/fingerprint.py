@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
+from trainer.config.data.row_kinds import ROW_KINDS
 from trainer.config.model import Model, Tokens
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
@@ -101,9 +103,11 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
         ]
         return {"settings": settings, "ways": ways}
     form = next(iter(forms.values()), None) or explicit_form(data)
+    columns = [asdict(column) for column in ROW_KINDS[form.kind].columns]
     return {
         "settings": settings | {"format": form.format, "fields": dict(form.fields)},
         "targets": as_read(data, form).targets,
+        **({"columns": columns} if columns else {}),
     }
 
 

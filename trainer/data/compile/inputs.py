@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import LIKELY, PLAIN
+from trainer.config.data.row_kinds import LIKELY, is_templated
 from trainer.config.objective import HEADS
 from trainer.data.compile.detection import with_forms
 from trainer.data.format.formats import FORMATS, Row, or_error
@@ -159,7 +159,7 @@ def has_conversations(file: SourceFile) -> bool:
     first row tells.
     """
     form = file.form
-    if form is None or form.kind in PLAIN:
+    if form is None or not is_templated(form.kind):
         return False
     if form.kind == "chat" or FORMATS[form.format].read:
         return True

@@ -30,8 +30,7 @@ from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, train_order
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests
+from trainer.state.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests
 from trainer.store.store import Store
 
 

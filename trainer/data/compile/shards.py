@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded
 from trainer.data.dataset.binary import HASH, ID_BITS
-from trainer.data.dataset.dataset import SHARD_TOKENS, write_shard
+from trainer.data.dataset.dataset import SHARD_TOKENS, write_column, write_shard
 from trainer.data.dataset.manifest import (
     Count,
     Counters,
@@ -124,15 +124,27 @@ class ShardWriter:
     def _write(self, number: int) -> ShardRecord:
         tokens = np.concatenate([batch.tokens for batch in self._batches])
         lengths = np.concatenate([batch.lengths for batch in self._batches])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        offsets, suffix = np.concatenate([[0], np.cumsum(lengths)]), f"{number:05d}"
+        columns = {
+            column.name: write_column(
+                self._folder,
+                suffix,
+                column,
+                np.concatenate([batch.columns[column] for batch in self._batches]),
+                tokens,
+                offsets,
+            )
+            for column in self._batches[0].columns
+        }
         return ShardRecord(
             source=self._source,
             chapter=self.chapter,
             documents=len(lengths),
             tokens=len(tokens),
             targets=sum(batch.targets for batch in self._batches),
-            **write_shard(self._folder, f"{number:05d}", tokens, offsets),
-            hashes_file=FileRecord.put(self._folder, f"hashes-{number:05d}.bin", self._hashes().tobytes()),
+            **write_shard(self._folder, suffix, tokens, offsets),
+            hashes_file=FileRecord.put(self._folder, f"hashes-{suffix}.bin", self._hashes().tobytes()),
+            columns=columns or None,
         )
 
     def _hashes(self) -> NDArray[np.uint64]:

@@ -10,17 +10,27 @@ as it is compiled.
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset.binary import BLOCK, OFFSET, TOKEN
-from trainer.data.dataset.manifest import DatasetManifest, FileRecord, ShardRecord, damaged, read_manifest
+from trainer.data.dataset.binary import BLOCK, COLUMN_BLOCK, OFFSET, TARGET_BIT, TOKEN
+from trainer.data.dataset.manifest import (
+    ColumnRecord,
+    DatasetManifest,
+    FileRecord,
+    ShardRecord,
+    damaged,
+    read_manifest,
+)
+from trainer.data.format.row_format import Column
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
 from trainer.store.store import Buffer, Store
@@ -90,22 +100,61 @@ class Reads:
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained
-    ones.
+    ones, and `columns` the values of each column.
     """
 
     dataset: "Dataset"
     numbers: NDArray[np.int64]
     parts: list[NDArray[np.uint32]]
+    columns: Mapping[str, list[NDArray[Any]]] = field(default_factory=dict[str, list[NDArray[Any]]])
 
     def gather(self, documents: NDArray[np.int64]) -> NDArray[np.uint32]:
         """The tokens of `documents`, end to end in their order."""
+        index, begins, ends = self._tokens(documents)
+        parts = (self.parts[block] for block in index.tolist())
+        return np.concatenate(
+            [part[begin:end] for part, begin, end in zip(parts, begins.tolist(), ends.tolist(), strict=True)]
+        )
+
+    def gather_column(self, name: str, documents: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """The values of a column for each of the `documents`."""
+        index, begins, ends = self._tokens(documents)
+        per = self.dataset.columns[name].record.per
+        if per == "document":
+            begins = documents - self.dataset.blocks[self.numbers][index]
+            ends = begins + 1
+        elif per == "target":
+            before = [np.concatenate([[0], np.cumsum(part >= TARGET_BIT)]) for part in self.parts]
+            begins, ends = (
+                np.array([before[block][place] for block, place in zip(index, places, strict=True)], np.int64)
+                for places in (begins, ends)
+            )
+        places = zip(index.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        return [self.columns[name][block][begin:end] for block, begin, end in places]
+
+    def _tokens(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """For each document the place of its block in `parts`, and of its tokens in the block."""
         data, firsts = self.dataset, self.dataset.blocks[self.numbers]
         index = np.searchsorted(firsts, documents, side="right") - 1
-        block_starts = data.offsets[firsts[index]]
-        begins = (data.offsets[documents] - block_starts).tolist()
-        ends = (data.offsets[documents + 1] - block_starts).tolist()
-        parts = (self.parts[block] for block in index.tolist())
-        return np.concatenate([part[begin:end] for part, begin, end in zip(parts, begins, ends, strict=True)])
+        begins = data.offsets[firsts[index]]
+        return index, data.offsets[documents] - begins, data.offsets[documents + 1] - begins
+
+
+@dataclass(frozen=True, eq=False)
+class StoredColumn:
+    """A column of a data set. `begins` (blocks,) and `ends` are where the values of each block lie in the file of its
+    shard, and `digests` their SHA-256; `files` are the shards' own.
+    """
+
+    record: ColumnRecord
+    files: list[str]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    digests: list[bytes]
+
+    def block(self, number: int) -> "StoredColumn":
+        part = slice(number, number + 1)
+        return replace(self, begins=self.begins[part], ends=self.ends[part], digests=self.digests[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +169,7 @@ class Dataset:
         block_shards: (blocks,) int32, the shard that each block lies in.
         shard_starts: (shards,) int64, where each shard begins in the data set, in tokens.
         digests: the SHA-256 of each block's tokens.
+        columns: those that documents have beside their tokens, by their names.
         first_document: the number that its first document has in the whole data set.
         reads: what reading had to repeat.
     """
@@ -131,6 +181,7 @@ class Dataset:
     block_shards: NDArray[np.int32]
     shard_starts: NDArray[np.int64]
     digests: list[bytes]
+    columns: Mapping[str, StoredColumn] = field(default_factory=dict[str, StoredColumn])
     first_document: int = 0
     reads: Reads = field(default_factory=Reads)
 
@@ -154,6 +205,7 @@ class Dataset:
             blocks=np.array([0, last - first], np.int64),
             block_shards=self.block_shards[part],
             digests=self.digests[part],
+            columns={name: column.block(number) for name, column in self.columns.items()},
             first_document=self.first_document + first,
         )
 
@@ -167,29 +219,48 @@ class Dataset:
         for block in numbers.tolist():
             by_shard.setdefault(int(self.block_shards[block]), []).append(block)
         with ThreadPoolExecutor(_READERS) as pool:
-            parts = [part for shard in pool.map(self._read_shard, by_shard, by_shard.values()) for part in shard]
-        # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
-        return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts])
+            # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
+            parts = [part for shard in pool.map(self._read_tokens, by_shard, by_shard.values()) for part in shard]
+            columns = {
+                name: [
+                    part
+                    for shard in pool.map(partial(self._read_column, name), by_shard, by_shard.values())
+                    for part in shard
+                ]
+                for name in self.columns
+            }
+        return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts], columns)
 
     def documents(self, block: int) -> list[NDArray[np.uint32]]:
         """The tokens of each document of one of its blocks; raises as `read`."""
         read = self.read(np.array([block]))
         return [read.gather(np.array([number])) for number in range(*self.blocks[block : block + 2].tolist())]
 
-    def _read_shard(self, shard: int, blocks: list[int]) -> list[Buffer]:
-        key = self.manifest.shards[shard].tokens_file.key
+    def _read_tokens(self, shard: int, blocks: list[int]) -> list[Buffer]:
         shard_start = self.shard_starts[shard]
-        starts = ((self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize).tolist()
-        ends = ((self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize).tolist()
+        starts = (self.offsets[self.blocks[blocks]] - shard_start) * TOKEN.itemsize
+        ends = (self.offsets[self.blocks[np.array(blocks) + 1]] - shard_start) * TOKEN.itemsize
         digests = [self.digests[block] for block in blocks]
+        return self._read(self.manifest.shards[shard].tokens_file.key, starts, ends, digests)
 
+    def _read_column(self, name: str, shard: int, blocks: list[int]) -> list[NDArray[Any]]:
+        column = self.columns[name]
+        dtype, shape = np.dtype(column.record.dtype), column.record.shape
+        size = dtype.itemsize * prod(shape)
+        starts, ends = column.begins[blocks] * size, column.ends[blocks] * size
+        found = self._read(column.files[shard], starts, ends, [column.digests[block] for block in blocks])
+        return [np.frombuffer(part, dtype).reshape(-1, *shape) for part in found]
+
+    def _read(
+        self, key: str, starts: NDArray[np.int64], ends: NDArray[np.int64], digests: Sequence[bytes]
+    ) -> list[Buffer]:
         def damaged(start: int, end: int) -> Damaged:
             return Damaged(
                 f"{self.store.uri}/{key}: bytes {start} to {end} are not what was written (their SHA-256 "
                 f"differs). Delete {self.store.uri}, and what it has is made again."
             )
 
-        return self.reads.proven(self.store, key, starts, ends, digests, damaged)
+        return self.reads.proven(self.store, key, starts.tolist(), ends.tolist(), digests, damaged)
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:
@@ -240,8 +311,32 @@ def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardReco
         ),
         shard_starts=ends_of_documents[firsts],
         digests=[digest.tobytes() for part in blocks for digest in part["sha256"]],
+        columns={name: _open_column(folder, name, shards, list(map(len, blocks))) for name in _columns_of(shards)},
         first_document=before,
     )
+
+
+def _columns_of(shards: list[ShardRecord]) -> Mapping[str, ColumnRecord]:
+    return (shards[0].columns or {}) if shards else {}
+
+
+def _open_column(folder: Store, name: str, shards: list[ShardRecord], blocks: list[int]) -> StoredColumn:
+    """The column of these shards, each of which has so many blocks."""
+    begins, ends, files, digests = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[str](), list[bytes]()
+    record = _columns_of(shards)[name]
+    for shard, count in zip(shards, blocks, strict=True):
+        assert shard.columns is not None  # the manifest sees to that
+        own = shard.columns[name]
+        index = reader(folder, COLUMN_BLOCK)(own.blocks_file)
+        size = np.dtype(own.dtype).itemsize * prod(own.shape)
+        places = np.append(index["value"].astype(np.int64), own.values_file.size // size)
+        if len(index) != count or places[0] != 0 or (np.diff(places) < 0).any():
+            raise damaged(f"{folder.uri}/{own.blocks_file.key}", "its blocks do not follow each other")
+        begins.append(places[:-1])
+        ends.append(places[1:])
+        files.append(own.values_file.key)
+        digests += [digest.tobytes() for digest in index["sha256"]]
+    return StoredColumn(record, files, np.concatenate(begins), np.concatenate(ends), digests)
 
 
 def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
@@ -286,12 +381,48 @@ def write_shard(folder: Store, suffix: str, tokens: NDArray[np.uint32], offsets:
     }
 
 
-def _blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
-    """The blocks of a shard, (blocks,) of `BLOCK`."""
+def write_column(
+    folder: Store,
+    suffix: str,
+    column: Column,
+    values: NDArray[Any],
+    tokens: NDArray[np.uint32],
+    offsets: NDArray[np.int64],
+) -> ColumnRecord:
+    """Write the `values` of a column, (values, *shape), of a shard with these `tokens` and `offsets`."""
+    before = {
+        "document": np.arange(len(offsets)),
+        "token": offsets,
+        "target": np.concatenate([[0], np.cumsum(tokens >= TARGET_BIT)])[offsets],
+    }[column.per]
+    firsts = before[_firsts(offsets)]
+    index = np.empty(len(firsts) - 1, COLUMN_BLOCK)
+    index["value"] = firsts[:-1]
+    stored = values.astype(np.dtype(column.dtype).newbyteorder("<"))
+    index["sha256"] = [
+        np.void(hashlib.sha256(stored[begin:end].tobytes()).digest()) for begin, end in pairwise(firsts.tolist())
+    ]
+    return ColumnRecord(
+        dtype=stored.dtype.str,
+        per=column.per,
+        shape=list(column.shape),
+        values_file=FileRecord.put(folder, f"column-{column.name}-{suffix}.bin", stored.tobytes()),
+        blocks_file=FileRecord.put(folder, f"column-{column.name}-blocks-{suffix}.bin", index.tobytes()),
+    )
+
+
+def _firsts(offsets: NDArray[np.int64]) -> list[int]:
+    """The first document of each block of a shard, and the number of all."""
     firsts = [0]
     while firsts[-1] < len(offsets) - 1:
         fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1
         firsts.append(max(firsts[-1] + 1, min(firsts[-1] + BLOCK_DOCUMENTS, fitting)))
+    return firsts
+
+
+def _blocks(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.void]:
+    """The blocks of a shard, (blocks,) of `BLOCK`."""
+    firsts = _firsts(offsets)
     blocks = np.empty(len(firsts) - 1, BLOCK)
     blocks["document"] = firsts[:-1]
     parts = (tokens[begin:end] for begin, end in pairwise(offsets[firsts].tolist()))

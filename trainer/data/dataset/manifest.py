@@ -91,6 +91,18 @@ class FileRecord(Record):
         return cls(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
+class ColumnRecord(Record):
+    """A column of a shard's documents (trainer/data/format/row_format.py): its values end to end, and where those of
+    each block begin.
+    """
+
+    dtype: str
+    per: Literal["document", "target", "token"]
+    shape: list[Count] = []
+    values_file: FileRecord
+    blocks_file: FileRecord
+
+
 class ShardRecord(Record):
     """A shard holds documents of one source in one chapter only. Those of rollouts have no
     hashes and two files of their own, see trainer/data/dataset/rollouts.py."""
@@ -106,6 +118,7 @@ class ShardRecord(Record):
     hashes_file: FileRecord | None = None
     columns_file: FileRecord | None = None
     samples_file: FileRecord | None = None
+    columns: dict[str, ColumnRecord] | None = None
 
     @model_validator(mode="after")
     def _has_its_size(self) -> "ShardRecord":
@@ -161,6 +174,11 @@ def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None
             total[what] = LeftOut(rows=known.rows + found.rows, examples=examples)
 
 
+def made_of(column: ColumnRecord) -> tuple[str, str, tuple[int, ...]]:
+    """The form of its values, which is the same in all shards."""
+    return column.dtype, column.per, tuple(column.shape)
+
+
 class DatasetManifest(Record):
     """The content of a data set of so many `chapters`, or of those that are compiled so far.
 
@@ -184,6 +202,11 @@ class DatasetManifest(Record):
     def _adds_up(self) -> "DatasetManifest":
         if any(shard.source >= len(self.sources) or shard.chapter >= self.chapters for shard in self.shards):
             raise ValueError("a shard belongs to a source or a chapter that there is not")
+        kinds = {
+            tuple((name, *made_of(column)) for name, column in (shard.columns or {}).items()) for shard in self.shards
+        }
+        if len(kinds) > 1:
+            raise ValueError("its shards have not the same columns")
         if any(before.chapter > after.chapter for before, after in pairwise(self.shards)):
             raise ValueError("its shards are not in the order of their chapters")
         for name in ("documents", "tokens", "targets"):

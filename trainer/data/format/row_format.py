@@ -1,15 +1,14 @@
-"""One format of rows: how it is recognised, and how its rows become those of the few kinds that are tokenized.
+"""The formats that rows may have, and the kinds that they become.
 
-A file of trainer/data/format/known names its formats in `ROW_FORMATS`. The configuration reads these tables for the
-names that `data.format` and `data.fields` may have, so this file and those import nothing of trainer.config.
-
-Rows of the kinds `chat`, `prompt_completion`, `text`, `segments`, `preference`, `labelled` and `answers` are tokenized
-as they are.
+A format says how it is recognised, and how its rows become those of a kind. A kind says how its rows are tokenized,
+which settings suit it, and which columns its documents have beside their tokens. A file of trainer/data/format/known
+names its formats in `ROW_FORMATS` and its kinds in `ROW_KINDS`. The configuration reads both tables, so this file and
+those import nothing of trainer.config, unless in a function.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trainer.data.format.messages import read_tools, text_of
 from trainer.errors import DataError
@@ -21,6 +20,56 @@ MESSAGES = ("messages", "conversations", "conversation")
 """The names that data sets give the field of a conversation."""
 OPTIONAL = ("system", "history", "input", "tools")
 """The fields that a row may lack, in every format that has them."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Values that documents have beside their tokens: of numpy's `dtype`, one for each document, for each target, or
+    for each token, in their order. Each value is an array of `shape`.
+
+    They are stored, packed and given to the objective as they are, in `MicroBatch.columns`.
+    """
+
+    name: str
+    dtype: str
+    per: Literal["document", "target", "token"]
+    shape: tuple[int, ...] = ()
+
+
+TEMPLATED = ("thinking", "template", "today")
+"""The settings of the section `data` that rows read which a chat template renders."""
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """One kind of rows.
+
+    Attributes:
+        renderer: makes the renderer of such rows (trainer/data/render/document.py), with a tokenizer and the section
+            `data`.
+        reads: the settings of `data` that only some kinds read, as trainer/config/data/row_kinds.py lists them.
+        loss_on: the values that `data.loss_on` may have; none where rows say themselves what is trained.
+        trained: the word for what is trained by default. It is part of a data set's fingerprint.
+        fixed: why `data.loss_on` has no effect, where it has none, after "whose rows".
+        parted: what a split of a row would part, for kinds whose rows are never split.
+        segments: the segments of a row that one document is, at most.
+        has_likelihood: whether a document is text with a likelihood of its own, and no answer to be judged.
+        columns: those that each document has.
+        counters: the counts of trainer/data/dataset/manifest.py that every data set of this kind has, be they 0.
+        objective: an objective that learns from such rows, to propose.
+    """
+
+    renderer: Callable[[Any, Any], Any]
+    reads: tuple[str, ...] = TEMPLATED
+    loss_on: tuple[str, ...] = ()
+    trained: str = "completion"
+    fixed: str = "say themselves what is trained"
+    parted: str = ""
+    segments: int = 1
+    has_likelihood: bool = False
+    columns: tuple[Column, ...] = ()
+    counters: tuple[str, ...] = ()
+    objective: str = "sft"
 
 
 @dataclass(frozen=True)

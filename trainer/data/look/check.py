@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data
-from trainer.data.compile.encode import Document, RowEncoder, documents_of, left_out_of, refusals, row_tokens
+from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
 from trainer.data.compile.inputs import Input
 from trainer.data.compile.pool import mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
@@ -20,7 +20,7 @@ from trainer.data.format.formats import explicit_form
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
-from trainer.data.render.chat import Turn
+from trainer.data.render.document import Document, Turn
 from trainer.data.source.files import SourceFile
 from trainer.data.source.held_out import Part
 from trainer.data.source.reading import batches
@@ -195,7 +195,7 @@ class _Inspector:
             # Many rows share a system message: it says nothing about whether they are alike.
             spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
             result.texts.append((where, Fingerprint.of(spoken)))
-            length = row_tokens(example)
+            length = example.longest
             result.lengths.append(length)
             found.documents += 1
             found.tokens += len(example.tokens)
@@ -204,7 +204,7 @@ class _Inspector:
             found.tokens_cut += max(0, length - limit)
             result.lost.update(_lost(example))
             stored = documents_of(self._data, example, result.counters)
-            result.kept += [len(document) for document in stored]
+            result.kept += [len(document.tokens) for document in stored]
         found.dropped, found.without_targets = result.counters.dropped, result.counters.without_targets
         found.untagged = result.counters.untagged or 0
         if form.kind == "labelled":
@@ -215,7 +215,7 @@ class _Inspector:
 def _lost(example: Document) -> dict[tuple[int, str], int]:
     """The document and its targets that rows of each shorter length would lose, as counts."""
     lost, targets, length = dict[tuple[int, str], int](), int(example.targets.sum()), _SHORTEST
-    while length < row_tokens(example):
+    while length < example.longest:
         left = int(example.cut(length).targets.sum())
         counts = LostAt(1, targets - left, targets)
         lost |= {(length, name): int(count) for name, count in counts._asdict().items()}

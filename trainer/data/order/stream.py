@@ -4,15 +4,16 @@ A global step takes the next `global_batch` bins of the epoch's plan. Which rank
 arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from trainer.config import Config
 from trainer.data.dataset.binary import (
@@ -26,14 +27,14 @@ from trainer.data.dataset.binary import (
 )
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import Dataset
+from trainer.data.dataset.manifest import ColumnRecord
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, eval_order, train_order
-from trainer.model.divergence import Taught
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
@@ -46,17 +47,28 @@ WindowPlace = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class _Column:
+    """A column of the documents of a window: the `values` of all, and `offsets` (documents + 1,) of where those of each
+    begin.
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class _Loaded:
     """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,), where each
     document begins.
 
-    Documents have their `numbers` in the whole data set.
+    Documents have their `numbers` in the whole data set, and `columns` beside their tokens.
     """
 
     plan: Window
     numbers: NDArray[np.int64]
     tokens: NDArray[np.uint32]
     offsets: NDArray[np.int64]
+    columns: Mapping[str, _Column]
 
 
 @dataclass(eq=False)
@@ -96,6 +108,7 @@ class Stream:
         self._group, self._part = divmod(self.rank, self.parts)
         self._groups = self.world_size // self.parts
         self.accumulation = -(-self.global_batch // (self._groups * self.micro_batch))
+        self._stored: dict[str, ColumnRecord] = {}  # columns, which are the same in all chapters
         self._padding = np.full(self.order.capacity, PAD, np.uint32)
         self._numbers = np.arange(self.micro_batch * self.order.capacity, dtype=np.int32)
         # The windows ahead may be of the next chapter or epoch.
@@ -202,6 +215,7 @@ class Stream:
 
     def _make_plan(self, epoch: int, turn: int) -> EpochPlan:
         data = self.chapters.get(self._chapter(epoch, turn))
+        self._stored = {name: column.record for name, column in data.columns.items()}
         return EpochPlan(data.offsets, data.blocks, data.block_sources, self.order, epoch, turn)
 
     def _next_window(self, place: WindowPlace) -> WindowPlace | None:
@@ -220,11 +234,20 @@ class Stream:
         data = self.chapters.get(self._chapter(epoch, turn))
         plan = self._plan(epoch, turn).window(window)
         lengths = data.offsets[plan.documents + 1] - data.offsets[plan.documents]
-        tokens = data.read(plan.blocks).gather(plan.documents)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        if self.order.reserved:
-            tokens, offsets = reserve(tokens, offsets, self.order.reserved)
-        return _Loaded(plan, plan.documents + data.first_document, tokens, offsets)
+        blocks = data.read(plan.blocks)
+        tokens, offsets = blocks.gather(plan.documents), np.concatenate([[0], np.cumsum(lengths)])
+        columns = dict[str, _Column]()
+        for name in data.columns:
+            values = blocks.gather_column(name, plan.documents)
+            columns[name] = _Column(np.concatenate(values), np.cumsum([0, *map(len, values)]))
+        if positions := self.order.reserved:
+            for name, column in columns.items():
+                if data.columns[name].record.per == "token":
+                    places = np.repeat(_begins(tokens, offsets), positions)
+                    filled = np.insert(column.values, places, 0, axis=0)
+                    columns[name] = _Column(filled, reserve(tokens, offsets, positions)[1])
+            tokens, offsets = reserve(tokens, offsets, positions)
+        return _Loaded(plan, plan.documents + data.first_document, tokens, offsets, columns)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
         """Lay bins end to end, each padded to its capacity; missing bins are padding. Returns the row, or this rank's
@@ -234,8 +257,8 @@ class Stream:
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
         documents: list[int] = []
-        padded: list[tuple[int, int]] = []
-        length = self.order.capacity
+        columns = {name: list[NDArray[Any]]() for name in self._stored}
+        length, padding = self.order.capacity, 0
         for row in range(self.micro_batch):
             room = length
             if row < len(bins):
@@ -246,45 +269,41 @@ class Stream:
                 starts += (loaded.offsets[first:last] + (row * length - begin)).tolist()
                 ends += (loaded.offsets[first + 1 : last + 1] + (row * length - begin)).tolist()
                 documents += loaded.numbers[first:last].tolist()
+                for name, column in loaded.columns.items():
+                    columns[name].append(column.values[slice(*column.offsets[[first, last]].tolist())])
                 room -= end - begin
+            for name, record in self._stored.items():
+                rows = room if record.per == "token" else 0
+                columns[name].append(np.zeros((rows, *record.shape), record.dtype))
             if room:
                 pieces.append(self._padding[:room])
                 ends.append((row + 1) * length)
-                padded.append(((row + 1) * length - room, (row + 1) * length))
+                padding += room
         stored = np.concatenate(pieces)
         input_ids = (stored & ID_BITS).view(np.int32)
-        # The second answer of a document begins inside it, and so do all answers that share its prompt.
-        rejected, mismatched = np.flatnonzero(stored & REJECTED_BIT), np.flatnonzero(stored & MISMATCHED_BIT)
-        inside = np.flatnonzero(stored & SEGMENT_BITS)
-        borders = np.sort(np.array([0, *ends, *inside], np.int32))
-        prefixes = _prefixes(stored, np.array(starts, np.int64), borders)
-
-        def segments(places: ArrayLike) -> torch.Tensor:
-            return torch.from_numpy(np.searchsorted(borders, places).astype(np.int32))
-
-        begun = stored[np.array(starts, np.int64)]
-        sizes, answers = np.diff(borders), len(documents) + len(inside)
-        padding = sum(end - begin for begin, end in padded)
-        before = borders[:-1] - np.array([tokens for _, tokens in prefixes] or 0, np.int32)
+        segments = _segments(stored, np.array(starts, np.int64), ends)
+        begun, answers = stored[np.array(starts, np.int64)], len(segments.lengths) - segments.roles.count(Role.PADDING)
+        prefixes = np.array([tokens for _, tokens in segments.prefixes] or 0, np.int32)
+        before = np.array(segments.borders[:-1], np.int32) - prefixes
+        positions = self._numbers[: len(stored)] - np.repeat(before, np.array(segments.lengths))
+        found: dict[str, tuple[Any, NDArray[Any]]] = {"desired": ("document", (begun & DESIRED_BIT).astype(np.bool_))}
+        for name, values in columns.items():
+            found[name] = (self._stored[name].per, np.concatenate(values))
+        if self.reference is not None:
+            found["reference"] = ("document", self.reference[documents])
+        if self.teacher is not None:
+            taught = self.teacher.read(documents)
+            found |= {"teacher_ids": ("target", taught.ids), "teacher_log_p": ("target", taught.log_p)}
+        if self.rollouts is not None:
+            found["sampled"] = ("target", self.rollouts.read(documents))
         row = MicroBatch(
-            input_ids=torch.from_numpy(input_ids)[None],
+            ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments),
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
-            position_ids=torch.from_numpy(self._numbers[: len(stored)] - np.repeat(before, sizes))[None],
-            cu_seqlens=torch.from_numpy(borders),
-            max_seqlen=int(sizes.max()),
             tokens=len(stored) - padding - answers * self.order.reserved,
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
-            rejected=segments(rejected),
-            beginnings=segments(starts),
-            desired=torch.from_numpy((begun & DESIRED_BIT).astype(np.bool_)),
-            mismatched=segments(mismatched),
-            prefixes=prefixes,
-            padding=tuple(padded),
-            reference=None if self.reference is None else torch.from_numpy(self.reference[documents]),
-            taught=None if self.teacher is None else Taught(*map(torch.from_numpy, self.teacher.read(documents))),
-            sampled=None if self.rollouts is None else torch.from_numpy(self.rollouts.read(documents)),
+            columns={name: Values(per, torch.from_numpy(values)) for name, (per, values) in found.items()},
         )
         return row if self.parts == 1 else row.cut(self._part, self.parts)
 
@@ -297,19 +316,40 @@ def reserve(
 
     `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
     """
-    marks = REJECTED_BIT | DESIRED_BIT | MISMATCHED_BIT
-    second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
-    starts = np.sort(np.concatenate([offsets[:-1], second]))
+    marks, starts = REJECTED_BIT | DESIRED_BIT | MISMATCHED_BIT, _begins(tokens, offsets)
     reserved = np.full((len(starts), positions), PAD, np.uint32)
     reserved[:, 0] |= tokens[starts] & marks  # the answer begins here now
     tokens = np.insert(tokens & ~marks, np.repeat(starts, positions), reserved.ravel())
     return tokens, offsets + positions * np.searchsorted(starts, offsets)
 
 
+def _begins(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first token of each document, and of the second answer of each that has two."""
+    second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
+    return np.sort(np.concatenate([offsets[:-1], second]))
+
+
+def _segments(stored: NDArray[np.uint32], starts: NDArray[np.int64], ends: list[int]) -> Segments:
+    """The segments of a row, whose documents begin at `starts`; documents and padding end at `ends`. The second answer
+    of a document begins inside it, and so do all that share its prompt.
+    """
+    inside = np.flatnonzero(stored & SEGMENT_BITS)
+    borders = np.sort(np.array([0, *ends, *inside], np.int64))
+    firsts = stored[borders[:-1]]
+    roles = np.full(len(firsts), Role.PADDING)
+    roles[np.searchsorted(borders, starts)] = Role.DOCUMENT
+    # The bit of a role wins over that of a shared prompt, which is in the prefix.
+    bits = ((SHARED_BIT, Role.ALTERNATIVE), (MISMATCHED_BIT, Role.MISMATCHED), (REJECTED_BIT, Role.REJECTED))
+    for bit, role in bits:
+        roles[(firsts & bit) > 0] = role
+    lengths = np.diff(borders).tolist()
+    return Segments(tuple(lengths), tuple(map(Role, roles.tolist())), _prefixes(stored, starts, borders))
+
+
 def _prefixes(
-    stored: NDArray[np.uint32], starts: NDArray[np.int64], borders: NDArray[np.int32]
+    stored: NDArray[np.uint32], starts: NDArray[np.int64], borders: NDArray[np.int64]
 ) -> tuple[tuple[int, int], ...]:
-    """The prefix of each segment between `borders`, as `MicroBatch.prefixes` has it; documents begin at `starts`.
+    """The prefix of each segment between `borders`, as `Segments.prefixes` has it; documents begin at `starts`.
 
     Answers that share a prompt have all of it but its last token in common: that one predicts the first of each answer,
     so each has its own.

@@ -10,7 +10,8 @@ import numpy as np
 from trainer.config import Data
 from trainer.data.format.messages import text_of, untrained
 from trainer.data.render.answers import Answers, Encoded, ReadRow, Row, messages_of, prompt_tokens, shared_tokens
-from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
+from trainer.data.render.chat import Example, field_of, tools_of, turns_of
+from trainer.data.render.document import Turn
 from trainer.errors import DataError
 
 

@@ -8,7 +8,7 @@ sharing:  p p p P a a a P b b                 P and b see p p p, and none of a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,12 @@ from trainer.config import Data
 from trainer.data.dataset.binary import SHARED_BIT
 from trainer.data.format.formats import or_error
 from trainer.data.format.messages import Message, read_messages
-from trainer.data.render.chat import Example, Renderer, Turn
+from trainer.data.render.chat import Example, Renderer
+from trainer.data.render.document import Document, Turn
 from trainer.errors import DataError
 
 Row = dict[str, Any]
-Document = TypeVar("Document")
+Made = TypeVar("Made", bound=Document)
 
 
 class EitherRenderer:
@@ -80,7 +81,7 @@ Encoded = tuple[ReadRow, list[Example | DataError]]
 """A row with the examples of its answers."""
 
 
-class AnswersRenderer(Generic[Document]):
+class AnswersRenderer(Generic[Made]):
     """Encodes rows of one kind with one tokenizer. `read` takes a row apart, and raises `DataError` where it is none of
     this kind. `documents` makes of the rows that are encoded together a document each, or says what is wrong with the
     row."""
@@ -90,7 +91,7 @@ class AnswersRenderer(Generic[Document]):
         tokenizer: Tokenizer,
         data: Data,
         read: Callable[[Row, Data], ReadRow],
-        documents: Callable[[list[Encoded], Data], list[Document | DataError]],
+        documents: Callable[[list[Encoded], Data], list[Made | DataError]],
     ) -> None:
         self._data, self._documents = data, documents
         self._read: Callable[[Row], ReadRow] = lambda row: read(row, data)
@@ -98,7 +99,7 @@ class AnswersRenderer(Generic[Document]):
         texts = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
         self._answers = EitherRenderer(tokenizer, data, messages, texts)
 
-    def encode(self, rows: Sequence[Row]) -> list[Document | DataError]:
+    def encode(self, rows: Sequence[Row]) -> list[Made | DataError]:
         """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as
         `EitherRenderer`.
         """
@@ -123,7 +124,7 @@ def messages_of(given: Any, name: str) -> list[Message]:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class Answers(Document):
     """Tokenized answers to one prompt, each with the prompt; a row holds the first `shared` tokens once. The first
     token of answer i is stored with the bit `marks[i]`."""
 
@@ -138,29 +139,22 @@ class Answers:
         return [first, *(Example(one.tokens[self.shared :], one.targets[self.shared :]) for one in others)]
 
     @property
-    def tokens(self) -> NDArray[np.uint32]:
+    def tokens(self) -> NDArray[np.uint32]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return np.concatenate([part.tokens for part in self._parts])
 
     @property
-    def targets(self) -> NDArray[np.bool_]:
+    def targets(self) -> NDArray[np.bool_]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return np.concatenate([part.targets for part in self._parts])
 
     @property
-    def left_out(self) -> Sequence[str]:
+    def left_out(self) -> Sequence[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return list(dict.fromkeys(name for answer in self.answers for name in answer.left_out))
 
     @property
     def teaches(self) -> bool:
-        """Whether anything is trained."""
         return any(answer.teaches for answer in self.answers)
 
-    def pieces(self, limit: int) -> list[Self]:
-        """Itself: answers that belong together are never split."""
-        assert len(self.tokens) <= limit
-        return [self]
-
     def stored(self) -> NDArray[np.uint32]:
-        """The tokens as a data set holds them, (n,)."""
         parts = [part.stored() for part in self._parts]
         if self.shared:
             for part in parts[1:]:

@@ -5,9 +5,9 @@ follows from the characters that are, which `chat_text` finds in a conversation.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,34 +20,27 @@ from trainer.data.format.formats import missing_field, or_error
 from trainer.data.format.messages import Message, read_messages, text_of, without_system
 from trainer.data.format.spans import joined
 from trainer.data.render.chat_text import ChatText, Rendered
+from trainer.data.render.document import Document, Turn
 from trainer.data.render.spelling import Spelling, overlapping
 from trainer.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
-    """A tokenized document: `tokens` (n,) uint32, and `targets` (n,) bool, whether each is trained.
-
-    The first never is: nothing predicts it. `left_out` names what the row carries and its text does not contain.
-    """
+class Example(Document):
+    """A text, tokenized."""
 
     tokens: NDArray[np.uint32]
     targets: NDArray[np.bool_]
     left_out: Sequence[str] = ()
 
-    @property
-    def teaches(self) -> bool:
-        """Whether anything of it is trained."""
-        return bool(self.targets.any())
-
-    def cut(self, limit: int) -> "Example":
+    def cut(self, limit: int) -> Self:
         """Its first `limit` tokens."""
-        return Example(self.tokens[:limit], self.targets[:limit], self.left_out)
+        return replace(self, tokens=self.tokens[:limit], targets=self.targets[:limit])
 
-    def pieces(self, limit: int) -> "list[Example]":
+    def pieces(self, limit: int) -> list[Self]:
         """Pieces of `limit` tokens, and the rest; nothing in a piece predicts its first token."""
         pieces = [
-            Example(self.tokens[start : start + limit], self.targets[start : start + limit].copy())
+            replace(self, tokens=self.tokens[start : start + limit], targets=self.targets[start : start + limit].copy())
             for start in range(0, len(self.tokens), limit)
         ]
         for piece in pieces:
@@ -57,15 +50,6 @@ class Example:
     def stored(self) -> NDArray[np.uint32]:
         """The tokens as a data set holds them, (n,), with `TARGET_BIT` set on trained ones."""
         return self.tokens | self.targets * TARGET_BIT
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: the role that says it and its text; `calls` says whether it has a call of a tool."""
-
-    role: str
-    content: str
-    calls: bool = False
 
 
 class Renderer:

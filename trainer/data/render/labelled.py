@@ -6,6 +6,7 @@ that are read together, with another prompt; before the first comes the last. So
 alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from trainer.config import Data
 from trainer.data.dataset.binary import DESIRED_BIT, MISMATCHED_BIT
 from trainer.data.format.messages import text_of, untrained
 from trainer.data.render.answers import Answers, Encoded, ReadRow, Row, messages_of, prompt_tokens, shared_tokens
-from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
+from trainer.data.render.chat import Example, field_of, tools_of, turns_of
+from trainer.data.render.document import Turn
 from trainer.errors import DataError
 
 # Tables of text have no other values.
@@ -25,6 +27,10 @@ class Labelled(Answers):
     """An answer to its prompt, marked where it is desired. Where there is room, the mismatched answer stands behind
     it.
     """
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"desired": int(self.marks[0] == DESIRED_BIT)}
 
     def cut(self, limit: int) -> "Labelled":
         """The first `limit` tokens of the answer; beside one that needs a cut there is no room for another."""

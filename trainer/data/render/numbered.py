@@ -10,9 +10,9 @@ each token. The number of a word's first token is its tag, and is trained; no ot
 their own, which no model reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,13 @@ from trainer.data.format.formats import or_error
 from trainer.data.format.known.classified import Classes
 from trainer.data.format.messages import text_of
 from trainer.data.render.answers import EitherRenderer
-from trainer.data.render.chat import Example, Turn, field_of
+from trainer.data.render.chat import Example, field_of
+from trainer.data.render.document import Document, Turn
 from trainer.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Numbered:
+class Numbered(Document):
     """A text's tokens, (n,) uint32, and behind them `numbers`, (m,) uint32; those that are `trained`, (m,) bool, are to
     be predicted.
     """
@@ -40,19 +41,14 @@ class Numbered:
     left_out: Sequence[str] = ()
 
     @property
-    def tokens(self) -> NDArray[np.uint32]:
+    def tokens(self) -> NDArray[np.uint32]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return np.concatenate([self.text, self.numbers])
 
     @property
-    def targets(self) -> NDArray[np.bool_]:
+    def targets(self) -> NDArray[np.bool_]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return np.concatenate([np.zeros(len(self.text), np.bool_), self.trained])
 
-    def pieces(self, limit: int) -> list[Self]:
-        """Itself: a text is never split from what is said of it."""
-        return [self]
-
     def stored(self) -> NDArray[np.uint32]:
-        """The tokens as a data set holds them, (n + m,)."""
         return self.tokens | self.targets * TARGET_BIT
 
 
@@ -126,9 +122,8 @@ class Tagged(Numbered):
     untagged: int = 0
 
     @property
-    def teaches(self) -> bool:
-        """Whether any token has a tag."""
-        return bool(self.trained.any())
+    def counts(self) -> Mapping[str, int]:
+        return {"untagged": self.untagged} if self.untagged else {}
 
     def cut(self, limit: int) -> "Tagged":
         """The beginning of the text, with its tags at most `limit` tokens."""

@@ -16,7 +16,8 @@ from trainer.data.dataset.binary import REJECTED_BIT
 from trainer.data.format.messages import Message, text_of, untrained
 from trainer.data.format.spans import shared_beginning
 from trainer.data.render.answers import Answers, Encoded, ReadRow, Row, messages_of, prompt_tokens, shared_tokens
-from trainer.data.render.chat import Example, Turn, field_of, tools_of, turns_of
+from trainer.data.render.chat import Example, field_of, tools_of, turns_of
+from trainer.data.render.document import Turn
 from trainer.errors import DataError
 
 _MARKS = (np.uint32(0), REJECTED_BIT)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.order.stream import Stream
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import Engine
@@ -53,7 +53,7 @@ def mean_loss(engine: Engine, stream: Stream, told: Callable[[int], None]) -> tu
 def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
     """(2, documents) of a row, each of whose documents is one segment."""
     segments = read_segments(model, batch)
-    return counted_once(torch.stack([-segments.log_p, segments.tokens])[:, batch.beginnings], batch)
+    return counted_once(torch.stack([-segments.log_p, segments.tokens])[:, batch.segments(Role.DOCUMENT)], batch)
 
 
 def objective_means(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.state.zero.engine import Engine
 from trainer.tuning.objective.answers import segments_of_targets
@@ -69,22 +69,21 @@ def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 
 def _row(texts: Sequence[Continued], reserved: int) -> MicroBatch:
     """The texts without their last tokens, which predict nothing."""
-    tokens, labels, positions, borders = list[int](), list[int](), list[int](), [0]
+    tokens, labels, positions, lengths = list[int](), list[int](), list[int](), list[int]()
     for text in texts:
         ids, first = list(text.tokens), max(1, text.first)
         tokens += [0] * reserved + ids[:-1]
         labels += [IGNORE] * (reserved + first - 1) + ids[first:]
         positions += range(reserved + len(ids) - 1)
-        borders.append(len(tokens))
-    longest = max(len(text.tokens) for text in texts) - 1 + reserved
+        lengths.append(reserved + len(ids) - 1)
     ids, targets, places = (torch.tensor(row)[None] for row in (tokens, labels, positions))
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
     scored = sum(label != IGNORE for label in labels)
-    return MicroBatch(ids, targets, places, cu_seqlens, longest, len(tokens) - reserved * len(texts), scored, (), ())
+    row = ModelInput.of(ids, places, Segments.of_documents(lengths))
+    return MicroBatch(row, targets, len(tokens) - reserved * len(texts), scored)
 
 
 def _scores(model: PackedModel, row: MicroBatch) -> Tensor:
     """(2, segments) fp64: log p of each segment's targets, and how many of these are not the most likely token."""
-    ranked = model.head(model.hidden(row), row.labels, row.places, ranked=True).double()
+    ranked = model.head(model.hidden(row.input), row.labels, row.places, ranked=True).double()
     changes = ranked * -1 + ranked.new_tensor([0, 1])
-    return ranked.new_zeros(len(row.cu_seqlens) - 1, 2).index_add_(0, segments_of_targets(row), changes).T
+    return ranked.new_zeros(len(row.lengths), 2).index_add_(0, segments_of_targets(row), changes).T

@@ -19,7 +19,7 @@ from trainer.run import layout
 from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
-from trainer.tuning.shared.peft_folder import SETTINGS
+from trainer.tuning.shared.linear_adapters import SETTINGS
 
 
 def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:

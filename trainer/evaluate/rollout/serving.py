@@ -28,7 +28,7 @@ from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
 from trainer.servers.completions import CompletionsServer, Refused, again
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 

@@ -105,4 +105,4 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
 
 def _log_p(model: PackedModel, batch: MicroBatch) -> Tensor:
     """(targets,) in nats."""
-    return -model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
+    return -model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)

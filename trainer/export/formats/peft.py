@@ -13,7 +13,7 @@ from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store
 from trainer.store.twice import read_json
-from trainer.tuning.shared.peft_folder import SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 
 class PeftFolder(Section):

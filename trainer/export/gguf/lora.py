@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.store.tokenizer_files import TOKENIZER_FILES
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -39,8 +39,7 @@ from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator
 from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.processes.ranks import join
-from trainer.state.checkpoint.checkpoints import load_partitions
-from trainer.state.checkpoint.learner import TrainablePartition
+from trainer.state.checkpoint.checkpoints import TrainablePartition, load_partitions
 from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest
 from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine

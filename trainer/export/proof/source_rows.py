@@ -69,4 +69,4 @@ def documents(tokenizer: Tokenizer, sources: Sequence[SourceRow], *, own: bool) 
         if isinstance(example, DataError):
             yield str(example)
         else:
-            yield [document.tolist() for document in documents_of(data, example, Counters())]
+            yield [document.stored().tolist() for document in documents_of(data, example, Counters())]

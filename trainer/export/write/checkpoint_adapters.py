@@ -19,7 +19,7 @@ from trainer.export.folder import holds_export
 from trainer.plan.resolve import Resolved
 from trainer.processes import children
 from trainer.run import layout
-from trainer.state.checkpoint.listing import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 

@@ -27,7 +27,7 @@ from trainer.errors import NotFound
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import open_store
 from trainer.tuning.experts.method import saved_as
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 

@@ -24,7 +24,7 @@ from trainer.base.find.locate import base_files
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.tuning.head import WithHead
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 
 def as_peft_reads(files: Mapping[str, bytes], model: Model, head: WithHead | None = None) -> Mapping[str, bytes]:

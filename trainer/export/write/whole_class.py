@@ -18,7 +18,7 @@ from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.locate import base_files
 from trainer.config import Model
-from trainer.tuning.shared.peft_folder import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 # PEFT's settings that name modules by the ends of their paths. It takes a regular expression in place of the first two.
 _BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_save", "target_parameters")

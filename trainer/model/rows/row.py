@@ -39,10 +39,11 @@ def batches(lengths: list[int]) -> list[list[int]]:
 
 
 class Documents:
-    """The documents of one row, from its position_ids (1, T), which restart in each of them. Where their `lengths` are
-    not known beforehand, asking for more than `numbers` waits for a GPU. With `peers` the positions are those of this
-    rank's slice, and the lengths, which must be known, those of the whole row that they share. `prefixes` are as in
-    `lengths_known`. Layers that `are_told` the documents need no mask; the row is `unmasked` once one was left out."""
+    """The documents of one row, by their `lengths`. Where these are not known beforehand, they are read off its
+    position_ids (1, T), which restart in each document, and asking for more than `numbers` waits for a GPU. With
+    `peers` the positions are those of this rank's slice, and the lengths, which must be known, those of the whole row
+    that they share. `prefixes` are as in `lengths_known`. Layers that `are_told` the documents need no mask;
+    the row is `unmasked` once one was left out."""
 
     def __init__(self, position_ids: Tensor, known: "_Known", are_told: bool = False) -> None:
         assert (known.peers is None and not known.prefixes) or known.lengths is not None
@@ -97,6 +98,9 @@ class Documents:
 
     @cached_property
     def _counted(self) -> Tensor:
+        if self._lengths is not None:
+            sizes = torch.tensor(self._lengths)
+            return onto(torch.arange(len(sizes)).repeat_interleave(sizes)[None], self._position_ids.device)
         positions = self.positions
         return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 

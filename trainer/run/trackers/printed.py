@@ -7,7 +7,7 @@ from trainer.run.trackers.tracker import Tracker
 
 class Printed(Tracker):
     """Prints a line of a record at once: a line of a log is of use when it comes. An early end is printed by every rank
-    itself (trainer/train/end_record.py).
+    itself (trainer/train/start.py).
     """
 
     name = "the progress"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,16 +24,58 @@ from trainer.processes.accelerator import is_accelerator
 from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.run.environment import versions
-from trainer.state.checkpoint.contents import Contents, EvenDivision, Key
 from trainer.state.checkpoint.identity import Identity, check_identity, is_written_anew
-from trainer.state.checkpoint.learner import Learner, TrainablePartition
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest, readable_manifests, shard_problem
-from trainer.state.checkpoint.reading import read_elements
+from trainer.state.checkpoint.manifest import (
+    CheckpointManifest,
+    committed_steps,
+    read_elements,
+    read_manifest,
+    readable_manifests,
+    shard_problem,
+)
 from trainer.state.checkpoint.retention import plan_removal, remove
-from trainer.state.checkpoint.shard import ShardLayout, write_shard
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
+
+
+@dataclass(frozen=True)
+class TrainablePartition:
+    """This rank's part of one trainable parameter: elements [begin, end) of the flattened tensor, without padding.
+
+    `states` are live 1-D views by the names of the optimizer's states, each with the values that the state is held
+    with: of the master weight and AdamW's two moments, fp32 and of length end - begin.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    states: dict[str, Tensor]
+
+
+class Learner(Protocol):
+    """What learns: the engine in a run, or a stand-in in tests that need no model."""
+
+    def partitions(self) -> list[TrainablePartition]:
+        """This rank's part of everything that learns, as live views, in a fixed order. Not collective."""
+        ...
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's groups by name, with the hyperparameters that do not depend on the step."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """The optimizer's step count, on which AdamW's bias correction and Adafactor's decay depend."""
+        ...
+
+    def refresh(self, updates: int) -> None:
+        """Call after writing into `partitions`: sets the step count and everything that is derived from the masters.
+        Collective.
+        """
+        ...
 
 
 @dataclass

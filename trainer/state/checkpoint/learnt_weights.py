@@ -7,9 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.state.checkpoint.contents import Key
-from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.state.checkpoint.reading import read_elements
+from trainer.state.checkpoint.manifest import CheckpointManifest, read_elements
+from trainer.state.checkpoint.shard import Key
 from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.store import Store
 

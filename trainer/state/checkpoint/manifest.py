@@ -1,29 +1,73 @@
-"""The checkpoint manifest: what a committed checkpoint consists of, and the proof that it is whole.
+"""A committed checkpoint: how it is found, the manifest that proves that it is whole, and how its values are read.
 
-Format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of body>, "body": {...}}. A checkpoint exists when its
-manifest does. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
+A checkpoint exists when its manifest does. Manifest format 3, JSON: {"format": 3, "sha256": <of the canonical JSON of
+body>, "body": {...}}. Readable without torch or DeepSpeed; docs/checkpoint-format.md describes every field.
+
+The folders are found without listing every shard. A hundred checkpoints of a thousand ranks are a hundred thousand
+objects: a listing of all takes as many requests as a look into each checkpoint's folder, but a hundred times the bytes,
+and on a disk a look at each file.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
 from trainer.run.evaluations import finite
-from trainer.state.checkpoint.contents import Contents, EvenDivision
-from trainer.state.checkpoint.listing import committed_steps
-from trainer.state.checkpoint.shard import Shard, verify_shard
-from trainer.state.optimizer.optimizer import optimizers, states_by_name
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, Shard, tensors_of, title, verify_shard
+from trainer.state.optimizer.optimizer import Interval, optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
-from trainer.store.store import Store
+from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 from trainer.store.tokenizer_files import is_tokenizer_file
 from trainer.store.twice import read_twice
+
+_LOOKS_AT_A_TIME = 16
+
+
+class StepFolder(NamedTuple):
+    """The folder of one step's checkpoint, with the number of attempts at its save. It is committed if it has a
+    manifest.
+    """
+
+    step: int
+    manifest: Entry | None
+    attempts: int
+
+
+def step_folders(folder: Store) -> list[StepFolder]:
+    """The folders, newest first: one request, and one more for each folder."""
+    with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:
+        return list(pool.map(lambda step: _look(folder, step), _steps(folder)))
+
+
+def newest_commit(folder: Store) -> StepFolder | None:
+    """The newest committed step. Two requests, unless the newest folders belong to saves that were never committed."""
+    looks = (_look(folder, step) for step in _steps(folder))
+    return next((found for found in looks if found.manifest is not None), None)
+
+
+def _steps(folder: Store) -> list[int]:
+    names = folder.children(layout.CHECKPOINTS)[0]
+    return sorted((step for name in names if (step := layout.step_of_folder(name)) is not None), reverse=True)
+
+
+def _look(folder: Store, step: int) -> StepFolder:
+    attempts, entries = folder.children(layout.checkpoint(step))
+    manifest = next((entry for entry in entries if entry.key == layout.manifest(step)), None)
+    return StepFolder(step, manifest, len(set(attempts) - {layout.ADAPTER}))
+
+
+def committed_steps(folder: Store) -> list[int]:
+    """The steps that have a manifest, newest first. Only reading a manifest shows whether the checkpoint is whole."""
+    return [found.step for found in step_folders(folder) if found.manifest is not None]
+
 
 FORMAT = 3
 
@@ -283,3 +327,53 @@ def whole_checkpoint(folder: Store, step: int | None = None, *, by_manifest: boo
             break
     which = "no checkpoint" if step is None else f"the checkpoint of step {step}"
     raise StorageError(f"{which} of {folder.uri} is {'' if step is None else 'not '}whole: {skipped[0]}")
+
+
+class StateSlice(NamedTuple):
+    """Values [begin, end) of one state of a parameter."""
+
+    key: Key
+    begin: int
+    end: int
+
+
+def plan_reads(contents: Contents, wanted: Mapping[Key, Interval]) -> Iterator[tuple[int, dict[Key, Interval]]]:
+    """(shard, what to read of it) for each shard that holds some of `wanted`; both are intervals by state."""
+    holders = {shard for key, interval in wanted.items() for shard in contents.holders(key, *interval)}
+    for shard in sorted(holders):
+        overlaps: dict[Key, Interval] = {}
+        for key, (first, last) in contents.of(shard).items():
+            begin, end = wanted.get(key, (0, 0))
+            if max(begin, first) < min(end, last):
+                overlaps[key] = max(begin, first), min(end, last)
+        yield shard, overlaps
+
+
+def read_elements(
+    folder: Store, manifest: CheckpointManifest, wanted: Mapping[Key, Interval]
+) -> Iterator[tuple[StateSlice, Buffer]]:
+    """Yield every wanted value once, as slices with their bytes. Raises `Damaged` if a shard holds something else than
+    its manifest says.
+
+    Only these bytes leave the store: near ones in one request, and a part's worth at a time.
+    """
+    for number, overlaps in plan_reads(manifest.contents, wanted):
+        shard, contents = manifest.shards[number], manifest.contents.of(number)
+        tensors = tensors_of(folder, shard, contents)
+        batch, ranges, size = list[StateSlice](), list[Interval](), 0
+        for key, (begin, end) in overlaps.items():
+            if size > PART_BYTES:
+                yield from _fetched(folder, shard, batch, ranges)
+                batch, ranges, size = [], [], 0
+            first = contents[key][0]
+            batch.append(StateSlice(key, begin, end))
+            ranges.append(tensors[title(key)].byte_range(begin - first, end - first))
+            size += key.state.item * (end - begin)
+        yield from _fetched(folder, shard, batch, ranges)
+
+
+def _fetched(
+    folder: Store, shard: Shard, slices: list[StateSlice], ranges: list[Interval]
+) -> Iterator[tuple[StateSlice, Buffer]]:
+    data = folder.get_ranges(shard.key, [begin for begin, _ in ranges], [end for _, end in ranges])
+    yield from zip(slices, data, strict=True)

@@ -12,8 +12,14 @@ from datetime import UTC, datetime, timedelta
 from trainer.config import Checkpoint
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
-from trainer.state.checkpoint.listing import StepFolder, step_folders
-from trainer.state.checkpoint.manifest import comparable_losses, read_manifest, readable_manifests, shard_problem
+from trainer.state.checkpoint.manifest import (
+    StepFolder,
+    comparable_losses,
+    read_manifest,
+    readable_manifests,
+    shard_problem,
+    step_folders,
+)
 from trainer.store.store import Entry, Store
 
 # A save that has not been committed by then never will be.

@@ -32,16 +32,16 @@ def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
     `counted_once`."""
     import torch
 
-    nats = model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
-    segments, owner = len(batch.cu_seqlens) - 1, segments_of_targets(batch)
+    nats = model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)
+    segments, owner = len(batch.lengths), segments_of_targets(batch)
     log_p = torch.zeros(segments, device=nats.device).index_add(0, owner, -nats)
     tokens = torch.zeros(segments, device=nats.device).index_add(0, owner, torch.ones_like(nats))
-    return Answers(*model.total(torch.stack([log_p, tokens]), batch))
+    return Answers(*model.total(torch.stack([log_p, tokens]), batch.input))
 
 
 def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
     """`values` of a whole row, by the first of the ranks that share it; 0 by the others, with the same gradient."""
-    return values if batch.first == 0 else values - values.detach()
+    return values if batch.input.first == 0 else values - values.detach()
 
 
 MEASURES_OF_PAIRS = (
@@ -66,13 +66,13 @@ def sums_of_pairs(
 
 def segments_of_targets(batch: MicroBatch) -> Tensor:
     """(targets,) int64, the number of the segment that each target of a row is in."""
-    return segments_of_tokens(batch)[batch.first + batch.places]
+    return segments_of_tokens(batch)[batch.input.first + batch.places]
 
 
 def segments_of_tokens(batch: MicroBatch) -> Tensor:
     """(T,) int64, the number of the segment that each token of the whole row is in."""
     import torch
 
-    sizes = batch.cu_seqlens.diff().long()
+    sizes = batch.input.cu_seqlens.diff().long()
     numbers = torch.arange(len(sizes), device=sizes.device)
-    return torch.repeat_interleave(numbers, sizes, output_size=batch.parts * batch.labels.numel())
+    return torch.repeat_interleave(numbers, sizes, output_size=batch.input.parts * batch.labels.numel())

@@ -82,7 +82,7 @@ class Objective(Protocol):
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         """The log-probabilities by `model`, which is the base then, of the answers of each document of a row, in the
         order of `batch.documents`: (documents, answers) fp32, in nats. Where they are stored, `loss` finds them in
-        `batch.reference`."""
+        the column `reference`."""
         raise AssertionError("nobody asks for a reference that the loss does not read")
 
     def weight(self, batch: MicroBatch) -> int:

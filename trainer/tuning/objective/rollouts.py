@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class LearnsFromRollouts(Objective, Protocol):
-    """An objective that finds each target's log p by the sampler, and its advantage, in `MicroBatch.sampled`."""
+    """An objective that finds each target's log p by the sampler, and its advantage, in the column `sampled`."""
 
     @property
     def judge(self) -> Teacher | None:

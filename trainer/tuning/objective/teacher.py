@@ -79,7 +79,8 @@ def id_bytes(vocabulary: int) -> int:
 
 @runtime_checkable
 class LearnsFromTeacher(Objective, Protocol):
-    """An objective that finds the teacher's word on each target in `MicroBatch.taught`."""
+    """An objective that finds the teacher's word on each target in the columns
+    `teacher_ids` and `teacher_log_p`."""
 
     @property
     def teacher(self) -> Teacher: ...

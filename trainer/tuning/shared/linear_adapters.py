@@ -16,12 +16,17 @@ from trainer.config.reading.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
 from trainer.tuning.method import ExportedFiles, OfSettings, methods
-from trainer.tuning.shared.peft_folder import LABELS, PREFIX, SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
 
+# The names in PEFT's folder of an adapter. Without PEFT itself, which not every reader of such a folder needs.
+PREFIX = "base_model.model."  # of the weights' names: the wrapped model's
+# The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+LABELS = "id2label.json"
+"""Beside them where a head has learnt: the names of its outputs by their numbers, as transformers wants them."""
 PEFT_FILES = (WEIGHTS, LABELS)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 

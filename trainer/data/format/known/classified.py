@@ -6,7 +6,19 @@ from typing import Any
 from unicodedata import normalize
 
 from trainer.data.format.messages import text_of
-from trainer.data.format.row_format import MESSAGES, Row, RowFormat, Values, is_talk, is_text, talk, tools, with_system
+from trainer.data.format.row_format import (
+    MESSAGES,
+    TEMPLATED,
+    Row,
+    RowFormat,
+    RowKind,
+    Values,
+    is_talk,
+    is_text,
+    talk,
+    tools,
+    with_system,
+)
 from trainer.errors import DataError
 
 
@@ -121,4 +133,35 @@ ROW_FORMATS = {
         names={"words": ("words", "tokens"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
         place=160,
     ),
+}
+
+
+def _of_texts_renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.numbered import ClassifiedRenderer
+
+    return ClassifiedRenderer(tokenizer, data)
+
+
+def _of_words_renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.numbered import TaggedRenderer
+
+    return TaggedRenderer(tokenizer, data)
+
+
+def _kind(renderer: Callable[[Any, Any], Any], parted: str, objective: str, segments: int = 1) -> RowKind:
+    return RowKind(
+        renderer,
+        reads=(*TEMPLATED, "labels"),
+        trained="label",
+        fixed="have a class, which is trained",
+        parted=parted,
+        segments=segments,
+        objective=objective,
+    )
+
+
+ROW_KINDS = {
+    "classified": _kind(_of_texts_renderer, "a text from its class", "classification"),
+    "multilabel": _kind(_of_texts_renderer, "a text from its classes", "multilabel_classification"),
+    "tagged": _kind(_of_words_renderer, "words from their tags", "token_classification", segments=2),
 }

@@ -1,10 +1,14 @@
 """Rows that are conversations: messages as chat templates take them, and ShareGPT's, alone, with two answers or with a
 label. ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
 
+from typing import Any
+
 from trainer.data.format.row_format import (
     MESSAGES,
+    TEMPLATED,
     Row,
     RowFormat,
+    RowKind,
     Values,
     fit_talks,
     is_label,
@@ -50,5 +54,22 @@ ROW_FORMATS = {
         _read_labelled,
         {"messages": MESSAGES, "label": ("label", "kto_tag")},
         place=110,
+    ),
+}
+
+
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
+ROW_KINDS = {
+    "chat": RowKind(
+        _renderer,
+        reads=(*TEMPLATED, "drop_system"),
+        loss_on=("assistant", "last_assistant", "all"),
+        trained="assistant",
+        has_likelihood=True,
     ),
 }

@@ -1,6 +1,8 @@
 """Rows of answers to be judged: a chosen and a rejected one (TRL's preference data sets), or one with a label."""
 
-from trainer.data.format.row_format import RowFormat, Values, is_label, is_talk, is_text
+from typing import Any
+
+from trainer.data.format.row_format import TEMPLATED, RowFormat, RowKind, Values, is_label, is_talk, is_text
 
 
 def _preference_fits(values: Values) -> bool:
@@ -28,5 +30,34 @@ ROW_FORMATS = {
         names={"label": ("label", "kto_tag")},
         place=130,
         wider=("labelled_alpaca", {"prompt": "instruction", "completion": "output"}),
+    ),
+}
+
+
+def _of_pairs(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render import pairs
+    from trainer.data.render.answers import AnswersRenderer
+
+    return AnswersRenderer(tokenizer, data, pairs.read, pairs.documents)
+
+
+def _of_labelled(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render import labelled
+    from trainer.data.render.answers import AnswersRenderer
+
+    return AnswersRenderer(tokenizer, data, labelled.read, labelled.documents)
+
+
+_READ = (*TEMPLATED, "share_prefix")
+ROW_KINDS = {
+    "preference": RowKind(_of_pairs, _READ, ("completion",), parted="a pair", segments=2, objective="dpo"),
+    "labelled": RowKind(
+        _of_labelled,
+        _READ,
+        ("completion",),
+        parted="an answer",
+        segments=2,
+        counters=("desired",),
+        objective="kto",
     ),
 }

@@ -1,8 +1,22 @@
 """Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), of a question and
 its answer, and of a prompt and several answers to it."""
 
+from typing import Any
+
 from trainer.data.format.messages import untrained
-from trainer.data.format.row_format import Row, RowFormat, Values, fit_talks, fit_texts, is_talk, is_text, says, talk
+from trainer.data.format.row_format import (
+    TEMPLATED,
+    Row,
+    RowFormat,
+    RowKind,
+    Values,
+    fit_talks,
+    fit_texts,
+    is_talk,
+    is_text,
+    says,
+    talk,
+)
 
 
 def _answers_fit(values: Values) -> bool:
@@ -41,5 +55,26 @@ ROW_FORMATS = {
         lambda values: {"messages": [says("user", values["question"]), says("assistant", values["answer"])]},
         place=60,
         wider=("alpaca", {"question": "instruction", "answer": "output"}),
+    ),
+}
+
+
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
+def _of_answers(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render import alternatives
+    from trainer.data.render.answers import AnswersRenderer
+
+    return AnswersRenderer(tokenizer, data, alternatives.read, alternatives.documents)
+
+
+ROW_KINDS = {
+    "prompt_completion": RowKind(_renderer, reads=(), loss_on=("completion", "all"), has_likelihood=True),
+    "answers": RowKind(
+        _of_answers, (*TEMPLATED, "share_prefix"), ("completion",), parted="an answer", has_likelihood=True
     ),
 }

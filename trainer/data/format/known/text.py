@@ -2,7 +2,9 @@
 input_output.
 """
 
-from trainer.data.format.row_format import RowFormat, Values, fit_texts
+from typing import Any
+
+from trainer.data.format.row_format import RowFormat, RowKind, Values, fit_texts
 
 
 def _are_segments(values: Values) -> bool:
@@ -13,4 +15,16 @@ def _are_segments(values: Values) -> bool:
 ROW_FORMATS = {
     "text": RowFormat(("text",), "text", fit_texts("text"), place=70),
     "segments": RowFormat(("segments",), "segments", _are_segments, place=65),
+}
+
+
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
+ROW_KINDS = {
+    "text": RowKind(_renderer, reads=(), loss_on=("all",), trained="all", has_likelihood=True),
+    "segments": RowKind(_renderer, reads=(), trained="segments", has_likelihood=True),
 }

@@ -122,10 +122,12 @@ def _of_words(model: PackedModel, batch: MicroBatch) -> Tensor:
     """The numbers of tags, which stand behind the text in a segment of its size, are not passed through the model."""
     import torch
 
-    texts, tags = batch.part("beginnings"), batch.whole.places + 1
-    segments = torch.searchsorted(batch.cu_seqlens, tags, right=True) - 1
-    documents = torch.searchsorted(batch.mismatched, segments)
-    return outputs(model, texts, texts.cu_seqlens[documents] + tags - batch.cu_seqlens[segments])
+    from trainer.model.micro_batch import Role
+
+    texts, tags, borders = batch.part(Role.DOCUMENT), batch.whole.places + 1, batch.input.cu_seqlens
+    segments = torch.searchsorted(borders, tags, right=True) - 1
+    documents = torch.searchsorted(batch.segments(Role.MISMATCHED), segments)
+    return outputs(model, texts, texts.input.cu_seqlens[documents] + tags - borders[segments])
 
 
 def _labels(method: Method) -> Sequence[str]:

@@ -54,16 +54,14 @@ class Distil(OfSettings):
         return wrong
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        from trainer.model.divergence import Distillation
+        from trainer.model.divergence import Distillation, Taught
 
         distillation = None
         if model.head.training:
-            assert batch.taught is not None
             given = self._own
-            distillation = Distillation(
-                batch.taught, given.divergence == "reverse", given.temperature, given.next_tokens
-            )
-        return model.head(model.hidden(batch), batch.labels, batch.places, distillation=distillation)
+            taught = Taught(batch.column("teacher_ids"), batch.column("teacher_log_p"))
+            distillation = Distillation(taught, given.divergence == "reverse", given.temperature, given.next_tokens)
+        return model.head(model.hidden(batch.input), batch.labels, batch.places, distillation=distillation)
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {

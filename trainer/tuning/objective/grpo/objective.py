@@ -95,15 +95,15 @@ class Grpo(OfSettings):
         import torch
 
         base = None
-        if batch.sampled is not None and self.beta:
+        if "sampled" in batch.columns and self.beta:
             with torch.no_grad(), self._method.switched_off(model.model):
                 base = self._log_p(model, batch)
         log_p = self._log_p(model, batch)
-        if batch.sampled is None:
+        if "sampled" not in batch.columns:
             return torch.cat([-log_p.sum()[None], log_p.new_zeros(self.sums)])
-        sampled, advantage = batch.sampled.unbind(1)
+        sampled, advantage = batch.column("sampled").unbind(1)
         owner, ones = segments_of_targets(batch), torch.ones_like(log_p)
-        empty = torch.zeros(len(batch.cu_seqlens) - 1, device=log_p.device)
+        empty = torch.zeros(len(batch.lengths), device=log_p.device)
         length = empty.index_add(0, owner, ones.detach())[owner]  # of the answer that each token is in
         gap = log_p - sampled
         if self._own.ratio_of == "answer":
@@ -130,7 +130,7 @@ class Grpo(OfSettings):
         return losses, ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
 
     def _log_p(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        return -model.head(model.hidden(batch), batch.labels, batch.places, per_target=True)
+        return -model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)
 
     def summary(self, means: Sequence[float]) -> Sequence[float]:
         tokens, *others = means

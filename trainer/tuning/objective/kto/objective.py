@@ -65,16 +65,19 @@ class Kto(OfSettings):
         """
         import torch
 
-        base = batch.reference
+        from trainer.model.micro_batch import Role
+
+        base = batch.column("reference") if "reference" in batch.columns else None
         if base is None:
             with self._method.switched_off(model.model):
                 base = self.reference(model, batch)
-        mismatched = read_segments(model, batch.part("mismatched")).log_p[: len(batch.mismatched)]
-        desired = batch.desired.sum()
+        behind = batch.segments(Role.MISMATCHED)
+        mismatched = read_segments(model, batch.part(Role.MISMATCHED)).log_p[: len(behind)]
+        is_desired = batch.column("desired")
         counts = (
             torch.full((), len(mismatched), dtype=base.dtype, device=base.device),
-            desired.float(),
-            (len(batch.desired) - desired).float(),
+            is_desired.sum().float(),
+            (len(is_desired) - is_desired.sum()).float(),
         )
         ratio = (mismatched - base[_owners(batch), 1]).sum()
         return torch.cat([counted_once(torch.stack([ratio, *counts]), batch), base[:, 0]])
@@ -83,29 +86,33 @@ class Kto(OfSettings):
         """The labelled answer of each document, and the mismatched one behind it, 0 where there is none."""
         import torch
 
-        log_p = read_segments(model, batch).log_p
-        mismatched = torch.zeros(len(batch.beginnings), device=log_p.device)
-        mismatched[_owners(batch)] = log_p[batch.mismatched]
-        return torch.stack([log_p[batch.beginnings], mismatched], dim=1)
+        from trainer.model.micro_batch import Role
+
+        log_p, beginnings = read_segments(model, batch).log_p, batch.segments(Role.DOCUMENT)
+        mismatched = torch.zeros(len(beginnings), device=log_p.device)
+        mismatched[_owners(batch)] = log_p[batch.segments(Role.MISMATCHED)]
+        return torch.stack([log_p[beginnings], mismatched], dim=1)
 
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
 
+        from trainer.model.micro_batch import Role
+
         assert batch.survey is not None
         ratios, mismatched, desired, undesired = batch.survey[:4]
-        answers = read_segments(model, batch.part("beginnings"))
-        ratio = answers.log_p[: len(batch.beginnings)] - batch.survey[4:]
+        answers, is_desired = read_segments(model, batch.part(Role.DOCUMENT)), batch.column("desired")
+        ratio = answers.log_p[: len(is_desired)] - batch.survey[4:]
         z0 = (ratios / mismatched.clamp(min=1)).clamp(min=0)
         own = part(self.given, KtoSettings)
         gain = self.beta * (ratio - z0)
         for_desired, for_undesired = own.desirable_weight, own.undesirable_weight
-        losses = torch.where(batch.desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
+        losses = torch.where(is_desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
 
         # A mean over one kind of answers, as a mean over all of them: the step's sums are divided by the number of all.
         total = desired + undesired
-        of_desired = batch.desired * total / desired.clamp(min=1)
-        of_undesired = ~batch.desired * total / undesired.clamp(min=1)
-        rewards, lengths = self.beta * ratio.detach(), answers.tokens[: len(batch.beginnings)]
+        of_desired = is_desired * total / desired.clamp(min=1)
+        of_undesired = ~is_desired * total / undesired.clamp(min=1)
+        rewards, lengths = self.beta * ratio.detach(), answers.tokens[: len(is_desired)]
         reward_desired, reward_undesired = (rewards * of_desired).sum(), (rewards * of_undesired).sum()
         measures = (
             reward_desired,
@@ -122,7 +129,9 @@ def _owners(batch: MicroBatch) -> Tensor:
     """The number in the row of the document that each mismatched answer is in, (mismatched,) int64."""
     import torch
 
-    return torch.searchsorted(batch.beginnings, batch.mismatched, right=True) - 1
+    from trainer.model.micro_batch import Role
+
+    return torch.searchsorted(batch.segments(Role.DOCUMENT), batch.segments(Role.MISMATCHED), right=True) - 1
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}

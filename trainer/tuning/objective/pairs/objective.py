@@ -26,7 +26,10 @@ _LENGTHS = ("length_chosen", "length_rejected")  # in trained tokens
 
 def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answers]:
     """The chosen and the rejected answers of a row, by one pass through the model."""
-    answers, chosen, rejected = read_segments(model, batch), batch.rejected - 1, batch.rejected
+    from trainer.model.micro_batch import Role
+
+    answers, rejected = read_segments(model, batch), batch.segments(Role.REJECTED)
+    chosen = rejected - 1
     return (
         Answers(answers.log_p[chosen], answers.tokens[chosen]),
         Answers(answers.log_p[rejected], answers.tokens[rejected]),
@@ -57,7 +60,7 @@ class Preference(OfSettings):
     def loss(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         import torch
 
-        reference = batch.reference
+        reference = batch.column("reference") if "reference" in batch.columns else None
         if self.reads_reference and reference is None:
             with torch.no_grad(), self.method.switched_off(model.model):
                 reference = self.reference(model, batch)

@@ -47,10 +47,13 @@ class Reward(OfSettings):
         import torch
         from torch.nn.functional import logsigmoid
 
+        from trainer.model.micro_batch import Role
+
         own = part(self.given, RewardSettings)
         places = last_places(batch.whole, self._head.padding)
-        both = torch.cat([places[batch.rejected - 1], places[batch.rejected]])
-        rewards, pairs = outputs(model, batch, both)[:, 0], len(batch.rejected)
+        rejected = batch.segments(Role.REJECTED)
+        both = torch.cat([places[rejected - 1], places[rejected]])
+        rewards, pairs = outputs(model, batch, both)[:, 0], len(rejected)
         chosen, rejected = rewards[:pairs], rewards[pairs:]
         losses = -logsigmoid(chosen - rejected - own.margin) + own.center_rewards * (chosen + rejected).square()
         return sums_of_pairs(losses, chosen, rejected, (), batch)
@@ -64,8 +67,8 @@ def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
 
     owner = segments_of_tokens(batch)
     numbers = torch.arange(len(owner), device=owner.device)
-    counted = numbers if padding is None else torch.where(batch.input_ids[0] == padding, 0, numbers)
-    return batch.cu_seqlens[:-1].long().scatter_reduce(0, owner, counted, "amax")
+    counted = numbers if padding is None else torch.where(batch.input.input_ids[0] == padding, 0, numbers)
+    return batch.input.cu_seqlens[:-1].long().scatter_reduce(0, owner, counted, "amax")
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": Reward}

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import ModelInput
 
 
 @contextmanager
-def noise_on(embedding: nn.Module, batch: MicroBatch, alpha: float) -> Iterator[None]:
+def noise_on(embedding: nn.Module, row: ModelInput, alpha: float) -> Iterator[None]:
     """Inside, each value of the embeddings of a document of L tokens in H dimensions gets a number between -a and a
     more, with a = alpha / sqrt(L * H).
 
@@ -20,8 +20,8 @@ def noise_on(embedding: nn.Module, batch: MicroBatch, alpha: float) -> Iterator[
     """
 
     def add_noise(module: nn.Module, given: Any, found: Tensor) -> Tensor:
-        lengths = torch.tensor(batch.lengths)
-        tokens = lengths.repeat_interleave(lengths)[batch.first : batch.first + found.shape[1]]
+        lengths = torch.tensor(row.segments.lengths)
+        tokens = lengths.repeat_interleave(lengths)[row.first : row.first + found.shape[1]]
         most = alpha / (tokens.to(found.device) * found.shape[2]).float().sqrt()
         return found + torch.empty_like(found).uniform_(-1, 1) * most.to(found.dtype)[:, None]
 

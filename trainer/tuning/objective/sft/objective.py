@@ -67,7 +67,7 @@ class NextTokens(OfSettings):
         from trainer.model.head import LossTerms
 
         if not model.head.training:
-            return model.head(model.hidden(batch), batch.labels, batch.places)
+            return model.head(model.hidden(batch.input), batch.labels, batch.places)
         hidden = self._hidden(model, batch)
         if not self._weighing:
             terms = LossTerms(self.given.label_smoothing, self._own.z_loss)
@@ -78,11 +78,11 @@ class NextTokens(OfSettings):
 
     def _hidden(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         if not self._own.neftune_alpha:
-            return model.hidden(batch)
+            return model.hidden(batch.input)
         from trainer.tuning.objective.sft.noise import noise_on
 
-        with noise_on(model.model.get_input_embeddings(), batch, self._own.neftune_alpha):
-            return model.hidden(batch)
+        with noise_on(model.model.get_input_embeddings(), batch.input, self._own.neftune_alpha):
+            return model.hidden(batch.input)
 
     def _uncertainty(self, head: LossHead, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """(targets,): the power of the entropy of the likeliest tokens, as if there were no others."""

@@ -1,1 +1,0 @@
-"""Ranks that hang, and how they are found."""
