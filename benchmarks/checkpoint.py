@@ -49,11 +49,11 @@ class Bench:
         """Seconds of one training step."""
         import torch
 
-        from trainer.model.micro_batch import MicroBatch
+        from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 
         tokens = torch.arange(TOKENS).remainder(1000)[None]
-        borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-        batch = MicroBatch(tokens, tokens, torch.arange(TOKENS)[None], borders, TOKENS, TOKENS, TOKENS, (), ())
+        row = ModelInput.of(tokens, torch.arange(TOKENS)[None], Segments.of_documents([TOKENS]))
+        batch = MicroBatch(row, tokens, TOKENS, TOKENS)
         self.ranks.gather(0.0)
         started = time.monotonic()
         self.engine.backward(self.engine.loss(batch) / TOKENS, last=True)

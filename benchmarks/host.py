@@ -53,7 +53,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     from trainer.base.load.load import DTYPES, load_model
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
     from trainer.model.packed import PackedModel
     from trainer.plan.sizes import most_whole
     from trainer.processes.ranks import join
@@ -78,8 +78,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     model, _ = load_model(base, config, settings, ranks.world, attention, "world")
     method.attach(model, base.architecture, DTYPES["bf16"], 0)
     ids = torch.arange(TOKENS, dtype=torch.int32)[None]
-    borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-    row = MicroBatch(ids, ids, ids, borders, TOKENS, TOKENS, TOKENS, (), ())
+    row = MicroBatch(ModelInput.of(ids, ids, Segments.of_documents([TOKENS])), ids, TOKENS, TOKENS)
     packed = PackedModel(model, attention)
 
     def seconds(micro_batch: Callable[[], None], after: Callable[[], Any]) -> float:

@@ -33,7 +33,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
     from trainer.plan.assemble import Sharding, assemble
     from trainer.plan.resolve import resolve
     from trainer.processes.ranks import join
@@ -53,18 +53,9 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
     quarter = TOKENS // 4
     tokens = torch.arange(TOKENS, dtype=torch.int32).mul(7).remainder(1000)[None]
-    batch = MicroBatch(
-        input_ids=tokens,
-        labels=tokens,
-        position_ids=torch.arange(quarter, dtype=torch.int32).repeat(4)[None],
-        cu_seqlens=torch.arange(5, dtype=torch.int32) * quarter,
-        max_seqlen=quarter,
-        tokens=TOKENS,
-        targets=TOKENS,
-        bins=(),
-        documents=(0, 1),
-        rejected=torch.tensor([1, 3], dtype=torch.int32),
-    )
+    places = torch.arange(quarter, dtype=torch.int32).repeat(4)[None]
+    segments = Segments((quarter,) * 4, (Role.DOCUMENT, Role.REJECTED) * 2)
+    batch = MicroBatch(ModelInput.of(tokens, places, segments), tokens, TOKENS, TOKENS, documents=(0, 1))
 
     def step(name: str) -> float:
         """Seconds of one training step."""

@@ -111,6 +111,7 @@ def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, docum
     from trainer.data.dataset.chapters import open_chapters
     from trainer.data.order.position import Position
     from trainer.data.order.stream import train_stream
+    from trainer.model.micro_batch import Role
     from trainer.store.store import open_run_store
 
     tree = {
@@ -137,12 +138,12 @@ def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, docum
     stream = train_stream(config, chapters, 0, 1)
     for _ in range(steps):
         for rank, row in enumerate(stream.step(position)):
-            borders, begun = row.cu_seqlens.tolist(), row.beginnings.tolist()
+            borders, begun = row.input.segments.borders, row.input.segments.of(Role.DOCUMENT)
             of_ranks[rank].append({"lengths": [row.lengths[at] for at in begun], "targets": row.targets})
             for at in begun:
                 part = slice(borders[at], borders[at + 1])
                 labels = [-100, *row.labels[0, part].tolist()[:-1]]
-                documents.append({"input_ids": row.input_ids[0, part].tolist(), "labels": labels})
+                documents.append({"input_ids": row.input.input_ids[0, part].tolist(), "labels": labels})
         position = stream.advance(position)
     material = {"fingerprint": fingerprint, "length": length, "steps": steps, "documents_a_row": documents_a_row}
     material |= {"rows": documents, "ranks": of_ranks}

@@ -71,7 +71,7 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     from trainer.base.load.load import empty_model
     from trainer.model.attention import choose_attention
     from trainer.model.kernels.liger import Kernels
-    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
     from trainer.model.packed import PackedModel
     from trainer.tuning.objective.objective import find_objective
 
@@ -88,9 +88,9 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     lengths = (700, 1, 323)
     tokens = torch.randint(0, 1000, (1, sum(lengths)), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     places = torch.cat([torch.arange(length) for length in lengths])
-    borders = torch.tensor([0, 700, 701, 1024], dtype=torch.int32)
     labels = torch.where((places + 1 == 700) | (places == 0), -100, tokens)
-    row = MicroBatch(tokens, labels.int(), places.int()[None], borders, 700, 1024, int((labels != -100).sum()), (), ())
+    given = ModelInput.of(tokens, places.int()[None], Segments.of_documents(lengths))
+    row = MicroBatch(given, labels.int(), sum(lengths), int((labels != -100).sum()))
     loss = find_objective(config).loss(PackedModel(model, attention), row.to(here)).sum()
     loss.backward()
     return float(loss.detach()), embedding.grad.float()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.command import commands
+from launcher.cli.command import commands, groups
 from launcher.cli.options import log
 from launcher.cli.shell import Verb, Verbs, answer_shells
 from trainer.errors import CapstanError
@@ -44,24 +44,16 @@ def options(
     """Fine-tune language models that are too large for one machine. --debug anywhere adds the traceback of an error."""
 
 
-_GROUPS = {
-    "data": "Compile and inspect training data.",
-    "submit": "Hand a run over to a cluster and return.",
-    "config": "The configuration's schema.",
-    "checkpoints": "A run's committed checkpoints.",
-}
-
-
 def _add_verbs() -> None:
-    groups = dict[str, typer.Typer]()
+    about, made = groups(), dict[str, typer.Typer]()
     for name, command in commands():
         group, _, verb = name.rpartition(" ")
-        if group and group not in groups:
-            groups[group] = typer.Typer(cls=Verbs, help=_GROUPS.get(group), no_args_is_help=True)
-            app.add_typer(groups[group], name=group)
+        if group and group not in made:
+            made[group] = typer.Typer(cls=Verbs, help=about.get(group), no_args_is_help=True)
+            app.add_typer(made[group], name=group)
         epilog = f"Example: capstan {command.example}".replace("[", r"\[")
         kind = type("Verb", (Verb,), {"instead": command.instead})
-        groups.get(group, app).command(verb, cls=kind, epilog=epilog)(command.function)
+        made.get(group, app).command(verb, cls=kind, epilog=epilog)(command.function)
 
 
 _add_verbs()

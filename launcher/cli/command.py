@@ -1,8 +1,8 @@
 """One verb of `capstan`, and how verbs are found.
 
-A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for one
-of a group. Everything that a verb needs beyond its options is imported when it runs, as --help and completion load all
-of these files.
+A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for one of a group, and what
+it says of a group in `GROUPS`. Everything that a verb needs beyond its options is imported when it runs, as --help and
+completion load all of these files.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,16 @@ class Command(NamedTuple):
 
 def commands() -> list[tuple[str, Command]]:
     """Every verb, in the order of --help."""
-    found: dict[str, Command] = {}
+    return sorted(_declared("VERBS").items(), key=lambda item: (item[1].place, item[0]))
+
+
+def groups() -> dict[str, str]:
+    """The help of each group of verbs."""
+    return _declared("GROUPS")
+
+
+def _declared(table: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for module in iter_modules(verbs.__path__, f"{verbs.__name__}."):
-        found |= getattr(import_module(module.name), "VERBS", {})
-    return sorted(found.items(), key=lambda item: (item[1].place, item[0]))
+        found |= getattr(import_module(module.name), table, {})
+    return found

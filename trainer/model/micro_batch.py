@@ -5,26 +5,13 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from trainer.model.head import IGNORE
 from trainer.processes.accelerator import onto
-
-
-class Place(Protocol):
-    """The place of a bin in the order of the data; see `Position` in trainer/data/order/position.py."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def window(self) -> int: ...
-    @property
-    def bin(self) -> int: ...
-    @property
-    def chapter(self) -> int: ...
 
 
 class Role(IntEnum):
@@ -145,7 +132,7 @@ class MicroBatch:
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
-        bins: the places of the bins in the row, without the empty ones.
+        bins: the places of the bins in the row, each a `trainer.data.order.position.Position`, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
         columns: what is known of documents, targets or tokens beside their ids, by name: the columns of the kind of
             rows (trainer/data/format/row_format.py), `reference` (documents, answers) fp32, the log-probabilities of
@@ -162,7 +149,7 @@ class MicroBatch:
     labels: torch.Tensor
     tokens: int
     targets: int
-    bins: tuple[Place, ...] = ()
+    bins: tuple[Any, ...] = ()
     documents: tuple[int, ...] = ()
     columns: Mapping[str, Values] = field(default_factory=dict[str, Values])
     survey: torch.Tensor | None = None

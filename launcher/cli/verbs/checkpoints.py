@@ -66,6 +66,8 @@ def checkpoints_prune(
     emit(pruned, as_json, lambda result: result.sentence())
 
 
+GROUPS = {"checkpoints": "A run's committed checkpoints."}
+
 VERBS = {
     "checkpoints ls": Command(checkpoints_ls, "checkpoints ls first", 330),
     "checkpoints verify": Command(checkpoints_verify, "checkpoints verify first --best", 331),

@@ -12,6 +12,8 @@ def config_schema() -> None:
     print(json.dumps(Config.model_json_schema(), indent=2))
 
 
+GROUPS = {"config": "The configuration's schema."}
+
 VERBS = {
     "config schema": Command(config_schema, "config schema", 323),
 }

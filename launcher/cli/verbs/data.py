@@ -50,6 +50,8 @@ def data_show(
     print(json.dumps(asdict(shown)) if as_json else render(shown))
 
 
+GROUPS = {"data": "Compile and inspect training data."}
+
 VERBS = {
     "data build": Command(data_build, "data build run.yaml", 300),
     "data check": Command(data_check, "data check run.yaml", 301),

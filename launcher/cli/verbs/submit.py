@@ -47,6 +47,8 @@ def submit_slurm(
     emit(submitted, as_json, lambda result: result.text())
 
 
+GROUPS = {"submit": "Hand a run over to a cluster and return."}
+
 VERBS = {
     "submit ray": Command(submit_ray, "submit ray run.yaml --dry-run", 310),
     "submit slurm": Command(submit_slurm, "submit slurm run.yaml --dry-run", 311),

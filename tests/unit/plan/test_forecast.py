@@ -16,8 +16,7 @@ import pytest
 from rich.console import Console
 
 from launcher.plan import planning
-from launcher.plan.measured import measured_rate
-from launcher.plan.planning import Planned, plan_run
+from launcher.plan.planning import Planned, measured_rate, plan_run
 from launcher.plan.summary import show_plan
 from tests.material import Workshop
 from tests.unit.repository.test_examples import LLAMA_8B

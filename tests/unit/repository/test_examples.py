@@ -104,7 +104,7 @@ def test_the_parameters_that_the_page_of_methods_states_are_what_plan_counts(
 
 
 def test_the_parameters_of_experts_that_the_page_of_methods_states_are_what_plan_counts() -> None:
-    page = (EXAMPLES.parent / "docs/methods.md").read_text()
+    page = " ".join((EXAMPLES.parent / "docs/methods.md").read_text().split())
     alone, both = (
         plan("8b-one-gpu", QWEN3_30B_A3B, 1, 1, 24, "tuning.rank=32", *settings).parameters.trainable
         for settings in ((), ("tuning.experts=true", "tuning.experts_rank=4"))

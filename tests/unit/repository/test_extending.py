@@ -107,6 +107,7 @@ def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> No
     assert run(copy, "-m", "launcher.cli", "greet", "--loud") == "HELLO\n"
     assert found["verbs"][0] == "doctor"
     assert "greet" in found["verbs"]
+    assert "Ways to say hello." in run(copy, "-m", "launcher.cli", "greetings", "-h")
 
 
 class Run(NamedTuple):

@@ -12,4 +12,10 @@ def greet(loud: Annotated[bool, typer.Option("--loud", help="In capital letters.
     print("HELLO" if loud else "hello")
 
 
-VERBS = {"greet": Command(greet, "greet --loud")}
+def greet_all() -> None:
+    """Say hello to everybody."""
+    print("hello, all")
+
+
+VERBS = {"greet": Command(greet, "greet --loud"), "greetings all": Command(greet_all, "greetings all")}
+GROUPS = {"greetings": "Ways to say hello."}
