@@ -64,7 +64,7 @@ _LACKING: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     **{
         kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-        for kind in ("qwen2_vl_text", "qwen2_5_vl_text")
+        for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text")
     },
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_compress_ratio": 2}
     | {"indexer_head_dim": 16, "indexer_budget": 8},
@@ -74,9 +74,12 @@ _LACKING: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
     },
-    "glm4v_moe_text": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-        | {"mrope_section": [1, 1, 2]}
+    **{
+        kind: {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            | {"mrope_section": [1, 1, 2]}
+        }
+        for kind in ("glm4v_moe_text", "glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text")
     },
     "step3p5": {"sliding_window": 16},
     "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # as OPT-350M
@@ -93,6 +96,7 @@ _LACKING: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
 }
+_OF_THIS_MACHINE = re.compile("cannot be read|wants a package|has no tensor")
 # The modules that whole classes have their language models in.
 _IN_WHOLE = re.compile("language_model|text_model")
 # Settings of the whole class, without which there is none of the type.
@@ -108,7 +112,10 @@ _WHOLE: dict[str, dict[str, Any]] = {
 }
 # Settings of towers, where a tower of one layer is none of its class.
 _TOWERS: dict[str, dict[str, dict[str, Any]]] = {
-    "molmo2": {"vision_config": {"num_hidden_layers": 4}, "adapter_config": {"vision_feature_layer": [3, 1]}},
+    "molmo2": {
+        "vision_config": {"num_hidden_layers": 4, "num_key_value_heads": 2},
+        "adapter_config": {"vision_feature_layer": [3, 1], "num_key_value_heads": 2},
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "inkling2_loop": {"vision_config": {"text_hidden_size": 64}},
@@ -433,25 +440,41 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
 
 
 def record(table: Path) -> None:
-    """Write `RECORD` from a table that has every type, each tried on the same commit."""
+    """Write the types of a table to `RECORD`: language models, of which it must have all, and the whole classes that
+    see or hear as well."""
     rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
-    commits = {found["commit"] for found in rows.values()}
-    missing = set(every_kind()) - rows.keys()
+    kept, whole = json.loads(RECORD.read_text()), {kind for kind in rows if _is_whole(kind)}
     open_ones = [kind for kind, found in rows.items() if found["status"] not in (PROVEN, UNPACKED, REFUSED, NOT_BUILT)]
-    if missing or open_ones or len(commits) > 1:
-        sys.exit(f"{table}: lacks {sorted(missing)}, is of commits {sorted(commits)}, and is open for {open_ones}")
-    types = {kind: found["status"] for kind, found in sorted(rows.items()) if found["status"] in (PROVEN, UNPACKED)}
-    unbuilt = sorted(kind for kind, found in rows.items() if found["status"] == NOT_BUILT)
-    refused = {kind: _clause(found["reason"]) for kind, found in sorted(rows.items()) if found["status"] == REFUSED}
-    content = {"transformers": transformers.__version__, "commit": commits.pop(), "trained": types, "refused": refused}
-    content["not_built"] = unbuilt
-    RECORD.write_text(json.dumps(content, indent=1) + "\n")
+    missing = (
+        {kind for kind in every_kind() if not _is_whole(kind)} - rows.keys() if rows.keys() - whole else set[str]()
+    )
+    if missing or open_ones:
+        sys.exit(f"{table}: lacks {sorted(missing)}, and is open for {open_ones}")
+    if alone := {kind: found for kind, found in rows.items() if kind not in whole}:
+        kept = {**_section(alone), "whole": kept.get("whole")}
+    if whole:
+        kept["whole"] = _section({kind: rows[kind] for kind in whole})
+    RECORD.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _section(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A refusal for settings that transformers itself cannot build, or for a package of this machine, tells nothing of
+    a type."""
+    here = [kind for kind, found in rows.items() if _OF_THIS_MACHINE.search(found.get("reason", ""))]
+    ordered = sorted((kind, {**found, "status": NOT_BUILT} if kind in here else found) for kind, found in rows.items())
+    return {
+        "transformers": transformers.__version__,
+        "commit": ", ".join(sorted({found["commit"] for found in rows.values()})),
+        "trained": {kind: found["status"] for kind, found in ordered if found["status"] in (PROVEN, UNPACKED)},
+        "refused": {kind: _clause(found["reason"]) for kind, found in ordered if found["status"] == REFUSED},
+        "not_built": [kind for kind, found in ordered if found["status"] == NOT_BUILT],
+    }
 
 
 def _clause(reason: str) -> str:
     """A refusal without the place and the type of the base that was tried."""
     said = re.sub(r"^model\.base: /\S* is an? \S+ model, ", "It is ", reason)
-    return said.replace("It is which", "It")
+    return re.sub(r"^model\.base: /\S* ", "It ", said).replace("It is which", "It")
 
 
 def _commit() -> str:

@@ -102,9 +102,10 @@ The small model shows:
 - which linear layers the family's own code reads outside their forward pass (Mamba's `dt_proj`, the scores of
   DeepSeek's indexer). These stay in 16 bits and get no adapter. So do layers that transformers keeps in fp32, and
   experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
-- whether the documents of a packed row are computed as each alone, and weights in 4 bits as plain ones, experts
-  included. Otherwise `plan` and `train` refuse the base with a message; use `data.packing: false` or
-  `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was not tried;
+- whether the documents of a packed row are computed as each alone, also with padding behind them, and weights in 4 bits
+  as plain ones, experts included. Otherwise `plan` and `train` refuse the base with a message; use
+  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was
+  not tried, and the base is not packed;
 - whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md));
 - whether a token sees later ones. Such a model is not causal (XLNet, CPM-Ant, XLM), and is refused. So is one whose
@@ -132,6 +133,13 @@ Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's routers)
 gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may differ by as much.
 """
 
+_WHOLE = """\
+The same is done for whole classes, which see or hear beside their language model. The reference is the class that the
+base's `architectures` names, given text alone. The factor and the cap of its logits are the whole class's own: some have
+them beside their language model (Muse-Spark, Granite-Docling), and some do without those that it has (Command A Vision).
+A class that does more to text than that, or that computes nothing without a picture or sound, is refused.
+"""
+
 _PLANNED = """
 run: {name: planned}
 model: {base: base}
@@ -152,10 +160,22 @@ def render() -> str:
 def _types() -> Iterator[str]:
     """What became of every type of transformers, as tests/every_model.py has recorded it."""
     found = json.loads(RECORD.read_text())
-    trained, refused = found["trained"], found["refused"]
+    whole = found["whole"]
+    yield from _section(found, "types of language models", {*whole["trained"], *whole["refused"], *whole["not_built"]})
+    yield ""
+    yield _WHOLE
+    yield from _section(whole, "types of whole classes that were tried", set())
+    yield ""
+    yield _wrapped(f"transformers made or loaded no small model of these here: {_listed(whole['not_built'])}.")
+
+
+def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:
+    trained, refused = (
+        {kind: said for kind, said in found[key].items() if kind not in elsewhere} for key in ("trained", "refused")
+    )
     alone = [kind for kind, status in trained.items() if status == UNPACKED]
     yield _wrapped(
-        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} types train"
+        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} {what} train"
         f" and are proven, {len(alone)} of them with each document in a row of its own (`data.packing: false`). The"
         " others are refused."
     )

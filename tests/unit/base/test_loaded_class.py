@@ -71,7 +71,7 @@ def _otherwise(self: Any, input_ids: Any, **given: Any) -> Any:
 
 
 def _with_a_bias(self: Any, **given: Any) -> Any:
-    result = _llava(self, **given)
+    result: Any = _llava(self, **given)
     result.logits = result.logits + 1
     return result
 

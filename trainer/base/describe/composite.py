@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.language_part import head_of, whole_class, whole_model

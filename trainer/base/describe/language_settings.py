@@ -80,7 +80,7 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
 
 def _no_language_model(config: PretrainedConfig, name: str) -> str:
     """The sentence for a type that transformers builds no language model of by itself."""
-    kind, kinds = config.model_type, MODEL_FOR_MULTIMODAL_LM_MAPPING.keys()
+    kind, kinds = config.model_type, cast(list[Any], MODEL_FOR_MULTIMODAL_LM_MAPPING.keys())
     if wholes := sorted(whole.model_type for whole in kinds if type(config) in whole.sub_configs.values()):
         return (
             f"model.base: {name} is a {kind} model, which transformers {transformers.__version__} builds as a part of"
