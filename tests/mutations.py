@@ -48,7 +48,7 @@ MUTATIONS = (
     Mutation(
         "nf4: every expert is read from the place of the first",
         "trainer/base/partitions/filling.py",
-        "start = index * layout.numel\n",
+        "start = index * self._module.numel\n",
         "start = 0\n",
         ("tests/dist/test_load.py", "-k", "logits and 2-ranks-nf4"),
     ),
@@ -96,9 +96,9 @@ MUTATIONS = (
     ),
     Mutation(
         "plan: scales are counted with half of their bytes",
-        "trainer/plan/sizes.py",
-        "else [4 * blocks]",
-        "else [2 * blocks]",
+        "trainer/model/held/formats/blocks.py",
+        '"absmax": 4 * blocks}',
+        '"absmax": 2 * blocks}',
         ("tests/unit/plan/test_plan.py", "tests/unit/plan/test_published_memory.py"),
     ),
     Mutation(
