@@ -83,7 +83,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports pyproject.toml layers.toml
+	$(BIN)/lint-imports --no-cache pyproject.toml layers.toml
 	$(BIN)/python -m launcher.config_docs --check
 	$(BIN)/python -m tests.models_page --check
 	$(BIN)/python -m tests.plan_pages --check

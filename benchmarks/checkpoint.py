@@ -251,7 +251,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     config = override(run_config(Path(folder, "base")), *SUBJECTS[method][2])
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     resolved = resolve(config)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture.attention_needs)
     engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()

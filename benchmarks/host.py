@@ -73,7 +73,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     )
     base = resolve_base(config.model)
     settings = build_deepspeed_config(config, world, 1, on_gpu=False, whole=most_whole(config, base.architecture))
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], base.architecture.attention_needs)
     objective, method = find_objective(config), method_of(config)
     model, _ = load_model(base, config, settings, ranks.world, attention, "world")
     method.attach(model, base.architecture, DTYPES["bf16"], 0)

@@ -110,7 +110,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
 
     config = run_config(base)
     found = resolve_base(config.model)
-    attention = choose_attention("auto", ranks.device, DTYPES["bf16"], found.architecture)
+    attention = choose_attention("auto", ranks.device, DTYPES["bf16"], found.architecture.attention_needs)
     model, report = load_model(found, config, settings, ranks.world, attention, "world")
     method = method_of(config)
     method.attach(model, found.architecture, DTYPES["bf16"], seed=0)

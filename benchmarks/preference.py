@@ -45,7 +45,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     config = override(run_config(Path(folder, "base")), f"train.activation_checkpointing={checkpointing}")
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     resolved = resolve(config)
-    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture)
+    attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture.attention_needs)
     objectives = {
         name: find_objective(override(config, f"objective.name={name}", *more))
         for name, more in {"sft": (), "dpo": ("data.format=preference",)}.items()

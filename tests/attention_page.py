@@ -176,7 +176,7 @@ def _taken(base: Architecture, capability: Capability | None) -> str:
     for packages in (True, False):
         unfit = {kernel.name: kernel.unfit(capability) for kernel in KERNELS}
         absent = {kernel.name: "" for kernel in KERNELS if kernel.install and not packages}
-        missing = {name: reason for name, reason in unfit.items() if reason} | absent | unable(base)
+        missing = {name: reason for name, reason in unfit.items() if reason} | absent | unable(base.attention_needs)
         names.append(chosen("auto", missing)[0])
     with_packages, alone = names
     return with_packages if with_packages == alone else f"{with_packages} ({alone})"

@@ -47,7 +47,7 @@ def _attention(given: argparse.Namespace) -> Iterator[Figure]:
         known = get_args(type(settings).model_fields["attention"].annotation)
         for name in (name for name in known if name != "auto"):
             try:
-                choose_attention(name, here, torch.bfloat16, base.architecture)
+                choose_attention(name, here, torch.bfloat16, base.architecture.attention_needs)
             except ConfigError as error:
                 yield Figure(f"attention: {name}", str(error))
                 continue

@@ -1,7 +1,6 @@
 """`capstan train` and `capstan resume`: the run here and now, as its driver or as one rank of a group."""
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -12,50 +11,20 @@ from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, pinned
-from launcher.start.claim import claimed, keep_code
+from launcher.start.claim import claimed, keep_code, wait_for_first_rank
 from launcher.start.group import group_name, imported_rank, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_ranks import check_servers_here, ranks_here
 from launcher.start.sidecars import sidecars_here
 from launcher.view.compiling import compile_progress
-from trainer.base.find.locate import resolve_base
 from trainer.config import Config
-from trainer.data.compile.prepare import prepare, wait_until_prepared
+from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import forget_given_up
-from trainer.errors import DataError
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus
-from trainer.processes.siblings import Siblings
 from trainer.run.folder import run_folder
-from trainer.run.owner import OwnerWatch, preparing
+from trainer.run.owner import preparing
 from trainer.store.scratch import collect_leftovers
 from trainer.store.store import open_run_store
-
-_LOOK_SECONDS = 2.0
-
-
-def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Return once the run's data is compiled; meanwhile rank 0, of `group` where that is known, has the run.
-
-    Raises:
-        DataError: it had the run and has ended, or has not had it for `timeouts.meet` seconds.
-    """
-    watch, siblings = OwnerWatch(run_folder(config), group), Siblings()
-
-    def wait() -> None:
-        if watch.is_gone() or (watch.is_unheard and siblings.is_gone(0)):
-            raise DataError(
-                "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all"
-                " ranks again."
-            )
-        if time.monotonic() - watch.last_alive > config.timeouts.meet:
-            raise DataError(
-                f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s,"
-                " so this rank ends. Its own output says why it did not start."
-            )
-        sleep(_LOOK_SECONDS)
-
-    wait_until_prepared(config, resolve_base(config.model), open_run_store(config), wait)
-
 
 _MUCH = 10**9
 """A base of so many bytes takes longer to read than a person expects of a start."""

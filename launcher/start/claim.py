@@ -1,21 +1,26 @@
 """Taking a run's folder for a start, and giving it back as it was when nothing comes of the start."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from launcher.start import snapshot
 from launcher.start.check import check_idle, check_name, check_turn, has_run
+from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
-from trainer.errors import ConfigError, NotFound
+from trainer.data.compile.prepare import wait_until_prepared
+from trainer.errors import ConfigError, DataError, NotFound
+from trainer.processes.siblings import Siblings
 from trainer.run import layout
 from trainer.run.folder import run_config, run_folder
 from trainer.run.own import keep_as_own
-from trainer.run.owner import Ownership, newest_number, take
+from trainer.run.owner import Ownership, OwnerWatch, newest_number, take
 from trainer.run.records import generations
 from trainer.run.settings import changes
-from trainer.store.store import Store
+from trainer.store.store import Store, open_run_store
 
+_LOOK_SECONDS = 2.0
 _WRITTEN = (layout.CONFIG, layout.SUBMITTED, layout.SNAPSHOT, layout.STOP, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
 """The keys that a start writes or takes away before its first rank."""
 
@@ -125,3 +130,27 @@ def _restore(folder: Store, before: dict[str, bytes], known: list[int]) -> None:
             folder.put(key, before[key])
         else:
             folder.delete(key)
+
+
+def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Return once the run's data is compiled; meanwhile rank 0, of `group` where that is known, has the run.
+
+    Raises:
+        DataError: it had the run and has ended, or has not had it for `timeouts.meet` seconds.
+    """
+    watch, siblings = OwnerWatch(run_folder(config), group), Siblings()
+
+    def wait() -> None:
+        if watch.is_gone() or (watch.is_unheard and siblings.is_gone(0)):
+            raise DataError(
+                "rank 0, which compiles the data, has ended, so this rank ends too. Its own output says why; start all"
+                " ranks again."
+            )
+        if time.monotonic() - watch.last_alive > config.timeouts.meet:
+            raise DataError(
+                f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s,"
+                " so this rank ends. Its own output says why it did not start."
+            )
+        sleep(_LOOK_SECONDS)
+
+    wait_until_prepared(config, resolve_base(config.model), open_run_store(config), wait)

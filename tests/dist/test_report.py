@@ -237,8 +237,8 @@ def _texts_of(folder: Store) -> set[str]:
         *begun["data"].values(),
         folder.uri,
         HOSTILE,
-        read_figures(folder).repeat["config"],
-    }  # pyright: ignore[reportOptionalSubscript]
+        read_figures(folder).repeat["config"],  # pyright: ignore[reportOptionalSubscript]
+    }
     return texts | {str(path) for path in Path(folder.uri.removeprefix("file://")).parents[1].glob("*.jsonl")}
 
 

@@ -1,1 +1,1 @@
-"""The wire to servers of models: what a vLLM is asked, and which adapters vLLM and SGLang take."""
+"""The wire to model servers: requests to vLLM, and which adapters vLLM and SGLang take."""

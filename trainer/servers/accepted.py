@@ -1,11 +1,13 @@
-"""The servers that take an exported adapter beside its base, by their documented rules, before anybody starts one.
+"""This file knows which servers take an exported adapter beside its base, by their documented rules.
 
-vLLM: vllm/config/lora.py (`MaxLoRARanks`) for ranks, vllm/lora/peft_helper.py for DoRA, modules_to_save, and ranks and
-alphas by module, which it reads as PEFT does; docs.vllm.ai, features/lora, for experts, of which each matrix has a name
-of its own (`layout=vllm`), unless the server takes both layouts or the files of the base hold stacks.
-SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`): one rank and one alpha, no
-DoRA, no tokens that the base has not; docs.sglang.ai, advanced_features/lora, for the modules. Both read LoRA alone,
-rsLoRA's scaling among it, and nothing beside its two matrices.
+vLLM: vllm/config/lora.py (`MaxLoRARanks`) gives the ranks. vllm/lora/peft_helper.py covers DoRA, modules_to_save, and
+ranks and alphas by module, which it reads as PEFT does. docs.vllm.ai, features/lora, covers experts: each matrix has a
+name of its own (`layout=vllm`), unless the server takes both layouts or the base's files hold stacks.
+
+SGLang: python/sglang/srt/lora/lora_config.py and lora_manager.py (`validate_new_adapter`) ask for one rank and one
+alpha, no DoRA, and no tokens that the base lacks. docs.sglang.ai, advanced_features/lora, lists the modules.
+
+Both servers read only LoRA, including rsLoRA's scaling, and nothing beside its two matrices.
 """
 
 import re
@@ -20,8 +22,10 @@ _STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 
 
 def refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Server -> the reasons, each a clause, for which it refuses the adapter of these `settings` (adapter_config.json)
-    and tensors; none where it takes it."""
+    """Return the reasons, each a clause, for which each server refuses this adapter.
+
+    The adapter is given by its `settings` (adapter_config.json) and its tensors. A server that takes it has no reasons.
+    """
     tensors = list(names)
     both = list(_of_both(settings, tensors))
     return {VLLM: [*both, *_of_vllm(settings, tensors)], SGLANG: [*both, *_of_sglang(settings, tensors)]}
@@ -68,7 +72,7 @@ def _of_sglang(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
 
 
 def remarks(settings: Mapping[str, Any], found: Mapping[str, list[str]]) -> list[str]:
-    """A line for each server that would refuse, and the option without which vLLM would."""
+    """Return a line for each server that would refuse, and one with the option that vLLM needs to take the adapter."""
     lines = [f"{server} would refuse it beside its base: {'; '.join(why)}." for server, why in found.items() if why]
     rank = _largest_rank(settings)
     if not found[VLLM] and rank > _VLLM_USUAL_RANK:

@@ -1,5 +1,6 @@
-"""A vLLM server, asked by its OpenAI-compatible API for the log-probabilities of given tokens and of some that it
-draws. By the standard library alone.
+"""Requests to a vLLM server through its OpenAI-compatible API, with the standard library alone.
+
+A request asks for the log-probabilities of given tokens, and of some tokens that the server draws.
 """
 
 import json
@@ -19,16 +20,16 @@ from trainer.errors import NOT_JSON, CapstanError, ConfigError, shown
 
 T = TypeVar("T")
 
-_SECONDS = 600.0  # of one answer: a server may compile its kernels for the first
+_SECONDS = 600.0  # for one answer: a server may compile its kernels for the first
 _HEALTH_SECONDS = 5.0
-_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be starting again
+_PAUSES = (2.0, 10.0, 30.0)  # in seconds, between the attempts of a request: a server may be restarting
 _LONGEST_REASON = 300
 _ROUNDING = 1e-3  # nats above 0 that a certain token may have
 _LONGEST_ANSWER = 2**30  # bytes; log-probabilities of the likeliest tokens of a long document take some MB
 
 
 class Answer(NamedTuple):
-    """The log p of each of the prompt's tokens but the first, in nats; and tokens drawn behind it, with theirs."""
+    """The log p of each prompt token but the first, in nats. `drawn` tokens follow the prompt, with their log p."""
 
     log_p: list[float]
     drawn: list[int]
@@ -36,16 +37,16 @@ class Answer(NamedTuple):
 
 
 class NotServed(CapstanError):
-    """A server knows no such model, or no such request."""
+    """The server knows no such model, or no such request."""
 
 
 class Refused(CapstanError):
-    """A server does not take a request, such as a prompt that is too long for it."""
+    """The server does not accept a request, such as a prompt that is too long for it."""
 
 
 @dataclass(frozen=True)
 class CompletionsServer:
-    """The `model` at `url`, such as http://127.0.0.1:8000, which `setting` has named."""
+    """The `model` at `url`, such as http://127.0.0.1:8000. `setting` is the setting that named the URL."""
 
     setting: str
     url: str
@@ -53,8 +54,9 @@ class CompletionsServer:
 
     @classmethod
     def find(cls, setting: str, given: str, name: str = "") -> "CompletionsServer":
-        """The server at the URL that `setting` gives. Its model is the one that is named behind a # in the URL, else
-        the one called `name`, else its only one.
+        """Find the server at the URL that `setting` gives.
+
+        Its model is the one that is named after a # in the URL, else the one called `name`, else its only one.
 
         Raises:
             ConfigError: nothing answers there, or it serves none of these.
@@ -180,8 +182,9 @@ class CompletionsServer:
 
 
 def again(request: Callable[[], T], between: Callable[[], object] = lambda: None) -> T:
-    """What a request to a server gives that may be starting again: some attempts, and something to try `between`
-    them.
+    """Return the result of a request to a server that may be restarting.
+
+    The request is tried a few times; `between` runs between the attempts.
     """
     for pause in _PAUSES:
         try:
@@ -196,7 +199,7 @@ def again(request: Callable[[], T], between: Callable[[], object] = lambda: None
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the server at the URL says that it can answer."""
+    """Return whether the server at the URL says that it can answer."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_SECONDS) as answer:
             return answer.status == 200
@@ -205,7 +208,7 @@ def is_healthy(url: str) -> bool:
 
 
 def refuse_head(config: Config) -> None:
-    """Raises `ConfigError` for a run whose head gives no next tokens, as a server is asked for these alone."""
+    """Raise `ConfigError` for a run whose head predicts no next tokens: a server is asked for these alone."""
     if config.objective.name in HEADS:
         raise ConfigError(
             f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server"
@@ -221,7 +224,7 @@ def _places(choice: Any, tokens: list[int], top: int) -> list[dict[int, float]]:
     places = choice["prompt_logprobs"][1:]
     found = list[dict[int, float]]()
     for place, _ in zip(places, tokens[1:], strict=True):
-        # The token that stands there is among them, also where it is not one of the likeliest.
+        # The token at that place is among them, even if it is not one of the likeliest.
         ranked = sorted(place.items(), key=lambda item: -item[1]["logprob"])[:top]
         found.append({int(token): _log_p(given["logprob"]) for token, given in ranked})
     return found
@@ -249,5 +252,5 @@ def _answer(choice: Any, tokens: list[int]) -> Answer:
 def _log_p(value: Any) -> float:
     found = float(value)
     if not math.isfinite(found) or found > _ROUNDING:
-        raise ValueError(f"{found} is no log-probability")  # a server may be set to give logits in its place
+        raise ValueError(f"{found} is no log-probability")  # a server may be set to return logits instead
     return found

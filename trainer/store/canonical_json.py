@@ -1,5 +1,6 @@
-"""A tree of JSON as one text, whoever writes it: by its hash, what is kept as JSON is known to be whole, and settings
-are told apart.
+"""One canonical text for a tree of JSON, whoever writes it.
+
+Its hash shows whether a JSON file is whole, and tells settings apart.
 """
 
 import hashlib
@@ -8,15 +9,15 @@ from typing import Any
 
 
 def canonical(tree: Any) -> str:
-    """The text with sorted keys and without white space."""
+    """Return the text with sorted keys and without white space."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
 def digest_of(tree: Any) -> str:
-    """The SHA-256 of that text, in hexadecimal."""
+    """Return the SHA-256 of that text, in hexadecimal."""
     return digest_of_text(canonical(tree))
 
 
 def digest_of_text(text: str) -> str:
-    """The same where the canonical text is at hand."""
+    """Return the same digest, from the canonical text itself."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,4 @@
-"""Failures of a store, told from the text of obstore's exceptions: what went wrong in one clause, and whether another
-try may help.
-"""
+"""This file reads the text of obstore's exceptions: what went wrong, in one clause, and whether a retry may help."""
 
 import re
 
@@ -12,13 +10,15 @@ CREDENTIALS = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound")
-# Where a cloud machine asks for its role, on AWS, GCP and Azure: reached only when nothing else gave credentials.
+# The addresses at which a cloud machine asks for its role, on AWS, GCP and Azure. obstore asks there only when nothing
+# else gave credentials.
 _METADATA_SERVICE = re.compile(r"/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity")
 
 
 def reason(error: BaseException, scheme: str) -> str:
-    """The cause in one clause, without secrets: obstore's text has the request, the server's XML and a debug
-    rendering.
+    """Return the cause in one clause, without secrets.
+
+    obstore's text also has the request, the server's XML and a debug rendering.
     """
     text = without_credentials(str(error).strip())
     if _METADATA_SERVICE.search(text):
@@ -44,7 +44,7 @@ def reason(error: BaseException, scheme: str) -> str:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether it is the server or the way to it that failed, rather than the request."""
+    """Return whether the server or the connection failed, rather than the request."""
     text = str(error)
     status = _first(r"status code: (\d{3})", text)
     if _METADATA_SERVICE.search(text):
@@ -55,7 +55,7 @@ def passes(error: BaseException) -> bool:
 
 
 def beyond_the_end(error: BaseException) -> bool:
-    """Whether the object ends before the bytes that were asked for: it is not what was written."""
+    """Return whether the object ends before the requested bytes: then it is not the object that was written."""
     return (
         any(words in str(error) for words in ("range was invalid", "Invalid range"))
         or _first(r"status code: (\d{3})", str(error)) == "416"

@@ -1,5 +1,6 @@
-"""Whether the Hugging Face Hub can be reached: huggingface_hub itself asks for half a minute before it takes what is in
-its cache.
+"""This file finds out whether the Hugging Face Hub can be reached.
+
+huggingface_hub itself tries for half a minute before it uses its cache.
 """
 
 import os
@@ -14,13 +15,13 @@ _PATIENCE_SECONDS = 2.0
 
 
 def hub_host() -> str:
-    """The host and port of the Hub, or of the mirror in HF_ENDPOINT."""
+    """Return the host and port of the Hub, or of the mirror in HF_ENDPOINT."""
     url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     return f"{url.hostname}:{url.port or (80 if url.scheme == 'http' else 443)}"
 
 
 def proxy_host() -> str | None:
-    """The host and port of the proxy that requests to the Hub go through; None without one."""
+    """Return the host and port of the proxy that requests to the Hub go through, or None."""
     url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     known = getproxies()
     found = known.get(url.scheme) or known.get("all")
@@ -32,12 +33,12 @@ def proxy_host() -> str | None:
 
 @cache
 def hub_answers() -> bool:
-    """Whether a connection to the Hub can be made, or to the proxy on the way there; asked once."""
+    """Return whether a connection to the Hub, or to the proxy before it, can be made. The connection is tried once."""
     host, _, port = (proxy_host() or hub_host()).rpartition(":")
-    # In a thread, as a name that cannot be resolved may take longer than any time limit of a connection.
+    # Connect in a thread: resolving a name may take longer than the time limit of a connection.
     asking = in_thread(partial(socket.create_connection, (host, int(port)), _PATIENCE_SECONDS), "hub")
     try:
         asking.result(_PATIENCE_SECONDS).close()
-    except (OSError, UnicodeError):  # also where the time is up, or no host can have such a name
+    except (OSError, UnicodeError):  # also when the time is up, or when no host can have such a name
         return False
     return True

@@ -1,7 +1,7 @@
 """Tensor name -> file, dtype, shape and byte range, read from the headers of safetensors files.
 
 Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian header length, a JSON header, the data.
-Headers are checked against the files' sizes, so that a truncated file or a lying header is found before any weight is
+Headers are checked against the sizes of the files, so a truncated file or a wrong header is found before any weight is
 read.
 """
 
@@ -30,7 +30,7 @@ _HEADERS_AT_ONCE = 16
 
 
 class StoredTensor(Protocol):
-    """A tensor that can be read in parts: `dtype` as safetensors names it."""
+    """A tensor that can be read in parts. `dtype` is the name that safetensors uses."""
 
     @property
     def dtype(self) -> str: ...
@@ -38,23 +38,26 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def read(self, begin: int, end: int) -> bytearray:
-        """The bytes of elements [begin, end) of the flattened tensor: only these leave the store."""
+        """Return the bytes of elements [begin, end) of the flattened tensor.
+
+        Only these bytes are read from the store.
+        """
         ...
 
 
 def item_bytes(source: StoredTensor) -> int:
-    """Bytes of one element."""
+    """The bytes of one element."""
     return DTYPE_BYTES[source.dtype]
 
 
 def numel(source: StoredTensor) -> int:
-    """Elements of the whole tensor."""
+    """The number of elements of the whole tensor."""
     return math.prod(source.shape)
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor in one file; `offset` is the position of its first byte in the file."""
+    """One tensor in one file. `offset` is the position of its first byte in the file."""
 
     store: Store
     key: str
@@ -63,7 +66,7 @@ class TensorSource:
     offset: int
 
     def byte_range(self, begin: int, end: int) -> tuple[int, int]:
-        """Where elements [begin, end) of the flattened tensor lie in the file."""
+        """Return the range of bytes in the file that holds elements [begin, end) of the flattened tensor."""
         size = DTYPE_BYTES[self.dtype]
         return self.offset + size * begin, self.offset + size * end
 
@@ -72,13 +75,13 @@ class TensorSource:
 
 
 def as_bytes(source: TensorSource) -> TensorSource:
-    """The same tensor as bytes, whatever its type."""
+    """Return the same tensor as bytes, whatever its type."""
     return TensorSource(source.store, source.key, "U8", (numel(source) * item_bytes(source),), source.offset)
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """`numel` elements of the part number `part`, from its element `begin` on."""
+    """A stretch of `numel` elements of the part number `part`, beginning at the part's element `begin`."""
 
     part: int
     begin: int
@@ -87,8 +90,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Joined:
-    """Stretches of other tensors of one dtype, one after another, as one tensor of `shape`: a mixture's experts, which
-    files hold singly, or one of the projections that they hold as one."""
+    """Stretches of other tensors of one dtype, joined in order into one tensor of `shape`.
+
+    It stands for the experts of a mixture that the files hold singly, or for one of several projections that the files
+    hold as one.
+    """
 
     parts: tuple[StoredTensor, ...]
     stretches: tuple[Stretch, ...]
@@ -100,7 +106,7 @@ class Joined:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The element of this tensor that each stretch begins with."""
+        """The element of this tensor at which each stretch begins."""
         return [0, *accumulate(stretch.numel for stretch in self.stretches)][:-1]
 
     def read(self, begin: int, end: int) -> bytearray:
@@ -116,8 +122,11 @@ class Joined:
 
 @dataclass(frozen=True)
 class PackedSources:
-    """One module's packed weights where they are stored already: `parts`, all as bytes, by the names that they have in
-    a module that holds the weight; `mean` is that of absmax, one for each slice, under double quantization."""
+    """The packed weights of one module, in files that store them packed.
+
+    `parts` are all read as bytes. Their names are those of a module that holds the weight. Under double quantization
+    `mean` is the mean of absmax, one for each slice.
+    """
 
     parts: dict[str, StoredTensor]
     mean: list[float] | None
@@ -125,8 +134,9 @@ class PackedSources:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight of `shape` that files hold in 4 bits: values of the type `made_of`, as torch names it, in blocks of
-    `block_size`.
+    """A weight of `shape` that the files hold in 4 bits.
+
+    Its values have the type `made_of` (torch's name) and lie in blocks of `block_size`.
     """
 
     shape: tuple[int, ...]
@@ -138,7 +148,7 @@ class PackedTensor:
 
     @property
     def double(self) -> bool:
-        """Whether the scales are in 8 bits."""
+        """Whether the scales themselves are in 8 bits."""
         return self.sources.mean is not None
 
 
@@ -151,12 +161,11 @@ class FileHeader(NamedTuple):
 
 
 def read_headers(store: Store) -> dict[str, FileHeader]:
-    """The header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
+    """Read the header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
 
     Raises:
-        ConfigError: no safetensors file, or none of a name that transformers knows; a file that the index names is
-            missing or
-            truncated; a damaged header; a tensor in two files.
+        ConfigError: there is no safetensors file, or none with a name that transformers knows; a file that the index
+            names is missing or truncated; a header is damaged; a tensor is in two files.
     """
     sizes = {
         entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
@@ -166,7 +175,7 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
             f"model.base: {store.uri} holds no *.safetensors file. Convert the model with save_pretrained(), which"
             " writes them."
         )
-    # Without an index there is one file; some repositories keep the same weights beside it in another layout.
+    # Without an index there is one file. Some repositories keep the same weights beside it in another layout.
     indexed = _indexed_files(store)
     if not indexed and SINGLE_FILE not in sizes:
         raise ConfigError(
@@ -218,12 +227,15 @@ def _indexed_files(store: Store) -> set[str] | None:
 
 
 def read_header(store: Store, key: str, file_size: int) -> dict[str, TensorSource]:
-    """The tensors of one safetensors file; raises as `read_file_header`."""
+    """Read the tensors of one safetensors file. Raises as `read_file_header`."""
     return read_file_header(store, key, file_size).tensors
 
 
 def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
-    """The header of one safetensors file of `file_size` bytes; raises `ConfigError` where its tensors do not add up."""
+    """Read the header of one safetensors file of `file_size` bytes.
+
+    Raises `ConfigError` when the sizes of its tensors do not add up.
+    """
     where = f"{store.uri}/{key}"
     if file_size < 8:
         raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
@@ -244,15 +256,17 @@ def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """The bytes before the data of a file with this `header`, filled up as the format's own writer does: the data
-    begins at a multiple of 8."""
+    """Return the bytes before the data of a file with this `header`.
+
+    They are padded as the format's own writer pads them, so that the data begins at a multiple of 8.
+    """
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def header_of(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
-    """The bytes before the data of a file whose tensors (name, dtype, shape) lie one behind the other."""
+    """Return the bytes before the data of a file whose tensors (name, dtype, shape) follow each other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in tensors:
@@ -276,7 +290,7 @@ def _source(store: Store, key: str, data_start: int, info: dict[str, Any], file_
 
 
 def _check_no_byte_is_shared(tensors: dict[str, TensorSource], data_start: int, file_size: int) -> None:
-    """Raises `ValueError` unless the tensors follow each other and fill the file, as the format demands."""
+    """Raise `ValueError` unless the tensors follow each other and fill the file, as the format demands."""
     sizes = {name: numel(source) * item_bytes(source) for name, source in tensors.items()}
     expected = data_start
     for name in sorted(tensors, key=lambda name: (tensors[name].offset, sizes[name])):

@@ -1,11 +1,11 @@
-"""Folders for a process's own use in the machine's temporary directory, and what is left of those that were killed.
+"""Temporary folders for one process, and the removal of those that killed processes have left.
 
-A folder is locked as long as its process lives, however that ends: unlike a process number, the kernel's lock is never
-mistaken for another's, not even by a container that shares the directory.
+A process locks its folder as long as it lives. The kernel drops the lock when the process ends, however it ends. A
+process number could be mistaken for another's, even by a container that shares the directory; a lock cannot.
 
     python -m trainer.store.scratch DIRECTORY
 
-removes what is left in a directory, as slurm/run.sh does on each node.
+removes such leftovers from a directory; slurm/run.sh runs it on each node.
 """
 
 import fcntl
@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# The names that `tempfile` makes from our prefixes. slurm/run.sh makes its own, from the job and its restart.
+# These names are those that `tempfile` makes from our prefixes. slurm/run.sh builds its own, from the job and its
+# restart.
 _OURS = re.compile(
     r"capstan-(?:(?:ray|submit|verify|base|adapter|export|gguf|push|start|profile|rollout)-[a-z0-9_]{8}|\d+-\d+)"
 )
@@ -30,8 +31,9 @@ _YOUNG_SECONDS = 60.0
 
 @contextmanager
 def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
-    """A folder, in `directory` or in the temporary one, that is removed at the end; after a kill by the next process
-    that makes one there.
+    """Make a folder in `directory`, or in the temporary directory, and remove it at the end.
+
+    After a kill, the next process that makes a folder there removes it.
     """
     collect_leftovers(directory)
     with tempfile.TemporaryDirectory(prefix=f"capstan-{purpose}-", dir=directory, ignore_cleanup_errors=True) as folder:
@@ -45,10 +47,11 @@ def scratch_folder(purpose: str, directory: str | None = None) -> Iterator[str]:
 
 
 def collect_leftovers(directory: str | None = None) -> list[str]:
-    """Remove what processes of this user that are gone left in `directory`, or in the temporary one; returns the
-    paths.
+    """Remove what dead processes of this user have left in `directory`, or in the temporary one.
+
+    Returns the removed paths.
     """
-    with suppress(OSError):  # nothing here may keep a run from starting
+    with suppress(OSError):  # a failure here never stops a run from starting
         found = [
             Path(entry.path) for entry in os.scandir(directory or tempfile.gettempdir()) if _OURS.fullmatch(entry.name)
         ]

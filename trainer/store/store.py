@@ -1,6 +1,6 @@
 """One small seam over obstore: the same few operations on a local folder, S3, GCS, Azure and memory.
 
-Keys are `str` with `/` (a `Path` would mangle URIs). Every failure leaves as a `StorageError` that names the object.
+Keys are `str` with `/` (a `Path` would mangle URIs). Every failure is raised as a `StorageError` that names the object.
 """
 
 import os
@@ -28,32 +28,35 @@ from trainer.store.twice import read_twice
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 SCHEMES = ("file", "s3", "gs", "az", "memory")
-# Large objects go in parts of this size: S3 takes 10,000 of them, so an object may have 320 GB. Four are in flight at a
-# time, which bounds the memory of an upload.
+# Large objects are uploaded in parts of this size. S3 takes 10,000 parts, so an object may have 320 GB. Four parts are
+# in flight at a time, which bounds the memory of an upload.
 PART_BYTES = 32 * 2**20
 _PARTS_IN_FLIGHT = 4
-# How long connection errors and 5xx are retried; a restarting gateway needs some 20 s. A refusal (4xx) is never
+# Connection errors and 5xx are retried for this long: a restarting gateway needs some 20 s. A refusal (4xx) is never
 # retried.
 RETRY_SECONDS = 30.0
-# How long one request may take with its body: a part has to fit in on a slow line.
+# The time limit of one request with its body: a slow line must be able to send a part within it.
 REQUEST_SECONDS = 60.0
-# The largest object that is read whole: a run of somebody else's must not fill the memory of who looks at it.
+# The largest object that is read whole. Somebody else's run must not be able to fill the reader's memory.
 _WHOLE_BYTES = 2**31
-_MERGED_BYTES = 2**20  # ranges whose gap is at most so large are one request
+_MERGED_BYTES = 2**20  # ranges with a gap of at most this many bytes become one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
-# The variables by which obstore takes the address of a server other than the cloud's own.
+# The variables from which obstore takes the address of a server other than the cloud's own.
 _ENDPOINT = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-# A server without TLS is one of the user's own, which has no name of its own for each bucket.
+# A server without TLS is the user's own, which usually has no host name for each bucket.
 _WITHOUT_TLS = {"s3": {"virtual_hosted_style_request": False}, "gs": {}, "az": {}}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An object in a listing: `size` in bytes; `version` changes when the content does (ETag, or size and mtime)."""
+    """An object in a listing.
+
+    `size` is in bytes. `version` changes when the content does (ETag, or size and mtime).
+    """
 
     key: str
     size: int
@@ -62,8 +65,10 @@ class Entry:
 
 
 class Store:
-    """A folder in an object store. `uri` names it; keys are relative to it; one request may take `request_seconds`.
-    `range_bytes` counts the bytes that `get_range` has read, on any thread."""
+    """A folder in an object store. `uri` names the folder, and keys are relative to it.
+
+    One request may take `request_seconds`. `range_bytes` counts the bytes that `get_range` has read, on any thread.
+    """
 
     def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
         self.uri = uri.rstrip("/")
@@ -74,12 +79,12 @@ class Store:
         self._counting = Lock()
 
     def sub(self, name: str) -> "Store":
-        """The folder `name` inside this one."""
+        """Return the folder `name` inside this one."""
         name = name.strip("/")
         return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/", self._request_seconds)
 
     def failing_fast(self) -> "Store":
-        """The same folder without retries: for a caller that repeats, and counts, failed requests itself."""
+        """Return the same folder without retries, for a caller that repeats and counts failed requests itself."""
         if isinstance(self._backend, LocalStore | MemoryStore):
             return self
         return open_store(self.uri, retry_seconds=0, request_seconds=self._request_seconds)
@@ -96,7 +101,7 @@ class Store:
             return bytes(found.bytes())
 
     def get_range(self, key: str, start: int, end: int) -> bytearray:
-        """Bytes [start, end) of an object, in a writable buffer."""
+        """Read bytes [start, end) of an object into a writable buffer."""
         if start == end:
             return bytearray()
         data = self._read_range(key, start, end)
@@ -114,8 +119,9 @@ class Store:
 
     @read_twice
     def get_ranges(self, key: str, starts: list[int], ends: list[int]) -> list[Buffer]:
-        """Several ranges at once, in read-only buffers; near ones are merged into one request, and all are in flight
-        together.
+        """Read several ranges at once into read-only buffers.
+
+        Near ranges are merged into one request, and all requests are in flight together.
         """
         if not starts:
             return []
@@ -137,16 +143,19 @@ class Store:
         ]
 
     def chunks(self, key: str, size: int) -> Iterator[bytearray]:
-        """An object of `size` bytes, part by part: one is in memory at a time, and each is retried by itself."""
+        """Read an object of `size` bytes part by part.
+
+        One part is in memory at a time, and each is retried by itself.
+        """
         for start in range(0, size, PART_BYTES):
             yield self.get_range(key, start, min(start + PART_BYTES, size))
 
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace an object; it becomes visible whole or not at all."""
+        """Write or replace an object. Readers see either the whole new object or the old state."""
         self.put_chunks(key, [data], len(data))
 
     def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:
-        """`put` of `size` bytes that come in pieces: never more than a few parts of them are copied at a time."""
+        """Write `size` bytes that come in pieces, as `put` does. Only a few parts are in memory at a time."""
         with self._errors("write", key):
             obstore.put(
                 self._backend,
@@ -159,12 +168,13 @@ class Store:
             self._sync(key)
 
     def create(self, key: str, data: bytes) -> None:
-        """Write an object that must not exist yet: of several racing writers of different `data` exactly one succeeds.
+        """Write an object that must not exist yet. When writers of different `data` race, exactly one succeeds.
 
-        Raises `AlreadyExists` for the others. The same data there already is taken for this write: the answer to a
-        first request may have been lost on the way, and the one that was sent again finds the object. So whoever claims
-        something writes what nobody else does, or nothing at all, as an empty object is always another's. `data` must
-        fit one request, as multipart uploads have no such condition.
+        Raises `AlreadyExists` for the others. If the object is there with the same data, this write counts as
+        successful: the answer to a first request may be lost, and then the repeated request finds its own object. A
+        writer that claims something therefore writes data that nobody else writes, or an empty object: an empty object
+        that is there always counts as another's. `data` must fit into one request, because multipart uploads have no
+        such condition.
         """
         try:
             with self._errors("write", key):
@@ -174,7 +184,7 @@ class Store:
             if not data or not self._holds(key, data):
                 raise
         except Unreachable as error:
-            # A request whose time was up is not sent again, as it may have been done.
+            # A request that ran out of time is not repeated, because the server may have carried it out.
             with suppress(Unreachable):
                 there = self.failing_fast()
                 if data and there._holds(key, data):
@@ -184,8 +194,8 @@ class Store:
             raise
 
     def _holds(self, key: str, data: bytes) -> bool:
-        """Whether the object is `data`, which two reads must deny before it is taken for another's."""
-        with suppress(NotFound):  # it has been removed since
+        """Return whether the object is `data`. Only two reads that both differ make it another's."""
+        with suppress(NotFound):  # it has been removed in the meantime
             return any(self.get(key) == data for _ in range(2))
         return False
 
@@ -195,7 +205,7 @@ class Store:
             return self._entry(obstore.head(self._backend, self._prefix + key))
 
     def exists(self, key: str) -> bool:
-        """Whether something is there, even if it is no file and cannot be read."""
+        """Return whether something is there, even if it is no file or cannot be read."""
         try:
             self.head(key)
         except NotFound:
@@ -206,9 +216,9 @@ class Store:
         return True
 
     def children(self, prefix: str = "") -> tuple[list[str], list[Entry]]:
-        """(names of folders, objects) directly in the folder `prefix` (ending in `/` or empty), sorted.
+        """Return (names of folders, objects) directly in the folder `prefix` (ending in `/` or empty), sorted.
 
-        However much lies in the folders, it takes one request for each thousand children.
+        This takes one request for each thousand children, however much lies in the folders below.
         """
         with self._errors("list", prefix):
             found = obstore.list_with_delimiter(self._backend, prefix=self._prefix + prefix or None)
@@ -216,13 +226,13 @@ class Store:
         return names, sorted((self._entry(meta) for meta in found["objects"]), key=lambda entry: entry.key)
 
     def list(self, prefix: str = "") -> list[Entry]:
-        """Every object under the folder `prefix` (ending in `/` or empty), sorted by key."""
+        """List every object under the folder `prefix` (ending in `/` or empty), sorted by key."""
         with self._errors("list", prefix):
             pages = obstore.list(self._backend, prefix=self._prefix + prefix)
             return sorted((self._entry(meta) for page in pages for meta in page), key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is no error."""
+        """Remove an object. A missing object is no error."""
         try:
             with self._errors("delete", key):
                 obstore.delete(self._backend, self._prefix + key)
@@ -230,23 +240,23 @@ class Store:
             pass
 
     def delete_alone(self, key: str) -> None:
-        """`delete`, and the folders that held nothing else, as a local store keeps empty ones."""
+        """Remove an object, and the folders that held nothing else: a local store keeps empty folders."""
         self.delete(key)
         if isinstance(self._backend, LocalStore):
-            with suppress(OSError):  # the first that holds something
+            with suppress(OSError):  # raised by the first folder that holds something else
                 for folder in list(self._path(key).parents)[: len(Path(self._prefix + key).parts) - 1]:
                     folder.rmdir()
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove every object under the folder `prefix` (ending in `/`); none is no error."""
+        """Remove every object under the folder `prefix` (ending in `/`). An empty folder is no error."""
         for entry in self.list(prefix):
             self.delete(entry.key)
         if isinstance(self._backend, LocalStore):
-            # The empty folders too, and what a killed process had half written: a listing does not show it.
+            # Remove empty folders too, and what a killed process had half written: listings do not show these.
             shutil.rmtree(self._path(prefix), ignore_errors=True)
 
     def _check_file(self, key: str) -> None:
-        """`check_file` of an object in a local folder."""
+        """Check an object in a local folder with `check_file`."""
         if isinstance(self._backend, LocalStore):
             check_file(self._path(key))
 
@@ -262,14 +272,15 @@ class Store:
         return Entry(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"], version)
 
     def _path(self, key: str) -> Path:
-        """Where a local store keeps `key`."""
+        """Return the path at which a local store keeps `key`."""
         return Path(self.uri.removeprefix("file://")) / key
 
     def _sync(self, key: str) -> None:
         """Make a local write survive a power cut: obstore renames into place, but does not fsync.
 
-        Every folder above is synced too, as the write may have made them. What another process has removed since needs
-        none: of two that compile the same data, the first to end takes away how far they have come.
+        Every folder above is synced too, because the write may have created it. A folder that another process has
+        removed in the meantime is skipped: when two processes compile the same data, the first to finish removes the
+        progress of both.
         """
         if not isinstance(self._backend, LocalStore):
             return
@@ -294,7 +305,7 @@ class Store:
             raise NotFound(f"{where} does not exist.") from error
         except FileExistsError as error:
             raise AlreadyExists(f"{where} exists already.") from error
-        except (BaseError, OSError, ValueError) as error:  # a ValueError of a name that no store takes
+        except (BaseError, OSError, ValueError) as error:  # obstore raises ValueError for a name that no store takes
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
             kind = Damaged if beyond_the_end(error) else Unreachable if passes(error) else StorageError
@@ -305,9 +316,9 @@ class Store:
 
 
 def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Spans that cover the ranges, as few as gaps of `_MERGED_BYTES` allow; and for each range which of them has it.
+    """Return as few spans as cover the ranges with gaps of at most `_MERGED_BYTES`, and the span of each range.
 
-    obstore would merge them too, but its Rust code panics where a merged object ends before one of its ranges begins.
+    obstore would merge them too, but its Rust code panics when a merged object ends before one of its ranges begins.
     """
     spans: list[tuple[int, int]] = []
     owners = [0] * len(starts)
@@ -322,7 +333,7 @@ def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], 
 
 
 def open_run_store(config: Config) -> Store:
-    """`run.store` of a configuration, with its time limits; see `open_store`."""
+    """Open `run.store` of a configuration, with its time limits. See `open_store`."""
     run = config.run
     return open_store(run.store, retry_seconds=run.store_retry, request_seconds=run.store_timeout)
 
@@ -334,15 +345,16 @@ def open_store(
     retry_seconds: float = RETRY_SECONDS,
     request_seconds: float = REQUEST_SECONDS,
 ) -> Store:
-    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://. Makes nothing: a folder comes with its
-    first object.
+    """Open `uri`: a folder's path, or file://, s3://, gs://, az:// or memory://.
+
+    Opening creates nothing: a folder is created with its first object.
 
     Credentials, region and endpoint come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or the machine's role. An endpoint may be http://;
-    a bucket of S3 is then addressed by path. A failing bucket is tried again for `retry_seconds`; one request may take
-    `request_seconds`. `setting` is what messages call `uri`.
+    GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) or from the machine's role. An endpoint may be
+    http://; then a bucket of S3 is addressed by path. Requests to a failing bucket are repeated for `retry_seconds`,
+    and one request may take `request_seconds`. Messages call `uri` by the name in `setting`.
 
-    Raises `ConfigError` for what is no URI of a folder or an endpoint, `StorageError` for a folder that cannot be one.
+    Raises `ConfigError` if `uri` or an endpoint is not valid, and `StorageError` if the path cannot be a folder.
     """
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     if scheme not in SCHEMES:
@@ -361,7 +373,7 @@ def open_store(
         )
     options: dict[str, Any] = {
         "retry_config": {
-            "max_retries": 10_000,  # the time decides
+            "max_retries": 10_000,  # the time limit decides
             "retry_timeout": timedelta(seconds=retry_seconds),
             "backoff": _BACKOFF,
         },
@@ -380,10 +392,10 @@ def open_store(
 
 
 def _endpoint(scheme: str) -> str:
-    """The address of the server that the environment names, or empty. Raises `ConfigError` for what is none."""
+    """Return the server address from the environment, or an empty string. Raises `ConfigError` if it is not valid."""
     given = {name: os.environ[name] for name in _ENDPOINT[scheme] if os.environ.get(name)}
     for name, address in given.items():
-        if not re.match(r"https?://[^/\s]", address):  # obstore would panic, or speak of a "builder error"
+        if not re.match(r"https?://[^/\s]", address):  # obstore would panic, or report only a "builder error"
             raise ConfigError(
                 f"{name}: {address.rpartition('@')[2]!r} is no address of a server. Example: http://127.0.0.1:9000."
             )
@@ -391,8 +403,9 @@ def _endpoint(scheme: str) -> str:
 
 
 def _open_folder(uri: str, setting: str) -> Store:
-    """obstore wants a root that exists: the nearest folder above does, and what is missing below is part of the
-    keys.
+    """Open a local folder. obstore wants a root that exists, so the nearest existing folder is the root.
+
+    The folders that are missing below it become part of the keys.
     """
     name = uri.removeprefix("file://")
     if name != uri and not name.startswith("/"):

@@ -1,7 +1,9 @@
-"""The names of the files that decide what a tokenizer does: a base has them beside its weights, and a run keeps them.
+"""The names of the files that decide what a tokenizer does.
 
-A manifest names files that whoever reads the run writes into folders of their own machine. No other name than these may
-come out of a store, so that a run of somebody else cannot choose where they are written."""
+A base has these files beside its weights, and a run keeps them. A manifest names files that a reader of the run writes
+into folders of their own machine. Only these names may come out of a store, so somebody else's run cannot choose where
+files are written.
+"""
 
 import re
 

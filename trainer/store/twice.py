@@ -1,4 +1,4 @@
-"""Nothing is condemned by one answer: a proxy may cut it short, and say that so it is whole."""
+"""Data is called damaged only after a second read: a proxy may cut an answer short and still report it as whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def read_twice(read: Callable[P, T]) -> Callable[P, T]:
-    """`read`, which is called once more where it raises `Damaged`."""
+    """Call `read`, and call it once more if it raises `Damaged`."""
 
     @wraps(read)
     def again(*arguments: P.args, **options: P.kwargs) -> T:
@@ -31,7 +31,7 @@ def read_twice(read: Callable[P, T]) -> Callable[P, T]:
 
 @read_twice
 def read_json(store: Store, key: str) -> Any:
-    """The JSON under `key`. Raises `NotFound`, and `Damaged` for what is none."""
+    """Read the JSON under `key`. Raises `NotFound`, and `Damaged` if it is not JSON."""
     try:
         return json.loads(store.get(key))
     except NOT_JSON as error:

@@ -5,8 +5,7 @@ launcher.cluster.slurm.rank RUN_URI SUBMISSION
 import os
 import sys
 
-from launcher.drive.local import wait_for_first_rank
-from launcher.start.claim import turn
+from launcher.start.claim import turn, wait_for_first_rank
 from launcher.start.group import imported_rank, slurm_rank
 from launcher.start.sidecars import sidecars_here
 from trainer.base.find.locate import resolve_base

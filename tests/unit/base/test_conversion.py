@@ -325,7 +325,7 @@ def test_experts_that_compute_nothing_may_be_in_the_files_or_not(tmp_path: Path)
     AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     name, count = "model.layers.0.mlp.experts.gate_up_proj", made.n_routed_experts
-    source = find_all_weights(resolve_base(Model(base=str(tmp_path)))).sources[name]
+    source: Any = find_all_weights(resolve_base(Model(base=str(tmp_path)))).sources[name]
     first = source.read(0, math.prod(source.shape))
     (file,) = tmp_path.glob("*.safetensors")
     idle = tuple(f".experts.{count + number}." for number in range(2))

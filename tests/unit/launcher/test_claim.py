@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.drive.local import wait_for_first_rank
 from launcher.start.check import check_turn
-from launcher.start.claim import claimed
+from launcher.start.claim import claimed, wait_for_first_rank
 from launcher.start.group import group_name, restarted_as
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config

@@ -176,10 +176,11 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
     # Lightning indexers pick keys by scores of all tokens, outside of the attention function.
     assert (facts.fails_shared is None) == (kind != "deepseek-v32")
     assert (facts.fails_prefix is None) == (kind not in IN_BATCHES)
-    assert unable(facts).keys() - {"flex_attention"} == UNABLE.get(kind, set())
-    assert ("flex_attention" not in unable(facts)) == (kind in NEED_FLEX)
+    assert unable(facts.attention_needs).keys() - {"flex_attention"} == UNABLE.get(kind, set())
+    assert ("flex_attention" not in unable(facts.attention_needs)) == (kind in NEED_FLEX)
     kernels = [
-        choose_attention(kernel, CPU, torch.float32, facts).name for kernel in {"sdpa", "eager"} - unable(facts).keys()
+        choose_attention(kernel, CPU, torch.float32, facts.attention_needs).name
+        for kernel in {"sdpa", "eager"} - unable(facts.attention_needs).keys()
     ]
     # PyTorch computes flex_attention on a CPU too, without gradients.
     for kernel in [*kernels, *([FLEX] if kind in NEED_FLEX else [])]:
@@ -197,7 +198,7 @@ def test_a_document_is_what_it_is_alone_whatever_else_is_in_the_row(kind: str) -
 
 
 def test_sdpa_with_sinks_has_eager_attentions_gradients() -> None:
-    choose_attention("sdpa", torch.device("cpu"), torch.float32, read_architecture(settings("gpt-oss")))
+    choose_attention("sdpa", torch.device("cpu"), torch.float32, read_architecture(settings("gpt-oss")).attention_needs)
     gradients = list[dict[str, Tensor]]()
     for kernel in ("eager", SINKS):
         model = build("gpt-oss", kernel)

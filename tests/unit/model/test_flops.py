@@ -50,7 +50,7 @@ def counted(config: Config, batch: MicroBatch) -> tuple[StepWork, StepWork, Coun
     operations of one micro-batch by PyTorch's count: `linear`, and `attention` of all pairs of tokens.
     """
     base = resolve_base(config.model)
-    attention = choose_attention("eager", torch.device("cpu"), torch.bfloat16, base.architecture)
+    attention = choose_attention("eager", torch.device("cpu"), torch.bfloat16, base.architecture.attention_needs)
     model, method = empty_model(base, config, attention), method_of(config)
     model.requires_grad_(False)
     method.attach(model, base.architecture, torch.bfloat16, seed=3)

@@ -19,5 +19,10 @@ class HadamardLinear(nn.Module):
         y = self.base_layer(x)
         if not self.active:
             return y
-        change = (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b) * self.scaling
+        first, second = (self._product(factor) for factor in ("w1", "w2"))
+        change = first * second * self.scaling
         return y + nn.functional.linear(x.to(change.dtype), change).to(y.dtype)
+
+    def _product(self, factor: str) -> Tensor:
+        """(outputs, inputs)."""
+        return self.get_parameter(f"hada_{factor}_a") @ self.get_parameter(f"hada_{factor}_b")
