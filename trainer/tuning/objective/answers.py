@@ -55,8 +55,7 @@ MEASURES_OF_PAIRS = (
 def sums_of_pairs(
     losses: Tensor, chosen: Tensor, rejected: Tensor, more: Iterable[Tensor], batch: MicroBatch
 ) -> Tensor:
-    """The sums of a row of pairs: the loss, the measures of the answers' rewards, and `more`. Each comes as (pairs,).
-    """
+    """The sums of a row of pairs: the loss, the measures of the rewards, and `more`. Each argument is (pairs,)."""
     import torch
 
     measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *more)

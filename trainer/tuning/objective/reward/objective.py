@@ -60,7 +60,9 @@ class Reward(OfSettings):
 
 
 def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
-    """The last place in each segment whose token is not `padding`, (segments,) int64. transformers' classifiers use it.
+    """The place that transformers' classifiers read: the last token in each segment that is not `padding`.
+
+    (segments,) int64.
     """
     import torch
 
