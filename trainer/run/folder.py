@@ -36,7 +36,7 @@ def command(verb: str, folder: Store, argument: str = "") -> str:
 
 
 def submitted_config(folder: Store) -> Config:
-    """Return the configuration of a job of the run: the one it was submitted with until its turn comes, then the run's."""
+    """Return a job's configuration: the one that it was submitted with until its turn comes, then the run's."""
     return run_config(folder, document=layout.SUBMITTED if folder.exists(layout.SUBMITTED) else layout.CONFIG)
 
 

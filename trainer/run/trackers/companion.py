@@ -38,8 +38,9 @@ ROWS = 100
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of a service's state that lies in the run's folder: the `id` of the run there, and the last step
-    `shown`.
+    """The part of a service's state that lies in the run's folder.
+
+    It is the `id` of the run there, and the last step `shown`.
 
     A copy of the folder is a run of its own, under another name, and gets an id of its own.
     """
@@ -96,9 +97,8 @@ class Companion:
     def _show(self) -> None:
         kept = Kept.read(self._run, self._tracker)
         if self._service is None:
-            kept.write(
-                self._run, self._tracker
-            )  # before the service knows the id: a kill makes no second run there
+            # Write the id before the service knows it: then a kill makes no second run there.
+            kept.write(self._run, self._tracker)
             self._service = self._opens(kept)
             self._rows = Unshown(self._service.shown)
         for record in self._held:
