@@ -92,7 +92,7 @@ class Metrics:
             held.flush_soon()
 
     def close(self) -> None:
-        """End the trackers, the records first, then all readers of the records at once, because each may take a while."""
+        """End the trackers: first the records, then all that read them, at once, because each may take a while."""
         for held in self._held[:1]:
             held.close()
         if rest := self._held[1:]:
