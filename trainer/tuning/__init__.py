@@ -1,6 +1,7 @@
-"""How a model is tuned: a method (a file or folder each; method.py is what each must say of itself) for an objective
-(objective/).
+"""How a model is tuned: a method (one file or folder each) trains it for an objective (objective/).
+
+method.py is the interface of a method, and objective/objective.py that of an objective.
 """
 
-# The configuration is complete before any folder here is: it reads their settings, which are made of its sections.
+# Import the configuration first: it reads the settings of the folders here, which are made of its sections.
 import trainer.config  # noqa: F401

@@ -1,8 +1,7 @@
-"""A small head that learns beside a method, in the place of the language model's: that of an objective that has one of
-its own.
+"""A small head that learns beside a method and replaces the language model's head, for objectives that need one.
 
-It is the module that transformers' classes for such models have, by the same name, and stands in PEFT's folder as such
-a module does (`modules_to_save`): whole, beside the adapter.
+It has the name that it has in transformers' classes for such models. PEFT's folder holds it as one of
+`modules_to_save`: whole, beside the adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _WEIGHT, _BIAS = f"{MODULE}.weight", f"{MODULE}.bias"
 
 @dataclass(frozen=True)
 class WithHead(Around):
-    """A method of adapters that PEFT saves, and a head with an output for each of `labels`, or one without any."""
+    """A method whose adapters PEFT saves, and a head with one output for each of `labels`, or a single output."""
 
     head: Head
     objective: str
@@ -52,7 +51,7 @@ class WithHead(Around):
 
     @cached_property
     def padding(self) -> int | None:
-        """The token of padding, which transformers' classes with such a head look before."""
+        """The padding token. transformers' classes with such a head read the last token before it."""
         directory = base_files(self.model)
         found: Any = read_tokenizer(directory, self.model.base, self.model.tokens).pad_token_id
         return found
@@ -75,7 +74,7 @@ class WithHead(Around):
         return {_WEIGHT: (self.outputs, architecture.hidden), **bias}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The head begins as transformers' does: normal, with the family's deviation."""
+        """The head starts as in transformers: normally distributed, with the family's standard deviation."""
         import torch
         from torch import nn
 
@@ -94,7 +93,7 @@ class WithHead(Around):
         return [*self.method.groups(model, optim), {"name": "head", "lr_ratio": 1.0, "params": head}]
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
-        """With the head in it, and the names of its outputs beside it."""
+        """Adds the head, and the file with the names of its outputs."""
         settings = {"modules_to_save": [MODULE], "task_type": self.head.task}
         exported = with_peft_files(theirs, ours, **settings)
         names = json.dumps(dict(enumerate(self.labels)), indent=2, ensure_ascii=False).encode()
@@ -103,7 +102,7 @@ class WithHead(Around):
 
 
 def head_of(method: Method) -> WithHead | None:
-    """The head that learns beside the run's `method`, whatever else does; None where none does."""
+    """The head that learns beside the run's `method`, under any other wrappers; None if there is none."""
     while isinstance(method, Around):
         if isinstance(method, WithHead):
             return method
@@ -112,8 +111,9 @@ def head_of(method: Method) -> WithHead | None:
 
 
 def outputs(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
-    """The outputs of the head at these places of a whole packed row, (places, outputs) fp32. Ranks that share the row
-    have the same of all of them, so that one of them counts what follows."""
+    """The outputs of the head at these places of a whole packed row, (places, outputs) fp32.
+
+    Ranks that share the row all get the same outputs, so only one of them may count what follows."""
     hidden = model.hidden(row.input)[0]
     here = places.to(hidden.device) - row.input.first
     mine = (here >= 0) & (here < len(hidden))

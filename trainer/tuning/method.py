@@ -1,8 +1,9 @@
-"""The interface of a way to fine-tune, and how one is found by its name in `tuning.method`.
+"""The interface of a fine-tuning method, and the lookup of a method by its name in `tuning.method`.
 
-A method is one file in this folder. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings; a file without `METHODS` is something that several methods share. Importing the
-file loads no torch, as `plan` counts on a login node; code that handles tensors imports torch when it is called.
+A method is one file or folder here. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
+the method from the section's settings. A file without `METHODS` holds code that several methods share. Importing the
+file must not load torch, because `plan` runs on a login node: code that handles tensors imports torch when it is
+called.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
 
     from trainer.state.checkpoint.learnt_weights import LearntWeights
 
-# Settings outside the section `tuning` that not every method reads.
+# Settings outside the section `tuning` that only some methods read.
 OPTIM_OF_SOME = ("optim.lora_plus_ratio",)
 
 
 class WeightUpdate(Protocol):
-    """The change of one weight of the base in a merge. Its rows are those of a matrix (-1, shape[-1])."""
+    """The change that a merge makes to one weight of the base. The weight is seen as a matrix (-1, shape[-1])."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def apply_to(self, rows: Tensor, first: int) -> None:
-        """Change some whole rows of the weight in place, flat as they are stored, computing in fp32; `first` is the
-        number of the first of them."""
+        """Change whole rows of the weight in place. They come flat, as they are stored; the computation is in fp32.
+
+        `first` is the number of the first of these rows."""
         ...
 
 
@@ -56,8 +58,10 @@ class TrainedWeight:
 
 @dataclass(frozen=True)
 class ExportedFiles:
-    """The files of an export beside the tokenizer. `library` loads them, and `what` says what they are, to begin a
-    sentence; `files` are in the order in which they are written, and without the last one nothing loads."""
+    """The files of an export, without those of the tokenizer.
+
+    `library` is the program that loads them. `what` names them at the beginning of a sentence. `files` are in the order
+    in which they are written; nothing loads without the last one."""
 
     library: str
     what: str
@@ -66,10 +70,10 @@ class ExportedFiles:
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """Tokens that are learnt and stand before the first token of each document, `count` of them.
+    """`count` learnt tokens that stand before the first token of each document.
 
-    They take the first positions of the document in its packed row (`in_row`), or lie beside the row as keys and
-    values. `refused_kernels` gives for each attention kernel that cannot compute with them the reason, as a clause.
+    With `in_row` they take the first positions of the document in its packed row. Otherwise they lie beside the row as
+    keys and values. `refused_kernels` maps each attention kernel that cannot compute with them to the reason, a clause.
     """
 
     count: int = 0
@@ -82,51 +86,59 @@ class VirtualTokens:
         return self.count if self.in_row else 0
 
     def longest(self, positions: int | None) -> int | None:
-        """Tokens of the longest text behind them, by a base with so many positions; None where it has no limit."""
+        """The longest text, in tokens, that fits behind them in a base with `positions`; None if there is no limit."""
         return positions - self.count if positions else None
 
 
 class Method(Protocol):
-    """One way to fine-tune, with the settings of one run. A class of it says what is not so of most."""
+    """A fine-tuning method with the settings of one run. The defaults hold for most methods; a class overrides some."""
 
     settings: ClassVar[Collection[str]] = ()
-    """The settings of the section `tuning` that it reads, and those of `OPTIM_OF_SOME`, with their section. A value for
-    any other of them is refused, as it would be ignored. So are settings of what learns beside a method, see
-    `method_of`."""
+    """The settings of the section `tuning` that the method reads, and those of `OPTIM_OF_SOME` with their section.
+
+    Capstan refuses a value for any other setting, because it would be ignored. `method_of` does the same for settings
+    of what learns beside a method."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """The meaning of a key that an identity lacks. A key that is added later comes with a default of here, so that
-    older checkpoints stay what they are; a default never changes, whatever becomes of the configuration's."""
+    """The value of a key that an identity lacks.
+
+    A key that is added later gets a default here, so that older checkpoints keep their identity. A default here never
+    changes, even when the default in the configuration does."""
     trains_base: ClassVar[bool] = False
-    """Whether parameters of the base learn, so that one copy of them must be divided over all ranks."""
+    """Whether parameters of the base learn. One copy of them is then divided over all ranks."""
     counts_activations: ClassVar[bool] = False
-    """Whether `plan` counts all that a layer keeps for its backward pass. The memory of a method that does not say so
-    is counted with all layers computed again, and `train.activation_checkpointing: auto` has them so."""
+    """Whether `plan` can count all activations that a layer keeps for its backward pass.
+
+    If not, `plan` assumes that every layer is recomputed, and `train.activation_checkpointing: auto` recomputes it."""
     adapts_4_bits: ClassVar[bool] = False
-    """Whether whoever loads its exports can put them over bitsandbytes' layers in 4 bits. `--verify` gives the others
-    the values that such layers stand for, in 16 bits."""
+    """Whether the program that loads an export can put it over bitsandbytes' 4-bit layers.
+
+    If not, `--verify` gives that program the dequantized weights in 16 bits."""
     exports_model: ClassVar[bool] = False
-    """Whether an export is the whole model, the base's own files with `updates` in them, so that a merge is the same
-    and `export` is never called. The base is then trained as it is stored, in 16 or 32 bits."""
+    """Whether an export is the whole model: the base's own files with `updates` applied.
+
+    A merge then gives the same files, and nobody calls `export`. The base is trained as it is stored, in 16 or 32
+    bits."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that a checkpoint must share to be continued, as JSON; values as in `defaults` are left out."""
+        """The settings that must equal a checkpoint's to resume from it, as JSON, without those equal to `defaults`."""
         ...
 
     unmergeable: ClassVar[str | None] = None
-    """Why what was learnt cannot become part of the base's weights, as a clause; None if it can."""
+    """Why a merge into the base's weights is impossible, as a clause; None if it is possible."""
     file_names: ClassVar[Collection[str]] = ()
-    """The files that `export` makes before the last one, as patterns: a half export has no others, and no whole one
-    counts as half.
+    """Patterns of the files that `export` writes before the last one.
+
+    A folder with no other files is an incomplete export. A complete export never matches, because it has the last file.
     """
 
     @property
     def virtual(self) -> VirtualTokens:
-        """The virtual tokens that it adds; most methods have none."""
+        """The virtual tokens that the method adds; most methods add none."""
         return VirtualTokens()
 
     def mismatches(self, architecture: Architecture) -> list[str]:
-        """A sentence for each setting that asks more of the base than it has."""
+        """One sentence for each setting that asks for something that the base does not have."""
         return []
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -134,44 +146,48 @@ class Method(Protocol):
         ...
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """Make of a sharded base the model that learns: the same start on every rank and at every world size."""
+        """Add the trained parameters to a sharded base. They start equal on every rank and at every world size."""
         ...
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """The optimizer's groups, each with `name`, `params` and `lr_ratio`, a factor on the learning rate."""
+        """The optimizer's groups. Each has `name`, `params` and `lr_ratio`, a factor on the learning rate."""
         ...
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Inside, `model` computes as its base does: the reference of preference losses and of proofs."""
+        """A context in which `model` computes as its base does. Preference losses and proofs use it as reference."""
         ...
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """Files that other programs load. `weights` by name in the model, in the type of the training's forward pass;
-        `model` names the base."""
+        """The files that other programs load.
+
+        `weights` maps names in the model to tensors in the type of the training's forward pass. `model` names the
+        base."""
         ...
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        """Name of each weight of the base that a merge changes -> its change; unless `unmergeable`. `weights` are those
-        of all that learns, so they may have parameters beside those of the method's own `shapes`."""
+        """Name of each weight of the base that a merge changes -> its change. Never called if `unmergeable`.
+
+        `weights` holds every trained parameter, so it may hold more than the method's own `shapes`."""
         raise AssertionError(self.unmergeable)
 
     def load_exported(self, model: PreTrainedModel, folder: Path) -> AbstractContextManager[None] | None:
-        """Put what the files of `export` hold on the base as transformers made it, by the code that users are given.
-        Inside the context that is returned, `model` computes as its base does. None where PEFT reads the files."""
+        """Load the files of `export` onto the base that transformers built, with the loader that the user also gets.
+
+        Inside the returned context `model` computes as its base does. Returns None where PEFT reads the files."""
         return None
 
 
 @dataclass(frozen=True)
 class OfSettings(Method):
-    """A method whose identity are its settings. The modules that it adds, and those of what learns beside it, have a
-    flag `active`; where others learn, it says itself how it is switched off."""
+    """A method whose identity is its settings.
+
+    Each module that it adds, or that learns beside it, has a flag `active`. A method that trains other modules
+    overrides `switched_off`."""
 
     tuning: Tuning
 
     groups_by_end: ClassVar[Mapping[str, str]] = {}
-    """Name of each of the optimizer's groups -> the end of the names in the model of the parameters in it, without the
-    dot before it.
-    """
+    """Name of an optimizer group -> the end of its parameters' names in the model, without the leading dot."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -179,7 +195,7 @@ class OfSettings(Method):
         return without_defaults(given, self.defaults)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """LoRA+ (arXiv:2402.12354) lets B learn faster than A; all else learns at the rate of the run."""
+        """LoRA+ (arXiv:2402.12354) gives B a higher learning rate than A. All other groups use the run's rate."""
         named = list(model.named_parameters())
         return [
             {
@@ -191,13 +207,13 @@ class OfSettings(Method):
         ]
 
     def switched_off(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        # A token that was added keeps the row that it started as: the base has none for it.
+        # An added token falls back to the row that it started with, because the base has no row for it.
         return flagged([module for module in model.modules() if "active" in vars(module)], "active", False)
 
 
 @contextmanager
 def flagged(layers: Iterable[Any], flag: str, value: bool) -> Iterator[None]:
-    """Every layer's attribute `flag` is `value` inside, and the opposite afterwards."""
+    """Set every layer's attribute `flag` to `value` inside the context, and to the opposite afterwards."""
     layers = list(layers)
     for layer in layers:
         setattr(layer, flag, value)
@@ -222,7 +238,7 @@ def find_method(settings: Tuning) -> Method:
     """The method that `tuning.method` names.
 
     Raises:
-        ConfigError: there is none of that name, or a setting has a value that it does not read.
+        ConfigError: no method has that name, or a setting has a value that the method does not read.
     """
     method = chosen(methods(), "tuning.method", settings.method)(settings)
     if settings.start is not None and method.exports_model:
@@ -235,13 +251,13 @@ def find_method(settings: Tuning) -> Method:
 
 
 def method_of(config: Config) -> Method:
-    """The run's method: the one that `tuning.method` names, with what other settings have learn beside it.
+    """The run's method: the one that `tuning.method` names, wrapped by what other settings train beside it.
 
-    A file of this folder says so by `AROUND`, a function for each such setting, which gets the method and the
-    configuration, and returns the method as it is where the setting is not used.
+    A file of this folder may have `AROUND`, with one function for each such setting. The function gets the method and
+    the configuration. It returns the method unchanged if the setting is not used.
 
     Raises:
-        ConfigError: as `find_method`, or the method cannot have beside it what a setting wants.
+        ConfigError: as `find_method`, or the method cannot be combined with such a setting.
     """
     method = find_method(config.tuning)
     for around in kinds("trainer.tuning", "AROUND").values():

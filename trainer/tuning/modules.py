@@ -1,8 +1,7 @@
-"""Whole modules of the base that learn beside an adapter, in 16 bits: norms, the embedding, the output head, a
-mixture's routers.
+"""Whole modules of the base that learn beside an adapter, in 16 bits, such as norms, the embedding or routers.
 
 `tuning.modules_to_save` names them as PEFT does, by the end of their paths. Their parameters learn as with method full.
-In PEFT's folder they stand whole, beside the adapter; there a tied embedding is two modules with the same weight.
+PEFT's folder holds them whole, beside the adapter. There a tied embedding is two modules with the same weight.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SETTING = "tuning.modules_to_save"
 
 @dataclass(frozen=True)
 class WithModules(Around):
-    """A method over a frozen base, of which the modules called `names` learn."""
+    """A method over a frozen base, and the modules of the base called `names`, which learn."""
 
     names: list[str]
     adds_tokens: bool
@@ -70,7 +69,7 @@ class WithModules(Around):
             let_learn(parameters[name], dtype)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """Without decay, which would also shrink the rows of tokens that the data lacks."""
+        """The modules get no weight decay, which would also shrink the rows of tokens that the data lacks."""
         theirs = self.method.groups(model, optim)
         taken = {id(parameter) for group in theirs for parameter in group["params"]}
         ours = [part for part in model.parameters() if part.requires_grad and id(part) not in taken]
@@ -78,12 +77,12 @@ class WithModules(Around):
 
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
-        """Raises `ConfigError`: no rank keeps the modules as they were."""
+        """Raises `ConfigError`, because no rank keeps the untrained modules."""
         raise ConfigError(f"{SETTING}: what the base was cannot be switched on, as modules of it learn. Remove it.")
         yield
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
-        """With the modules in it, a tied one under both of its names."""
+        """Adds the modules, a tied one under both of its names."""
         ours |= {alias: ours[name].clone() for alias, name in architecture.tied.items() if name in ours}
         paths = sorted({name.rpartition(".")[0] for name in ours})
         return with_peft_files(theirs, ours, modules_to_save=paths)
@@ -93,9 +92,7 @@ class WithModules(Around):
 
 
 def _modules(architecture: Architecture) -> dict[str, list[Parameter]]:
-    """Path in the model -> the parameters in it, for every module that has some, those of modules inside it
-    included.
-    """
+    """Path in the model -> all parameters below it, for every module that has parameters."""
     found: dict[str, list[Parameter]] = {}
     for parameter in architecture.parameters:
         aliases = [alias for alias, name in architecture.tied.items() if name == parameter.name]
@@ -118,7 +115,7 @@ def _own(modules: dict[str, list[Parameter]]) -> dict[str, tuple[int, ...]]:
 
 
 def _may_learn(parameter: Parameter) -> bool:
-    """Whether it is in 16 bits in any case, and no adapter stands on it."""
+    """Whether it is always held in 16 bits and has no adapter."""
     return parameter.kind not in ("linear", "experts")
 
 

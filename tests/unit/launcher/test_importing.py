@@ -47,6 +47,9 @@ ORDINARY = {
     "process_reward_model": False,
     "skip_prepare_dataset": False,
     "export_dir": "",
+    **dict.fromkeys("pref_loss pref_beta pref_ftx".split(), None),
+    **dict.fromkeys(JOINS["llamafactory"][0].tables["media"].split(), False),
+    **dict.fromkeys(JOINS["trl"][0].tables["signs_of_others"].split(), None),
 }
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
@@ -699,11 +702,74 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: dpo\ndataset: rlhf_v\n"),
+        ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
+        ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
+        ("trl", "model_name_or_path: x\nscript: dpo_vlm\n"),
     ],
 )
 def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"this is no training that can be carried over\. .* Nothing was written\."):
         imported_text(text, tmp_path, peer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: x\ntrain_dataset: data/v1_dpo_demo.yaml\n",
+        "model: x\ntrain_dataset: data/rows.jsonl\npref_beta: 0.1\n",
+        "model: x\ntrain_dataset: PAIRS\n",
+    ],
+)
+def test_llamafactorys_second_trainer_over_answers_is_no_sft(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("a: {path: a.jsonl, converter: pair}\n")
+    with pytest.raises(ConfigError, match=r"as a file of the first trainer.* Nothing was written\."):
+        imported_text(text.replace("PAIRS", f"{tmp_path}/d.yaml"), tmp_path, "llamafactory-v1")
+
+
+def imported_command(text: str, folder: Path, peer: str | None = None) -> Imported:
+    (folder / "train.sh").write_text(text)
+    return import_files([folder / "train.sh"], peer)
+
+
+def test_what_is_within_quotes_ends_no_command_line(tmp_path: Path) -> None:
+    text = (
+        "python trl/scripts/sft.py --model_name_or_path x --dataset_name a/b \\\n  --eos_token '<|im_end|>' \\\n"
+        '  --lora_target_modules "(q|k)_proj" --use_peft --lora_r 32 2>&1 | tee log\n'
+    )
+    found = imported_command(text, tmp_path)
+    wanted = {"tuning.method": "lora", "tuning.rank": 32, "tuning.targets": ["re:(q|k)_proj"]}
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]
+
+
+def test_of_a_scripts_commands_the_one_with_the_options_is_read(tmp_path: Path) -> None:
+    text = "pip install --upgrade trl && cd here; trl sft --model_name_or_path x --dataset_name a/b --use_peft > log\n"
+    found = imported_command(f"{text}echo --use_dora\n", tmp_path).settings
+    assert (found["model.base"], found["tuning.method"]) == ("x", "lora")
+    with pytest.raises(ConfigError, match="holds 2 command lines"):
+        imported_command(f"{text}\n{text.replace('--use_peft', '')}", tmp_path)
+
+
+def test_a_command_of_trls_says_what_is_trained(tmp_path: Path) -> None:
+    options = "--model_name_or_path x --dataset_name a/b --learning_rate 1e-6"
+    assert imported_command(f"trl dpo {options}", tmp_path).settings["objective.name"] == "dpo"
+    for command in ("trl grpo", "trl vllm-serve", "python grpo_agent.py", "accelerate launch ppo/ppo_tldr.py"):
+        with pytest.raises(ConfigError, match="this is no training that can be carried over"):
+            imported_command(f"{command} {options}", tmp_path, "trl")
+
+
+@pytest.mark.parametrize(("name", "objective"), [("dpo_full.yaml", "dpo"), ("mine.yaml", "sft")])
+def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objective: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    found = import_files([tmp_path / name], "trl")
+    assert found.settings.get("objective.name", "sft") == objective
+    said = any(line.startswith("objective.name: the file does not say which") for line in found.to_do)
+    assert said == (objective == "sft")
+    (tmp_path / "grpo.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    with pytest.raises(ConfigError, match="the file grpo, which says grpo: this is no training"):
+        import_files([tmp_path / "grpo.yaml"], "trl")
 
 
 def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:

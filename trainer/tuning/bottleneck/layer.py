@@ -23,8 +23,10 @@ class Bottleneck(Adapter):
 
 
 def insert(block: nn.Module, adapter: Bottleneck) -> None:
-    """Have `adapter` change what leaves `block`, of several values the first: attention also returns its weights, and
-    some mixtures of experts their router's scores.
+    """Make `adapter` change the output of `block`.
+
+    It changes the first of several outputs: attention also returns its weights, and some mixtures of experts return
+    their router's scores.
 
     The adapter is a module inside the block and is called as one, so ZeRO-3 gathers its parameters like any other's;
     the block's own parameters keep their names.

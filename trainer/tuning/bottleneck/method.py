@@ -1,9 +1,9 @@
 """Bottleneck adapters: small MLPs that learn, with a residual, after the blocks of each decoder layer of a frozen base.
 
 `tuning.placement: houlsby` (arXiv:1902.00751) has one after attention and one after the MLP, `pfeiffer`
-(arXiv:2005.00247) the latter alone. Each changes what leaves its block before that is added to the hidden states, a
-mixture of experts being one block; where the base normalises what leaves a block, as Gemma does, the adapter comes
-before that norm.
+(arXiv:2005.00247) only the latter. Each adapter changes the output of its block before that is added to the hidden
+states. A mixture of experts is one block. Where the base normalises the output of a block, as Gemma does, the adapter
+comes before that norm.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WEIGHTS, _LOADER, _SETTINGS = "bottleneck.safetensors", "load_bottleneck.py", "
 
 @dataclass(frozen=True)
 class BottleneckAdapters(OfSettings):
-    """Adapters of `tuning.reduction` times fewer units than the hidden size."""
+    """Adapters whose width is the hidden size divided by `tuning.reduction`."""
 
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")
     unmergeable: ClassVar[str | None] = "a bottleneck adapter is not linear, so no weight of the base can hold it"
@@ -81,7 +81,7 @@ class BottleneckAdapters(OfSettings):
         return [{"name": "adapters", "lr_ratio": 1.0, "params": learning}]
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """The weights by their names in the model, the settings, and the code that loads both."""
+        """Three files: the weights by their names in the model, the settings, and the code that loads both."""
         from safetensors.torch import save
 
         from trainer.tuning.bottleneck import load_in_transformers

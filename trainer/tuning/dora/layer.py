@@ -1,7 +1,7 @@
-"""DoRA's linear layer (arXiv:2402.09353): each row of W + scaling * B @ A is brought to a length that is learnt.
+"""DoRA's linear layer (arXiv:2402.09353): each row of W + scaling * B @ A is scaled to a learnt length.
 
-The lengths of the rows are taken anew in every forward pass and are constants to the backward pass (section 4.3), as in
-PEFT. They need the whole W, A and B at once, so ZeRO-3 must gather the base layer's parameters with this module's own.
+Every forward pass computes the lengths of the rows again. The backward pass takes them as constants (section 4.3), as
+in PEFT. They need the whole W, A and B at once, so ZeRO-3 must gather the base layer's parameters with this module's.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.model.held.layers import weight_of
 
-# Keeps a row of zeros from being divided by its length.
+# Avoids a division by zero for a row of zeros.
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -55,7 +55,7 @@ class DoraLinear(nn.Module):
     def _row_norms(self) -> Tensor:
         """(outputs,), rounded to the magnitude's type, so that their quotient is exactly 1 at the start.
 
-        |W + sBA|^2 = |W|^2 + 2s <W A^T, B> + s^2 <B (A A^T), B>, row by row: nothing of W's size is made but W itself.
+        |W + sBA|^2 = |W|^2 + 2s <W A^T, B> + s^2 <B (A A^T), B>, row by row, so no other tensor of W's size is made.
         """
         weight = weight_of(self.base_layer)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()

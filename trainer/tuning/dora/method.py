@@ -1,5 +1,4 @@
-"""DoRA (arXiv:2402.09353): LoRA's two matrices turn the rows of a weight, and a vector that is learnt gives their
-length.
+"""DoRA (arXiv:2402.09353): LoRA's two matrices turn the rows of a weight, and a learnt vector gives their lengths.
 
 The weight becomes magnitude * (W + scaling * B @ A) / |W + scaling * B @ A|, row by row, with scaling = alpha / rank. A
 is (rank, inputs), B (outputs, rank), the magnitude (outputs,).
@@ -73,8 +72,9 @@ class Dora(LowRank):
         return shapes
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The magnitudes are the base's own row norms: each layer is gathered once, by itself, so every rank has the
-        same.
+        """The magnitudes start as the row norms of the base.
+
+        Each layer is gathered once, by itself, so every rank gets the same values.
         """
         import torch
         from torch import nn

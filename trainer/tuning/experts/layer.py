@@ -1,8 +1,8 @@
 """Low-rank adapters of a mixture's experts (LoRA, arXiv:2106.09685): each expert's matrix is W + scaling * B @ A with
 its own A and B.
 
-The rows of all experts are multiplied in groups, and B @ A is never formed. As in trainer/model/held/layers.py the
-function keeps the module, never the gathered A and B.
+Grouped products multiply the rows of all experts, and B @ A is never formed. As in trainer/model/held/layers.py the
+function keeps the module for its backward pass, never the gathered A and B.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from trainer.model.kernels.grouped import ALIGNMENT, Groups
 class ExpertLora(nn.Module):
     """The adapter of a stack (E, rows, columns).
 
-    lora_A (E, r, in) and lora_B (E, out, r) are as PEFT has them, for which a stack's matrices are (out, in), or (in,
-    out) where their class says `is_transposed`. With `swapped` the class multiplies with matrices (in, out) without
-    saying so: A then makes the outputs.
+    lora_A (E, r, in) and lora_B (E, out, r) are as in PEFT. PEFT takes a stack's matrices as (out, in), or as (in, out)
+    if their class says `is_transposed`. With `swapped` the class multiplies with matrices (in, out) without saying so:
+    the roles of A and B are then exchanged, and A makes the outputs.
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, *, swapped: bool) -> None:
@@ -29,14 +29,16 @@ class ExpertLora(nn.Module):
         self.active = True
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """The rows (S, in), sorted by expert, by scaling * B @ A of their experts -> (S, out): the summand beside the
-        frozen product.
+        """Multiply rows (S, in), sorted by expert, by scaling * B @ A of their experts -> (S, out).
+
+        The caller adds the result to the frozen product.
         """
         return _LowRank.apply(rows, self.lora_A, self.lora_B, self, groups)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The matrices of both products, (E, in, R) and (E, R, out). R is the rank in whole 16 bytes, which torch's
-        kernel wants: the rest of it is zeros."""
+        """The matrices of both products, (E, in, R) and (E, R, out).
+
+        R is the rank, padded with zeros to a multiple of 16 bytes, as torch's kernel requires."""
         odd = -self.rank % (ALIGNMENT // self.lora_A.itemsize)
         a, b = pad(self.lora_A.data, (0, 0, 0, odd)), pad(self.lora_B.data, (0, odd))
         return (b, a) if self.swapped else (a.mT, b.mT)
@@ -45,7 +47,7 @@ class ExpertLora(nn.Module):
 class _LowRank(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, adapter: ExpertLora, groups: Groups) -> Tensor:
-        """`a` and `b` are there for their gradients alone."""
+        """`a` and `b` are arguments only so that autograd gives them gradients."""
         first, second = adapter.factors()
         low = groups.product(rows, first).mul_(adapter.scaling)
         ctx.save_for_backward(rows, low)

@@ -1,8 +1,8 @@
 """Low-rank adapters on the matrices of a mixture's experts, beside those on linear layers: `tuning.experts: true`.
 
-Each expert's matrix has an A (rank, inputs) and a B (outputs, rank) of its own. PEFT has them as adapters of whole
-parameters (`target_parameters`), stacked: in its files A is (E * rank, inputs), one expert after the other, and B
-(outputs, rank * E), where the experts alternate. Of a module's stacks it names the last one by the module's path, each
+Each expert's matrix has its own A (rank, inputs) and B (outputs, rank). PEFT stores them stacked, as adapters of whole
+parameters (`target_parameters`). In its files A is (E * rank, inputs), one expert after the other, and B is
+(outputs, rank * E), where the experts alternate. PEFT names the last stack of a module by the module's path, and each
 earlier one by one more `base_layer`.
 """
 
@@ -68,7 +68,7 @@ class WithExperts(Around):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The experts' rank is left out where it is that of the other adapters, whether or not it was given."""
+        """Leaves the experts' rank out if it equals that of the other adapters, whether or not it was set."""
         given = self.method.identity
         return {key: value for key, value in given.items() if (key, value) != ("experts_rank", self.method.tuning.rank)}
 
@@ -93,8 +93,9 @@ class WithExperts(Around):
         return shapes
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """A starts as PEFT's, uniform within 1 / sqrt(inputs), and B at 0. Each adapter is divided over the ranks when
-        it is made.
+        """A starts as in PEFT, uniform within 1 / sqrt(inputs), and B starts at 0.
+
+        Each adapter is divided over the ranks as soon as it is made.
         """
         import torch
 
@@ -116,7 +117,7 @@ class WithExperts(Around):
             experts.adapters[leaf] = adapter
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """As LoRA's, for the experts."""
+        """LoRA's groups, and the same two for the experts."""
         from trainer.tuning.experts.layer import ExpertLora
 
         adapters = [module for module in model.modules() if isinstance(module, ExpertLora)]
@@ -130,7 +131,7 @@ class WithExperts(Around):
         ]
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
-        """With the experts' adapters in it."""
+        """Adds the experts' adapters."""
         named: dict[str, Tensor] = {}
         for name, saved in saved_as(architecture).items():
             a, b = (ours[part] for part in _names(architecture.stacks()[name]))
@@ -139,8 +140,9 @@ class WithExperts(Around):
         return with_peft_files(theirs, named, **self.described(architecture))
 
     def described(self, architecture: Architecture) -> dict[str, Any]:
-        """PEFT's settings of the adapters. Its `r` is the experts' rank, and a pattern gives the linear layers theirs:
-        PEFT warns of patterns for parameters, which it does obey."""
+        """PEFT's settings of the adapters. `r` is the experts' rank, and a pattern gives the linear layers theirs.
+
+        PEFT would warn about a pattern for the experts' parameters, although it obeys one."""
         ends = sorted({".".join(name.split(".")[-2:]) for name in architecture.stacks()})
         described: dict[str, Any] = {"target_parameters": ends}
         if self.rank != self.method.tuning.rank:
@@ -163,7 +165,7 @@ def _names(stack: Parameter) -> _Names:
 
 
 def saved_as(architecture: Architecture) -> dict[str, _Names]:
-    """Each stack -> the names of its adapter in PEFT's files, less `.weight`: its wrappers are around each other."""
+    """Each stack -> its adapter's names in PEFT's files, without `.weight`. PEFT nests the wrappers of a module."""
     modules: dict[str, list[str]] = {}
     for name in architecture.stacks():
         modules.setdefault(name.rpartition(".")[0], []).append(name)

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Full(OfSettings):
-    """The base learns itself; `tuning.train` are patterns of the names of those parameters that do."""
+    """The base itself learns. `tuning.train` has patterns of the names of the parameters that learn."""
 
     settings: ClassVar[Collection[str]] = ("train",)
     defaults: ClassVar[Mapping[str, Any]] = {"train": "all"}
     trains_base: ClassVar[bool] = True
     counts_activations: ClassVar[bool] = True
     exports_model: ClassVar[bool] = True
-    # config.json, without which nothing loads, is in none but a whole export.
+    # Nothing loads without config.json, and only a complete export has it.
     file_names: ClassVar[Collection[str]] = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
     @property
@@ -75,7 +75,7 @@ class Full(OfSettings):
                 let_learn(parameter, dtype)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
-        """Matrices, which decay, and all else, which does not."""
+        """Two groups: matrices, with weight decay, and all other parameters, without it."""
         from trainer.state.zero.partition import whole_shape
 
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -89,7 +89,7 @@ class Full(OfSettings):
 
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
-        """Raises `ConfigError`: no rank keeps the base as it was."""
+        """Raises `ConfigError`, because no rank keeps the untrained base."""
         raise ConfigError(
             f"tuning.method: {self.tuning.method} cannot be switched off, as the base itself learns. Use a method that"
             " adds to the base, such as lora."

@@ -1,6 +1,4 @@
-"""(IA)^3's linear layer (arXiv:2205.05638): its inputs or its outputs are scaled, element by element, by what is
-learnt.
-"""
+"""(IA)^3's linear layer (arXiv:2205.05638): a learnt vector scales its inputs or its outputs, element by element."""
 
 import torch
 from torch import Tensor, nn

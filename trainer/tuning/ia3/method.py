@@ -1,7 +1,7 @@
-"""(IA)^3 (arXiv:2205.05638): keys, values and the MLP's inner activations are scaled, element by element, by vectors.
+"""(IA)^3 (arXiv:2205.05638): learnt vectors scale keys, values and the MLP's inner activations, element by element.
 
-A layer's vector is (outputs, 1) and scales what leaves it, its bias included; in a feed-forward layer it is (1, inputs)
-and scales what enters. These are PEFT's shapes and names.
+A layer's vector is (outputs, 1) and scales its output, bias included. In a feed-forward layer the vector is (1, inputs)
+and scales the input. These are PEFT's shapes and names.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _VECTOR = "ia3_l"
 
 @dataclass(frozen=True)
 class Scaling:
-    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32; or a bias (outputs,), one row,
-    times (1, outputs)."""
+    """A weight (outputs, inputs) times `factors`, (outputs, 1) or (1, inputs), fp32.
+
+    A bias (outputs,) is one row, times (1, outputs)."""
 
     shape: tuple[int, ...]
     factors: Tensor

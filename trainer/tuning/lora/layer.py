@@ -1,10 +1,10 @@
 """LoRA's linear layer (arXiv:2106.09685) as one function of autograd: W x + scaling * B (A x).
 
-PEFT's is seven: a product with the scaling and a sum go over all of the result, and over its gradient. Here the scaling
-is taken where values are few, `rank` a token, and the second product is added to the first.
+PEFT's layer is seven functions: it scales and adds tensors of the size of the result, and of its gradient. Here the
+scaling is applied to the `rank` values of each token, and the second product is added to the first in place.
 
-On a GPU, layers that read one input are one function: the input is read once for all A, there and back, and its
-gradient is one sum.
+On a GPU, layers that read the same input are one function: the forward and the backward pass read the input once for
+all A, and the input's gradient is one sum.
 
     q_proj(x)   computes x [A_q; A_k; A_v]^T and the results of all three
     k_proj(x)   returns its result, which is there
@@ -23,7 +23,7 @@ from trainer.processes.accelerator import is_accelerator
 
 
 class Adapted(NamedTuple):
-    """A frozen layer and its adapter: A (rank, inputs), B (outputs, rank), and what drops of the adapter's input."""
+    """A frozen layer and its adapter: A (rank, inputs), B (outputs, rank), and the dropout of the adapter's input."""
 
     base: nn.Linear
     down: nn.Parameter
@@ -33,23 +33,25 @@ class Adapted(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A layer's result, of an input that was of this version when it was made."""
+    """A layer's result, with the input that it was computed from and the version that the input had then."""
 
     x: Tensor
     version: int
     result: Tensor
 
     def is_of(self, x: Tensor) -> bool:
-        """Whether `x` is the input, or a view of all of it as ZeRO-3's hooks hand to each layer, that nobody has
-        changed in between.
+        """Whether `x` is that input and nobody has changed it since.
+
+        `x` may be a view of the whole input, because ZeRO-3's hooks pass such views to layers.
         """
         same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape and x.stride() == self.x.stride()
         return same and x._version == self.version
 
 
 class LoraLinear(Linear):
-    """PEFT's layer with another forward pass, for one adapter on a frozen layer. Those `beside` it are called with the
-    same input after it, and their parameters are whole when its own are."""
+    """PEFT's layer with another forward pass, for one adapter on a frozen layer.
+
+    The layers `beside` it are called after it with the same input. ZeRO-3 gathers their parameters with its own."""
 
     computed_at_once = True  # see trainer/model/parts.py
     beside: "tuple[LoraLinear, ...]" = ()
@@ -86,8 +88,9 @@ class LoraLinear(Linear):
 
 
 def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """x and `dropped`, which the adapters read if it is not x, (..., inputs) -> (..., outputs) of each layer. All
-    parameters must be gathered.
+    """x (..., inputs) -> (..., outputs) of each layer. All parameters must be gathered.
+
+    The adapters read `dropped` instead of x if it is given.
     """
     return _AdaptedMatmul.apply(
         x, dropped, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
@@ -95,15 +98,13 @@ def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted
 
 
 class _AdaptedMatmul(torch.autograd.Function):
-    """Keeps what the adapters' gradients need, their input and A x, and never a gathered weight, as `_FrozenMatmul`
-    does.
-    """
+    """Keeps the adapters' input and A x for their gradients. Like `_FrozenMatmul` it never keeps a gathered weight."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], *_parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """As `multiply_adapted`. The parameters of each layer, A, B and bias, are here for autograd."""
+        """As `multiply_adapted`. Autograd needs each layer's parameters, A, B and bias, as arguments."""
         inputs = x if dropped is None else dropped
         results = tuple(multiply(x, layer.base, layer.base.bias) for layer in layers)
         low = nn.functional.linear(inputs, _downs(layers))
@@ -141,7 +142,7 @@ class _AdaptedMatmul(torch.autograd.Function):
 
 
 def _downs(layers: Sequence[Adapted]) -> Tensor:
-    """All A, one below the other."""
+    """All matrices A, one below the other."""
     return _joined([layer.down.detach() for layer in layers], 0)
 
 
@@ -150,19 +151,23 @@ def _joined(parts: Sequence[Tensor], along: int) -> Tensor:
 
 
 def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
-    """The results of each layer's A (..., its rank), as parts of those of all."""
+    """Split the result of all A into that of each layer, (..., its rank)."""
     return (low,) if len(layers) == 1 else low.split([len(layer.down) for layer in layers], -1)
 
 
 def _folds(scaling: float, result: Tensor) -> bool:
-    """Whether the scaling may be taken at another place: a power of two changes no bit of a rounded value. Elsewhere it
-    may where sums are rounded once, which is nearer to the true value than what is rounded in between."""
+    """Whether the scaling may move to another factor of the product.
+
+    A power of two may always move, because it changes no rounding. Other values may move where sums are rounded only
+    once, which is more exact than rounding in between."""
     return _is_rounded_once(result) or math.frexp(scaling)[0] == 0.5
 
 
 def _is_rounded_once(total: Tensor) -> bool:
-    """Whether products are added within their kernel: on a GPU. On a CPU they are rounded first, and so results stay
-    those of PEFT's layer and of earlier versions to the last bit."""
+    """Whether the kernel adds products before it rounds them. A GPU's does.
+
+    On a CPU products are rounded first, so that results equal those of PEFT's layer and of earlier versions to the
+    bit."""
     return is_accelerator(total.device)
 
 

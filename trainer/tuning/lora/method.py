@@ -85,8 +85,8 @@ class Lora(LowRank):
         config = self.adapting(self.ends(architecture))
         config._register_custom_module({torch.nn.Linear: LoraLinear})  # PEFT's way to have layers of one's own
         torch.manual_seed(seed)
-        # In a container, which has no config, PEFT adapts what it is told and takes no name for that of an expert; see
-        # `LowRank.peft_config`.
+        # PEFT reads the model's config to find experts. A container has none, so PEFT adapts exactly the given names;
+        # see `LowRank.peft_config`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
         for paths in architecture.read_together:
@@ -101,7 +101,7 @@ class Lora(LowRank):
                 parameter.data = parameter.data.to(dtype)
 
     def _begin(self, model: PreTrainedModel, architecture: Architecture, seed: int) -> None:
-        """Another start than PEFT's own, which would take the type of the base's weights, and be it of 4 bits."""
+        """Set a start other than PEFT's default. PEFT's own code would use the base's type, even if that is 4-bit."""
         from torch import Generator
 
         from trainer.tuning.lora.start import STARTS

@@ -1,5 +1,6 @@
-"""Starts of LoRA's two matrices, which leave the base as it is, by their names in `tuning.init`; PEFT's
-`init_lora_weights` has the same.
+"""The starts of LoRA's two matrices, by their names in `tuning.init`. All of them leave the base unchanged.
+
+PEFT's `init_lora_weights` has the same names.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ def _gaussian(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[T
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
-    """A is of one half of an orthogonal basis and B of the other, so that B @ A is zero and both learn from the first
-    step on.
+    """A takes one half of an orthogonal basis and B the other.
+
+    So B @ A is zero, and both learn from the first step.
     """
     basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=drawn))
     down, up = (torch.randn(size, rank // 2, generator=drawn) / 10 for size in (inputs, outputs))

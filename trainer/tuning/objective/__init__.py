@@ -1,1 +1,1 @@
-"""The objectives that training minimises, one file each; objective.py is the interface that each of them has."""
+"""The objectives that training minimises, one file or folder each. objective.py is their interface."""

@@ -1,4 +1,4 @@
-"""The log-probabilities of whole answers, which objectives that judge them have in common."""
+"""The log-probabilities of whole answers, shared by the objectives that judge answers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """Some answers: log p summed over the trained tokens, in nats, and their number; (answers,) fp32."""
+    """Some answers: their log p summed over the trained tokens, in nats, and the number of these; (answers,) fp32."""
 
     log_p: Tensor
     tokens: Tensor
 
     @property
     def mean(self) -> Tensor:
-        """log p a token; every answer of a data set has one."""
+        """The mean log p of a token. Every answer of a data set has at least one trained token."""
         return self.log_p / self.tokens
 
 
 def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
-    """The answers in each of a row's segments, by one pass through the model; one without trained tokens has 0 of both.
-    Ranks that share a row have the same of all of its answers, so that one of them counts what follows: see
-    `counted_once`."""
+    """The answers in a row's segments, by one pass through the model. Both values are 0 without trained tokens.
+
+    Ranks that share a row all get the values of all of its answers. `counted_once` makes one of them count."""
     import torch
 
     nats = model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)
@@ -40,7 +40,7 @@ def read_segments(model: PackedModel, batch: MicroBatch) -> Answers:
 
 
 def counted_once(values: Tensor, batch: MicroBatch) -> Tensor:
-    """`values` of a whole row, by the first of the ranks that share it; 0 by the others, with the same gradient."""
+    """`values` of a whole row on the first of the ranks that share it. The others get 0, with the same gradient."""
     return values if batch.input.first == 0 else values - values.detach()
 
 
@@ -55,9 +55,7 @@ MEASURES_OF_PAIRS = (
 def sums_of_pairs(
     losses: Tensor, chosen: Tensor, rejected: Tensor, more: Iterable[Tensor], batch: MicroBatch
 ) -> Tensor:
-    """The sums of a row of pairs: the loss, the measures of the rewards of their answers, and `more` of them; each is
-    given as (pairs,).
-    """
+    """The sums of a row of pairs: the loss, the measures of the rewards, and `more`. Each argument is (pairs,)."""
     import torch
 
     measures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *more)
@@ -65,12 +63,12 @@ def sums_of_pairs(
 
 
 def segments_of_targets(batch: MicroBatch) -> Tensor:
-    """(targets,) int64, the number of the segment that each target of a row is in."""
+    """The number of the segment that each target of a row is in, (targets,) int64."""
     return segments_of_tokens(batch)[batch.input.first + batch.places]
 
 
 def segments_of_tokens(batch: MicroBatch) -> Tensor:
-    """(T,) int64, the number of the segment that each token of the whole row is in."""
+    """The number of the segment that each token of the whole row is in, (T,) int64."""
     import torch
 
     sizes = batch.input.cu_seqlens.diff().long()

@@ -1,4 +1,4 @@
-"""An objective that learns from sampled answers, and which settings of rollouts suit a run. Without torch."""
+"""The interface of an objective that learns from sampled answers, and the checks of a run's rollout settings."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class LearnsFromRollouts(Objective, Protocol):
-    """An objective that finds each target's log p by the sampler, and its advantage, in the column `sampled`."""
+    """An objective that reads the sampler's log p of each target, and its advantage, from the column `sampled`."""
 
     @property
     def judge(self) -> Teacher | None:
-        """The teacher by whose log-probabilities of each answer the model learns; None for an objective that asks
-        nobody.
-        """
+        """The teacher whose log-probabilities of each answer the model learns from; None if there is no teacher."""
         ...
 
     def advantages(self, rewards: NDArray[Any], gaps: Sequence[Sequence[float]] | None) -> Sequence[Any]:
-        """The advantage of each answer, or of each of its tokens, in the order of `rewards` (prompts, answers). `gaps`
-        are the judge's log p of each token less the sampler's, in nats; None for a judge that is no server, which
-        judges what is committed."""
+        """The advantage of each answer, or of each of its tokens, in the order of `rewards` (prompts, answers).
+
+        `gaps` is the judge's log p of each token minus the sampler's, in nats. It is None if the judge is not a server:
+        such a judge scores the answers after they are committed."""
         ...
 
 
@@ -39,8 +38,9 @@ _ALIKE = 0.015
 
 
 def unlike_sampler(record: Mapping[str, Any]) -> str | None:
-    """A sentence where the record of an update, whose answers are by the adapter that it begins with, shows that they
-    are of another model.
+    """A sentence if an update's record shows that another model sampled its answers.
+
+    The adapter with which the update begins should have sampled them.
     """
     gap = record.get("log_ratio", 0.0)
     if record.get("lag") != 0 or gap <= _ALIKE:
@@ -53,17 +53,17 @@ def unlike_sampler(record: Mapping[str, Any]) -> str | None:
 
 
 def rollout_identity(config: Config, objective: Objective) -> dict[str, Any]:
-    """The settings of rollouts that a checkpoint must share to be continued; none for an objective without any."""
+    """The rollout settings that must equal a checkpoint's to resume from it; none for an objective without rollouts."""
     if not isinstance(objective, LearnsFromRollouts):
         return {}
-    # A checkpoint from before this setting is of one update.
+    # A checkpoint that was written before this setting existed has one update.
     updates = ("updates",) if config.rollout.updates > 1 else ()
     names = ("reward", "answers", "max_tokens", "temperature", *updates)
     return {f"rollout.{name}": getattr(config.rollout, name) for name in names}
 
 
 def rollout_mismatches(config: Config, objective: Objective, method: Method) -> list[str]:
-    """A sentence for each setting that does not suit rollouts, or that has no effect as there are none."""
+    """One sentence for each setting that rollouts do not allow, or that has no effect without rollouts."""
     if isinstance(objective, LearnsFromRollouts):
         return list(_mismatches(config, method))
     given, name = config.rollout, config.objective.name
@@ -73,8 +73,9 @@ def rollout_mismatches(config: Config, objective: Objective, method: Method) -> 
 
 
 def _mismatches(config: Config, method: Method) -> Iterator[str]:
-    """A sentence for each setting that does not suit a run whose rows are sampled: they are no part of an epoch, and
-    each has one prompt and one answer."""
+    """One sentence for each setting that does not suit a run whose rows are sampled.
+
+    Sampled rows belong to no epoch, and each has one prompt and one answer."""
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."

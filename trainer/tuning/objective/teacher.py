@@ -1,5 +1,6 @@
-"""A teacher, whose log-probabilities of the data or of sampled answers are stored: its settings, and which objectives
-have one. Without torch.
+"""The settings of a teacher, and which objectives have one. This file loads no torch.
+
+Capstan stores a teacher's log-probabilities of the data, or of sampled answers.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from trainer.tuning.objective.objective import Objective
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher called `name`: a run where `is_run`, else a base that is quantized as `quant`, or as the run's base,
-    or the URL of a server. Of each target the `top_k` likeliest tokens are stored, at `temperature`; of sampled answers
-    the token itself alone."""
+    """The teacher called `name`: a run if `is_run`, otherwise a base or the URL of a server.
+
+    A base is quantized as `quant` says, or as the run's base is. For each target the `top_k` likeliest tokens are
+    stored, at `temperature`. For sampled answers only the sampled token itself is stored."""
 
     name: str
     is_run: bool
@@ -31,12 +33,12 @@ class Teacher:
         return self.name.startswith(("http://", "https://"))
 
     def bytes_a_target(self, vocabulary: int) -> int:
-        """As `trainer.data.dataset.taught` stores them, for a vocabulary of so many tokens."""
+        """Bytes that `trainer.data.dataset.taught` stores for one target, with a vocabulary of so many tokens."""
         k = min(self.top_k, vocabulary)
         return id_bytes(vocabulary) * k + 2 * (k + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """All that names a stored teacher of a data set."""
+        """The values that identify a stored teacher of a data set."""
         return {
             "teacher": self.name,
             "run": self.is_run,
@@ -51,12 +53,12 @@ TEACHER = {"teacher": None, "teacher_run": None, "teacher_quant": None}
 
 
 def named_teacher(given: ObjectiveSettings) -> Teacher:
-    """The teacher that the settings name; without a name where `teacher_mismatches` refuses them."""
+    """The teacher that the settings name. It has no name where `teacher_mismatches` refuses the settings."""
     return Teacher(given.teacher or given.teacher_run or "", given.teacher is None, given.teacher_quant)
 
 
 def teacher_mismatches(given: ObjectiveSettings) -> Iterator[str]:
-    """A sentence for each setting by which the objective has not just one teacher."""
+    """One sentence for each setting because of which the objective has no teacher, or more than one."""
     if (given.teacher is None) == (given.teacher_run is None):
         both = given.teacher is not None
         yield (
@@ -79,8 +81,7 @@ def id_bytes(vocabulary: int) -> int:
 
 @runtime_checkable
 class LearnsFromTeacher(Objective, Protocol):
-    """An objective that finds the teacher's word on each target in the columns
-    `teacher_ids` and `teacher_log_p`."""
+    """An objective that reads the teacher's predictions from the columns `teacher_ids` and `teacher_log_p`."""
 
     @property
     def teacher(self) -> Teacher: ...

@@ -1,6 +1,4 @@
-"""OFT's linear layer: its inputs are rotated in blocks, before the frozen weight sees them (arXiv:2506.19847, section
-4).
-"""
+"""OFT's linear layer: it rotates its inputs in blocks before the frozen weight (arXiv:2506.19847, section 4)."""
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,7 @@ class Rotations(nn.Module):
 
 
 class RotatedLinear(nn.Module):
-    """`y = W (R x) + bias`, with R of blocks along the diagonal; PEFT's names."""
+    """`y = W (R x) + bias`, where R has blocks along its diagonal. The names are PEFT's."""
 
     def __init__(self, base_layer: nn.Linear, block: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""OFT (arXiv:2306.07280): the inputs of linear layers are rotated by what is learnt, in blocks along the diagonal.
+"""OFT (arXiv:2306.07280): learnt rotations, in blocks along the diagonal, turn the inputs of linear layers.
 
-Rotations keep lengths and angles of a weight's rows, and start as the identity. They are computed as PEFT's OFTv2 does
-(arXiv:2506.19847): on the inputs, so that a frozen weight in few bits stays as it is.
+Rotations keep the lengths of a weight's rows and the angles between them, and start as the identity. As in PEFT's OFTv2
+(arXiv:2506.19847) they act on the inputs, so that a frozen quantized weight stays as it is.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ _SKEW = "oft_R.weight"
 
 @dataclass(frozen=True)
 class Rotation:
-    """A weight (outputs, inputs) whose rows are turned by the transposes of `blocks`, (rotations, block, block)
-    fp32.
-    """
+    """Turns the rows of a weight (outputs, inputs) by the transposes of `blocks`, (rotations, block, block) fp32."""
 
     shape: tuple[int, int]
     blocks: Tensor

@@ -1,7 +1,6 @@
-"""A prefix (arXiv:2101.00190): in every attention layer, keys and values that are learnt lie before those of each
-document.
+"""A prefix (arXiv:2101.00190): learnt keys and values before those of each document, in every attention layer.
 
-Prefix keys are not rotated, and a document's tokens are at the positions behind them, as in PEFT.
+Prefix keys are not rotated, and a document's tokens take the positions behind them, as in PEFT.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,9 +46,7 @@ def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable
 
 @torch.no_grad()
 def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
-    """The keys, rotated, and the values that each attention layer makes of a text of `tokens` (P,): (2, kv_heads, P,
-    head).
-    """
+    """The rotated keys and the values of a text of `tokens` (P,), for each attention layer: (2, kv_heads, P, head)."""
     cache, training = DynamicCache(), model.training
     borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     model.eval()
@@ -69,7 +66,7 @@ def keys_and_values(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
 def _sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """SDPA; every token of a row, or of a batch of documents, sees the one prefix that lies before their own keys."""
+    """SDPA. Every token of a row, or of a batch of documents, sees the one prefix before the row's own keys."""
     if module.attends_to_prefix:
         tokens = module.prefix.shape[2]
         if attention_mask is None:  # one document, which SDPA alone would take for causal from its first key on
@@ -95,7 +92,7 @@ def _varlen(
     max_length_k: int,
     **given: Any,
 ) -> tuple[Tensor, None]:
-    """PyTorch's varlen kernel; the keys of each document are a copy of the prefix and its own."""
+    """PyTorch's varlen kernel. The keys of each document are a copy of the prefix, then its own."""
     if module.attends_to_prefix:
         tokens = module.prefix.shape[2]
         source = prefixed(cu_seq_lens_k, tokens, key.shape[2])
@@ -109,9 +106,10 @@ def _varlen(
 
 
 def prefixed(borders: Tensor, tokens: int, length: int) -> Tensor:
-    """Where each key of a row of `length` tokens with `borders` (documents + 1,) comes from, when a prefix of so many
-    `tokens` lies before every document: a place in [prefix, row], (length + tokens * documents,) int64. It waits for no
-    GPU."""
+    """The source of each key as a place in [prefix, row], (length + tokens * documents,) int64.
+
+    The row has `length` tokens with `borders` (documents + 1,), and every document gets a prefix of `tokens` tokens.
+    The function does not wait for the GPU."""
     places = torch.arange(length + tokens * (len(borders) - 1), device=borders.device)
     begins = borders + tokens * torch.arange(len(borders), device=borders.device)
     document = torch.bucketize(places, begins[1:], right=True)

@@ -1,7 +1,7 @@
-"""Prefix tuning (arXiv:2101.00190): keys and values before those of each document are learnt, in every attention layer.
+"""Prefix tuning (arXiv:2101.00190): every attention layer learns keys and values that stand before each document.
 
-A layer's prefix is (2, kv_heads, virtual_tokens, head): keys, then values. The paper trains them as the output of an
-MLP and keeps the output alone; here they are the parameters themselves, which PEFT calls a prefix without projection.
+A layer's prefix is (2, kv_heads, virtual_tokens, head): keys, then values. The paper trains an MLP that outputs them,
+and keeps only its output. Here they are parameters themselves, which PEFT calls a prefix without projection.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class PrefixTuning(BesideBase):
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The prefixes start as the keys and values of a text, for which the base computes once, gathered layer by
-        layer.
+        """The prefixes start as the keys and values of a text. One forward pass of the base computes these.
+
+        ZeRO-3 gathers the base layer by layer for it.
         """
         from trainer.model.parts import in_order
         from trainer.state.zero.engine import gathered_in_turn

@@ -1,6 +1,4 @@
-"""A prompt of virtual tokens (arXiv:2104.08691): their embeddings are what is learnt, and every document begins with
-them.
-"""
+"""A prompt of virtual tokens (arXiv:2104.08691): every document begins with them, and their embeddings are learnt."""
 
 from typing import Any
 
@@ -28,11 +26,10 @@ class Prompt(nn.Module):
 
 
 def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
-    """Have `model` put a prompt into the first P positions of each document of its rows; `start` (P, hidden) is its
-    first value.
+    """Make `model` put a prompt into the first P positions of each document. It starts as `start` (P, hidden).
 
-    While the prompt is not `active`, these positions are documents of their own, which nothing else sees: the rest of
-    the row is then computed as it would be without them.
+    While the prompt is not `active`, these positions are documents of their own that no other token sees. The rest of
+    the row is then computed as if they were not there.
     """
     prompt, tokens = Prompt(start), len(start)
     model.add_module("prompt", prompt)
@@ -53,8 +50,9 @@ def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
 
 
 def _apart(borders: Tensor, tokens: int) -> Tensor:
-    """(documents + 1,) -> (2 * documents + 1,): a border more behind the first `tokens` of each document, or at its
-    end.
+    """Add a border behind the first `tokens` of each document, or at its end if it is shorter.
+
+    (documents + 1,) -> (2 * documents + 1,).
     """
     begins, ends = borders[:-1], borders[1:]
     inside = torch.minimum(begins + tokens, ends)

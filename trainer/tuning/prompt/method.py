@@ -1,8 +1,7 @@
-"""Prompt tuning (arXiv:2104.08691): the embeddings of some virtual tokens, with which every document begins, are
-learnt.
+"""Prompt tuning (arXiv:2104.08691): every document begins with virtual tokens, whose embeddings are learnt.
 
-The prompt is (virtual_tokens, hidden). Its tokens take the first positions of each document in a packed row, so
-documents see their own prompt as they see their own tokens, whatever the attention kernel.
+The prompt is (virtual_tokens, hidden). Its tokens take the first positions of each document in a packed row, so a
+document sees its prompt as it sees its own tokens, with any attention kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class PromptTuning(BesideBase):
         return {_WEIGHT: (self.tuning.virtual_tokens, architecture.hidden)}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """The prompt starts as the embeddings of tokens of the vocabulary, for which the embedding is gathered once."""
+        """The prompt starts as the embeddings of tokens of the vocabulary. The embedding is gathered once for it."""
         import torch
 
         from trainer.state.zero.engine import gathered

@@ -1,1 +1,1 @@
-"""The parts that several methods are made of. A method knows its parts; they know no method, and have no `METHODS`."""
+"""The parts that several methods share. A method imports its parts; a part imports no method and has no `METHODS`."""

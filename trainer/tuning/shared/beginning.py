@@ -1,10 +1,11 @@
-"""The adapter that a run begins from, `tuning.start`: one that a run of ours has committed (`RunCheckpoint`), a LoRA
-adapter in a folder that PEFT has written (`PeftAdapter`), or either of them in a run that has begun from it in an
-earlier start (`Begun`).
+"""The adapter that a run begins from, `tuning.start`.
 
-Its weights become those of the adapter before the first step (trainer/train/start.py). The first start names the
-checkpoint of a run in `tuning.start`, as a run that goes on learning has another newest one by the next start. A run
-that resumes has weights of its own, and takes nothing from here unless its stored reference has to be read again.
+It is a checkpoint of another run (`RunCheckpoint`), or a LoRA adapter in a folder that PEFT wrote (`PeftAdapter`). In a
+run that already began from one of them in an earlier start it is a `Begun`.
+
+trainer/train/start.py loads its weights before the first step. If `tuning.start` names a run, the first start replaces
+it by the checkpoint that it found, because that run may write newer ones before the next start. A run that resumes has
+its own weights, and needs these only if its stored reference has to be read again.
 Importing the file loads no torch.
 """
 
@@ -45,7 +46,7 @@ SETTING = "tuning.start"
 
 
 class Values(NamedTuple):
-    """Elements [begin, end) of a flattened parameter, as bytes of a `dtype` of safetensors."""
+    """Elements [begin, end) of a flattened parameter, as bytes. `dtype` is safetensors' name of their type."""
 
     name: str
     begin: int
@@ -55,39 +56,41 @@ class Values(NamedTuple):
 
 
 class Beginning(Protocol):
-    """An adapter to begin from. `begun`: the run has done so, and its checkpoints have its weights."""
+    """An adapter to begin from. With `begun` the run already did, and its checkpoints continue from those weights."""
 
     begun: ClassVar[bool]
 
     @property
     def place(self) -> str:
-        """The value of `tuning.start` that names this adapter at every later start, too."""
+        """The value of `tuning.start` that still names this adapter at every later start."""
         ...
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Its place, `start`, and a hash of its weights, `start_weights`, for the identity of what is trained on it; of
-        a run the fingerprints of the data that it has learnt from, `start_data`."""
+        """What the identity of the new run records: its place `start`, and `start_weights`, a hash of its weights.
+
+        For a run's checkpoint also `start_data`, the fingerprints of the data that it learnt from."""
         ...
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
-        """A sentence for each setting that would make another adapter than it is."""
+        """One sentence for each setting that would make a different adapter than this one."""
         ...
 
     def check(self) -> None:
-        """Raise `StorageError` where its files are not whole."""
+        """Raise `StorageError` if its files are incomplete or damaged."""
         ...
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
-        """The wanted elements of each parameter that learns, by its name in the model, each once."""
+        """Yield the wanted elements of each trained parameter, by its name in the model, each exactly once."""
         ...
 
 
 def unlike_settings(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], defaults: Mapping[str, Any], free: set[str], place: str
 ) -> Iterator[str]:
-    """A sentence for each setting of `tuning` that is another one than the adapter has; of another method for that
-    alone.
+    """One sentence for each setting of `tuning` that differs from the adapter's.
+
+    If the method differs, that is the only sentence.
     """
     for key in sorted((theirs.keys() | ours.keys()) - free, key=lambda key: (key != "method", key)):
         before, now = (values.get(key, defaults.get(key)) for values in (theirs, ours))
@@ -108,7 +111,7 @@ _CHECKPOINT = re.compile(r"(.+)/checkpoints/step-(\d{9})")
 _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
-# Settings that do not belong to the weights.
+# Settings that may differ, because the weights do not depend on them.
 _FREE = {"dropout", "init"}
 
 
@@ -116,7 +119,7 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
     """The adapter that `tuning.start` names, for the run's `method`; None where it names none.
 
     Raises:
-        ConfigError: there is neither an adapter nor a run with a checkpoint.
+        ConfigError: the place has neither an adapter nor a run with a checkpoint.
         StorageError: the store does not answer, or the adapter's files are damaged.
     """
     place = config.tuning.start
@@ -126,7 +129,7 @@ def find_beginning(config: Config, method: Method) -> Beginning | None:
 
 
 def with_known_start(config: Config) -> Config:
-    """`config` whose `tuning.start` names a checkpoint where it was a run. Raises as `find_beginning`."""
+    """`config`, in which `tuning.start` names a checkpoint if it named a run. Raises as `find_beginning`."""
     beginning = find_beginning(config, method_of(config))
     return config if beginning is None else starting_at(config, beginning.place)
 
@@ -136,14 +139,15 @@ def starting_at(config: Config, place: str) -> Config:
 
 
 def is_asked_for(there: str, place: str | None) -> bool:
-    """Whether `there`, which names a checkpoint where it was a run, is what a `tuning.start` of `place` began from."""
+    """Whether a `tuning.start` of `place` began from `there`, which names a checkpoint if `place` is a run."""
     return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
 
 
 @dataclass(frozen=True)
 class _Search:
-    """A search for the adapter at `place`, by the run of this name, method and base; a bare name is that of one of
-    `runs`.
+    """A search for the adapter at `place`, for a run with this name, method and base.
+
+    A place without a path is the name of one of `runs`.
     """
 
     runs: Store
@@ -156,8 +160,10 @@ class _Search:
         return self._begun() or self._found(self.place)
 
     def _begun(self) -> Begun | None:
-        """The adapter by what the run's own checkpoints say of it, where they began from that place, or from a step of
-        the run there: ranks that torchrun starts again have the configuration that the first start was given."""
+        """The adapter as the run's own checkpoints record it, if they began from that place.
+
+        They may also have begun from a step of the run at that place: ranks that torchrun restarts still have the
+        configuration that the first start was given."""
         own = self.runs.sub(self.run)
         manifest = next(readable_manifests(own, [], committed_steps(own)), None)
         if manifest is None or "start" not in manifest.base:
@@ -192,8 +198,9 @@ class _Search:
 
 
 def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
-    """The folder of an adapter or of a run that `setting` names, and the step that is asked for; a bare name is one of
-    `runs`.
+    """The folder of the adapter or run that `setting` names at `place`, and the step if `place` has one.
+
+    A place without a path is the name of one of `runs`.
     """
     if "/" not in place:
         if (named := _OF_STORE.fullmatch(place)) is None:
@@ -207,7 +214,7 @@ def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
 
 
 def _at_step(place: str, step: int) -> str:
-    """The checkpoint of `step` of the run at `place`, or of its name, which may have one already."""
+    """Name the checkpoint of `step` of the run at `place`, a path or a name. A step that `place` has is replaced."""
     if "/" not in place:
         return f"{place.partition('@')[0]}@{step}"
     run = place.rstrip("/")
@@ -216,7 +223,7 @@ def _at_step(place: str, step: int) -> str:
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """The adapter that a run has learnt, at the checkpoint of `manifest`."""
+    """The adapter that a run learnt, in the checkpoint of `manifest`."""
 
     begun: ClassVar[bool] = False
     place: str
@@ -266,9 +273,10 @@ class RunCheckpoint:
 
 @dataclass(frozen=True)
 class Begun:
-    """An adapter that the run has begun from in an earlier start. It is looked for only where somebody wants its
-    weights, and need not be there any more otherwise: the run that it is of may have gone on and removed that
-    checkpoint."""
+    """An adapter that the run began from in an earlier start.
+
+    It is looked up only when somebody reads its weights. Otherwise it may be gone: the run that wrote it may have gone
+    on and removed that checkpoint."""
 
     begun: ClassVar[bool] = True
     facts: dict[str, Any]
@@ -279,7 +287,7 @@ class Begun:
         return self.facts["start"]
 
     def differences(self, config: Config, method: Method, base: Base) -> list[str]:
-        """The settings are compared with those of the run's own checkpoints."""
+        """Always empty: the run's settings are compared with those of its own checkpoints instead."""
         return []
 
     @cached_property
@@ -298,25 +306,26 @@ class Begun:
         return self._again.read(wanted)
 
 
-# PEFT's settings that give an adapter more than two matrices for each of its layers, or other ones for some.
+# PEFT's settings that give a layer more than two matrices, or give some layers different ones.
 _BEYOND = (
     "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters lora_bias layer_replication "
     "layers_pattern arrow_config use_bdlora alora_invocation_tokens use_qalora monteclora_config kasa_config"
 ).split()
-# PEFT's `init_lora_weights` that leave the base as it is. The others, such as pissa and olora, take a part out of its
-# weights, which are another base's then.
+# The values of PEFT's `init_lora_weights` that leave the base unchanged. The others, such as pissa and olora, subtract
+# a part from the base's weights, so their adapter fits only that changed base.
 _BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def _last_name(base: str) -> str:
-    """A base without the folder or the account that it is in: many machines have copies."""
+    """The last part of a base's name. Copies of one base lie in other folders or accounts."""
     return base.strip().rstrip("/").replace("\\", "/").rpartition("/")[2].casefold()
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA adapter as PEFT saves it: by the names in the class that people load, or in the language model of it
-    alone.
+    """A LoRA adapter as PEFT saves it.
+
+    Its names are those of the class that users load, or those of the language model inside that class.
     """
 
     begun: ClassVar[bool] = False
@@ -376,8 +385,9 @@ class PeftAdapter:
         return list(unlike_settings(given, own, {}, set(), self.place)) or self._unlike_layers() or self._other_base()
 
     def _other_base(self) -> list[str]:
-        """A sentence where the adapter says that it was made over a base of another name: its weights would fit one of
-        the same shapes, and mean nothing there."""
+        """A sentence if the adapter names another base.
+
+        Its weights would load into any base of the same shapes, but mean nothing there."""
         theirs, ours = self._settings.get("base_model_name_or_path"), self.model.base
         if not isinstance(theirs, str) or not theirs.strip() or _last_name(theirs) == _last_name(ours):
             return []
@@ -388,7 +398,7 @@ class PeftAdapter:
         ]
 
     def _unlike_layers(self) -> list[str]:
-        """A sentence where the file has other weights than the run's adapter."""
+        """A sentence if the file holds different weights than the run's adapter has."""
         ours, theirs = {self._saved[name]: shape for name, shape in self._shapes.items()}, self._tensors
         if ours.keys() == theirs.keys():
             other = next((name for name, shape in ours.items() if theirs[name].shape != tuple(shape)), None)
@@ -418,9 +428,7 @@ class PeftAdapter:
 
     @cached_property
     def _saved(self) -> Mapping[str, str]:
-        """The name in the file of each parameter that learns; where the file does not have it, that in the language
-        model alone.
-        """
+        """Trained parameter -> its name in the file. A name that the file lacks is that of the language model alone."""
         alone = {name: f"{PREFIX}{cast(LowRank, self.method).saved_name(name)}" for name in self._shapes}
         if all(saved in self._tensors for saved in alone.values()):
             return alone
@@ -434,7 +442,7 @@ class PeftAdapter:
         }
 
     def check(self) -> None:
-        """Everything was read when it was found."""
+        """Does nothing: everything was read when the adapter was found."""
 
     def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
         for name, (begin, end) in wanted.items():
@@ -444,5 +452,5 @@ class PeftAdapter:
 
 
 def _layer(saved: str) -> str:
-    """The path of the layer whose weight has this name in PEFT's file, with the prefix of the wrapped model's names."""
+    """The path of the layer whose weight has this name in PEFT's file. It keeps the prefix of the wrapped model."""
     return saved.partition(".lora_")[0]

@@ -1,4 +1,4 @@
-"""The common part of methods that adapt single linear layers: how layers are named, and PEFT's files."""
+"""The base classes of methods that adapt single linear layers: which layers they adapt, and PEFT's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
 
-# The names in PEFT's folder of an adapter. Without PEFT itself, which not every reader of such a folder needs.
+# The names in PEFT's folder of an adapter. They are written here because not every reader of such a folder needs PEFT.
 PREFIX = "base_model.model."  # of the weights' names: the wrapped model's
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -36,9 +36,9 @@ Targets = str | list[str]
 
 @dataclass(frozen=True)
 class LinearAdapters(OfSettings):
-    """The part of a method that is the same whatever it adds to the linear layers of a frozen base.
+    """A method that adds something to linear layers of a frozen base.
 
-    `auto` is what `tuning.targets: auto` means for the method, and `what` says what its exports are, to begin a
+    `auto` is the meaning of `tuning.targets: auto` for the method. `what` names its exports at the beginning of a
     sentence.
     """
 
@@ -52,7 +52,7 @@ class LinearAdapters(OfSettings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """`targets` as they are understood, whatever the configuration calls them."""
+        """`targets` in their resolved form, whatever the configuration calls them."""
         return without_defaults({**super().identity, "targets": self.targets}, self.defaults)
 
     def mismatches(self, architecture: Architecture) -> list[str]:
@@ -74,7 +74,7 @@ class LinearAdapters(OfSettings):
         return {path: linear for path, linear in linears.items() if f"{path}.weight" in within}
 
     def ends(self, architecture: Architecture) -> list[str]:
-        """The names by which PEFT finds the layers that are adapted, and no other."""
+        """Names by which PEFT finds the adapted layers and no others."""
         return shortest_ends(architecture, self.adapted(architecture))
 
     def peft_config(self, architecture: Architecture) -> PeftConfig:
@@ -82,7 +82,7 @@ class LinearAdapters(OfSettings):
         raise NotImplementedError
 
     def saved_name(self, name: str) -> str:
-        """The name of a parameter that learns in PEFT's files, less the prefix of the wrapped model's names."""
+        """The name of a trained parameter in PEFT's files, without the prefix of the wrapped model."""
         return name
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
@@ -94,8 +94,7 @@ class LinearAdapters(OfSettings):
 
 @dataclass(frozen=True)
 class LowRank(LinearAdapters):
-    """The part of it that methods share which have LoRA's two matrices. `options` are those of PEFT's `LoraConfig` that
-    tell them from one another."""
+    """A method that has LoRA's two matrices. `options` are the settings of PEFT's `LoraConfig` in which they differ."""
 
     settings: ClassVar[Collection[str]] = (
         "rank",
@@ -125,11 +124,11 @@ class LowRank(LinearAdapters):
         return self.scaling_of(self.tuning.rank)
 
     def scaling_of(self, rank: int) -> float:
-        """The same for adapters of another rank."""
+        """The factor for adapters of another rank."""
         return self.tuning.alpha / rank
 
     def adapting(self, targets: str | Iterable[str]) -> LoraConfig:
-        """PEFT's description of adapters on `targets`, which it matches to the ends of modules' names."""
+        """PEFT's description of adapters on `targets`. PEFT matches these with the ends of modules' names."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -142,7 +141,7 @@ class LowRank(LinearAdapters):
         )
 
     def peft_config(self, architecture: Architecture) -> LoraConfig:
-        """A layer that PEFT takes for an expert is named by its weight, in `target_parameters`."""
+        """A layer that PEFT would take for an expert is named by its weight, in `target_parameters`."""
         config = self.adapting(self.ends(architecture))
         config.fan_in_fan_out = any(part.kind == "linear" and part.transposed for part in architecture.parameters)
         targets = set(config.target_modules or ())
@@ -154,15 +153,16 @@ class LowRank(LinearAdapters):
 
 
 def low_rank_methods(tuning: Tuning) -> dict[str, LowRank]:
-    """Those of the methods that have LoRA's two matrices, by their names, with these settings."""
+    """Name -> method, for every method that has LoRA's two matrices, made with these settings."""
     made = {name: make(tuning) for name, make in methods().items()}
     return {name: method for name, method in made.items() if isinstance(method, LowRank)}
 
 
 def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
-    """Path in the model -> linear layer that `targets` name. A target is the end of a path, as PEFT matches it, the
-    pattern of a whole path, as `tuning.train` has them, or behind `re:` a regular expression for a whole path, as PEFT
-    matches one."""
+    """Path in the model -> each linear layer that `targets` name.
+
+    A target is the end of a path, as in PEFT; or a pattern for the whole path, as in `tuning.train`; or `re:` and a
+    regular expression for the whole path, as in PEFT."""
     linears = architecture.linear_layers()
     if targets == ALL_LINEAR:
         return linears
@@ -176,7 +176,7 @@ def matching(architecture: Architecture, targets: Targets) -> dict[str, Linear]:
 
 
 def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
-    """A sentence for each target that is no layer of the base."""
+    """One sentence for each target that names no layer of the base."""
     paths = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in architecture.linear_layers())
     return [
         (
@@ -194,10 +194,10 @@ def unknown_targets(architecture: Architecture, targets: Targets) -> list[str]:
 
 
 def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[str]:
-    """Ends of `paths` that are those of no other module, as PEFT matches names to the ends of paths, sorted.
+    """The shortest ends of `paths` that match no other module, sorted. PEFT matches names with the ends of paths.
 
-    A last name alone where that suffices. It does not where another module has it too that gets no adapter: one of
-    other layers, or a stack of experts, which is a module where it is stored in 4 bits.
+    The last name alone is enough unless a module without an adapter has it too: one of another layer, or a stack of
+    experts, which is a module if it is stored in 4 bits.
     """
     others: set[str] = set()
     for parameter in architecture.parameters:
@@ -211,7 +211,7 @@ def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[st
     for alike in by_name.values():
         for length in range(1, max(map(len, alike)) + 1):
             found = {".".join(parts[-length:]) for parts in alike}
-            # Without the dot before it, as PEFT compares the names of (IA)^3's feed-forward layers.
+            # Compare without the leading dot, as PEFT does for the names of (IA)^3's feed-forward layers.
             if not any(other.endswith(tuple(found)) for other in others):
                 break
         ends |= found
@@ -219,14 +219,12 @@ def shortest_ends(architecture: Architecture, paths: Collection[str]) -> list[st
 
 
 def taken_for_experts(architecture: Architecture, targets: Iterable[str]) -> list[str]:
-    """The ends of paths among `targets` in whose place PEFT adapts a mixture's experts, sorted."""
+    """Those of `targets` for which PEFT would adapt a mixture's experts instead of the layer, sorted."""
     return sorted(target for target in targets if target.rpartition(".")[2] in architecture.taken_for_experts)
 
 
 def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, prefix: str = PREFIX) -> dict[str, bytes]:
-    """PEFT's folder; `weights` by the names that PEFT saves them under, less `prefix`, which is that of a wrapped
-    model.
-    """
+    """The files of PEFT's folder. `weights` has PEFT's names without `prefix`, which is that of a wrapped model."""
     from safetensors.torch import save
 
     config.inference_mode = True

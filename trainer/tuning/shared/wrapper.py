@@ -1,6 +1,6 @@
-"""The common part of what learns beside a method's own: a method around another one.
+"""The base class of a method that wraps another one and trains more parameters beside it.
 
-A file of trainer/tuning whose `AROUND` names a setting puts such a method around the run's where that is set.
+A file of trainer/tuning names a setting in `AROUND`. If the run sets it, that file wraps the run's method.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _AsTheMethod:
-    """An attribute of a wrapper that is its method's."""
+    """An attribute of a wrapper that forwards to the wrapped method."""
 
     def __set_name__(self, _owner: type, name: str) -> None:
         self._name = name
@@ -32,10 +32,10 @@ class _AsTheMethod:
 
 @dataclass(frozen=True)
 class Around(Method):
-    """A method with something more that learns.
+    """A method that wraps another one and trains more parameters.
 
-    A class of it says what it adds: to the parameters (`own`), to PEFT's folder (`added_to`), and unless it is
-    unmergeable to a merge (`own_updates`).
+    A subclass says what it adds: to the parameters (`own`), to PEFT's folder (`added_to`), and to a merge
+    (`own_updates`) unless it is unmergeable.
     """
 
     method: Method
@@ -57,31 +57,31 @@ class Around(Method):
     load_exported: ClassVar[Any] = _AsTheMethod()
 
     def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Name in the model -> shape of every parameter that learns beside those of the method."""
+        """Name in the model -> shape of every parameter that it trains beside those of the method."""
         raise NotImplementedError
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return {**self.method.shapes(architecture), **self.own(architecture)}
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
-        """PEFT's folder of the method, with what is learnt beside it."""
+        """PEFT's folder of the method, with the parameters of the wrapper added."""
         architecture = describe_base(model).architecture
         own = self.own(architecture)
         theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)
         return self.added_to(theirs, {name: values for name, values in weights.items() if name in own}, architecture)
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
-        """`theirs`, PEFT's folder of the method, with the weights `ours`, by name in the model."""
+        """Add the weights `ours`, by name in the model, to `theirs`, PEFT's folder of the method."""
         raise NotImplementedError
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
         return {**self.method.updates(weights, architecture), **self.own_updates(weights, architecture)}
 
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> Mapping[str, WeightUpdate]:
-        """The changes of a merge beside those of the method."""
+        """The changes that the wrapper adds to the method's in a merge."""
         raise NotImplementedError
 
 
 def innermost(method: Method) -> Method:
-    """The method itself, without what learns beside it."""
+    """The method itself, without its wrappers."""
     return innermost(method.method) if isinstance(method, Around) else method

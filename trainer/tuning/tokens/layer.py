@@ -1,14 +1,14 @@
-"""Rows of the vocabulary that learn, in the place of rows of a frozen embedding and behind its end."""
+"""Rows of the vocabulary that learn. They replace rows of a frozen embedding, or follow behind its last row."""
 
 import torch
 from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """The base's embedding, but `trainable_tokens_delta` (tokens, H) for the ids (tokens,) int64.
+    """The base's embedding, with the rows of `ids` (tokens,) int64 replaced by `trainable_tokens_delta` (tokens, H).
 
-    The parameter has PEFT's name, but is the rows themselves. An id may lie behind the last row of the base. `start`
-    (tokens, H) are the rows to begin with, which come back where `active` is off.
+    The parameter has PEFT's name but holds the rows themselves. An id may lie behind the last row of the base. `start`
+    (tokens, H) has the first values of the rows, which are used again while `active` is false.
     """
 
     def __init__(self, base_layer: nn.Embedding, ids: Tensor, start: Tensor) -> None:

@@ -1,9 +1,8 @@
-"""Rows of the embedding and of the output head that learn beside an adapter: those of the tokens that
-`model.add_tokens` names.
+"""The rows of the embedding and of the output head for the tokens of `model.add_tokens`. They learn beside an adapter.
 
 The base's own matrices stay frozen and as they are stored. A small matrix (tokens, H), as in PEFT's trainable tokens,
-takes the place of some of their rows or follows behind the last one; an untied head has one of its own. A new token
-starts as the mean of the pieces that its text was before.
+replaces some of their rows or follows behind the last one. An untied head has its own. A new token starts as the mean
+of the tokens that its text was split into before.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ _SAVED_AS = f"token_adapter.{_ROWS}"
 
 @dataclass(frozen=True)
 class RowsUpdate:
-    """The rows `ids` of a weight are those of `rows` (tokens, H), fp32. `shape` may have more rows than the base
-    has.
-    """
+    """Replaces the rows `ids` of a weight by `rows` (tokens, H), fp32. `shape` may have more rows than the base."""
 
     shape: tuple[int, ...]
     ids: Tensor
@@ -51,7 +48,7 @@ class RowsUpdate:
 
 @dataclass(frozen=True)
 class WithTokens(Around):
-    """A method of low-rank adapters, and the rows of some tokens."""
+    """A method of low-rank adapters, and the learnt rows of some tokens."""
 
     model: Model
 
@@ -69,7 +66,7 @@ class WithTokens(Around):
         return {f"{weight.removesuffix('.weight')}.{_ROWS}": shape for weight in weights}
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-        """Embedding and head are gathered once, one after the other, so every rank has the same start."""
+        """Gathers the embedding and the head once, one after the other, so that every rank has the same start."""
         import torch
         from torch import nn
 
@@ -93,7 +90,7 @@ class WithTokens(Around):
         return [*self.method.groups(model, optim), {"name": "tokens", "lr_ratio": 1.0, "params": rows}]
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:
-        """With the rows in it."""
+        """Adds the rows."""
         paths = {name: name.removesuffix(f".{_ROWS}") for name in ours}
         indices = {path.rpartition(".")[2]: self._ids for path in paths.values()}
         named = {f"{paths[name]}.{_SAVED_AS}": rows for name, rows in ours.items()}
@@ -111,7 +108,7 @@ class WithTokens(Around):
 
 
 def _means(layer: Any, rows: Sequence[TokenRow]) -> Tensor:
-    """The mean of the rows of each token's pieces, (tokens, H), of the layer's frozen weight. Collective."""
+    """The mean of the frozen rows of the pieces of each token, (tokens, H). Collective."""
     import torch
 
     from trainer.state.zero.engine import gathered

@@ -1,6 +1,7 @@
-"""Classification: each text, or each word of one, has one of the classes of `data.labels`. The loss is -log softmax(W
-h) of its class, with h the hidden state of the text's last token, or of the word's first, and W the head; texts, or
-words, weigh the same."""
+"""Classification: each text, or each word of a text, has one of the classes of `data.labels`.
+
+The loss is -log softmax(W h) of its class. W is the head, and h the hidden state of the text's last token, or of the
+word's first token. All texts, or all words, have the same weight."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classification(Objective):
-    """The formula of the module's docstring. `outputs` are those of the head where a row has a class, in the order of
-    its labels. Accuracy and F1 are of the texts or words that are looked at, macro F1 is the mean over the classes that
-    these have or are taken for, as in scikit-learn."""
+    """The formula of the module's docstring.
+
+    `outputs` gives the head's outputs at the places of a row that have a class, in the order of its labels. Accuracy
+    and F1 are over the texts or words of the evaluation. Macro F1 is the mean over all classes that occur among labels
+    or predictions, as in scikit-learn."""
 
     name: str
     labels: Sequence[str]
@@ -44,9 +47,7 @@ class Classification(Objective):
         return 3 * len(self.labels)
 
     def summary(self, means: Sequence[float]) -> list[float]:
-        """The measures, by the shares of texts that are of a class and taken for it, of those taken for it, and of
-        those of it.
-        """
+        """The measures, from three shares for each class: true positives, predicted texts, and labelled texts."""
         scores, _ = _scores(means, len(self.labels))
         return [sum(means[: len(self.labels)]), sum(scores) / len(scores) if scores else 0.0]
 
@@ -64,10 +65,12 @@ class Classification(Objective):
 
 @dataclass(frozen=True)
 class Several(Objective):
-    """Each text has any of the classes: the loss is the mean over texts and classes of -log s(o) or -log(1 - s(o)),
-    with o the class's output and s the logistic function. Accuracy is the share of texts with all of their classes and
-    no other; F1 is of all decisions (micro), or the mean over the classes that texts have or are taken for (macro), as
-    in scikit-learn."""
+    """Each text has any number of the classes.
+
+    The loss is the mean over texts and classes of -log s(o) if the text has the class, else -log(1 - s(o)), with o the
+    class's output and s the logistic function. Accuracy is the share of texts for which every class is right. Micro F1
+    is over all decisions; macro F1 is the mean over all classes that occur among labels or predictions, as in
+    scikit-learn."""
 
     labels: Sequence[str]
 
@@ -84,9 +87,7 @@ class Several(Objective):
         return 1 + 3 * len(self.labels)
 
     def summary(self, means: Sequence[float]) -> list[float]:
-        """The measures, by the share of decisions in texts that are right as a whole, and those that `_scores`
-        takes.
-        """
+        """The measures, from the share of decisions in texts that are wholly right, and the shares of `_scores`."""
         exact, *counts = means
         scores, whole = _scores(counts, len(self.labels))
         return [exact, whole, sum(scores) / len(scores) if scores else 0.0]
@@ -106,8 +107,9 @@ class Several(Objective):
 
 
 def _scores(counts: Sequence[float], classes: int) -> tuple[list[float], float]:
-    """The F1 of each class that is there or taken, and that of all: by the shares that are of a class and taken for it,
-    taken for it, and of it.
+    """The F1 of each class that occurs among labels or predictions, and the F1 over all classes.
+
+    `counts` has for each class the shares of true positives, of predictions and of labels.
     """
     right, taken, there = (counts[part * classes : (part + 1) * classes] for part in range(3))
     scores = [2 * r / (t + n) for r, t, n in zip(right, taken, there, strict=True) if t + n]
@@ -119,7 +121,7 @@ def _of_texts(model: PackedModel, batch: MicroBatch) -> Tensor:
 
 
 def _of_words(model: PackedModel, batch: MicroBatch) -> Tensor:
-    """The numbers of tags, which stand behind the text in a segment of its size, are not passed through the model."""
+    """The numbers of tags stand behind the text in a segment of the same size. They do not pass through the model."""
     import torch
 
     from trainer.model.micro_batch import Role

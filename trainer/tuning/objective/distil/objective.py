@@ -1,5 +1,6 @@
-"""Distillation: each target's distribution shall become that of a teacher, whose log-probabilities are stored beside
-the data.
+"""Distillation: training brings the distribution of each target closer to a teacher's.
+
+The teacher's log-probabilities are stored beside the data.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 
 class Distil(OfSettings):
-    """The loss of `trainer.model.divergence.Distillation`. An evaluation is the likelihood of the next tokens, as with
-    sft, so held-out data need no teacher."""
+    """The loss of `trainer.model.divergence.Distillation`.
+
+    An evaluation computes the likelihood of the next tokens, as with sft, so held-out data need no teacher."""
 
     defaults: Mapping[str, Any] = {
         "name": "sft",

@@ -1,1 +1,1 @@
-"""Group relative policy optimisation: learning from answers that the model samples, and from what they are worth."""
+"""Group relative policy optimisation: learning from answers that the model samples, and from their rewards."""

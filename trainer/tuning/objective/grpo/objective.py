@@ -1,4 +1,4 @@
-"""GRPO: answers that are better than others to the same prompt become likelier, and worse ones less likely.
+"""GRPO: training makes an answer likelier if it is better than others to the same prompt, and less likely if worse.
 
 With r the ratio of the model's probability of a token to the sampler's, and A the advantage of its answer, the loss of
 a token is
@@ -7,10 +7,10 @@ a token is
     truncated   - min(r, 1 + clip_high) A log p, without the gradient of the ratio      arXiv:2506.13585, equation 4
     + beta (q / p - log(q / p) - 1), with q the base without what learns (the same equation's last term)
 
-The sampler may be another program (vLLM) with other kernels, and the adapter some updates older, so r is the importance
-ratio of the tokens as they were sampled. With `ratio_of: answer` it is the geometric mean over the answer (GSPO,
-arXiv:2507.18071, equation 7). `mean_over` and `advantage` have the forms of GRPO, DAPO (arXiv:2503.14476) and Dr. GRPO
-(arXiv:2503.20783). There is no critic.
+The sampler may be another program (vLLM) with other kernels, and its adapter may be some updates older. So r is the
+importance ratio against the probability at which the token was sampled. With `ratio_of: answer` it is the geometric
+mean over the answer (GSPO, arXiv:2507.18071, equation 7). `mean_over` and `advantage` offer the forms of GRPO, DAPO
+(arXiv:2503.14476) and Dr. GRPO (arXiv:2503.20783). There is no critic.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _LEAST_SPREAD = 1e-4  # as TRL has it
 
 
 class Grpo(OfSettings):
-    """The loss of the module's docstring, over the answers in a row. An evaluation is the likelihood of the rows' own
-    answers, so it needs no rollouts.
+    """The loss of the module's docstring, over the answers in a row.
+
+    An evaluation computes the likelihood of the rows' own answers, so it needs no rollouts.
     """
 
     defaults: Mapping[str, Any] = {
@@ -118,8 +119,9 @@ class Grpo(OfSettings):
         return torch.stack([(losses / share).sum(), *(measure.detach().sum() for measure in measures)])
 
     def _policy(self, log_p: Tensor, gap: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        """(targets,) each: the loss by the advantage alone, and whether the ratio, whose log is `gap`, is bounded
-        there.
+        """The loss without the KL term, and whether the ratio was clipped or truncated; (targets,) each.
+
+        `gap` is the log of the ratio.
         """
         import torch
 
@@ -138,13 +140,13 @@ class Grpo(OfSettings):
 
 
 class Opd(Grpo):
-    """On-policy distillation: what the model samples becomes as likely as a teacher has it.
+    """On-policy distillation: training makes the answers that the model samples as likely as a teacher finds them.
 
-    The reverse divergence KL(model || teacher) = E[log p - log t], over answers that the model itself samples (Agarwal
-    et al., arXiv:2306.13649; Gu et al., arXiv:2306.08543), has the gradient of GRPO's loss with the advantage log t -
-    log p of each token, where log p is the sampler's. The teacher is a server that gives its log-probabilities of the
-    tokens before they are committed, or it is sharded over ranks of its own (`capstan teach`), which give them after
-    that; the reward is only measured.
+    The loss is the reverse divergence KL(model || teacher) = E[log p - log t] over answers that the model itself
+    samples (Agarwal et al., arXiv:2306.13649; Gu et al., arXiv:2306.08543). Its gradient is that of GRPO's loss if each
+    token has the advantage log t - log p, where log p is the sampler's. The teacher is a server, which gives its
+    log-probabilities before the answers are committed, or it is sharded over ranks of its own (`capstan teach`), which
+    give them afterwards. The reward is only measured.
     """
 
     settings = (*TEACHER, "ratio", "clip_low", "clip_high", "mean_over", "longest_answer")

@@ -1,4 +1,4 @@
-"""KTO: labelled answers; desired ones shall become likelier than by the reference, and undesired ones less likely.
+"""KTO: training makes desired answers likelier than under the reference, and undesired ones less likely.
 
 With x a prompt, y its answer, p the model, q the reference (the base without what learns) and s the logistic function,
 the loss of an answer is (arXiv:2402.01306, equation 7, with the weight of its kind as the constant that makes the best
@@ -9,14 +9,14 @@ loss 0)
     undesired   undesirable_weight * (1 - s(beta (z0 - r(x, y))))
     z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
 
-and is averaged over the answers of the global batch. z0 estimates KL(p || q) as there: each answer of the step brings
-its prompt with another row's answer (trainer/data/render/labelled.py). It is a mean over the whole global batch that
-every loss depends on, so it is found in a survey before the first loss: it is the same whatever the ranks, the
-accumulation and the packing. An evaluation takes it over all of its data.
+and is averaged over the answers of the global batch. z0 estimates KL(p || q) as in the paper: each row also holds its
+prompt with another row's answer (trainer/data/render/labelled.py). Every loss depends on this mean over the whole
+global batch. A survey computes it before the first loss, so it does not depend on the ranks, the accumulation or the
+packing. An evaluation takes it over all of its data.
 
-The survey passes through the reference, for both kinds of answers, and through the model without dropout for the
-mismatched ones; it hands log q(y|x) on to the loss, whose pass is over the labelled answers alone. In tokens that is as
-much work as next-token training on the same rows.
+The survey runs the reference over both kinds of answers, and the model without dropout over the mismatched ones. It
+passes log q(y|x) on to the loss, which runs the model over the labelled answers alone. In tokens that is as much work
+as next-token training on the same rows.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Kto(OfSettings):
         self._method, self.survey = method, Survey(4, 0.5, self._survey)
 
     def _survey(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """Sums over the row: r of the mismatched answers, their number, the desired and the undesired answers. Then log
-        q of each answer.
+        """Four sums over the row, then log q of each answer.
+
+        The sums are r of the mismatched answers, their number, and the numbers of desired and of undesired answers.
         """
         import torch
 
@@ -83,7 +84,7 @@ class Kto(OfSettings):
         return torch.cat([counted_once(torch.stack([ratio, *counts]), batch), base[:, 0]])
 
     def reference(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """The labelled answer of each document, and the mismatched one behind it, 0 where there is none."""
+        """The labelled answer of each document, then its mismatched one, or 0 if it has none."""
         import torch
 
         from trainer.model.micro_batch import Role
@@ -108,7 +109,7 @@ class Kto(OfSettings):
         for_desired, for_undesired = own.desirable_weight, own.undesirable_weight
         losses = torch.where(is_desired, for_desired * torch.sigmoid(-gain), for_undesired * torch.sigmoid(gain))
 
-        # A mean over one kind of answers, as a mean over all of them: the step's sums are divided by the number of all.
+        # The step divides every sum by the number of all answers. Scale the sums so that this gives a mean over a kind.
         total = desired + undesired
         of_desired = is_desired * total / desired.clamp(min=1)
         of_undesired = ~is_desired * total / undesired.clamp(min=1)
@@ -126,7 +127,7 @@ class Kto(OfSettings):
 
 
 def _owners(batch: MicroBatch) -> Tensor:
-    """The number in the row of the document that each mismatched answer is in, (mismatched,) int64."""
+    """The document of each mismatched answer, by its number in the row, (mismatched,) int64."""
     import torch
 
     from trainer.model.micro_batch import Role

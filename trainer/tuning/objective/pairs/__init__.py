@@ -1,1 +1,1 @@
-"""The objectives over pairs of answers, which differ in the loss of a pair; losses/ has these."""
+"""The objectives over pairs of answers. They differ in the loss of a pair; losses/ has one file for each."""

@@ -1,5 +1,6 @@
-"""Preferences: of two answers to a prompt the chosen one shall become likelier than the rejected one; losses/ has the
-formulas.
+"""Preferences: training makes the chosen one of two answers likelier than the rejected one.
+
+losses/ has the formulas.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answer
 
 
 class Preference(OfSettings):
-    """An objective over pairs. The reference is the model with what learns switched off, or stored beforehand."""
+    """An objective over pairs. The reference is the model with its adapter switched off, or was stored beforehand."""
 
     formats = ("preference",)
     unit = "pairs"

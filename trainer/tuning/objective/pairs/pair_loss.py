@@ -1,4 +1,4 @@
-"""The loss of a pair of answers, of which the chosen one shall become likelier than the rejected one.
+"""The interface of a loss over a pair of answers. It makes the chosen one likelier than the rejected one.
 
 A file of trainer/tuning/objective/pairs/losses names it in `PAIR_LOSSES`, and each name is one that `objective.name`
 may have. The configuration reads these files for the settings that they declare, so they import nothing of
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 
 class Judged(NamedTuple):
-    """The losses of some pairs, the rewards of their chosen and of their rejected answers, and one more figure;
-    (pairs,) fp32.
-    """
+    """The losses of some pairs, the rewards of their chosen and rejected answers, and more figures; (pairs,) fp32."""
 
     losses: Tensor
     rewards: tuple[Tensor, Tensor]
@@ -41,12 +39,11 @@ class PairLoss:
 
     Attributes:
         defaults: the settings of the section `objective` that it reads, and the meaning of each where it is not set.
-        formula: gets the section, the answers by the model, and where it reads a reference the log-probabilities of the
-            chosen
-            and of the rejected answers by it, (2, pairs).
+        formula: gets the section, the model's answers, and the reference's log-probabilities of the chosen and of the
+            rejected answers, (2, pairs), if it reads a reference.
         more: the names of the figures that the formula adds.
-        reads_reference: whether it compares with the base without what learns.
-        settings: the class of those settings that it declares itself.
+        reads_reference: whether it compares the model with the untrained base.
+        settings: the class of the settings that the loss declares itself.
         mismatches: a sentence for each setting that contradicts another one of the section.
     """
 

@@ -1,4 +1,4 @@
-"""A reward model (Bradley-Terry): of two answers to a prompt the chosen one shall have the higher reward.
+"""A reward model (Bradley-Terry): training gives the chosen one of two answers the higher reward.
 
 The reward of an answer is W h, with h the hidden state of the last token of prompt and answer, and W the head, which
 has one output. With s the logistic function, the loss of a pair is
@@ -60,8 +60,9 @@ class Reward(OfSettings):
 
 
 def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
-    """(segments,) int64, the last place in each segment of a row whose token is no padding, as transformers'
-    classifiers look for it.
+    """The place that transformers' classifiers read: the last token in each segment that is not `padding`.
+
+    (segments,) int64.
     """
     import torch
 

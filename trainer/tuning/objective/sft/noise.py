@@ -12,11 +12,10 @@ from trainer.model.micro_batch import ModelInput
 
 @contextmanager
 def noise_on(embedding: nn.Module, row: ModelInput, alpha: float) -> Iterator[None]:
-    """Inside, each value of the embeddings of a document of L tokens in H dimensions gets a number between -a and a
-    more, with a = alpha / sqrt(L * H).
+    """Add uniform noise in [-a, a] to the embeddings inside the context, with a = alpha / sqrt(L * H).
 
-    transformers takes the tokens of the longest text of a batch, with its padding; here documents do not depend on
-    their neighbours.
+    L is the number of tokens of the document, H the size of an embedding. transformers takes L from the longest text of
+    a batch, with its padding. Here a document's noise does not depend on its neighbours.
     """
 
     def add_noise(module: nn.Module, given: Any, found: Tensor) -> Tensor:

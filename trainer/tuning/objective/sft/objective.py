@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next token's negative log-likelihood, each target token weighing the same."""
+"""Supervised fine-tuning: the negative log-likelihood of the next token. Every target token has the same weight."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PLAIN = ObjectiveSettings()
 
 
 class NextTokens(OfSettings):
-    """Mean of -log p over the targets, in nats; in training with the terms of `trainer.model.head.LossTerms`.
+    """The mean of -log p over the targets, in nats. Training adds the terms of `trainer.model.head.LossTerms`.
 
-    An evaluation is without them, so that its loss is a likelihood and comparable between runs.
+    An evaluation leaves them out, so that its loss is a likelihood and comparable between runs.
     """
 
     defaults: Mapping[str, Any] = {
@@ -85,7 +85,7 @@ class NextTokens(OfSettings):
             return model.hidden(batch.input)
 
     def _uncertainty(self, head: LossHead, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """(targets,): the power of the entropy of the likeliest tokens, as if there were no others."""
+        """A power of the entropy of each target's likeliest tokens, as if there were no others; (targets,)."""
         from torch import no_grad
 
         from trainer.model.divergence import TopK

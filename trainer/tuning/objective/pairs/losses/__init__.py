@@ -1,3 +1,4 @@
-"""The losses of a pair, a file each, found by being here; trainer/tuning/objective/pairs/pair_loss.py says what one is
-made of.
+"""The losses of a pair, one file each. A file here is found without being listed anywhere.
+
+Their interface is trainer/tuning/objective/pairs/pair_loss.py.
 """
