@@ -65,7 +65,7 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
 
 
 def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[list[Tensor], Distance, Distance]:
-    """Return the logits with the exported adapter, how far rounding may move them, and how far they are from the base's."""
+    """Return the logits with the exported adapter, how far rounding may move them, and how far the base's are."""
     rows, look = trained.probe.rows, plain.head_logits if trained.head else plain.place_logits
     with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
         # The end of every name is "".

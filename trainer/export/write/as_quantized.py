@@ -59,7 +59,7 @@ def write_as_quantized(config: Config, destination: Store, report: BytesWritten)
 
 @dataclass(frozen=True)
 class AsQuantized:
-    """The weight `name` as packed layers make it (trainer/model/held): each matrix is quantized and dequantized alone."""
+    """The weight `name` as packed layers make it (trainer/model/held). Each matrix is quantized by itself."""
 
     name: str
     source: StoredTensor

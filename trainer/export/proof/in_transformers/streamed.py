@@ -84,7 +84,7 @@ class StreamedLayers:
         return placed
 
     def quantize(self, model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str]) -> None:
-        """Give the `weights` by name the values that bitsandbytes leaves of them, in `dtype`, as `plain.quantize` does."""
+        """Give the `weights`, by name, the values that bitsandbytes leaves of them, like `plain.quantize`."""
         for name, parameter in model.named_parameters():
             if name not in weights:
                 continue
