@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing.script import read_script
+from launcher.init.importing.script import notebook_code, read_script
 from trainer.config.peers.table import Peer
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"-\d|-\.\d")
 
 def read_peer_file(path: Path) -> dict[str, Any]:
     """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a
-    Python script of TRL's, whose values that are computed are listed in `COMPUTED`.
+    Python script or notebook of TRL's, whose values that are computed are listed in `COMPUTED`.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -40,8 +40,9 @@ def read_peer_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
-    if path.suffix == ".py":
-        keys, computed = read_script(text, str(path))
+    if path.suffix in (".py", ".ipynb"):
+        code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
+        keys, computed = read_script(code, str(path))
         return {**keys, COMPUTED: computed} if computed else keys
     if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))

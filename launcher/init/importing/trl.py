@@ -58,7 +58,7 @@ def _objective(keys: Keys) -> None:
     told = named or by_loss or by_keys or _beginning(keys, keys.name)
     name = told or "sft"
     keys.put("objective.name", name, "script" if named else "loss_type")
-    if told is None and "script" not in keys.tree:
+    if told is None and keys.name and "script" not in keys.tree:
         keys.to_do.append(
             "objective.name: the file does not say which of TRL's trainers reads it. It is sft, as nothing in it is"
             " another's."
