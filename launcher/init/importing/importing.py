@@ -183,6 +183,11 @@ def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
             wrong = [name for name in refused if name in settings and settings[name] != _FILL_IN.get(name, (None,))[0]]
             if not wrong:
                 return [*to_do, *str(error).splitlines()]
+            if "tuning.method" in wrong and settings["tuning.method"] == "full":
+                raise ConfigError(
+                    f"{refused['tuning.method']} The file trains the whole base, and an import makes no other training"
+                    " of it. Nothing was written."
+                ) from error
             for setting in wrong:
                 settings.pop(setting)
                 said = [keys.drop(setting, refused[setting]) for keys in files]
