@@ -42,7 +42,6 @@ class Resolved:
     objective: Objective
     optimizer: Optimizer
     beginning: Beginning | None = None  # the one that `tuning.start` names; `resolve` sets it
-    )
 
     @classmethod
     def of(cls, config: Config, base: Base) -> "Resolved":
