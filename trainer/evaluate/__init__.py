@@ -1,1 +1,1 @@
-"""`capstan evaluate` and `capstan generate` on each rank; measure/ is what a training measures of its model as well."""
+"""`capstan evaluate` and `capstan generate` on each rank. measure/ has the measurements that a training makes too."""

@@ -1,4 +1,4 @@
-"""`capstan generate` of a run with a head: its class of a text, or its reward, in the place of an answer."""
+"""`capstan generate` for a run with a head: it returns the class of a text, or its reward, instead of an answer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ _ANY = "any"  # stands for the class of a text that has none
 
 
 def refuse_writing(ask: Ask, config: Config) -> None:
-    """Raises `ConfigError` for an option that only a model which writes has a use for."""
+    """Raise `ConfigError` for an option that is only useful with a model that writes."""
     if ask.base:
         raise ConfigError(f"--base: the base has no head for objective.name: {config.objective.name}. Leave it out.")
     if ask.sampling.get("temperature"):
@@ -31,8 +31,9 @@ def refuse_writing(ask: Ask, config: Config) -> None:
 
 
 class _Asked(NamedTuple):
-    """The tokens of a text, the places in it that are asked for, and the words that begin there, if it is words that
-    have classes.
+    """The tokens of a text, and the places in it whose outputs are asked for.
+
+    If words have classes, it also has the words that begin at these places.
     """
 
     tokens: list[int]
@@ -41,7 +42,10 @@ class _Asked(NamedTuple):
 
 
 def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> list[str]:
-    """The class of each text or conversation and its probability, its reward, or the tags of its words. Collective."""
+    """Return the class of each text or conversation and its probability, its reward, or the tags of its words.
+
+    Collective.
+    """
     read = _words if head.head.per_token else _text
     asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
     engine = opened.engine
@@ -68,8 +72,9 @@ def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
 
 
 def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
-    """The words of a text, between its white space, as rows of words are tokenized. Raises `ConfigError` where that
-    cannot be done.
+    """Tokenize the words of a text (split at white space) like rows of words.
+
+    Raises `ConfigError` if that cannot be done.
     """
     words = str(prompt.get("prompt", "")).split()
     data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
@@ -82,7 +87,7 @@ def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
 
 
 def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
-    """A text as rows of texts are tokenized. Raises `ConfigError` where that cannot be done."""
+    """Tokenize a text like rows of texts. Raises `ConfigError` if that cannot be done."""
     names = list(head.labels) or [_ANY]
     data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
     row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}

@@ -1,4 +1,4 @@
-"""`capstan evaluate` on one rank: the base and the checkpoint on the same sets, pairs and tasks, and what differs."""
+"""`capstan evaluate` on one rank: it measures the base and the checkpoint on the same sets, pairs and tasks."""
 
 import time
 from functools import partial
@@ -15,9 +15,11 @@ _TOLD_SECONDS = 0.2
 
 
 def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
-    """Measure both sides, or the base alone; keeps the evaluation of a checkpoint in the run's folder, unless it is
-    `under` other settings than the run's, which it names. Collective. Where a server answers (`ask.server`), this
-    process alone asks it, and loads no model."""
+    """Measure both sides, or the base alone. Collective.
+
+    The evaluation of a checkpoint is stored in the run's folder, unless it is `under` other settings than the run's;
+    then the result names these. If a server answers (`ask.server`), this process alone asks it, and loads no model.
+    """
     progress = _progress(tell)
     if ask.server:
         return evaluate_served(ask, tell, progress)

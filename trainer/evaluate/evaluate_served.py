@@ -1,5 +1,6 @@
-"""`capstan evaluate --server`: the same sets, pairs and tasks by what a server has of a run, and where it has that too,
-by its base there.
+"""`capstan evaluate --server`: it measures what a server has of a run, on the same sets, pairs and tasks.
+
+If the server also has the run's base, it measures that too.
 """
 
 from collections.abc import Mapping
@@ -37,13 +38,16 @@ from trainer.evaluate.tasks.served_model import ServedModel
 from trainer.servers.completions import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store
 
-# Tokens of the longest text that a request itself needs: one that it draws, and the last, which predicts nothing.
+# These tokens of the longest text are needed by the request itself: one that it draws, and the last one, which predicts
+# nothing.
 _OF_A_REQUEST = 2
 
 
 def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
-    """Measure what the server has. `ask.step` is the checkpoint that this is of, as the user says: with it the result
-    is kept in the run's folder.
+    """Measure what the server has.
+
+    `ask.step` is the checkpoint that the server has, as the user says. With it the result is stored in the run's
+    folder.
 
     Raises:
         ConfigError: nothing answers there, it serves no such model, or the run's has a head.
@@ -76,7 +80,7 @@ def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
 
 
 def _said_by(server: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """`found`, with the server beside each figure, as figures by others may be kept beside them."""
+    """Return `found` with the server beside each figure: figures by others may be stored beside these."""
     tasks = {
         task: {metric: {**of, "server": server} for metric, of in metrics.items()}
         for task, metrics in found["tasks"].items()
@@ -108,7 +112,7 @@ def _measured(
 
 
 def _losses(model: ServedModel, of: EvaluatedSet, told: Any) -> Losses:
-    """A document at a time, as a server packs by itself."""
+    """Return the losses, one document at a time, because a server packs by itself."""
 
     def nats(stored: NDArray[np.uint32]) -> tuple[float, int]:
         places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()

@@ -1,4 +1,4 @@
-"""`capstan generate` on one rank: answers of the checkpoint, and beside them on request those of its base."""
+"""`capstan generate` on one rank: answers of the checkpoint and, on request, those of its base beside them."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,16 +22,16 @@ from trainer.tuning.head import head_of
 
 
 def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
-    """Answer lists of prompts, one after the other, until there are no more; returns the answers to all of them.
-    Collective. An empty list asks nothing: it ends the other ranks' wait before the time-out of their group does.
+    """Answer lists of prompts, one after the other, until there are no more. Returns all answers. Collective.
 
-    Where a server answers (`ask.server`), this process alone asks it, and loads no model.
+    An empty list asks nothing: it ends the other ranks' wait before their group's time limit does. If a server answers
+    (`ask.server`), this process alone asks it, and loads no model.
 
     `tell` gets each piece of an answer of rank 0 as it is written, and the whole answers to a list when they are there.
 
     Raises:
-        ConfigError: the base beside the adapter of a method that trains the base itself: the base is gone when the
-            checkpoint is there.
+        ConfigError: the base is asked for beside the adapter, but the method trains the base itself: the base is gone
+            when the checkpoint is loaded.
     """
     if ask.server:
         return _by_server(ask, prompts, tell)
@@ -50,7 +50,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     tell({"ready": step, "chats": opened.ranks.on_first(lambda: opened.words.prompter.chats)})
     sampling, waiting, every = Sampling(**ask.sampling), iter(prompts), list[dict[str, Any]]()
     while (given := opened.ranks.on_first(lambda: next(waiting, None))) is not None:
-        if not given:  # nobody has asked anything for a while; the other ranks wait for so long at most
+        if not given:  # nobody has asked anything for a while, and the other ranks wait no longer than this
             continue
         sides = dict[str, list[str]]()
         if head is not None:
@@ -70,7 +70,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
 
 
 def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
-    """The same by what a server has of the run, which is told by its name there."""
+    """Answer with what a server has of the run, which the server calls by the run's name."""
     config = run_config(open_store(ask.run), ask.overrides)
     refuse_head(config)
     base, sampling = resolve_base(config.model), Sampling(**ask.sampling)
@@ -110,7 +110,7 @@ def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, sid
 
 
 def _pieces(opened: OpenedRun, side: str, tell: Tell) -> Told:
-    """Tells the new characters of an answer once they are whole: a character may be of several tokens."""
+    """Report the new characters of an answer once they are whole: several tokens may make one character."""
     written, shown = dict[int, list[int]](), dict[int, int]()
 
     def told(number: int, token: int) -> None:

@@ -47,8 +47,9 @@ Losses = tuple[Any, Any]
 
 
 class EvaluatedSet(NamedTuple):
-    """A set under its settings, and the cluster of each of its documents: the pieces of one long row, and copies of
-    each other, are of one.
+    """A set under its settings, and the cluster of each of its documents.
+
+    The pieces of one long row, and copies of each other, are in one cluster.
     """
 
     config: Config
@@ -58,8 +59,10 @@ class EvaluatedSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """The things to measure: sets by name, pairs of sentences, tasks. `trained_on` is the number of documents of each
-    set that are in the training data, where that is known."""
+    """The things to measure: sets by name, pairs of sentences, tasks.
+
+    `trained_on` is the number of documents of each set that are in the training data, if it is known.
+    """
 
     sets: Mapping[str, EvaluatedSet]
     pairs: Sequence[SentencePair]
@@ -71,7 +74,7 @@ class Work:
 
 @dataclass(frozen=True)
 class MeasuredSide:
-    """The figures of one side; the same on every rank but for the tasks, which rank 0 has."""
+    """The figures of one side. They are the same on every rank, except for the tasks, which rank 0 has."""
 
     sets: dict[str, Losses]
     bias: dict[str, Gaps]
@@ -79,7 +82,7 @@ class MeasuredSide:
 
 
 def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Work:
-    """The sets compiled, where the store has them not, and the pairs read. Collective; raises as `evaluated`."""
+    """Compile the sets that the store lacks, and read the pairs. Collective. Raises as `evaluated`."""
     config, ranks = opened.resolved.config, opened.ranks
     keys = ranks.on_first(lambda: evaluated(config, opened.resolved.base, opened.store, progress))
     own = None if has_likelihood(config) else keys.pop(UNNAMED, None)
@@ -92,8 +95,9 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
 
 
 def evaluated(config: Config, base: Base, store: Store, progress: Progress) -> dict[str, str]:
-    """The sets by name, compiled where the store has them not. Raises `DataError` where a source is missing or
-    unreadable.
+    """Return the sets by name, and compile those that the store lacks.
+
+    Raises `DataError` if a source is missing or unreadable.
     """
 
     def compiling(what: str, now: Any) -> None:
@@ -103,7 +107,7 @@ def evaluated(config: Config, base: Base, store: Store, progress: Progress) -> d
 
 
 def sets_of(config: Config, store: Store, keys: Mapping[str, str]) -> dict[str, EvaluatedSet]:
-    """The sets of these fingerprints, opened."""
+    """Open the sets of these fingerprints."""
     sets = dict[str, EvaluatedSet]()
     for name, key in keys.items():
         dataset, of_set = open_dataset(store, key), config if name == UNNAMED else config_of_set(config, name)
@@ -113,8 +117,11 @@ def sets_of(config: Config, store: Store, keys: Mapping[str, str]) -> dict[str, 
 
 
 def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[str, str]) -> dict[str, int]:
-    """The documents of each set that are in the training data of the checkpoint, or of those that it began from
-    (`tuning.start`): the most in one of these, as far as they are there to look at."""
+    """Return how many documents of each set are in the training data of the checkpoint.
+
+    The training data of the checkpoints from which it began (`tuning.start`) counts too: the result is the largest
+    number in one of these, as far as the data is still there.
+    """
     found = dict[str, int]()
     if manifest is None:
         return found
@@ -127,7 +134,7 @@ def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[
 
 
 def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
-    """All of `work`, by the model as it is now. Collective; `side` is its name in what `progress` is told."""
+    """Measure all of `work` with the model as it is now. Collective. `side` is its name in what `progress` is told."""
     sets = {name: _losses(opened, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
     tasks = work.tasks(opened, side) if work.tasks else {}
     if work.of_head is not None:
@@ -138,7 +145,7 @@ def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> Mea
 def _measures(
     opened: OpenedRun, stream: Stream, told: Callable[[int, int], None]
 ) -> dict[str, tuple[float, float | None]]:
-    """The loss and the measures of the objective over all rows of the set. Collective."""
+    """Return the loss and the measures of the objective over all rows of the set. Collective."""
     engine, objective, rows = opened.engine, opened.resolved.objective, list(stream.epoch(0))
 
     def batches() -> Iterator[MicroBatch]:
@@ -171,7 +178,7 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
 
 
 def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continued]:
-    """The sentences of the pairs in turn. Raises `DataError` for one that nothing predicts."""
+    """Return the sentences of the pairs in turn. Raises `DataError` for a sentence that nothing predicts."""
     sentences = (sentence for pair in pairs for sentence in (pair.first, pair.second))
     texts = [Continued([*prompter.text_begin, *prompter.encode(sentence)]) for sentence in sentences]
     if any(len(text.tokens) < 2 for text in texts):
@@ -184,8 +191,9 @@ def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continue
 def evaluation(
     config: Config, base: Base, step: int | None, work: Work, sides: Mapping[str, MeasuredSide]
 ) -> dict[str, Any]:
-    """The sides by their names, as `trainer.run.layout.evaluation` keeps them; docs/evaluation.md describes every
-    field.
+    """Return the sides by their names, in the form of `trainer.run.layout.evaluation`.
+
+    docs/evaluation.md describes every field.
     """
     one = next(iter(sides.values()))
     return {
@@ -199,8 +207,9 @@ def evaluation(
 
 
 def keep(run: Store, config: Config, manifest: CheckpointManifest, found: dict[str, Any]) -> dict[str, Any]:
-    """Keep the evaluation of a checkpoint under `config` in the run's folder, unless these are other settings than the
-    run's, which the result names.
+    """Store the evaluation of a checkpoint under `config` in the run's folder.
+
+    If these are other settings than the run's, nothing is stored, and the result names them.
     """
     if under := other_settings(override(trained_config(run, manifest)), config):
         return {**found, "under": under}
@@ -230,7 +239,7 @@ def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[st
 
 
 def _perplexity(loss: float) -> float | None:
-    """None where it is more than a number can be."""
+    """Return the perplexity; None if it is too large for a number."""
     return math.exp(loss) if loss < 700 else None
 
 

@@ -2,8 +2,8 @@
 
     python -m trainer.evaluate.program ASK
 
-ASK is JSON, as `Ask` has it. Rank 0 writes an object a line to its output: what it has to tell on the way, and as the
-last one the result or an error with its exit code.
+ASK is JSON with the fields of `Ask`. Rank 0 writes one object a line to its output: messages on the way, and last the
+result, or an error with its exit code.
 """
 
 import json
@@ -20,8 +20,9 @@ from trainer.processes.devices import stay_on_cpu
 
 
 def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
-    """Do as asked, as one rank; the same result on every one. `prompts` come to rank 0 in the order in which they are
-    to be answered, those of one list at once.
+    """Do as asked, as one rank. The result is the same on every rank.
+
+    `prompts` come to rank 0 in the order in which they are to be answered, those of one list at once.
 
     Raises:
         CapstanError: on every rank alike.
@@ -29,7 +30,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     if ask.on_cpu:
         stay_on_cpu()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # These import torch, which sees only the devices that are left to it.
+    # These modules import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
     from trainer.evaluate.rollout.serving import roll_out
@@ -54,7 +55,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
 
 
 def _leave() -> None:
-    """Leave the group. A rank that fails alone must not: it might wait for the others, which wait for it."""
+    """Leave the group. A rank that fails alone must not do this: it might wait for others that wait for it."""
     from torch import distributed
 
     if distributed.is_initialized():
@@ -63,7 +64,7 @@ def _leave() -> None:
 
 def main() -> None:
     end_with_agent()
-    # Libraries print to the output too: from here on they do it to the errors.
+    # Libraries also print to the output. From here on their output goes to stderr.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     given = json.loads(sys.argv[1])

@@ -1,6 +1,4 @@
-"""The request to the ranks of an evaluation, as it travels between processes, and the function by which they report
-progress.
-"""
+"""The request to the ranks of an evaluation, as processes pass it on, and the function that reports progress."""
 
 import json
 from collections.abc import Callable
@@ -22,8 +20,8 @@ class Ask:
         base: evaluate the base alone, or generate its answers beside the adapter's.
         chat: the tasks are asked under the chat template.
         sampling: the arguments of `trainer.evaluate.measure.generation.Sampling`.
-        config: the settings as YAML, for a teacher, whose run need not be there yet.
-        server: the URL of a server that answers in the place of the ranks.
+        config: the settings as YAML, for a teacher, whose run may not exist yet.
+        server: the URL of a server that answers instead of the ranks.
     """
 
     what: Literal["evaluate", "generate", "teach", "judge", "rollout"]

@@ -35,8 +35,9 @@ Log = Callable[[str], None]
 
 
 class Words:
-    """How a run's texts become tokens; read when they are first asked for. `data` are the settings as the rows were
-    read.
+    """How a run's texts become tokens; read when first asked for.
+
+    `data` are the settings with which the rows were read.
     """
 
     def __init__(self, base: Base, data: Data) -> None:
@@ -53,8 +54,11 @@ class Words:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run on this rank. Until `load` its model is the base with what learns as it was attached; without a `manifest`
-    there is nothing to load."""
+    """A run on this rank.
+
+    Until `load`, its model is the base with the learning part as it was attached. Without a `manifest` there is nothing
+    to load.
+    """
 
     run: Store
     resolved: Resolved
@@ -67,14 +71,16 @@ class OpenedRun:
 
     @contextmanager
     def as_base(self) -> Iterator["OpenedRun"]:
-        """Inside, the model computes as its base; where the base itself learns, that is so before `load` alone."""
+        """Inside, the model computes as its base. If the base itself learns, this holds only before `load`."""
         method = self.resolved.method
         with nullcontext() if method.trains_base else method.switched_off(self.engine.model):
             yield replace(self, keeps=not self.reserved)
 
     def load(self, *, or_newer: bool = False) -> CheckpointManifest:
-        """Put what the checkpoint has learnt into the model; its manifest. Where a run that trains has removed it since
-        (`checkpoint.keep_last`), the newest whole one takes its place, if that is asked for. Collective.
+        """Load what the checkpoint has learnt into the model. Returns its manifest. Collective.
+
+        A run in training may have removed the checkpoint since (`checkpoint.keep_last`). On request the newest whole
+        checkpoint then takes its place.
 
         Raises, on every rank:
             StorageError: it cannot be read.
@@ -101,21 +107,22 @@ class OpenedRun:
 
     @property
     def reserved(self) -> int:
-        """Positions of a row before each text, for virtual tokens."""
+        """The positions of a row before each text that virtual tokens take."""
         return self.resolved.method.virtual.reserved
 
 
 def _same_model(one: CheckpointManifest, other: CheckpointManifest) -> bool:
-    """Whether one can take the other's place in a model that is there already."""
+    """Return whether one can replace the other in a model that is already loaded."""
     return (one.base, one.adapter, one.shapes) == (other.base, other.adapter, other.shapes)
 
 
 def settings_of(
     folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool
 ) -> tuple[Config, CheckpointManifest | None]:
-    """The settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest; of the
-    base alone those of the run's folder, over the base that the run has had. `overrides` may change what does not
-    belong to the checkpoint.
+    """Return the settings that the checkpoint of `step`, or the newest whole one, was trained with, and its manifest.
+
+    For the base alone they are the settings of the run's folder, over the base that the run has had. `overrides` may
+    change what does not belong to the checkpoint.
 
     Raises:
         NothingToResume, ConfigError, StorageError: as `whole_checkpoint`, `trained_config` and `check_overrides`.
@@ -131,8 +138,9 @@ def settings_of(
 
 
 def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
-    """Load the run's base and attach its method, on every rank of this process's group. Collective; `log` gets rank 0's
-    progress.
+    """Load the run's base and attach its method, on every rank of this process's group. Collective.
+
+    `log` gets rank 0's progress.
 
     Raises:
         CapstanError: on every rank alike.
@@ -161,7 +169,7 @@ def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_
 
 
 def as_it_read(folder: Store, config: Config, base: Base, manifest: CheckpointManifest | None) -> tuple[Config, Base]:
-    """The settings and the base with the template and the tokenizer of the checkpoint, in the cache of this machine."""
+    """Return the settings and the base with the checkpoint's template and tokenizer, in the cache of this machine."""
     if manifest is None:
         return config, base
     data = with_trained_template(folder, config.data, manifest)
@@ -169,13 +177,14 @@ def as_it_read(folder: Store, config: Config, base: Base, manifest: CheckpointMa
 
 
 def _whole_rows(config: Config) -> Config:
-    """The settings without ranks that share rows."""
+    """Return the settings without ranks that share rows."""
     return config.model_copy(update={"sharding": config.sharding.model_copy(update={"sequence_parallel": 1})})
 
 
 def _check_base(folder: Store, base: Base, manifest: CheckpointManifest | None, overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for another base than that of the checkpoint, or, without one, of the run, unless another is
-    asked for.
+    """Raise `ConfigError` for another base than the checkpoint's, unless another base is asked for.
+
+    Without a checkpoint the base must be the run's.
     """
     if manifest is None and not _names_model(overrides):
         manifest = next(readable_manifests(folder, []), None)

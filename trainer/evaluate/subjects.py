@@ -1,5 +1,6 @@
-"""The sets, tasks and pairs that a run would be evaluated on, found and refused before any rank starts. Without
-torch.
+"""This file finds the sets, tasks and pairs to evaluate a run on, and refuses bad ones before any rank starts.
+
+No torch.
 """
 
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from trainer.tuning.objective.objective import find_objective
 
 
 def subjects(config: Config) -> list[str]:
-    """The names of the sets, the tasks, and the file of pairs.
+    """Return the names of the sets, the tasks, and the file of pairs.
 
     Raises:
         ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not
@@ -50,5 +51,5 @@ def subjects(config: Config) -> list[str]:
 
 
 def has_likelihood(config: Config) -> bool:
-    """Whether the rows of the run's own data have a likelihood: answers to be judged have none of their own."""
+    """Return whether the rows of the run's own data have a likelihood. Answers to be judged have none of their own."""
     return set(find_objective(config).formats) <= set(LIKELY)

@@ -1,9 +1,8 @@
-"""`capstan teach` on one rank: a teacher's log-probabilities of a run's data, written beside it before the run, by this
-rank's blocks of documents.
+"""`capstan teach` on one rank: it stores a teacher's log-probabilities of a run's data beside the data, before the run.
 
 The teacher is sharded over the ranks as a run's base is. Each rank computes blocks of the data by itself and writes
-each as soon as it is whole, so nothing is gathered, and what is there already is not computed again, at whatever number
-of ranks it was.
+each block as soon as it is whole. So nothing is gathered, and existing blocks are not computed again, whatever number
+of ranks wrote them.
 """
 
 import json
@@ -63,7 +62,7 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
     Raises:
         ConfigError: the teacher has another tokenizer than the run's base, or another one has written under its name.
         NonFiniteLoss: the teacher gives a token no finite log-probability.
-        CapstanError: as data, bases and runs are opened.
+        CapstanError: data, bases or runs cannot be opened.
     """
     config = parse_config(ask.config, name="the run's settings")
     teacher = teacher_of(find_objective(config))
@@ -88,8 +87,9 @@ def teach(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """The teacher on this rank, as the settings that it computes under resolve it; of a run the checkpoint that was
-    loaded.
+    """The teacher on this rank, with the resolved settings that it computes under.
+
+    If the teacher is a run, it also has the checkpoint that was loaded.
     """
 
     resolved: Resolved
@@ -105,7 +105,7 @@ class TeacherModel:
             yield
 
     def facts(self) -> dict[str, Any]:
-        """Everything that decides the values, beside the settings. Reads samples of the base's weights."""
+        """Return everything that decides the values, beside the settings. Reads samples of the base's weights."""
         config, base = self.resolved.config, self.resolved.base
         quant = config.quant
         return {
@@ -118,14 +118,15 @@ class TeacherModel:
 
 
 def _learnt(manifest: CheckpointManifest) -> dict[str, Any]:
-    """The facts that decide the values of a run's checkpoint: another run may have its name by now."""
+    """Return the facts that decide the values of a run's checkpoint: another run may have its name by now."""
     shards = digest_of([shard.sha256 for shard in manifest.shards])
     return {"step": manifest.step, "dataset": manifest.dataset, "shards": shards}
 
 
 def open_teacher(config: Config, base: Base, teacher: Teacher, tell: Tell) -> TeacherModel:
-    """The teacher, sharded over these ranks, for a run over `base`. Collective. Raises `ConfigError` where its
-    tokenizer is another.
+    """Open the teacher, sharded over these ranks, for a run over `base`. Collective.
+
+    Raises `ConfigError` if its tokenizer is another.
     """
     opened = partial(_open_run, store=open_run_store(config)) if teacher.is_run else _open_base
     model = opened(config, teacher, log=lambda text: tell({"log": text}))
@@ -134,7 +135,7 @@ def open_teacher(config: Config, base: Base, teacher: Teacher, tell: Tell) -> Te
 
 
 def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> TeacherModel:
-    """The teacher's base, under the run's other settings, with an adapter that stays off."""
+    """Open the teacher's base, under the run's other settings, with an adapter that stays off."""
     quant = {} if teacher.quant is None else {"type": teacher.quant}
     config = override(
         config,
@@ -155,9 +156,10 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> TeacherModel:
-    """The run at the checkpoint that is asked for, or the newest."""
+    """Open the run at the requested checkpoint, or at the newest."""
     run, step = place_of(store, teacher.name, teacher.setting)
-    # The teacher may be somebody else's run, whose settings put no copy of a base of this machine into their store.
+    # The teacher may be somebody else's run, whose settings must not put a copy of a base of this machine into their
+    # store.
     ours = [assignment("cluster", config.cluster.model_dump(mode="json")), assignment("quant.cache", False)]
     opened = open_run(run, step, ours, base_alone=False, log=log)
     opened.load()
@@ -184,7 +186,10 @@ def _check_tokenizer(teacher: Teacher, theirs: Base, ours: Base) -> None:
 
 
 def _merges(tokenizer: Any) -> Any:
-    """The pairs that a tokenizer joins, in their order; None where it joins none, or is of no file of its own."""
+    """Return the pairs that a tokenizer joins, in their order.
+
+    None means that it joins none, or has no file of its own.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
 
@@ -194,7 +199,7 @@ def _number(token: int | None) -> str:
 
 
 def by_document(batch: MicroBatch, values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """The values (targets, ...) of each document, which is one segment."""
+    """Return the values (targets, ...) of each document, which is one segment."""
     trained = (batch.labels[0] != IGNORE).numpy()
     ends = np.concatenate([[0], np.cumsum(trained)])[batch.input.segments.borders]
     return [values[ends[segment] : ends[segment + 1]] for segment in batch.input.segments.of(Role.DOCUMENT)]
@@ -202,7 +207,7 @@ def by_document(batch: MicroBatch, values: NDArray[np.float32]) -> list[NDArray[
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """The pass of the teacher over the blocks of `dataset` that `folder` lacks, in rows of `order`, on this rank."""
+    """The teacher's pass over the blocks of `dataset` that `folder` lacks, in rows of `order`, on this rank."""
 
     model: TeacherModel
     dataset: Dataset
@@ -214,7 +219,7 @@ class TeacherPass:
     tell: Tell
 
     def run(self) -> int:
-        """Write them all; returns how many blocks that were. Collective."""
+        """Write all these blocks. Returns how many there were. Collective."""
         ranks, blocks = self.model.ranks, len(self.dataset.blocks) - 1
         there = ranks.on_first(lambda: written_blocks(self.folder))
         missing = [block for block in range(blocks) if block not in there]
@@ -228,7 +233,8 @@ class TeacherPass:
         return len(missing)
 
     def _compute(self, block: int | None) -> list[Likeliest]:
-        """Compute what the teacher says of each document of a block, while the other ranks pass as many rows.
+        """Compute the teacher's output for each document of a block, while the other ranks pass as many rows.
+
         Collective.
         """
         rows, padding = list[MicroBatch](), None
@@ -247,7 +253,7 @@ class TeacherPass:
         return [found[number] for number in sorted(found)]
 
     def _look(self, model: PackedModel, batch: MicroBatch) -> Tensor:
-        """(targets, 2k + 1), see `LossHead`."""
+        """Return (targets, 2k + 1), see `LossHead`."""
         asked = TopK(self.record.k, self.record.vocabulary, self.teacher.temperature)
         return model.head(model.hidden(batch.input), batch.labels, batch.places, top=asked)
 
@@ -257,7 +263,7 @@ class TeacherPass:
     def _write(self, block: int | None, documents: Sequence[Likeliest]) -> None:
         if block is None:
             return
-        # The tail alone may be nothing: where the whole vocabulary is stored.
+        # Only the tail may be nothing, when the whole vocabulary is stored.
         if any(not np.isfinite(log_p[:, :-1]).all() for _, log_p in documents):
             raise NonFiniteLoss(
                 f"{self.teacher.setting}: {shown(self.teacher.name)} gives a token of block {block} of the data no"

@@ -1,6 +1,4 @@
-"""A vLLM server as the teacher: one process asks it for its likeliest tokens of each document, several documents at a
-time.
-"""
+"""A vLLM server as the teacher: one process asks it for its likeliest tokens of several documents at a time."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,7 @@ from trainer.tuning.objective.teacher import Teacher
 
 _AT_ONCE = 16
 _LEAST_TAIL = 1e-9
-_MOST_PROBABILITY = 1.01  # of the likeliest together, each of which is rounded
+_MOST_PROBABILITY = 1.01  # of the likeliest together; each one is rounded
 _PROBE_TOKENS = 64
 
 
@@ -63,7 +61,10 @@ def teach_by_server(config: Config, teacher: Teacher, tell: Tell) -> dict[str, A
 
 
 def finished(folder: Store, record: TeacherRecord, teacher: Teacher, dataset: Dataset, written: int) -> dict[str, Any]:
-    """Say that all is there, of which so many blocks were `written` now; returns what `capstan teach` prints."""
+    """Report that everything is stored. Returns what `capstan teach` prints.
+
+    `written` is the number of blocks that were written now.
+    """
     whole = finish_teacher(folder, record, dataset.blocks.tolist(), dataset.manifest.targets)
     return {
         "teacher": teacher.name,
@@ -105,8 +106,9 @@ def _said(server: CompletionsServer, k: int, vocabulary: int, stored: NDArray[np
 
 
 def check_tokenizer(server: CompletionsServer, base: Base, tokens: list[int]) -> None:
-    """By the text of these tokens, as the server does not give its vocabulary. Raises `ConfigError` where it is another
-    one.
+    """Compare the tokenizers by the text of these tokens, because the server does not give its vocabulary.
+
+    Raises `ConfigError` if the server's is another.
     """
     tokenizer = load_tokenizer(base)
     text: Any = tokenizer.decode(tokens[:_PROBE_TOKENS])

@@ -1,7 +1,7 @@
-"""The process that `capstan export` starts: it exports, may import torch, and tells its progress in lines.
+"""The process that `capstan export` starts. It exports, may import torch, and reports its progress in lines.
 
-"progress", bytes done, bytes in all; "say" and a sentence; and last one JSON object: the step, the bytes written,
-whether the base itself was tuned, what the format found out, and with --verify the proof.
+A line is "progress", bytes done, bytes in all; or "say" and a sentence. The last line is one JSON object: the step, the
+bytes written, whether the base itself was tuned, what the format found out, and with --verify the proof.
 """
 
 import argparse
@@ -30,8 +30,9 @@ _SAY_SECONDS = 30.0
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write and prove the export. What lies at the destination already is proven as it is, so that a proof can be made
-    later.
+    """Write and prove the export.
+
+    An export that is at the destination already is proven as it is, so a proof can be made later.
     """
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
@@ -75,8 +76,9 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say_in_card(destination: Store, proof: str | None) -> None:
-    """Have the export say that it was proven, and how, or with None that it was not. A copy that cannot be written
-    says what it said.
+    """Record in the export's card that it was proven, and how; None records that it was not.
+
+    If the card cannot be written, it keeps its words.
     """
     with suppress(StorageError):
         card = destination.get(CARD)

@@ -1,9 +1,9 @@
-"""The model card of an export, README.md, as the Hub reads it: what it is, how it was made, how good it is, how it is
-loaded.
+"""The model card of an export, README.md, in the form that the Hub reads.
 
-Its first lines are the Hub's metadata (huggingface.co/docs/hub/model-cards). `base_model` must be a Hub id there, so a
-base that is a folder is named in the table alone, and without its path, as the card may be public; the licence is the
-one that the base's own card names.
+It says what the model is, how it was made, how good it is, and how it is loaded. Its first lines are the Hub's metadata
+(huggingface.co/docs/hub/model-cards). There `base_model` must be a Hub id, so a base that is a folder is named in the
+table alone, and without its path, because the card may be public. The licence is the one that the base's own card
+names.
 """
 
 import re
@@ -26,7 +26,7 @@ from trainer.store.store import Store
 from trainer.tuning.head import WithHead
 from trainer.tuning.method import method_of
 
-# In a snippet, the folder or the repository that the card lies in.
+# In a code snippet this stands for the folder or the repository that the card lies in.
 PLACE = "FOLDER"
 _HUB_DATA = "hf://"
 _PROOF = "## Proof\n\n"
@@ -36,8 +36,11 @@ _OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
 
 @dataclass(frozen=True)
 class CardContent:
-    """The parts of a card that the format knows. `what`: a sentence; `relation` to the base, as the Hub has it;
-    `usage`: lines that load it, in `language`."""
+    """The parts of a card that the format knows.
+
+    `what` is a sentence. `relation` is the relation to the base, in the Hub's words. `usage` has the lines that load
+    the model, in `language`.
+    """
 
     library: str
     what: str
@@ -50,10 +53,10 @@ _TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
 
 
 def peft_usage(whole: str | None, *, grows: bool = False) -> str:
-    """The lines that load an adapter of PEFT's over its base.
+    """Return the lines that load a PEFT adapter over its base.
 
-    `whole` is the class of a base that sees or hears as well, which PEFT's own class for language models does not load
-    for every family. The adapter `grows` the base where it brings rows of new tokens.
+    `whole` is the class of a base that also sees or hears: PEFT's own class for language models does not load it for
+    every family. The adapter `grows` the base if it brings rows of new tokens.
     """
     if whole is None:
         return f"""\
@@ -74,7 +77,7 @@ base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained
 
 
 def head_usage(head: WithHead) -> str:
-    """The lines that load the base with the `head` of the adapter, and the adapter over it."""
+    """Return the lines that load the base with the `head` of the adapter, and the adapter over it."""
     made = head.head.transformers_class
     kind = '\n    problem_type="multi_label_classification",' if head.head.several else ""
     outputs = f"id2label={dict(enumerate(head.labels))}" if head.labels else f"num_labels={head.outputs}"
@@ -95,7 +98,7 @@ model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 
 def model_usage(whole: str | None) -> str:
-    """The lines that load a whole model; `whole` as in `peft_usage`."""
+    """Return the lines that load a whole model. `whole` is as in `peft_usage`."""
     made_of = whole or "AutoModelForCausalLM"
     return f"""\
 from transformers import {", ".join(sorted((made_of, "AutoTokenizer")))}
@@ -105,7 +108,7 @@ model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
 
 
 def model_card(folder: Store, config: Config, manifest: CheckpointManifest, content: CardContent) -> bytes:
-    """The card of the checkpoint of `manifest`; `config`: as it was trained."""
+    """Write the model card of the checkpoint of `manifest`. `config` has the settings that it was trained with."""
     usage = f"\n## Use\n\n```{content.language}\n{content.usage}\n```\n" if content.usage else ""
     text = (
         f"---\n{_metadata(config, content).to_yaml()}\n---\n\n# {config.run.name}\n\n{content.what}\n{usage}\n##"
@@ -117,8 +120,9 @@ def model_card(folder: Store, config: Config, manifest: CheckpointManifest, cont
 
 
 def with_proof(card: bytes, proof: str | None) -> bytes:
-    """The card that says so where the export was compared with the trained model, and how that came out: a sentence;
-    None takes back what it has said.
+    """Return the card with a sentence on how the export compared with the trained model.
+
+    None removes an earlier sentence.
     """
     before, found, after = card.partition(_PROOF.encode())
     _, end, rest = after.partition(b"\n\n## ")
@@ -141,15 +145,20 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
 
 
 def _named(place: str) -> str:
-    """A base or data as a reader of the card may see it: by its Hub id, or else by the last part of its path alone, as
-    the others tell of the machine or the bucket that it lies on."""
+    """Return a base or data as a reader of the card may see it: its Hub id, or only the last part of its path.
+
+    The other parts of a path would tell of the machine or the bucket that it lies on.
+    """
     if place.startswith(_HUB_DATA) or on_the_hub(place):
         return place
     return place.rstrip("/").rpartition("/")[2]
 
 
 def _base_licence(config: Config) -> str | None:
-    """The licence as the Hub's metadata names it; None where the base has no card, or one that names none."""
+    """Return the licence in the words of the Hub's metadata.
+
+    None if the base has no card, or its card names no licence.
+    """
     card = base_files(config.model) / "README.md"
     try:
         data: Any = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
@@ -189,7 +198,7 @@ def _facts(config: Config, manifest: CheckpointManifest) -> dict[str, Any]:
 
 
 def _in_words(value: Any) -> str:
-    """Settings as a reader takes them in: `method: lora, r: 8, targets: q_proj and v_proj`."""
+    """Return settings in words for a reader: `method: lora, r: 8, targets: q_proj and v_proj`."""
     if isinstance(value, Mapping):
         parts = (f"{name}: {_in_words(item)}" for name, item in value.items())
         return ", ".join(parts)
@@ -199,7 +208,7 @@ def _in_words(value: Any) -> str:
 
 
 def model_card_evaluation(folder: Store, step: int) -> str:
-    """The tables of what `capstan evaluate` found of this step, before and after the training."""
+    """Return the tables of what `capstan evaluate` found for this step, before and after the training."""
     found = read_evaluation(folder, step)
     if not found:
         return "It was not evaluated against its base (`capstan evaluate`)."
@@ -225,7 +234,7 @@ def _rows_of_sets(found: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _number(found: Any, *path: str) -> str:
-    """The number at `path` in an evaluation, in which anybody may have written anything."""
+    """Return the number at `path` in an evaluation. The evaluation may contain anything, whoever wrote it."""
     value = found
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None

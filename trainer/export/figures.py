@@ -1,4 +1,4 @@
-"""The figures that `--verify` measures, and when they prove an export. Without torch, as the launcher reads them."""
+"""The figures that `--verify` measures, and when they prove an export. No torch, because the launcher reads them."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is rounding, and the adapter's own effect so large that this means something."""
+        """Whether the difference is rounding alone, and the adapter's own effect is large enough to compare with."""
         return self.is_alike and self.kl_allowed < self.kl_effect
 
     @property
@@ -76,13 +76,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class ServedProof:
-    """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32:
-    mean absolute differences in nats a token.
+    """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32.
+
+    All values are mean absolute differences in nats a token, unless they say otherwise.
 
     Attributes:
-        server, model: its URL, and the name of the model that was asked.
-        prompt: of the `tokens` of the run's rows.
-        drawn: of the `draws` tokens that the server drew behind them.
+        server, model: the server's URL, and the name of the model that was asked.
+        prompt: the difference for the `tokens` of the run's rows.
+        drawn: the difference for the `draws` tokens that the server drew after them.
         largest: the largest difference of any token.
         allowed: the largest mean that rounding products to bf16 explains.
         effect: the difference that the training has made.
@@ -108,7 +109,7 @@ class ServedProof:
 
     @property
     def holds(self) -> bool:
-        """As of `Proof`."""
+        """Whether the difference is rounding alone, as for `Proof`."""
         return self.is_alike and self.allowed < self.effect
 
     @property

@@ -1,4 +1,4 @@
-"""The folder that an export fills, on a disk or in a bucket: what may be there before."""
+"""The folder that an export fills, on a disk or in a bucket, and what may be in it before."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,21 +8,22 @@ from pathlib import Path
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.store.store import Store
 
-# It is told how many bytes are written, and how many there are in all.
+# This function is told how many bytes are written, and how many there are in all.
 BytesWritten = Callable[[int, int], None]
 
-# The card is written first. These words in it tell that a half export is one of ours.
+# The card is written first. These words in it show that a half export is one of ours.
 CARD = "README.md"
 TRAINED = "trained with Capstan"
 
 
 class DestinationTaken(ConfigError):
-    """There is something already, which no export goes over."""
+    """The destination holds something already, and an export overwrites nothing."""
 
 
 def check_destination(destination: Store, *ours: str) -> None:
-    """Raises `DestinationTaken` unless it is empty, or holds only what a killed export has left: the card and files
-    like `ours`.
+    """Raise `DestinationTaken` unless the destination is empty or holds only the leftovers of a killed export.
+
+    Leftovers are the card and files like `ours`.
     """
     taken = {entry.key for entry in destination.list()}
     if not taken:
@@ -37,8 +38,9 @@ def check_destination(destination: Store, *ours: str) -> None:
 
 @contextmanager
 def nothing_left_by_a_refusal(destination: Store) -> Iterator[None]:
-    """Around an export: where it is refused midway, what it has written goes, if the destination was empty before. A
-    store that fails leaves the half export, on which the next one goes on.
+    """Wrap an export: if it is refused midway, remove what it has written to an empty destination.
+
+    If a store fails, the half export stays, and the next export continues it.
     """
     was_empty = not destination.list()
     try:
@@ -53,14 +55,15 @@ def nothing_left_by_a_refusal(destination: Store) -> Iterator[None]:
 
 
 def holds_export(destination: Store, *ours: str) -> bool:
-    """Whether an export to `destination` was finished: it then holds the file that is written last, which is neither
-    the card nor like `ours`.
+    """Return whether an export to `destination` was finished.
+
+    A finished export holds the file that is written last, which is neither the card nor like `ours`.
     """
     return any(not _like(entry.key, CARD, *ours) for entry in destination.list())
 
 
 def local_folder(store: Store) -> Path | None:
-    """The folder of a store on a disk; None for a bucket."""
+    """Return the local folder of a store on a disk; None for a bucket."""
     return Path(store.uri.removeprefix("file://")) if store.uri.startswith("file://") else None
 
 

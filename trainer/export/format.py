@@ -1,8 +1,8 @@
-"""The seam of the formats that a run can be exported in, and how one is found by its name in `--format`.
+"""The protocol of the formats that a run can be exported in. This file also finds a format by its name in `--format`.
 
 A format is one file in trainer/export/formats/. Its `FORMATS` maps each name to a class whose fields are the options of
-the format, given on the command line as `key=value`. Importing the file loads no torch, as the command line asks every
-format for its name; code that handles tensors imports torch when it is called.
+the format, given on the command line as `key=value`. Importing the file loads no torch, because the command line asks
+every format for its name. Code that handles tensors imports torch when it is called.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,22 +21,26 @@ WHOLE_MODEL = "the whole model (its base was tuned, so an export and a merge are
 
 
 class ExportProgress(NamedTuple):
-    """`written` is told of bytes done and bytes in all, `say` of what begins now, in a sentence."""
+    """Progress of an export.
+
+    `written` is told the bytes done and the bytes in all, `say` a sentence on what begins now.
+    """
 
     written: BytesWritten
     say: Callable[[str], None]
 
 
 def print_bytes(done: int, total: int) -> None:
-    """Prints them in a line that the launcher reads: one for each piece of some MiB, which costs nothing beside reading
-    it.
+    """Print the bytes in a line that the launcher reads.
+
+    There is one line for each piece of some MiB, which costs nothing compared with reading the piece.
     """
     print("progress", done, total, flush=True)
 
 
 @dataclass(frozen=True)
 class Written:
-    """An export that was written: the checkpoint it is of, and what its format found out, as JSON and in sentences."""
+    """An export that was written: its checkpoint, and what its format found out, as JSON and in sentences."""
 
     manifest: CheckpointManifest
     facts: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +58,7 @@ class ExportFormat(Protocol):
     """Whether base and adapter are merged; else the adapter alone is written."""
 
     def check(self, config: Config, base: Description) -> None:
-        """Raises `ConfigError` where a run trained by `config` over `base` has no such export; reads no weights."""
+        """Raise `ConfigError` if a run trained by `config` over `base` has no such export. This reads no weights."""
         ...
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
@@ -62,18 +66,23 @@ class ExportFormat(Protocol):
 
         Raises:
             NothingToResume: the run has no such checkpoint.
-            StorageError: it is damaged, or a store fails.
-            ConfigError: `destination` holds something that is no half export, or as `check`.
+            StorageError: the checkpoint is damaged, or a store fails.
+            ConfigError: `destination` holds something other than a half export, or `check` raises it.
         """
         ...
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        """Compare the predictions of what is in `destination`, every byte of which has been compared with a second
-        export, with those of the trained model of `step`. Raises `ConfigError` where that cannot be done."""
+        """Compare the predictions of the export in `destination` with those of the trained model of `step`.
+
+        Every byte of the export has already been compared with a second export. Raises `ConfigError` if the predictions
+        cannot be compared.
+        """
         ...
 
 
 def find_format(name: str, options: Sequence[str] = ()) -> ExportFormat:
-    """The format that `--format` names, with its `key=value` options. Raises `ConfigError` where there is none, or an
-    option is unknown or wrong."""
+    """Find the format that `--format` names, with its `key=value` options.
+
+    Raises `ConfigError` if there is no such format, or an option is unknown or wrong.
+    """
     return parse_options(chosen(kinds("trainer.export.formats", "FORMATS"), "--format", name), options)

@@ -1,7 +1,7 @@
-"""The settings that a checkpoint was trained with. Its manifest is the truth; config.yaml is a request for the next
-start.
+"""The settings that a checkpoint was trained with.
 
-A manifest that was written before some value was recorded falls back to config.yaml for that value alone.
+The checkpoint's manifest is the truth, and config.yaml is a request for the next start. If a manifest was written
+before some value was recorded, only that value is taken from config.yaml.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ from trainer.tuning.method import Method, method_of, methods
 
 # The keys that tell the place of a base, and their types in a manifest.
 _PLACE = {"path": str, "fingerprint": str, "name": (str, NoneType), "revision": (str, NoneType)}
-# The sections that belong to a checkpoint, and the settings in them that change nothing of what it computes.
+# The sections that belong to a checkpoint, and the settings in them that do not change what it computes.
 _FREE = {"model": {"attention", "kernels"}, "quant": {"cache"}, "tuning": {"start"}}
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -53,12 +53,12 @@ class TrainedCheckpoint(NamedTuple):
 
 
 def trained_checkpoint(folder: Store, step: int | None) -> TrainedCheckpoint:
-    """The checkpoint of `step`, or the newest whole one, for every format of an export.
+    """Return the checkpoint of `step`, or the newest whole one, for every format of an export.
 
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or does not fit its settings.
-        ConfigError: as `trained_config`.
+        ConfigError: `trained_config` raises it.
     """
     manifest = whole_checkpoint(folder, step)
     config = trained_config(folder, manifest)
@@ -68,7 +68,7 @@ def trained_checkpoint(folder: Store, step: int | None) -> TrainedCheckpoint:
 
 
 def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
-    """config.yaml, with the base, its quantization, and the tuning method and its settings from the manifest.
+    """Return config.yaml with the base, its quantization, and the tuning method and its settings from the manifest.
 
     Raises:
         ConfigError: config.yaml cannot be read, or the base is not where the manifest says, and config.yaml names
@@ -99,10 +99,9 @@ def trained_config(folder: Store, manifest: CheckpointManifest) -> Config:
 
 
 def with_trained_template(folder: Store, given: Data, manifest: CheckpointManifest) -> Data:
-    """The data's settings with the chat template of the training, whatever `data.template` holds by now, in a file of
-    this machine.
+    """Return the data's settings with the chat template of the training, whatever `data.template` holds by now.
 
-    Raises `ConfigError` where it has changed and the run's folder has lost it.
+    The template is in a file of this machine. Raises `ConfigError` if it has changed and the run's folder has lost it.
     """
     if manifest.text is None or _template_hash(given) == manifest.text.template:
         return given
@@ -123,14 +122,12 @@ def with_trained_template(folder: Store, given: Data, manifest: CheckpointManife
 def _template_hash(data: Data) -> str | None:
     try:
         return RunText({}, template_text(data)).hashes.template
-    except ConfigError:  # it is not there any more
+    except ConfigError:  # the file is gone
         return ""
 
 
 def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest) -> None:
-    """Raises `ConfigError` where `given` would be another model than `trained`, the settings that the checkpoint was
-    trained with.
-    """
+    """Raise `ConfigError` if `given` would be another model than `trained`, the checkpoint's settings."""
     if given.data.template != trained.data.template:
         raise ConfigError(
             f"data.template: {shown(given.data.template)} would be other texts than the checkpoint of step"
@@ -147,7 +144,7 @@ def check_overrides(trained: Config, given: Config, manifest: CheckpointManifest
 
 
 def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManifest) -> None:
-    """Raises `Damaged` when other parameters were trained than `method` has over the base of `model`."""
+    """Raise `Damaged` when other parameters were trained than `method` has over the base of `model`."""
     expected = {name: list(shape) for name, shape in method.shapes(describe_base(model).architecture).items()}
     for name in sorted(expected.keys() | manifest.shapes.keys()):
         given, held = expected.get(name), manifest.shapes.get(name)
@@ -160,8 +157,10 @@ def check_trained_shapes(method: Method, model: Model, manifest: CheckpointManif
 
 
 def check_mergeable_run(config: Config, base: Description) -> None:
-    """Raises `ConfigError` for a run that has no whole model: it has a part of its base only, or what it has learnt
-    cannot become part of the base's weights."""
+    """Raise `ConfigError` for a run that has no whole model.
+
+    Such a run has only a part of its base, or what it has learnt cannot become part of the base's weights.
+    """
     method = method_of(config)
     if method.exports_model and config.model.layers:
         raise ConfigError(
@@ -175,22 +174,22 @@ def check_mergeable_run(config: Config, base: Description) -> None:
 
 
 def check_recodable(base: Description, code: str) -> None:
-    """Raises `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
+    """Raise `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
     if base.architecture.weights("experts"):
         raise unloadable("its experts", code)
 
 
 def unloadable(what: str, code: str) -> ConfigError:
-    """The refusal of a model that nobody could load in `code`."""
+    """Return the refusal of a model that nobody could load in `code`."""
     return ConfigError(
         f"--format {code}: of this base transformers cannot load {what} in {code}. Take --format merged."
     )
 
 
 def resolve_trained_base(folder: Store, model: Model, manifest: CheckpointManifest) -> Base:
-    """The base, with its weights, and in its directory the run's own tokenizer.
+    """Return the base with its weights, and in its directory the run's own tokenizer.
 
-    Raises `ConfigError` when it is not here, or is another than the checkpoint's.
+    Raises `ConfigError` when the base is not here, or is another than the checkpoint's.
     """
     base = resolve_base(model)
     check_trained_base(base, manifest)
@@ -198,12 +197,12 @@ def resolve_trained_base(folder: Store, model: Model, manifest: CheckpointManife
 
 
 def with_trained_tokenizer(folder: Store, base: Base, manifest: CheckpointManifest) -> Base:
-    """Raises as `trained_directory`."""
+    """Return the base with the run's own tokenizer. Raises as `trained_directory`."""
     return replace(base, directory=trained_directory(folder, base.directory, manifest))
 
 
 def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
-    """Raises `ConfigError` for another base than the checkpoint's, as far as samples of its weights tell."""
+    """Raise `ConfigError` for another base than the checkpoint's, as far as samples of its weights tell."""
     if base.fingerprint != manifest.base["fingerprint"]:
         raise ConfigError(
             f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on"
@@ -213,8 +212,9 @@ def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
 
 
 def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
-    """As `resolve_trained_base` where the base's weights can be looked at without a download; of a base of the Hub its
-    commit.
+    """Check as `resolve_trained_base` does, if the base's weights can be read without a download.
+
+    Of a base on the Hub its commit is checked.
     """
     directory = base_files(model)
     if on_the_hub(model.base):
@@ -224,11 +224,12 @@ def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
 
 
 def trained_directory(folder: Store, directory: Path, manifest: CheckpointManifest) -> Path:
-    """The base's `directory`, or where it has another tokenizer by now a copy of its small files with the one that the
-    run keeps.
+    """Return the base's `directory`.
 
-    Raises `ConfigError` where the run's folder has lost it, or the rows of added tokens are counted by the one beside
-    the base.
+    If its tokenizer has changed, return a copy of its small files with the run's tokenizer.
+
+    Raises `ConfigError` if the run's folder has lost it, or the rows of added tokens are counted by the tokenizer
+    beside the base.
     """
     if manifest.text is None or hash_tokenizer(directory) == manifest.text.tokenizer:
         return directory
@@ -246,7 +247,10 @@ def trained_directory(folder: Store, directory: Path, manifest: CheckpointManife
 
 
 def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
-    """The name of the base in the run's configuration of then. A directory that has moved is where config.yaml says."""
+    """Return the name of the base in the run's configuration of that time.
+
+    A directory that has moved is where config.yaml says.
+    """
     name, revision = manifest.base.get("name") or manifest.base["path"], manifest.base.get("revision")
     if not (in_bucket(name) or is_hub_id(name) or local_path(name, "model.base").is_dir()) and given.base != name:
         check_trained_base(resolve_base(given), manifest)
@@ -256,7 +260,10 @@ def _place(manifest: CheckpointManifest, given: Model) -> dict[str, Any]:
 
 
 def _tuning(manifest: CheckpointManifest) -> Tuning:
-    """A setting that the manifest leaves out has its method's default, whatever config.yaml says."""
+    """Return the tuning settings.
+
+    A setting that the manifest leaves out has its method's default, whatever config.yaml says.
+    """
     name = manifest.adapter.get("method", "")
     make = methods().get(name) if isinstance(name, str) else None
     defaults = make(Tuning()).defaults if make else {}

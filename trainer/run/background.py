@@ -1,4 +1,4 @@
-"""Work beside the training that never decides how it ends: metrics, logs, and the look for requests."""
+"""Work beside the training that never decides how the training ends: metrics, logs, and the look for requests."""
 
 import sys
 import threading
@@ -9,16 +9,18 @@ from trainer.config.secrets import without_credentials
 
 
 def say(text: str) -> None:
-    """A line on stderr, rid of what opens the URLs in it, as logs are kept; one that cannot be written, as to a full
-    disk, is dropped.
+    """Print a line on stderr, without the parts that open the URLs in it, because logs are kept.
+
+    A line that cannot be written, for example to a full disk, is dropped.
     """
     with suppress(OSError, ValueError):
         print(without_credentials(text), file=sys.stderr, flush=True)
 
 
 class Harmless:
-    """Calls what may fail in any way without harm. A failure is said once, and again only after a success in
-    between.
+    """Calls functions that may fail in any way, without harm to the caller.
+
+    A failure is reported once, and again only after a success in between.
     """
 
     def __init__(self, what: str) -> None:
@@ -43,7 +45,7 @@ def _in_main_thread() -> bool:
 
 
 class Every:
-    """Calls `action` every so many seconds in a background thread, which outlives every failure of it."""
+    """Calls `action` every so many seconds in a background thread, which survives every failure of it."""
 
     def __init__(self, seconds: float, action: Callable[[], object], what: str) -> None:
         self._woken = threading.Event()
@@ -65,7 +67,7 @@ class Every:
         self._woken.set()
 
     def stop(self, *, wait: bool = True) -> None:
-        """End the thread, and `wait` until it has, unless nobody needs what it does now."""
+        """Stop the thread. Wait until it has ended, unless nobody needs its last result (`wait` is false)."""
         self._stopped = True
         self._woken.set()
         if wait:

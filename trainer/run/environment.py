@@ -1,4 +1,4 @@
-"""The machine and the packages that a start runs on, as environment.json and the manifests keep them."""
+"""The machine and the packages that a start runs on, as environment.json and the manifests record them."""
 
 import json
 import platform
@@ -12,8 +12,11 @@ _PACKAGES = ("capstan-llm", "torch", "deepspeed", "transformers", "peft", "bitsa
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide what a run computes. One that is not installed is left out: a rank that
-    torchrun started needs no Ray, and a checkout is perhaps run without an installation."""
+    """Return the versions of the packages that decide what a run computes.
+
+    A package that is not installed is left out: a rank that torchrun started needs no Ray, and a checkout may run
+    without an installation.
+    """
     found = dict[str, str]()
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -22,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(ranks: Ranks) -> bytes:
-    """The content of environment.json, by rank 0."""
+    """Return the content of environment.json, which rank 0 writes."""
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""The findings of `capstan evaluate`, in a run's folder: one object a step, to which each evaluation adds."""
+"""The findings of `capstan evaluate` in a run's folder: one object for each step, to which each evaluation adds."""
 
 import json
 import math
@@ -19,17 +19,17 @@ less than 95 %.
 
 _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 """Settings that may name the data of an evaluation where the run has none."""
-# Each by name; the values of tasks are by metric.
+# Each of these is a mapping by name. Tasks have their values by metric.
 _PARTS = ("sets", "tasks", "bias")
 
 
 def finite(value: Any) -> Any:
-    """None for a number that is not finite: JSON has no word for that."""
+    """Return None for a number that is not finite: JSON cannot express it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
-    """The findings that are kept of `step`; none where it was never evaluated, or where the object is damaged."""
+    """Read the stored findings of `step`. They are empty if the step was never evaluated or the object is damaged."""
     with suppress(NotFound, Damaged):
         return _read(folder, layout.evaluation(step))
     return {}
@@ -37,7 +37,7 @@ def read_evaluation(folder: Store, step: int) -> dict[str, Any]:
 
 @read_twice
 def _read(folder: Store, key: str) -> dict[str, Any]:
-    """Raises `NotFound`, and `Damaged` for what is no evaluation."""
+    """Read the findings. Raises `NotFound`, and `Damaged` if the object is no evaluation."""
     try:
         found = json.loads(folder.get(key))
     except NOT_JSON as error:
@@ -53,8 +53,9 @@ def _by_name(value: Any) -> bool:
 
 
 def other_settings(own: Config, given: Config) -> list[str]:
-    """The settings by which an evaluation under `given` measures something else than the run's `own`, so that its
-    figures are not the run's.
+    """Return the settings in which `given` differs from the run's `own` so that an evaluation measures something else.
+
+    The figures of such an evaluation are not the run's.
     """
     before, after = own.data.model_dump(), given.data.model_dump()
     held_out = set[str]() if own.data.eval or own.data.held_out else _HELD_OUT
@@ -64,9 +65,7 @@ def other_settings(own: Config, given: Config) -> list[str]:
 
 
 def keep_evaluation(folder: Store, found: Mapping[str, Any]) -> None:
-    """Keep `found`. Earlier findings of its step over the same base stay, as far as `found` has not measured them
-    anew.
-    """
+    """Store `found`. Earlier findings of the step over the same base stay, unless `found` has measured them again."""
     earlier = read_evaluation(folder, found["step"])
     if earlier.get("base") == found["base"]:
         found = {**found, **{part: {**earlier.get(part, {}), **found[part]} for part in _PARTS}}

@@ -1,4 +1,4 @@
-"""A run's folder in its store, and the configuration in it: the one place where everybody reads it."""
+"""A run's folder in its store, and the configuration in it. Everybody reads the configuration here."""
 
 import os
 import shlex
@@ -15,17 +15,20 @@ def run_folder(config: Config) -> Store:
 
 
 def store_of(folder: Store) -> Store:
-    """The store that a run's folder is in, with the compiled data and the other runs."""
+    """Return the store that a run's folder is in, with the compiled data and the other runs."""
     return open_store(folder.uri.rpartition("/")[0])
 
 
 def name_of(folder: Store) -> str:
-    """The name that a run has by its folder, whatever its configuration calls it."""
+    """Return the name that a run has by its folder, whatever its configuration calls it."""
     return folder.uri.rpartition("/")[2]
 
 
 def command(verb: str, folder: Store, argument: str = "") -> str:
-    """The command that does `verb` with the run, in backquotes; with its store where a bare name would not be found."""
+    """Return the command that does `verb` with the run, in backquotes.
+
+    It names the store if the run's name alone would not find the run.
+    """
     store, _, name = folder.uri.rpartition("/")
     usual = open_store(os.environ.get("CAPSTAN_STORE", "runs")).uri
     where = "" if store == usual else f" --store {shlex.quote(store.removeprefix('file://'))}"
@@ -33,7 +36,7 @@ def command(verb: str, folder: Store, argument: str = "") -> str:
 
 
 def submitted_config(folder: Store) -> Config:
-    """The configuration that a job of the run was submitted with: its own until its turn has come, then the run's."""
+    """Return a job's configuration: the one that it was submitted with until its turn comes, then the run's."""
     return run_config(folder, document=layout.SUBMITTED if folder.exists(layout.SUBMITTED) else layout.CONFIG)
 
 
@@ -43,12 +46,13 @@ def run_config(
     document: str = layout.CONFIG,
     say: Callable[[str], None] = unsaid,
 ) -> Config:
-    """The configuration of the run in `folder`, with dotted `overrides`; `say` gets what these replace, as in
-    `load_config`.
+    """Return the configuration of the run in `folder`, with dotted `overrides`.
 
-    The folder's own place and name replace `run.store` and `run.name`: a run may have been moved, or copied to another
-    name. Raises `ConfigError` when the folder holds none, or one that is wrong, or when an override would lead to
-    another run.
+    `say` gets the values that these replace, as in `load_config`.
+
+    The folder's own place and name replace `run.store` and `run.name`, because a run may have been moved, or copied to
+    another name. Raises `ConfigError` if the folder holds no configuration or a wrong one, or if an override would lead
+    to another run.
     """
     key = f"{folder.uri}/{document}"
     store, _, name = folder.uri.removeprefix("file://").rpartition("/")

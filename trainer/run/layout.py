@@ -1,6 +1,7 @@
-"""The only place that knows key names. A run's keys are relative to `<store>/<run>/`, the same on every store.
+"""The only file that knows the names of keys.
 
-Numbers are zero-padded so that the lexicographic order of a listing is the numeric order.
+A run's keys are relative to `<store>/<run>/`, the same on every store. Numbers are padded with zeros, so the
+lexicographic order of a listing is the numeric order.
 """
 
 import re
@@ -53,67 +54,74 @@ def _number(pattern: re.Pattern[str], key: str) -> int | None:
 
 
 def metrics(generation: int) -> str:
-    """The stream (trainer/run/segments.py) of the records of a start, one JSON object a line.
+    """Return the stream (trainer/run/segments.py) of the records of a start, one JSON object a line.
 
-    `generation` counts the starts of a run, from 1. Creating this key is what claims the number.
+    `generation` counts the starts of a run, from 1. A start claims its number by creating this key.
     """
     return f"{METRICS}{generation:06d}.jsonl"
 
 
 def generation_of(key: str) -> int | None:
-    """The generation that `key` claims, or None for any other key: one key a generation."""
+    """Return the generation that `key` claims, or None for any other key. Each generation has one such key."""
     return _number(_GENERATION, key)
 
 
 def added_record(generation: int, name: str) -> str:
-    """A record of somebody else than the generation's rank 0; `name` is unique, and sorts by time."""
+    """Return the key of a record that somebody other than the generation's rank 0 adds.
+
+    `name` is unique and sorts by time.
+    """
     return f"{metrics(generation)}.added-{name}"
 
 
 def records_of(stream: str) -> int | None:
-    """The generation that the records of a stream belong to, or None for a stream of something else."""
+    """Return the generation that the records of a stream belong to, or None for a stream of something else."""
     return _number(_RECORDS, stream)
 
 
 def rank_log(generation: int, rank: int) -> str:
-    """The stream (trainer/run/segments.py) of all that a rank's process printed."""
+    """Return the stream (trainer/run/segments.py) of everything that a rank's process printed."""
     return f"{LOGS}{generation:06d}/rank-{rank:05d}.log"
 
 
 def sidecar_log(generation: int, name: str) -> str:
-    """The stream of what a process beside the ranks says: `rollout`, which has servers sample, or `server-1` and so on.
-    It begins before this start's ranks.
+    """Return the stream that a process beside the ranks prints.
+
+    Its name is `rollout` (it has servers sample), or `server-1` and so on. It begins before this start's ranks.
     """
     return f"{LOGS}{generation:06d}/{name}.log"
 
 
 def server(name: str) -> str:
-    """The key with the URL of a server of the run that answers, and that it is called by in the run."""
+    """Return the key of a server of the run: it holds the server's URL and the server's name in the run."""
     return f"{SERVERS}{name}"
 
 
 def owner(number: int) -> str:
-    """The key that a start of the run creates to take it; `number` counts from 1 how often it was taken."""
+    """Return the key that a start of the run creates to take the run. `number` counts from 1 how often it was taken."""
     return f"{OWNERS}{number:06d}.json"
 
 
 def owner_of(key: str) -> int | None:
-    """The number of the owner that `key` is of, or None for any other key."""
+    """Return the number of the owner that `key` belongs to, or None for any other key."""
     return _number(_OWNER, key)
 
 
 def settings(generation: int) -> str:
-    """The whole configuration that a start of the run trained with."""
+    """Return the key of the whole configuration that a start of the run trained with."""
     return f"{SETTINGS}{generation:06d}.yaml"
 
 
 def slurm_attempt(number: int) -> str:
-    """The key of the record of one start of a Slurm job; `number` counts the starts from 1."""
+    """Return the key of the record of one start of a Slurm job. `number` counts the starts from 1."""
     return f"{SLURM_ATTEMPTS}{number:06d}.json"
 
 
 def tracker(name: str) -> str:
-    """The state of the tracker called `name`: by which id a service knows the run, and how far its curves are."""
+    """Return the key of the state of the tracker called `name`.
+
+    The state says by which id a service knows the run, and how far its curves are.
+    """
     return f"{TRACKERS}{name}.json"
 
 
@@ -122,102 +130,114 @@ def checkpoint(step: int) -> str:
 
 
 def step_of_folder(name: str) -> int | None:
-    """The step whose folder among the checkpoints is `name`, or None for any other name."""
+    """Return the step whose folder among the checkpoints is `name`, or None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def attempt(generation: int, save: int) -> str:
-    """A name unique to the `save`-th save of a start, which all ranks know without asking each other."""
+    """Return a name unique to the `save`-th save of a start, which all ranks know without asking each other."""
     return f"{generation:06d}-{save:06d}"
 
 
 def shard(step: int, attempt: str, rank: int) -> str:
-    """`attempt` is unique to one save, so that a dead save can never be mistaken for part of a later one."""
+    """Return the key of a shard.
+
+    `attempt` is unique to one save, so a dead save is never taken for a part of a later one.
+    """
     return f"{checkpoint(step)}{attempt}/shard-{rank:05d}.safetensors"
 
 
 def shard_step(key: str) -> int | None:
-    """The step of whose checkpoint `key` is a shard, or None for any other key."""
+    """Return the step whose checkpoint has the shard `key`, or None for any other key."""
     return _number(_SHARD, key)
 
 
 def manifest(step: int) -> str:
-    """The commit point of a checkpoint: written last, with a create-only PUT."""
+    """Return the key of a manifest. It is the commit point of a checkpoint: written last, with a create-only PUT."""
     return f"{checkpoint(step)}manifest.json"
 
 
 def adapter(step: int) -> str:
-    """The folder of the adapter that is exported beside a checkpoint, and goes with it."""
+    """Return the folder of the adapter that is exported beside a checkpoint, and removed with it."""
     return f"{checkpoint(step)}{ADAPTER}"
 
 
 def rollouts(key: str) -> str:
-    """The folder of sampled answers, and of the adapters for those who sample. `key` stands for all that decides them
-    but what was learnt.
+    """Return the folder of sampled answers, and of the adapters for the servers that sample.
+
+    `key` stands for everything that decides the answers except what was learnt.
     """
     return f"{ROLLOUTS}{key}"
 
 
 def chapter_of_rollouts(number: int) -> str:
-    """The name of a chapter of answers, as a data set in the folder of the rollouts."""
+    """Return the name of a chapter of answers, as a data set in the folder of the rollouts."""
     return f"chapter-{number:09d}"
 
 
 def rollout_adapter(step: int) -> str:
-    """The folder, in that of the rollouts, of what was learnt after `step` updates."""
+    """Return the folder, inside the folder of the rollouts, of what was learnt after `step` updates."""
     return f"{ROLLOUT_ADAPTERS}step-{step:09d}/"
 
 
 def published(step: int) -> str:
-    """The key that is written last in that folder."""
+    """Return the key that is written last in that folder."""
     return f"{rollout_adapter(step)}PUBLISHED"
 
 
 def published_step(key: str) -> int | None:
-    """The step whose adapter `key` says to be there, or None for any other key."""
+    """Return the step whose adapter is complete according to `key`, or None for any other key."""
     return _number(_PUBLISHED, key)
 
 
 def damaged_manifest(step: int, generation: int) -> str:
-    """Where `generation` puts the manifest of a checkpoint that it found damaged: it commits the step again."""
+    """Return the key to which `generation` moves the manifest of a damaged checkpoint.
+
+    It then commits the step again.
+    """
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
 
 
 def evaluation(step: int) -> str:
-    """The findings of `capstan evaluate` on the state after `step` updates, beside its base: one JSON object."""
+    """Return the key of the findings of `capstan evaluate` on the state after `step` updates and on its base.
+
+    They are one JSON object.
+    """
     return f"{EVALUATIONS}step-{step:09d}.json"
 
 
 def samples(step: int) -> str:
-    """Answers to `eval.prompts` by the state after `step` updates: JSON lines."""
+    """Return the key of the answers to `eval.prompts` by the state after `step` updates, as JSON lines."""
     return f"{SAMPLES}step-{step:09d}.jsonl"
 
 
 def profile(step: int) -> str:
-    """The trace of some steps of rank 0, of which the update that makes `step` is the first: Chrome's format,
-    compressed.
+    """Return the key of the trace of some steps of rank 0, in Chrome's format, compressed.
+
+    The first of these steps is the update that makes `step`.
     """
     return f"{PROFILES}step-{step:09d}.json.gz"
 
 
 def kept_text(sha256: str) -> str:
-    """A file of the run's tokenizer, or its chat template, by the hash of its content."""
+    """Return the key of a file of the run's tokenizer, or of its chat template, by the hash of its content."""
     return f"{TEXT}{sha256}"
 
 
 def step_of_result(key: str) -> int | None:
-    """The step whose evaluation or samples `key` holds, or None for any other key."""
+    """Return the step whose evaluation or samples `key` holds, or None for any other key."""
     return _number(_RESULT, key)
 
 
 def bases(fingerprint: str) -> str:
-    """Where a quantized base lies, relative to the store's root: runs share it."""
+    """Return the folder of a quantized base, relative to the store's root: runs share it."""
     return f"bases/{fingerprint}"
 
 
 def dataset(fingerprint: str) -> str:
-    """Where a compiled data set lies, relative to the store's root: runs share it. Rollouts lie so in a folder of their
-    own.
+    """Return the folder of a compiled data set, relative to the store's root: runs share it.
+
+    Rollouts lie in the same way in a folder of their own.
     """
     return f"data/{fingerprint}/"

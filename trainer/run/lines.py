@@ -1,4 +1,4 @@
-"""A run's records as plain lines, for logs and for those who watch without a terminal."""
+"""A run's records as plain lines, for logs and for people who watch without a terminal."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,8 +13,10 @@ _PHASES = {
 
 
 class PlainLines:
-    """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and a step in every so many
-    (`every`; 0 makes none)."""
+    """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and some steps.
+
+    A step gets a line every `every` steps; 0 makes none.
+    """
 
     def __init__(self, every: int) -> None:
         self._every = every
@@ -33,7 +35,7 @@ class PlainLines:
         }
 
     def of(self, record: Record) -> str | None:
-        """The line, or None for a record that nobody waits for."""
+        """Return the line, or None for a record that nobody waits for."""
         make = self._kinds.get(record["kind"])
         return make(record) if make and self._every else None
 
@@ -74,18 +76,19 @@ def _number(record: Record, name: str, form: str) -> str:
 
 
 def figures_line(figures: Mapping[str, float]) -> str:
-    """Figures that an action measured, in a line."""
+    """Return the figures that an action measured, in a line."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
 
 
 def end_sentence(outcome: str, reason: str) -> str:
-    """How a start ended and why; a reason such as "stopped at step 4" says both."""
+    """Say how a start ended and why. A reason such as "stopped at step 4" says both."""
     return reason if reason.startswith(outcome) else f"{outcome}{': ' if reason else ''}{reason}"
 
 
 def of_total(step: int, total: int | None) -> str:
-    """Such as: 3 of 20. A run that was told later to take fewer steps is beyond them: 12, which is more than the 9 that
-    are asked for.
+    """Return a text such as "3 of 20".
+
+    A run that was later told to take fewer steps may be beyond them. Its text is such as "12 (9 asked for)".
     """
     if not total:
         return f"{step:,}"
@@ -93,7 +96,7 @@ def of_total(step: int, total: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
+    """Return the duration in two units: 45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
     whole = round(seconds)
     for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:

@@ -22,14 +22,14 @@ _AT_ONCE = 10
 
 
 class Allowance:
-    """One more every `seconds`, of which at most `most` are kept."""
+    """An allowance that grows by one every `seconds`, and holds at most `most`."""
 
     def __init__(self, seconds: float, most: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._most, self._clock = seconds, most, clock
         self._left, self._looked = most, clock()
 
     def take(self) -> bool:
-        """Whether there was one to take."""
+        """Take one from the allowance. Returns whether there was one."""
         now = self._clock()
         self._left = min(self._most, self._left + (now - self._looked) / self._seconds)
         self._looked = now
@@ -40,8 +40,11 @@ class Allowance:
 
 
 def log_allowance(rank: int, world_size: int, clock: Callable[[], float] = time.monotonic) -> Allowance:
-    """How often `rank` may send its log: all ranks but the first share one budget, however many they are."""
-    # The fraction spreads them: ranks that began together would otherwise send their logs together, too.
+    """Return how often `rank` may send its log.
+
+    All ranks but the first share one budget, however many they are.
+    """
+    # The fraction spreads the ranks: those that began together would otherwise also send their logs together.
     most = _AT_ONCE + rank / world_size
     return Allowance(_OTHERS_SECONDS * world_size if rank else _FIRST_SECONDS, most, clock)
 
@@ -50,11 +53,11 @@ def log_allowance(rank: int, world_size: int, clock: Callable[[], float] = time.
 def rank_log(
     folder: Store, generation: int, rank: int, world_size: int, flush_seconds: float
 ) -> Iterator[Callable[[], None]]:
-    """Send everything this process prints, libraries and C code included, to the rank's log in the store as well.
+    """Send everything that this process prints, libraries and C code included, to the rank's log in the store as well.
 
-    File descriptors 1 and 2 go through a pipe; a thread copies it to where they led before and to the log. Yields a
-    function that brings the store up to date, for a process that is about to end at once. A rank that prints little is
-    sent within `flush_seconds`; the requests of all ranks together are bounded.
+    File descriptors 1 and 2 go through a pipe. A thread copies the pipe to where they led before, and to the log.
+    Yields a function that brings the store up to date, for a process that is about to end at once. The log of a rank
+    that prints little is sent within `flush_seconds`. The requests of all ranks together are bounded.
     """
     log = Appender(folder, layout.rank_log(generation, rank))
     allowance = log_allowance(rank, world_size)
@@ -67,7 +70,8 @@ def rank_log(
     os.close(write_end)
 
     def copy() -> None:
-        # Reading must go on whatever fails: every print would block. And nothing may be printed: it would come here.
+        # Reading must go on whatever fails, because otherwise every print would block. Nothing may be printed here,
+        # because it would come back through the pipe.
         while data := os.read(read_end, 65536):
             with suppress(Exception):
                 log.append(data)
@@ -86,7 +90,7 @@ def rank_log(
     def flush() -> None:
         deadline = time.monotonic() + 1
         while select.select([read_end], [], [], 0)[0] and time.monotonic() < deadline:
-            time.sleep(0.01)  # the copier is still at it
+            time.sleep(0.01)  # the copier is still working
         harmless(log.flush)
 
     try:
@@ -97,5 +101,5 @@ def rank_log(
         sys.stderr.flush()
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
-        copier.join(timeout=5)  # ends when the last copy of the pipe's write end is closed
+        copier.join(timeout=5)  # it ends when the last copy of the pipe's write end is closed
         harmless(log.close)

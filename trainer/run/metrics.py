@@ -1,4 +1,4 @@
-"""The metrics that a run writes as it goes on: each is a record that all its trackers get."""
+"""The metrics that a run writes as it goes on. Each is a record that all its trackers get."""
 
 import resource
 import time
@@ -24,7 +24,10 @@ CURVES_SECONDS = 60.0
 
 
 def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracker]:
-    """The trackers that `config` asks for, the records first. One that cannot be opened is said, and left out."""
+    """Open the trackers that `config` asks for, the records first.
+
+    A tracker that cannot be opened is reported and left out.
+    """
     track = config.track
     wanted: dict[str, Callable[[], Tracker]] = {
         JsonLines.name: lambda: JsonLines(folder, generation, track.flush_seconds),
@@ -41,7 +44,7 @@ def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracke
 
 
 class _Held:
-    """A tracker whose calls do no harm: a failure is said once."""
+    """A tracker whose calls do no harm: a failure is reported once."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -63,8 +66,10 @@ class _Held:
 
 
 class Metrics:
-    """Gives every record to the trackers, the first of which keeps them in the run's folder. Rank 0 has trackers; the
-    others have none, and their calls do nothing. No call fails, whatever goes wrong."""
+    """Gives every record to the trackers. The first tracker stores them in the run's folder.
+
+    Rank 0 has trackers. The other ranks have none, and their calls do nothing. No call fails, whatever goes wrong.
+    """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._held = [_Held(tracker) for tracker in trackers]
@@ -81,13 +86,13 @@ class Metrics:
             held.flush()
 
     def write_now(self, kind: str, **values: Any) -> None:
-        """`write`, and bring the records in the store up to date outside the rhythm, without waiting for it."""
+        """Write a record as `write` does, and bring the store up to date now, without waiting for it."""
         self.write(kind, **values)
         for held in self._held[:1]:
             held.flush_soon()
 
     def close(self) -> None:
-        """End the trackers, those that read the records after them, and all of these at once: each may take a while."""
+        """End the trackers: first the records, then all that read them, at once, because each may take a while."""
         for held in self._held[:1]:
             held.close()
         if rest := self._held[1:]:
@@ -96,7 +101,7 @@ class Metrics:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak resident memory of this process and, on a GPU, peak allocated device memory, in bytes."""
+    """Return the peak resident memory of this process and, on a GPU, the peak allocated device memory, in bytes."""
     peak = {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
         peak["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -1,11 +1,11 @@
 """The owner of a run: the process or the submitted job that has it, known from keys in its folder.
 
-Every start that takes a run creates the next of the keys owners/000001.json, owners/000002.json and so on, and the
-highest number has the run: of several starts that take it at once only one can create the key, and a start that was
-taken over sees a higher number than its own. The owner keeps its key fresh as long as it lives, and marks it as ended
-when it ends in order. Records do not tell whether a run is alive: a compilation, a large base or a long step leaves
-none for minutes. At rest an owner costs one request every `BEAT_SECONDS`. A start that has not taken its run yet
-says so by the key `layout.PREPARING`.
+Every start that takes a run creates the next of the keys owners/000001.json, owners/000002.json and so on. The start
+with the highest number has the run. When several starts take a run at once, only one of them can create the key. A
+start that has lost the run sees a higher number than its own. The owner refreshes its key as long as it lives, and
+marks it as ended when it ends in order. Records do not tell whether a run is alive: a compilation, a large base or a
+long step writes none for minutes. An owner costs one request every `BEAT_SECONDS`. A start that has not taken its run
+yet announces itself by the key `layout.PREPARING`.
 """
 
 import json
@@ -25,14 +25,16 @@ from trainer.run.background import Every
 from trainer.run.folder import name_of
 from trainer.store.store import Entry, Store
 
-_TRIES = 3  # somebody else may take the key away
+_TRIES = 3  # somebody else may take the key first
 _ALIKE_SECONDS = 5.0
 """Clocks that differ by less are one: stores stamp whole seconds, and a request takes its time."""
 
 
 class StoreClock:
-    """The time in seconds since 1970, by the clock of the store that `folder` is in. The first call writes a key for a
-    moment; where nothing may be written, the machine's clock stands for the store's."""
+    """The time in seconds since 1970, by the clock of the store that `folder` is in.
+
+    The first call writes a key for a moment. If nothing may be written, the machine's clock is used instead.
+    """
 
     def __init__(self, folder: Store) -> None:
         self._folder, self._measuring = folder, Lock()
@@ -46,7 +48,7 @@ class StoreClock:
 
 
 def _ahead(folder: Store) -> float:
-    """The seconds that the store's clock is ahead of this machine's."""
+    """Return the seconds that the store's clock is ahead of this machine's."""
     with suppress(StorageError):
         for _ in range(_TRIES):
             before = time.time()
@@ -67,13 +69,15 @@ _ANEW_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Owner:
-    """`by` is the command that was given, such as "capstan train". `since` is when it took the run, by its machine's
-    clock, and `time` its last beat, by the store's; both are in seconds since 1970.
+    """The process or job that has a run.
 
-    `process` is None for a submitted job whose turn has not come yet. A process number means something in one `place`
-    only (a boot of a machine and a namespace of it), and names one process together with when that was `born`. All
-    processes of one submission, or of one torchrun, have the same `group`. `run` is the run's name: an owner of another
-    name came with a copy of that run's folder.
+    `by` is the command that was given, such as "capstan train". `since` is the time at which it took the run, by its
+    machine's clock. `time` is its last beat, by the store's clock. Both are in seconds since 1970.
+
+    `process` is None for a submitted job whose turn has not come yet. A process number has a meaning in one `place`
+    only (a boot of a machine and a namespace of it). Together with the time at which the process was `born` it names
+    one process. All processes of one submission, or of one torchrun, have the same `group`. `run` is the run's name: an
+    owner with another name came with a copy of that run's folder.
     """
 
     by: str
@@ -93,12 +97,14 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can see the owner's, so that no clock is needed."""
+        """Whether this process can see the owner's process, so that no clock is needed."""
         return self.place == _place() and self.process is not None and _born(self.process) != _HIDDEN
 
     def is_alive(self, clock: Callable[[], float]) -> bool:
-        """Exact where the owner runs; on other machines an owner lives until it has not been heard of for a while, by
-        the store's `clock`.
+        """Return whether the owner lives.
+
+        This is exact on the owner's own machine. On other machines an owner counts as alive until it has been silent
+        for a while, by the store's `clock`.
         """
         if self.ended:
             return False
@@ -109,7 +115,7 @@ class Owner:
         return clock() - self.time < FRESH_SECONDS
 
     def sentence(self, now: float) -> str:
-        """Such as: `capstan train` (process 4711 on node3), heard of 12 s ago."""
+        """Describe the owner, such as: `capstan train` (process 4711 on node3), heard of 12 s ago."""
         age = f"{max(0.0, now - self.time):.0f} s ago"
         if self.process is None:
             return f"`{self.by}` on {self.host}, whose job has not begun; submitted {age}"
@@ -124,18 +130,18 @@ class Ownership:
 
     @property
     def lost(self) -> bool:
-        """Whether another start has taken the run over since."""
+        """Return whether another start has taken the run over since."""
         return self.run.exists(layout.owner(self._number + 1))  # a listing may be late, and costs more
 
     def check(self) -> None:
-        """Raise `Superseded` when the run has been taken over: what it does from now on is another's."""
+        """Raise `Superseded` when another start has taken the run over: the run's keys then belong to that start."""
         if self.lost:
             raise Superseded(f"{self.run.uri} has been taken over by another start. This one ends.")
 
     @contextmanager
     def kept_fresh(self) -> Iterator[None]:
-        """Say every `BEAT_SECONDS` that the owner lives, as long as the body lasts."""
-        # Without retries: the next beat is one, and the end must not wait for a store that is gone.
+        """Say every `BEAT_SECONDS` that the owner lives, as long as the body runs."""
+        # No retries here: the next beat is one, and the end must not wait for a store that is gone.
         impatient = self.run.failing_fast()
         beat = Every(BEAT_SECONDS, lambda: self._write(impatient), "saying who has the run")
         try:
@@ -144,7 +150,7 @@ class Ownership:
             beat.stop()
 
     def end(self) -> None:
-        """Let others have the run. An owner that cannot say so any more is soon known to be gone."""
+        """Let others have the run. If the owner can no longer say so, others soon find out that it is gone."""
         with suppress(StorageError):
             self._write(self.run.failing_fast(), ended=True)
 
@@ -153,8 +159,10 @@ class Ownership:
 
 
 class OwnerWatch:
-    """The owner of a run as another process of the same start sees it: a rank that waits for rank 0. `group` is the
-    owner's where that is known."""
+    """The owner of a run as another process of the same start sees it: a rank that waits for rank 0.
+
+    `group` is the owner's group, if it is known.
+    """
 
     def __init__(self, folder: Store, group: str | None = None) -> None:
         self._run, self._group, self._clock = folder, group, StoreClock(folder)
@@ -164,12 +172,15 @@ class OwnerWatch:
 
     @property
     def is_unheard(self) -> bool:
-        """Whether it was not there yet."""
+        """Return whether the owner has not been seen yet."""
         return not self._seen
 
     def is_gone(self) -> bool:
-        """Whether it was there and has ended for certain, by what /proc tells or by its own word. One that starts anew
-        within `_ANEW_SECONDS` has not; one on another machine is only silent."""
+        """Return whether the owner was there and has certainly ended, by what /proc tells or by its own word.
+
+        An owner that starts again within `_ANEW_SECONDS` does not count as ended. An owner on another machine may only
+        be silent.
+        """
         owner, now = last_owner(self._run), time.monotonic()
         if owner is None or self._group not in (None, owner.group):
             return False
@@ -179,31 +190,33 @@ class OwnerWatch:
 
 
 def lost_ranks(folder: Store) -> Callable[[int], bool]:
-    """A function that tells whether the process of a rank has ended, as far as this rank can know: rank 0's by the
-    run's owner, the others' by the processes of this machine."""
+    """Return a function that tells whether the process of a rank has ended, as far as this rank can know.
+
+    It knows rank 0 by the run's owner, and the other ranks by the processes of this machine.
+    """
     owner, siblings = OwnerWatch(folder), Siblings()
     return lambda rank: (rank == 0 and owner.is_gone()) or siblings.is_gone(rank)
 
 
 def newest_number(folder: Store) -> int:
-    """How often the run has been taken."""
+    """Return how often the run has been taken."""
     return _newest(folder)[0]
 
 
 def read_owner(folder: Store) -> Owner | None:
-    """The run's last owner, alive or not; None where it never had one, or the last one left it in order."""
+    """Return the run's last owner, alive or not. None if it never had one, or if the last one left it in order."""
     found = last_owner(folder)
     return None if found is None or found.ended else found
 
 
 def last_owner(folder: Store) -> Owner | None:
-    """The run's last owner, also where it has ended; None where it never had one."""
+    """Return the run's last owner, even if it has ended. None if the run never had one."""
     found = _last(folder)
     return found and found.owner
 
 
 def _last(folder: Store) -> Ownership | None:
-    """As `last_owner`, with its number, which belongs to it whoever takes the run meanwhile."""
+    """Return what `last_owner` does, with that owner's number, even if somebody takes the run meanwhile."""
     number, entry = _newest(folder)
     if entry is None:
         return None
@@ -214,8 +227,9 @@ def _last(folder: Store) -> Ownership | None:
 
 
 def _newest(folder: Store) -> tuple[int, Entry | None]:
-    """The last owner's number and key; 0 and None where the run was never taken. A listing may be late: an owner that
-    it does not have yet is asked for by its number.
+    """Return the last owner's number and key; 0 and None if the run was never taken.
+
+    A listing may be late, so an owner that is not listed yet is asked for by its number.
     """
     found = [(number, entry) for entry in folder.list(layout.OWNERS) if (number := layout.owner_of(entry.key))]
     number, entry = max(found, key=lambda pair: pair[0], default=(0, None))
@@ -229,10 +243,10 @@ def _newest(folder: Store) -> tuple[int, Entry | None]:
 def take(
     folder: Store, by: str, after: int, *, group: str | None = None, waits: bool = False, place: str | None = None
 ) -> Ownership:
-    """Make the run this process's, or with `waits` that of the job which it is about to submit.
+    """Take the run for this process, or with `waits` for the job that this process is about to submit.
 
-    `after` is the `newest_number` that the decision to take the run rests on. A `place` of the caller's own says that
-    the owner outlives this process. Raises `ConfigError` when somebody has taken the run since.
+    `after` is the `newest_number` that the decision to take the run rests on. If the caller passes a `place` of its
+    own, the owner outlives this process. Raises `ConfigError` when somebody has taken the run since.
     """
     now, process = time.time(), None if waits else os.getpid()
     born = _born(os.getpid())
@@ -245,12 +259,12 @@ def take(
 
 
 def ended_waiting(folder: Store) -> bool:
-    """Whether the run was that of a submitted job whose turn had not come; from now on it is nobody's."""
+    """Release the run if it belongs to a submitted job whose turn has not come. Returns whether that was so."""
     return _end_if(folder, lambda owner: owner.waits)
 
 
 def end_group(folder: Store, group: str) -> None:
-    """Let others have the run that a process of `group` had, and did not end."""
+    """Release a run that a process of `group` had and did not release itself."""
     _end_if(folder, lambda owner: owner.group == group)
 
 
@@ -264,8 +278,9 @@ def _end_if(folder: Store, condition: Callable[[Owner], bool]) -> bool:
 
 @contextmanager
 def preparing(folder: Store, by: str) -> Iterator[None]:
-    """Say in the folder of a run that has none yet that this process prepares it, as long as the body lasts. A store
-    that does not answer is found by the body.
+    """Say in the folder of a run that this process prepares it, as long as the body runs. The run has no owner yet.
+
+    A store that does not answer is left for the body to find.
     """
     impatient, now = folder.failing_fast(), time.time()
     owner = Owner(by, socket.gethostname(), _place(), os.getpid(), _born(os.getpid()), now, now, name_of(folder))
@@ -289,7 +304,7 @@ def preparing(folder: Store, by: str) -> Iterator[None]:
 
 
 def preparer(folder: Store) -> Owner | None:
-    """The process that prepares the run, which is not there yet; None where none does."""
+    """Return the process that prepares the run, which is not there yet. None if no process does."""
     with suppress(NotFound):
         entry = folder.head(layout.PREPARING)
         found = _parsed(folder.get(layout.PREPARING), entry.modified.timestamp(), name_of(folder))
@@ -298,7 +313,10 @@ def preparer(folder: Store) -> Owner | None:
 
 
 def _parsed(data: bytes, written: float, name: str) -> Owner:
-    """The owner in a key that was `written` then by the store's clock; an unreadable one is somebody all the same."""
+    """Return the owner in a key that was `written` at that time by the store's clock.
+
+    An unreadable key still has an owner.
+    """
     unknown = Owner("an unreadable owner", "?", "?", 0, None, written, written, name)
     known = {field.name for field in fields(Owner)}
     try:
@@ -323,8 +341,9 @@ _HIDDEN = "hidden"
 
 
 def _born(process: int) -> str | None:
-    """When the process began, in clock ticks since the boot; None when it has ended, `_HIDDEN` where /proc does not
-    tell.
+    """Return when the process began, in clock ticks since the boot.
+
+    None means that it has ended, `_HIDDEN` that /proc does not tell.
     """
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
@@ -335,11 +354,11 @@ def _born(process: int) -> str | None:
 
 
 def _exists(process: int) -> bool:
-    """Whether there is such a process of somebody's: /proc may be mounted so that others' are not seen (hidepid)."""
+    """Return whether the process exists, whoever runs it: /proc may be mounted so that others' are hidden (hidepid)."""
     try:
         os.kill(process, 0)
     except PermissionError:
         return True
     except OSError:
         return False
-    return False  # one of ours, which would be in /proc: it has ended since
+    return False  # it was one of ours, which /proc would show, so it has ended

@@ -1,4 +1,4 @@
-"""The power that a GPU draws, as NVIDIA's driver tells. It is read beside the training, which never waits for it."""
+"""The power that a GPU draws, as NVIDIA's driver reports it. A thread reads it, so the training never waits for it."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,26 +23,28 @@ class PowerMeter:
         self._reading.now()
 
     def measured(self) -> dict[str, float]:
-        """`device_watts`, the mean since the last call; nothing where there was no reading meanwhile."""
+        """Return `device_watts`, the mean since the last call, or nothing if there was no reading in between."""
         with self._lock:
             watts, self._watts = self._watts, []
         return {"device_watts": round(sum(watts) / len(watts), 1)} if watts else {}
 
     def close(self) -> None:
-        self._reading.stop(wait=False)  # nvidia-smi may never answer about a GPU that is gone
+        self._reading.stop(wait=False)  # nvidia-smi may never answer for a GPU that is gone
 
     def _read(self) -> None:
         query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
         command = ["nvidia-smi", f"--id={self._gpu}", *query]
         told = children.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
-        with suppress(ValueError), self._lock:  # "[N/A]" of a GPU that does not report it
+        with suppress(ValueError), self._lock:  # nvidia-smi prints "[N/A]" for a GPU that does not report it
             self._watts.append(float(told))
 
 
 @contextmanager
 def metered(device: torch.device, *, reads: bool) -> Iterator[Callable[[], dict[str, float]]]:
-    """A function that gives what `PowerMeter.measured` does of `device`: nothing on a CPU, without nvidia-smi, or
-    unless this rank `reads` it."""
+    """Return a function that gives the result of `PowerMeter.measured` for `device`.
+
+    It gives nothing on a CPU, without nvidia-smi, or if this rank does not read the power (`reads`).
+    """
     if not reads or device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield dict
         return

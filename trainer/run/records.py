@@ -1,7 +1,7 @@
 """The records of a run, one JSON object a line, as anyone reads and adds to them.
 
 The generation's rank 0 writes the stream `metrics/<generation>.jsonl` (trainer/run/metrics.py). Anyone else adds a
-record as an object of its own beside it, so that no two ever write the same object.
+record as an object of its own beside it, so no two processes ever write the same object.
 """
 
 import json
@@ -47,7 +47,7 @@ _NO_MEASURE = {"step", "time", "clock"}
 
 
 def measures(record: Record) -> dict[str, float]:
-    """The finite numbers of a record by their names, but for those that say when it was made."""
+    """Return the finite numbers of a record by their names, except those that say when it was made."""
     return {
         name: value
         for name, value in record.items()
@@ -59,30 +59,32 @@ def measures(record: Record) -> dict[str, float]:
 
 
 def new_record(kind: str, values: Mapping[str, Any]) -> Record:
-    """A record of this kind made now."""
+    """Make a record of this kind now."""
     return {"kind": kind, **values, "time": round(time.time(), 3)}
 
 
 def encoded(record: Record) -> bytes:
-    """The line of a record."""
+    """Return the line of a record."""
     return json.dumps(record).encode() + b"\n"
 
 
 def record_line(kind: str, values: Mapping[str, Any]) -> bytes:
-    """The line of a record of this kind made now."""
+    """Return the line of a record of this kind, made now."""
     return encoded(new_record(kind, values))
 
 
 def _parsed(line: bytes) -> Record | None:
-    """The record in a line, without values of null that readers would have to tell from missing ones; None for one that
-    was torn by a crash, or lacks what everybody takes for granted."""
+    """Parse the record in a line. Values of null are dropped, so readers need not tell them from missing ones.
+
+    None stands for a record that a crash has torn, or that lacks a value on which every reader relies.
+    """
     try:
         record = json.loads(line)
     except NOT_JSON:
         return None
     if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
         return None
-    if kind == "eval":  # one without a number takes the place of the evaluation before it all the same
+    if kind == "eval":  # an evaluation without a number still replaces the one before it
         record = {name: None if _is_no_number(value) else value for name, value in record.items()}
     given = {name: value for name, value in record.items() if value is not None}
     sound = _NEEDED.get(kind, set()) <= given.keys()
@@ -96,15 +98,15 @@ def _is_no_number(value: Any) -> bool:
 
 
 def _is_sound(value: Any, of: Any) -> bool:
-    """Whether it is of the type; NaN, infinity and what sums up to it are no numbers that anybody could show."""
+    """Return whether the value has the type. NaN, infinity, and values that add up to them cannot be shown."""
     return isinstance(value, of) and (not isinstance(value, int | float) or abs(value) < 2**63)
 
 
 class Lifetime:
     """How long a start has lasted, from the launch of its processes to its last record.
 
-    Records of rank 0 tell the `clock` of its process, which no correction of the machine's time moves. Only where none
-    does, as in records that others have added, the time of day counts.
+    Records of rank 0 carry the `clock` of its process, which no correction of the machine's time moves. The time of day
+    counts only if no record has a clock, as in records that others have added.
     """
 
     def __init__(self) -> None:
@@ -120,7 +122,7 @@ class Lifetime:
 
     @property
     def began(self) -> float | None:
-        """When its processes were started, in seconds since 1970."""
+        """The time at which the processes were started, in seconds since 1970."""
         return self._times.first
 
     @property
@@ -129,8 +131,10 @@ class Lifetime:
 
 
 class _Span:
-    """The time between the first and the last moment of one clock. The first is the one at which a start's record says
-    that it began: its own moment less the seconds that it took until then."""
+    """The time between the first and the last moment of one clock.
+
+    The first moment is the start of the processes: the moment of the record that says so, less the seconds until then.
+    """
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -151,13 +155,16 @@ class _Span:
 
 
 def generations(folder: Store) -> list[int]:
-    """The numbers of the run's starts, in order."""
+    """Return the numbers of the run's starts, in order."""
     numbers = (layout.generation_of(entry.key) for entry in folder.list(layout.METRICS))
     return [number for number in numbers if number is not None]
 
 
 def claim_generation(folder: Store) -> int:
-    """The number of this start of the run, from 1: claimed by creating its metrics, so two starts never share one."""
+    """Claim the number of this start of the run, from 1.
+
+    The claim creates the metrics, so two starts never share one.
+    """
     generation = max(generations(folder), default=0) + 1
     while True:
         try:
@@ -169,7 +176,7 @@ def claim_generation(folder: Store) -> int:
 
 
 class RecordReader:
-    """The records of one generation; each look gives only the new ones, in the order they were written."""
+    """The records of one generation. Each look gives only the new ones, in the order in which they were written."""
 
     def __init__(self, folder: Store, generation: int) -> None:
         self._folder, self._generation = folder, generation
@@ -177,8 +184,11 @@ class RecordReader:
         self._torn: dict[str, bytes] = defaultdict(bytes)
 
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[Record]:
-        """`found` has the segments of the run's metrics, by stream; a line that is not whole yet is left for later."""
-        # The generation's own stream sorts before what was added to it, which was added when its rank 0 was gone.
+        """Return the new records. A line that is not whole yet is left for later.
+
+        `found` has the segments of the run's metrics, by stream.
+        """
+        # The generation's own stream sorts before the records that others added when its rank 0 was gone.
         for stream in _streams_of(found, self._generation):
             reader = self._streams.setdefault(stream, Appended(self._folder))
             *lines, self._torn[stream] = (self._torn[stream] + reader.read(found[stream])).split(b"\n")
@@ -187,32 +197,34 @@ class RecordReader:
                     yield record
 
     def missed(self, found: Mapping[str, Sequence[Segment]]) -> bool:
-        """Whether some of `found` could not be read, because it has been replaced since it was listed."""
+        """Return whether some of `found` could not be read because it was replaced after the listing."""
         return any(reader.position < length(found[stream]) for stream, reader in self._streams.items())
 
 
 class RunReader:
-    """The records of all starts of a run; each look gives only the new ones."""
+    """The records of all starts of a run. Each look gives only the new ones."""
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
         self._readers: dict[int, RecordReader] = {}
 
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[tuple[int, Iterator[Record]]]:
-        """The number of each start in `found`, in order, with its new records; those that are not iterated stay new.
-        `found` is as for `RecordReader.read`."""
+        """Return the number of each start in `found`, in order, with its new records.
+
+        Records that the caller does not iterate over stay new. `found` is as for `RecordReader.read`.
+        """
         for number in starts_in(found):
             reader = self._readers.setdefault(number, RecordReader(self._folder, number))
             yield number, reader.read(found)
 
 
 def starts_in(found: Mapping[str, Sequence[Segment]]) -> list[int]:
-    """The numbers of the starts that these streams have records of, in order."""
+    """Return the numbers of the starts that these streams have records of, in order."""
     return sorted({number for stream in found if (number := layout.records_of(stream))})
 
 
 def last_written(found: Mapping[str, Sequence[Segment]], generation: int) -> float:
-    """The time at which something was last written for a generation, in seconds since 1970."""
+    """Return the time at which something was last written for a generation, in seconds since 1970."""
     written = (segment.entry.modified for stream in _streams_of(found, generation) for segment in found[stream])
     return max(written).timestamp()
 
@@ -222,16 +234,18 @@ def _streams_of(found: Mapping[str, Sequence[Segment]], generation: int) -> list
 
 
 def read_records(folder: Store, generation: int) -> Iterator[Record]:
-    """All records of a generation so far; none where it does not exist."""
+    """Return all records of a generation so far; none if it does not exist."""
     reader, found = RecordReader(folder, generation), streams(folder.list(layout.METRICS))
     yield from reader.read(found)
-    if reader.missed(found):  # segments were replaced since the listing
+    if reader.missed(found):  # segments were replaced after the listing
         yield from reader.read(streams(folder.list(layout.METRICS)))
 
 
 def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Segment]], most: int) -> list[Record]:
-    """The first and the last records of a generation, from about so many bytes of each: what a start is, and how far it
-    is. `found` has the segments of the run's metrics, by stream."""
+    """Return the first and the last records of a generation, from about so many bytes of each end.
+
+    They tell what a start is, and how far it is. `found` has the segments of the run's metrics, by stream.
+    """
     text = bytearray()
     for stream in _streams_of(found, generation):
         segments, tail = found[stream], Appended(folder)
@@ -246,19 +260,19 @@ def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Se
 
 
 def add_record(folder: Store, generation: int, kind: str, **values: Any) -> None:
-    """Add a record to a generation of which this process is not rank 0."""
+    """Add a record to a generation whose rank 0 is not this process."""
     name = f"{time.time_ns():019d}-{secrets.token_hex(4)}"
     folder.put(layout.added_record(generation, name), record_line(kind, values))
 
 
 def newest_records(folder: Store, *, after: int = 0) -> list[Record]:
-    """The records of the run's newest start; none where it has no generation after this one."""
+    """Return the records of the run's newest start; none if no generation follows this one."""
     newest = max(generations(folder), default=0)
     return list(read_records(folder, newest)) if newest > after else []
 
 
 def record_restart(folder: Store, reason: str) -> None:
-    """Say in the newest generation's records that its end is not the run's."""
+    """Record in the newest generation that its end is not the end of the run."""
     if numbers := generations(folder):
         add_record(folder, numbers[-1], "restart", reason=reason)
 
@@ -266,16 +280,18 @@ def record_restart(folder: Store, reason: str) -> None:
 def record_end(
     folder: Store, reason: str, *, stopped: bool = False, crash: bool = False, after: int = 0, **facts: Any
 ) -> None:
-    """Write why the newest generation ended into its records, unless its ranks did. `facts` are what programs read of
-    it: `lost_machine`, true where one of the run's machines left, and `died`, the rank whose process did.
+    """Record why the newest generation ended, unless its ranks did.
 
-    After a `crash` in any case: rank 0 is gone itself, or saw only a broken connection. A start that ended before it
-    had a rank, so that no generation is newer than `after`, gets its generation here.
+    `facts` are for programs: `lost_machine`, true if one of the run's machines left, and `died`, the rank whose process
+    died.
+
+    After a `crash` the record is always written: rank 0 is gone itself, or saw only a broken connection. A start that
+    ended before it had a rank created no generation newer than `after`, and gets its generation here.
     """
     newest = max(generations(folder), default=0)
     if newest <= after:
         newest = after + 1
-        with suppress(AlreadyExists):  # its rank 0 was there this moment
+        with suppress(AlreadyExists):  # its rank 0 has just created it
             folder.create(layout.metrics(newest), b"")
     ends = [record for record in read_records(folder, newest) if record["kind"] == "end"]
     if ends and (not crash or ends[-1]["reason"] == reason):
@@ -284,7 +300,7 @@ def record_end(
 
 
 def bad_windows(folder: Store) -> list[dict[str, int]]:
-    """Positions whose step had a loss that was not finite, in earlier starts of the run."""
+    """Return the positions whose step had a loss that was not finite, in earlier starts of the run."""
     found = []
     for generation in generations(folder):
         for record in read_records(folder, generation):

@@ -23,28 +23,32 @@ _ON_REQUEST = "on request"
 
 
 def request_stop(folder: Store, by: str | None = None, reason: str | None = None) -> None:
-    """Ask the run to commit a checkpoint and end. `by` says who asks; the default names this process and host. `reason`
-    completes "stopped at step 4"; by default it is "on request"."""
+    """Ask the run to commit a checkpoint and end.
+
+    `by` says who asks; the default names this process and host. `reason` completes "stopped at step 4"; the default is
+    "on request".
+    """
     request = {"time": time.time(), "by": by or f"process {os.getpid()} on {socket.gethostname()}"}
     folder.put(layout.STOP, json.dumps(request | ({"reason": reason} if reason else {})).encode())
 
 
 def request_restart(folder: Store, reason: str) -> None:
-    """Ask the ranks to commit a checkpoint and end, so that the driver starts them again; `reason` completes
-    "stopped".
+    """Ask the ranks to commit a checkpoint and end, so that the driver starts them again.
+
+    `reason` completes "stopped".
     """
     folder.put(layout.RESTART, json.dumps({"time": time.time(), "reason": reason}).encode())
 
 
 class StopRequest(NamedTuple):
-    """Who has asked a run to stop, and what completes "stopped" in the words for it."""
+    """Who has asked a run to stop, and the words that complete "stopped" in messages."""
 
     by: str
     reason: str
 
 
 def read_stop(folder: Store) -> StopRequest | None:
-    """The request that stands; None when nobody has asked. An empty STOP, made by hand, stops a run too."""
+    """Return the current request; None if nobody has asked. An empty STOP, made by hand, stops a run too."""
     with suppress(NotFound):
         by = _word(folder, layout.STOP, "by", "somebody")
         return StopRequest(by, _word(folder, layout.STOP, "reason", f"by {by}"))
@@ -52,13 +56,13 @@ def read_stop(folder: Store) -> StopRequest | None:
 
 
 def stop_requester(folder: Store) -> str | None:
-    """The name of the person or program that has asked the run to stop; None when nobody has."""
+    """Return the name of the person or program that has asked the run to stop; None if nobody has."""
     asked = read_stop(folder)
     return asked.by if asked else None
 
 
 def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
-    """The text under `name` in a request, else `otherwise`."""
+    """Return the text under `name` in a request, else `otherwise`."""
     try:
         return str(json.loads(folder.get(key))[name])
     except (*NOT_JSON, LookupError, TypeError):
@@ -66,7 +70,7 @@ def _word(folder: Store, key: str, name: str, otherwise: str) -> str:
 
 
 class Stop(IntEnum):
-    """A request for the next step border of a run; the stronger one has the higher number."""
+    """A request for the next step border of a run. The stronger request has the higher number."""
 
     NO = 0
     RESTART = 1  # commit, and be started again
@@ -74,16 +78,19 @@ class Stop(IntEnum):
 
 
 class StopSignal:
-    """The strongest request to this run, from `request()` (a signal handler), the STOP or RESTART key in its folder, or
-    `preempted()`, which tells that a machine of the run is about to leave."""
+    """The strongest request to this run.
+
+    A request comes from `request()` (a signal handler), from the STOP or RESTART key in the run's folder, or from
+    `preempted()`, which tells that a machine of the run is about to leave.
+    """
 
     def __init__(
         self, folder: Store, *, watches: bool, seconds: float, preempted: Callable[[], bool] = lambda: False
     ) -> None:
         self._asked, self.reason = Stop.NO, _ON_REQUEST
         self._folder, self._preempted = folder, preempted
-        # One request a look: it goes on as long as the run. A restart, which only an elastic run is asked for, can
-        # wait.
+        # A look asks for one key only, because looks go on as long as the run does. RESTART gets fewer looks: only an
+        # elastic run is asked for it, and it can wait.
         self._keys = itertools.cycle((layout.STOP, layout.STOP, layout.RESTART))
         self._watcher = Every(seconds, self._look, "looking for a stop request") if watches else None
 
@@ -98,7 +105,10 @@ class StopSignal:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a stop. Only a main thread may say so; under Ray the driver gets the signals."""
+        """Treat SIGTERM and SIGUSR1 as requests to stop.
+
+        Only a main thread may do this. Under Ray the driver gets the signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,13 +1,13 @@
 """Streams that grow in a store that cannot append: metrics, logs and TensorBoard's events.
 
-A stream lies in segments. The first has the stream's own key, each other one that key and the position of its first
-byte: `rank-00003.log`, then `rank-00003.log.000001048576`. The newest bytes are in a short segment, which is written
-again with more of them up to `SHORT_WRITES` times and then closed. Once a block of `BLOCK_BYTES` is there, it is
-written as one segment in the place of its short ones, and never again. So the writer keeps one block in memory, a byte
-is written about `SHORT_WRITES / 2 + 1` times however long the stream, and there are few segments to list.
+A stream lies in segments. The first segment has the stream's own key. Each other segment has that key and the position
+of its first byte: `rank-00003.log`, then `rank-00003.log.000001048576`. The newest bytes are in a short segment. It is
+written again, with more bytes, up to `SHORT_WRITES` times, and then closed. When a block of `BLOCK_BYTES` is complete,
+it replaces its short segments as one segment and is never written again. So the writer keeps one block in memory. A
+byte is written about `SHORT_WRITES / 2 + 1` times however long the stream is, and there are few segments to list.
 
-A reader goes by positions alone: segments may overlap for the moment in which a block replaces short ones. For people,
-`cat KEY*` prints a stream that is not being written.
+A reader uses positions alone: segments may overlap for the moment in which a block replaces short ones. People can
+print a stream with `cat KEY*` when nobody is writing it.
 """
 
 import re
@@ -42,7 +42,7 @@ def _key(stream: str, begin: int) -> str:
 
 
 def streams(entries: Iterable[Entry]) -> dict[str, list[Segment]]:
-    """The segments in a listing by their stream's key, in order."""
+    """Return the segments in a listing by their stream's key, in order."""
     found: dict[str, list[Segment]] = defaultdict(list)
     for entry in entries:
         match = _SEGMENT.fullmatch(entry.key)
@@ -52,28 +52,26 @@ def streams(entries: Iterable[Entry]) -> dict[str, list[Segment]]:
 
 
 def length(segments: Sequence[Segment]) -> int:
-    """Bytes of the stream that these are the segments of."""
+    """Return the bytes of the stream that has these segments."""
     return max(begin + entry.size for begin, entry in segments)
 
 
 class Appender:
-    """Writes one stream, from its first byte on. `append` is cheap and never waits for the store; `flush` does the
-    writing.
-    """
+    """Writes one stream from its first byte on. `append` is cheap and never waits for the store. `flush` writes."""
 
     def __init__(self, folder: Store, stream: str) -> None:
         self._folder, self._stream = folder, stream
         self._block, self._begin = bytearray(), 0  # the stream from `_begin` on
-        self._stored = 0  # so many bytes of the block are in the store
+        self._stored = 0  # this many bytes of the block are in the store
         self._short, self._writes = 0, 0  # where in the block the open segment begins, and how often it was written
         self._closed: list[str] = []  # the short segments of this block after its first
-        self._covered: list[str] = []  # those of the block before, which has replaced them
+        self._covered: list[str] = []  # the short segments of the block before, which has replaced them
         self._lost = 0
         self._appending, self._flushing = threading.Lock(), threading.Lock()
 
     @property
     def unsent(self) -> int:
-        """Bytes that are not in the store yet."""
+        """The bytes that are not in the store yet."""
         return len(self._block) - self._stored
 
     def append(self, data: bytes) -> None:
@@ -84,7 +82,7 @@ class Appender:
                 self._block += data
 
     def flush(self) -> None:
-        """Bring the store up to date. Writes nothing where nothing is new; raises `StorageError`."""
+        """Bring the store up to date. Writes nothing if nothing is new. Raises `StorageError`."""
         with self._flushing:
             size = len(self._block)
             if size >= BLOCK_BYTES:
@@ -99,7 +97,7 @@ class Appender:
                 self._lost = 0
 
     def close(self) -> None:
-        """`flush`, with the last bytes as one segment too."""
+        """Flush the stream for the last time, with the last bytes as one segment too."""
         with self._flushing:
             if self._closed:
                 self._write_block(len(self._block))
@@ -126,15 +124,17 @@ class Appender:
 
 
 class Appended:
-    """Reads of one stream only what was appended since the last look."""
+    """Reads only the bytes of one stream that were appended after the last look."""
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
         self.position = 0
 
     def read(self, segments: Sequence[Segment]) -> bytes:
-        """The bytes beyond `position` in the stream's `segments`, as of a listing. Bytes of objects that are gone
-        since come with the next look."""
+        """Read the bytes beyond `position` in the stream's `segments`, as of a listing.
+
+        Bytes of objects that have gone since the listing come with the next look.
+        """
         wanted, position = [], self.position
         for begin, entry in segments:
             end = begin + entry.size
@@ -150,7 +150,7 @@ class Appended:
 
 
 def read_stream(folder: Store, prefix: str, stream: str) -> bytes:
-    """The whole stream, by listings of the folder `prefix` that it is in. Raises `NotFound`."""
+    """Read the whole stream, by listings of the folder `prefix` that it is in. Raises `NotFound`."""
     reader, data = Appended(folder), bytearray()
     while True:
         segments = streams(folder.list(prefix)).get(stream)

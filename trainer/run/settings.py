@@ -17,9 +17,7 @@ _PLACE = ("run.name", "run.store")
 
 
 class Change(NamedTuple):
-    """A setting by its dotted name, with its value before and from now on; neither shows a secret of an earlier
-    version.
-    """
+    """A setting by its dotted name, with its value before and after. Neither shows a secret of an earlier version."""
 
     setting: str
     old: Any
@@ -30,7 +28,7 @@ class Change(NamedTuple):
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """The settings that differ between two configurations, given as trees; the place of the run is left out."""
+    """Return the settings that differ between two configurations, given as trees. The place of the run is left out."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         Change(name, masked(before.get(name), name), masked(after.get(name), name))
@@ -40,8 +38,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def record_settings(folder: Store, generation: int, config: Config) -> list[Change]:
-    """Keep what this start trains with; returns what changed since the start before it that trained, as far as that can
-    be read."""
+    """Record what this start trains with.
+
+    Returns what changed since the last start that trained, as far as its settings can be read.
+    """
     keys = [entry.key for entry in folder.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
     folder.put(layout.settings(generation), dump_config(config).encode())
     earlier = next(filter(None, (_kept(folder, key) for key in sorted(keys, reverse=True))), None)
@@ -49,7 +49,7 @@ def record_settings(folder: Store, generation: int, config: Config) -> list[Chan
 
 
 def _kept(folder: Store, key: str) -> dict[str, Any] | None:
-    """The settings under `key`; None where they are damaged or gone."""
+    """Read the settings under `key`; None if they are damaged or gone."""
     with suppress(ConfigError, NotFound):
         if isinstance(tree := read_yaml(folder.get(key), key), dict):
             return tree
@@ -57,7 +57,7 @@ def _kept(folder: Store, key: str) -> dict[str, Any] | None:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a configuration, given as a tree, as (dotted name, value)."""
+    """Return every setting of a configuration, given as a tree, as (dotted name, value)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")

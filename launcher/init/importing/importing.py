@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import COMPUTED, detect, read_peer_file
+from launcher.init.importing.reading import COMPUTED, PROGRAM, detect, read_peer_file
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
@@ -143,10 +143,14 @@ def _unowned(settings: Mapping[str, Any]) -> list[str]:
 def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[str, list[str]]) -> Keys:
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
+    program = tree.pop(PROGRAM, None)
     known = [one for one, _ in JOINS.values()]
-    peer = peer or ("trl" if path.suffix == ".py" else None)
+    by_program = next((one.name for one in known if program in one.tables.get("programs", "").split()), None)
+    peer = peer or by_program or ("trl" if path.suffix in (".py", ".ipynb") else None)
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(path, found, tree, settings, origins)
+    of_script = path.suffix in (".py", ".ipynb")  # whose calls say what is trained
+    keys.program, keys.name = program or "", "" if of_script else path.stem
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys
 
@@ -179,6 +183,11 @@ def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
             wrong = [name for name in refused if name in settings and settings[name] != _FILL_IN.get(name, (None,))[0]]
             if not wrong:
                 return [*to_do, *str(error).splitlines()]
+            if "tuning.method" in wrong and settings["tuning.method"] == "full":
+                raise ConfigError(
+                    f"{refused['tuning.method']} The file trains the whole base, and an import makes no other training"
+                    " of it. Nothing was written."
+                ) from error
             for setting in wrong:
                 settings.pop(setting)
                 said = [keys.drop(setting, refused[setting]) for keys in files]

@@ -22,6 +22,8 @@ def join(keys: Keys) -> None:
     predicts = keys.asked("do_predict") and not keys.asked("do_train")
     if keys.asked("export_dir") or predicts or not (keys.given.get("stage") or keys.given.get("dataset")):
         raise no_training("a file for chats, predictions or merges")
+    if not keys.given.get("stage"):
+        keys.to_do.append("objective.name: sft, LLaMA-Factory's default, as the file names no stage.")
     _method(keys)
     _objective(keys)
     joint_settings.training_arguments(keys)
@@ -39,6 +41,7 @@ def join(keys: Keys) -> None:
             " model.base.",
         )
     _data(keys)
+    joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
 
 
@@ -147,6 +150,8 @@ def _dataset_info(keys: Keys) -> tuple[dict[str, Any], Path]:
 def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path) -> list[dict[str, Any]]:
     given = info.get(name) or _public_set(keys, name, place)
     if not isinstance(given, dict):
+        if media := next((key for key in keys.peer.tables["media"].split() if keys.asked(key)), None):
+            raise no_training(f"{media}, and nothing here describes dataset {name}, so rows of {MEDIA}")
         if keys.given.get("dataset_dir") == "ONLINE":
             return [{"path": path} for path in source_paths(name)]
         keys.lose(

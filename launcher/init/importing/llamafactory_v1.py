@@ -1,19 +1,22 @@
 """The keys of LLaMA-Factory's second trainer that make settings together."""
 
+import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, source_paths, sources_at
+from launcher.init.importing.mapping import Keys, no_training, source_paths, sources_at
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError
 
 
 def join(keys: Keys) -> None:
     """All settings that several keys make."""
+    _objective(keys)
     _method(keys)
     if "train.global_batch" not in keys.settings:
         rows = keys.whole("micro_batch_size", 1) * joint_settings.world(keys)
         keys.put("train.global_batch", rows, "micro_batch_size")
+        joint_settings.divided(keys, "cp_size")
     joint_settings.duration(keys)
     strategy = str(keys.given.get("batching_strategy") or "normal")
     # padding_free puts as many documents into one row as a batch has; rows of ours are filled.
@@ -23,6 +26,24 @@ def join(keys: Keys) -> None:
     for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
         if keys.given.get(name):
             keys.put(setting, _sources(keys, name, str(keys.given[name])), name)
+
+
+def _objective(keys: Keys) -> None:
+    """The training, which there the command names and no key of the file: its data say it, or its name."""
+    if keys.asked("peft_config.export_dir"):
+        raise no_training("peft_config.export_dir, so a file that merges")
+    said = f"{keys.name} {keys.given.get('train_dataset') or ''}".lower()
+    others = set(re.split(r"[^a-z0-9]+", said)) & set(keys.peer.tables["others"].split())
+    sign = next((name for name in keys.peer.tables["signs_of_others"].split() if keys.asked(name)), None)
+    if others or sign:
+        raise ConfigError(
+            f"{sign or min(others)}: `llamafactory-cli` is told by its command (sft, dpo, rm) what it trains, and the"
+            " file seems to be of another training than sft. Import it as a file of the first trainer, with stage and"
+            " pref_loss. Nothing was written."
+        )
+    keys.to_do.append(
+        "objective.name: sft, as `llamafactory-cli sft` trains; the file does not say which command reads it."
+    )
 
 
 def _method(keys: Keys) -> None:
@@ -56,6 +77,12 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
         tree = {}
     named = tree.values() if isinstance(tree, dict) else ()
     infos = [info for info in named if isinstance(info, dict) and info.get("path")]
+    if pairs := [info for info in infos if info.get("converter") == "pair"]:
+        raise ConfigError(
+            f"{key}: {pairs[0]['path']} is read by the converter pair, so its answers are compared, and the file does"
+            " not say whether by dpo or by rm. Import it as a file of the first trainer, with stage. Nothing was"
+            " written."
+        )
     return [source for info in infos for source in _of_info(keys, key, info)] or [{"path": "FILL-IN"}]
 
 

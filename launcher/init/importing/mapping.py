@@ -40,6 +40,8 @@ class Keys:
         self, path: Path, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
     ) -> None:
         self.folder = path.parent
+        self.name = ""  # the file's own, where it may say what is trained
+        self.program = ""  # the tool's own, on whose command line the keys are
         self.peer = peer
         self.tree = tree
         self.given = dict(flat_keys(tree, peer))

@@ -7,15 +7,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.init.importing.script import read_script
+from launcher.init.importing.script import notebook_code, read_script
 from trainer.config.peers.table import Peer
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
 
 COMPUTED = "(computed)"
+PROGRAM = "(program)"
+_PROGRAMS = ("trl", "swift", "megatron")
+"""Programs whose first word behind them says what is trained."""
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
-_SHELL = re.compile(r"(\d*|&)(>>?|<).*|\|\|?$|&&?$|;$")
+# What ends a command of a shell script, where it is not within quotes.
+_ENDS = re.compile(
+    r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*\)|(?P<end>(?<!\S)\d>|&?[<>]|[|;&]+|\n(?!\s*-))""", re.DOTALL
+)
+_OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
 # A line of a shell script that sets a variable to a plain value.
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s$;&|`()]*)\s*(?:#.*)?")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
@@ -24,7 +31,7 @@ _NUMBER = re.compile(r"-\d|-\.\d")
 
 def read_peer_file(path: Path) -> dict[str, Any]:
     """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a
-    Python script of TRL's, whose values that are computed are listed in `COMPUTED`.
+    Python script or notebook of TRL's, whose values that are computed are listed in `COMPUTED`.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -33,8 +40,9 @@ def read_peer_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
-    if path.suffix == ".py":
-        keys, computed = read_script(text, str(path))
+    if path.suffix in (".py", ".ipynb"):
+        code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
+        keys, computed = read_script(code, str(path))
         return {**keys, COMPUTED: computed} if computed else keys
     if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))
@@ -53,14 +61,10 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
     assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
     variables = {found[1]: found[2].strip("\"'") for found in assignments if found}
     lines = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), line) for line in lines]
-    try:
-        words = shlex.split(" ".join(line.rstrip().removesuffix("\\") for line in lines))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no command line: {error}.") from error
+    words = _command("\n".join(lines), path)
     found: dict[str, list[str]] = {}
     key = ""
-    end = next((at for at, word in enumerate(words) if _SHELL.match(word)), len(words))
-    for word in words[:end]:
+    for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
@@ -74,14 +78,44 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
         if name.startswith("no_") and name != "no_cuda" and not values:
             tree[name[3:]] = False
             continue
-        given: list[Any] = [read_yaml(value, path) if value.strip() else value for value in values]
+        given: list[Any] = [_plain(value, path) for value in values]
         tree[name] = True if not given else given[0] if len(given) == 1 else given
     if isinstance(nodes := tree.pop("nnodes", None), int) and isinstance(tree.get("nproc_per_node"), int):
         tree["nproc_per_node"] *= nodes
     script = next((Path(word).stem for word in words if word.endswith(".py")), None)
-    trl = words.index("trl") if "trl" in words else None
-    command = words[trl + 1] if trl is not None and trl + 1 < len(words) else script
-    return {**tree, "script": command} if command else tree
+    program = next((at for at, word in enumerate(words[:-1]) if word in _PROGRAMS), None)
+    if program is not None:
+        return {**tree, "script": words[program + 1], PROGRAM: words[program]}
+    return {**tree, "script": script} if script else tree
+
+
+def _plain(value: str, path: str) -> Any:
+    """The value of a word: a number, a list or a switch as YAML has them, and a text where it is no YAML."""
+    try:
+        return read_yaml(value, path) if value.strip() else value
+    except ConfigError:
+        return value
+
+
+def _command(text: str, path: str) -> list[str]:
+    """The words of the one command line in `text` that has options: what is within quotes is no end of it."""
+    joined, commands, begin = re.sub(r"\\[ \t]*\n", " ", text), list[str](), 0
+    for found in _ENDS.finditer(joined):
+        if found["end"]:
+            commands.append(joined[begin : found.start()])
+            begin = found.end()
+    commands.append(joined[begin:])
+    counts = [len(_OPTION.findall(command)) for command in commands]
+    longest = [command for command, count in zip(commands, counts, strict=True) if count and 2 * count >= max(counts)]
+    if len(longest) > 1:
+        raise ConfigError(
+            f"{path} holds {len(longest)} command lines with --key value, each of which may be a training. Give a file"
+            " with one of them."
+        )
+    try:
+        return shlex.split(longest[0]) if longest else []
+    except ValueError as error:
+        raise ConfigError(f"{path} is no command line: {error}.") from error
 
 
 def _followed(value: Any, root: dict[str, Any], seen: Sequence[str]) -> Any:

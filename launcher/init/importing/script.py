@@ -5,24 +5,43 @@ is not known without running the script, and is left out with a sentence.
 """
 
 import ast
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config.peers.table import read_peer
-from trainer.errors import ConfigError
+from trainer.errors import NOT_JSON, ConfigError
 
 _TABLES = read_peer("trl").tables["script"]
 # Those of other trainings, and classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
-    r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)Config|\bSeq2SeqTrainingArguments|\bFastVisionModel|"
+    r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
+    r"\bFastVisionModel|\bFastSentenceTransformer|\bUnslothVisionDataCollator|"
     r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
 )
 _REFUSED = (
     "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
     " docs/rollouts.md says how answers are sampled and rewarded here. Nothing was written."
 )
+_OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
+_SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
 _REGRESSION = "a head of one number"
+
+
+def notebook_code(text: str, path: str) -> str:
+    """The code cells of a notebook as one script, without the lines and cells that are for the shell.
+
+    Raises:
+        ConfigError: it is no notebook.
+    """
+    try:
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+    except (*NOT_JSON, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no notebook that can be read: it has no list of cells.") from error
+    python = [source for source in sources if not _OTHER_CELL.match(source)]
+    return "\n".join(_SHELL_LINE.sub(r"\1pass", source) for source in python)
 
 
 def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
@@ -37,21 +56,86 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no Python that can be read: {error}.") from error
     reader = _Reader(_constants(tree))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for call in sorted(calls, key=lambda call: call.lineno):
+    calls = _calls(tree)
+    for call in calls:
         if found := _NOT_OURS.search(ast.unparse(call.func)):
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
+    assigned = _assigned(tree)
+    end = next((call.lineno for call in calls if _name(call).endswith("Trainer")), None)
+    loaded = [call for call in calls if _loads_rows(call) and (end is None or call.lineno < end)]
+    for argument, chosen in (("model", _loads_a_base), ("train_dataset", _loads_rows)):
+        kept = _trained_on([call for call in calls if chosen(call)], assigned, _given_names(calls, argument), end)
+        calls = [call for call in calls if call is kept or not chosen(call)]
+    for call in calls:
         reader.read(call)
+    kept = next((call for call in calls if _loads_rows(call)), None)
+    others = [call for call in loaded if kept and ast.unparse(call) != ast.unparse(kept)]
+    if kept and others and not assigned.get(kept, set()) & _given_names(calls, "train_dataset"):
+        reader.computed.append(f"data.train: what becomes of {ast.unparse(others[0])}")
     if reader.script is None:
         raise ConfigError(
             f"{path} calls none of {', '.join(_TABLES['trainings'])}, so it is no training script of TRL's."
         )
-    script = reader.script or reader.head
+    script = reader.script or reader.trainer or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
     # A value of a configuration's own class goes before one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
     return ({**keys, "script": script} if script else keys), reader.computed
+
+
+def _calls(tree: ast.Module) -> list[ast.Call]:
+    """All calls by their lines, but for those behind `if False`, which notebooks have for what comes after a
+    training."""
+
+    def inside(node: ast.AST) -> Iterator[ast.Call]:
+        if isinstance(node, ast.Call):
+            yield node
+        never = isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value
+        for child in node.orelse if isinstance(node, ast.If) and never else ast.iter_child_nodes(node):
+            yield from inside(child)
+
+    return sorted(inside(tree), key=lambda call: call.lineno)
+
+
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _loads_a_base(call: ast.Call) -> bool:
+    of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    return _name(call) == "from_pretrained" and (of.startswith("Fast") or "Model" in of)
+
+
+def _loads_rows(call: ast.Call) -> bool:
+    return _name(call) == "load_dataset"
+
+
+def _assigned(tree: ast.Module) -> dict[ast.Call, set[str]]:
+    """The names that what a call returns is given, be it one of several or an attribute of it."""
+    found: dict[ast.Call, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            names = {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            found |= {part: names for part in ast.walk(node.value) if isinstance(part, ast.Call)}
+    return found
+
+
+def _given_names(calls: Sequence[ast.Call], argument: str) -> set[str]:
+    """The names in what the first trainer is given as `argument`."""
+    trainers = [call for call in calls if _name(call).endswith("Trainer")]
+    given = [word.value for call in trainers[:1] for word in call.keywords if word.arg == argument]
+    return {part.id for value in given for part in ast.walk(value) if isinstance(part, ast.Name)}
+
+
+def _trained_on(
+    calls: Sequence[ast.Call], assigned: Mapping[ast.Call, set[str]], names: set[str], end: int | None
+) -> ast.Call | None:
+    """Of the calls that load something, the last before the trainer whose result has the name that the trainer is
+    given; or else the first of all, as what is loaded later is tried or compared.
+    """
+    of_trainer = [call for call in calls if assigned.get(call, set()) & names and (end is None or call.lineno <= end)]
+    return of_trainer[-1] if of_trainer else calls[0] if calls else None
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
@@ -79,11 +163,12 @@ class _Reader:
         self.computed: list[str] = []
         self.script: str | None = None
         self.head: str | None = None
+        self.trainer: str | None = None
 
     def read(self, call: ast.Call) -> None:
         """Keep what a call of the script says. Only its name is known, as nothing of the script is run; where several
         calls give one setting the last one counts, as it would there."""
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        name = _name(call)
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _TABLES["trainings"]:
             trainer = _TABLES["trainings"][name]
@@ -94,10 +179,13 @@ class _Reader:
         elif name == "get_peft_model" and of.startswith("Fast"):
             self._adapter(call, _TABLES["unsloth_lora"])
             self.beside |= self._given(call, {"random_state": "seed"})
+            self._parts(call)
         elif name == "BitsAndBytesConfig":
             self.keys |= {"bnb_4bit_quant_type": "fp4", **self._given(call, _TABLES["quantization"])}
-        elif name == "load_dataset" and "dataset_name" not in self.keys:
+        elif name == "load_dataset":
             self._data(call)
+        elif name == "train_on_responses_only":
+            self._answers_alone(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of):
             self.computed.append(f"data.train: its rows, by {of}.map,")
         elif name == "from_pretrained" and of.startswith("Fast"):
@@ -109,14 +197,29 @@ class _Reader:
             given = [word.value for word in call.keywords if word.arg == "model"] or call.args
             self._base(given, {})
             self.beside |= self._given(call, _TABLES["trainer"])
+            self.trainer = self.trainer or _TABLES["trainings"].get(f"{name.removesuffix('Trainer')}Config")
             made = [word for word in call.keywords if word.arg == "formatting_func"]
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
+
+    def _answers_alone(self, call: ast.Call) -> None:
+        """unsloth's mask over everything but the assistant's turns, or over all but the last of them."""
+        last = self._given(call, {"last_response_only": "last"}).get("last")
+        self.arguments["assistant_only_loss"] = True
+        if last:
+            self.computed.append("data.loss_on: last_assistant, as last_response_only")
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
         self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}
         others = {word.arg or "" for word in call.keywords} - {*_TABLES["lora"], *_TABLES["needless_of_lora"].split()}
         given = self._given(call, {name: f"LoraConfig.{name}" for name in others})
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
+
+    def _parts(self, call: ast.Call) -> None:
+        """unsloth's switches for the kinds of layers that get adapters."""
+        for switch, layers in _TABLES["unsloth_parts"].items():
+            targets = self.keys.get("lora_target_modules")
+            if self._given(call, {switch: switch}).get(switch) is False and isinstance(targets, list):
+                self.keys["lora_target_modules"] = [name for name in targets if name not in layers.split()]
 
     def _base(self, given: Sequence[ast.expr], settings: Mapping[str, Any]) -> None:
         place = self._value(given[0]) if given else None

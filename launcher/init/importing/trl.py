@@ -1,9 +1,10 @@
 """TRL's keys that make settings together: the trainer, PEFT, quantization and data sets."""
 
+import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, no_training, sections, source_paths, sources_at, split_of
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
@@ -24,19 +25,45 @@ def join(keys: Keys) -> None:
             " length of the longest."
         )
     _data(keys)
+    joint_settings.streamed(keys, "streaming", "dataset_streaming")
     joint_settings.without_evaluation(keys)
 
 
+def _by_script(keys: Keys) -> str | None:
+    """The objective of the script or the command that is named. A file of another training is refused."""
+    tables, script = keys.peer.tables, str(keys.tree.get("script", ""))
+    if sign := next((name for name in tables["signs_of_others"].split() if keys.asked(name)), None):
+        raise no_training(f"{sign}, which trainers have that sample answers or learn from a teacher")
+    place = script or keys.name
+    others = f"{tables['others']} {tables['scripts_of_others'] if script else ''}".split()
+    if words := set(re.split(r"[^a-z0-9]+", place.lower())) & set(others):
+        raise no_training(f"{'the script' if script else 'the file'} {place}, which says {min(words)}")
+    found = _beginning(keys, script)
+    if keys.program and not found:
+        raise no_training(f"{keys.program} {script}")
+    return found
+
+
+def _beginning(keys: Keys, name: str) -> str | None:
+    """The objective whose trainer's name `name` begins with."""
+    return next((ours for theirs, ours in keys.peer.tables["scripts"].items() if name.lower().startswith(theirs)), None)
+
+
 def _objective(keys: Keys) -> None:
-    script = str(keys.tree.get("script", ""))
     tables = keys.peer.tables
-    named = next((ours for theirs, ours in tables["scripts"].items() if script.startswith(theirs)), None)
+    named = _by_script(keys)
     losses = keys.names("loss_type")
     by_loss = tables["losses"].get(losses[0]) if losses else None
     given = {key for key, value in keys.given.items() if value is not None}
-    by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), "sft")
-    name = named or by_loss or by_keys
+    by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), None)
+    told = named or by_loss or by_keys or _beginning(keys, keys.name)
+    name = told or "sft"
     keys.put("objective.name", name, "script" if named else "loss_type")
+    if told is None and keys.name and "script" not in keys.tree:
+        keys.to_do.append(
+            "objective.name: the file does not say which of TRL's trainers reads it. It is sft, as nothing in it is"
+            " another's."
+        )
     keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
     if name == "dpo" and losses:
         if len(losses) > 1 or losses[0] not in _DPO_LOSSES:

@@ -47,6 +47,9 @@ ORDINARY = {
     "process_reward_model": False,
     "skip_prepare_dataset": False,
     "export_dir": "",
+    **dict.fromkeys("pref_loss pref_beta pref_ftx".split(), None),
+    **dict.fromkeys(JOINS["llamafactory"][0].tables["media"].split(), False),
+    **dict.fromkeys(JOINS["trl"][0].tables["signs_of_others"].split(), None),
 }
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
@@ -192,11 +195,75 @@ def test_data_sets_are_described_by_the_file_that_is_named(tmp_path: Path) -> No
         import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
 
 
-def test_a_setting_that_no_key_asks_for_is_said_where_it_is_left_out(tmp_path: Path) -> None:
-    """Without an adapter the base itself learns there, which a head does not do here."""
-    found = imported_text("base_model: x\nreward_model: true\n", tmp_path, "axolotl")
-    assert "tuning.method: full has no adapter" in "\n".join(found.to_do)
-    assert "To do: tuning.method: full" in found.text
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nreward_model: true\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: rm\nfinetuning_type: full\ndataset: dpo_mix_en\n"),
+        ("trl", "model_name_or_path: x\ncenter_rewards_coefficient: 0.1\ndataset_name: a/b\n"),
+    ],
+)
+def test_a_head_over_a_base_that_learns_itself_does_not_become_lora(peer: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tuning.method: full has no adapter.* trains the whole base"):
+        imported_text(text, tmp_path, peer)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers", "rows"),
+    [
+        ("dp_shard_size: 4\ndp_replicate_size: 2\ncontext_parallel_size: 2", 16, 2 * 8),
+        ("expert_parallel_size: 4\ndp_shard_size: 2", 8, 2 * 8),
+        ("expert_parallel_size: 4", 4, 2 * 4),
+        ("context_parallel_size: 2", None, 2),
+    ],
+)
+def test_the_batch_counts_the_devices_that_parallelism_names(
+    sizes: str, workers: int | None, rows: int, tmp_path: Path
+) -> None:
+    text = f"base_model: x\nadapter: lora\nmicro_batch_size: 2\n{sizes}\n"
+    settings = imported_text(text, tmp_path, "axolotl").settings
+    assert (settings.get("cluster.workers"), settings["train.global_batch"]) == (workers, rows)
+    (tmp_path / "theirs.yaml").write_text(text)
+    assert import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=32).settings["cluster.workers"] == 32
+
+
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nrl: ipo\nadapter: lora\n"),
+        ("trl", "model_name_or_path: x\nuse_peft: true\nloss_type: ipo\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: dpo\npref_loss: ipo\n"),
+    ],
+)
+def test_ipo_is_of_whole_answers_here(peer: str, text: str, tmp_path: Path) -> None:
+    found = imported_text(text, tmp_path, peer)
+    assert found.settings["objective.loss_type"] == "ipo"
+    assert any("takes the mean over an answer's tokens" in line for line in found.to_do)
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "said"),
+    [
+        ("trl", "model_name_or_path: x\ndataset_name: a/b\nmax_steps: 9\ndataset_streaming: true\n", True),
+        ("trl", "model_name_or_path: x\ndataset_name: a/b\ndataset_streaming: true\n", False),
+        (
+            "trl",
+            "model_name_or_path: x\nmax_steps: 9\nstreaming: true\ndatasets: [{path: a/b, split: 'train[:99]'}]\n",
+            False,
+        ),
+        (
+            "llamafactory",
+            "model_name_or_path: x\nstage: pt\ndataset: refinedweb\nmax_steps: 9\nstreaming: true\n",
+            True,
+        ),
+        ("axolotl", "base_model: x\nmax_steps: 9\npretraining_dataset: [{path: a/b, type: pretrain}]\n", True),
+    ],
+)
+def test_rows_that_are_read_while_training_are_said_to_be_compiled(
+    peer: str, text: str, said: bool, tmp_path: Path
+) -> None:
+    found = imported_text(text, tmp_path, peer)
+    assert any("give it take, such as" in line for line in found.to_do) == said
 
 
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,12 +655,13 @@ ODD = {
         },
         {"lora_modules_to_save": "learns in any case", "num_labels": "of a reward model has one"},
     ),
-    "a-whole-reward-model": (
+    "a-share-as-warm-up": (
         "axolotl",
-        {"reward_model": True},
-        {"objective.name": "reward", "tuning.method": None},
-        {"reward_model": ""},
+        {"warmup_steps": 0.1},
+        {"optim.warmup_ratio": 0.1, "optim.warmup_steps": None},
+        {"warmup_steps": ""},
     ),
+    "rows-in-order": ("axolotl", {"curriculum_sampling": True}, {}, {"curriculum_sampling": "that run.seed draws"}),
     "a-template-of-the-base": (
         "axolotl",
         {
@@ -699,11 +767,74 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: dpo\ndataset: rlhf_v\n"),
+        ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
+        ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
+        ("trl", "model_name_or_path: x\nscript: dpo_vlm\n"),
     ],
 )
 def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"this is no training that can be carried over\. .* Nothing was written\."):
         imported_text(text, tmp_path, peer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: x\ntrain_dataset: data/v1_dpo_demo.yaml\n",
+        "model: x\ntrain_dataset: data/rows.jsonl\npref_beta: 0.1\n",
+        "model: x\ntrain_dataset: PAIRS\n",
+    ],
+)
+def test_llamafactorys_second_trainer_over_answers_is_no_sft(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("a: {path: a.jsonl, converter: pair}\n")
+    with pytest.raises(ConfigError, match=r"as a file of the first trainer.* Nothing was written\."):
+        imported_text(text.replace("PAIRS", f"{tmp_path}/d.yaml"), tmp_path, "llamafactory-v1")
+
+
+def imported_command(text: str, folder: Path, peer: str | None = None) -> Imported:
+    (folder / "train.sh").write_text(text)
+    return import_files([folder / "train.sh"], peer)
+
+
+def test_what_is_within_quotes_ends_no_command_line(tmp_path: Path) -> None:
+    text = (
+        "python trl/scripts/sft.py --model_name_or_path x --dataset_name a/b \\\n  --eos_token '<|im_end|>' \\\n"
+        '  --lora_target_modules "(q|k)_proj" --use_peft --lora_r 32 2>&1 | tee log\n'
+    )
+    found = imported_command(text, tmp_path)
+    wanted = {"tuning.method": "lora", "tuning.rank": 32, "tuning.targets": ["re:(q|k)_proj"]}
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]
+
+
+def test_of_a_scripts_commands_the_one_with_the_options_is_read(tmp_path: Path) -> None:
+    text = "pip install --upgrade trl && cd here; trl sft --model_name_or_path x --dataset_name a/b --use_peft > log\n"
+    found = imported_command(f"{text}echo --use_dora\n", tmp_path).settings
+    assert (found["model.base"], found["tuning.method"]) == ("x", "lora")
+    with pytest.raises(ConfigError, match="holds 2 command lines"):
+        imported_command(f"{text}\n{text.replace('--use_peft', '')}", tmp_path)
+
+
+def test_a_command_of_trls_says_what_is_trained(tmp_path: Path) -> None:
+    options = "--model_name_or_path x --dataset_name a/b --learning_rate 1e-6"
+    assert imported_command(f"trl dpo {options}", tmp_path).settings["objective.name"] == "dpo"
+    for command in ("trl grpo", "trl vllm-serve", "python grpo_agent.py", "accelerate launch ppo/ppo_tldr.py"):
+        with pytest.raises(ConfigError, match="this is no training that can be carried over"):
+            imported_command(f"{command} {options}", tmp_path, "trl")
+
+
+@pytest.mark.parametrize(("name", "objective"), [("dpo_full.yaml", "dpo"), ("mine.yaml", "sft")])
+def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objective: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    found = import_files([tmp_path / name], "trl")
+    assert found.settings.get("objective.name", "sft") == objective
+    said = any(line.startswith("objective.name: the file does not say which") for line in found.to_do)
+    assert said == (objective == "sft")
+    (tmp_path / "grpo.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    with pytest.raises(ConfigError, match="the file grpo, which says grpo: this is no training"):
+        import_files([tmp_path / "grpo.yaml"], "trl")
 
 
 def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:

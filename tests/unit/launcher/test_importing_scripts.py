@@ -2,6 +2,7 @@
 is run.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,58 @@ SFTTrainer(model=model, train_dataset=rows, packing=True, args=SFTConfig(learnin
     assert "down_proj" in found["tuning.targets"]
 
 
+NOTEBOOK = """
+dataset = load_dataset("owner/talk", split="train")
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/gemma-3-4b-it", load_in_4bit=True)
+model = FastModel.get_peft_model(model, r=8, finetune_vision_layers=False, finetune_mlp_modules=False)
+trainer = SFTTrainer(model=model, train_dataset=dataset, args=SFTConfig(learning_rate=2e-4, completion_only_loss=False))
+trainer = train_on_responses_only(trainer, instruction_part="<user>", response_part="<model>")
+if False:
+    model, tokenizer = FastModel.from_pretrained(model_name="gemma_lora", load_in_8bit=True)
+other = AutoPeftModelForCausalLM.from_pretrained("gemma_lora")
+held_out = load_dataset("owner/talk", split="test")
+"""
+
+
+def test_what_is_loaded_to_try_the_adapter_is_not_what_was_trained(tmp_path: Path) -> None:
+    found = imported(tmp_path, NOTEBOOK)
+    wanted = {
+        "model.base": "unsloth/gemma-3-4b-it",
+        "quant.type": "nf4",
+        "tuning.targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "data.train": [{"path": "hf://owner/talk"}],
+        "data.loss_on": None,
+    }
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome.key for outcome in found.keys if outcome.status == "not supported"]
+    assert not any("data.loss_on" in line for line in found.to_do)
+
+
+def test_the_base_is_what_the_trainer_is_given_and_no_reference(tmp_path: Path) -> None:
+    text = """
+mine = AutoModelForCausalLM.from_pretrained("trained")
+reference = AutoModelForCausalLM.from_pretrained("kept")
+a = load_dataset("owner/a")
+b = load_dataset("owner/b")
+both = concatenate_datasets([a, b])
+DPOTrainer(model=mine, ref_model=reference, train_dataset=both, args=TrainingArguments(seed=1))
+"""
+    found = imported(tmp_path, text)
+    assert (found.settings["model.base"], found.settings["objective.name"]) == ("trained", "dpo")
+    assert any(line.startswith("data.train: what becomes of load_dataset('owner/b')") for line in found.to_do)
+
+
+def test_the_code_cells_of_a_notebook_are_a_script(tmp_path: Path) -> None:
+    cells = ["%%bash\npip install x", "%%capture\nif True:\n    !pip install \\\n  trl\n", NOTEBOOK, "?SFTConfig\n"[1:]]
+    told = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
+    words = {"cell_type": "markdown", "source": ["SFTConfig is (not code"]}
+    (tmp_path / "tuned.ipynb").write_text(json.dumps({"cells": [words, *told]}))
+    assert import_files([tmp_path / "tuned.ipynb"]).settings == imported(tmp_path, NOTEBOOK).settings
+    (tmp_path / "tuned.ipynb").write_text("{}")
+    with pytest.raises(ConfigError, match="is no notebook that can be read"):
+        import_files([tmp_path / "tuned.ipynb"])
+
+
 @pytest.mark.parametrize(
     ("given", "objective"),
     [
@@ -115,6 +168,8 @@ def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
         ("print(1)", "calls none of SFTConfig, DPOConfig"),
         ("a = SFTConfig()\nb = GRPOConfig()", "calls GRPOConfig: this is no training that can be carried over"),
         ("m = AutoModelForSeq2SeqLM.from_pretrained('t5')\nTrainingArguments()", "calls AutoModelForSeq2SeqLM"),
+        ("GRPOTrainer('b', args=TrainingArguments())", "calls GRPOTrainer"),
+        ("SFTTrainer('b', UnslothVisionDataCollator(m, t), args=SFTConfig())", "calls UnslothVisionDataCollator"),
         ("m = FastVisionModel.from_pretrained('v')\nSFTConfig()", "calls FastVisionModel"),
         (
             "m = AutoModelForSequenceClassification.from_pretrained('b', num_labels=1)\nTrainingArguments()",

@@ -1,5 +1,6 @@
-"""Pairs of sentences that differ in one group's word: how much likelier the model finds the first, before and after
-training.
+"""Pairs of sentences that differ in the word for a group: how much likelier does the model find the first?
+
+The gaps are measured before and after training.
 """
 
 import statistics
@@ -28,7 +29,7 @@ class Gaps(NamedTuple):
 
 
 def read_pairs(path: str) -> list[SentencePair]:
-    """The pairs of the JSONL file of `eval.bias`, whose rows are {"group": "...", "pair": ["...", "..."]}.
+    """Read the pairs of the JSONL file of `eval.bias`, whose rows are {"group": "...", "pair": ["...", "..."]}.
 
     Raises:
         ConfigError: the file cannot be read, or a row is something else.
@@ -51,7 +52,7 @@ def _pair(line: str, where: str) -> SentencePair:
 
 
 def gaps(pairs: Sequence[SentencePair], log_p: Sequence[float]) -> dict[str, Gaps]:
-    """By group, from log p of the first and the second sentence of each pair, in turn."""
+    """Return the gaps by group. The input alternates log p of the first and of the second sentence of each pair."""
     found: dict[str, list[float]] = {}
     for number, pair in enumerate(pairs):
         found.setdefault(pair.group, []).append(log_p[2 * number] - log_p[2 * number + 1])
@@ -59,7 +60,7 @@ def gaps(pairs: Sequence[SentencePair], log_p: Sequence[float]) -> dict[str, Gap
 
 
 def to_json(pairs: Sequence[SentencePair], sides: Mapping[str, Mapping[str, Gaps]]) -> dict[str, object]:
-    """`sides` are the gaps before and after, by their names."""
+    """Return JSON of `sides`, the gaps before and after by their names."""
     counts = Counter(pair.group for pair in pairs)
     return {
         group: {"pairs": count, **{side: found[group]._asdict() for side, found in sides.items()}}

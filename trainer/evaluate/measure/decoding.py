@@ -1,4 +1,7 @@
-"""One text that grows a token at a time: what its layers keep of the tokens so far, and the logits of the next one."""
+"""One text that grows a token at a time.
+
+It has what the layers keep of the tokens so far, and gives the logits of the next token.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,21 +12,20 @@ from torch import Tensor
 from trainer.model.packed import PackedModel
 from trainer.model.parts import body
 
-# The names that bodies of transformers have for what they keep, as an argument and in their output.
+# These names are used by bodies of transformers for what they keep, as an argument and in their output.
 _KEPT = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(eq=False)
 class GrowingText:
-    """One text. A base that keeps nothing reads the whole of it again for each token.
+    """One text. A base that keeps nothing reads the whole text again for each token.
 
     Attributes:
         tokens: (1, T) int64.
-        keeps: whether the layers may keep anything. They may not where virtual tokens in the row are switched off:
-            these are documents of
-            their own then, which keys that are kept would not show.
-        read: so many of the tokens have been read.
-        kept: what the layers keep of them, keys and values or states, with transformers' name for it.
+        keeps: whether the layers may keep anything. They may not if virtual tokens in the row are switched off: these
+            are documents of their own then, which kept keys would not show.
+        read: the number of tokens that have been read.
+        kept: what the layers keep of them, keys and values or states, under transformers' name for it.
     """
 
     tokens: Tensor
@@ -40,7 +42,7 @@ class GrowingText:
 
 
 def next_logits(model: PackedModel, text: GrowingText) -> Tensor:
-    """The logits of the token behind the text, (V,) fp32; the text's tokens count as read from now on."""
+    """Return the logits of the token after the text, (V,) fp32. From now on the text's tokens count as read."""
     tokens = torch.nn.functional.pad(text.tokens, (model.reserved, 0))
     length = tokens.shape[1]
     given = dict([text.kept]) if text.kept else {}

@@ -1,4 +1,4 @@
-"""Answers of a sharded model: texts that it continues a token at a time, one text a rank."""
+"""Answers of a sharded model: it continues texts a token at a time, one text on each rank."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Told = Callable[[int, int], None]
 
 
 class Opening(NamedTuple):
-    """The tokens of a text to continue, and whether what was written behind them is whole."""
+    """The tokens of a text to continue, and a test of whether the continuation is complete."""
 
     tokens: Sequence[int]
     ended: Ended
@@ -23,9 +23,11 @@ class Opening(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is chosen. A `temperature` of 0 takes the most likely one; else it is drawn from the likeliest
-    tokens that together have the probability `top_p`. A draw depends on `seed` and the number of the text alone, not on
-    the ranks."""
+    """How a next token is chosen.
+
+    A `temperature` of 0 takes the most likely token. Otherwise the token is drawn from the likeliest tokens that
+    together have the probability `top_p`. A draw depends only on `seed` and the number of the text, not on the ranks.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -33,7 +35,7 @@ class Sampling:
     seed: int = 0
 
     def chooser(self, number: int) -> Callable[[Tensor], int]:
-        """A function from logits (V,) fp32 to a token, for the text of this number."""
+        """Return a function from logits (V,) fp32 to a token, for the text of this number."""
         if not self.temperature:
             return lambda logits: int(logits.argmax())
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -63,10 +65,10 @@ def continued(
     told: Told = lambda number, token: None,
     begin: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """The tokens that the model writes behind each of the texts, all of them on every rank. Collective.
+    """Return the tokens that the model writes after each of the texts, all of them on every rank. Collective.
 
-    `keeps` as in `GrowingText`; no text grows longer than `longest` tokens. `told` gets each token of this rank's
-    texts, with the text's number, as it is written; `begin` is called before each pass.
+    `keeps` is as in `GrowingText`. No text grows longer than `longest` tokens. `told` gets each token of this rank's
+    texts, with the text's number, as it is written. `begin` is called before each pass.
     """
     ranks, mine = engine.ranks, dict[int, list[int]]()
     with engine.evaluating():
@@ -88,7 +90,10 @@ def continued(
 
 
 class _Answer:
-    """This rank's text of a round, which ends when the texts of all ranks have; without an `opening` there is none."""
+    """This rank's text in a round. It has no `opening` if there is no text for this rank.
+
+    A round ends when the texts of all ranks have ended.
+    """
 
     def __init__(self, opening: Opening | None, keeps: bool) -> None:
         self._ended = opening.ended if opening else None
@@ -98,12 +103,14 @@ class _Answer:
 
     @property
     def row(self) -> GrowingText:
-        """The text that the next pass reads. A rank that is done reads one token again and again, which helps the
-        others to gather the model."""
+        """The text that the next pass reads.
+
+        A rank that is done reads one token again and again, which helps the others to gather the model.
+        """
         return self.text if self.going else GrowingText(_row((0,)))
 
     def take(self, token: int, most: int) -> int:
-        """Write `token`, which may be the last one: of `most`, or as the opening says."""
+        """Write `token`. It may be the last one: after `most` tokens, or as the opening says."""
         assert self._ended
         self.text.append(token)
         self.written.append(token)

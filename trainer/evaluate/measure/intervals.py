@@ -1,4 +1,4 @@
-"""How sure a difference of two losses is: the interval of a paired comparison over documents."""
+"""How certain a difference of two losses is: the interval of a paired comparison over documents."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,15 @@ Figures = NDArray[np.float64]
 def difference_interval(
     before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64], level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,) of the same documents;
-    None where they are too few for one that keeps what `level` promises, or a loss is no finite number. Documents of
-    one of the `clusters`, such as the pieces of a long text, are no independent draws and count as one.
+    """Return the interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,).
 
-    Its ends are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using subsample values
-    as typical values"): this inverts the test that turns the signs of the clusters' residuals round. It is exact for
-    any number and any lengths of documents, as long as a change that helps is as likely as one that hurts as much; a
-    bootstrap's percentiles are far too narrow for few. The subsets are the same in every call.
+    None means that there are too few documents for the promise of `level`, or that a loss is no finite number.
+    Documents of one of the `clusters`, such as the pieces of a long text, are not independent draws and count as one.
+
+    The ends of the interval are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using
+    subsample values as typical values"). This inverts the test that flips the signs of the clusters' residuals. It is
+    exact for any number and any lengths of documents, as long as a change that helps is as likely as one that hurts as
+    much. A bootstrap's percentiles are far too narrow for few documents. The subsets are the same in every call.
     """
     _, members = np.unique(clusters, return_inverse=True)
     changes, sizes = (np.bincount(members, figures).astype(np.float64) for figures in (after - before, tokens))
@@ -38,9 +39,11 @@ def difference_interval(
 def clusters_of(
     lengths: NDArray[np.int64], longest: int | None, hashes: NDArray[np.uint64] | None = None
 ) -> NDArray[np.int64]:
-    """The cluster of each document of a set. Where rows are split into pieces of `longest` tokens, one that follows
-    such a piece may be the rest of the same row. Rows that are the same by the `hashes` of their documents change
-    alike: a copy is no second draw."""
+    """Return the cluster of each document of a set.
+
+    If rows are split into pieces of `longest` tokens, a document that follows such a piece may be the rest of the same
+    row. Rows whose documents have the same `hashes` change alike: a copy is no second draw.
+    """
     rows = np.arange(len(lengths))
     if longest is not None and len(lengths):
         rows = np.cumsum(np.concatenate([[0], lengths[:-1] != longest]))
@@ -52,7 +55,7 @@ def clusters_of(
 
 
 def _subset_ratios(changes: Figures, sizes: Figures) -> Figures:
-    """The ratio of the sums over each of some subsets, sorted; the empty one has none."""
+    """Return the ratio of the sums over each of some subsets, sorted. The empty subset has none."""
     clusters, draw = len(sizes), np.random.default_rng(0)
     if clusters <= _ALL_SUBSETS_OF:
         every = (np.arange(1, 2**clusters)[:, None] >> np.arange(clusters)) & 1

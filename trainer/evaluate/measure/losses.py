@@ -1,5 +1,6 @@
-"""The losses of an evaluation set, as a whole and a document at a time, by the same rows and the same engine that
-training uses.
+"""The losses of an evaluation set, of the whole set and of each document.
+
+They use the same rows and the same engine as training.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,8 +19,10 @@ from trainer.tuning.objective.objective import Objective, measured, sums_of
 
 
 class DocumentLosses(NamedTuple):
-    """Some documents of a set by their `numbers` in it: -log p of their trained tokens in `nats`, and how many those
-    are; all (documents,), int64 or fp64."""
+    """Some documents of a set by their `numbers` in it.
+
+    `nats` is -log p of their trained tokens, and `tokens` is the number of these. All are (documents,), int64 or fp64.
+    """
 
     numbers: Tensor
     nats: Tensor
@@ -27,8 +30,9 @@ class DocumentLosses(NamedTuple):
 
 
 def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None]) -> DocumentLosses:
-    """The losses of this rank's rows of the set of `stream`; `told` gets, before each row, the documents that are done.
-    Collective.
+    """Return the losses of this rank's rows of the set of `stream`. Collective.
+
+    `told` gets the number of finished documents before each row.
     """
     numbers, values = list[int](), list[Tensor]()
     with engine.evaluating():
@@ -37,13 +41,13 @@ def document_losses(engine: Engine, stream: Stream, told: Callable[[int], None])
                 told(len(numbers))
                 values.append(engine.look(_nats_and_tokens, batch))
                 numbers += batch.documents
-    # They stay on the device until all rows are there: to read them means to wait for it.
+    # The losses stay on the device until all rows are done, because reading them means waiting for the device.
     nats, tokens = torch.cat(values, dim=1).double().cpu() if values else torch.zeros(2, 0, dtype=torch.float64)
     return DocumentLosses(torch.tensor(numbers, dtype=torch.int64), nats, tokens)
 
 
 def mean_loss(engine: Engine, stream: Stream, told: Callable[[int], None]) -> tuple[float, int]:
-    """Nats a token over all documents of the set, and its trained tokens. Collective."""
+    """Return nats a token over all documents of the set, and the number of its trained tokens. Collective."""
     mine = document_losses(engine, stream, told)
     every = engine.ranks.gather(float(mine.nats.sum()), float(mine.tokens.sum()))
     tokens = sum(row[1] for row in every)
@@ -51,7 +55,7 @@ def mean_loss(engine: Engine, stream: Stream, told: Callable[[int], None]) -> tu
 
 
 def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
-    """(2, documents) of a row, each of whose documents is one segment."""
+    """Return (2, documents) of a row. Each of its documents is one segment."""
     segments = read_segments(model, batch)
     return counted_once(torch.stack([-segments.log_p, segments.tokens])[:, batch.segments(Role.DOCUMENT)], batch)
 
@@ -59,8 +63,11 @@ def _nats_and_tokens(model: PackedModel, batch: MicroBatch) -> Tensor:
 def objective_means(
     ranks: Ranks, objective: Objective, batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
 ) -> tuple[dict[str, float], int]:
-    """The loss and the measures of `objective` over the `batches` of all ranks, by name, and how many targets (or
-    pairs, or answers) these have. `loss_of` a row gives what `Objective.loss` does. Collective."""
+    """Return the loss and the measures of `objective` over the `batches` of all ranks, by name. Collective.
+
+    The result also has the number of targets (or pairs, or answers). `loss_of` returns for a row what `Objective.loss`
+    does.
+    """
     sums, weight = torch.zeros(1 + sums_of(objective), dtype=torch.float64, device=ranks.device), 0
     for batch in batches:
         sums += loss_of(batch).reshape(-1)

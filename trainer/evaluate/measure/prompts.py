@@ -1,6 +1,4 @@
-"""Prompts as the model was trained to see them: files of them, their tokens, and where an answer ends. Without
-torch.
-"""
+"""Prompts as the model was trained to see them: files of prompts, their tokens, and where an answer ends. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ _GIVEN: Mapping[str, Callable[[Any], bool]] = {
 
 
 def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
-    """The prompts of a .jsonl file, or the lines of any other text file; empty lines are none.
+    """Read the prompts of a .jsonl file, or the lines of any other text file. Empty lines are skipped.
 
     Raises:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
@@ -41,7 +39,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
 
 
 def prompt_of(line: str, where: str) -> Prompt:
-    """The prompt in a line of JSON. Raises `ConfigError` when there is none."""
+    """Read the prompt in a line of JSON. Raises `ConfigError` when there is none."""
     try:
         row = strict_json.loads(line)
     except NOT_JSON as error:
@@ -53,16 +51,16 @@ def prompt_of(line: str, where: str) -> Prompt:
 
 
 def asked(prompt: Prompt) -> str:
-    """A prompt in one text for a reader; a conversation is shown by its last message."""
+    """Return a prompt in one text for a reader. A conversation is shown by its last message."""
     given = prompt.get("messages", prompt.get("prompt"))
     return given if isinstance(given, str) else str(given[-1].get("content", ""))
 
 
 class Prompter:
-    """The tokens of prompts under the run's template and format, and of its answers.
+    """Makes the tokens of prompts under the run's template and format, and the text of answers.
 
     `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's
-    end of text, those of the base's generation_config.json, and in a chat the token that the template puts behind an
+    end of text, those of the base's generation_config.json, and in a chat the token that the template puts after an
     assistant's turn.
     """
 
@@ -70,14 +68,14 @@ class Prompter:
         self._tokenizer, self._data = tokenizer, data
         eos: Any = tokenizer.eos_token_id
         self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
-        # Rows whose format is found out can be no conversations where the tokenizer has no template.
+        # If the tokenizer has no template, rows whose format is detected cannot be conversations.
         templated = data.template or getattr(tokenizer, "chat_template", None)
         self.chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
         if self.chats:
             self.stops |= self._turn_ends()
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """The tokens before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
+        """Return the tokens before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
         given = prompt.get("messages", prompt.get("prompt"))
         if self.chats or not isinstance(given, str):
             messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -86,8 +84,9 @@ class Prompter:
         return tokens if tokens[:1] == begin else [*begin, *tokens]
 
     def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[list[int]]:
-        """The tokens of each. Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in
-        `longest` tokens.
+        """Return the tokens of each prompt.
+
+        Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in `longest` tokens.
         """
         tokens = [self.tokens(prompt) for prompt in prompts]
         most = max(map(len, tokens))
@@ -99,18 +98,18 @@ class Prompter:
         return written[-1] in self.stops
 
     def text(self, written: Sequence[int]) -> str:
-        """An answer as a reader sees it, without the tokens that end it."""
+        """Return an answer as a reader sees it, without the tokens that end it."""
         shown: Any = self._tokenizer.decode(list(written), skip_special_tokens=True)
         return shown
 
     @property
     def text_begin(self) -> list[int]:
-        """The token before a text, where the tokenizer itself puts one there."""
+        """Return the token that the tokenizer itself puts before a text, if it does."""
         begin, _ = framing(self._tokenizer, self._data)
         return [] if begin is None else [begin]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text alone."""
+        """Return the tokens of a text alone."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _rendered(self, messages: Any, **options: Any) -> str:
@@ -128,8 +127,9 @@ class Prompter:
 
 
 def _generation_ends(directory: Path) -> set[int]:
-    """The ends of text in the base's generation_config.json, which many chat models have more of than their
-    tokenizer.
+    """Return the ends of text in the base's generation_config.json.
+
+    Many chat models have more there than in the tokenizer.
     """
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""Answers to the same prompts over the course of a run, greedy, so that only the training changes them."""
+"""Answers to the same prompts over the course of a run. They are greedy, so only the training changes them."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,8 +19,9 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """The prompts of a run, as this rank needs them, and the texts that answers to them begin with; `prompter` is on
-    rank 0 alone.
+    """The prompts of a run, as this rank needs them, and the texts with which answers to them begin.
+
+    Only rank 0 has the `prompter`.
     """
 
     run: Store
@@ -31,9 +32,11 @@ class PromptSamples:
     keeping: Harmless
 
     def take(self, engine: Engine, step: int, begin: Callable[[], None]) -> None:
-        """Answer by the state at `step`, and keep the answers in the run's folder; a store that fails ends nothing.
-        Collective: as many prompts as there are ranks take at most `eval.max_tokens` passes, and `begin` is called
-        before each pass."""
+        """Answer by the state at `step`, and store the answers in the run's folder. Collective.
+
+        A store that fails ends nothing. As many prompts as there are ranks take at most `eval.max_tokens` passes.
+        `begin` is called before each pass.
+        """
         sampling, longest = Sampling(self.resolved.config.eval.max_tokens), self.resolved.longest
         written = continued(engine, self.openings, sampling, longest=longest, begin=begin)
         if (prompter := self.prompter) is None:
@@ -47,7 +50,7 @@ class PromptSamples:
 
 
 def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSamples:
-    """The samples of `eval.prompts`. Collective.
+    """Open the samples of `eval.prompts`. Collective.
 
     Raises:
         ConfigError: the file cannot be read on rank 0's machine, or a prompt does not suit the run's format, or is too

@@ -1,5 +1,6 @@
-"""The likelihood of given continuations of given texts: many of them packed into each row, the rows divided over the
-ranks.
+"""The likelihood of given continuations of given texts.
+
+Many texts are packed into each row, and the rows are divided over the ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ from trainer.tuning.objective.answers import segments_of_targets
 
 
 class Continued(NamedTuple):
-    """A text of two or more `tokens`, of which those from `first` on are scored; the very first never is, as nothing
-    predicts it.
+    """A text of two or more `tokens`, whose tokens from `first` on are scored.
+
+    The very first token is never scored, because nothing predicts it.
     """
 
     tokens: Sequence[int]
@@ -25,7 +27,7 @@ class Continued(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Nats of log p of a continuation, and whether each of its tokens is the most likely one."""
+    """The log p of a continuation in nats, and whether each of its tokens is the most likely one."""
 
     log_p: float
     greedy: bool
@@ -34,17 +36,17 @@ class Likelihood(NamedTuple):
 def likelihoods(
     engine: Engine, texts: Sequence[Continued], capacity: int, *, reserved: int, told: Callable[[int], None]
 ) -> list[Likelihood]:
-    """The likelihoods of all texts, on every rank. Collective.
+    """Return the likelihoods of all texts, on every rank. Collective.
 
-    A row takes texts up to `capacity` tokens, or a longer one alone; `reserved` positions before each text belong to
-    virtual tokens. `told` gets the number of texts that are done.
+    A row takes texts up to `capacity` tokens, or a longer one alone. `reserved` positions before each text belong to
+    virtual tokens. `told` gets the number of finished texts.
     """
     rows = list(packed([len(text.tokens) - 1 + reserved for text in texts], capacity))
     world, mine = engine.ranks.world_size, dict[int, Likelihood]()
     with engine.evaluating():
         for first in range(0, len(rows), world):
-            # Every rank takes a row through the model in each turn, as it helps the others to gather it: at the end the
-            # first again.
+            # Every rank takes a row through the model in each turn, because this helps the others to gather it. At the
+            # end it takes the first row again.
             numbers = rows[first + engine.ranks.rank] if first + engine.ranks.rank < len(rows) else rows[0]
             log_p, wrong = engine.look(_scores, _row([texts[number] for number in numbers], reserved)).tolist()
             found = (Likelihood(*values) for values in zip(log_p, (not count for count in wrong), strict=True))
@@ -55,7 +57,7 @@ def likelihoods(
 
 
 def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """The numbers of texts of these lengths, a row each: the longest first, as many as fit."""
+    """Return the numbers of texts of these lengths, for each row: the longest first, as many as fit."""
     row, length = list[int](), 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         if row and length + lengths[number] > capacity:
@@ -68,7 +70,7 @@ def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 
 
 def _row(texts: Sequence[Continued], reserved: int) -> MicroBatch:
-    """The texts without their last tokens, which predict nothing."""
+    """Return the texts without their last tokens, which predict nothing."""
     tokens, labels, positions, lengths = list[int](), list[int](), list[int](), list[int]()
     for text in texts:
         ids, first = list(text.tokens), max(1, text.first)
@@ -83,7 +85,7 @@ def _row(texts: Sequence[Continued], reserved: int) -> MicroBatch:
 
 
 def _scores(model: PackedModel, row: MicroBatch) -> Tensor:
-    """(2, segments) fp64: log p of each segment's targets, and how many of these are not the most likely token."""
+    """Return (2, segments) fp64: log p of each segment's targets, and how many are not the most likely token."""
     ranked = model.head(model.hidden(row.input), row.labels, row.places, ranked=True).double()
     changes = ranked * -1 + ranked.new_tensor([0, 1])
     return ranked.new_zeros(len(row.lengths), 2).index_add_(0, segments_of_targets(row), changes).T

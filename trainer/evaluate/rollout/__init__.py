@@ -1,1 +1,1 @@
-"""Rollouts: answers that the model samples while it learns, what they are worth, and the chapters that they become."""
+"""Rollouts: the answers that the model samples while it learns, their rewards, and the chapters that they become."""

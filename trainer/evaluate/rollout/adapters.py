@@ -1,7 +1,8 @@
-"""Adapters after each update, published in the folder of their run for the servers that sample, as `capstan export`
-with layout=vllm writes them.
+"""Adapters after each update, published in their run's folder for the servers that sample.
 
-<run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
+They are written as `capstan export` with layout=vllm writes them:
+
+    <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
 
 import json
@@ -23,8 +24,9 @@ from trainer.tuning.shared.linear_adapters import SETTINGS
 
 
 def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
-    """Publish the adapter of the update `step`, unless it is there, and remove those that no rollout may use any more.
-    Collective.
+    """Publish the adapter of the update `step`, unless it is there. Collective.
+
+    Adapters that no rollout may use any more are removed.
     """
     ranks = engine.ranks
     if ranks.on_first(lambda: place.exists(layout.published(step))):
@@ -47,8 +49,9 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
 
 
 def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that learns, by its name, on the host of rank 0; empty on the others. Collective, a parameter at a
-    time.
+    """Return everything that learns, by name, on the host of rank 0; empty on the others.
+
+    Collective, one parameter at a time.
     """
     ranks, found = engine.ranks, dict[str, Tensor]()
     for part in engine.partitions():

@@ -17,8 +17,9 @@ _AT_ONCE = 16
 def judged_gaps(
     judge: CompletionsServer, prompts: Sequence[Sequence[int]], answers: Sequence[Drawn]
 ) -> list[list[float]]:
-    """The judge's log p of each token of each answer less the sampler's, in nats. Raises `CapstanError` where it gives
-    none after some attempts.
+    """Return the judge's log p of each token of each answer minus the sampler's, in nats.
+
+    Raises `CapstanError` if the judge gives none after some attempts.
     """
 
     def of_answer(prompt: Sequence[int], answer: Drawn) -> list[float]:
@@ -30,8 +31,9 @@ def judged_gaps(
 
 
 def judge_of(resolved: Resolved, asked: Asked) -> CompletionsServer | None:
-    """The teacher that judges for the run's objective, where that is a server, so that no rank has it in memory;
-    `asked` is a prompt by which its tokenizer is seen.
+    """Return the teacher that judges for the run's objective, if that is a server. Then no rank has it in memory.
+
+    `asked` is a prompt that shows which tokenizer it has.
 
     Raises:
         ConfigError: nothing answers there, or it has another tokenizer.

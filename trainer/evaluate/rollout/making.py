@@ -1,5 +1,6 @@
-"""Makes the chapter of a step: its prompts in their order, answers by a sampler, their rewards and advantages,
-committed.
+"""Makes the chapter of a step and commits it.
+
+A chapter has the step's prompts in their order, a sampler's answers, their rewards and their advantages.
 """
 
 import time
@@ -31,14 +32,14 @@ from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identi
 
 
 class Wanted(NamedTuple):
-    """Prompts with the data's answers, and the request for others."""
+    """Prompts with the data's answers, and the request for new answers."""
 
     asked: Sequence[Asked]
     request: Request
 
 
 class _Scored(NamedTuple):
-    """The answers to each prompt by their tokens, `rewards` (prompts, answers), and a line for each to be shown."""
+    """The answers to each prompt by their tokens, `rewards` (prompts, answers), and a line to show for each."""
 
     drawn: list[Drawn]
     rewards: NDArray[np.float64]
@@ -46,8 +47,9 @@ class _Scored(NamedTuple):
 
 
 def rollouts_of(resolved: Resolved, run: Store, dataset: str) -> Store:
-    """The folder, in the run's, of the answers to the prompts of this data set. A run that is begun anew with other
-    settings finds none of before.
+    """Return the folder, inside the run's, of the answers to the prompts of this data set.
+
+    A run that is begun anew with other settings finds no earlier answers.
     """
     config = resolved.config
     facts = {
@@ -62,8 +64,9 @@ def rollouts_of(resolved: Resolved, run: Store, dataset: str) -> Store:
 
 @dataclass(frozen=True)
 class Making:
-    """The parts of a run that its chapters are made of; `place` is the folder of the rollouts, and `held_out` are
-    prompts that are never trained on.
+    """The parts of a run that its chapters are made of.
+
+    `place` is the folder of the rollouts. `held_out` are prompts that are never trained on.
     """
 
     resolved: Resolved
@@ -76,7 +79,7 @@ class Making:
 
     @classmethod
     def of(cls, resolved: Resolved, run: Store, train: str, held_out: str | None) -> "Making":
-        """The parts of the run in the folder `run`, whose prompts are in the data sets of these fingerprints."""
+        """Return the parts of the run in the folder `run`, whose prompts are in the data sets of these fingerprints."""
         store = open_run_store(resolved.config)
         config, rollout = resolved.config, resolved.config.rollout
         assert rollout.reward is not None
@@ -98,17 +101,18 @@ class Making:
         )
 
     def wanted(self, chapter: int) -> list[Wanted]:
-        """The answers that the chapter needs: to its prompts, and where that is due in one of its steps to those that
-        are held out.
+        """Return the answers that the chapter needs.
+
+        They answer its prompts and, if one of its steps is due for that, also the held-out prompts.
         """
         config, rollout = self.resolved.config, self.resolved.config.rollout
-        every, seed = config.eval.every, int(hash_key(config.run.seed, chapter)) >> 33  # of 31 bits
+        every, seed = config.eval.every, int(hash_key(config.run.seed, chapter)) >> 33  # 31 bits
         trained = self._request(self.prompts.of(chapter), rollout.answers, rollout.temperature, seed)
         due = self.held_out and every and -rollout.first_step(chapter) % every < rollout.updates
         return [trained, *([self._request(self.held_out, 1, 0.0, seed)] if due else [])]
 
     def _request(self, asked: Sequence[Asked], answers: int, temperature: float, seed: int) -> Wanted:
-        """A request for the answers to those of the prompts that leave any room."""
+        """Return a request for the answers to those prompts that leave any room."""
         config, longest = self.resolved.config, self.resolved.longest
         most = min(config.data.sequence_length, longest or config.data.sequence_length)
         rooms = [(one, min(config.rollout.max_tokens, most - len(one.prompt))) for one in asked]
@@ -125,8 +129,10 @@ class Making:
         drawn: Sequence[Sequence[Sequence[Drawn]]],
         began: float,
     ) -> bool:
-        """Reward the answers that the adapter of the update `adapter` has given, and make them the chapter of this
-        number; False where another process was faster. `began` is when sampling did, by `time.monotonic`."""
+        """Reward the answers of the adapter of the update `adapter`, and make them the chapter of this number.
+
+        Returns False if another process was faster. `began` is the time at which sampling began, by `time.monotonic`.
+        """
         objective = self.resolved.objective
         assert isinstance(objective, LearnsFromRollouts)
         sampled = time.monotonic()

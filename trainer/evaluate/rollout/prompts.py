@@ -1,5 +1,6 @@
-"""The prompts of a run's data in their exact order: all before the last answer of each document, which the reward
-gets.
+"""The prompts of a run's data in their exact order.
+
+A prompt is everything before the last answer of a document. The reward gets that answer.
 """
 
 from collections.abc import Iterator
@@ -25,17 +26,18 @@ class Asked(NamedTuple):
 
 
 class Prompts:
-    """The documents of `chapters` in the `order` of training, `batch` a step; which they are depends on the number of
-    the step alone.
+    """The documents of `chapters` in the `order` of training, `batch` for each step.
+
+    Which documents a step has depends on the number of the step alone.
     """
 
     def __init__(self, chapters: Chapters, order: Order, batch: int) -> None:
         self._chapters, self._order, self._batch = chapters, order, batch
         self._next, self._documents = 0, self._visited()
-        self._blocks = lru_cache(maxsize=WINDOW_BLOCKS)(self._read)  # those of a window come again and again
+        self._blocks = lru_cache(maxsize=WINDOW_BLOCKS)(self._read)  # the blocks of a window are read again and again
 
     def of(self, step: int) -> list[Asked]:
-        """The prompts of the update behind `step`."""
+        """Return the prompts of the update after `step`."""
         if step < self._next:
             self._next, self._documents = 0, self._visited()
         for _ in islice(self._documents, (step - self._next) * self._batch):
@@ -44,7 +46,7 @@ class Prompts:
         return [_asked(self._tokens(*visit)) for visit in islice(self._documents, self._batch)]
 
     def _visited(self) -> Iterator[tuple[int, int]]:
-        """The chapter and the number in it of every document that is visited, without end."""
+        """Yield the chapter and the number in it of every visited document, without end."""
         for epoch in count():
             visited = False
             for turn, chapter in enumerate(turns(self._chapters.count, self._order.seed, epoch)):

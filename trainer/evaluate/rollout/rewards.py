@@ -1,12 +1,12 @@
-"""The built-in rewards, how one is found by its name (`exact`, `module:function` of the user's, or
-`verifiers:TASKSET`), and the process that has it.
+"""The built-in rewards, and the process that runs one.
 
-Each is called as TRL calls a reward: with lists, by name, of the prompts, of the model's answers to them
-(`completions`), and of the answers that the data has (`answer`); it returns a number for each. Without torch.
+A reward is found by its name: `exact`, `module:function` of the user's, or `verifiers:TASKSET`. It is called as TRL
+calls a reward: with lists, by name, of the prompts, of the model's answers to them (`completions`), and of the answers
+that the data has (`answer`). It returns a number for each. No torch.
 
     python -m trainer.evaluate.rollout.rewards NAME
 
-The process reads a line of JSON, the lists by name, and answers by one: `rewards`, or why there are none.
+The process reads a line of JSON, the lists by name, and answers with one: `rewards`, or why there are none.
 """
 
 import inspect
@@ -24,19 +24,19 @@ Reward = Callable[..., Sequence[float]]
 
 
 def exact(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for the data's answer and nothing else, apart from spaces around it."""
+    """Return 1 for the data's answer and nothing else, apart from spaces around it."""
     return [float(said.strip() == wanted.strip()) for said, wanted in zip(completions, answer, strict=True)]
 
 
 def regex(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the regular expression that is the data's answer is found in the model's."""
+    """Return 1 if the regular expression that is the data's answer is found in the model's."""
     return [
         float(re.search(wanted.strip(), said) is not None) for said, wanted in zip(completions, answer, strict=True)
     ]
 
 
 def json_schema(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for JSON that has the schema which is the data's answer, 0.1 for other JSON."""
+    """Return 1 for JSON with the schema that is the data's answer, 0.1 for other JSON."""
     from jsonschema import validators
 
     def value(said: str, wanted: str) -> float:
@@ -51,7 +51,7 @@ def json_schema(completions: Sequence[str], answer: Sequence[str], **_: Any) -> 
 
 
 def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for an answer with no more characters than the data's, less the longer it is."""
+    """Return 1 for an answer with no more characters than the data's, and less the longer it is."""
     return [min(1.0, max(1, len(wanted)) / max(1, len(said))) for said, wanted in zip(completions, answer, strict=True)]
 
 
@@ -62,7 +62,8 @@ def math(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[fl
     from math_verify import parse, verify
 
     def value(said: str, wanted: str) -> float:
-        # An answer by itself has no dollars, without which a formula is taken for the last number in it.
+        # An answer by itself has no dollar signs. Without them the last number in a formula would be taken for the
+        # formula.
         right = parse(wanted if "$" in wanted or "\\boxed" in wanted else f"${wanted}$")
         return float(verify(right, parse(said)))
 
@@ -84,13 +85,14 @@ def find_reward(name: str) -> Reward:
     module, _, function = name.partition(":")
     if module == "verifiers":
         return reward_of(function)
-    # The user's own module may lie in the current folder, behind everything else: no file there is taken for a library.
+    # The user's own module may lie in the current folder. This folder is searched last, so no file there replaces a
+    # library.
     sys.path.append(os.getcwd())
     return getattr(import_module(module), function)
 
 
 def called(reward: Reward, given: dict[str, list[str]]) -> list[float]:
-    """The rewards, for a function that may not take all that is given."""
+    """Call the reward. The function may not take all the arguments that there are."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     found = reward(**{name: values for name, values in given.items() if takes_all or name in parameters})
@@ -99,7 +101,7 @@ def called(reward: Reward, given: dict[str, list[str]]) -> list[float]:
 
 def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the function prints
+    os.dup2(2, 1)  # this catches whatever the function prints
     reward = None
     for line in sys.stdin:
         try:

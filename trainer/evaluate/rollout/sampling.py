@@ -1,5 +1,6 @@
-"""The request to whoever samples, and the ranks themselves, of which each continues a text at a time with the sharded
-model.
+"""The request to a sampler, and the sampler on the ranks themselves.
+
+Each rank continues one text at a time with the sharded model.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,11 @@ class Drawn(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The answers that a step needs: `answers` to each of the `prompts`, of at most `room` tokens each, drawn as `seed`
-    and `temperature` say. A token of `stops` ends one."""
+    """The answers that a step needs.
+
+    They are `answers` to each of the `prompts`, of at most `room` tokens each, drawn with `seed` and `temperature`. A
+    token of `stops` ends one.
+    """
 
     prompts: Sequence[Sequence[int]]
     answers: int
@@ -33,8 +37,9 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class OwnSampler:
-    """The model on these ranks; `begin` is called before each pass. What is sampled does not depend on the number of
-    ranks.
+    """The model on these ranks. `begin` is called before each pass.
+
+    The sampled answers do not depend on the number of ranks.
     """
 
     engine: Engine
@@ -42,7 +47,7 @@ class OwnSampler:
     begin: Callable[[], None]
 
     def sample(self, request: Request) -> list[list[Drawn]]:
-        """The answers to each prompt. Collective."""
+        """Return the answers to each prompt. Collective."""
         n = request.answers
         openings, rooms = list[Opening](), list[int]()
         for prompt, room in zip(request.prompts, request.room, strict=True):
@@ -60,7 +65,7 @@ class OwnSampler:
 
 @dataclass(frozen=True)
 class _Noting(Sampling):
-    """Sampling that notes the log p of what it chooses, by the number of the text."""
+    """Sampling that records the log p of what it chooses, by the number of the text."""
 
     log_p: dict[int, list[float]] = field(default_factory=dict)
 

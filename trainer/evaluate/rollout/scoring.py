@@ -1,4 +1,4 @@
-"""Asks the reward, in a process of its own: the function is the user's, and may fail, or never end."""
+"""Asks the reward, in a process of its own: the function is the user's, and may fail or never end."""
 
 import json
 import math
@@ -32,22 +32,26 @@ runpy.run_module({_PROGRAM!r}, run_name="__main__")
 
 
 class RewardFailed(CapstanError):
-    """The reward gives nothing, whoever asks it again."""
+    """The reward gives no numbers, and would not if it were asked again."""
 
 
 class Scoring:
-    """The reward called `name`, which may take so many `seconds` for the answers of a step. The process begins with the
-    first, and is kept; it is of the interpreter `python`, where one is named."""
+    """The reward called `name`, which may take so many `seconds` for the answers of a step.
+
+    The process begins with the first answers, and is then reused. It runs under the interpreter `python`, if one is
+    named.
+    """
 
     def __init__(self, name: str, seconds: float, python: str | None = None) -> None:
         self._name, self._seconds, self._python = name, seconds, python
         self._process: subprocess.Popen[bytes] | None = None
 
     def rewards(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The worth of each completion.
+        """Return the reward of each completion.
 
         Raises:
-            RewardFailed: the function fails, hangs, or gives something else than a finite number for each, three times.
+            RewardFailed: three times the function fails, hangs, or returns something other than a finite number for
+                each.
         """
         given = {"prompts": [*prompts], "completions": [*completions], "answer": [*answers]}
         for _ in range(ATTEMPTS):
@@ -68,7 +72,7 @@ class Scoring:
             self._process = None
 
     def _asked(self, line: bytes) -> list[float] | str:
-        """The numbers, or a phrase that says why there are none."""
+        """Return the numbers, or a phrase that says why there are none."""
         if self._process is None:
             program = [self._python, "-c", _ELSEWHERE] if self._python else [sys.executable, "-m", _PROGRAM]
             try:
@@ -78,7 +82,7 @@ class Scoring:
         process, deadline = self._process, time.monotonic() + self._seconds
         assert process.stdin is not None
         assert process.stdout is not None
-        # A function that hangs while it is imported reads nothing, and a pipe takes no more than 64 KiB.
+        # A function that hangs at import reads nothing, and a pipe takes no more than 64 KiB.
         threading.Thread(target=_write, args=(process.stdin, line), daemon=True).start()
         said = b""
         while not said.endswith(b"\n"):
@@ -93,7 +97,7 @@ class Scoring:
 
 
 def _write(pipe: IO[bytes], line: bytes) -> None:
-    with suppress(OSError):  # the process has ended, as its reader finds
+    with suppress(OSError):  # the process has ended, as its reader will find
         pipe.write(line)
         pipe.flush()
 

@@ -1,4 +1,4 @@
-"""`capstan rollout`: answers by vLLM servers, beside the run that learns from them."""
+"""`capstan rollout`: vLLM servers answer, beside the run that learns from the answers."""
 
 import secrets
 import shutil
@@ -38,8 +38,9 @@ _SAY_SECONDS = 60.0
 
 
 def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
-    """Commit the chapters that the run lacks, each by the newest adapter that is not too old, until the run has all of
-    them or has ended.
+    """Commit the chapters that the run lacks, until the run has all of them or has ended.
+
+    Each chapter uses the newest adapter, if that is not too old.
 
     Raises:
         CapstanError: a server does not answer, or the reward gives nothing, after some attempts.
@@ -74,7 +75,7 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
                 continue
             try:
                 sampler.load(adapter)
-            except NotFound:  # the run is further already
+            except NotFound:  # the run has gone on already
                 continue
             began = time.monotonic()
             wanted = making.wanted(chapter)
@@ -87,8 +88,9 @@ def roll_out(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 @contextmanager
 def giving_up(run: Store) -> Iterator[None]:
-    """Inside, what no waiting mends ends the run, whose ranks wait for the answers: a reward that fails, a prompt that
-    a server does not take.
+    """Inside, errors that waiting cannot fix end the run, whose ranks wait for the answers.
+
+    Such errors are a reward that fails, or a prompt that a server does not accept.
     """
     try:
         yield
@@ -98,7 +100,7 @@ def giving_up(run: Store) -> Iterator[None]:
 
 
 def _servers(rules: RolloutSettings, run: Store) -> list[CompletionsServer]:
-    """Those of the settings; or those that start with the run, as far as they answer now."""
+    """Return the servers of the settings, or those that start with the run, as far as they answer now."""
     urls = list(rules.engine)
     if rules.engine == SERVE:
         urls = list[str]()
@@ -109,8 +111,9 @@ def _servers(rules: RolloutSettings, run: Store) -> list[CompletionsServer]:
 
 
 def _adapter_for(place: Store, chapter: int, rules: RolloutSettings) -> int | None:
-    """The newest adapter, where it is new enough for the chapter. One of the chapter's own later steps is there where
-    the chapter was lost behind the first.
+    """Return the newest adapter, if it is new enough for the chapter.
+
+    It may come from one of the chapter's own later steps, if the chapter was lost after the first of them.
     """
     first = rules.first_step(chapter)
     newest = next((update for update in reversed(published(place)) if update < first + rules.updates), None)
@@ -118,7 +121,7 @@ def _adapter_for(place: Store, chapter: int, rules: RolloutSettings) -> int | No
 
 
 def oldest(run: Store) -> int:
-    """The step of the oldest checkpoint, before which there may be no chapters any more."""
+    """Return the step of the oldest checkpoint. Chapters before it may be gone."""
     return min(committed_steps(run), default=0)
 
 
@@ -128,8 +131,10 @@ def has_finished(run: Store) -> bool:
 
 @dataclass
 class ServerSampler:
-    """Servers of one base, each of which has the adapter loaded that was loaded last. Those that have Capstan's plugin
-    take it from the store, and the others find it below `folder`."""
+    """Servers of one base. Each has loaded the adapter that was loaded last.
+
+    Servers with Capstan's plugin take the adapter from the store. The others find it below `folder`.
+    """
 
     place: Store
     folder: Path
@@ -139,7 +144,7 @@ class ServerSampler:
     _having: frozenset[CompletionsServer] = frozenset()
 
     def load(self, adapter: int) -> None:
-        """Have every server take the adapter of this update. Raises `NotFound` where it was removed."""
+        """Have every server load the adapter of this update. Raises `NotFound` if it has been removed."""
         if self._loaded == adapter and self._having.issuperset(self.servers):
             return
         name = name_of(self.place, adapter, secrets.token_hex(4))
@@ -152,7 +157,7 @@ class ServerSampler:
         self._name, self._loaded, self._having = name, adapter, frozenset(self.servers)
 
     def forget(self) -> None:
-        """Have the servers drop the adapter; one that has gone has none."""
+        """Have the servers drop the adapter. A server that has gone has none."""
         if self._name is not None:
             for server in self._having:
                 with suppress(CapstanError):
@@ -166,7 +171,7 @@ class ServerSampler:
             return list(pool.map(partial(self._ask, request), numbers))
 
     def _ask(self, request: Request, number: int) -> list[Drawn]:
-        """The answers to the prompt of this number, by one of the servers; each attempt asks another."""
+        """Ask one of the servers for the answers to the prompt of this number. Each attempt asks another server."""
         name, turns = self._name, islice(cycle(self.servers), number % len(self.servers), None)
         assert name is not None
         server = next(turns)
@@ -185,6 +190,6 @@ class ServerSampler:
         def turn() -> None:
             nonlocal server
             server = next(turns)
-            server.load(name, str(self.folder / name))  # one that was started again has no adapter
+            server.load(name, str(self.folder / name))  # a restarted server has no adapter
 
         return [Drawn(*one) for one in again(ask, between=turn)]

@@ -1,9 +1,10 @@
-"""`rollout.reward: verifiers:TASKSET`: what the tasks of an environment of verifiers 0.4 (pypi.org/project/verifiers)
-say of answers to them.
+"""`rollout.reward: verifiers:TASKSET`: the tasks of a verifiers 0.4 environment are the reward.
 
-A row has the prompt of a task, and as the answer its number in the taskset, by which the task is found again. An answer
-is worth what verifiers makes of a saved conversation (verifiers/v1/cli/replay.py). Without torch: any Python that has
-verifiers runs it.
+See pypi.org/project/verifiers.
+
+A row has the prompt of a task and, as the answer, its number in the taskset, by which the task is found again. The
+reward of an answer is what verifiers makes of a saved conversation (verifiers/v1/cli/replay.py). No torch: any Python
+that has verifiers runs this file.
 """
 
 import asyncio
@@ -14,8 +15,9 @@ from typing import Any
 
 
 def reward_of(name: str) -> Callable[..., list[float]]:
-    """The reward of the taskset called `name`. Raises `TypeError` for an environment that judges something else than
-    one answer.
+    """Return the reward of the taskset called `name`.
+
+    Raises `TypeError` for an environment that judges something other than one answer.
     """
     import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
     from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]

@@ -1,7 +1,7 @@
-"""`capstan teach` for a run that learns from its own answers: the teacher, sharded over ranks of its own, judges each
-chapter as soon as it is committed.
+"""`capstan teach` for a run that learns from its own answers.
 
-So it is in the memory of nobody who trains, and the process may be killed and started again at any time.
+The teacher is sharded over ranks of its own, and judges each chapter as soon as it is committed. So no rank that trains
+has it in memory, and the process may be killed and started again at any time.
 """
 
 import time
@@ -74,12 +74,12 @@ def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
 
 
 def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int, teacher: Teacher) -> bool:
-    """Write what the teacher says of the chapter; False where another process was faster. Collective."""
+    """Write the teacher's judgement of the chapter. Returns False if another process was faster. Collective."""
     ranks = model.ranks
     with ranks.agreeing():
         rollouts.chapters.look()
         data = rollouts.chapters.get(chapter)
-    # The virtual tokens before each document are those of the teacher, and not of the run.
+    # The virtual tokens before each document are the teacher's, not the run's.
     order = config.model_copy(update={"tuning": model.resolved.config.tuning})
     mine = dict[int, Any]()
     for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
@@ -104,5 +104,5 @@ def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int
 
 
 def _log_p(model: PackedModel, batch: MicroBatch) -> Tensor:
-    """(targets,) in nats."""
+    """Return (targets,) in nats."""
     return -model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)

@@ -1,9 +1,8 @@
-"""A plugin of vLLM: a server takes a run's adapters by their names from the store of the runs, so it shares no folder
-with anybody.
+"""A plugin of vLLM: a server loads a run's adapters by their names from the store of the runs.
 
-vLLM calls `register` where Capstan is installed beside it (docs.vllm.ai, design/lora_resolver_plugins). The store is
-that of CAPSTAN_STORE, and nothing outside it can be named, unlike in a request to /v1/load_lora_adapter, which has a
-path.
+So it shares no folder with anybody. vLLM calls `register` if Capstan is installed beside it (docs.vllm.ai,
+design/lora_resolver_plugins). The store is that of CAPSTAN_STORE, and a name cannot reach outside it. A request to
+/v1/load_lora_adapter could, because it has a path.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ _KEPT = 8  # adapters on this machine's disk: vLLM may read one again that it ha
 
 
 def register() -> None:
-    """Have this process of vLLM find adapters in the store, where the environment names one."""
+    """Have this process of vLLM find adapters in the store, if the environment names one."""
     uri = os.environ.get("CAPSTAN_STORE")
     if uri:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
@@ -36,7 +35,7 @@ def register() -> None:
 
 
 class StoreResolver:
-    """vLLM's LoRAResolver, which is asked for every name that the server does not know."""
+    """vLLM's LoRAResolver. vLLM asks it for every name that the server does not know."""
 
     def __init__(self, store: Store, request: Callable[..., Any]) -> None:
         self._store, self._request = store, request
@@ -44,7 +43,7 @@ class StoreResolver:
         self._kept = deque[Path]()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """vLLM's request for the adapter of this name; None where there is none."""
+        """Answer vLLM's request for the adapter of this name; None if there is none."""
         return await asyncio.to_thread(self._resolve, lora_name)
 
     def _resolve(self, name: str) -> Any:
@@ -63,4 +62,4 @@ class StoreResolver:
         self._kept.append(folder)
         if len(self._kept) > _KEPT:
             shutil.rmtree(self._kept.popleft(), ignore_errors=True)
-        return self._request(lora_name=name, lora_int_id=1, lora_path=str(folder))  # vLLM counts them by itself
+        return self._request(lora_name=name, lora_int_id=1, lora_path=str(folder))  # vLLM counts adapters by itself

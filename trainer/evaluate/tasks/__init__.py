@@ -1,1 +1,1 @@
-"""The model that the tasks of lm-evaluation-harness ask: that of all ranks, or the one that a server has."""
+"""The model that the tasks of lm-evaluation-harness ask: the ranks' own, or one on a server."""

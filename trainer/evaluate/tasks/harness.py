@@ -1,5 +1,6 @@
-"""Tasks of lm-evaluation-harness on the sharded model or a served one, as its own model of transformers would do them
-(lm_eval/models/huggingface.py).
+"""Tasks of lm-evaluation-harness on the sharded model or on a served one.
+
+They run as they do with the harness's own transformers model (lm_eval/models/huggingface.py).
 """
 
 import os
@@ -25,13 +26,13 @@ from trainer.evaluate.tasks import shared_model
 from trainer.evaluate.tasks.shared_model import OpenText
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
-_DEFAULT_LENGTH = 2048  # lm-eval's, of a model that names none
+_DEFAULT_LENGTH = 2048  # lm-eval's value for a model that names none
 
 Told = Callable[[int, int], None]
 
 
 class Answering(Protocol):
-    """A model that the harness asks: of all ranks, or of a server."""
+    """A model that the harness asks: the ranks' own, or a server's."""
 
     def likelihoods(self, texts: Sequence[Continued], told: shared_model.Told) -> list[Likelihood]: ...
 
@@ -39,8 +40,9 @@ class Answering(Protocol):
 
 
 class HarnessLM(TemplateLM):
-    """The harness's view of a model that takes texts of up to `longest` tokens; `told` gets how many requests of a kind
-    are done, and how many there are.
+    """The harness's view of a model that takes texts of up to `longest` tokens.
+
+    `told` gets how many requests of a kind are done, and how many there are.
     """
 
     def __init__(self, model: Answering, words: Words, longest: int | None, told: Told) -> None:
@@ -131,16 +133,17 @@ class HarnessLM(TemplateLM):
 def run_tasks(
     model: Answering, words: Words, longest: int | None, names: Sequence[str], *, chat: bool, told: Told
 ) -> TaskScores:
-    """The scores of the tasks, by the model as it is now.
+    """Return the scores of the tasks, by the model as it is now.
 
-    `names` are tasks of the harness, YAML files or folders of them; `chat` asks under the chat template.
+    `names` are tasks of the harness, YAML files or folders of them. `chat` asks under the chat template.
 
     Raises:
         ConfigError: a task does not exist, cannot be read, or its data is not here.
-        CapstanError: a server's.
+        CapstanError: the server raises it.
     """
     evaluate: Any = simple_evaluate
-    # The harness would fork a pool of processes for its bootstraps, from one that has the threads of a process group.
+    # For its bootstraps the harness would fork a pool of processes from this one, which has the threads of a process
+    # group.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         found = evaluate(
@@ -155,14 +158,15 @@ def run_tasks(
         )
     except CapstanError:
         raise
-    except Exception as error:  # tasks are programs of their authors
+    except Exception as error:  # tasks are programs by their authors
         raise ConfigError(f"eval.tasks: {', '.join(names)}: {type(error).__name__}: {error}") from error
     return {task: _scores(metrics) for task, metrics in found["results"].items()}
 
 
 def task_specs(names: Sequence[str]) -> list[str]:
-    """Names of tasks as they are, and the YAML files of folders one by one. Raises `ConfigError` for a folder without
-    any.
+    """Return names of tasks as they are, and the YAML files of folders one by one.
+
+    Raises `ConfigError` for a folder without any.
     """
     specs = list[str]()
     for name in names:
@@ -178,7 +182,7 @@ def task_specs(names: Sequence[str]) -> list[str]:
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """`acc,none` and `acc_stderr,none` of the harness as `acc`: a filter is named where it is one."""
+    """Return the harness's `acc,none` and `acc_stderr,none` as `acc`. A filter is named only if there is one."""
     found = dict[str, tuple[float, float | None]]()
     for key, value in metrics.items():
         name, _, kind = key.partition(",")

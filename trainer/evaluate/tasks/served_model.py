@@ -1,4 +1,4 @@
-"""A model that a server has, behind the same questions as that of all ranks: likelihoods, and answers."""
+"""A model on a server, which answers the same questions as the ranks' model: likelihoods, and answers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model of `server`, many requests at a time; a token of `stops` ends an answer."""
+    """The model of `server`, with many requests at a time. A token of `stops` ends an answer."""
 
     server: CompletionsServer
     stops: Sequence[int]
@@ -28,11 +28,11 @@ class ServedModel:
         return self.each(self._likelihood, texts, told)
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
-        """The tokens written behind each text."""
+        """Return the tokens written after each text."""
         return self.each(partial(self._continued, sampling), enumerate(texts), told)
 
     def each(self, ask: Callable[[T], R], given: Iterable[T], told: Told) -> list[R]:
-        """The server's answers to all, in their order. Raises `CapstanError` where it gives none."""
+        """Return the server's answers to all, in their order. Raises `CapstanError` if it gives none."""
         found = list[R]()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:

@@ -1,6 +1,4 @@
-"""One model of many ranks, of which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all of
-them.
-"""
+"""One model on many ranks, which rank 0 asks: a program that knows no ranks gets likelihoods and answers from all."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +13,11 @@ Told = Callable[[int], None]
 
 
 class PassFailed(BaseException):
-    """A pass of all ranks failed on this one, which must end for it: the others wait inside that pass, and whoever
-    started the ranks ends them then. No `Exception`, so that no program that asks the model can catch it."""
+    """A pass of all ranks failed on this one, so this rank must end: the others wait inside that pass.
+
+    The parent process of the ranks then ends them. This class is no `Exception`, so no program that asks the model can
+    catch it.
+    """
 
 
 class OpenText(NamedTuple):
@@ -27,14 +28,16 @@ class OpenText(NamedTuple):
 
 
 class SharedModel:
-    """The model of `opened`, which computes as its base or not as it is at that moment."""
+    """The model of `opened`. At any moment it computes either as its base or as itself."""
 
     def __init__(self, opened: OpenedRun) -> None:
         self._opened = opened
 
     def serve(self, ask: Callable[["SharedModel"], T]) -> T | None:
-        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective; what it raises is raised
-        on all, but for `PassFailed`."""
+        """Run `ask` on rank 0, which alone gets its result, while the others help. Collective.
+
+        What it raises is raised on all ranks, except for `PassFailed`.
+        """
         ranks, result, failure = self._opened.ranks, None, None
         if ranks.rank == 0:
             try:
@@ -50,15 +53,15 @@ class SharedModel:
         return result
 
     def likelihoods(self, texts: Sequence[Continued], told: Told) -> list[Likelihood]:
-        """On rank 0, inside `serve`."""
+        """Return the likelihoods. Call this on rank 0, inside `serve`."""
         return self._on_all(likelihoods_by, list(texts), told=told) if texts else []
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
-        """On rank 0, inside `serve`: the tokens written behind each text."""
+        """Return the tokens written after each text. Call this on rank 0, inside `serve`."""
         return self._on_all(_continued_by, list(texts), sampling, told=told) if texts else []
 
     def _on_all(self, job: Callable[..., Any], *given: Any, told: Told) -> Any:
-        """The result of `job`, a function of this module, which every rank calls; it travels by its name."""
+        """Return the result of `job`, a function of this module that every rank calls. The job travels by its name."""
         self._opened.ranks.broadcast((job, given))
         try:
             return job(self._opened, *given, told=told)
@@ -67,7 +70,7 @@ class SharedModel:
 
 
 def likelihoods_by(opened: OpenedRun, texts: Sequence[Continued], *, told: Told) -> list[Likelihood]:
-    """The likelihoods of all texts, in rows as long as those that the run trains on. Collective."""
+    """Return the likelihoods of all texts, in rows as long as those that the run trains on. Collective."""
     capacity = opened.resolved.config.data.sequence_length
     return likelihoods(opened.engine, texts, capacity, reserved=opened.reserved, told=told)
 

@@ -1,1 +1,1 @@
-"""The formats that a run can be exported in, a file each."""
+"""The formats that a run can be exported in, one file each."""

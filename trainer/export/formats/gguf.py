@@ -1,8 +1,8 @@
 """The merged model for llama.cpp, ollama and LM Studio: one GGUF file for each type of weights.
 
-llama.cpp's converter reads the merged model from a disk, so that is written first and removed at the end. Its matrices
-are in the type asked for, vectors in fp32; q8_0 has a scale for each 32 weights. Smaller types are made of the f16 file
-by llama.cpp's own llama-quantize.
+llama.cpp's converter reads the merged model from a disk, so the merged model is written first and removed at the end.
+Matrices are in the type asked for, vectors in fp32; q8_0 has a scale for each 32 weights. llama.cpp's own
+llama-quantize makes smaller types from the f16 file.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from trainer.export.trained import check_mergeable_run, resolve_trained_base, tr
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
-_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # bytes of a weight
 
 
 class Gguf(Section):
@@ -51,8 +51,9 @@ class Gguf(Section):
             )
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        """As of `ExportFormat`. llama.cpp's converter reads folders only, so the merged model is written to one
-        first.
+        """Write the export as `ExportFormat` says.
+
+        llama.cpp's converter reads only folders, so the merged model is first written to a folder.
         """
         from trainer.export.write.decoded import as_plain
         from trainer.export.write.merged import write_model

@@ -1,5 +1,6 @@
-"""The adapter alone for llama.cpp, which loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --lora
-FILE`.
+"""The adapter alone, for llama.cpp.
+
+llama.cpp loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --lora FILE`.
 """
 
 from pathlib import Path

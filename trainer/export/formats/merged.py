@@ -1,8 +1,10 @@
-"""Base and adapter as one model, in the types that the base is stored in, or with its linear layers in fewer bits: FP8
-has half the bytes of 16 bits, nf4 a fourth.
+"""Base and adapter as one model, in the types of the stored base, or with the linear layers in fewer bits.
 
-A run over a base in nf4 learnt an adapter for those 4 bits; here the sum of the stored base and the adapter is rounded
-to 4 bits, which is another rounding. The weights' error is said, and --verify measures how far the predictions are.
+FP8 has half the bytes of 16 bits, nf4 a fourth.
+
+A run over a base in nf4 learnt an adapter for those 4 bits. Here the sum of the stored base and the adapter is rounded
+to 4 bits, which is a different rounding. The export reports the error of the weights, and --verify measures how far the
+predictions are.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -83,7 +85,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def _folder_of(code: str, form: Encodes) -> type[_EncodedFolder]:
-    """The format of export that has its linear layers in `form`."""
+    """Return the export format that has its linear layers in `form`."""
     options = {name: _OPTIONS[name] for name in form.settings if name in _OPTIONS}
     folder: Any = create_model(f"{code.capitalize()}Folder", __base__=_EncodedFolder, **options)  # type: ignore[call-overload]
     name = code.upper() if code in _CAPITALS else code

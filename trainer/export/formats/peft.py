@@ -1,4 +1,4 @@
-"""The adapter alone, as PEFT's `save_pretrained` writes it; the whole model where the base itself has learnt."""
+"""The adapter alone, as PEFT's `save_pretrained` writes it. If the base itself has learnt, it is the whole model."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -37,7 +37,7 @@ class PeftFolder(Section):
 
         manifest = export_adapter(folder, destination, step, progress.written, self._arranged)
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
-            return Written(manifest)  # of no method of PEFT's
+            return Written(manifest)  # the method is not one of PEFT's
         settings: dict[str, Any] = read_json(destination, SETTINGS)
         found = refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))

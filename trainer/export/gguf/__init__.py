@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp, and the proof of them by llama.cpp itself."""
+"""GGUF files for llama.cpp, and their proof by llama.cpp itself."""

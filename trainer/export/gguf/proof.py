@@ -1,7 +1,7 @@
 """Proof of a GGUF export: llama.cpp's predictions against those of the same model in transformers.
 
-The two share no code, from the tokens to the products. What is in 16 or 8 bits differs by that, so, as for every export
-in fewer bits, the difference is allowed to be half of what the training changed.
+The two share no code, from the tokens to the products, so predictions in 16 or 8 bits differ. As for every export in
+fewer bits, the difference may be half of what the training changed.
 """
 
 import json
@@ -28,12 +28,13 @@ from trainer.export.write.merged import write_model
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
-_PLACES = 4  # of a row, at most: llama.cpp is asked for each of them, and tells a whole vocabulary as text
+_PLACES = 4  # at most, in a row: llama.cpp is asked for each place, and returns a whole vocabulary as text
 
 
 def prove_gguf(folder: Store, step: int, exported: Store) -> Proof:
-    """Each model in `exported` against the merged model of `step`; the proof is that of the file which is farthest from
-    it.
+    """Compare each model in `exported` with the merged model of `step`.
+
+    Returns the proof of the file that is farthest from it.
     """
     trained = Trained.at(folder, step)
     with directory_of(exported) as directory:
@@ -44,7 +45,7 @@ def prove_gguf(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
-    """The adapter in `exported`, beside the base in f16, against the merged model of `step`."""
+    """Compare the adapter in `exported`, beside the base in f16, with the merged model of `step`."""
     trained = Trained.at(folder, step)
     with directory_of(exported) as directory, scratch_folder("gguf") as scratch, base_directory(trained.base) as base:
         model = Path(scratch, "base.gguf")
@@ -53,8 +54,11 @@ def prove_gguf_adapter(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def _check_texts(file: Path, ours: Texts) -> None:
-    """Raises `CapstanError` where the file has another chat template, special tokens, merges or numbering of tokens
-    than the run, or begins a text with another token."""
+    """Raise `CapstanError` if the file's texts differ from the run's.
+
+    They differ in the chat template, the special tokens, the merges, the numbering of tokens, or the first token of a
+    text.
+    """
     reader = GGUFReader(file)
 
     def told(key: str) -> Any:
@@ -80,8 +84,9 @@ def _check_texts(file: Path, ours: Texts) -> None:
 
 
 def _merges(ours: Texts) -> list[str]:
-    """The merges of a byte-level tokenizer as llama.cpp has them: two parts with a space between, and another sign for
-    a space in them.
+    """Return the merges of a byte-level tokenizer in llama.cpp's form.
+
+    A merge is two parts with a space between; a space inside a part has another sign.
     """
     backend: Any = ours.tokenizer
     pairs = json.loads(backend.backend_tokenizer.to_str())["model"].get("merges") or []
@@ -89,7 +94,7 @@ def _merges(ours: Texts) -> list[str]:
 
 
 def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof:
-    """`files` are models, each with the adapter beside it or None."""
+    """Prove `files`, which are models, each with the adapter beside it or None."""
     rows = _rows(trained)
     with scratch_folder("gguf") as folder:
         write_model(
@@ -104,7 +109,7 @@ def _prove(trained: Trained, files: Sequence[tuple[Path, Path | None]]) -> Proof
 
 
 def _rows(trained: Trained) -> list[ProbeRow]:
-    """The rows with fewer places, at even distances, the last one among them."""
+    """Return the rows with fewer places, at even distances, including the last one."""
     rows = list[ProbeRow]()
     for row in trained.probe.rows:
         kept = torch.linspace(len(row.places) - 1, 0, min(_PLACES, len(row.places))).long().flip(0)
@@ -115,7 +120,7 @@ def _rows(trained: Trained) -> list[ProbeRow]:
 def _in_llama_cpp(
     model: Path, adapter: Path | None, expected: Sequence[Tensor], rows: Sequence[ProbeRow]
 ) -> Sequence[Tensor]:
-    """For each row (P, V), as `expected` has them."""
+    """Return for each row (P, V), as `expected` has them."""
     texts = [row.tokens[0, : place + 1].tolist() for row in rows for place in row.places]
     with scratch_folder("gguf") as folder:
         question = LlamaCppQuestion(str(model), texts, expected[0].shape[1], adapter and str(adapter))

@@ -1,5 +1,6 @@
-"""The models that a proof compares: a checkpoint as it was trained, in our own loader; and its base and its export, in
-transformers.
+"""The models that a proof compares.
+
+They are a checkpoint as it was trained, in our own loader, and its base and its export in transformers.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,14 +53,15 @@ from trainer.tuning.method import Method, method_of
 from trainer.tuning.objective.sft.objective import NextTokens
 
 T = TypeVar("T")
-# The policy by which our engine has a layer's weights on the GPU for its turn only.
+# With this policy our engine has a layer's weights on the GPU only for the layer's turn.
 _A_LAYER_AT_A_TIME = "zero3_offload_cpu"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The checkpoint that was exported, as it was trained. `scratch` is a folder for a side that computes a decoder
-    layer at a time.
+    """The exported checkpoint, as it was trained.
+
+    `scratch` is a folder for a side that computes one layer at a time.
     """
 
     run: Store
@@ -76,22 +78,24 @@ class Trained:
 
     @cached_property
     def room(self) -> Room:
-        """The memory of this machine that is free before either side is loaded."""
+        """Return the memory of this machine that is free before either side is loaded."""
         return Room(aside("gpu", _free_gpu_memory) if local_gpus() else 0, host_memory_left())
 
     def side(self, computed_in: str) -> ProofSide:
-        """This checkpoint in our own loader."""
+        """Return the side of this checkpoint in our own loader."""
         learnt = sum(self.manifest.numels.values())
         return trained_side(self.base.architecture, self.config.quant, learnt, DTYPES[computed_in].itemsize)
 
     def predictions(self, *, learnt: bool = True) -> list[Tensor]:
-        """`logits` of a process of its own. The side of the export comes next."""
+        """Run `logits` in a process of its own. The side of the export comes next."""
         get_ready(__name__)
         return self._aside(self.side(self.computed_in), Trained.logits, self.computed_in, learnt)
 
     def exported(self, work: Callable[..., T], *arguments: Any, packed: bool, recoded: bool = False) -> T:
-        """`work(self, *arguments)` in a process that has room for an exported model. transformers unpacks a model whole
-        that is stored in fewer bits, as a `recoded` one is."""
+        """Run `work(self, *arguments)` in a process that has room for an exported model.
+
+        transformers unpacks a whole model that is stored in fewer bits, such as a `recoded` one.
+        """
         model, stored = self.base.architecture, self.base.stored
         held = max(held_in(self.base), self.dtype, key=lambda dtype: dtype.itemsize)
         refused = "what is stored in 4 or 8 bits is read whole" if recoded or stored.quantized or stored.decoded else ""
@@ -104,7 +108,7 @@ class Trained:
         return aside(place.device, _with_trained, self.run.uri, self.manifest.step, place.streamed, work, arguments)
 
     def streamed_layers(self) -> StreamedLayers | None:
-        """The layers that are read at their turns; a class with another head is loaded whole."""
+        """Return the layers that are read at their turns. A class with another head is loaded whole."""
         return StreamedLayers(self.scratch) if self.scratch and self.head is None else None
 
     @cached_property
@@ -125,7 +129,7 @@ class Trained:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the trained model's embedding, those of added tokens included."""
+        """The rows of the trained model's embedding, including those of added tokens."""
         return max(self.base.architecture.vocabulary, *(row + 1 for row, _ in find_rows(self.config.model)), 0)
 
     @property
@@ -138,7 +142,7 @@ class Trained:
         return "fp32" if exact else self.config.model.dtype
 
     def check_texts(self, destination: Store) -> None:
-        """Raises `CapstanError` where the tokenizer or the template in `destination` is not the run's."""
+        """Raise `CapstanError` if the tokenizer or the template in `destination` is not the run's."""
         rows, sources = [row.tokens[0].tolist() for row in self.probe.rows], source_rows(self.config)
         where = (
             f"{len(sources)} rows of its sources" if sources else f"{self.probe.origin}, as its sources cannot be read"
@@ -151,8 +155,11 @@ class Trained:
             check_rendering(trained_texts(self.config, self.base.directory), Path(folder), rows, sources)
 
     def logits(self, computed_in: str, learnt: bool = True) -> list[Tensor]:
-        """Through our own sharded loader, engine and restore, as one rank: for each row (P, V) fp32. Without what was
-        `learnt` those before the first step, over the base as it was quantized for the training."""
+        """Return for each row the logits (P, V) fp32, by our own sharded loader, engine and restore, as one rank.
+
+        Without what was `learnt` they are those before the first step, over the base as it was quantized for the
+        training.
+        """
         ranks, base = join(), self.base
         # Settings that made the training faster only add rounding here, or need more than one rank.
         changes = [
@@ -175,7 +182,7 @@ class Trained:
         if learnt:
             partitions = engine.partitions()
             load_partitions(self.run, self.manifest, partitions, states=(MASTER,))
-            for part in partitions:  # as the forward passes of the training had them, and as they are exported
+            for part in partitions:  # the values that the forward passes of the training had, and that are exported
                 part.states["master"].copy_(self._exported(part))
             engine.refresh(self.manifest.updates)
         if self.head is not None:
@@ -193,22 +200,25 @@ class Trained:
 
 
 def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
-    """The outputs of the head at the places of a row, (P, outputs) fp32 on the CPU, without dropout. Collective."""
+    """Return the outputs of the head at the places of a row, (P, outputs) fp32 on the CPU, without dropout.
+
+    Collective.
+    """
     with engine.evaluating():
         found = engine.look(partial(outputs, places=row.places), MicroBatch.of_text(row.tokens))
     return as_shares(found.cpu(), row)
 
 
 def plain_model(trained: Trained, folder: Path) -> Any:
-    """The model in `folder`, of the base's kind, in transformers."""
+    """Load the model in `folder`, of the base's kind, in transformers."""
     held, streamed = held_in(trained.base), trained.streamed_layers()
     return plain.load_plain(folder, held, trained.dtype, streamed=streamed).to(plain.device())
 
 
 def plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple[str, ...] = ()) -> Any:
-    """The base in transformers, quantized as it was for training; `unpacked` as in `plain.quantize`."""
+    """Load the base in transformers, quantized as for training. `unpacked` is as in `plain.quantize`."""
     config, dtype = trained.config, DTYPES[computed_in]
-    # PEFT keeps a prefix in its base's type, so that of a training in fp32 needs such a base.
+    # PEFT keeps a prefix in its base's type, so the prefix of a training in fp32 needs a base in fp32.
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(trained.base)
     streamed = trained.streamed_layers()
     model = stored_base(trained, folder, exact if computed_in == "fp32" else dtype, streamed)
@@ -218,7 +228,7 @@ def plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple
 
 
 def stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: StreamedLayers | None) -> Any:
-    """The base in transformers as its files have it, decoded where they hold it in fewer bits than 16."""
+    """Load the base in transformers as its files have it. A base in fewer than 16 bits is decoded."""
     base, architecture = trained.base, model_config(folder, trained.config.model.layers)
     made: Any = transformers.AutoModelForCausalLM
     if (head := trained.head) is not None:
@@ -230,15 +240,16 @@ def stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: Str
 
 
 def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None) -> Any:
-    """The base in transformers with every weight as the files have it, and rows for the added tokens, ready for an
-    adapter.
+    """Load the base in transformers with every weight as in the files, and rows for the added tokens.
+
+    It is ready for an adapter.
     """
     model = stored_base(trained, folder, held_in(trained.base), streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
 def held_in(base: Base) -> torch.dtype:
-    """The type that holds every weight of the files as it is."""
+    """Return the type that holds every weight of the files without loss."""
     types = {source.dtype for source in base.weights.values() if source.dtype in WEIGHT_DTYPES}
     return SOURCE_DTYPES[types.pop()] if len(types) == 1 else torch.float32
 
@@ -257,13 +268,16 @@ def _with_trained(run: str, step: int, streamed: bool, work: Callable[..., T], a
 
 
 def _say(sentence: str) -> None:
-    """A line of the process that `capstan export` starts (trainer/export/__main__.py)."""
+    """Print a line of the process that `capstan export` starts (trainer/export/__main__.py)."""
     print("say", f"--verify: {sentence}", flush=True)
 
 
 @contextmanager
 def directory_of(store: Store) -> Iterator[Path]:
-    """Where transformers and PEFT, which read directories only, find a store's files: there, or copied for a while."""
+    """Give transformers and PEFT, which read only directories, a directory with a store's files.
+
+    The files are there already, or are copied for a while.
+    """
     local = local_folder(store)
     if local is not None:
         yield local
@@ -276,8 +290,9 @@ def directory_of(store: Store) -> Iterator[Path]:
 
 @contextmanager
 def base_directory(base: Base) -> Iterator[Path]:
-    """The same for a base, whose small files are on this machine already, and of which a run may have another
-    config.json.
+    """Give the same for a base.
+
+    Its small files are on this machine already, and a run may have another config.json for it.
     """
     local = local_folder(base.store)
     configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]

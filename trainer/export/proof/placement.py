@@ -1,4 +1,4 @@
-"""Where the two sides of a proof compute, decided by numbers before either is loaded. Without torch."""
+"""This file decides by numbers where the two sides of a proof compute, before either is loaded. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from trainer.config import Quant
 from trainer.export.proof.process import Device
 from trainer.plan.sizes import stored_bytes
 
-# Beside the weights: activations of a row, logits, and what libraries hold.
+# This much comes on top of the weights: activations of a row, logits, and what libraries hold.
 _MARGIN = 1.25
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that this machine has free: of one GPU, 0 without any, and of the host."""
+    """The free bytes of this machine: of one GPU (0 without one), and of the host."""
 
     gpu: int
     host: int
@@ -22,8 +22,10 @@ class Room:
 
 @dataclass(frozen=True)
 class ProofPlace:
-    """A device that a side may compute on, all of it there at once or `streamed`, a decoder layer at a time; and the
-    bytes that it then takes of the GPU and of the host."""
+    """A device that a side may compute on, and the bytes that it then takes of the GPU and of the host.
+
+    The side is there as a whole, or `streamed`, one decoder layer at a time.
+    """
 
     device: Device
     gpu: int
@@ -36,8 +38,9 @@ class ProofPlace:
 
 @dataclass(frozen=True)
 class ProofSide:
-    """A side by its name, and the places for it, the fastest first. `refused` says in a clause why none of them is
-    streamed.
+    """A side by its name, and the places for it, the fastest first.
+
+    `refused` says in a clause why no place is streamed.
     """
 
     name: str
@@ -48,11 +51,11 @@ class ProofSide:
         return any(place.fits(room) for place in self.places)
 
     def place(self, room: Room) -> ProofPlace:
-        """The first place with enough room, else the last one, which takes the least."""
+        """Return the first place with enough room, else the last one, which takes the least."""
         return next((place for place in self.places if place.fits(room)), self.places[-1])
 
     def sentence(self, room: Room) -> str:
-        """For people: where it computes and why, and whether that fits."""
+        """Say for people where the side computes and why, and whether it fits."""
         place = self.place(room)
         taken = [f"{_gib(place.gpu)} of {_gib(room.gpu)} there"] if place.gpu else []
         taken.append(f"{_gib(place.host)} of {_gib(room.host)} of host memory")
@@ -66,13 +69,16 @@ class ProofSide:
 
 
 def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int) -> ProofSide:
-    """The checkpoint in our own loader, as one rank: what is not quantized in `bytes_each`, and for what learns a
-    master and room for a gradient. `learnt` counts its elements."""
+    """Return the side of the checkpoint in our own loader, as one rank.
+
+    Weights that are not quantized take `bytes_each`. What learns also takes a master and room for a gradient; `learnt`
+    is the number of its elements.
+    """
     held = _stored(model.parameters, quant, bytes_each)
     layers = [model.in_layer(number) for number in range(model.layers)]
     layer = max(_stored(parts, quant, bytes_each) for parts in layers)
-    # As trainer/state/zero/gather.py: three layers, or one beside the embedding or the head; and one matrix out of its
-    # 4 bits.
+    # As in trainer/state/zero/gather.py: three layers, or one beside the embedding or the head. One matrix is decoded
+    # from 4 bits besides.
     gathered = max(3 * layer, layer + bytes_each * model.largest("embedding", "head"))
     matrix = bytes_each * max(size for part in model.parameters for size in part.matrices)
     whole = _with_margin(held + 8 * learnt)
@@ -82,8 +88,10 @@ def trained_side(model: Architecture, quant: Quant, learnt: int, bytes_each: int
 
 
 def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed: bool, refused: str = "") -> ProofSide:
-    """The export in transformers: whole, or a layer at a time unless that is `refused`. The base is read in
-    `bytes_each`, and quantized afterwards if it is to be `packed`."""
+    """Return the side of the export in transformers: whole, or also a layer at a time unless that is `refused`.
+
+    The base is read in `bytes_each`, and quantized afterwards if it is to be `packed`.
+    """
     whole = _with_margin(bytes_each * sum(part.numel for part in model.parameters))
     needed = _with_margin(_stored(model.parameters, quant, bytes_each)) if packed else whole
     on_gpu, on_cpu = ProofPlace("gpu", needed, whole), ProofPlace("cpu", 0, whole)
@@ -92,7 +100,7 @@ def exported_side(model: Architecture, quant: Quant, bytes_each: int, *, packed:
     layers = [model.in_layer(number) for number in range(model.layers)]
     layer = max(sum(part.numel for part in parts) for parts in layers)
     outside = bytes_each * sum(part.numel for part in model.parameters if part.layer is None)
-    # In fp32 beside what the files hold: a layer at its turn, and the head at its own.
+    # These are in fp32 beside what the files hold: a layer at its turn, and the head at its own.
     turn = _with_margin(outside + 4 * model.largest("embedding", "head") + (bytes_each + 4) * layer)
     kept = sum(_stored(parts, quant, bytes_each) for parts in layers) if packed else 0
     host = _with_margin(kept + bytes_each * layer)

@@ -1,6 +1,6 @@
 """One side of a proof, in a process of its own.
 
-DeepSpeed, PEFT and transformers leave much of a model alive that nobody uses any more, and no garbage collector finds
+DeepSpeed, PEFT and transformers keep much of a model alive that nobody uses any more, and no garbage collector finds
 it. A process that has ended holds nothing, neither on the host nor on its GPU.
 """
 
@@ -29,7 +29,7 @@ _READY: ContextVar[dict[Device, list[ProcessPoolExecutor]] | None] = ContextVar(
 
 @contextmanager
 def getting_ready() -> Iterator[None]:
-    """Within it `get_ready` starts processes, of which those that nobody has taken end with it."""
+    """Inside, `get_ready` may start processes. Those that nobody has used end with this context."""
     ready: dict[Device, list[ProcessPoolExecutor]] = {"gpu": [], "cpu": []}
     before = _READY.set(ready)
     try:
@@ -41,8 +41,9 @@ def getting_ready() -> Iterator[None]:
 
 
 def get_ready(module: str) -> None:
-    """Start the process of a later `aside`, which imports `module` and what it needs while this process, or another
-    side, works.
+    """Start the process of a later `aside`.
+
+    It imports `module` and what that needs while this process, or another side, works.
     """
     ready = _READY.get()
     if ready is not None:
@@ -57,12 +58,12 @@ def _imported(module: str) -> None:
 
 
 def _process(device: Device) -> ProcessPoolExecutor:
-    # Not forked: CUDA cannot be used in a child of a process that has asked for it.
+    # The process is not forked: CUDA cannot be used in a child of a process that has used it.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_alone, initargs=(device,))
 
 
 def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
-    """`work(*arguments)` on the GPU, where this machine has one, or on the CPU; all of it goes and comes as pickles.
+    """Run `work(*arguments)` on the GPU if this machine has one, or on the CPU. Arguments and result travel as pickles.
 
     Raises:
         DoesNotFit: memory ran out. On the host Linux then kills the process.
@@ -81,13 +82,14 @@ def _no_memory(what: str) -> DoesNotFit:
 
 
 def _alone(device: Device) -> None:
-    """A group of one, whatever group this process was started in, products in full fp32, and no GPU where the CPU is
-    meant.
+    """Set up a group of one, whatever group this process was started in, with products in full fp32.
+
+    There is no GPU if the CPU is meant.
     """
     end_with_parent()
     for name in OF_A_RANK:
         os.environ.pop(name, None)
-    # NVIDIA's images of PyTorch let fp32 products be rounded to TF32, which differs more than a proof allows.
+    # NVIDIA's images of PyTorch allow fp32 products to be rounded to TF32, which differs more than a proof allows.
     os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if device == "cpu":
@@ -95,9 +97,7 @@ def _alone(device: Device) -> None:
 
 
 def _pickled(work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
-    """Pickled here: multiprocessing itself hands tensors on in shared memory, which ends with the process that made
-    it.
-    """
+    """Pickle here: multiprocessing itself shares tensors in memory that ends with the process that made it."""
     import torch
 
     try:

@@ -1,8 +1,7 @@
-"""The cost of quantizing again: a merged model in 4 or 8 bits, as transformers loads it, against the model as it was
-trained.
+"""The cost of quantizing again: a merged model in 4 or 8 bits in transformers, against the model as it was trained.
 
-No rounding of products explains that difference, so nothing is proven equal. It is allowed to be half of what the
-training changed: otherwise the quantization has undone much of it.
+No rounding of products explains that difference, so nothing is proven equal. The difference may be half of what the
+training changed: otherwise the quantization has undone much of the training.
 """
 
 from contextlib import nullcontext
@@ -21,8 +20,9 @@ from trainer.store.store import Store, open_store
 
 
 def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
-    """The trained model of `step` against the files in `exported`, and against itself before the training for the
-    effect.
+    """Compare the trained model of `step` with the files in `exported`.
+
+    Its effect is its difference from itself before the training.
     """
     trained = Trained.at(folder, step)
     trained.check_texts(exported)
@@ -34,12 +34,12 @@ def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
 
 
 def half(effect: Distance) -> Distance:
-    """The largest difference by fewer bits that is allowed, where the training has had this effect."""
+    """Return the largest allowed difference by fewer bits, if the training has had this effect."""
     return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
 
 
 def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
-    """The logits of the model as transformers reads it. FP8 is decoded, as no CPU multiplies in it."""
+    """Return the logits of the model as transformers reads it. FP8 is decoded, because no CPU multiplies in FP8."""
     with directory_of(open_store(exported)) as folder:
         architecture: Any = model_config(folder, None)
         quantization = getattr(architecture, "quantization_config", None) or {}

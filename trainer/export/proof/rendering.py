@@ -1,10 +1,9 @@
-"""The half of `--verify` about texts: through the exported tokenizer and chat template they become the tokens of the
-training.
+"""The half of `--verify` about texts: the exported tokenizer and chat template must give the tokens of the training.
 
-The run's own are those that it keeps (trainer/data/render/text_files.py). Compared are rows of its sources as a
-compilation encodes them, and of the compiled data, which may be all that is left; a text of many kinds of characters
-and conversations; then what rows cannot show: every token's number, which of them are special, and the template's own
-text.
+The run keeps its own tokenizer and template (trainer/data/render/text_files.py). The proof compares rows of the run's
+sources as a compilation encodes them. It compares the compiled data too, which may be all that is left, a text of many
+kinds of characters, and conversations. Finally it compares what rows cannot show: every token's number, which tokens
+are special, and the template's own text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ _CONVERSATIONS = (
 
 
 class Texts:
-    """The tokens of texts by one tokenizer, and by its chat template or the one in its place."""
+    """The tokens of texts by one tokenizer, and by its chat template or the template that replaces it."""
 
     def __init__(self, tokenizer: Tokenizer, instead: str | None = None) -> None:
         self.tokenizer, self._instead = tokenizer, instead
@@ -46,34 +45,37 @@ class Texts:
         return self._instead or self.tokenizer.chat_template
 
     def tokens(self, text: str) -> list[list[int]]:
-        """As part of a document, and as a text that the tokenizer frames itself."""
+        """Return the tokens of the text as a part of a document, and as a text that the tokenizer frames itself."""
         every: list[Any] = [self.tokenizer.encode(text, add_special_tokens=framed) for framed in (False, True)]
         return every
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether the tokenizer puts its begin token before a text."""
+        """Return whether the tokenizer puts its begin token before a text."""
         return self.tokens("a")[1][:1] == [self.tokenizer.bos_token_id]
 
     def read_back(self, text: str) -> list[str]:
-        """The text of its tokens, as an answer is shown: with special tokens, and without."""
+        """Return the text of its tokens, as an answer is shown: with special tokens, and without."""
         tokens = self.tokens(text)[1]
         every: list[Any] = [self.tokenizer.decode(tokens, skip_special_tokens=skipped) for skipped in (False, True)]
         return every
 
     def rendered(self, messages: Any, begun: bool) -> str:
-        """The reason, where the template refuses the conversation; `begun`: up to where an answer begins."""
+        """Render the conversation, or return the reason if the template refuses it.
+
+        With `begun` it ends where an answer begins.
+        """
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 messages, chat_template=self._instead, tokenize=False, add_generation_prompt=begun
             )
             return text
-        except Exception as error:  # a template is a program of its author's
+        except Exception as error:  # a template is a program by its author
             return f"refused: {error}"
 
 
 def trained_texts(config: Config, directory: Path) -> Texts:
-    """As the run was trained: `directory` has its own tokenizer, `config` its template."""
+    """Return the texts as the run was trained: `directory` has the run's tokenizer, `config` its template."""
     tokenizer = read_tokenizer(directory, config.model.base, config.model.tokens)
     return Texts(tokenizer, template_text(config.data))
 
@@ -81,8 +83,10 @@ def trained_texts(config: Config, directory: Path) -> Texts:
 def check_rendering(
     trained: Texts, folder: Path, rows: Sequence[Sequence[int]], sources: Sequence[SourceRow] = ()
 ) -> None:
-    """Raises `CapstanError` where the tokenizer in `folder` is not the run's; `rows` are tokens of the run's documents,
-    `sources` rows before they became some."""
+    """Raise `CapstanError` if the tokenizer in `folder` is not the run's.
+
+    `rows` are tokens of the run's documents, and `sources` are rows before they became documents.
+    """
     try:
         tokenizer = read_tokenizer(folder, "the export")
     except ConfigError as error:
@@ -117,7 +121,7 @@ def _problems(ours: Texts, theirs: Texts, rows: Sequence[Sequence[int]]) -> Iter
 
 
 def _flags(tokenizer: Tokenizer) -> dict[int, tuple[Any, ...]]:
-    """Each added token, how it is found in a text, and whether an answer is shown without it."""
+    """Return each added token, how it is found in a text, and whether an answer is shown without it."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {
         number: (token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special)

@@ -1,4 +1,4 @@
-"""The rows that a proof compares two models on: documents of the run's own data, the same ones at every call."""
+"""The rows on which a proof compares two models: documents of the run's own data, the same ones at every call."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +20,8 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 from trainer.tuning.head import WithHead
 
-ROWS, TOKENS, TARGETS = 8, 512, 32  # rows, tokens of a row, and trained tokens that are looked at in a row: at most
-_CANDIDATES = 64  # documents, as some may have nothing that is trained
+ROWS, TOKENS, TARGETS = 8, 512, 32  # the most: rows, tokens of a row, and trained tokens that are looked at in a row
+_CANDIDATES = 64  # documents; some may have no trained tokens
 _FALLBACK_TOKENS = 64
 
 
@@ -43,16 +43,18 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Probe:
-    """The rows, and what they are in words, such as "8 rows of the evaluation data"."""
+    """The rows, and a description of them, such as "8 rows of the evaluation data"."""
 
     rows: list[ProbeRow]
     origin: str
 
 
 def judged(probe: Probe, head: WithHead | None) -> Probe:
-    """The rows as a `head` is compared on them. A head whose outputs stand for themselves, a reward or several classes,
-    is compared in all of them at once, at the end of the text: the tokens that are trained there name none of its
-    outputs."""
+    """Return the rows as a `head` is compared on them.
+
+    If the outputs of a head stand for themselves (a reward, or several classes), all of them are compared at once, at
+    the end of the text: the tokens that are trained there name none of its outputs.
+    """
     if head is None or not (head.head.several or head.outputs == 1):
         return probe
     kept = slice(1) if head.head.several else slice(None)
@@ -64,16 +66,16 @@ def judged(probe: Probe, head: WithHead | None) -> Probe:
 
 
 def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
-    """Rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
+    """Find rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
 
-    Compiled data may have been deleted, or never been in this store.
+    Compiled data may have been deleted, or may never have been in this store.
     """
     root = store_of(folder)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
             tagged = (head := HEADS.get(config.objective.name)) is not None and head.per_token
             rows = list(_rows(open_chapter(root, fingerprint, 0), _tags if tagged else _row))[:ROWS]
-        except StorageError:  # or `NotFound`, which is one
+        except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:
             return Probe(rows, f"{len(rows)} rows of the {what} data")
@@ -85,7 +87,7 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
 def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: Store) -> Iterator[tuple[str, str]]:
     try:
         found = locate(config, base)
-    except (ConfigError, DataError, StorageError):  # the sources are gone; what was compiled of them may be there
+    except (ConfigError, DataError, StorageError):  # the sources are gone; their compiled data may still be there
         found = {}
     if "eval" in found:
         yield "evaluation", found["eval"]
@@ -93,7 +95,7 @@ def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: St
 
 
 def _rows(data: Dataset, read: Callable[[NDArray[np.uint32]], ProbeRow | None]) -> Iterator[ProbeRow]:
-    """Documents at even distances, each cut to its last tokens up to the last one that is trained."""
+    """Return documents at even distances, each cut to its last tokens up to the last one that is trained."""
     documents = len(data.offsets) - 1
     for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
         block = np.searchsorted(data.blocks, number, side="right") - 1
@@ -103,7 +105,7 @@ def _rows(data: Dataset, read: Callable[[NDArray[np.uint32]], ProbeRow | None]) 
 
 
 def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
-    """A text and the tags of its words, whose numbers stand behind it."""
+    """Return a text and the tags of its words, whose numbers follow it."""
     text, tags = np.split(stored, 2)
     text, tags = text[:TOKENS], tags[:TOKENS]
     places = np.flatnonzero(tags & TARGET_BIT)[:TARGETS]
@@ -113,13 +115,13 @@ def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
 
 def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
     second = np.flatnonzero(stored & SEGMENT_BITS)
-    stored = stored[: second[0]] if len(second) else stored  # of several answers, the first
+    stored = stored[: second[0]] if len(second) else stored  # the first of several answers
     trained = np.flatnonzero(stored & TARGET_BIT)
     if not len(trained):
         return None
     first = max(0, int(trained[-1]) + 1 - TOKENS)
     tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ID_BITS).astype(np.int64))
-    seen = trained[trained > first] - first  # the first token of a row is predicted from nothing
+    seen = trained[trained > first] - first  # nothing predicts the first token of a row
     if not len(seen):
         return None
     chosen = torch.from_numpy(seen[np.unique(np.linspace(0, len(seen) - 1, TARGETS, dtype=np.int64))])

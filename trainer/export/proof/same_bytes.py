@@ -1,7 +1,7 @@
-"""The first half of `--verify`: every byte of an export is the one that the checkpoint gives when it is exported again.
+"""The first half of `--verify`: every byte of an export is the one that a second export of the checkpoint gives.
 
-Nothing is written for that: the format writes to a store that compares. Predictions on some rows would not show one
-weight among billions, a setting that only long texts meet, or a token that no row has.
+The second export writes nothing: the format writes to a store that compares. Predictions on some rows would not reveal
+one weight among billions, a setting that matters only for long texts, or a token that no row has.
 """
 
 from collections.abc import Iterable
@@ -14,14 +14,15 @@ from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 
 class ComparedStore(Store):
-    """The folder of an export, which takes only what is in it already. It looks empty before that, as to whoever
-    exports there.
+    """The folder of an export, which accepts only what is in it already.
+
+    Until then it looks empty to the code that exports to it.
 
     The model card is left out: it has the evaluations that the run has by now.
     """
 
     def __init__(self, there: Store) -> None:
-        # Not the URI of a local folder, into which a format might move a file itself.
+        # This is not the URI of a local folder, because a format might move a file into that folder itself.
         super().__init__(there.uri.removeprefix("file://"), there._backend, there._prefix, there._request_seconds)
         self._there = there
         self._written: set[str] = {CARD}
@@ -56,9 +57,7 @@ class ComparedStore(Store):
                 position = end
 
     def check_nothing_else(self) -> None:
-        """Raise `CapstanError` where there is a file that was not written: a program might load it beside the
-        others.
-        """
+        """Raise `CapstanError` for a file that was not written: a program might load it beside the others."""
         others = [entry.key for entry in self._there.list() if entry.key not in self._written]
         if others:
             raise CapstanError(f"{self.uri}/{others[0]} is no part of the export. {NOT_TRAINED}")
@@ -70,13 +69,11 @@ def _parts(chunk: Buffer) -> Iterable[memoryview]:
 
 
 def check_again(form: ExportFormat, folder: Store, step: int, destination: Store) -> None:
-    """Raises `CapstanError` where `destination` is not the export of `step` in this form, file by file and byte by
-    byte.
-    """
+    """Raise `CapstanError` if `destination` is not the export of `step` in this form, file by file and byte by byte."""
     compared = ComparedStore(destination)
     form.write(folder, compared, step, ExportProgress(_silent, _silent))
     compared.check_nothing_else()
 
 
 def _silent(*_told: object) -> None:
-    """The export was told of already."""
+    """Report nothing: the export has already been reported."""

@@ -1,8 +1,8 @@
-"""Proof of a served export: a server's log-probabilities are those of transformers and PEFT, of the run's rows and of
-tokens that it draws.
+"""Proof of a served export: a server's log-probabilities are those of transformers and PEFT.
 
-The other side computes in fp32. The server usually computes in bf16, so the allowed difference is what moving the last
-bit of every product in bf16 does, and the control is what the training has changed.
+They are compared on the run's rows and on tokens that the server draws. The other side computes in fp32. The server
+usually computes in bf16, so the allowed difference is the effect of moving the last bit of every product in bf16. The
+control is what the training has changed.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,12 @@ _DRAWS = 24
 
 
 def prove_served(folder: Store, step: int, destination: Store, given: str, *, whole_model: bool) -> ServedProof:
-    """Compare what the server at the URL `given` serves with the export of `step`: the whole model in `destination`, or
-    the adapter over the base as its files hold it.
+    """Compare what the server at the URL `given` serves with the export of `step`.
+
+    The export is the whole model in `destination`, or the adapter over the base as its files hold it.
 
     Raises:
-        ConfigError, CapstanError: as the server is asked, or the run has a head.
+        ConfigError, CapstanError: the server raises them, or the run has a head.
     """
     trained = Trained.at(folder, step)
     refuse_head(trained.config)
@@ -64,7 +65,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
 
 
 def _whole(row: ProbeRow, answer: Answer) -> ProbeRow:
-    """The row with what was drawn behind it, of which every token but the first is looked at."""
+    """Return the row with the drawn tokens after it. Every token but the first is compared."""
     tokens = torch.cat([row.tokens, torch.tensor([answer.drawn], dtype=torch.int64)], 1)
     return ProbeRow(tokens, torch.arange(tokens.shape[1] - 1), tokens[0, 1:])
 
@@ -72,7 +73,7 @@ def _whole(row: ProbeRow, answer: Answer) -> ProbeRow:
 def _side(
     trained: Trained, merged: str | None, rows: Sequence[ProbeRow]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The log p of the rows' targets by the export, by it with the last bits moved, and by the base alone."""
+    """Return the log p of the rows' targets by the export, by it with the last bits moved, and by the base alone."""
     with base_directory(trained.base) as base:
         model = grown_base(trained, base, trained.streamed_layers())
         with plain.computing_in_fp32(model):
@@ -104,7 +105,7 @@ def _log_p(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> list[Tensor]:
 
 
 def _mean(one: Sequence[Tensor], other: Sequence[Tensor], parts: Sequence[slice] | None = None) -> float:
-    """The mean absolute difference over these parts of all rows, or over the whole of them."""
+    """Return the mean absolute difference over these parts of all rows, or over the whole rows."""
     gaps = [(a - b).abs() for a, b in zip(one, other, strict=True)]
     gaps = gaps if parts is None else [gap[part] for gap, part in zip(gaps, parts, strict=True)]
     return float(torch.cat(gaps).mean())

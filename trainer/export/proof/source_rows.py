@@ -1,6 +1,4 @@
-"""Rows of a run's own data as its sources have them, to be rendered by the tokenizer and the chat template of an
-export.
-"""
+"""Rows of a run's own data as its sources have them. An export's tokenizer and chat template render them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -30,8 +28,9 @@ class SourceRow(NamedTuple):
 
 
 def source_rows(config: Config) -> list[SourceRow]:
-    """The first rows of the files of each of the run's data sets; none of one whose sources cannot be read from here
-    any more.
+    """Return the first rows of the files of each of the run's data sets.
+
+    A data set whose sources can no longer be read from here has none.
     """
     found = list[SourceRow]()
     inputs = list[Input]()
@@ -54,8 +53,10 @@ def _first_rows(given: Input) -> Iterator[SourceRow]:
 
 
 def documents(tokenizer: Tokenizer, sources: Sequence[SourceRow], *, own: bool) -> Iterator[list[list[int]] | str]:
-    """Compiles each row: its documents, trained tokens marked, or the sentence that refuses it. With `own` by the
-    tokenizer's own chat template, whatever `data.template` says."""
+    """Compile each row: return its documents with trained tokens marked, or the sentence that refuses it.
+
+    With `own` the tokenizer's own chat template is used, whatever `data.template` says.
+    """
     encoders = dict[int, RowEncoder]()
     for source in sources:
         data = source.data.model_copy(update={"template": None}) if own else source.data

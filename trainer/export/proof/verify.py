@@ -1,19 +1,20 @@
 """Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
-Compared are distributions over the next token on rows of the run's own data (trainer/export/proof/distributions.py), in
-fp32: there the two sides differ by the order of additions alone. Where fp32 does not fit, or the base is stored in 4
-bits for products in bf16, both sides compute in `model.dtype`. In either case the allowed difference is measured on the
-spot, by moving the last bits of every product. The adapter's own effect is the control: a difference that is allowed
-must be smaller.
+The proof compares distributions over the next token on rows of the run's own data
+(trainer/export/proof/distributions.py). It computes in fp32, in which the two sides differ only by the order of
+additions. If fp32 does not fit, or the base is stored in 4 bits for products in bf16, both sides compute in
+`model.dtype`. In either case the allowed difference is measured on the spot, by moving the last bits of every product.
+The adapter's own effect is the control: an allowed difference must be smaller.
 
-Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU where it fits there, whole or a
+Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU if it fits there, whole or a
 decoder layer at a time, else on the CPU (trainer/export/proof/placement.py).
 
-A merged model is not quite the trained one where the base was quantized for training, as it is merged into the base's
-own weights. Only the merging is proven for it: it predicts what PEFT's own merge predicts, rounded to the same types.
+If the base was quantized for training, a merged model is not quite the trained one, because it is merged into the
+base's own weights. The proof then covers only the merging: the model predicts what PEFT's own merge predicts, rounded
+to the same types.
 
-Before that the export's bytes are compared with those of a second one (trainer/export/proof/same_bytes.py). Its
-tokenizer and chat template must give the run's texts the tokens of the training, too
+Before that, the export's bytes are compared with those of a second export (trainer/export/proof/same_bytes.py). Its
+tokenizer and chat template must also give the run's texts the tokens of the training
 (trainer/export/proof/rendering.py).
 """
 
@@ -41,31 +42,30 @@ from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
-# How far a product's outputs are moved to measure what rounding does, as a share of themselves: one last bit in bf16;
-# in fp32 five bits, as the order of thousands of additions reaches so far.
+# How far a product's outputs are moved to measure what rounding does, as a share of themselves. It is one last bit in
+# bf16, and five bits in fp32, because the order of thousands of additions reaches that far.
 SHAKEN_BY = {"bf16": 2**-8, "fp32": 2**-18}
 # A divergence grows with the square of a difference.
 TOLERATED_NOISE = 3.0
 
 
 def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
-    """The model of `step` against the exported adapter."""
+    """Compare the model of `step` with the exported adapter."""
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
-    # The other side holds what bitsandbytes has no layer for as the values that are left of it: see `plain.quantize`.
+    # The other side holds some weights as the values that quantizing leaves, if bitsandbytes has no layer for them: see
+    # `plain.quantize`.
     packed = trained.config.quant.held.in_linear4bit and trained.method.adapts_4_bits
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)
 
 
 def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[list[Tensor], Distance, Distance]:
-    """The base with the exported adapter: its logits, how far rounding may move them, and how far they are from the
-    base's own.
-    """
+    """Return the logits with the exported adapter, how far rounding may move them, and how far the base's are."""
     rows, look = trained.probe.rows, plain.head_logits if trained.head else plain.place_logits
     with base_directory(trained.base) as base, directory_of(open_store(adapter)) as folder:
         # The end of every name is "".
@@ -80,8 +80,9 @@ def _adapter_side(trained: Trained, adapter: str, computed_in: str) -> tuple[lis
 
 
 def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
-    """The merged model against PEFT's merge of the exported adapter, in fp32; and, for information, the model of
-    `step`.
+    """Compare the merged model with PEFT's merge of the exported adapter, in fp32.
+
+    For information it is also compared with the model of `step`.
     """
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
@@ -103,8 +104,9 @@ def prove_merged(folder: Store, step: int, merged: Store) -> Proof:
 
 
 def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Tensor], Distance]:
-    """Logits of base and adapter side by side, of the base alone, and of PEFT's own merge; and how far rounding may
-    move these.
+    """Return the logits of base and adapter side by side, of the base alone, and of PEFT's own merge.
+
+    The result also says how far rounding may move the last ones.
     """
     rows = trained.probe.rows
     stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
@@ -123,7 +125,7 @@ def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Te
 
 
 def merged_side(trained: Trained, merged: str, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """The logits of a model that is stored at `merged`. The base alone gets rows for added tokens, which it lacks."""
+    """Return the logits of a model stored at `merged`. Only the base gets rows for added tokens, which it lacks."""
     with directory_of(open_store(merged)) as folder:
         model = plain.grow(plain_model(trained, folder), trained.vocabulary)
         with plain.computing_in_fp32(model):
@@ -131,8 +133,10 @@ def merged_side(trained: Trained, merged: str, rows: Sequence[ProbeRow]) -> list
 
 
 def _prove_model(trained: Trained, destination: Store) -> Proof:
-    """A model whose base has learnt itself: its predictions against those of the model of `step`, with those of the
-    base as it was for the effect."""
+    """Compare a model whose base itself has learnt with the model of `step`.
+
+    Its effect is the difference from the base as it was.
+    """
     trained.check_texts(destination)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
@@ -161,8 +165,10 @@ def _predictions(
     computed_in: str,
     look: Callable[[Any, Sequence[ProbeRow]], list[Tensor]] = plain.place_logits,
 ) -> tuple[list[Tensor], Distance]:
-    """The logits at the rows' places, and how far from them rounding may be: several times as far as the last bits of
-    every product move them."""
+    """Return the logits at the rows' places, and how far from them rounding may be.
+
+    That is several times as far as the last bits of every product move them.
+    """
     found = look(model, rows)
     with plain.shaken(model, SHAKEN_BY[computed_in]):
         noise = distance(found, look(model, rows), rows)
@@ -179,9 +185,7 @@ def make_proof(
     trained_kl: float | None = None,
     rounding_kl: float | None = None,
 ) -> Proof:
-    """The proof of an exported model whose predictions are so far off, may be so far off, and were moved so far by the
-    training.
-    """
+    """Make the proof from the difference of the predictions, the allowed difference, and the effect of the training."""
     return Proof(
         kl=found.kl,
         kl_allowed=allowed.kl,

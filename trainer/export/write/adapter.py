@@ -1,9 +1,9 @@
-"""Exports what a committed checkpoint has learnt, without a GPU, and without the base in memory.
+"""Exports what a committed checkpoint has learnt, without a GPU and without the base in memory.
 
-Where the base itself has learnt, that is the whole model (trainer/export/write/merged.py). Otherwise the folder, on a
-disk or in a bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes), the
-tokenizer's files and a model card with the run's facts. The file without which nothing loads is written last, so an
-export that was killed is not mistaken for one.
+If the base itself has learnt, the export is the whole model (trainer/export/write/merged.py). Otherwise the folder, on
+a disk or in a bucket, holds the files of the run's method (for LoRA what PEFT's `save_pretrained` writes), the
+tokenizer's files and a model card with the run's facts. The file without which nothing loads is written last, so a
+killed export is not mistaken for a whole one.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,18 +36,20 @@ def export_adapter(
     report: BytesWritten = lambda done, total: None,
     arranged: Callable[[Mapping[str, bytes], Model], Mapping[str, bytes]] = lambda files, model: files,
 ) -> CheckpointManifest:
-    """Write what `step`, or the newest whole checkpoint, has learnt to `destination`; returns its manifest. `report` is
-    told of the progress where that is a whole model; `arranged` gives the adapter's files another layout, in the same
-    order.
+    """Write what `step`, or the newest whole checkpoint, has learnt to `destination`.
+
+    Returns the checkpoint's manifest.
+
+    `report` is told of the progress if a whole model is written. `arranged` gives the adapter's files another layout,
+    in the same order.
 
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or a store fails.
-        ConfigError: `destination` holds something that is no half export, or the base's folder is not here, or PEFT
-            would load
-            a part of the adapter only; or where a whole model is written, what `write_model` raises.
+        ConfigError: `destination` holds something other than a half export, or the base's folder is not here, or PEFT
+            would load only a part of the adapter; if a whole model is written, also what `write_model` raises.
     """
-    # Before the shards are read, so by the files of every method.
+    # This check comes before the shards are read, so it uses the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
     check_destination(destination, *ours, *TOKENIZER_PATTERNS)
     manifest, config, method = trained_checkpoint(folder, step)
@@ -63,7 +65,7 @@ def export_adapter(
     exported = method.export(weights.whole, config.model)
     in_layout = arranged(exported.files, config.model)
     files = for_whole_class(in_layout, config.model)
-    if in_layout is exported.files:  # in PEFT's own
+    if in_layout is exported.files:  # in PEFT's own layout
         files = as_peft_reads(files, config.model, head_of(method))
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"

@@ -1,10 +1,10 @@
-"""The base as a run in 4 or 8 bits computes with it, as an ordinary model: for servers that sample for the run.
+"""The base as a run in 4 or 8 bits computes with it, as an ordinary model, for servers that sample for the run.
 
     python -m trainer.export.write.as_quantized CONFIG DEST
 
-CONFIG is the text of the run's settings. The files are made as those of a merge (trainer/export/write/merged.py), and
-have the names, shapes and types of the base's own. It tells its progress as `trainer.export` does; the last line is a
-JSON object with the bytes that were written.
+CONFIG is the text of the run's settings. The files are made like those of a merge (trainer/export/write/merged.py).
+They have the names, shapes and types of the base's own. The program reports its progress as `trainer.export` does. The
+last line is a JSON object with the bytes that were written.
 """
 
 import json
@@ -31,12 +31,14 @@ from trainer.model.held.held import HeldFormat, Spanning
 from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import Store, open_store
 
-_KEPT = 16  # matrices whose scales stay, as pieces of several are in flight
+_KEPT = 16  # matrices whose scales stay in memory, because pieces of several matrices are in flight
 
 
 def write_as_quantized(config: Config, destination: Store, report: BytesWritten) -> None:
-    """Raises `ConfigError` where the base is not here, the destination is taken, or the base's files cannot hold what
-    the run computes with.
+    """Write the base as the run computes with it.
+
+    Raises `ConfigError` if the base is not here, the destination is taken, or the base's files cannot hold what the run
+    computes with.
     """
     base, quant, dtype = as_plain(resolve_base(config.model)), config.quant, DTYPES[config.model.dtype]
     weights, updates, scales = find_all_weights(base), dict[str, AsQuantized](), LastMade[Tensor]()
@@ -57,9 +59,7 @@ def write_as_quantized(config: Config, destination: Store, report: BytesWritten)
 
 @dataclass(frozen=True)
 class AsQuantized:
-    """The weight `name` as packed layers make it (trainer/model/held): each of its matrices is quantized by itself
-    and dequantized.
-    """
+    """The weight `name` as packed layers make it (trainer/model/held). Each matrix is quantized by itself."""
 
     name: str
     source: StoredTensor
@@ -69,7 +69,7 @@ class AsQuantized:
     scales: LastMade[Tensor] = field(repr=False, compare=False)
 
     def apply_to(self, rows: Tensor, first: int) -> None:
-        """Replace these rows. Their values are read again in whole units of the format, which rows need not be."""
+        """Replace these rows. Their values are read again in whole units of the format, which rows may not be."""
         begin, size = first * self.shape[-1], prod(self.shape[-2:])
         for matrix in range(begin // size, -(-(begin + len(rows)) // size)):
             start = matrix * size
@@ -77,7 +77,7 @@ class AsQuantized:
             rows[here - begin : there - begin] = self._values(start, here - start, there - start)
 
     def _values(self, start: int, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the matrix that begins with the element `start`."""
+        """Return elements [begin, end) of the matrix that begins with the element `start`."""
         first, last = begin // self._unit, -(-end // self._unit)
         before, behind = first * self._unit, min(last * self._unit, prod(self.shape[-2:]))
         parts = self._encoded(start, before, behind)
@@ -97,7 +97,7 @@ class AsQuantized:
         return self.form.encode(values, self.shape[-1])
 
     def _spanned(self, start: int, spanning: Spanning) -> Tensor:
-        """fp32 scales of a matrix, which are quantized together."""
+        """Return the fp32 scales of a matrix, which are quantized together."""
         pieces = cut(self.source, 0, prod(self.shape[-2:]), self._unit)
         scales = [self._encoded(start, *piece)[spanning.part].view(torch.float32) for piece in pieces]
         return spanning.left(torch.cat(scales))

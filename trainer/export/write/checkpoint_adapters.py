@@ -1,8 +1,8 @@
-"""The adapter beside each commit (`checkpoint.adapters`), where people's tools look for `adapter_model.safetensors`.
+"""The adapter beside each commit (`checkpoint.adapters`), where common tools look for `adapter_model.safetensors`.
 
-Rank 0 has a process of its own export it, so that the training loses no step to it: a thread would hold Python's lock
-while it copies gigabytes. Whatever is missing is written, newest first, after each commit and at each start: an adapter
-whose writing was killed, or failed, is made up for then. No commit depends on it.
+Rank 0 has a process of its own export the adapter, so the training loses no step to it: a thread would hold Python's
+lock while it copies gigabytes. After each commit and at each start, every missing adapter is written, the newest first.
+So an adapter whose writing failed, or was killed, is written later. No commit depends on it.
 """
 
 import os
@@ -24,8 +24,9 @@ from trainer.store.store import Store
 
 
 class AdapterWriter:
-    """Writes the adapters that a run's commits lack; `log` gets a line about each. `half` are the names of a half
-    export.
+    """Writes the adapters that a run's commits lack.
+
+    `log` gets a line about each. `half` are the names of a half export.
     """
 
     def __init__(self, folder: Store, half: Collection[str], log: Callable[[str], None]) -> None:
@@ -36,9 +37,9 @@ class AdapterWriter:
         self._stopping = threading.Event()
 
     def write(self) -> None:
-        """Begin to write what is missing; returns at once."""
+        """Begin to write what is missing. Returns at once."""
         waits = self._next and not (self._next.running() or self._next.done())
-        if not waits:  # one that has not begun will see this commit too
+        if not waits:  # a pass that has not begun will see this commit too
             self._next = self._pool.submit(self._write_missing)
 
     def close(self, *, wait: bool) -> None:
@@ -54,13 +55,13 @@ class AdapterWriter:
             for step in committed_steps(self._run):
                 if not self._stopping.is_set() and not holds_export(self._run.sub(layout.adapter(step)), *self._half):
                     self._export(step)
-        except Exception as error:  # beside the training, nothing may end it
+        except Exception as error:  # nothing here may end the training
             self._failed("the adapters beside the checkpoints", error)
 
     def _export(self, step: int) -> None:
         started, destination = time.monotonic(), f"{self._run.uri}/{layout.adapter(step)}"
         command = [sys.executable, "-m", "trainer.export", self._run.uri, destination]
-        # On the host's CPU, on one thread, from the code of this process.
+        # The process uses one thread of the host's CPU, and the code of this process.
         apart = {
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
@@ -73,7 +74,7 @@ class AdapterWriter:
             text=True,
             env={**os.environ, **apart},
         ) as self._process:
-            if self._stopping.is_set():  # since before there was a process to kill
+            if self._stopping.is_set():  # the request to stop came before there was a process to kill
                 self._process.kill()
             _, said = self._process.communicate()
         if self._stopping.is_set():
@@ -91,8 +92,11 @@ class AdapterWriter:
 def adapters_beside(
     folder: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
 ) -> Iterator[Callable[[], None]]:
-    """The function to call after each commit. At the end the last adapter is waited for, unless the run ends by an
-    exception: a machine that is taken away waits for nothing."""
+    """Return the function to call after each commit.
+
+    At the end the training waits for the last adapter, unless the run ends by an exception: a machine that is taken
+    away waits for nothing.
+    """
     if not (writes and resolved.config.checkpoint.adapters):
         yield lambda: None
         return

@@ -1,8 +1,7 @@
-"""A base in fewer bits as the plain base that it stands for: the same weights by the same names, in the types that they
-are decoded to.
+"""A base in fewer bits as the plain base that it stands for: the same weights by the same names, in the decoded types.
 
-Nothing is written: its files are laid out in memory, and a range of one is decoded from the base's own when it is read.
-So an export of a whole model, which edits a base's files as they pass, needs to know no stored format.
+Nothing is written: the plain files are laid out in memory. When a range of one is read, it is decoded from the base's
+own file. So an export of a whole model, which edits a base's files as they pass, needs to know no stored format.
 """
 
 import json
@@ -28,11 +27,11 @@ from trainer.store.safetensors_index import (
 )
 from trainer.store.store import Entry, Store
 
-_FILE_BYTES = 5 * 10**9  # as transformers cuts models
+_FILE_BYTES = 5 * 10**9  # the size at which transformers splits models
 
 
 def as_plain(base: Base) -> Base:
-    """`base`, or the plain base that one in fewer bits stands for."""
+    """Return `base`, or the plain base that one in fewer bits stands for."""
     if not base.stored.decoded:
         return base
     config = without_quantization(base.config)
@@ -43,7 +42,7 @@ def as_plain(base: Base) -> Base:
 
 @dataclass(frozen=True)
 class _File:
-    """A safetensors file: its header, and the weights behind it, each from the byte in `starts` on."""
+    """A safetensors file: its header, and the weights behind it. Each weight begins at its byte in `starts`."""
 
     header: bytes
     starts: list[int]
@@ -51,7 +50,7 @@ class _File:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.starts[-1] + _bytes_of(self.weights[-1])
 
     def read(self, start: int, end: int) -> bytearray:
@@ -66,7 +65,7 @@ class _File:
 
 
 class _DecodedFiles(Store):
-    """The folder of these files, which can only be read."""
+    """The folder of these files. It can only be read."""
 
     def __init__(self, base: Base) -> None:
         super().__init__(base.store.uri, None)
@@ -95,7 +94,7 @@ def _readable(weight: StoredTensor | PackedTensor) -> StoredTensor:
 
 
 def _groups(weights: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
-    """The weights in groups of `_FILE_BYTES` at most, or one that is larger."""
+    """Return the weights in groups of at most `_FILE_BYTES`; a larger weight is a group of its own."""
     group, size = dict[str, StoredTensor](), 0
     for name, weight in weights.items():
         if group and size + _bytes_of(weight) > _FILE_BYTES:

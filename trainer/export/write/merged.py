@@ -1,13 +1,16 @@
-"""The trained model as an ordinary one, file by file: it is never whole in memory, nor is the base on this machine.
+"""The trained model as an ordinary one, written file by file: it is never whole in memory, nor is the base here.
 
-Each file has the name, the header and the length of the base's own, so its tensors keep their names, types and places;
-only the bytes of weights that have changed differ. An adapter is merged into the base's weights as they are stored, not
-as they were quantized for training, in fp32, and rounded once to the type they are stored in. A base that has learnt
-itself has the trained weights in the place of its own, as the forward pass of the training had them. A base that is
-stored in fewer bits is merged into as the plain one that it stands for (trainer/export/write/decoded.py): its merged
-model has 16 bits. Where tokens were added that the base has no rows for, its embedding and head have more rows here:
-then the header of their file, and all that lies behind them in it, is written anew. config.json is written last:
-nothing loads a model without it, so a merge that was killed is not mistaken for one.
+Each file has the name, the header and the length of the base's own file. So its tensors keep their names, types and
+places; only the bytes of weights that have changed differ.
+
+An adapter is merged into the base's weights as they are stored, not as they were quantized for training. The merge is
+in fp32 and rounded once to the stored type. If the base itself has learnt, the trained weights replace the base's, as
+the forward pass of the training had them. If the base is stored in fewer bits, the merge uses the plain base that it
+stands for (trainer/export/write/decoded.py), and the merged model has 16 bits.
+
+If tokens were added that the base has no rows for, its embedding and head have more rows here. Then the header of their
+file, and everything after them in that file, is written anew. config.json is written last: nothing loads a model
+without it, so a killed merge is not mistaken for a whole one.
 """
 
 import json
@@ -62,14 +65,15 @@ OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
 def export_merged(
     folder: Store, destination: Store, step: int | None = None, report: BytesWritten = lambda done, total: None
 ) -> CheckpointManifest:
-    """Write the model of `step`, or of the newest whole checkpoint, to `destination`; returns its manifest.
+    """Write the model of `step`, or of the newest whole checkpoint, to `destination`.
+
+    Returns the checkpoint's manifest.
 
     Raises:
         NothingToResume: the run has no such checkpoint.
         StorageError: it is damaged, or a store fails.
-        ConfigError: `destination` holds something that is no half export, or the base cannot be merged into, is not
-            here,
-            or is another than the run's.
+        ConfigError: `destination` holds something other than a half export, or the base cannot be merged into, is not
+            here, or is another than the run's.
     """
     manifest, config, _ = checkpoint_of_model(folder, destination, step)
     write_model(folder, manifest, config, destination, report)
@@ -77,8 +81,9 @@ def export_merged(
 
 
 def checkpoint_of_model(folder: Store, destination: Store, step: int | None) -> TrainedCheckpoint:
-    """The checkpoint of `step`, or the newest whole one, for a model at `destination`. Raises as `export_merged`, but
-    for the base.
+    """Return the checkpoint of `step`, or the newest whole one, for a model at `destination`.
+
+    Raises as `export_merged`, except for the base.
     """
     check_destination(destination, *OURS)
     return trained_checkpoint(folder, step)
@@ -87,8 +92,10 @@ def checkpoint_of_model(folder: Store, destination: Store, step: int | None) -> 
 def write_model(
     folder: Store, manifest: CheckpointManifest, config: Config, destination: Store, report: BytesWritten
 ) -> None:
-    """Write the whole model of a checkpoint. Raises `ConfigError` as `check_mergeable_run`, and when its base is not
-    here, or is another than the run's."""
+    """Write the whole model of a checkpoint.
+
+    Raises `ConfigError` as `check_mergeable_run`, and when its base is not here, or is another than the run's.
+    """
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
     content = CardContent(
@@ -115,7 +122,7 @@ def write_files(
 
 
 def complete_model(base: Base, config: Config, destination: Store, settings: bytes) -> None:
-    """Write the files that a model has beside its weights; `settings`, its config.json, last."""
+    """Write the files that a model has beside its weights. `settings`, its config.json, comes last."""
     tokenizer = tokenizer_files(base.directory, config.model, template_text(config.data))
     small = named_files(base.directory, _SMALL_FILES)
     told = {name: with_special_tokens(content, base.directory, config.model) for name, content in small.items()}
@@ -133,8 +140,10 @@ def _description(config: Config) -> str:
 
 @dataclass(frozen=True)
 class _Change:
-    """An update of the `numel` elements of a stored tensor from its element `first` on, which are those of the updated
-    parameter from `begin` on. The tensor has `more` rows in the new file."""
+    """An update of `numel` elements of a stored tensor, beginning at the tensor's element `first`.
+
+    They are the elements of the updated parameter from `begin` on. The tensor has `more` rows in the new file.
+    """
 
     source: TensorSource
     first: int
@@ -145,7 +154,7 @@ class _Change:
 
     @property
     def position(self) -> int:
-        """The first byte in the file."""
+        """The position of the first byte in the file."""
         return self.source.byte_range(self.first, self.first)[0]
 
     @property
@@ -155,8 +164,11 @@ class _Change:
 
 @dataclass(frozen=True)
 class ChangedFile:
-    """A file of the base with the trained weights in it. The base's own has `old_size` bytes, of which the first
-    `old_header` give way to the bytes `header`, where tensors have more rows now."""
+    """A file of the base with the trained weights in it.
+
+    The base's own file has `old_size` bytes. If tensors have more rows now, the bytes `header` replace the first
+    `old_header` of them.
+    """
 
     store: Store
     key: str
@@ -167,20 +179,20 @@ class ChangedFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.old_size + self.more_bytes + len(self.header) - self.old_header
 
     @property
     def more_bytes(self) -> int:
-        """Bytes of the rows that the base has not."""
+        """The bytes of the rows that the base does not have."""
         return sum(change.more_bytes for change in self.changes)
 
     def new_header(self) -> bytes:
-        """The bytes before the data: the length of the JSON and that."""
+        """Return the bytes before the data: the length of the JSON, and the JSON."""
         return self.header or _old_header(self.store, self.key)
 
     def chunks(self, report: Callable[[int], None] = lambda done: None) -> Iterator[bytearray]:
-        """Its bytes in order. Pieces are read and changed on threads of their own, some ahead of whoever takes them."""
+        """Yield the file's bytes in order. Threads read and change pieces some way ahead of the consumer."""
         pool, done = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="merge"), 0
         try:
             for _, data in read_ahead(pool, self._pieces()):
@@ -188,11 +200,11 @@ class ChangedFile:
                 done += len(data)
                 report(done)
         finally:
-            # Where the upload has failed, nobody wants what is still being read.
+            # If the upload has failed, nobody needs the pieces that are still being read.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _pieces(self) -> Iterator["_Piece"]:
-        """Whole rows of changed weights, and what lies between these, header included, as it is."""
+        """Yield whole rows of changed weights, and the bytes between them, header included, as they are."""
 
         read = partial(self.store.get_range, self.key)
 
@@ -217,13 +229,13 @@ class ChangedFile:
 
 
 def changed_files(folder: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
-    """The base's files of weights as they are after the training; no weight is read yet."""
+    """Return the base's files of weights as they are after the training. This reads no weight yet."""
     learnt = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
     return files_with(base, find_all_weights(base), method_of(config).updates(learnt, base.architecture))
 
 
 def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUpdate]) -> list[ChangedFile]:
-    """The base's files of weights, which are found there, with these updates of parameters."""
+    """Return the base's files of weights, which are found there, with these updates of parameters."""
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
         change
@@ -240,7 +252,7 @@ def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUp
 
 
 def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[_Change]:
-    """The changes of the stored tensors that the parameter `name` is made of.
+    """Return the changes of the stored tensors that the parameter `name` is made of.
 
     Raises:
         ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored
@@ -265,8 +277,9 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
 
 @dataclass(frozen=True)
 class _OfTheTranspose:
-    """An update for files that hold the transpose of the weight. All of it counts as one row, since a row of the update
-    is no row of the transpose.
+    """An update for files that hold the transpose of the weight.
+
+    The whole weight counts as one row, because a row of the update is no row of the transpose.
     """
 
     update: WeightUpdate
@@ -283,7 +296,7 @@ class _OfTheTranspose:
 
 
 def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:
-    """With a header of the new shapes and places, where these are others than in the base."""
+    """Make a changed file. It has a header of the new shapes and places if these differ from the base's."""
     grown = {change.source.offset: change for change in changes if change.more}
     if not grown:
         return ChangedFile(base.store, key, size, changes)
@@ -302,25 +315,25 @@ def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> Ch
 
 
 def _old_header(store: Store, key: str) -> bytes:
-    """The bytes before the data in a file of the base."""
+    """Read the bytes before the data in a file of the base."""
     (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
     return bytes(store.get_range(key, 0, 8 + length))
 
 
 def merged_config(base: Base, changed: Sequence[ChangedFile]) -> bytes:
-    """config.json, which says how many rows the embedding has."""
+    """Return config.json, which says how many rows the embedding has."""
     content = (base.directory / _CONFIG).read_bytes()
     more = max((change.more for file in changed for change in file.changes), default=0)
     if more == 0:
         return content
     settings = json.loads(content)
-    language = settings.get("text_config", settings)  # of a model that sees or hears as well, a part
+    language = settings.get("text_config", settings)  # a part of the settings of a model that also sees or hears
     language["vocab_size"] = base.architecture.vocabulary + more
     return json.dumps(settings, indent=2).encode()
 
 
 def put_index(destination: Store, weight_map: Mapping[str, str], size: int) -> None:
-    """Write which file each tensor is in, where there are several files; their tensors have so many bytes in all."""
+    """Write which file each tensor is in, if there are several files. Their tensors have so many bytes in all."""
     if {*weight_map.values()} != {SINGLE_FILE}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         destination.put(INDEX_FILE, json.dumps(index, indent=2).encode())
@@ -328,7 +341,7 @@ def put_index(destination: Store, weight_map: Mapping[str, str], size: int) -> N
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some bytes of a new file: those of the base's, or others, and how they change."""
+    """Some bytes of a new file: those of the base or others, and how they change."""
 
     content: Callable[[], bytearray]
     change: Callable[[bytearray], None] = lambda data: None

@@ -1,8 +1,8 @@
-"""PEFT's folder of adapters on a mixture's experts in the layout that vLLM reads, where that is another one.
+"""PEFT's folder of adapters on a mixture's experts, in the layout that vLLM reads if it differs from PEFT's.
 
 vLLM reads PEFT's stacked layout for those classes whose files hold a layer's experts as one tensor (`is_3d_moe_weight`,
-gpt-oss, Qwen3.5, Llama 4). Of the others it wants the adapter of each matrix by itself, under the name that this matrix
-has in the files of the base: `...mlp.experts.3.gate_proj.lora_A.weight`,
+gpt-oss, Qwen3.5, Llama 4). For the others it expects the adapter of each matrix by itself, under the name that this
+matrix has in the files of the base: `...mlp.experts.3.gate_proj.lora_A.weight`,
 `...block_sparse_moe.experts.3.w1.lora_A.weight` (https://docs.vllm.ai/en/latest/features/lora, "Mixed 2D and 3D MoE
 adapters"; vllm/lora/model_manager.py). It has one rank and one scaling for the whole adapter.
 """
@@ -33,10 +33,10 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, bytes]:
-    """The files of an adapter of the base `model`, name -> content, with the experts' adapters as vLLM reads them.
+    """Return an adapter's files, name -> content, with the experts' adapters as vLLM reads them. `model` is the base.
 
-    Gate and up share their A in a stack, and have a copy of it each. All else is as it was; so is all of an adapter
-    without experts, and of a base whose files hold stacks.
+    In a stack gate and up share their A; here each has a copy of it. Everything else stays as it was. An adapter
+    without experts, or of a base whose files hold stacks, stays as it was as a whole.
     """
     described: dict[str, Any] = json.loads(files[SETTINGS])
     weights, stacks = load(files[WEIGHTS]), saved_as(describe_base(model).architecture)
@@ -65,7 +65,7 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
     if not alone:
         return dict(files)
     others = set(described["target_parameters"]) - alone
-    # Linear layers that PEFT alone must be told of by their weights, see `as_peft_reads`.
+    # These are linear layers that only PEFT must be told of by their weights, see `as_peft_reads`.
     linear = {name for name in others if name.endswith(".weight")}
     described["target_parameters"] = sorted(others - linear) or None
     single |= {name.removesuffix(".weight").rpartition(".")[2] for name in linear}
@@ -76,8 +76,9 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
 
 
 def _stored_singly(model: Model) -> bool:
-    """Whether the files of the base hold experts by themselves; without an index, as one file needs none, transformers
-    tells.
+    """Return whether the files of the base hold experts by themselves.
+
+    A single file needs no index; then transformers tells.
     """
     try:
         index = (
@@ -91,8 +92,9 @@ def _stored_singly(model: Model) -> bool:
 
 
 def _by_file(model: PreTrainedModel, name: str, values: Tensor) -> dict[str, Tensor]:
-    """`values` in place of the parameter `name`, in the parts and by the names, less `.weight`, in which transformers
-    would save it.
+    """Return `values` of the parameter `name` in the parts and under the names in which transformers would save it.
+
+    The names lack `.weight`.
     """
     parts = revert_weight_conversion(model, {name: values})
     return {

@@ -1,8 +1,9 @@
 """An adapter's weights under the names by which PEFT loads all of them into the class that people load.
 
-PEFT renames a LoRA adapter's weights, and its targets, by transformers' tables of the names in a base's files. Of a few
-families it takes the names that the class has now for those of its files, loads a part of the adapter, and only warns.
-Such weights are written by the names that the base's files would have for them, which PEFT renames to the right ones.
+PEFT renames a LoRA adapter's weights, and its targets, by transformers' tables of the names in a base's files. For a
+few families it takes the names that the class has now for the names in its files. Then it loads only a part of the
+adapter, and only warns. Such weights are written under the names that the base's files would have for them. PEFT
+renames these to the right ones.
 """
 
 import json
@@ -28,8 +29,9 @@ from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 
 def as_peft_reads(files: Mapping[str, bytes], model: Model, head: WithHead | None = None) -> Mapping[str, bytes]:
-    """`files`, an adapter for the base `model`, or for the class with its `head`, with all weights under names that
-    PEFT loads.
+    """Return `files`, an adapter, with all weights under names that PEFT loads.
+
+    The adapter is for the base `model`, or for the class with its `head`.
 
     Raises:
         ConfigError: PEFT would leave out some of them under either name.
@@ -62,12 +64,13 @@ def _renamed(name: str, saved: Mapping[str, str | None]) -> str:
 def _left_out(
     described: dict[str, Any], weights: Mapping[str, torch.Tensor], loaded: PreTrainedModel, names: Collection[str]
 ) -> set[str]:
-    """The `names` whose weights PEFT leaves out as it loads `weights`. With them are the names that PEFT makes of
-    others and finds no place for.
+    """Return the `names` whose weights PEFT leaves out as it loads `weights`.
+
+    They include the names that PEFT makes of others and finds no place for.
     """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        # PEFT keeps what a base was loaded from in the settings, and takes no further note of it.
+        # PEFT stores in the settings what a base was loaded from, and makes no other use of it.
         adapted = get_peft_model(loaded, PeftConfig.from_peft_type(**described))
         found = set_peft_model_state_dict(adapted, {name: weight.to("meta") for name, weight in weights.items()})
     missing = {name.replace(".default", "") for name in found.missing_keys} & set(names)
@@ -75,7 +78,7 @@ def _left_out(
 
 
 def _loaded(model: Model, head: WithHead | None) -> PreTrainedModel:
-    """The class that people load, on `meta`."""
+    """Load the class that people load, on `meta`."""
     directory = base_files(model)
     config = model_config(directory, model.layers)
     if head is None:

@@ -1,9 +1,9 @@
 """The trained model with its linear layers in fewer bits, file by file: neither it nor its base is ever whole in
 memory.
 
-Each file is the one of a merge (trainer/export/write/merged.py), read as a stream: tensors come in the order of their
-places, those to be quantized go through a code some rows at a time, all others as they are. Sizes are known before, so
-the new header goes first.
+Each file is the one of a merge (trainer/export/write/merged.py), read as a stream. Its tensors come in the order of
+their places. Those to be quantized go through a code some rows at a time, and all others pass as they are. Sizes are
+known before, so the new header goes first.
 """
 
 import json
@@ -42,9 +42,7 @@ from trainer.store.store import Store
 
 @dataclass
 class _Recoding:
-    """A `code`, and what it is applied to: the stored tensors of these names, which are the weights of linear
-    layers.
-    """
+    """A `code`, and the names of the stored tensors that it applies to, which are the weights of linear layers."""
 
     code: Encoder
     chosen: Mapping[str, tuple[int, int]]
@@ -76,8 +74,9 @@ def export_recoded(
 
 
 def _choose(base: Base, code: Encoder) -> _Recoding:
-    """The `code`, with the stored tensors that it quantizes: matrices of linear layers that the files hold as the model
-    has them.
+    """Return the `code`, with the stored tensors that it quantizes.
+
+    These are matrices of linear layers that the files hold as the model has them.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """
@@ -127,7 +126,7 @@ def _write_files(
 
 
 def _tensors(header: bytes) -> list[NewTensor]:
-    """The tensors of a file, in the order of their places."""
+    """Return the tensors of a file, in the order of their places."""
     found = json.loads(header[8:])
     found.pop("__metadata__", None)
     ordered = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
@@ -137,7 +136,7 @@ def _tensors(header: bytes) -> list[NewTensor]:
 def _stream(
     header: bytes, tensors: Sequence[NewTensor], merged: "_Merged", recoding: _Recoding
 ) -> Iterator[bytes | bytearray]:
-    """The bytes of the new file, of those of the merged one."""
+    """Yield the bytes of the new file, from those of the merged one."""
     yield header
     for tensor in tensors:
         shape = recoding.chosen.get(tensor.name)
@@ -157,7 +156,7 @@ def _pieces(merged: "_Merged", tensor: NewTensor, code: Encoder) -> Iterator[Ten
 
 
 class _Merged:
-    """Takes bytes in order out of pieces of any sizes. The first ones, of a header of so many bytes, are left out."""
+    """Takes bytes in order out of pieces of any sizes. The bytes of the header, which come first, are skipped."""
 
     def __init__(self, chunks: Iterator[bytearray], header: int) -> None:
         self._chunks, self._left = chunks, memoryview(b"")

@@ -1,7 +1,7 @@
-"""An adapter's files for the class that people load, where the base is a model that sees or hears as well.
+"""An adapter's files for the class that people load, if the base is a model that also sees or hears.
 
-Its language model is trained by itself, and has other names by itself than inside the whole. PEFT and vLLM load the
-whole class, of which config.json speaks: an adapter under the other names would change nothing there, and PEFT would
+Only its language model is trained, and that has other names by itself than inside the whole model. PEFT and vLLM load
+the whole class, which config.json names: an adapter under the other names would change nothing there, and PEFT would
 only warn.
 """
 
@@ -20,13 +20,17 @@ from trainer.base.find.locate import base_files
 from trainer.config import Model
 from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
-# PEFT's settings that name modules by the ends of their paths. It takes a regular expression in place of the first two.
+# These settings of PEFT's name modules by the ends of their paths. PEFT takes a regular expression in place of the
+# first two.
 _BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_save", "target_parameters")
 
 
 def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
-    """The files of an adapter, name -> content, by the names of the whole class of the base `model`; as they are where
-    that is a language model alone. Those of methods that PEFT does not know have names of their own."""
+    """Return the files of an adapter, name -> content, under the names of the whole class of the base `model`.
+
+    They stay as they are if the class is a language model alone. Files of methods that PEFT does not know have names of
+    their own.
+    """
     whole = composite_model(base_files(model)) if SETTINGS in files else None
     if whole is None:
         return files
@@ -49,7 +53,7 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
 
 
 class _Names:
-    """Names in the language model, and those that the same parts have in the whole one."""
+    """Names in the language model, and the names of the same parts in the whole model."""
 
     def __init__(self, whole: PreTrainedModel, language: PreTrainedModel) -> None:
         self._in_whole: Callable[[str], str] = whole_names(whole, language)
@@ -57,12 +61,13 @@ class _Names:
         self._whole = _paths(whole)
 
     def of_weight(self, name: str) -> str:
-        """Virtual tokens have no path: PEFT keeps them by themselves."""
+        """Return the name of a weight. Virtual tokens have no path: PEFT keeps them by themselves."""
         return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}" if name.startswith(PREFIX) else name
 
     def pattern(self, ends: Collection[str]) -> Collection[str] | str:
-        """A value of PEFT's setting that finds the same layers in the whole model and none in its towers: `ends`
-        itself, or a regular expression.
+        """Return a value of PEFT's setting that finds the same layers in the whole model and none in its towers.
+
+        It is `ends` itself, or a regular expression.
         """
         if self._find_the_same(ends):
             return ends
@@ -77,19 +82,19 @@ class _Names:
         return expression if found == set(paths) else sorted(paths)
 
     def ends(self, ends: Collection[str]) -> list[str]:
-        """The same ends, or else whole paths."""
+        """Return the same ends, or else whole paths."""
         if self._find_the_same(ends):
             return list(ends)
         return sorted(self._in_whole(path) for path in self._language if path.endswith(tuple(ends)))
 
     def _find_the_same(self, ends: Collection[str]) -> bool:
         ours = {self._in_whole(path) for path in self._language if path.endswith(tuple(ends))}
-        # The whole one has all layers, where the language model may be cut to its first ones.
+        # The whole model has all layers, while the language model may be cut to its first ones.
         parts = {re.sub(r"\.\d+\.", ".*.", path) for path in ours}
         found = {path for path in self._whole if path.endswith(tuple(ends))}
         return ours <= found and {re.sub(r"\.\d+\.", ".*.", path) for path in found} == parts
 
 
 def _paths(model: PreTrainedModel) -> set[str]:
-    """The paths of all modules, and of parameters, which PEFT's experts are named by."""
+    """Return the paths of all modules, and of parameters, because PEFT names experts by these."""
     return {path for path, _ in model.named_modules() if path} | {path for path, _ in model.named_parameters()}

@@ -1,1 +1,1 @@
-"""Places that a run's records are kept in and shown by, a file each behind one protocol (tracker.py)."""
+"""Places that keep and show a run's records, one file each, behind one protocol (tracker.py)."""

@@ -1,8 +1,7 @@
-"""The process beside rank 0 that shows a run's records by one service; tracker_process.py starts it, and says what it
-is to do.
+"""The process beside rank 0 that shows a run's records in one service. tracker_process.py starts and instructs it.
 
 It reads the records of all starts in the run's folder, so a service that was away, or is new to the run, gets what it
-lacks. It outlives a rank that is killed by a few seconds; the next start shows what is left over then.
+lacks. If rank 0 is killed, this process lives a few seconds longer. The next start shows what is then left over.
 """
 
 import json
@@ -39,8 +38,9 @@ ROWS = 100
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of a service's state that lies in the run's folder: by which `id` it knows the run, and the last step
-    `shown`.
+    """The part of a service's state that lies in the run's folder.
+
+    It is the `id` of the run there, and the last step `shown`.
 
     A copy of the folder is a run of its own, under another name, and gets an id of its own.
     """
@@ -63,8 +63,9 @@ class Kept:
 
 
 class Companion:
-    """Brings the records of a run, up to those of `generation`, to the service that `opens` makes once its ranks have
-    begun.
+    """Brings the records of a run to a service, up to those of `generation`.
+
+    `opens` makes the service once the run's ranks have begun.
     """
 
     def __init__(self, folder: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
@@ -77,17 +78,18 @@ class Companion:
         self.superseded = False
 
     def look(self) -> None:
-        """Show what is new. Raises what the store or the service raises; what was not shown is tried again at the next
-        look.
+        """Show what is new.
+
+        Raises the errors of the store and of the service. What was not shown is tried again at the next look.
         """
         found = streams(self._run.list(layout.METRICS))
         self.superseded = starts_in(found)[-1:] > [self._generation]
-        if self.superseded:  # the process beside the newer start shows the rest, also of this one
+        if self.superseded:  # the process beside the newer start shows the rest, including this start's
             return
         for number, new in self._reader.read(found):
             records = list(new)
             self._held += records
-            # Not before: the process beside an earlier start may still be at it.
+            # Open the service only now: the process beside an earlier start may still be working.
             self._begun |= number == self._generation and any(record["kind"] == "start" for record in records)
         if self._begun:
             self._show()
@@ -95,7 +97,8 @@ class Companion:
     def _show(self) -> None:
         kept = Kept.read(self._run, self._tracker)
         if self._service is None:
-            kept.write(self._run, self._tracker)  # before the service knows the id: a kill makes no second run there
+            # Write the id before the service knows it: then a kill makes no second run there.
+            kept.write(self._run, self._tracker)
             self._service = self._opens(kept)
             self._rows = Unshown(self._service.shown)
         for record in self._held:
@@ -114,8 +117,10 @@ class Companion:
 
 
 def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
-    """Look again and again until rank 0 is `over`, then once more. A failure is said once, and tried again less and
-    less often; that of the last look is said too."""
+    """Look again and again until rank 0 is `over`, then once more.
+
+    A failure is reported once, and tried again less and less often. A failure of the last look is reported too.
+    """
     pause, failing, ended = LOOK_SECONDS, False, False
     while not ended and not companion.superseded:
         ended = over.wait(pause)
@@ -136,7 +141,7 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
 
 
 def page(config: Config, folder: Store, kept: Kept) -> Page:
-    """The run as a service gets to know it."""
+    """Return the run as a service gets to know it."""
     return Page(
         kept.id,
         config.track.name or config.run.name,
@@ -150,23 +155,26 @@ def page(config: Config, folder: Store, kept: Kept) -> Page:
 
 
 def _listen(stdin: FileIO, over: threading.Event, patience: float) -> None:
-    """Wait for the end of rank 0. From then on a service has so many seconds for its own end, and only a few where rank
-    0 was killed: whoever kills a run wants it gone, and the next start shows what is left over."""
+    """Wait for the end of rank 0, then limit the time that a service has for its own end.
+
+    If rank 0 was killed the time is short: whoever kills a run wants it gone, and the next start shows what is left
+    over.
+    """
     if stdin.readall() != FAREWELL:  # it was killed, and nobody reads what this process prints
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         patience = _AFTER_KILL_SECONDS
-    signal.setitimer(signal.ITIMER_REAL, patience)  # the kernel's, as a service may hold all of Python
+    signal.setitimer(signal.ITIMER_REAL, patience)  # a timer of the kernel, because a service may hold all of Python
     over.set()
 
 
 def main() -> None:
-    # Without its buffer, whose lock the waiting thread would hold when this process ends first.
+    # Read without a buffer: the waiting thread would hold the buffer's lock when this process ends first.
     stdin = FileIO(sys.stdin.fileno(), closefd=False)
     task = json.loads(stdin.readline())
-    # No child of rank 0: Ray ends the children of a rank that dies, and this one has then still to show what that one
-    # has left.
+    # This process is no child of rank 0: Ray ends the children of a rank that dies, and this process still has to show
+    # what that rank has left.
     if os.fork():
         os._exit(0)
     config, tracker, over = parse_config(task["config"]), task["tracker"], threading.Event()

@@ -1,5 +1,6 @@
-"""The records of one generation in the run's folder, one JSON object a line: the run's history, which all else is read
-from.
+"""The records of one generation in the run's folder, one JSON object a line.
+
+They are the run's history. Everything else is read from them.
 """
 
 from trainer.run import layout
@@ -10,7 +11,7 @@ from trainer.store.store import Store
 
 
 class JsonLines(Tracker):
-    """Every record; what was added survives a rank that is killed once it is flushed."""
+    """Stores every record. A record survives a killed rank once it is flushed."""
 
     name = "the metrics"
 

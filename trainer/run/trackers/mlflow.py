@@ -16,8 +16,9 @@ _ENDS = {"finished": "FINISHED", "stopped": "KILLED"}
 
 
 class Mlflow:
-    """One run there for all starts, which is found by a tag. It would keep twice what it gets twice, so it is asked
-    what it has.
+    """One run in MLflow for all starts, found by a tag.
+
+    MLflow would store twice what it gets twice, so this tracker asks MLflow for what it has.
     """
 
     def __init__(self, page: Page) -> None:
@@ -35,7 +36,10 @@ class Mlflow:
         self.shown: int = max((metric.step for metric in history), default=page.shown)
 
     def _keep_settings(self, settings: Mapping[str, Any], known: Mapping[str, str]) -> None:
-        """The settings are parameters, which MLflow never changes: a resume's new value of one is a tag."""
+        """Store the settings as parameters.
+
+        MLflow never changes parameters, so a new value of a resumed run becomes a tag.
+        """
         from mlflow.entities import Param, RunTag
 
         values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in leaves(settings)}
@@ -61,7 +65,10 @@ class Mlflow:
 
 
 def _tags(page: Page) -> dict[str, str]:
-    """The user's tags are words, MLflow's have values: `group` and each word become names of tags."""
+    """Return MLflow's tags, which have values.
+
+    The user's tags are words: `group` and each word become names of tags.
+    """
     group = {"group": page.group} if page.group else {}
     return {_ID: page.id, **group, **dict.fromkeys(page.tags, "true")}
 

@@ -6,8 +6,9 @@ from trainer.run.trackers.tracker import Tracker
 
 
 class Printed(Tracker):
-    """Prints a line of a record at once: a line of a log is of use when it comes. An early end is printed by every rank
-    itself (trainer/train/start.py).
+    """Prints the line of a record at once, because a line of a log is useful when it comes.
+
+    Every rank prints an early end itself (trainer/train/start.py).
     """
 
     name = "the progress"

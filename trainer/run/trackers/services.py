@@ -1,6 +1,4 @@
-"""The services that `track.trackers` may name: each a file of this folder, with the package that it needs as an
-extra.
-"""
+"""The services that `track.trackers` may name. Each is a file of this folder, and an extra installs its package."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,8 +11,9 @@ from trainer.run.trackers.tracker import Page, Service
 
 
 class ServiceKind(NamedTuple):
-    """A service that a name in `track.trackers` stands for. `package` is imported; the extra that brings it has the
-    service's name.
+    """A service that a name in `track.trackers` stands for.
+
+    `package` is imported. The extra that installs it has the service's name.
     """
 
     opens: Callable[[Page], Service]
@@ -22,12 +21,12 @@ class ServiceKind(NamedTuple):
 
 
 def find_service(name: str) -> ServiceKind:
-    """Raises `ConfigError` where there is no service of this name."""
+    """Find the service of this name. Raises `ConfigError` if there is none."""
     return chosen(kinds("trainer.run.trackers", "SERVICES"), "track.trackers", name)
 
 
 def check_trackers(track: Track) -> None:
-    """Raises `ConfigError` for a name in `track.trackers` that is unknown, or whose package is not installed."""
+    """Raise `ConfigError` for a name in `track.trackers` that is unknown, or whose package is not installed."""
     for name in track.trackers:
         if find_spec(find_service(name).package) is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""TensorBoard's events, made in memory: they need no file on the rank's machine, which may be full."""
+"""TensorBoard's events, made in memory: they need no file on the rank's machine, whose disk may be full."""
 
 import socket
 import time
@@ -13,8 +13,10 @@ from trainer.store.store import Store
 
 
 class Curves(Tracker):
-    """The curves of all starts of a run lie in one folder, so that TensorBoard shows them as one. A segment is a whole
-    events file to it, and it reads them in the order of their names."""
+    """Writes the curves of all starts of a run into one folder, so TensorBoard shows them as one run.
+
+    TensorBoard treats each segment as a whole events file, and reads the files in the order of their names.
+    """
 
     name = "TensorBoard's events"
 
@@ -22,7 +24,7 @@ class Curves(Tracker):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        messages: Any = event_pb2  # made at its import, unseen by a type checker
+        messages: Any = event_pb2  # made at import, so a type checker does not see it
         self.seconds = seconds
         name = f"events.out.tfevents.{generation:06d}.{int(time.time())}.{socket.gethostname()}"
         self._appender = Appender(folder, layout.TENSORBOARD + name)
@@ -32,7 +34,7 @@ class Curves(Tracker):
 
     def add(self, record: Record) -> None:
         if record["kind"] == "start":
-            # A restart: TensorBoard drops the points from this step on, which are about to come again.
+            # This is a restart: TensorBoard drops the points from this step on, which are about to come again.
             event = self._event(wall_time=record["time"], step=record["step"] + 1)
             event.session_log.status = self._session.START
         elif drawn := points(record):

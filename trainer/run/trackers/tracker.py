@@ -18,31 +18,34 @@ from trainer.run.records import Record
 
 
 class Tracker(Protocol):
-    """Keeps or shows records of a run. Its calls may fail, and all but `add` may wait: whoever calls sees that it does
-    no harm. A class of it says what it does; what it leaves out does nothing.
+    """Keeps or shows records of a run.
 
-    `name` completes "sending ..." for people; `flush` is wanted every so many `seconds`.
+    Its calls may fail, and all but `add` may wait; the caller makes sure that neither does harm. A subclass overrides
+    the calls that it needs. The others do nothing.
+
+    `name` completes "sending ..." for people. The caller calls `flush` about every `seconds` seconds.
     """
 
     name: str
     seconds: float
 
     def add(self, record: Record) -> None:
-        """Take the next record. Never waits."""
+        """Take the next record. This call never waits."""
 
     def flush(self) -> None:
-        """Bring what was added to where it is kept or shown."""
+        """Bring the added records to where they are kept or shown."""
 
     def close(self) -> None:
-        """`flush` for the last time."""
+        """Flush for the last time."""
 
 
 class Page(NamedTuple):
-    """The facts of the run that a service gets when it is opened. They are the same in every start, so that it finds
-    its curves again.
+    """The facts of the run that a service gets when it is opened.
 
-    `id` is unique to the run, `settings` is its whole configuration, and `folder` the run's folder where that is one of
-    this machine. `shown` is the last step that an earlier start has brought there, for a service that cannot be asked.
+    They are the same in every start, so the service finds its curves again.
+
+    `id` is unique to the run, and `settings` is its whole configuration. `folder` is the run's folder if it is on this
+    machine. `shown` is the last step that an earlier start has brought there, for a service that cannot be asked.
     """
 
     id: str
@@ -56,7 +59,7 @@ class Page(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The points of all curves at one step; `time` is in seconds since 1970."""
+    """The points of all curves at one step. `time` is in seconds since 1970."""
 
     step: int
     time: float
@@ -64,26 +67,30 @@ class Row(NamedTuple):
 
 
 class Service(Protocol):
-    """A place outside the run's folder that shows its curves, and goes on with the same ones in every start of the run.
+    """A place outside the run's folder that shows its curves, and continues the same curves in every start of the run.
 
-    `shown` is the last step that they had when it was opened; -1 before the first.
+    `shown` is the last step that the curves had when the service was opened; -1 before the first step.
     """
 
     shown: int
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Add these rows, which come behind those before. It may wait, and fail: they come again then."""
+        """Show these rows, which follow the earlier ones.
+
+        The call may wait and may fail; then the same rows come again.
+        """
         ...
 
     def close(self, outcome: str | None) -> None:
-        """The start has ended, with the outcome of its `end` record; None where it was cut off."""
+        """End this start, with the outcome of its `end` record; None if the start was cut off."""
         ...
 
 
 def points(record: Record) -> dict[str, float]:
-    """The numbers of a record by the curves that they are points of, which have the same names everywhere:
-    `train/<name>` of a step, `eval/<name>` or `eval/<set>/<name>` of an evaluation, `<action>/<name>` of what an action
-    (trainer/train/every/) measured. Empty for a record of another kind.
+    """Return the numbers of a record by the names of their curves. The names are the same in every service.
+
+    `train/<name>` is of a step, `eval/<name>` or `eval/<set>/<name>` of an evaluation, and `<action>/<name>` of a
+    measurement by an action (trainer/train/every/). A record of another kind has no points.
     """
     if record["kind"] == "step":
         curve = "train"
@@ -105,10 +112,10 @@ def _draws(value: Any) -> bool:
 
 
 class Unshown:
-    """Steps that a service has not shown yet, each of them once and in order, whatever starts of the run repeat.
+    """Steps that a service has not shown yet, each once and in order, whatever the starts of the run repeat.
 
-    A step is whole, and so a row, when a later one has begun: its evaluations come after it. Until then a start that
-    repeats it, because the one before was killed, adds to it and counts.
+    A step is complete, and becomes a row, when a later one has begun, because its evaluations come after it. Until then
+    a start that repeats the step, because the start before was killed, adds to it and overrides its values.
     """
 
     def __init__(self, shown: int) -> None:
@@ -126,9 +133,10 @@ class Unshown:
         self._rows[step] = Row(step, record["time"], {**(earlier.points if earlier else {}), **drawn})
 
     def batches(self, most: int) -> Iterator[list[Row]]:
-        """The next rows, at most so many at a time. They count as shown once the next ones are asked for: after a
-        failure they come again. After the run's end its last step is whole, too; one that a kill has cut off is left to
-        the start that repeats it.
+        """Return the next rows, at most so many at a time.
+
+        Rows count as shown when the caller asks for the next ones; after a failure they come again. After the run's end
+        its last step is complete too. A last step that a kill has cut off is left to the start that repeats it.
         """
         while rows := [row for row in self._rows.values() if row.step < self._newest or self.outcome][:most]:
             yield rows

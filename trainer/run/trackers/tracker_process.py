@@ -1,6 +1,4 @@
-"""A tracker in a process of its own: whatever a service does there, the training neither waits for it nor ends with
-it.
-"""
+"""A tracker in a process of its own: the training neither waits for a service nor ends with it."""
 
 import json
 import os
@@ -18,7 +16,7 @@ CLOSE_SECONDS = 120.0
 """The end of a run waits so long for a service."""
 FAREWELL = b"over\n"
 """The last line to the process, which so knows an end of the run from a rank that was killed."""
-# None of them is told anything but the run's own curves, unless the user's environment says otherwise.
+# These services learn only the run's own curves, unless the user's environment says otherwise.
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
@@ -27,8 +25,10 @@ _QUIET = {
 
 
 class TrackerProcess(Tracker):
-    """The process that shows this generation's records by the tracker called `name`. It reads them in the run's folder;
-    this end only starts it, and tells it when they are over."""
+    """The process that shows this generation's records in the tracker called `name`.
+
+    The process reads the records in the run's folder. This object only starts it, and tells it when they are over.
+    """
 
     seconds = 60.0
 
@@ -36,14 +36,14 @@ class TrackerProcess(Tracker):
         self.name = name
         self._told = False
         self._alive, alive = os.pipe()  # it ends when the process does
-        # Not by trainer.processes.children: it outlives a rank that is killed by a few seconds, to show what that one
-        # has left.
+        # trainer.processes.children is not used here: this process outlives a killed rank by a few seconds, to show
+        # what that rank has left.
         self._process = subprocess.Popen(
             children.apart([sys.executable, "-m", "trainer.run.trackers.companion"]),
             stdin=subprocess.PIPE,
             env={**_QUIET, **os.environ},
             pass_fds=(alive,),
-            # What is sent to the ranks' group, such as Ctrl-C, is not meant for it.
+            # Signals to the ranks' group, such as Ctrl-C, are not meant for this process.
             start_new_session=True,
         )
         os.close(alive)

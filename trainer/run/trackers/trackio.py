@@ -1,5 +1,7 @@
-"""trackio, which keeps its curves in a folder of this machine (TRACKIO_DIR), a Space (TRACKIO_SPACE_ID) or on a server
-of its own (TRACKIO_SERVER_URL)."""
+"""trackio stores its curves in a folder of this machine (TRACKIO_DIR), a Space (TRACKIO_SPACE_ID), or its own server.
+
+TRACKIO_SERVER_URL names the server.
+"""
 
 from collections.abc import Sequence
 
@@ -8,8 +10,11 @@ from trainer.run.trackers.tracker import Page, Row
 
 
 class Trackio:
-    """One run there for all starts. It knows runs by their name alone, so that has the run's id in it, and it would
-    keep twice what it gets twice."""
+    """One run in trackio for all starts.
+
+    trackio knows runs by their name alone, so the name contains the run's id. trackio would store twice what it gets
+    twice.
+    """
 
     def __init__(self, page: Page) -> None:
         import trackio
@@ -23,8 +28,8 @@ class Trackio:
             embed=False,
             auto_log_cpu=False,
         )
-        # The step that it would give the next points by itself comes after the last that its database has. A server
-        # that does not answer now has none, but points for it wait in the folder.
+        # trackio itself would give the next points the step after the last one in its database. A server that does not
+        # answer now has no such step, but points for it wait in the folder.
         self.shown: int = max(self._run._next_step - 1, page.shown)
 
     def show(self, rows: Sequence[Row]) -> None:

@@ -1,6 +1,4 @@
-"""Weights & Biases. Server, entity, key and mode come from the environment that it documents: WANDB_API_KEY, WANDB_MODE
-and so on.
-"""
+"""Weights & Biases. Server, entity, key and mode come from its own environment variables, such as WANDB_API_KEY."""
 
 import os
 from collections.abc import Sequence
@@ -10,8 +8,9 @@ from trainer.run.trackers.tracker import Page, Row
 
 
 class WeightsAndBiases:
-    """One run there for all starts. Its server says what it has; offline, the run's folder does. It takes steps in
-    order only.
+    """One run in Weights & Biases for all starts. It takes steps in order only.
+
+    Its server says which steps it has. Offline, the run's folder says so.
     """
 
     def __init__(self, page: Page) -> None:
@@ -20,7 +19,7 @@ class WeightsAndBiases:
         settings = wandb.Settings(
             console="off",  # the run's folder has the logs
             silent=True,
-            disable_git=True,  # the rank's directory need not be the run's code; the run's folder has that
+            disable_git=True,  # the rank's directory may not be the run's code; the run's folder has that
             disable_code=True,
         )
         self._run = wandb.init(

@@ -1,3 +1,1 @@
-"""Bases and exports in plain transformers: loaded whole or a layer at a time, and decoded where they are in fewer
-bits.
-"""
+"""Bases and exports in plain transformers, loaded whole or a layer at a time. Those in fewer bits are decoded."""

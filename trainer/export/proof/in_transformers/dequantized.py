@@ -1,5 +1,7 @@
-"""The values of a base in fewer bits that proofs compare with. transformers decodes FP8 and MXFP4; formats for which it
-needs another package are decoded as they are read here."""
+"""The decoded values of a base in fewer bits, with which proofs compare.
+
+transformers decodes FP8 and MXFP4. Formats for which transformers needs another package are decoded by our own reader.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,11 @@ from trainer.store.safetensors_index import PackedTensor, numel
 
 @contextmanager
 def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` with `config`, that of the base, decodes its weights to bf16 on any device, and has
-    FP8's tiles of the size that `config` says.
+    """Inside, `from_pretrained` decodes the base's weights to bf16 on any device. `config` is the base's.
 
-    By itself transformers 5.24 divides a matrix into as many equal tiles as there are scales. Whole tiles are those, so
-    a matrix is filled up with zeros and cut again; tests/unit/base/test_stored_formats.py fails when that is needed no
-    more.
+    FP8's tiles have the size that `config` says. transformers 5.24 itself divides a matrix into as many equal tiles as
+    there are scales. That is right only for whole tiles, so a matrix is padded with zeros and cut again.
+    tests/unit/base/test_stored_formats.py fails when this is no longer needed.
     """
     stored: Any = config.quantization_config
     stored["dequantize"] = True
@@ -47,7 +48,7 @@ def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
 
 
 def decoded_here(base: Base) -> dict[str, Tensor]:
-    """The values of all weights in the files of a base, by name: the whole base in memory."""
+    """Return the values of all weights in the files of a base, by name. The whole base is then in memory."""
     found = dict[str, Tensor]()
     for name, source in base.weights.items():
         assert not isinstance(source, PackedTensor)

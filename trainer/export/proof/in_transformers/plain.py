@@ -1,7 +1,7 @@
-"""The exported side of a proof: what a user loads, by transformers, bitsandbytes and PEFT alone, or by the loader that
-an export brings along where PEFT knows no such adapter.
+"""The exported side of a proof: what a user loads, with transformers, bitsandbytes and PEFT alone.
 
-Nothing of Capstan's own model is used here, so that a mistake in it cannot hide itself.
+If PEFT does not know the adapter, the export's own loader loads it. Nothing of Capstan's own model is used here, so a
+mistake in Capstan's model cannot hide itself.
 """
 
 import json
@@ -49,9 +49,11 @@ def load_plain(
     values: dict[str, Tensor] | None = None,
     made: Any = AutoModelForCausalLM,
 ) -> Any:
-    """A model as transformers reads it, ready to predict. It is of the class `made`, its weights are in `held`, and
-    `config` replaces the folder's own settings. A model that is `streamed` is on the device already, and its layers are
-    read at their turns. `values` are the weights by name, for files that transformers cannot read.
+    """Load a model as transformers reads it, ready to predict.
+
+    It is of the class `made`, its weights are in `held`, and `config` replaces the folder's own settings. A `streamed`
+    model is on the device already, and its layers are read at their turns. `values` are the weights by name, for files
+    that transformers cannot read.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -64,7 +66,7 @@ def load_plain(
         options: dict[str, Any] = {
             "dtype": held,
             "trust_remote_code": False,
-            "experts_implementation": "eager",  # grouped products want sizes that are multiples of 16 bytes
+            "experts_implementation": "eager",  # grouped products need sizes that are multiples of 16 bytes
             **(streamed.options if streamed else {}),
         }
         alone = whole.get_text_config() is whole
@@ -86,8 +88,10 @@ def load_plain(
 
 
 def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, options: dict[str, Any]) -> Any:
-    """The model of `config` with these values, as `from_pretrained` makes it of files that hold them. Its class is
-    `alone`, or without one that of a whole model that sees or hears."""
+    """Make the model of `config` with these values, as `from_pretrained` makes it from files that hold them.
+
+    Its class is `alone`, or without that the class of a whole model that also sees or hears.
+    """
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
     mapping = alone._model_mapping if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -97,14 +101,16 @@ def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, 
 
 
 class _Partner(NamedTuple):
-    """The whole model of a language model that is a part of it, or the other way round. A tuple, so that torch does not
-    take it for a submodule."""
+    """The whole model of a language model that is a part of it, or the reverse.
+
+    It is a tuple, so torch does not take it for a submodule.
+    """
 
     model: Any
 
 
 def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> Any:
-    """The causal language model of `config` whose modules are those of a model that sees or hears as well."""
+    """Make the causal language model of `config` from the modules of a model that also sees or hears."""
     decoder = whole.get_decoder()
     language: Any = unfilled_model(config, held, experts_implementation="eager")
     place = place_of_decoder(whole, language)
@@ -120,22 +126,24 @@ def _language_model(whole: Any, config: PretrainedConfig, held: torch.dtype) -> 
 
 
 def _whole_class(model: Any) -> Any:
-    """The model of the class that people load, which `model` is or is a part of."""
+    """Return the model of the class that people load: `model` is this model or a part of it."""
     return vars(model).get("whole_class", _Partner(model)).model
 
 
 def language_part(model: Any) -> Any:
-    """The causal language model that `model`, which PEFT may have wrapped, is or has."""
+    """Return the causal language model that `model` is or has. PEFT may have wrapped `model`."""
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     return vars(plain).get("language_part", _Partner(plain)).model
 
 
 def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
-    """Give the buffers whose type follows the model's type the values that they have in a model of another type.
-    `alike` has that model's buffers by name; those on `meta` come from files, and are rounded to its type instead.
+    """Give buffers whose type follows the model's type the values that they have in a model of another type.
 
-    That may be the model without what was put around its modules, and so without buffers that only these have, as
-    quantized weights do.
+    `alike` has that model's buffers by name. Buffers on `meta` come from files, and are rounded to the model's type
+    instead.
+
+    `alike` may belong to the model without what was put around its modules. Then it lacks the buffers that only these
+    wrappers have, as quantized weights do.
     """
     for name, buffer in model.named_buffers():
         other = alike.get(name.replace(".base_layer.", "."))
@@ -145,7 +153,7 @@ def round_buffers(model: nn.Module, alike: Mapping[str, Tensor]) -> None:
 
 
 def grow(model: Any, vocabulary: int) -> Any:
-    """`model` with rows for so many tokens, where it has fewer: an adapter for new tokens brings their rows."""
+    """Grow `model` to so many rows for tokens, if it has fewer: an adapter for new tokens brings their rows."""
     if vocabulary > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
         _whole_class(model).set_output_embeddings(model.get_output_embeddings())
@@ -153,10 +161,10 @@ def grow(model: Any, vocabulary: int) -> Any:
 
 
 def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, AbstractContextManager[None]]:
-    """`model` with an exported adapter, as PEFT or the method's own loader reads it, and a context without the adapter.
+    """Return `model` with an exported adapter, and a context without the adapter.
 
-    PEFT gets the whole class of a model that sees or hears as well, as users load it: an adapter by other names changes
-    nothing there.
+    PEFT or the method's own loader reads the adapter. For a model that also sees or hears, PEFT gets the whole class,
+    as users load it: an adapter under other names changes nothing there.
 
     Raises:
         ConfigError: it cannot be read.
@@ -169,14 +177,16 @@ def add_adapter(model: Any, adapter: Path, method: Method) -> tuple[Any, Abstrac
         whole = _whole_class(model)
         adapted = PeftModel.from_pretrained(whole, str(adapter)).eval()
         if model.get_output_embeddings() is not None:
-            model.set_output_embeddings(whole.get_output_embeddings())  # which PEFT may have replaced
+            model.set_output_embeddings(whole.get_output_embeddings())  # PEFT may have replaced them
     keep_packed(adapted)
     return adapted, adapted.disable_adapter()
 
 
 def keep_packed(model: nn.Module) -> None:
-    """Leave weights in 4 bits as they are: in eval mode bitsandbytes repacks them for a fused CPU kernel, which only
-    takes widths divisible by 32."""
+    """Leave weights in 4 bits as they are.
+
+    In eval mode bitsandbytes repacks them for a fused CPU kernel, which only takes widths divisible by 32.
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.train()
@@ -184,11 +194,11 @@ def keep_packed(model: nn.Module) -> None:
 
 @contextmanager
 def _reading(library: str, folder: Path) -> Iterator[None]:
-    """Around a library that raises whatever comes up for a folder that it cannot read."""
+    """Wrap a library that raises all kinds of exceptions for a folder that it cannot read."""
     try:
         yield
     except Exception as error:
-        # The reason of an error in several lines is seldom in the first: PEFT names there what it was about to do.
+        # In an error of several lines the reason is seldom in the first: there PEFT says what it was about to do.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
         raise ConfigError(
             f"--verify: {library} cannot read {folder} ({reason}), so nothing is proven of the export."
@@ -196,13 +206,13 @@ def _reading(library: str, folder: Path) -> Iterator[None]:
 
 
 def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """For each row the logits (P, V) fp32 at its places, on the CPU, by the class that people load."""
+    """Return for each row the logits (P, V) fp32 at its places, on the CPU, by the class that people load."""
     virtual = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     asked = model if virtual else _whole_class(language_part(model))  # PEFT's wrapper adds virtual tokens
     where = language_part(model).device
     with torch.no_grad(), outputs_lack_nothing():
         return [
-            # From the end: virtual tokens of an adapter have logits too, before those of the row.
+            # Count from the end: virtual tokens of an adapter also have logits, before those of the row.
             asked(input_ids=row.tokens.to(where), use_cache=False)
             .logits[0, row.places - row.tokens.shape[1]]
             .float()
@@ -212,8 +222,9 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
 
 
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
-    """The same of a model with a head of another kind (P, outputs), which looks at the last token that it is given, or
-    at each.
+    """Return the outputs (P, outputs) of a model with a head of another kind.
+
+    The head looks at the last token that it is given, or at each token.
     """
     with torch.no_grad():
         return [as_shares(_head_outputs(model, row).float().cpu(), row) for row in rows]
@@ -227,8 +238,9 @@ def _head_outputs(model: Any, row: ProbeRow) -> Tensor:
 
 
 def adapted_weights(adapter: Path) -> tuple[str, ...]:
-    """The ends of the names of those weights to which PEFT adds the adapter's matrices, which it cannot where they are
-    packed.
+    """Return the ends of the names of the weights to which PEFT adds the adapter's matrices.
+
+    PEFT cannot add them to packed weights.
     """
     settings = adapter / "adapter_config.json"
     return tuple(json.loads(settings.read_bytes()).get("target_parameters") or ()) if settings.exists() else ()
@@ -242,9 +254,10 @@ def quantize(
     unpacked: tuple[str, ...] = (),
     streamed: StreamedLayers | None = None,
 ) -> None:
-    """Have bitsandbytes quantize every matrix among the `weights`, by name, and multiply in `dtype`. Some get the
-    values that quantizing leaves of them instead: names that end in one of `unpacked`, matrices in 8 bits, and all that
-    are `streamed`.
+    """Have bitsandbytes quantize every matrix among the `weights`, by name, and multiply in `dtype`.
+
+    Some matrices get the values that quantizing leaves of them instead: those whose names end in one of `unpacked`,
+    those in 8 bits, and all that are `streamed`.
 
     transformers' own way has blocks of 64 only, and leaves experts in 16 bits.
     """
@@ -254,7 +267,7 @@ def quantize(
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D) or f"{path}.weight" not in weights:
             continue
-        # bitsandbytes quantizes the matrix (outputs, inputs), also where a layer has its transpose.
+        # bitsandbytes quantizes the matrix (outputs, inputs), even if a layer has its transpose.
         transposed = isinstance(module, Conv1D)
         matrix: Tensor = module.weight.data.t().contiguous() if transposed else module.weight.data
         outputs, inputs = matrix.shape
@@ -265,7 +278,7 @@ def quantize(
         else:
             layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, device="meta")
             weight: Any = Params4bit(matrix, requires_grad=False, **bnb_form(quant))
-            weight = weight.to(device())  # which quantizes it
+            weight = weight.to(device())  # this quantizes the weight
             weight.quant_state.dtype = dtype
             layer.weight = weight
             layer.bias = module.bias
@@ -281,7 +294,10 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def computing_in_fp32(model: Any) -> Iterator[None]:
-    """Decoder layer by decoder layer: a 16-bit weight is in fp32 only while its layer computes, which is exact."""
+    """Compute one decoder layer at a time in fp32: a 16-bit weight is in fp32 only while its layer computes.
+
+    This is exact.
+    """
     plain = language_part(model)
     top = plain.get_output_embeddings()
     parts = [*in_order(plain), plain.get_submodule(MODULE) if top is None else top]
@@ -305,18 +321,18 @@ def _have_in_fp32(part: nn.Module, hooks: ExitStack) -> None:
             tensor, data = before.pop()
             tensor.data = data
 
-    # First of all behind the layer: where it is streamed, its weights go then.
+    # This hook runs first after the layer: if the layer is streamed, its weights are dropped then.
     hooks.enter_context(part.register_forward_hook(restore, prepend=True, always_call=True))
     hooks.enter_context(part.register_forward_pre_hook(widen))
 
 
 @contextmanager
 def shaken(model: nn.Module, size: float) -> Iterator[None]:
-    """Every linear layer's outputs moved by up to `size` of themselves, at random but always alike."""
+    """Move every linear layer's outputs by up to `size` of themselves, at random but always in the same way."""
     generator = torch.Generator(device()).manual_seed(0)
 
     def shake(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor):  # a router that is a linear layer and chooses as well
+        if not isinstance(output, Tensor):  # it is a router: a linear layer that chooses as well
             return output
         noise = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32).mul_(2).sub_(1)
         return (output.float() * (1 + size * noise)).to(output.dtype)
@@ -331,10 +347,9 @@ def shaken(model: nn.Module, size: float) -> Iterator[None]:
 def merge_and_round(
     model: Any, stored: dict[str, torch.dtype], embedding: str, streamed: StreamedLayers | None = None
 ) -> None:
-    """PEFT's own merge of the adapters into their weights, in fp32, each then rounded to the type it is `stored` in;
-    those of layers that are `streamed` at each turn.
+    """Merge the adapters with PEFT's own merge, in fp32, and round each weight to the type it is `stored` in.
 
-    `embedding` is the name of that weight.
+    Weights of layers that are `streamed` are merged at each turn. `embedding` is the name of that weight.
     """
     layers: Any = (
         (path, module) for path, module in language_part(model).named_modules() if isinstance(module, BaseTunerLayer)
@@ -350,7 +365,7 @@ def _merge_and_round(path: str, module: Any, stored: dict[str, torch.dtype], emb
     held = {name: weight.dtype for name, weight in weights}
     module.float()
     module.merge()
-    for name, weight in weights:  # a bias too: some methods change it
+    for name, weight in weights:  # a bias too, because some methods change it
         # A tied head has the embedding's weight, and none of its own in the files.
         kind = stored.get(f"{path}.{name}", stored[embedding])
         weight.data = weight.data.to(kind).to(held[name])

@@ -1,12 +1,14 @@
-"""A model in transformers whose decoder layers have their weights for their turn only, for where memory does not hold
-all of it.
+"""A model in transformers whose decoder layers have their weights only for their turn.
 
-At its turn a layer's weights come from the files again or, of a base that is quantized, from the 4 bits that were made
-of them once and stay on the host.
+It is used if memory does not hold the whole model.
 
-Which stored tensors make a weight is transformers' own knowledge, by its offload to disk: it reads those that need no
-conversion where they are, and writes the others, as of most mixtures, to a folder. accelerate's hooks, which then move
-the weights of one module at a time, are removed: modules of a layer read each other's weights, and PEFT wraps them.
+At its turn a layer's weights come from the files again. If the base is quantized, they come from the 4 bits that were
+made once and stay on the host.
+
+transformers itself knows which stored tensors make a weight, by its offload to disk. It reads those that need no
+conversion from their files, and writes the others (as of most mixtures) to a folder. accelerate's hooks would then move
+the weights of one module at a time. They are removed, because modules of a layer read each other's weights, and PEFT
+wraps the modules.
 """
 
 from collections.abc import Callable, Collection
@@ -29,8 +31,9 @@ from trainer.model.parts import decoder_layers
 
 
 class StreamedLayers:
-    """The layers of one model. `folder` is where transformers may write converted weights for as long as the model is
-    used.
+    """The layers of one model.
+
+    transformers may write converted weights to `folder` as long as the model is used.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,18 +42,20 @@ class StreamedLayers:
         self._layers: list[nn.Module] = []
 
     def take_over(self, model: Any) -> None:
-        """The weights of a model that `from_pretrained` has made with these `options`."""
+        """Take over the weights of a model that `from_pretrained` has made with these `options`."""
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     self._supplies[parameter] = partial(getitem, module._hf_hook.weights_map, name)
         remove_hook_from_module(model, recurse=True)
-        del model.hf_device_map  # by which PEFT would hook it again
+        del model.hf_device_map  # PEFT would use it to hook the model again
         model.tie_weights()
 
     def begin(self, model: Any, alike: nn.Module, device: torch.device) -> None:
-        """Read the weights outside of the decoder layers, and have each layer read its own from now on; all in the
-        types that they have in `alike`. `model` is the one that was taken over, or a part of it."""
+        """Read the weights outside the decoder layers, and have each layer read its own from now on.
+
+        All have the types that they have in `alike`. `model` is the one that was taken over, or a part of it.
+        """
         self._layers = list(decoder_layers(model) or ())
         inside = {parameter for layer in self._layers for parameter in layer.parameters()}
         made: dict[nn.Parameter, nn.Parameter] = {}
@@ -79,7 +84,7 @@ class StreamedLayers:
         return placed
 
     def quantize(self, model: nn.Module, quant: Quant, dtype: torch.dtype, weights: Collection[str]) -> None:
-        """As `plain.quantize`: the `weights` by name get the values that bitsandbytes leaves of them, in `dtype`."""
+        """Give the `weights`, by name, the values that bitsandbytes leaves of them, like `plain.quantize`."""
         for name, parameter in model.named_parameters():
             if name not in weights:
                 continue
@@ -91,8 +96,10 @@ class StreamedLayers:
                 parameter.data = PackedWeight(parameter.data, quant, dtype, is_transpose).values()
 
     def at_each_turn(self, module: nn.Module, change: Callable[[], None], undo: Callable[[], None]) -> bool:
-        """Whether `module` is of a streamed layer; if so, have `change` called each time that its weights have come,
-        and `undo` when they go."""
+        """Return whether `module` belongs to a streamed layer.
+
+        If so, `change` is called each time that its weights have come, and `undo` when they go.
+        """
         for layer in self._layers:
             if any(module is part for part in layer.modules()):
                 layer.register_forward_pre_hook(lambda *_: change())
@@ -112,20 +119,21 @@ class StreamedLayers:
 
 
 def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor for those who ask for shape, type and device, of a single value."""
+    """Return a tensor of a single value, for callers that ask only for its shape, type and device."""
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def bnb_form(quant: Quant) -> dict[str, Any]:
-    """bitsandbytes' names of the settings."""
+    """Return the settings under bitsandbytes' names."""
     return {"blocksize": quant.block_size, "quant_type": quant.type, "compress_statistics": quant.double}
 
 
 class PackedWeight:
-    """A matrix, or a stack of them, in few bits on the host: by bitsandbytes where that has a layer for it.
+    """A matrix, or a stack of them, in few bits on the host.
 
-    Each is quantized and dequantized as one row: on a CPU, bitsandbytes 0.50 misreads matrices whose rows are not whole
-    blocks. Where the weight `is_transpose`, its transpose is quantized.
+    bitsandbytes packs it if it has a layer for it. Each matrix is quantized and dequantized as one row: on a CPU,
+    bitsandbytes 0.50 misreads matrices whose rows are not whole blocks. If the weight `is_transpose`, its transpose is
+    quantized.
     """
 
     def __init__(self, weight: Tensor, quant: Quant, dtype: torch.dtype, is_transpose: bool = False) -> None:
@@ -137,7 +145,7 @@ class PackedWeight:
         self._matrices = [pack(matrix.to(dtype)) for matrix in weight.view(-1, *weight.shape[-2:])]
 
     def values(self) -> Tensor:
-        """The weight as its bits say, where and in the type that it was."""
+        """Return the values that the weight's bits give, on the device and in the type that it had."""
         values = torch.empty_like(self._like, memory_format=torch.contiguous_format)
         for matrix, unpack in zip(values.view(-1, *values.shape[-2:]), self._matrices, strict=True):
             matrix.copy_(unpack(values.device).view_as(matrix))
@@ -145,7 +153,10 @@ class PackedWeight:
 
 
 def _by_bitsandbytes(quant: Quant, matrix: Tensor) -> Callable[[torch.device], Tensor]:
-    """Packs a matrix by bitsandbytes itself, as the proof's other side is none of ours; returns what unpacks it."""
+    """Pack a matrix with bitsandbytes itself, because the proof's other side must not use our code.
+
+    Returns the function that unpacks it.
+    """
     assert matrix.numel() <= AT_ONCE, "bitsandbytes cannot count so many"
     packed, kept = bnb.quantize_4bit(matrix.flatten(), **bnb_form(quant))
     packed = packed.cpu()
