@@ -880,6 +880,22 @@ def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str
         imported_text(text, tmp_path, "unsloth")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base_model: x\nadapter: lora\nlora_rr: 1\nlora_ss: 2\nlora_tt: 3\n", "3 of its 5 keys are none of axolotl's"),
+        (
+            "recipe: Next\nstep_scheduler: {num_epochs: 1}\nmodel: {_target_: a.b}\nseed: 1\n",
+            "a file of NeMo Automodel",
+        ),
+        ("model: {_component_: torchtune.models.llama3}\nseed: 1\n", "a file of torchtune"),
+    ],
+)
+def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{words}.* Nothing was written\\."):
+        imported_text(text, tmp_path)
+
+
 LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"
 
 
