@@ -201,7 +201,9 @@ def check_name(folder: Store) -> None:
             " needs another name."
         )
     with suppress(NotFound):
-        seconds = StoreClock(folder)() - folder.head(layout.CONFIG).modified.timestamp()
+        # The key first: the clock writes one for a moment, and a dry run leaves no folder behind.
+        written = folder.head(layout.CONFIG).modified.timestamp()
+        seconds = StoreClock(folder)() - written
         if last_owner(folder) is None and not read_status(folder).generation and seconds < SILENT_SECONDS:
             raise ConfigError(
                 f"run.name: {folder.uri} was claimed {seconds:.0f} s ago and has not begun. {command('status', folder)}"

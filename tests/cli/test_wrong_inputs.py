@@ -28,7 +28,7 @@ def refused(done, exit_code: int, *words: str) -> None:
     [
         ("train.step=5", ("train.step: unknown setting", "'steps'")),
         ("datta.train=5", ("datta: unknown setting", "'data'")),
-        ("quant.type=nf5", ("quant.type: 'nf5'", "'nf4'", "Example")),
+        ("quant.type=nf5", ("quant.type: 'nf5'", "Allowed are fp4", "Did you mean nf4?")),
         ("data.sequence_length=100000", ("data.sequence_length: 100000", "256 positions", "Lower it")),
         ("model.layers=3", ("model.layers: 3", "2 layers")),
         ("model.base=/nowhere/at/all", ("model.base", "/nowhere/at/all", "does not exist")),

@@ -110,7 +110,7 @@ def meeting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         def is_gone(rank: int) -> bool:
             looks.set()
-            return gone and rank == late
+            return gone and rank == late and Counted.asked["add"] == size - 1  # all others are there
 
         def one(rank: int) -> str:
             if rank == late and not (looks.wait(60) and comes):

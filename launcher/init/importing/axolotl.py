@@ -19,7 +19,7 @@ def join(keys: Keys) -> None:
     joint_settings.workers(keys, "ray_num_workers")
     _method(keys)
     _objective(keys)
-    if keys.given.get("warmup_steps") is not None and "optim.warmup_ratio" in keys.settings:
+    if keys.given.get("warmup_steps") is not None and "optim.warmup_steps" in keys.settings:
         keys.spare("optim.warmup_ratio", "Steps of warm-up are given, and be they 0, which go before a ratio.")
     joint_settings.training_arguments(keys)
     if keys.asked("lr_quadratic_warmup") and keys.settings.get("optim.schedule") == "cosine":
@@ -40,6 +40,7 @@ def join(keys: Keys) -> None:
         rows = max(1, keys.whole("batch_size") // micro) * micro
         keys.put("train.global_batch", rows * joint_settings.world(keys), "batch_size", "micro_batch_size")
     _data(keys)
+    joint_settings.streamed(keys, "streaming", "pretraining_dataset")
     joint_settings.without_evaluation(keys)
 
 

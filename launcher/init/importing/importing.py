@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import COMPUTED, PROGRAM, detect, read_peer_file
+from launcher.init.importing.reading import COMPUTED, PROGRAM, detect, read_peer_file, refuse_others
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
@@ -115,6 +115,8 @@ def import_files(
     for keys in sorted(files, key=lambda keys: keys.peer is not _LAUNCHER):
         keys.convert()
         JOINS[keys.peer.name][1](keys)
+    for path, keys in zip(paths, files, strict=True):
+        _refuse_unknown(path, keys)
     if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":
         settings["sharding.deepspeed"] = "zero3_offload_optimizer"  # what learns has its masters and moments there too
     to_do = [line for keys in files for line in keys.to_do]
@@ -127,6 +129,17 @@ def import_files(
     names = tuple(dict.fromkeys(keys.peer.title for keys in files))
     text = _text(settings, origins, names, paths, outcomes, to_do)
     return Imported(names, text, settings, outcomes, tuple(to_do))
+
+
+def _refuse_unknown(path: str | Path, keys: Keys) -> None:
+    """A file of which most keys are unknown is of another tool than it was taken for."""
+    outcomes = keys.outcomes()
+    unknown = [outcome.key for outcome in outcomes if outcome.status == "unknown"]
+    if 2 * len(unknown) > len(outcomes):
+        raise ConfigError(
+            f"{path}: {len(unknown)} of its {len(outcomes)} keys are none of {keys.peer.title}'s, such as"
+            f" {', '.join(unknown[:3])}. It is a file of another tool, or of another version. Nothing was written."
+        )
 
 
 def _unowned(settings: Mapping[str, Any]) -> list[str]:
@@ -144,6 +157,8 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     program = tree.pop(PROGRAM, None)
+    if peer is None:
+        refuse_others(tree, program, str(path))
     known = [one for one, _ in JOINS.values()]
     by_program = next((one.name for one in known if program in one.tables.get("programs", "").split()), None)
     peer = peer or by_program or ("trl" if path.suffix in (".py", ".ipynb") else None)
@@ -183,6 +198,11 @@ def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
             wrong = [name for name in refused if name in settings and settings[name] != _FILL_IN.get(name, (None,))[0]]
             if not wrong:
                 return [*to_do, *str(error).splitlines()]
+            if "tuning.method" in wrong and settings["tuning.method"] == "full":
+                raise ConfigError(
+                    f"{refused['tuning.method']} The file trains the whole base, and an import makes no other training"
+                    " of it. Nothing was written."
+                ) from error
             for setting in wrong:
                 settings.pop(setting)
                 said = [keys.drop(setting, refused[setting]) for keys in files]

@@ -26,6 +26,14 @@ def workers(keys: Keys, name: str) -> None:
         keys.put("cluster.workers", keys.whole(name), name)
 
 
+def parallel(keys: Keys, *sizes: str) -> None:
+    """`cluster.workers` as the product of all `sizes`, where the file names the first of them or the second: the others
+    alone leave open how many share the rest."""
+    if any(keys.whole(name) > 1 for name in sizes[:2]) and "cluster.workers" not in keys.settings:
+        named = [name for name in sizes if keys.whole(name, 1) > 1]
+        keys.put("cluster.workers", math.prod(keys.whole(name) for name in named), *named)
+
+
 def world(keys: Keys) -> int:
     """The devices that a batch is of, as far as they are known."""
     return max(1, int(keys.settings.get("cluster.workers") or 1))
@@ -97,6 +105,31 @@ def simpo(keys: Keys) -> None:
     """SimPO's strengths where the file names none: those of the peers, which are not ours."""
     keys.settings.setdefault("objective.beta", 0.1)
     keys.settings.setdefault("objective.gamma", 0.5)
+
+
+def ipo(keys: Keys) -> None:
+    """IPO, whose margin the peers take a token, and its authors an answer."""
+    if keys.settings.get("objective.loss_type") == "ipo":
+        keys.to_do.append(
+            f"objective.loss_type: {keys.peer.title}'s ipo takes the mean over an answer's tokens, and here it is their"
+            " sum, as in the paper. A margin of 1 / (2 beta) is that of whole answers: divide objective.beta by the"
+            " tokens that your answers have."
+        )
+
+
+def streamed(keys: Keys, *names: str) -> None:
+    """Rows that are read while training, as far as the steps go; here all of a source is compiled first."""
+    asked = [name for name in names if keys.asked(name) or isinstance(keys.tree.get(name), list)]
+    whole = [source["path"] for source in keys.settings.get("data.train") or () if not source.get("take")]
+    if not (asked and whole and keys.settings.get("train.steps")):
+        return
+    rows = int(keys.settings["train.steps"]) * int(keys.settings["train.global_batch"])
+    for name in asked:
+        keys.need_not(name, "Rows are compiled before the first step; a source's take says how many of them.")
+    keys.to_do.append(
+        f"data.train: {keys.peer.title} reads rows of {whole[0]} while it trains, as many as the steps need. Here all"
+        f" of them are compiled first: give it take, such as {rows} without packing."
+    )
 
 
 def without_next_tokens(keys: Keys) -> None:
@@ -330,6 +363,7 @@ def training_arguments(keys: Keys) -> None:
     table = keys.peer.tables["joint"]
     # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is
     # doubled once.
+    parallel(keys, *table.get("devices", "").split())
     batch(keys, table["batch"])
     divided(keys, *table.get("sharing", "").split())
     duration(keys)
@@ -344,6 +378,7 @@ def training_arguments(keys: Keys) -> None:
     schedule(keys, table["schedule"])
     if "patience" in table:
         early_end(keys, table["patience"])
+    ipo(keys)
     pairs(keys, table["length"])
     if "dropout" in table:
         without_dropout(keys, table["dropout"])

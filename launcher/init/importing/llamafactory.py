@@ -41,6 +41,7 @@ def join(keys: Keys) -> None:
             " model.base.",
         )
     _data(keys)
+    joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
 
 

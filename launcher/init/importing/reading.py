@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.init.importing.script import notebook_code, read_script
-from trainer.config.peers.table import Peer
+from trainer.config.peers.table import Peer, others
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
 
@@ -156,6 +156,29 @@ def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tu
                     yield f"{key}[{index}]", item
         else:
             yield key, value
+
+
+def refuse_others(tree: dict[str, Any], program: str | None, path: str) -> None:
+    """Refuse a file of a tool that is recognised and not read, as some of its keys are called as other tools' are.
+
+    Raises:
+        ConfigError: it is of such a tool.
+    """
+    for name, signs in others().items():
+        lines = [line.split() for line in signs["keys"]]
+        if program in signs.get("programs", "").split() or any(all(_has(tree, key) for key in keys) for keys in lines):
+            raise ConfigError(
+                f"{path} is a file of {name}, which `capstan import` does not read. Write a configuration by `capstan"
+                " init`; docs/migration.md says what the settings of other tools are called here. Nothing was written."
+            )
+
+
+def _has(tree: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:

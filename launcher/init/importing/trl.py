@@ -25,6 +25,7 @@ def join(keys: Keys) -> None:
             " length of the longest."
         )
     _data(keys)
+    joint_settings.streamed(keys, "streaming", "dataset_streaming")
     joint_settings.without_evaluation(keys)
 
 

@@ -102,7 +102,7 @@ def test_bytes_that_are_no_manifest_are_damaged(folder: Store, content: bytes) -
 
 
 def test_a_module_that_is_missing_is_damage(folder: Store) -> None:
-    reseal(folder, lambda body: body["tensors"].pop("a.absmax"))
+    reseal(folder, lambda body: body["tensors"].clear())
     with pytest.raises(Damaged, match="has no a"):
         open_cache(folder).sources("a")
 

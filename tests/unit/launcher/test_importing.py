@@ -195,11 +195,75 @@ def test_data_sets_are_described_by_the_file_that_is_named(tmp_path: Path) -> No
         import_files([tmp_path / "theirs.yaml"], data_info=DATASET_INFO)
 
 
-def test_a_setting_that_no_key_asks_for_is_said_where_it_is_left_out(tmp_path: Path) -> None:
-    """Without an adapter the base itself learns there, which a head does not do here."""
-    found = imported_text("base_model: x\nreward_model: true\n", tmp_path, "axolotl")
-    assert "tuning.method: full has no adapter" in "\n".join(found.to_do)
-    assert "To do: tuning.method: full" in found.text
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nreward_model: true\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: rm\nfinetuning_type: full\ndataset: dpo_mix_en\n"),
+        ("trl", "model_name_or_path: x\ncenter_rewards_coefficient: 0.1\ndataset_name: a/b\n"),
+    ],
+)
+def test_a_head_over_a_base_that_learns_itself_does_not_become_lora(peer: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tuning.method: full has no adapter.* trains the whole base"):
+        imported_text(text, tmp_path, peer)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers", "rows"),
+    [
+        ("dp_shard_size: 4\ndp_replicate_size: 2\ncontext_parallel_size: 2", 16, 2 * 8),
+        ("expert_parallel_size: 4\ndp_shard_size: 2", 8, 2 * 8),
+        ("expert_parallel_size: 4", 4, 2 * 4),
+        ("context_parallel_size: 2", None, 2),
+    ],
+)
+def test_the_batch_counts_the_devices_that_parallelism_names(
+    sizes: str, workers: int | None, rows: int, tmp_path: Path
+) -> None:
+    text = f"base_model: x\nadapter: lora\nmicro_batch_size: 2\n{sizes}\n"
+    settings = imported_text(text, tmp_path, "axolotl").settings
+    assert (settings.get("cluster.workers"), settings["train.global_batch"]) == (workers, rows)
+    (tmp_path / "theirs.yaml").write_text(text)
+    assert import_files([tmp_path / "theirs.yaml"], "axolotl", gpus=32).settings["cluster.workers"] == 32
+
+
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("axolotl", "base_model: x\nrl: ipo\nadapter: lora\n"),
+        ("trl", "model_name_or_path: x\nuse_peft: true\nloss_type: ipo\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: dpo\npref_loss: ipo\n"),
+    ],
+)
+def test_ipo_is_of_whole_answers_here(peer: str, text: str, tmp_path: Path) -> None:
+    found = imported_text(text, tmp_path, peer)
+    assert found.settings["objective.loss_type"] == "ipo"
+    assert any("takes the mean over an answer's tokens" in line for line in found.to_do)
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "said"),
+    [
+        ("trl", "model_name_or_path: x\ndataset_name: a/b\nmax_steps: 9\ndataset_streaming: true\n", True),
+        ("trl", "model_name_or_path: x\ndataset_name: a/b\ndataset_streaming: true\n", False),
+        (
+            "trl",
+            "model_name_or_path: x\nmax_steps: 9\nstreaming: true\ndatasets: [{path: a/b, split: 'train[:99]'}]\n",
+            False,
+        ),
+        (
+            "llamafactory",
+            "model_name_or_path: x\nstage: pt\ndataset: refinedweb\nmax_steps: 9\nstreaming: true\n",
+            True,
+        ),
+        ("axolotl", "base_model: x\nmax_steps: 9\npretraining_dataset: [{path: a/b, type: pretrain}]\n", True),
+    ],
+)
+def test_rows_that_are_read_while_training_are_said_to_be_compiled(
+    peer: str, text: str, said: bool, tmp_path: Path
+) -> None:
+    found = imported_text(text, tmp_path, peer)
+    assert any("give it take, such as" in line for line in found.to_do) == said
 
 
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,12 +655,13 @@ ODD = {
         },
         {"lora_modules_to_save": "learns in any case", "num_labels": "of a reward model has one"},
     ),
-    "a-whole-reward-model": (
+    "a-share-as-warm-up": (
         "axolotl",
-        {"reward_model": True},
-        {"objective.name": "reward", "tuning.method": None},
-        {"reward_model": ""},
+        {"warmup_steps": 0.1},
+        {"optim.warmup_ratio": 0.1, "optim.warmup_steps": None},
+        {"warmup_steps": ""},
     ),
+    "rows-in-order": ("axolotl", {"curriculum_sampling": True}, {}, {"curriculum_sampling": "that run.seed draws"}),
     "a-template-of-the-base": (
         "axolotl",
         {
@@ -813,6 +878,22 @@ def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str
         imported_text(text, tmp_path)
     with pytest.raises(ConfigError, match="is not known"):
         imported_text(text, tmp_path, "unsloth")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base_model: x\nadapter: lora\nlora_rr: 1\nlora_ss: 2\nlora_tt: 3\n", "3 of its 5 keys are none of axolotl's"),
+        (
+            "recipe: Next\nstep_scheduler: {num_epochs: 1}\nmodel: {_target_: a.b}\nseed: 1\n",
+            "a file of NeMo Automodel",
+        ),
+        ("model: {_component_: torchtune.models.llama3}\nseed: 1\n", "a file of torchtune"),
+    ],
+)
+def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{words}.* Nothing was written\\."):
+        imported_text(text, tmp_path)
 
 
 LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"

@@ -34,9 +34,14 @@ def end(outcome: str, reason: str = "") -> dict[str, Any]:
 def write(run: Store, generation: int, *records: dict[str, Any], torn: bytes = b"") -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     run.put(layout.metrics(generation), lines.encode() + torn)
-    times = [time for record in records if isinstance(time := record.get("time"), int | float) and time < 2**40]
+    times = [time for record in records if isinstance(time := _time(record), int | float) and time < 2**40]
     if times:
         stamp(run, layout.metrics(generation), times[-1])
+
+
+def _time(record: Any) -> Any:
+    """What a record, which may be damaged, says of its time."""
+    return record.get("time") if isinstance(record, dict) else None
 
 
 def stamp(run: Store, key: str, time: float) -> None:
