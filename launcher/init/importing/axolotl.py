@@ -253,7 +253,7 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
     if isinstance(kind, dict):
         for name in ("format", "no_input_format", "system_prompt", "system_format"):
             if kind.get(name):
-                keys.lose(f"{place}.type.{name}", _TEMPLATE_TEXT)
+                _lose_text(keys, f"{place}.type.{name}")
         return "alpaca", _named(kind, "instruction", "input", "output", "system")
     name = str(kind or "chat_template")
     first = name.split(":")[0]
@@ -267,7 +267,7 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         return None, {}
     form, fields = found.get("format"), found.get("fields", {})
     if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
-        keys.note(f"{place}.type", _TEMPLATE_TEXT)
+        _lose_text(keys, f"{place}.type")
     if form == "segments":
         keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
         if keys.asked("train_on_inputs"):
@@ -276,6 +276,18 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         column = given.get("field") or given.get("text_column")
         return form, {"text": str(column)} if column not in (None, "text") else {}
     return _conversation(keys, place, given) if form in (None, "sharegpt") else (form, dict(fields))
+
+
+def _lose_text(keys: Keys, key: str) -> None:
+    """The text that axolotl writes around a row, such as `### Instruction:`, is not the chat template's."""
+    keys.lose(key, _TEMPLATE_TEXT)
+    said = (
+        "data.template: axolotl writes a text of its own around such rows (Below is an instruction ..., ###"
+        " Instruction:, ### Response:), and here they are conversations in the base's chat template. Name a Jinja file"
+        " that writes that text where it is to stay; `capstan data show` shows what is trained."
+    )
+    if said not in keys.to_do:
+        keys.to_do.append(said)
 
 
 def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:

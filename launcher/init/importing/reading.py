@@ -99,7 +99,7 @@ def _plain(value: str, path: str) -> Any:
 
 def _command(text: str, path: str) -> list[str]:
     """The words of the one command line in `text` that has options: what is within quotes is no end of it."""
-    joined, commands, begin = re.sub(r"\\[ \t]*\n", " ", text), list[str](), 0
+    joined, commands, begin = re.sub(r"\\[ \t]*(\n|$)", " ", text), list[str](), 0
     for found in _ENDS.finditer(joined):
         if found["end"]:
             commands.append(joined[begin : found.start()])
