@@ -115,8 +115,7 @@ def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _sides(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the sides that were measured. A server may have only the model, and a run only the base.
-    """
+    """Return the sides that were measured. A server may have only the model, and a run only the base."""
     seen = set[str]().union(*found)
     return [side for side in SIDES if side in seen]
 
