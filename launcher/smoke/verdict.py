@@ -72,7 +72,7 @@ class SmokeResult:
 
     @property
     def checks(self) -> list[Finding]:
-        """Return every claim of the table. A claim that was not measured does not hold."""
+        """Every claim of the table. A claim that was not measured does not hold."""
         one_gpu = self.device is not None and self.device.startswith("cuda") and self.world_before == 1
         other_size = (
             "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
