@@ -137,7 +137,7 @@ def _objective(keys: Keys) -> None:
 
 
 def _distillation(keys: Keys) -> None:
-    """Refuse or carry over a distillation. `capstan teach` has the teacher's values written once, before training.
+    """Set the distillation. Here `capstan teach` has the teacher's values written once, before the training.
 
     axolotl's rows bring these values, or a server gives them during the training.
     """
