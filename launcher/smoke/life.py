@@ -1,9 +1,9 @@
-"""`capstan smoke`: the whole life of a run in small, on the real stack, every figure measured in this very run.
+"""`capstan smoke`: the whole life of a run in small, on the real stack. This very run measures every figure.
 
     material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size
     -> export -> verify
 
-A run that learns from what it samples is killed first, and the undisturbed one gets its answers.
+If a run learns from what it samples, it is killed first, and the undisturbed run gets its answers.
 
 Each part is the real command in a process of its own, so the proof holds for the commands that a user runs.
 """
@@ -69,7 +69,7 @@ class Command:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # they are runs of its own, also where nobody has a home
+                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # its own runs, even if nobody has a home
             )
 
     def __enter__(self) -> "Command":

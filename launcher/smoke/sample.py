@@ -1,14 +1,14 @@
 """The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
 
 The data is the documentation of the running Python's standard library, as questions and answers. The base is an
-ordinary Hugging Face directory of the Llama architecture, trained for some seconds on the library's source code, so
-that it knows something and has something to learn.
+ordinary Hugging Face directory of the Llama architecture. It is trained for some seconds on the library's source code,
+so it knows something and still has something to learn.
 
-It is a process of its own, as it imports torch, and hundreds of stdlib modules:
+This file runs as a process of its own, because it imports torch, and hundreds of stdlib modules:
 
     python -m launcher.smoke.sample DIR [key=value ...]
 
-prints the sample as one JSON object, and begins what a run with these settings needs in the store that stdin names.
+It prints the sample as one JSON object, and begins what a run with these settings needs in the store that stdin names.
 """
 
 import ast
