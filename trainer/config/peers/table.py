@@ -84,6 +84,12 @@ class Peer:
 
 
 @cache
+def others() -> Mapping[str, Any]:
+    """The tools whose files are recognised and not read, with what tells them."""
+    return yaml.safe_load(Path(__file__).with_name("others.yaml").read_text(encoding="utf-8"))
+
+
+@cache
 def read_peer(name: str) -> Peer:
     """The peer of the table `name`, with the rows of the table that it takes over."""
     tree = yaml.safe_load((Path(__file__).parent / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""From a run's sources to compiled data sets, once for all runs that use them alike."""
+"""Turns a run's sources into compiled data sets, once for all runs that use them in the same way."""

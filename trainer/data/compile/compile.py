@@ -1,8 +1,8 @@
 """Compiles rows into token shards, once for all runs that use the same data in the same way.
 
-The fingerprint names the result before it exists: it covers everything that decides a token. Rows are encoded on all
-cores and written in their order, so the result is the same on any machine: of two racing compilations both write the
-same bytes, and a killed one goes on after its last shard. Nothing counts before a manifest says so.
+The fingerprint names the result before it exists, because it covers everything that decides a token. Rows are encoded
+on all cores and written in their order, so the result is the same on any machine. Two racing compilations write the
+same bytes, and a killed one continues after its last shard. Only a manifest makes the result valid.
 
 A large data set is compiled in chapters. Each takes the same share of every source, so that all have the same mixture
 and training can begin with the first.
@@ -32,10 +32,10 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a compilation is, in bytes of its sources; rows, documents and tokens are what was read and kept so far.
+    """The progress of a compilation, in bytes of its sources, and the rows, documents and tokens so far.
 
-    `left_out` comes with the last report: what rows carry and their text does not contain. `forms` come with the first:
-    how the rows of each source are read, where that was found out. `notes` are sentences on what was found, for people.
+    The last report has `left_out`: what rows carry but their text does not contain. The first has `forms`: how the rows
+    of each source are read, if Capstan detected it. `notes` are sentences about the data for the user.
     """
 
     bytes_done: int
@@ -58,12 +58,11 @@ def compile_chapters(
     mapper: Mapper | None = None,
     progress: Callable[[Progress], None] = lambda now: None,
 ) -> Iterator[int]:
-    """Compile `files` into `store`: yields the number of each chapter once it can be opened, in order from 0; what is
-    there already stays.
+    """Compile `files` into `store`. Yields the number of each chapter as soon as it can be opened, in order from 0.
 
-    `store` is the root that runs share, `fingerprint` comes from the function of that name. `mapper` encodes the
-    batches, by default as `mapper_for` says. Each chapter is a call of it, and none is under way while the caller has a
-    number.
+    Chapters that are already there stay. `store` is the root that runs share, `fingerprint` comes from the function of
+    that name. `mapper` encodes the batches; the default is that of `mapper_for`. It is called once for each chapter,
+    and no call is in progress while the caller handles a number.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -75,7 +74,7 @@ def compile_chapters(
         yield from range(chapters)
         return
     writer = ShardWriter(folder, files[-1].source + 1)
-    yield from range(writer.chapter)  # a compilation that was killed had committed them
+    yield from range(writer.chapter)  # chapters that a killed compilation committed
     size = sum(file.size for file in files)
 
     def report(bytes_done: int, left_out: Mapping[str, LeftOut] | None = None, notes: Sequence[str] = ()) -> None:
@@ -106,8 +105,9 @@ def compile_chapters(
 
 @dataclass(frozen=True)
 class _At:
-    """Where a batch lies: its source and chapter, the place behind it, and the bytes read by then, of its source or of
-    all.
+    """Where a batch lies: its source and chapter, the place after it, and the bytes read so far.
+
+    The bytes are those of its source, or of all sources.
     """
 
     source: int
@@ -117,8 +117,9 @@ class _At:
 
 
 def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -> Iterator[tuple[Batch, _At]]:
-    """Every batch from `starts` on, which has a place for each source: chapter by chapter, and in it source by
-    source.
+    """Yield every batch chapter by chapter, and source by source in each chapter.
+
+    `starts` has the place in each source at which to begin.
     """
     owned = [[file for file in files if file.source == source] for source in range(len(starts))]
     readers = [_read_source(own, chapters, start) for own, start in zip(owned, starts, strict=True)]
@@ -134,9 +135,7 @@ def _read(files: Sequence[SourceFile], chapters: int, starts: Sequence[Place]) -
 
 
 def _read_source(files: Sequence[SourceFile], chapters: int, start: Place) -> Iterator[tuple[Batch, _At]]:
-    """The batches of one source from `start` on. Raises `DataError` for a file that is not what it was when it was
-    found.
-    """
+    """The batches of one source from `start` on. Raises `DataError` if a file has changed since it was found."""
     size = max(1, sum(file.size for file in files))
     before = sum(file.size for file in files[: start.file])
     for number, file in enumerate(files[start.file :], start.file):

@@ -1,4 +1,4 @@
-"""Finds out how the rows of each source are read: as the settings say, else by the first of them."""
+"""Decides how the rows of each source are read: as the settings say, or by looking at the first rows."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -22,15 +22,14 @@ def with_forms(
     setting: str,
     kinds: Collection[str],
 ) -> list[SourceFile]:
-    """The files of `sources`, which the setting of this name gives, each with the form of its rows; `data` says how
-    they are read.
+    """The files of `sources`, each with the form of its rows. `data` has the settings for reading them.
+
+    `setting` is the name of the setting that lists the sources.
 
     Raises:
-        ConfigError: the rows are of none of the `kinds` that are wanted, or of a format that does not go with a
-            setting.
-        DataError: the first rows are of no format known here, cannot be read at all, or have fields of known meaning
-            beside
-            those of their format.
+        ConfigError: the kind of the rows is none of `kinds`, or their format does not go with a setting.
+        DataError: the first rows have no known format, cannot be read at all, or have fields of known meaning that
+            their format does not read.
     """
     found: list[SourceFile] = []
     for index, own in groupby(files, lambda file: file.source):
@@ -51,9 +50,7 @@ def with_forms(
 
 
 def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
-    """A line for each of the `sources` whose format was found out: where it is, its format, its fields, and those not
-    read.
-    """
+    """A line for each of `sources` whose format was detected: its place, its format, its fields, the unread ones."""
     forms = {file.source: file.form for file in files}
     return [
         f"{source.path} is read as {forms[index]}{_unread(forms[index])}"
@@ -95,7 +92,7 @@ def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collec
 
 
 def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
-    """The rows that can be read, and in `bad` the first that cannot; the others are told when all are read."""
+    """Yield the readable rows, and put the first unreadable one into `bad`. A later pass reports the others."""
 
     def keep_first(error: DataError) -> None:
         if not bad:

@@ -1,4 +1,4 @@
-"""Batches of rows into tokens: which rows become documents."""
+"""Encodes batches of rows into tokens, and decides which rows become documents."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +27,9 @@ BAD_ROWS_SHOWN = 20
 class Encoded:
     """The documents of a batch.
 
-    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones, and
-    `lengths` (documents,) how many each has. `columns` are those of the kind of rows, of all documents end to end.
-    `error` is the first row that ends the compilation, if any does.
+    `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones. `lengths`
+    (documents,) is the number of tokens of each. `columns` has the columns of the kind of rows, for all documents end
+    to end. `error` is the first row that ends the compilation, if any does.
     """
 
     tokens: NDArray[np.uint32]
@@ -46,7 +46,7 @@ class Encoded:
 
 
 def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
-    """The things of these names that the row at `where` carries and its text lacks, ready to be added up."""
+    """What the row at `where` carries but its text lacks, by these names, in a form that can be added up."""
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 
@@ -60,13 +60,13 @@ class RowEncoder:
             self._renderer(explicit_form(data))
 
     def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Document | DataError]:
-        """Each row's document, or what is wrong with it; the error's text has no place in it."""
+        """Each row's document, or what is wrong with the row. The error's text does not name the row's place."""
         read = [or_error(form.read, row) for row in rows]
         encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
     def turns(self, form: RowForm, row: Row) -> list[Turn]:
-        """The turns of a row. Raises `DataError` where it is not of this form."""
+        """The turns of a row. Raises `DataError` if it is not of this form."""
         return self._renderer(form).turns(form.read(row))
 
     def _renderer(self, form: RowForm) -> RowRenderer:
@@ -76,12 +76,13 @@ class RowEncoder:
 
 
 class _Fatal(Exception):
-    """A row ends the compilation."""
+    """Raised for a row that ends the compilation."""
 
 
 class Encoder:
-    """Turns batches into documents as the settings say, and counts what did not become one. Raises `ConfigError` as
-    `RowEncoder`.
+    """Turns batches into documents as the settings say, and counts the rows that became none.
+
+    Raises `ConfigError` as `RowEncoder`.
     """
 
     def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
@@ -121,7 +122,7 @@ class Encoder:
         result.bad_rows.append(str(error))
 
     def _documents(self, result: Encoded, where: str, example: Document) -> list[Document]:
-        """The documents of the example."""
+        """The documents that the example becomes."""
         length, limit = example.longest, self._data.sequence_length
         if length > limit and self._data.on_too_long == "fail":
             raise _Fatal(
@@ -147,7 +148,8 @@ def _joined(column: Column, documents: Sequence[Document]) -> NDArray[Any]:
 
 def documents_of(data: Data, example: Document, counters: Counters) -> list[Document]:
     """The documents that a row becomes: cut to the sequence length or into pieces, without those that train nothing.
-    `counters` counts what became of it."""
+
+    Adds the outcome to `counters`."""
     limit = data.sequence_length
     if example.longest < data.min_length:
         counters.dropped += 1
@@ -171,7 +173,7 @@ def documents_of(data: Data, example: Document, counters: Counters) -> list[Docu
 
 
 def nothing_to_train(what: str, counters: Counters) -> str:
-    """The refusal of data of which no row becomes a document; `what` is the setting that names it, or its files."""
+    """The message that refuses data if none of its rows becomes a document. `what` names its setting or its files."""
     return (
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows,"
         f" {counters.without_targets:,} without a token to train, {counters.dropped:,} dropped as too long or too"
@@ -180,7 +182,7 @@ def nothing_to_train(what: str, counters: Counters) -> str:
 
 
 def untagged_note(words: int | None) -> tuple[str, ...]:
-    """A sentence on so many words whose tags no token can carry, where there are any."""
+    """A sentence about words whose tags no token can carry, if there are any."""
     if not words:
         return ()
     return (
@@ -189,10 +191,9 @@ def untagged_note(words: int | None) -> tuple[str, ...]:
 
 
 def refusals(data: Data, what: str, counters: Counters, documents: Sequence[int]) -> list[str]:
-    """The reasons why rows that were all read cannot be trained on, in sentences: for a report on them and for their
-    compilation.
+    """Sentences that say why the rows, which were all read, cannot be trained on. Reports and compilations use them.
 
-    `what` is the setting that names them, `documents` how many there are of each source.
+    `what` is the setting that names the rows, `documents` the number of documents of each source.
     """
     if not sum(documents):
         return [nothing_to_train(what, counters)]

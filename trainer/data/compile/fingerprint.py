@@ -1,6 +1,4 @@
-"""The name of a compiled data set, which is known before anything is compiled: it covers everything that decides a
-token.
-"""
+"""The name of a compiled data set. It is known before the compilation, and covers everything that decides a token."""
 
 import hashlib
 import json
@@ -22,15 +20,16 @@ from trainer.data.source.files import SourceFile
 from trainer.data.source.held_out import EVERYTHING, Part
 from trainer.errors import NOT_JSON
 
-_DATED = "prints the date"  # what stands among a tokenizer's hashes where its own template does
+_DATED = "prints the date"  # an entry among a tokenizer's hashes, if its own template prints the date
 _OWN = Tokens()
 CHAPTER_BYTES = 4 * 2**30
 """Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
 
 
 def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
-    """SHA-256 of each of the files in a Hugging Face model directory that decide what a tokenizer does, and of the
-    run's own tokens, where there are any."""
+    """The SHA-256 of each file of a Hugging Face model directory that decides what a tokenizer does.
+
+    If the run adds tokens, also the SHA-256 of these."""
     contents = tokenizer_content(directory)
     for setting, own in (("model.add_tokens", list(tokens.added)), ("model.special_tokens", dict(tokens.special))):
         if own:
@@ -41,16 +40,17 @@ def hash_tokenizer(directory: Path, tokens: Tokens = _OWN) -> dict[str, str]:
 
 
 def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
-    """The facts that decide the tokens of a text in a run over `model`, whose small files are in `directory`:
-    `hash_tokenizer`, and the tokenizer's class where config.json has a say in it. The same files give Qwen2's class and
-    the general one other tokens.
+    """The facts that decide the tokens of a text in a run over `model`, whose small files are in `directory`.
+
+    These are `hash_tokenizer`, and the tokenizer's class if config.json decides it: from the same files, Qwen2's class
+    and the general one make different tokens.
 
     Raises:
         ConfigError: config.json is of a kind that is not supported.
     """
     hashes = hash_tokenizer(directory, model.tokens)
     config, settings = read_config(model.base, directory), directory / "tokenizer_config.json"
-    with suppress(FileNotFoundError, *NOT_JSON, AttributeError):  # whoever reads the tokenizer says so in a sentence
+    with suppress(FileNotFoundError, *NOT_JSON, AttributeError):  # the code that reads the tokenizer reports it
         named = json.loads(settings.read_bytes()).get("tokenizer_class")
         forced = read_architecture(config, model.layers, name=model.base).tokenizer
         taken = forced or named or config.get("tokenizer_class") or config["model_type"]
@@ -67,8 +67,8 @@ def fingerprint(
 ) -> str:
     """20 hex digits that change with the sources' content, the tokenizer, the template or a setting that matters.
 
-    `tokenizer_files` comes from `hash_tokens`. The sources' weights and packing belong to the epoch's plan and are not
-    in it.
+    `tokenizer_files` comes from `hash_tokens`. The sources' weights and the packing are not included, because they
+    belong to the epoch's plan.
 
     Raises:
         ConfigError: `data.template` cannot be read.
@@ -93,7 +93,7 @@ def _taken(file: SourceFile) -> list[Any]:
 
 
 def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """The settings that rows are read by. Where all sources have one form, they are those that name this format."""
+    """The settings for reading rows. If all sources have the same form, they are the settings that name this form."""
     forms = {file.source: file.form for file in files if file.form is not None}
     settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"}) | data.beyond_targets
     if len(set(forms.values())) > 1:
@@ -112,11 +112,11 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def count_chapters(files: Sequence[SourceFile]) -> int:
-    """How many chapters a data set of these sources has: 1 unless they are large."""
+    """The number of chapters that a data set of these sources gets: 1 unless they are large."""
     return max(1, -(-sum(map(_bytes_taken, files)) // CHAPTER_BYTES))
 
 
 def _bytes_taken(file: SourceFile) -> int:
-    """About so much of the file is taken, where that is a share of it."""
+    """About how many bytes of the file are taken, if a share of it is."""
     share = file.take.amount if file.take and file.take.amount < 1 else 1
     return int(share * file.size)

@@ -1,4 +1,4 @@
-"""The files of each of a run's data sets, which of their rows it has, and the settings that they are read by."""
+"""Finds the inputs of each of a run's data sets: its files, which of their rows it uses, and the reading settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ _SETS = "eval.sets."
 
 
 class Input(NamedTuple):
-    """The files of a data set, which of their rows it has, and the settings that they are read by."""
+    """The files of a data set, the part of their rows that it uses, and the settings for reading them."""
 
     files: list[SourceFile]
     part: Part
@@ -31,8 +31,7 @@ class Input(NamedTuple):
 
 
 def find(config: Config) -> dict[str, Input]:
-    """The files, and which of their rows, that "train" and, where there is any, "eval" are made of, and each of the
-    `eval.sets`, such as "eval.sets.general".
+    """The inputs of "train", of "eval" if there is one, and of each of `eval.sets`, such as "eval.sets.general".
 
     Raises:
         ConfigError: the objective cannot learn from the rows of a source.
@@ -44,8 +43,9 @@ def find(config: Config) -> dict[str, Input]:
 
 
 def with_labels(config: Config) -> Config:
-    """`config` with `data.labels`, for an objective whose head has an output for each: those of the rows of
-    `data.train`, unless they are set. Reads all of these rows.
+    """`config` with `data.labels` filled in, if the objective's head has an output for each label.
+
+    Labels that are not set are collected from all rows of `data.train`.
 
     Raises:
         ConfigError, DataError: as `find`, or there are not two classes.
@@ -62,10 +62,10 @@ def with_labels(config: Config) -> Config:
 
 @lru_cache(maxsize=4)
 def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
-    """The classes of all rows of the files of `data.train`: numbers by their size, else in the order of the alphabet.
+    """The classes of all rows in the files of `data.train`. Numbers are sorted by size, names alphabetically.
 
     Raises:
-        DataError: a file is damaged, there are not two classes, or two that a reader takes for one.
+        DataError: a file is damaged, there are fewer than two classes, or two classes look the same to a reader.
     """
     found = {label_name(value) for file in files for _, value in _classes(file)}
     if not found:
@@ -84,8 +84,9 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
 
 
 def _refuse_counting(labels: list[str], files: tuple[SourceFile, ...]) -> None:
-    """Raise `DataError` for an evaluation row whose class is a number, where the rows of `data.train` name theirs:
-    nobody said in which order numbers would count these names.
+    """Raise `DataError` if an evaluation row has a number as class while the rows of `data.train` have names.
+
+    The order in which such numbers count the names is unknown.
     """
     for where, value in (found for file in files for found in _classes(file)):
         if type(value) is int and label_name(value) not in labels:
@@ -96,8 +97,9 @@ def _refuse_counting(labels: list[str], files: tuple[SourceFile, ...]) -> None:
 
 
 def _classes(file: SourceFile) -> Iterator[tuple[str, Any]]:
-    """The place and the class of each row that has one; others are bad rows, which the compilation counts or
-    refuses.
+    """Yield the place and the class of each row that has a class.
+
+    Other rows are bad rows; the compilation counts or refuses them.
     """
     assert file.form is not None
     names = file.form.names
@@ -115,15 +117,13 @@ def _classes(file: SourceFile) -> Iterator[tuple[str, Any]]:
 
 
 def find_train(config: Config) -> Input:
-    """The part of `find` that is trained on."""
+    """The input of "train", as `find` gives it."""
     data = with_labels(config).data
     return Input(_read(config, data, data.train, "data.train"), Part(data.held_out, data.held_out_seed), data)
 
 
 def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dict[str, Input]:
-    """The part of `find` that is never trained on. `train` are the files of `data.train`, where they are known
-    already.
-    """
+    """The inputs of `find` that are never trained on. `train` has the files of `data.train` if they are known."""
     data, inputs = with_labels(config).data, dict[str, Input]()
     if data.eval:
         inputs["eval"] = Input(_read(config, data, data.eval, "data.eval"), EVERYTHING, data)
@@ -135,18 +135,17 @@ def find_evaluated(config: Config, train: list[SourceFile] | None = None) -> dic
 
 
 def _read_set(config: Config, data: Data, what: str) -> Input:
-    """One of `eval.sets`. The settings of the training rows hold for it as far as its own rows have a use for them."""
+    """The input of one of `eval.sets`. The settings of the training rows apply to it as far as its rows use them."""
     files = with_forms(config, data.for_rows("text"), expand(data.train, what), data.train, what, LIKELY)
     form = files[0].form
     return Input(files, EVERYTHING, data.for_rows(form.format) if form and data.format == "auto" else data)
 
 
 def check_sources(config: Config, tokenizer: Path) -> None:
-    """Raises what a run would end with before it reads all of its rows; `tokenizer` is the directory with the base's
-    files.
+    """Raise the errors that end a run before it reads all of its rows. `tokenizer` is the folder of the base's files.
 
     Raises:
-        ConfigError: as `find`, or there are conversations and no chat template.
+        ConfigError: as `find`, or there are conversations but no chat template.
         DataError: as `find`.
     """
     for files, _, data in find(config).values():
@@ -155,9 +154,7 @@ def check_sources(config: Config, tokenizer: Path) -> None:
 
 
 def has_conversations(file: SourceFile) -> bool:
-    """Whether the rows of a file are rendered by a chat template; answers that are compared may be texts, as their
-    first row tells.
-    """
+    """Whether a chat template renders the rows of a file. Compared answers may be texts; their first row decides."""
     form = file.form
     if form is None or not is_templated(form.kind):
         return False
@@ -168,9 +165,9 @@ def has_conversations(file: SourceFile) -> bool:
 
 
 def as_trained(config: Config) -> Data:
-    """The settings of the data with the kind of the training rows in the place of `format: auto`; conversations count
-    before other kinds. The settings stay as they are where the rows cannot be read here and now, or are answers, whose
-    prompts may be either kind."""
+    """The data settings, with `format: auto` replaced by the kind of the training rows, conversations first.
+
+    The settings stay unchanged if the rows cannot be read now, or are answers, whose prompts may be of either kind."""
     data = config.data
     if data.format != "auto":
         return data
@@ -194,10 +191,10 @@ def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:
-    """The fingerprints of `eval.sets` among those of `locate`, by the names of the sets."""
+    """Name of the set -> fingerprint, for those keys of `locate` that are `eval.sets`."""
     return {what.removeprefix(_SETS): key for what, key in keys.items() if what.startswith(_SETS)}
 
 
 def config_of_set(config: Config, name: str) -> Config:
-    """The settings of a run over one of `eval.sets` alone, by which its compiled rows are packed."""
+    """The settings of a run over one of `eval.sets` alone. Its compiled rows are packed by them."""
     return config.model_copy(update={"data": config.eval.sets[name].data(config.data)})

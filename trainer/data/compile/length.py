@@ -1,5 +1,6 @@
-"""The length of an epoch before anything is compiled for a run: by what an earlier start has compiled, else by the
-sizes of the files.
+"""The length of an epoch before a run compiles anything.
+
+It comes from data that an earlier start compiled, or is estimated from the sizes of the files.
 """
 
 from collections.abc import Sequence
@@ -18,18 +19,18 @@ from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
 
-# Bytes of a file that become one token. A token of English text has some four; the signs of JSON about make up for
-# added tokens.
+# Bytes of a file that become one token. A token of English text has about four bytes. JSON's punctuation and the tokens
+# that a template adds roughly cancel out.
 BYTES_A_TOKEN = 4
-# Bytes of text in a byte of a file that is compressed, as Parquet is too.
+# Bytes of text in one byte of a compressed file. Parquet is compressed too.
 _COMPRESSED = 3
 
 
 @dataclass(frozen=True)
 class EpochLength:
-    """An epoch of a run's training data: its tokens, and the packed rows that they make, where that can be told.
+    """An epoch of a run's training data: its tokens, and the packed rows that they make if that is known.
 
-    `bins` are the very rows of the first epochs, where they have been counted. Without `compiled` all is estimated from
+    `bins` has the exact rows of the first epochs if they were counted. Without `compiled` everything is estimated from
     `file_bytes`, the size of the files.
     """
 
@@ -41,11 +42,10 @@ class EpochLength:
 
 
 def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) -> EpochLength | None:
-    """The length of an epoch of the run; None where its files cannot be looked at, and for data sets of the Hub, which
-    are not downloaded for this.
+    """The length of an epoch of the run. None if its files cannot be read, or if they would have to be downloaded.
 
-    `tokenizer` is the directory with its files, or None where these are not here; `store` the run's, or None where it
-    does not answer.
+    `tokenizer` is the directory of the tokenizer's files, or None if they are not on this machine. `store` is the run's
+    store, or None if it does not answer. Data sets of the Hub are never downloaded for this.
     """
     if any(is_of_hub(source) for source in config.data.train):
         return None
@@ -65,7 +65,7 @@ def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) ->
 
 
 def _taken(source: Source, size: int, files: Sequence[SourceFile]) -> int:
-    """The bytes of `size` that `take` leaves; of a number of rows, by the length of the first ones."""
+    """How many bytes of `size` the source's `take` keeps. A number of rows is converted by the length of the first."""
     if source.take is None or source.take < 1:
         return int(size * (source.take or 1))
     first = next(batches(replace(files[0], take=None)), None)

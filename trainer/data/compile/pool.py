@@ -1,4 +1,4 @@
-"""Work on batches of rows, in this process or over all cores of the machine; a `Mapper` may have others too."""
+"""Runs work on batches of rows in this process or on all cores of the machine. A `Mapper` may use other machines."""
 
 import gc
 import multiprocessing
@@ -21,7 +21,7 @@ from trainer.processes.children import end_with_parent
 from trainer.store.scratch import scratch_folder
 
 _BATCHES_AHEAD = 8
-# Below this, starting other processes takes longer than the work.
+# For fewer bytes, starting other processes takes longer than the work.
 BYTES_FOR_PROCESSES = 16 * 2**20
 
 T = TypeVar("T")
@@ -29,10 +29,10 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Gives every batch's result together with what came beside the batch. The order is that of the batches, whatever
-    does the work.
+    """Yields the result of every batch with the value that came beside the batch, in the order of the batches.
 
-    `start` makes, in each process, what the batches are given to; what it raises is raised here, and once.
+    `start` makes, in each process, the function that handles the batches. If it raises, the mapper raises that error
+    once.
     """
 
     def __call__(
@@ -41,19 +41,19 @@ class Mapper(Protocol):
 
 
 def mapper_for(size: int, many: Mapper | None = None) -> Mapper:
-    """The mapper for sources of `size` bytes: this process if they are small, else `many` or a process a core."""
+    """The mapper for sources of `size` bytes: this process if they are small, else `many` or one process a core."""
     return partial(map_batches, processes=1) if size < BYTES_FOR_PROCESSES else many or map_on_cores
 
 
 def map_on_cores(work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]]) -> Iterator[tuple[R, T]]:
-    """A `Mapper` over a process for each core of this machine."""
+    """A `Mapper` with one process for each core of this machine."""
     return map_batches(work, start, len(os.sched_getaffinity(0)))
 
 
 def map_batches(
     work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]], processes: int
 ) -> Iterator[tuple[R, T]]:
-    """A `Mapper` over `processes` of this machine; 1 is this one."""
+    """A `Mapper` with so many `processes` on this machine. With 1 it works in this process."""
     here = start()
     if processes == 1:
         yield from ((here(batch), beside) for batch, beside in work)
@@ -79,8 +79,8 @@ def map_batches(
 
 @contextmanager
 def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) -> Iterator[ProcessPoolExecutor]:
-    # In a file, as what is handed to a process that starts goes through a pipe: with a tokenizer in it, which is larger
-    # than a pipe holds, each process would be started only when the one before has finished its imports.
+    # Pass `start` in a file. A new process gets its arguments through a pipe, and a tokenizer is larger than the pipe's
+    # buffer: each process would then start only after the one before has finished its imports.
     with scratch_folder("start") as folder:
         file = Path(folder, "start.pickle")
         file.write_bytes(pickle.dumps(start))
@@ -97,12 +97,12 @@ _worker: Callable[[Batch], Any] | None = None
 
 def _start_worker(start: str) -> None:
     global _worker
-    os.nice(10)  # ranks may train beside it
+    os.nice(10)  # ranks may be training on the same machine
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; what it means the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides what it means
     end_with_parent()
     _worker = pickle.loads(Path(start).read_bytes())()
-    gc.freeze()  # what was imported stays; without this a tenth of the time goes to looking through it for garbage
+    gc.freeze()  # imported modules stay; without this, garbage collection of them takes a tenth of the time
 
 
 def _work(batch: Batch) -> Any:

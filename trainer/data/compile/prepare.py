@@ -1,8 +1,8 @@
-"""From a run's inputs to compiled data: names the result, compiles what is missing.
+"""Prepares a run's data: names the compiled data sets, and compiles those that are missing.
 
-Happens before a process group exists: compiling can take long, and a collective would time out meanwhile. If the
-data has several chapters, a run needs only the first one to start; the process that owns its ranks may compile the
-others beside them.
+This happens before a process group exists, because compiling can take long and a collective would time out meanwhile.
+If the data has several chapters, a run needs only the first one to start. The process that owns the ranks may compile
+the others while they train.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ from trainer.store.store import Store
 class Datasets:
     """Fingerprints of a run's compiled data, which any rank can open from the store.
 
-    `epochs` are the bins of each epoch; they are counted where `train.epochs` ends the run, perhaps within the last of
-    them, or where something comes so many times in an epoch. `sets` are those of `eval.sets`, by name.
+    `epochs` has the bins of each epoch. They are counted if `train.epochs` ends the run, or if some event comes a given
+    number of times in an epoch. `sets` has the fingerprints of `eval.sets`, by name.
     """
 
     train: str
@@ -49,8 +49,9 @@ class Datasets:
 
     @property
     def evaluated(self) -> str | None:
-        """The fingerprint of the data whose loss decides what is kept and when a run ends: the unnamed, or without any
-        the first set.
+        """The fingerprint of the data whose loss decides which checkpoint is kept and when a run ends early.
+
+        It is that of `data.eval`, or else of the first set.
         """
         return self.eval or next(iter(self.sets.values()), None)
 
@@ -65,13 +66,14 @@ def prepare(
     progress: OnProgress = lambda what, now: None,
     mapper: Mapper | None = None,
 ) -> Datasets:
-    """Compile the run's training and evaluation data unless the store has them; `progress` gets the name in `find` too.
+    """Compile the run's training and evaluation data, unless the store has them.
 
-    `mapper` encodes what is not small, by default on this machine's cores.
+    `progress` gets the data set's name in `find`, and its progress. `mapper` encodes large data, by default on this
+    machine's cores.
 
     Raises:
-        DataError: a source is missing, unreadable, or holds nothing to learn from, or evaluation data is what is
-            trained on.
+        DataError: a source is missing, unreadable, or holds nothing to learn from, or evaluation data is also trained
+            on.
     """
     datasets, rest = prepare_start(config, base, store, progress, mapper)
     for _ in rest:
@@ -88,8 +90,8 @@ def prepare_start(
 ) -> tuple[Datasets, Iterator[int]]:
     """`prepare` as far as a run needs to start. Iterating over the second value compiles the rest, a chapter at a time.
 
-    It yields the number of each chapter. It is empty for data of one chapter, and where all bins have to be counted
-    first: `train.epochs` ends the run, or something comes so many times in an epoch.
+    The iterator yields the number of each chapter. It is empty for data of one chapter, and if all bins must be counted
+    first: `train.epochs` ends the run, or some event comes a given number of times in an epoch.
     """
     inputs = find(config)
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -119,9 +121,7 @@ def prepare_start(
 def prepare_evaluated(
     config: Config, base: Base, store: Store, progress: OnProgress = lambda what, now: None
 ) -> dict[str, str]:
-    """Compile the evaluation data alone; returns its fingerprints by the names of the sets, that of `data.eval` as
-    "eval".
-    """
+    """Compile only the evaluation data. Returns its fingerprints by name; that of `data.eval` is "eval"."""
     inputs = find_evaluated(config)
     keys = locate(config, base, inputs)
     for what, key in keys.items():
@@ -140,7 +140,7 @@ def _compile(
     progress: OnProgress,
     mapper: Mapper | None,
 ) -> Iterator[int]:
-    """Each chapter's number once it is compiled; the last one's where all are already."""
+    """Yield each chapter's number once it is compiled. If all are compiled already, yield only the last one's."""
     files, part, data = given
     last = count_chapters(files) - 1
     chapters = iter([last])
@@ -162,12 +162,12 @@ def _compile(
 
 
 def load_tokenizer(base: Base) -> Tokenizer:
-    """The run's tokenizer. Takes seconds of imports, so only what reads rows asks for it."""
+    """The run's tokenizer. Its imports take seconds, so only code that reads rows should call this."""
     return read_tokenizer(base.directory, base.name, base.tokens)
 
 
 def wait_until_prepared(config: Config, base: Base, store: Store, wait: Callable[[], None]) -> None:
-    """Return once another process has compiled the run's data into `store`; `wait` is called between two looks."""
+    """Return once another process has compiled the run's data into `store`. Calls `wait` between two checks."""
     for key in locate(config, base).values():
         while not _is_compiled(store, key):
             wait()
@@ -182,15 +182,16 @@ def _is_compiled(store: Store, key: str) -> bool:
 
 
 def locate(config: Config, base: Base, inputs: Mapping[str, Input] | None = None) -> dict[str, str]:
-    """The fingerprint of each of the data sets of `find`: known before anything is compiled. Raises as `find`."""
+    """The fingerprint of each data set of `find`, known before anything is compiled. Raises as `find`."""
     tokenizer = hash_tokens(base.directory, config.model)
     found = find(config) if inputs is None else inputs
     return {what: fingerprint(data, files, tokenizer, part) for what, (files, part, data) in found.items()}
 
 
 def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins]:
-    """The bins of the epochs that the run visits, the last of which may be a part only. A run that has begun goes on
-    from its place, to which another `train.global_batch` may have led."""
+    """The bins of the epochs that the run visits. The last epoch may be visited only in part.
+
+    A run that has begun continues from its place, which it may have reached with another `train.global_batch`."""
     order, train = train_order(config), config.train
     if train.epochs:
         return _epoch_bins(store, fingerprint, order, ceil(train.epochs))
@@ -206,12 +207,12 @@ def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins
 
 
 def training_place(checkpoint: CheckpointManifest | None) -> tuple[int, Position]:
-    """The step that a start goes on from, and where in the data."""
+    """The step and the place in the data from which a start continues."""
     return (checkpoint.step, Position.from_json(checkpoint.position)) if checkpoint else (0, Position())
 
 
 def _epoch_bins(store: Store, fingerprint: str, order: Order, epochs: int) -> list[EpochBins]:
-    """The bins of the first `epochs` epochs: planned once, and kept beside the data for the next start."""
+    """The bins of the first `epochs` epochs. They are counted once, and kept beside the data for the next start."""
     bins = kept_bins(store, fingerprint, order)
     if missing := range(len(bins), epochs):
         chapters = read_manifest(store, fingerprint).chapters

@@ -1,4 +1,4 @@
-"""Writes token shards, and a journal of them by which a killed compilation goes on after its last shard."""
+"""Writes token shards, and a journal with which a killed compilation continues after its last shard."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +23,14 @@ from trainer.store.store import Store
 
 
 class Place(Record):
-    """Where a compilation reads on in a source: batch `batch` of its file `file`, both from 0."""
+    """The place where a compilation continues to read a source: batch `batch` of its file `file`, both from 0."""
 
     file: Count = 0
     batch: Count = 0
 
 
 class JournalEntry(Record):
-    """The state after a shard, by which a compilation goes on as if nothing had happened. `next` has a place for each
-    source.
-    """
+    """The state after a shard, from which a compilation can continue. `next` has the place in each source."""
 
     shard: ShardRecord
     next: list[Place]
@@ -44,7 +42,7 @@ class JournalEntry(Record):
 class ShardWriter:
     """Collects encoded batches of one source after another, chapter after chapter, into shards.
 
-    Shards begin and end with a batch, so that a compilation can go on at one.
+    Shards consist of whole batches, so that a compilation can continue at a batch.
     """
 
     def __init__(self, folder: Store, sources: int) -> None:
@@ -72,7 +70,7 @@ class ShardWriter:
         self._tokens = 0
 
     def _resume(self) -> None:
-        """Go on after the last of the shards that the journal has without a gap; what is damaged is compiled again."""
+        """Continue after the last shard that the journal lists without a gap. Damaged shards are compiled again."""
         while True:
             key = _journal(len(self.shards))
             try:
@@ -86,9 +84,7 @@ class ShardWriter:
             self.left_out = entry.left_out or {}
 
     def add(self, source: int, batch: Encoded, after: Place) -> None:
-        """Take the documents and the counts of the chapter's next batch; `after` is the place behind it in its
-        source.
-        """
+        """Take the documents and the counts of the chapter's next batch. `after` is the next place in its source."""
         if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
             self.close()
             self._source = source
@@ -115,7 +111,7 @@ class ShardWriter:
         self._start()
 
     def forget(self) -> None:
-        """Remove the journal and the chapters' own manifests: the one of the whole says everything now."""
+        """Remove the journal and the manifests of single chapters. The manifest of the whole data set replaces them."""
         for number in range(len(self.shards)):
             self._folder.delete(_journal(number))
         for chapter in range(self.chapter):
@@ -148,7 +144,7 @@ class ShardWriter:
         )
 
     def _hashes(self) -> NDArray[np.uint64]:
-        """A batch at a time, as hashing takes several times the memory of the tokens."""
+        """Hash one batch at a time, because hashing takes several times the memory of the tokens."""
         every = [hash_documents(batch.tokens, batch.lengths) for batch in self._batches]
         return np.concatenate(every).astype(HASH)
 
@@ -158,8 +154,9 @@ def _journal(shard: int) -> str:
 
 
 def hash_documents(tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(documents,) a hash of the tokens of each and of their order; `tokens` are those of all, end to end. What is
-    trained of a document makes no difference, and nor does which answer of a pair is the better one."""
+    """A hash of each document's tokens and of their order, (documents,). `tokens` has all documents end to end.
+
+    The hash does not depend on which tokens are trained, or on which answer of a pair is the better one."""
     if not len(lengths):
         return np.zeros(0, np.uint64)
     starts = np.cumsum(lengths) - lengths

@@ -1,8 +1,7 @@
-"""Opens the chapters of a data set as a reader comes near them, and waits for those that are still compiled.
+"""Opens the chapters of a data set shortly before they are read, and waits for those that are not compiled yet.
 
-The process that compiles them owns the ranks (launcher/drive/driver.py): when it cannot go on it leaves its reason in
-the run's folder, and when it is killed without a word the ranks end with it. So a wait needs no time limit and no other
-sign of life.
+The process that compiles them owns the ranks (launcher/drive/driver.py). If it cannot go on, it leaves the reason in
+the run's folder. If it is killed, the ranks end with it. So a wait needs neither a time limit nor a heartbeat.
 """
 
 import json
@@ -20,15 +19,15 @@ from trainer.store.store import Store
 from trainer.store.twice import read_twice
 
 LOOK_SECONDS = 2.0
-# The one before, the one in use, and as many as the windows that are read ahead may be in.
+# The previous chapter, the one in use, and those in which the windows that are read ahead may lie.
 _OPEN = 4
 
 
 class Chapters:
     """`count` chapters. `open_chapter` opens one, or raises `NotFound` until it is compiled.
 
-    At most four are held. `given_up` gives the reason once no more of them will be compiled. `reads` says what reading
-    them had to repeat.
+    At most four are kept open. `given_up` returns the reason once no more of them will be compiled. `reads` counts
+    repeated reads.
     """
 
     def __init__(
@@ -47,10 +46,10 @@ class Chapters:
         self._opening = lru_cache(maxsize=_OPEN)(self._open)
 
     def get(self, chapter: int) -> Dataset:
-        """The chapter, however long it takes to be compiled.
+        """The chapter. Waits until it is compiled, however long that takes.
 
         Raises:
-            DataError, Stopped: it will not be.
+            DataError, Stopped: it will not be compiled.
             StorageError: it cannot be read, or is damaged.
         """
         self._needed.append(chapter)
@@ -65,17 +64,17 @@ class Chapters:
         return not self._uncompiled.isdisjoint(self._needed)
 
     def has(self, chapter: int) -> bool:
-        """Whether `get` would not wait; if it would, the chapter is opened in the background."""
+        """Whether `get` would return at once. If not, the chapter is opened in the background."""
         opening = self._opening(chapter)
         return opening.done() and opening.exception() is None
 
     def close(self) -> None:
-        """End all waits, also those for a store that is out of reach: nobody needs what they are for."""
+        """End all waits, also those for a store that is out of reach. Nobody needs the chapters any more."""
         self.reads.over.set()
         self._news.set()
 
     def look(self) -> None:
-        """Have those that wait look now: a chapter was just committed."""
+        """Make all waits check again now, because a chapter was just committed."""
         self._news.set()
         if not self.reads.over.is_set():
             self._news.clear()
@@ -85,7 +84,7 @@ class Chapters:
 
     def _wait_for(self, chapter: int) -> Dataset:
         while True:
-            error = self.reads.patiently(self._given_up)  # first: no chapter comes after it, so all ranks find the same
+            error = self.reads.patiently(self._given_up)  # first, so that all ranks agree: no chapter comes after it
             try:
                 data = self.reads.patiently(lambda: self._open_chapter(chapter))
             except NotFound:
@@ -101,32 +100,30 @@ class Chapters:
 
 
 def whole(dataset: Dataset) -> Chapters:
-    """The data set as one chapter. Evaluation reads a set so, whatever chapters it was compiled in."""
+    """The data set as one chapter. Evaluation reads a set in this way, whatever chapters it was compiled in."""
     return Chapters(1, lambda _: dataset, reads=dataset.reads)
 
 
 def open_chapters(store: Store, fingerprint: str, folder: Store) -> Chapters:
-    """The chapters of a data set for the ranks of `folder`; the first one is there."""
+    """The chapters of a data set for the ranks of `folder`. The first one must be compiled."""
     count = read_manifest(store, fingerprint, chapter=0).chapters
     return Chapters(count, partial(open_chapter, store, fingerprint), lambda: given_up(folder))
 
 
 def give_up(folder: Store, error: BaseException) -> None:
-    """Tell the ranks of `folder` that no more of its data will be compiled, or sampled, as they may be waiting for
-    it.
-    """
+    """Tell the ranks of `folder`, which may be waiting, that no more of its data will be compiled or sampled."""
     reason = {"reason": str(error), "stopped": isinstance(error, Stopped)}
     folder.put(layout.NO_MORE_DATA, json.dumps(reason).encode())
 
 
 def forget_given_up(folder: Store) -> None:
-    """Let the data come now that an earlier start had to give up."""
+    """Clear what an earlier start left with `give_up`, because the data is compiled or sampled again now."""
     folder.delete(layout.NO_MORE_DATA)
 
 
 @read_twice
 def given_up(folder: Store) -> CapstanError | None:
-    """Why no more of its data comes; None where some may."""
+    """The reason why no more of the folder's data will come. None if more may come."""
     try:
         given = json.loads(folder.get(layout.NO_MORE_DATA))
         return (Stopped if given["stopped"] else DataError)(given["reason"])

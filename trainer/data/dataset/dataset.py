@@ -1,10 +1,10 @@
-"""The compiled data set: its format, and verified reading of it. `docs/data-format.md` describes it for other tools.
+"""The format of a compiled data set, and its verified reading. `docs/data-format.md` describes it for other tools.
 
-A folder holds shards of documents and a manifest, written last. Shard i is three files: `tokens-i.bin`, the tokens of
-its documents end to end; `documents-i.bin`, where each begins; `blocks-i.bin`, the first document and a SHA-256 of
-every block. A block is the unit of reading and of checking: up to 256 documents and, unless one document alone is
-longer, up to 1 MiB of tokens. Shards belong to chapters: a large data set has several, and each can be opened as soon
-as it is compiled.
+A folder holds shards of documents and a manifest, which is written last. Shard i is three files: `tokens-i.bin` has the
+tokens of its documents end to end, `documents-i.bin` where each document begins, and `blocks-i.bin` the first document
+and the SHA-256 of every block. A block is the unit of reading and of checking: up to 256 documents and up to 1 MiB of
+tokens, or one document that is longer. Shards belong to chapters. A large data set has several chapters, and each can
+be opened as soon as it is compiled.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ BLOCK_TOKENS = 2**18
 SHARD_TOKENS = 2**24
 # Enough requests in flight to hide a bucket's latency.
 _READERS = 16
-# A store that restarts, or a gateway that is replaced, takes minutes; a run's ranks wait for it together.
+# A restart of a store, or a new gateway, takes minutes. All ranks of a run wait for it together.
 _PATIENCE_SECONDS = 300.0
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -51,8 +51,9 @@ T = TypeVar("T")
 
 @dataclass
 class Reads:
-    """Counts what reading had to repeat: requests because the store failed, blocks because their hash differed. Once it
-    is `over`, nobody needs what is read, and nothing is repeated."""
+    """Counts repeated reads: requests after a failure of the store, and blocks whose hash differed.
+
+    Once `over` is set, nobody needs the data any more, and nothing is repeated."""
 
     retried: int = 0
     refetched: int = 0
@@ -63,14 +64,14 @@ class Reads:
         return self.retried + self.refetched
 
     def patiently(self, request: Callable[[], T]) -> T:
-        """A request that is repeated while the store is out of reach: it may be restarting."""
+        """Make a request, and repeat it while the store is out of reach, because the store may be restarting."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
                 return request()
             except Unreachable:
-                # Python waits for the threads that read ahead when it ends, so that these must not wait for the store.
+                # When Python exits it joins the threads that read ahead, so they must stop waiting for the store then.
                 if time.monotonic() + pause > deadline or self.over.wait(pause):
                     raise
                 self.retried += 1
@@ -85,8 +86,9 @@ class Reads:
         digests: Sequence[bytes],
         damaged: Callable[[int, int], Damaged],
     ) -> list[Buffer]:
-        """Ranges of an object whose SHA-256 are `digests`. A range that differs is read once more; if it differs again,
-        `damaged` makes the error that is raised."""
+        """Read ranges of an object, and check their SHA-256 against `digests`.
+
+        A range that differs is read once more. If it differs again, the error that `damaged` makes is raised."""
         found = self.patiently(lambda: store.get_ranges(key, starts, ends))
         for number, (start, end, digest) in enumerate(zip(starts, ends, digests, strict=True)):
             if hashlib.sha256(found[number]).digest() != digest:
@@ -99,8 +101,9 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Some blocks in memory: `parts` has for each of `numbers` its (tokens,) uint32, with `TARGET_BIT` set on trained
-    ones, and `columns` the values of each column.
+    """Some blocks in memory. `parts` holds the tokens of each of `numbers`, and `columns` the values of each column.
+
+    Each part is (tokens,) uint32, with `TARGET_BIT` set on trained tokens.
     """
 
     dataset: "Dataset"
@@ -133,7 +136,7 @@ class Blocks:
         return [self.columns[name][block][begin:end] for block, begin, end in places]
 
     def _tokens(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """For each document the place of its block in `parts`, and of its tokens in the block."""
+        """For each document the place of its block in `parts`, and where its tokens begin and end in the block."""
         data, firsts = self.dataset, self.dataset.blocks[self.numbers]
         index = np.searchsorted(firsts, documents, side="right") - 1
         begins = data.offsets[firsts[index]]
@@ -142,8 +145,10 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class StoredColumn:
-    """A column of a data set. `begins` (blocks,) and `ends` are where the values of each block lie in the file of its
-    shard, and `digests` their SHA-256; `files` are the shards' own.
+    """A column of a data set. `files` has one file for each shard.
+
+    `begins` (blocks,) and `ends` say where the values of each block lie in the file of its shard, and `digests` are the
+    SHA-256 of the values.
     """
 
     record: ColumnRecord
@@ -159,19 +164,19 @@ class StoredColumn:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened data set, or a chapter of one. Documents are numbered through its shards, and so are blocks.
+    """An opened data set, or one of its chapters. Documents are numbered across all shards, and so are blocks.
 
     Attributes:
-        manifest: with no shards but those that are open.
+        manifest: the manifest with only the shards that are open.
         store: the folder of the data set.
         offsets: (documents + 1,) int64, where each document begins in the data set, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_shards: (blocks,) int32, the shard that each block lies in.
         shard_starts: (shards,) int64, where each shard begins in the data set, in tokens.
         digests: the SHA-256 of each block's tokens.
-        columns: those that documents have beside their tokens, by their names.
-        first_document: the number that its first document has in the whole data set.
-        reads: what reading had to repeat.
+        columns: the columns that documents have beside their tokens, by name.
+        first_document: the number of its first document in the whole data set.
+        reads: counts repeated reads.
     """
 
     manifest: DatasetManifest
@@ -196,7 +201,7 @@ class Dataset:
         return np.diff(self.offsets)
 
     def block(self, number: int) -> "Dataset":
-        """The data set of one of its blocks alone."""
+        """A data set that holds only this block."""
         first, last = self.blocks[number : number + 2].tolist()
         part = slice(number, number + 1)
         return replace(
@@ -210,7 +215,7 @@ class Dataset:
         )
 
     def read(self, numbers: NDArray[np.int64]) -> Blocks:
-        """The blocks of these `numbers`, which rise.
+        """The blocks with these `numbers`, which must be ascending.
 
         Raises:
             StorageError: a block is not what was written, also after a second attempt, or the store is out of reach.
@@ -219,7 +224,7 @@ class Dataset:
         for block in numbers.tolist():
             by_shard.setdefault(int(self.block_shards[block]), []).append(block)
         with ThreadPoolExecutor(_READERS) as pool:
-            # Blocks of a shard follow each other, and so do the shards: the parts are in the order of the numbers.
+            # Blocks of a shard follow each other, and so do the shards. So the parts are in the order of the numbers.
             parts = [part for shard in pool.map(self._read_tokens, by_shard, by_shard.values()) for part in shard]
             columns = {
                 name: [
@@ -232,7 +237,7 @@ class Dataset:
         return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts], columns)
 
     def documents(self, block: int) -> list[NDArray[np.uint32]]:
-        """The tokens of each document of one of its blocks; raises as `read`."""
+        """The tokens of each document of one block. Raises as `read`."""
         read = self.read(np.array([block]))
         return [read.gather(np.array([number])) for number in range(*self.blocks[block : block + 2].tolist())]
 
@@ -264,10 +269,10 @@ class Dataset:
 
 
 def open_dataset(store: Store, fingerprint: str) -> Dataset:
-    """Open a compiled data set, whole; `store` is the root that runs share. Reads all lengths, but no tokens.
+    """Open a whole compiled data set. `store` is the root that runs share. Reads all lengths, but no tokens.
 
     Raises:
-        NotFound: it is not there, or its manifest was not written yet.
+        NotFound: it does not exist, or its manifest was not written yet.
         StorageError: it is damaged, or of another format.
     """
     manifest = read_manifest(store, fingerprint)
@@ -288,7 +293,7 @@ def open_chapter(store: Store, fingerprint: str, chapter: int) -> Dataset:
 
 
 def _open_shards(store: Store, manifest: DatasetManifest, shards: list[ShardRecord], before: int) -> Dataset:
-    """The data set of these `shards` alone; so many documents lie `before` them."""
+    """A data set with only these `shards`. `before` is the number of documents before them."""
     folder = store.sub(layout.dataset(manifest.fingerprint))
     with ThreadPoolExecutor(_READERS) as pool:
         offsets = list(pool.map(reader(folder, OFFSET), [shard.documents_file for shard in shards]))
@@ -321,11 +326,11 @@ def _columns_of(shards: list[ShardRecord]) -> Mapping[str, ColumnRecord]:
 
 
 def _open_column(folder: Store, name: str, shards: list[ShardRecord], blocks: list[int]) -> StoredColumn:
-    """The column of these shards, each of which has so many blocks."""
+    """The column of these shards. `blocks` is the number of blocks in each shard."""
     begins, ends, files, digests = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[str](), list[bytes]()
     record = _columns_of(shards)[name]
     for shard, count in zip(shards, blocks, strict=True):
-        assert shard.columns is not None  # the manifest sees to that
+        assert shard.columns is not None  # the manifest guarantees it
         own = shard.columns[name]
         index = reader(folder, COLUMN_BLOCK)(own.blocks_file)
         size = np.dtype(own.dtype).itemsize * prod(own.shape)
@@ -340,8 +345,9 @@ def _open_column(folder: Store, name: str, shards: list[ShardRecord], blocks: li
 
 
 def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
-    """Reads the binary files of a data set, each of them whole; raises `Damaged` for one that is not what was
-    written.
+    """A function that reads a binary file of a data set as a whole.
+
+    It raises `Damaged` if the file is not what was written.
     """
 
     @read_twice
@@ -349,7 +355,7 @@ def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
         where = f"{folder.uri}/{file.key}"
         try:
             data = folder.get(file.key)
-        except NotFound as error:  # a caller takes that for a data set that is not compiled yet, and waits
+        except NotFound as error:  # a caller would take it for a data set that is not compiled yet, and wait
             raise damaged(where, "it does not exist") from error
         if len(data) != file.size or hashlib.sha256(data).hexdigest() != file.sha256:
             raise damaged(where, "it is not what was written: its SHA-256 differs")
@@ -361,8 +367,8 @@ def reader(folder: Store, dtype: np.dtype) -> Callable[[FileRecord], NDArray]:
 def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64], firsts: NDArray[np.uint64]) -> None:
     """Raises `Damaged` unless documents and blocks follow each other from the shard's first token to its last.
 
-    `offsets` (documents + 1,) are where its documents begin, in tokens, and the end; `firsts` (blocks,) each block's
-    first.
+    `offsets` (documents + 1,) say where its documents begin, in tokens, and where the last ends. `firsts` (blocks,) is
+    the first document of each block.
     """
     borders = np.append(firsts, np.uint64(shard.documents))
     whole = offsets[0] == 0 and offsets[-1] == shard.tokens and borders[0] == 0
@@ -371,8 +377,9 @@ def _check_index(folder: Store, shard: ShardRecord, offsets: NDArray[np.uint64],
 
 
 def write_shard(folder: Store, suffix: str, tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> dict[str, Any]:
-    """Write the files that every shard has; their records by the fields of `ShardRecord`. `offsets` (documents + 1,)
-    say where its documents begin.
+    """Write the files that every shard has. Returns their records, by the fields of `ShardRecord`.
+
+    `offsets` (documents + 1,) say where its documents begin.
     """
     contents = {"tokens": tokens.astype(TOKEN), "documents": offsets.astype(OFFSET), "blocks": _blocks(tokens, offsets)}
     return {
@@ -389,7 +396,7 @@ def write_column(
     tokens: NDArray[np.uint32],
     offsets: NDArray[np.int64],
 ) -> ColumnRecord:
-    """Write the `values` of a column, (values, *shape), of a shard with these `tokens` and `offsets`."""
+    """Write the `values` of a column, (values, *shape), for a shard with these `tokens` and `offsets`."""
     before = {
         "document": np.arange(len(offsets)),
         "token": offsets,
@@ -412,7 +419,7 @@ def write_column(
 
 
 def _firsts(offsets: NDArray[np.int64]) -> list[int]:
-    """The first document of each block of a shard, and the number of all."""
+    """The first document of each block of a shard, then the number of all documents."""
     firsts = [0]
     while firsts[-1] < len(offsets) - 1:
         fitting = int(np.searchsorted(offsets, offsets[firsts[-1]] + BLOCK_TOKENS, side="right")) - 1

@@ -1,6 +1,6 @@
-"""The manifest of a compiled data set, format 3: what it consists of, and the proof that it is whole.
+"""The manifest of a compiled data set, format 3: a list of its content, which proves that it is complete.
 
-Each of the objects beside the tokens is JSON with a `sha256` of its own canonical form in it.
+Each object beside the tokens is JSON that holds the `sha256` of its own canonical form.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from trainer.store.twice import read_twice
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-# Bytes of a token, of an offset, of a block and of a hash in the binary files; see trainer/data/dataset/binary.py.
+# The sizes in bytes of a token, an offset, a block and a hash in the binary files; see trainer/data/dataset/binary.py.
 _TOKEN, _OFFSET, _BLOCK, _HASH = 4, 8, 40, 8
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
@@ -31,19 +31,19 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """Something that is written as JSON beside the tokens."""
+    """An object that is written as JSON beside the tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
     def sealed(self) -> bytes:
-        """Its JSON, without what is empty in most data sets: `None` has no key."""
+        """Its JSON with its hash. A field that is `None`, as in most data sets, has no key."""
         tree = self.model_dump(mode="json", exclude_none=True)
         return json.dumps({**tree, _SEAL: digest_of(tree)}, indent=1, ensure_ascii=False).encode()
 
 
 @read_twice
 def read_record(kind: type[R], folder: Store, key: str) -> R:
-    """The record whose `sealed` bytes are under `key`. Raises `Damaged` for anything else, and `NotFound`."""
+    """Read the record whose `sealed` bytes are under `key`. Raises `NotFound`, or `Damaged` for any other bytes."""
     where = f"{folder.uri}/{key}"
     return _record(kind, _tree(folder.get(key), where), where)
 
@@ -86,14 +86,15 @@ class FileRecord(Record):
 
     @classmethod
     def put(cls, folder: Store, key: str, content: bytes) -> "FileRecord":
-        """Write the object; its record."""
+        """Write the object, and return its record."""
         folder.put(key, content)
         return cls(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 class ColumnRecord(Record):
-    """A column of a shard's documents (trainer/data/format/row_format.py): its values end to end, and where those of
-    each block begin.
+    """A column of a shard's documents (trainer/data/format/row_format.py).
+
+    It records the file of its values, end to end, and where the values of each block begin.
     """
 
     dtype: str
@@ -104,8 +105,9 @@ class ColumnRecord(Record):
 
 
 class ShardRecord(Record):
-    """A shard holds documents of one source in one chapter only. Those of rollouts have no
-    hashes and two files of their own, see trainer/data/dataset/rollouts.py."""
+    """A shard. It holds documents of one source and one chapter only.
+
+    A shard of rollouts has no hashes, and two files of its own; see trainer/data/dataset/rollouts.py."""
 
     source: Count
     chapter: Count
@@ -130,7 +132,7 @@ class ShardRecord(Record):
 
 
 class SourceRecord(Record):
-    """The share of one source. `files` are its files' URIs."""
+    """One source's share of the data set. `files` are the URIs of its files."""
 
     documents: Count = 0
     tokens: Count = 0
@@ -139,8 +141,10 @@ class SourceRecord(Record):
 
 
 class Counters(Record):
-    """Counts of rows: all, those that are no documents, and those that were cut to the sequence length. Where rows have
-    labels, the desired answers that can be trained on; where words have tags, those whose tag no token can carry."""
+    """Counts of rows: all rows, those that became no document, and those that were cut to the sequence length.
+
+    If rows have labels, also the desired answers that can be trained on. If words have tags, also the words whose tag
+    no token can carry."""
 
     rows: Count = 0
     bad_rows: Count = 0
@@ -157,15 +161,15 @@ class Counters(Record):
 
 
 class LeftOut(Record):
-    """Rows that carry something which their text does not contain: how many, and the places of the first."""
+    """Rows that carry something which their text does not contain: their number, and the places of the first ones."""
 
     rows: Count = 0
     examples: list[str] = []
 
 
 def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None:
-    """Add to `total` what was found in the rows behind it. Rows can bring any number of names; the first ones are
-    kept.
+    """Add `more`, which was found in later rows, to `total`. It keeps only the first names, because rows may bring any
+    number of them.
     """
     for what, found in more.items():
         if what in total or len(total) < _LEFT_OUT_NAMES:
@@ -175,15 +179,15 @@ def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None
 
 
 def made_of(column: ColumnRecord) -> tuple[str, str, tuple[int, ...]]:
-    """The form of its values, which is the same in all shards."""
+    """The form of the column's values, which is the same in all shards."""
     return column.dtype, column.per, tuple(column.shape)
 
 
 class DatasetManifest(Record):
-    """The content of a data set of so many `chapters`, or of those that are compiled so far.
+    """The content of a data set with `chapters` chapters, or of those that are compiled so far.
 
-    `bad_rows` describes the first few of them, as `file:line: reason`. `left_out` is there where the chat template
-    leaves out something that rows carry.
+    `bad_rows` describes the first few bad rows, as `file:line: reason`. `left_out` is set if the chat template leaves
+    out something that rows carry.
     """
 
     format: Literal[3]
@@ -219,13 +223,13 @@ class DatasetManifest(Record):
 
 
 def chapter_key(chapter: int) -> str:
-    """The manifest up to and with `chapter`, while later ones are still compiled."""
+    """The key of the manifest up to and including `chapter`, which exists while later chapters are compiled."""
     return f"chapter-{chapter:05d}.json"
 
 
 @read_twice
 def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) -> DatasetManifest:
-    """The manifest of a whole data set; where a `chapter` is given, one with this chapter and all before it suffices.
+    """The manifest of a whole data set. If a `chapter` is given, one with this chapter and all before it is enough.
 
     Raises:
         NotFound: it was not written yet.
@@ -237,7 +241,7 @@ def read_manifest(store: Store, fingerprint: str, chapter: int | None = None) ->
         for key in (MANIFEST, chapter_key(chapter)):
             with contextlib.suppress(NotFound):
                 return _parsed(folder.get(key), f"{folder.uri}/{key}", fingerprint)
-    # Also where it was written between the two looks, and the chapter's own removed.
+    # The whole manifest may also have been written, and the chapter's removed, between the two reads above.
     return _parsed(folder.get(MANIFEST), f"{folder.uri}/{MANIFEST}", fingerprint)
 
 

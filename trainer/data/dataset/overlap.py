@@ -1,9 +1,7 @@
-"""Documents of an evaluation set that are trained on: a loss over those tells what was learnt by heart, not what was
-learnt.
+"""Finds documents of an evaluation set that the run also trains on. A loss over these measures memorisation.
 
-A compilation keeps a hash of 8 bytes for each document, over its tokens alone: the same text is the same document in
-whatever file it stands and whatever of it is trained. Two sets are compared once, and what was found is kept beside the
-training data.
+A compilation keeps an 8-byte hash of each document's tokens. So the same text counts as the same document in any file,
+and whichever of its tokens are trained. Two sets are compared once, and the result is kept beside the training data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,8 +22,9 @@ _SAID_SHARE = 0.01
 
 
 class Overlap(Record):
-    """The documents of an evaluation set that are training documents too, as far as the training data is compiled, out
-    of all its documents.
+    """How many documents of an evaluation set are also training documents, out of all its documents.
+
+    Only training data that is already compiled is compared.
     """
 
     shared: Count
@@ -38,8 +37,9 @@ class Overlap(Record):
 
 
 def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The name of each set and a sentence, where some of its documents are trained on. `train` and `evaluated` are
-    fingerprints.
+    """Yield the name of each set that shares documents with the training data, and a sentence about it.
+
+    `train` and `evaluated` are fingerprints.
 
     Raises:
         DataError: a set is the training data, or a part of it.
@@ -59,7 +59,7 @@ def refuse_overlaps(store: Store, train: str, evaluated: Mapping[str, str]) -> I
 
 
 def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
-    """The documents that two compiled sets share; None where one has no hashes, as sampled answers have none."""
+    """The documents that two compiled sets share. None if one set has no hashes; sampled answers have none."""
     manifest = read_manifest(store, train, chapter=0)
     chapters = 1 + max(shard.chapter for shard in manifest.shards)
     folder, key = store.sub(layout.dataset(train)), f"overlap-{evaluated}.json"
@@ -81,14 +81,14 @@ def overlap_of(store: Store, train: str, evaluated: str) -> Overlap | None:
 
 
 def document_hashes(store: Store, fingerprint: str) -> NDArray[np.uint64] | None:
-    """(documents,) of a compiled set; None where it has no hashes."""
+    """The hashes of a compiled set's documents, (documents,). None if it has no hashes."""
     manifest = read_manifest(store, fingerprint)
     found = list(_hashes(store, fingerprint, manifest))
     return np.concatenate(found) if len(found) == len(manifest.shards) > 0 else None
 
 
 def _hashes(store: Store, fingerprint: str, manifest: DatasetManifest) -> Iterator[NDArray[np.uint64]]:
-    """Those of the documents of each shard."""
+    """Yield the hashes of the documents of each shard."""
     read = reader(store.sub(layout.dataset(fingerprint)), HASH)
     for shard in manifest.shards:
         if shard.hashes_file is not None:

@@ -2,8 +2,9 @@
 
     data/<fingerprint>/reference-<hash of the facts>.safetensors
 
-Its tensor `log_p` is (documents, answers) F32, in nats; an answer that is not computed yet has NaN. The metadata are
-JSON: `facts`, which decide the values, `progress`, which is null once all are there, and a `sha256` of the three.
+Its tensor `log_p` is (documents, answers) F32, in nats, with NaN for an answer that is not computed yet. The metadata
+are JSON: the `facts` that decide the values, `progress`, which is null once all values are there, and a `sha256` of the
+three.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ class References:
 
 
 def references_key(facts: Mapping[str, Any]) -> str:
-    """The key in the folder of the data set: other facts, another object."""
+    """The key in the folder of the data set. Different facts give a different object."""
     return f"reference-{digest_of(facts)[:20]}.safetensors"
 
 
@@ -47,11 +48,11 @@ def write_references(folder: Store, facts: Mapping[str, Any], references: Refere
 
 @read_twice
 def read_references(folder: Store, facts: Mapping[str, Any], documents: int) -> References:
-    """Those that were written with the same facts.
+    """Read the references that were written with the same facts.
 
     Raises:
         NotFound: there are none.
-        Damaged: they are not what was written, or of another number of documents.
+        Damaged: they are not what was written, or have another number of documents.
     """
     key = references_key(facts)
     data = folder.get(key)

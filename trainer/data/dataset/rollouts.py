@@ -1,4 +1,4 @@
-"""Sampled answers as data: a chapter for each step, in the run's own folder. It is committed once, and trained on once.
+"""Sampled answers as data: a chapter for each step, in the run's folder. It is committed once and trained on once.
 
     <run>/rollouts/<key>/data/chapter-000000012/
         manifest.json           a data set of one chapter and shard (trainer/data/dataset/manifest.py); written last,
@@ -11,8 +11,8 @@
                                 with a create-only PUT
         judged-<attempt>.bin    fp32 (targets,): its log p of each in nats
 
-Of two processes that sample, or judge, the same chapter one commits. What is not committed when its process dies is
-sampled, or judged, again.
+If two processes sample or judge the same chapter, only one of them commits it. If a process dies before it commits, the
+chapter is sampled or judged again.
 """
 
 import json
@@ -48,13 +48,14 @@ _COLUMNS = np.dtype(("<f4", (2,)))
 _LOG_P = np.dtype("<f4")
 _BYTES = np.dtype("u1")
 _JUDGED = "judged.json"
-_NUMBERS = 2**32  # so far apart are the numbers of the documents of two chapters
+_NUMBERS = 2**32  # the distance between the document numbers of two consecutive chapters
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to a prompt, by their tokens, and for each of the answer's the sampler's log p in nats; one advantage,
-    or one for each; `shown` is the line of samples.
+    """The tokens of a prompt and of one answer to it, with the sampler's log p of each answer token in nats.
+
+    The answer has one advantage, or one for each of its tokens. `shown` is its line in the samples.
     """
 
     prompt: Sequence[int]
@@ -73,7 +74,7 @@ def is_committed(place: Store, number: int) -> bool:
 
 
 def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapping[str, Any]) -> bool:
-    """Make these the chapter of this number in the folder of the rollouts; False where another process was faster."""
+    """Commit these rollouts as the chapter of this number. Returns False if another process was faster."""
     name = layout.chapter_of_rollouts(number)
     folder, attempt = _folder(place, number), secrets.token_hex(8)
     tokens, columns = list[NDArray[np.uint32]](), list[NDArray[np.float32]]()
@@ -108,9 +109,7 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
 
 
 def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]) -> bool:
-    """Create the record by which the files count; False where another process was faster, and then the files are
-    removed.
-    """
+    """Create the record that commits the files. If another process was faster, remove the files and return False."""
     try:
         folder.create(key, record.sealed())
     except AlreadyExists:
@@ -121,8 +120,9 @@ def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]
 
 
 class _Judgement(Record):
-    """The file of a teacher's log p of a chapter's targets, and the mean of the sampler's less these, in nats a
-    token.
+    """The file of a teacher's log p of a chapter's targets.
+
+    It also has the mean of the sampler's log p minus the teacher's, in nats a token.
     """
 
     file: FileRecord
@@ -134,7 +134,7 @@ def is_judged(place: Store, number: int) -> bool:
 
 
 def commit_judgement(place: Store, number: int, log_p: NDArray[np.float32], divergence: float) -> bool:
-    """Make this what the teacher says of the chapter's targets; False where another process was faster."""
+    """Commit the teacher's log p of the chapter's targets. Returns False if another process was faster."""
     folder, key = _folder(place, number), f"judged-{secrets.token_hex(8)}.bin"
     file = FileRecord.put(folder, key, log_p.astype(_LOG_P).tobytes())
     return _commit(folder, _JUDGED, _Judgement(file=file, divergence=divergence), [file])
@@ -145,7 +145,7 @@ def _judgement(folder: Store) -> _Judgement:
 
 
 def read_figures(place: Store, number: int) -> dict[str, Any]:
-    """The figures of a committed chapter. Raises `Damaged` where it is not what was written."""
+    """The figures of a committed chapter. Raises `Damaged` if the file is not what was written."""
     name = layout.chapter_of_rollouts(number)
     (shard,) = read_manifest(place, name).shards
     assert shard.samples_file is not None
@@ -154,9 +154,10 @@ def read_figures(place: Store, number: int) -> dict[str, Any]:
 
 
 class Rollouts:
-    """The chapters of the folder `place`, of which there may be `count`, and the columns of their documents. Where a
-    teacher judges them (`judged`), a chapter is ready when it has done so, and the advantage of a token is the
-    teacher's log p less the sampler's."""
+    """The chapters in the folder `place`, at most `count`, and the columns of their documents.
+
+    With `judged` a teacher judges each chapter. A chapter is ready only after that, and the advantage of a token is the
+    teacher's log p minus the sampler's."""
 
     def __init__(self, place: Store, count: int, *, judged: bool = False) -> None:
         self.place, self._judged = place, judged
@@ -167,14 +168,14 @@ class Rollouts:
         return (is_judged if self._judged else is_committed)(self.place, number)
 
     def figures(self, number: int) -> dict[str, Any]:
-        """The figures of a chapter that is ready. Raises `Damaged` where it is not what was written."""
+        """The figures of a chapter that is ready. Raises `Damaged` if the file is not what was written."""
         found = read_figures(self.place, number)
         if self._judged:
             found["divergence"] = _judgement(_folder(self.place, number)).divergence
         return found
 
     def read(self, documents: Sequence[int]) -> NDArray[np.float32]:
-        """(targets, 2) of these documents, in their order: the sampler's log p in nats, and the advantage."""
+        """The sampler's log p in nats and the advantage of these documents' targets, in order: (targets, 2)."""
         rows = [np.zeros((0, 2), np.float32)]
         for number in documents:
             data, every = self._columns(number // _NUMBERS)
@@ -184,16 +185,16 @@ class Rollouts:
         return found[~np.isnan(found[:, 0])]
 
     def forget_before(self, number: int) -> None:
-        """Remove the chapters before this one, which nobody will train on again, but for their samples."""
+        """Remove the chapters before this one, except their samples. Nobody will train on these chapters again."""
         old = layout.dataset(layout.chapter_of_rollouts(number))
         every = self.place.list(old.partition("/")[0] + "/")
         gone = [entry.key for entry in every if entry.key < old and "/samples-" not in entry.key]
-        # The manifests first: what has none is no chapter.
+        # Remove the manifests first: a folder without one is no chapter.
         for key in sorted(gone, key=lambda key: not key.endswith(MANIFEST)):
             self.place.delete(key)
 
     def _open(self, number: int) -> Dataset:
-        """The chapter. Raises `NotFound` until it is ready, so that nobody reads ahead what is not."""
+        """Open the chapter. Raises `NotFound` until it is ready, so that nobody reads an unfinished chapter ahead."""
         if not self.is_ready(number):
             raise NotFound(f"{self.place.uri} has not yet all of {layout.chapter_of_rollouts(number)}.")
         data = open_dataset(self.place, layout.chapter_of_rollouts(number))

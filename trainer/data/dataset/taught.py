@@ -1,16 +1,17 @@
-"""A teacher's log-probabilities of a data set's targets: a folder beside the data, which any run with such a teacher
-reads.
+"""A teacher's log-probabilities of a data set's targets. All runs with the same teacher read them.
+
+They lie in a folder beside the data:
 
     data/<fingerprint>/teacher-<hash of its settings>/
         teacher.json             its settings, what it was made of, and the form of the records
         block-000000007.bin      a record for each target of the documents in block 7 of the data set, in their order
-        block-000000007.json     which are each document's, and their SHA-256; written second, it commits the block
+        block-000000007.json     the records of each document, and their SHA-256; written second, it commits the block
         whole.json               the first document of each block and the totals; written last
 
-A record is little-endian: the ids of the teacher's k likeliest tokens, the likeliest first, in 2 bytes each for a
-vocabulary of at most 65,536 tokens, else in 4; then their log-probabilities in nats and that of all other tokens
-together, F16. It has no padding. Each object is whole and checks itself, so what a pass has written before it was
-killed is kept.
+A record is little-endian and has no padding. First come the ids of the teacher's k likeliest tokens, the likeliest
+first, in 2 bytes each for a vocabulary of at most 65,536 tokens, else in 4. Then come their log-probabilities in nats,
+and that of all other tokens together, F16. Each object can be verified by itself, so a pass that was killed keeps what
+it wrote.
 """
 
 import hashlib
@@ -33,13 +34,14 @@ from trainer.tuning.objective.teacher import Teacher, id_bytes
 
 _TEACHER, _WHOLE = "teacher.json", "whole.json"
 _BLOCK = re.compile(r"block-(\d{9})\.json")
-# The log p that a token gets which the teacher excludes: F16 still has it, and it is small enough for no probability.
+# The log p of a token that the teacher excludes. F16 can represent it, and its probability rounds to zero.
 _LEAST = -1000.0
 
 
 class TeacherRecord(Record):
-    """The `settings` that name a teacher, and the `facts` that decide its values; k tokens of `vocabulary` are
-    stored.
+    """The `settings` that name a teacher, and the `facts` that decide its values.
+
+    For each target k of the `vocabulary` tokens are stored.
     """
 
     format: Literal[1] = 1
@@ -62,7 +64,9 @@ class BlockRecord(Record):
 
 
 class WholeRecord(Record):
-    """`firsts` has the first document of each block, and behind them the number of all. `values` is a hash over those
+    """The record that a teacher is stored completely.
+
+    `firsts` has the first document of each block, then the number of all documents. `values` is a hash over the hashes
     of all values.
     """
 
@@ -73,14 +77,14 @@ class WholeRecord(Record):
 
 
 class Likeliest(NamedTuple):
-    """`ids` (targets, k) int64, and `log_p` (targets, k + 1) fp32 in nats, the last of the tail."""
+    """`ids` (targets, k) int64, and `log_p` (targets, k + 1) fp32 in nats; the last is that of all other tokens."""
 
     ids: NDArray[np.int64]
     log_p: NDArray[np.float32]
 
 
 def teacher_folder(data: Store, settings: Mapping[str, Any]) -> Store:
-    """The folder of the teacher with these settings, in that of the data set."""
+    """The folder of the teacher with these settings, inside the folder of the data set."""
     return data.sub(f"teacher-{digest_of(settings)[:20]}")
 
 
@@ -93,8 +97,9 @@ def read_teacher(folder: Store) -> TeacherRecord | None:
 
 
 def begin_teacher(folder: Store, teacher: Teacher, facts: Mapping[str, Any], vocabulary: int) -> TeacherRecord:
-    """The record of the folder, made now unless it is there. Raises `ConfigError` where a teacher of other `facts` has
-    written there.
+    """The record of the folder, which is written now if it does not exist yet.
+
+    Raises `ConfigError` if a teacher with other `facts` has written there.
     """
     k = min(teacher.top_k, vocabulary)
     record = TeacherRecord(settings=teacher.to_json(), facts=dict(facts), k=k, vocabulary=vocabulary)
@@ -116,7 +121,7 @@ def written_blocks(folder: Store) -> set[int]:
 
 
 def write_block(folder: Store, record: TeacherRecord, block: int, documents: Sequence[Likeliest]) -> int:
-    """Write what the teacher says of each document of the block; returns its targets."""
+    """Write the teacher's values of each document of the block. Returns the number of its targets."""
     parts = list[bytes]()
     for ids, log_p in documents:
         values = np.zeros(len(ids), record.dtype)
@@ -130,7 +135,7 @@ def write_block(folder: Store, record: TeacherRecord, block: int, documents: Seq
 
 
 def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], targets: int) -> WholeRecord:
-    """Say that all blocks are there."""
+    """Write the record that all blocks are there."""
     values = digest_of([_record(BlockRecord, folder, _key(block, "json")).digests for block in range(len(firsts) - 1)])
     whole = WholeRecord(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize, values=values)
     folder.put(_WHOLE, whole.sealed())
@@ -138,7 +143,7 @@ def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], 
 
 
 def read_whole(folder: Store) -> WholeRecord | None:
-    """The totals of a teacher that is stored whole, else None."""
+    """The totals of a teacher that is stored completely, else None."""
     try:
         return _record(WholeRecord, folder, _WHOLE)
     except NotFound:
@@ -146,16 +151,18 @@ def read_whole(folder: Store) -> WholeRecord | None:
 
 
 def taught_identity(store: Store, dataset: str, teacher: Teacher) -> dict[str, Any]:
-    """The hash of all that a stored teacher says of the data set, which a checkpoint must share to be continued;
-    nothing before it is there.
+    """The hash of all values of a stored teacher. It must equal a checkpoint's to resume from it.
+
+    Empty until the teacher is stored completely.
     """
     whole = read_whole(teacher_folder(store.sub(layout.dataset(dataset)), teacher.to_json()))
     return {"teacher_values": whole.values} if whole else {}
 
 
 class StoredTeacher:
-    """Reads what a teacher says of documents, by their numbers in the whole data set. Each is read when it is needed,
-    and checked.
+    """Reads a teacher's values of documents, by their numbers in the whole data set.
+
+    A document's values are read when they are needed, and verified.
     """
 
     def __init__(self, folder: Store, record: TeacherRecord, whole: WholeRecord, reads: Reads) -> None:
@@ -164,7 +171,7 @@ class StoredTeacher:
         self._block = lru_cache(maxsize=4096)(self._read_block)
 
     def read(self, documents: Sequence[int]) -> Likeliest:
-        """Read what it says of the targets of the `documents`, in this order.
+        """Read the values of the targets of the `documents`, in this order.
 
         Raises:
             StorageError: they are not what was written, also after a second attempt, or the store is out of reach.
@@ -178,7 +185,7 @@ class StoredTeacher:
             )
         records = np.frombuffer(b"".join(found[number] for number in numbers.tolist()), self._dtype)
         log_p = records["log_p"].astype(np.float32)
-        # Rounding to 16 bits may leave a sum that is not 1.
+        # After rounding to 16 bits the probabilities may not sum to 1.
         log_p -= np.logaddexp.reduce(log_p, axis=1, keepdims=True)
         return Likeliest(records["ids"].astype(np.int64), log_p)
 

@@ -1,5 +1,6 @@
-"""How the rows of a source are read: which of the formats in trainer/data/format/known most of them are of, and under
-which names their fields are."""
+"""Finds out how the rows of a source are read: the format that most of them have, and the names of their fields.
+
+The formats are in trainer/data/format/known."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ Result = TypeVar("Result")
 FORMATS = cast(Mapping[str, RowFormat], ROW_FORMATS)
 """Every format of rows, as a whole; the settings know some facts of each."""
 
-# Other names of fields than those that a format looks for by itself; they are proposed to the user.
+# Common names of fields that no format looks for by itself. Capstan proposes them to the user.
 _OFTEN_CALLED = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("question", "instruction", "query", "input"),
@@ -28,16 +29,15 @@ _OFTEN_CALLED = {
     "label": ("desired", "is_good", "thumbs_up"),
 }
 
-# Fields that an answer may depend on, whatever else is in a row.
+# Fields that an answer may depend on, in a row of any format.
 _KNOWN = ("system", "instruction", "context", "input", "history", "tools")
 
 
 @dataclass(frozen=True)
 class RowForm:
-    """How the rows of a source are read: their format, and (field, name) where the row's name is not the format's
-    first.
+    """How the rows of a source are read: their format, and (field, name) for each field with another name.
 
-    `unread` are the fields that the rows had beside them when the form was found out.
+    `unread` lists the other fields that the rows had when the form was detected.
     """
 
     format: str
@@ -54,9 +54,7 @@ class RowForm:
         return {name: FORMATS[self.format].called(name)[0] for name in FORMATS[self.format].fields} | dict(self.fields)
 
     def read(self, row: Row) -> Row:
-        """The row as one of its kind, whose fields `renderer_fields` renames. Raises `DataError` for a row of another
-        format.
-        """
+        """Convert the row to its kind; `renderer_fields` renames the fields. Raises `DataError` for another format."""
         found = FORMATS[self.format]
         if found.read is None:
             return row
@@ -71,7 +69,7 @@ class RowForm:
         return {} if FORMATS[self.format].read else dict(self.fields)
 
     def unused(self, row: Row) -> list[str]:
-        """The fields of a row that its format has no use for."""
+        """The fields of a row that its format does not read."""
         used = set(self.names.values())
         return [name for name in row if name not in used]
 
@@ -92,9 +90,7 @@ def explicit_form(data: Data) -> RowForm:
 
 
 def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
-    """The form of a row of `format`, some of whose fields have a `given` name; None if the row is none of that
-    format.
-    """
+    """The form of a row of `format`. `given` names some of its fields. None if the row does not have that format."""
     found, names = FORMATS[format], dict[str, str]()
     for name in FORMATS[format].fields:
         called = (given[name],) if name in given else found.called(name)
@@ -106,9 +102,7 @@ def form_of(row: Row, format: str, given: Mapping[str, str]) -> RowForm | None:
 
 
 def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]) -> RowForm | None:
-    """The form that most of the rows have, one of these `kinds` if there is any; None if they are of no format known
-    here.
-    """
+    """The form that most of the rows have, if possible one of these `kinds`. None if they have no known format."""
     known = [format for format in FORMATS if given.keys() <= set(FORMATS[format].fields)]
     for formats in (
         [f for f in known if FORMATS[f].kind in kinds],
@@ -122,10 +116,10 @@ def detect(rows: Sequence[Row], given: Mapping[str, str], kinds: Collection[str]
 
 
 def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> RowForm:
-    """The form of rows of one format: each field has the name by which most of the rows say something, if any does."""
+    """The form of rows of one format. Each field gets the name under which most rows have a non-empty value."""
 
     def holders(call: str) -> tuple[int, int]:
-        """The rows that say something under this name, and all that have it."""
+        """The number of rows with a non-empty value under this name, and of all rows that have it."""
         values = [row[call] for row in rows if call in row]
         return sum(value not in (None, "", [], {}) for value in values), len(values)
 
@@ -139,9 +133,7 @@ def _common_form(format: str, rows: Sequence[Row], given: Mapping[str, str]) -> 
 
 
 def lost_fields(form: RowForm, rows: Iterable[Row]) -> list[str]:
-    """The fields of known meaning that no part of the form reads, where a row of it says something there and nowhere
-    else.
-    """
+    """The fields of known meaning that the form does not read, although a row has a value there and nowhere else."""
     own = [row for row in rows if form_of(row, form.format, dict(form.fields))]
     return [
         name for name in _KNOWN if name not in form.names.values() and any(_is_lost(form, row, name) for row in own)
@@ -158,7 +150,7 @@ def _is_lost(form: RowForm, row: Row, name: str) -> bool:
 
 
 def wider_form(form: RowForm, rows: Iterable[Row], lost: Collection[str]) -> RowForm | None:
-    """A form that reads of these rows what `form` reads and the `lost` fields, too; None if there is none."""
+    """A form that reads the same of these rows as `form`, and also the `lost` fields. None if there is none."""
     if (wider := FORMATS[form.format].wider) is None:
         return None
     format, renamed = wider
@@ -180,8 +172,9 @@ def or_error(read: Callable[[Row], Result], row: Row) -> Result | DataError:
 
 
 def missing_field(row: Row, name: str, called: str, kind: str) -> DataError:
-    """The error for a row without the field `name`, which it should have as `called`; proposes the setting that reads
-    it.
+    """The error for a row that lacks the field `name`, expected under the name `called`.
+
+    It proposes a setting that reads the row.
     """
     return DataError(f"no field {called!r} (the row has: {', '.join(row) or 'none'}); {_proposal(row, name, kind)}")
 
@@ -197,5 +190,5 @@ def _proposal(row: Row, name: str, kind: str) -> str:
 
 
 def as_read(data: Data, form: RowForm) -> Data:
-    """The settings for rows that were read: those of the form's kind."""
+    """The settings for rows that were converted: those of the form's kind."""
     return data.model_copy(update={"format": form.kind, "fields": form.renderer_fields})

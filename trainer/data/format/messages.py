@@ -1,4 +1,4 @@
-"""Reads the messages and tools of a row, in OpenAI's or ShareGPT's form, as a chat template wants them."""
+"""Reads the messages and tools of a row, in OpenAI's or ShareGPT's form, and converts them for a chat template."""
 
 import re
 from itertools import accumulate
@@ -20,9 +20,9 @@ _SHAREGPT = {
     "chatgpt": "assistant",
 }
 _CALLS = "function_call"
-# Either says whether a message, or a part of its content, is trained; axolotl's files have the second.
+# Either key says whether a message, or a part of its content, is trained. axolotl's files have the second.
 FLAGS = ("weight", "train")
-# Axolotl's list of ranges of a content's characters, each with whether it is trained; those in none are not.
+# Axolotl's list of character ranges of a content. Each says whether it is trained; characters in no range are not.
 DETAIL = "train_detail"
 MASKS = (*FLAGS, DETAIL)
 """The keys by which rows say what is trained of them."""
@@ -31,7 +31,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 UNTRAINED = "untrained"
 """The key, here alone, of the ranges of a content's characters that are not trained: sorted, disjoint and not empty."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Far above what the longest sequence can keep; it would take minutes and gigabytes to tokenize.
+# Longer texts are refused. The limit is far above the longest sequence; such a text takes minutes and gigabytes.
 LONGEST_TEXT = 16 * 2**20
 
 Message = dict[str, Any]
@@ -40,7 +40,7 @@ with `train: true` where it is though it is not the assistant's."""
 
 
 def read_messages(value: Any) -> list[Message]:
-    """Raises `DataError` with the turn, from 1, for what is no conversation."""
+    """The messages of a conversation. Raises `DataError` with the number of the turn, from 1, if it is none."""
     if not isinstance(value, list) or not value:
         raise DataError(f"the messages are {_kind(value)}, and not a list with at least one message")
     return [_message(message, turn) for turn, message in enumerate(value, 1)]
@@ -62,7 +62,7 @@ def _message(message: Any, turn: int) -> Message:
         role, names = given, _ROLES
         if rest.get("tool_calls"):
             rest["tool_calls"] = _tool_calls(rest["tool_calls"], turn)
-            content = content or ""  # a call needs no words
+            content = content or ""  # a message with a call needs no content
     if role not in _ROLES:
         raise DataError(f"turn {turn} has the role {given!r}; allowed are {', '.join(names)}")
     content, silent = _joined(content, turn, "content")
@@ -70,15 +70,15 @@ def _message(message: Any, turn: int) -> Message:
     if message.get(DETAIL) is not None:
         silent = _not_in_detail(message[DETAIL], len(content), turn)
     if flags.get("train") and role == "assistant":
-        del flags["train"]  # it says what holds anyway
+        del flags["train"]  # it only repeats the default
     return {**rest, **flags, **({UNTRAINED: silent} if silent else {}), "role": role, "content": content}
 
 
 def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
-    """A content as text, and what of it is not trained: OpenAI's form may give it in parts.
+    """A content as text, and its untrained spans. OpenAI's form may give the content in parts.
 
-    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are pieces of one
-    text.
+    Servers join parts by line breaks (vLLM's chat_utils.py). Parts that say whether they are trained are joined without
+    them, as pieces of one text.
     """
     if not isinstance(content, list) or not content:
         return content, []
@@ -100,8 +100,9 @@ def _joined(content: Any, turn: int, key: str) -> tuple[Any, list[Span]]:
 
 
 def _not_in_detail(detail: Any, length: int, turn: int) -> list[Span]:
-    """The ranges of a content that `train_detail` leaves untrained; its offsets are of characters, and the last one is
-    in the range.
+    """The ranges of a content that `train_detail` leaves untrained.
+
+    Its offsets count characters, and the end offset is part of the range.
     """
     spans = list[Span]()
     for part in detail if isinstance(detail, list) else [detail]:
@@ -118,7 +119,7 @@ def _not_in_detail(detail: Any, length: int, turn: int) -> list[Span]:
 
 
 def _written_calls(content: Any, turn: int) -> list[Any]:
-    """ShareGPT's calls of tools: JSON of one with name and arguments, or of a list of them."""
+    """ShareGPT's tool calls: JSON of one call with name and arguments, or of a list of calls."""
     calls = _json(text_of(content, f"content of turn {turn}"), f"calls of turn {turn}")
     named = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
     return _tool_calls(named, turn)
@@ -129,7 +130,7 @@ def _is_sharegpts(message: Message) -> bool:
 
 
 def without_system(messages: list[Message]) -> list[Message]:
-    """The messages behind the system message that they begin with. Raises `DataError` where there are none."""
+    """The messages without the system message at the beginning. Raises `DataError` if none are left."""
     if messages[0]["role"] != "system":
         return messages
     if len(messages) == 1:
@@ -138,12 +139,12 @@ def without_system(messages: list[Message]) -> list[Message]:
 
 
 def own_keys(message: Message) -> set[str]:
-    """The keys of a row's message that its form gives a meaning; the template may know others, or not."""
+    """The keys of a message that have a meaning in its form. The template may know further keys."""
     return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}
 
 
 def is_trained(message: Message) -> bool:
-    """Whether OpenAI's `weight` lets a message be trained."""
+    """Whether a message is trained according to OpenAI's `weight`."""
     return message.get("weight") != 0
 
 
@@ -160,9 +161,7 @@ def _role_of(given: Any) -> str | None:
 
 
 def _flags(message: Message, turn: int) -> Message:
-    """The `weight` by which a message, or a part of one, is trained, whichever key gives it, and whether it asks to be
-    trained.
-    """
+    """The `weight` of a message or of a part, from whichever key it has, and whether the row asks to train it."""
     for flag in FLAGS:
         if message.get(flag) not in (None, 0, 1):
             raise DataError(f"turn {turn} has the {flag} {message[flag]!r}; allowed are 0, which is not trained, and 1")
@@ -172,7 +171,7 @@ def _flags(message: Message, turn: int) -> Message:
 
 
 def _tool_calls(calls: Any, turn: int) -> list[Any]:
-    """Calls as templates want them: OpenAI writes their arguments as a string of JSON."""
+    """Calls in the form of templates. OpenAI writes the arguments as JSON in a string; this parses them."""
     if not isinstance(calls, list):
         raise DataError(f"the tool calls of turn {turn} are {_kind(calls)}, and not a list")
     for call in calls:
@@ -189,7 +188,7 @@ def _arguments(arguments: Any, turn: int) -> Any:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The functions that a conversation may call: objects, or JSON of them."""
+    """The functions that a conversation may call, given as objects or as JSON."""
     tools = _json(value, "tools") if isinstance(value, str) and value else value
     if not tools:
         return None
@@ -208,7 +207,7 @@ def _json(text: str, name: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str:
-    """`value`, which messages call `name`. Raises `DataError` unless it is a string that can be tokenized."""
+    """`value`, if it is a string that can be tokenized. Otherwise raises `DataError`, which calls it `name`."""
     if not isinstance(value, str):
         raise DataError(f"the {name} is {_kind(value)}, and not a string")
     if len(value) > LONGEST_TEXT:

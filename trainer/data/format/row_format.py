@@ -1,9 +1,9 @@
-"""The formats that rows may have, and the kinds that they become.
+"""The interfaces of a row format and of a row kind.
 
-A format says how it is recognised, and how its rows become those of a kind. A kind says how its rows are tokenized,
-which settings suit it, and which columns its documents have beside their tokens. A file of trainer/data/format/known
-names its formats in `ROW_FORMATS` and its kinds in `ROW_KINDS`. The configuration reads both tables, so this file and
-those import nothing of trainer.config, unless in a function.
+A format says how Capstan recognises it, and how its rows are converted to a kind. A kind says how its rows are
+tokenized, which settings apply to it, and which columns its documents have beside their tokens. A file of
+trainer/data/format/known lists its formats in `ROW_FORMATS` and its kinds in `ROW_KINDS`. The configuration reads both
+tables, so this file and those import trainer.config only inside functions.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,19 @@ from trainer.errors import DataError
 
 Row = dict[str, Any]
 Values = Mapping[str, Any]
-"""The values of a row by the names that fields have here, without those that the row lacks."""
+"""The values of a row by the format's names of the fields. Fields that the row lacks are left out."""
 MESSAGES = ("messages", "conversations", "conversation")
-"""The names that data sets give the field of a conversation."""
+"""The names that data sets use for the field of a conversation."""
 OPTIONAL = ("system", "history", "input", "tools")
 """The fields that a row may lack, in every format that has them."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Values that documents have beside their tokens: of numpy's `dtype`, one for each document, for each target, or
-    for each token, in their order. Each value is an array of `shape`.
+    """Values that documents have beside their tokens: one for each document, target or token, in their order.
 
-    They are stored, packed and given to the objective as they are, in `MicroBatch.columns`.
+    Each value is an array of `shape` with numpy's `dtype`. Capstan stores and packs the values unchanged, and the
+    objective finds them in `MicroBatch.columns`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Column:
 
 
 TEMPLATED = ("thinking", "template", "today")
-"""The settings of the section `data` that rows read which a chat template renders."""
+"""The settings of the section `data` that apply to rows which a chat template renders."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,19 @@ class RowKind:
     """One kind of rows.
 
     Attributes:
-        renderer: makes the renderer of such rows (trainer/data/render/document.py), with a tokenizer and the section
+        renderer: makes the renderer of such rows (trainer/data/render/document.py) from a tokenizer and the section
             `data`.
         reads: the settings of `data` that only some kinds read, as trainer/config/data/row_kinds.py lists them.
-        loss_on: the values that `data.loss_on` may have; none where rows say themselves what is trained.
+        loss_on: the values that `data.loss_on` may have; none if rows say themselves what is trained.
         trained: the word for what is trained by default. It is part of a data set's fingerprint.
-        fixed: why `data.loss_on` has no effect, where it has none, after "whose rows".
-        parted: what a split of a row would part, for kinds whose rows are never split.
-        segments: the segments of a row that one document is, at most.
-        has_likelihood: whether a document is text with a likelihood of its own, and no answer to be judged.
-        columns: those that each document has.
-        counters: the counts of trainer/data/dataset/manifest.py that every data set of this kind has, be they 0.
-        objective: an objective that learns from such rows, to propose.
+        fixed: why `data.loss_on` has no effect, if it has none; the clause continues "whose rows".
+        parted: what a split of a row would separate, for kinds whose rows are never split.
+        segments: the largest number of segments of a packed row that one document takes.
+        has_likelihood: whether a document is text whose likelihood is meaningful, and not an answer to be judged.
+        columns: the columns that each document has.
+        counters: the counts of trainer/data/dataset/manifest.py that every data set of this kind has, even if they
+            are 0.
+        objective: an objective that learns from such rows, to propose to the user.
     """
 
     renderer: Callable[[Any, Any], Any]
@@ -78,12 +79,12 @@ class RowFormat:
 
     Attributes:
         fields: the fields that it reads, as `data.fields` renames them.
-        kind: the format that its rows become before they are tokenized; what is trained follows from it.
-        fits: whether a row with these values is of the format.
-        read: makes a row of the format's kind of the values; None where the row is one already.
-        names: names that rows give a field, where there are others than the field's own; the first is looked for first.
-        place: of the formats that fit equally many of the first rows, the one with the lowest place is taken.
-        wider: a format that reads more fields than this one, and what those of this one are called there.
+        kind: the kind that its rows are converted to before they are tokenized. It decides what is trained.
+        fits: whether a row with these values has the format.
+        read: converts the values to a row of the kind; None if the row already is one.
+        names: other names that rows use for a field, in the order in which they are looked for.
+        place: the priority among formats that fit equally many of the first rows; the lowest wins.
+        wider: a format that reads more fields than this one, and its names for the fields of this one.
     """
 
     fields: tuple[str, ...]
@@ -96,7 +97,7 @@ class RowFormat:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The fields without which `read` cannot do."""
+        """The fields that `read` requires."""
         return tuple(name for name in self.fields if name not in OPTIONAL)
 
     def called(self, name: str) -> tuple[str, ...]:
@@ -127,11 +128,11 @@ def fit_talks(*names: str) -> Callable[[Values], bool]:
     return lambda values: is_talk(*map(values.get, names))
 
 
-# The parts that rows of several families are read into.
+# Functions that several families of formats share.
 
 
 def ask(values: Values) -> list[dict[str, Any]]:
-    """Alpaca's system message, history and question: the instruction, and the input on the next line."""
+    """Alpaca's system message, history and question: the instruction, with the input on the next line."""
     asked = [text_of(values.get(name) or "", name) for name in ("instruction", "input")]
     messages = with_system(values, [])
     history = values.get("history") or []
@@ -147,7 +148,7 @@ def says(role: str, content: Any) -> dict[str, Any]:
 
 
 def with_system(values: Values, messages: list[Any]) -> list[Any]:
-    """The messages after the system message that the row has beside them, if they do not begin with one."""
+    """Put the row's separate system message before the messages, unless they begin with one."""
     system = values.get("system")
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if not system or "system" in (first.get("role"), first.get("from")):
@@ -156,7 +157,7 @@ def with_system(values: Values, messages: list[Any]) -> list[Any]:
 
 
 def tools(values: Values) -> Any:
-    """The tools as chat templates want them: LLaMA-Factory's are the functions alone."""
+    """The tools in the form of chat templates. LLaMA-Factory's rows have only the functions, without their type."""
     found = read_tools(values.get("tools"))
     return found and [tool if "type" in tool else {"type": "function", "function": tool} for tool in found]
 

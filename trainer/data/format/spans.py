@@ -7,7 +7,7 @@ Span = tuple[int, int]
 
 
 def joined(spans: Iterable[Span]) -> list[Span]:
-    """The characters that are in any of the spans, as spans that are sorted and disjoint."""
+    """The union of the spans, sorted and disjoint."""
     result: list[Span] = []
     for start, end in sorted(spans):
         if result and start <= result[-1][1]:
@@ -31,7 +31,7 @@ def without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def shared_beginning(one: str, other: str) -> int:
     """How many characters both begin with."""
-    if other.startswith(one):  # most often, and much faster than a look at each character
+    if other.startswith(one):  # the common case, and much faster than comparing each character
         return len(one)
     return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 

@@ -1,11 +1,11 @@
-"""JSON whose objects name each key once. Python's own reader keeps the last of two values without a word."""
+"""Reads JSON and refuses objects with a key twice. Python's own reader silently keeps the last of two values."""
 
 import json
 from typing import Any
 
 
 class TwiceNamed(ValueError):
-    """An object of JSON has one key twice, so nobody knows which of the two values is meant."""
+    """A JSON object has one key twice, so it is unclear which of the two values is meant."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"an object has the key {key!r} twice; keep one of them")
@@ -35,9 +35,7 @@ class StrictDecoder(json.JSONDecoder):
 
 
 def loads(text: str | bytes) -> Any:
-    """The value of a text of JSON. Raises `TwiceNamed` for an object with a key twice, and as `json.loads` for what is
-    not JSON.
-    """
+    """The value of a JSON text. Raises `TwiceNamed` for an object with a key twice, else the errors of `json.loads`."""
     decoder = StrictDecoder()
     value = decoder.decode(text if isinstance(text, str) else text.decode())
     if decoder.twice is not None:

@@ -1,6 +1,4 @@
-"""Finds what a conversation carries and its rendered text does not contain: a chat template may ignore what it does not
-know.
-"""
+"""Finds parts of a conversation that its rendered text lacks. A chat template may ignore what it does not know."""
 
 import json
 import re
@@ -15,19 +13,18 @@ END_OF_TURN = "end of turn"
 """The name of an end that the template does not write behind an assistant's turn, so that none is trained. Behind it
 may stand the tag that begins the next turn."""
 _WORD = re.compile(r"\w+")
-# A text is recognised by so many of its words, or by so many letters of a long word. Anything may stand between the
-# words.
+# A text is recognised by its first so many words, or by so many letters of a long word. Any characters that belong to
+# no word may stand between the words.
 _WORDS, _LONG_WORD = 20, 100
-# JSON writes a line break as \n. Both are two characters of white space here, so that places stay what they are.
+# JSON writes a line break as \n. Both characters of such an escape become white space, so that no place moves.
 _ESCAPE = re.compile(r"\\[a-z]")
 
 
 def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) -> list[str]:
-    """Each thing that `text` lacks, once: `tool_calls`, another key of a message, or the content of a role.
+    """The parts that `text` lacks, each named once: `tool_calls`, another key of a message, or the content of a role.
 
-    `given` are the row's own messages, and `messages` what became of them. A thing is there when it stands after the
-    message before, as it is or with other characters between its words: templates trim text, and write some of it as
-    JSON.
+    `given` are the row's own messages, and `messages` their converted form. A part counts as present if its words stand
+    after the message before, with any characters between them: templates trim text, and write some of it as JSON.
     """
     missing: dict[str, None] = {}
     rendered = _Rendered(text)
@@ -39,7 +36,7 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
                 continue
             place = rendered.end_of(piece, begin)
             if place is None and what.startswith("content"):
-                place = rendered.end_of(piece, 0)  # a system message may move to another place
+                place = rendered.end_of(piece, 0)  # a template may move a system message
             if place is None:
                 missing[what] = None
             else:
@@ -49,7 +46,7 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
 
 
 def in_words(name: str) -> str:
-    """The parts that are left out, in words for people."""
+    """The name of a part that is left out, in words for the user."""
     if not name.startswith(END_OF_TURN):
         return name
     what = "the end of the assistant's turns, for which the template writes no token"
@@ -65,7 +62,7 @@ def in_words(name: str) -> str:
 
 
 def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
-    """The texts that a message carries, each after its name."""
+    """Yield the name and the text of each part of a message."""
     yield f"content of {message['role']}", message["content"].strip()
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"].get("name"), call["function"]["arguments"]
@@ -78,7 +75,7 @@ def _pieces(raw: dict[str, Any], message: Message) -> Iterator[tuple[str, str]]:
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """The texts in a value of JSON."""
+    """Yield all strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -90,7 +87,7 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 class _Rendered:
-    """The text of a conversation, in which pieces are searched."""
+    """The rendered text of a conversation, in which pieces are searched."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -100,7 +97,7 @@ class _Rendered:
         return _ESCAPE.sub("  ", self._text)
 
     def end_of(self, piece: str, begin: int) -> int | None:
-        """Where `piece`, or enough of it to know it by, ends in the text from `begin` on."""
+        """The end of `piece` in the text from `begin` on, or of enough of its words. None if it is not there."""
         for written in (piece, json.dumps(piece, ensure_ascii=False)[1:-1]):
             place = self._text.find(written, begin)
             if place >= 0:
@@ -110,7 +107,6 @@ class _Rendered:
             words.append(found[0][:_LONG_WORD])
             if len(found[0]) > _LONG_WORD:
                 break
-        # A gap between words begins and ends where the words do, in one way only: a search takes one pass over the
-        # text.
+        # A gap between two words can match in one way only, so a search takes one pass over the text.
         match = re.compile(r"\W+".join(words)).search(self._plain, begin) if words else None
         return match and match.end()

@@ -1,4 +1,4 @@
-"""A report on what a run's sources hold, before anything is compiled or trained."""
+"""A report on the content of a run's sources, before anything is compiled or trained."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,33 +28,35 @@ from trainer.data.source.rows import BadRow, Batch, at
 from trainer.errors import DataError
 
 _EXAMPLES = 5
-_SHORTEST = 256  # of the lengths that losses are counted at
+_SHORTEST = 256  # the shortest length for which losses are counted
 _REPLACEMENT = "\ufffd"
 _COUNTED_BY_NAME = ("left_out", "unused_fields", "bad_row_reasons")
 
 
 @dataclass
 class Findings:
-    """The findings in the rows of one split. Counts are rows, unless they say otherwise.
+    """The findings in the rows of one split. A count is a number of rows unless it says otherwise.
 
     Attributes:
-        bad_rows: could not be used; `bad_row_reasons` says why, and `bad_row_examples` the same in lines, one for equal
-            reasons.
-        undecodable: not UTF-8, or with U+FFFD in it, which stands for bytes that once could not be decoded.
-        too_long: longer than data.sequence_length; `tokens_cut` are the tokens above it, `dropped` the rows that are
-            left out for it.
-        without_targets: nothing in them is trained, so they are left out.
-        desired: of those with labels that are not left out, the desired ones; None where rows have none.
-        untagged: words whose tag no token can carry, as it begins a word with another tag, too.
-        one_sided: without a user's or without an assistant's turn.
-        empty_turns: with a turn that says nothing.
-        odd_roles: one role twice in a row (but several tools may answer), or a system message after the first turn.
-        left_out: what rows carry and their text does not contain, such as calls that the chat template ignores.
-        unused_fields: fields of rows that `data.format` has no use for. exact_duplicates, near_duplicates: like an
-            earlier row of this split; `duplicate_examples` are (row, earlier row).
-        in_train: of evaluation rows, those that are trained on too, exactly or nearly.
-        fill: share of tokens in packed rows that are not padding, at this sequence length.
-        lost: what rows of other lengths would lose, by the length: powers of two below the longest document.
+        bad_rows: rows that cannot be used. `bad_row_reasons` counts the reasons, and `bad_row_examples` has one line
+            for each reason.
+        undecodable: rows that are not UTF-8, or contain U+FFFD, which replaces bytes that could not be decoded.
+        too_long: rows longer than data.sequence_length. `tokens_cut` counts the tokens above it, and `dropped` the rows
+            that are left out because of it.
+        without_targets: rows that are left out because nothing in them is trained.
+        desired: desired answers among the labelled rows that are not left out; None if rows have no labels.
+        untagged: words whose tag no token can carry, because the token also begins a word with another tag.
+        one_sided: rows without a user's turn or without an assistant's turn.
+        empty_turns: rows with an empty turn.
+        odd_roles: rows in which one role speaks twice in succession (except tools), or a system message comes later
+            than the first turn.
+        left_out: what rows carry but their text does not contain, such as calls that the chat template ignores.
+        unused_fields: fields of rows that `data.format` does not use.
+        exact_duplicates, near_duplicates: rows like an earlier row of this split. `duplicate_examples` has pairs
+            (row, earlier row).
+        in_train: evaluation rows that are also trained on, exactly or nearly.
+        fill: the share of tokens in packed rows that are not padding, at this sequence length.
+        lost: what would be lost at other sequence lengths: powers of two below the longest document.
     """
 
     rows: int = 0
@@ -94,8 +96,9 @@ class Findings:
 
 
 class LostAt(NamedTuple):
-    """The share of documents that are longer than a length, and the share of all targets that is lost: if such
-    documents are cut, and if they are dropped."""
+    """The share of documents that are longer than a sequence length, and the shares of all targets that are lost.
+
+    One share is lost if such documents are cut, the other if they are dropped."""
 
     documents: float
     targets_cut: float
@@ -104,7 +107,7 @@ class LostAt(NamedTuple):
 
 @dataclass(frozen=True)
 class DataReport:
-    """The findings by split, and why `capstan train` would refuse the data, if it would."""
+    """The findings by split, and the reasons for which `capstan train` would refuse the data."""
 
     splits: dict[str, Findings]
     refusals: list[str]
@@ -119,7 +122,7 @@ def check_data(
     inputs: dict[str, Input],
     progress: Callable[[str, int, int], None],
 ) -> DataReport:
-    """Read and tokenize every row of `inputs` (see `inputs.find`); `progress` gets the split, bytes read and all bytes.
+    """Read and tokenize every row of `inputs` (see `inputs.find`). `progress` gets the split, bytes read and all bytes.
 
     Raises:
         ConfigError: the tokenizer cannot serve `data.format`.
@@ -143,7 +146,7 @@ def check_data(
 
 
 def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, tuple[int, int]]]:
-    """Every batch, its source, and how many bytes of all files were read by its end."""
+    """Yield every batch with its source and the bytes of all files that were read by its end."""
     before = 0
     for file in files:
         for batch in batches(file):
@@ -153,8 +156,10 @@ def _read(files: list[SourceFile]) -> Iterator[tuple[Batch, tuple[int, int]]]:
 
 @dataclass
 class _Inspected:
-    """The findings in one batch, the number of tokens of each of its rows and of each document that a run has of them,
-    and the place and text of each row."""
+    """The findings in one batch.
+
+    It also has the number of tokens of each row and of each document that a run makes of it, and the place and text of
+    each row."""
 
     found: Findings = field(default_factory=Findings)
     counters: Counters = field(default_factory=Counters)
@@ -165,7 +170,7 @@ class _Inspected:
 
 
 class _Inspector:
-    """Looks at batches one by one, in whatever process."""
+    """Inspects batches one by one, in any process."""
 
     def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
         self._data = data
@@ -192,7 +197,7 @@ class _Inspector:
             add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
             turns = self._rows.turns(form, row)
             _converse(found, turns, form.kind)
-            # Many rows share a system message: it says nothing about whether they are alike.
+            # Leave out the system message: many rows share it, so it does not make them duplicates.
             spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
             result.texts.append((where, Fingerprint.of(spoken)))
             length = example.longest
@@ -213,7 +218,7 @@ class _Inspector:
 
 
 def _lost(example: Document) -> dict[tuple[int, str], int]:
-    """The document and its targets that rows of each shorter length would lose, as counts."""
+    """For each shorter length, counts of the document and of its targets that would be lost."""
     lost, targets, length = dict[tuple[int, str], int](), int(example.targets.sum()), _SHORTEST
     while length < example.longest:
         left = int(example.cut(length).targets.sum())
@@ -243,7 +248,7 @@ def _line(reason: str, found: LeftOut) -> str:
 
 
 class _Collected:
-    """The batches of a split, in their order; `seen` are its texts so far, `trained` those of the training data."""
+    """Collects the batches of a split in their order. `seen` has its texts so far, `trained` those trained on."""
 
     def __init__(self, seen: Seen, trained: Seen) -> None:
         self._seen, self._trained = seen, trained
@@ -294,7 +299,7 @@ class _Collected:
 
 
 def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:
-    """Packed rows of the documents, and the share of their tokens that is no padding."""
+    """The number of packed rows that the documents make, and the share of their tokens that is not padding."""
     if not len(lengths):
         return 0, 0.0
     blocks = np.array([*range(0, len(lengths), BLOCK_DOCUMENTS), len(lengths)])

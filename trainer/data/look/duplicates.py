@@ -1,8 +1,9 @@
 """Finds texts that are equal or nearly so, in one pass.
 
-Near duplicates by MinHash (Broder 1997) over all 8-byte sequences of the text, with case and white space evened out:
-the share of 60 minima that two texts agree in estimates the Jaccard similarity of their sequences. Texts that agree in
-all six minima of one of ten bands are compared, so of pairs with a similarity of 0.8 some 95 % are looked at.
+Near duplicates are found by MinHash (Broder 1997) over all 8-byte sequences of the text, after case and white space are
+normalised. The share of the 60 minima in which two texts agree estimates the Jaccard similarity of their sequences.
+Texts that agree in all six minima of one of ten bands are compared, which finds about 95 % of the pairs with a
+similarity of 0.8.
 """
 
 import hashlib
@@ -47,14 +48,14 @@ class Fingerprint:
 
 
 class Seen:
-    """The texts so far, some 1.5 kB of memory each."""
+    """The texts so far. Each takes about 1.5 kB of memory."""
 
     def __init__(self) -> None:
         self._exact: dict[bytes, str] = {}
         self._bands: dict[tuple[int, bytes], tuple[str, NDArray[np.uint32]]] = {}
 
     def find(self, text: Fingerprint) -> tuple[Literal["exact", "near"], str] | None:
-        """How an earlier text is like this one, and where it stands."""
+        """Whether an earlier text equals this one or nearly so, and the place of that text; None if there is none."""
         if text.exact in self._exact:
             return "exact", self._exact[text.exact]
         for band in text.bands():

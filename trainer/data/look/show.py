@@ -1,8 +1,7 @@
-"""A few rows of a run's data as the model sees them: which pieces of the text are trained, and what of a row did not
-get there.
+"""Shows a few rows of a run's data as the model sees them: which pieces are trained, and what of a row was left out.
 
-They are encoded as a compilation encodes them, one by one, so nothing is written and nothing else is read. Packed rows
-are those of the first documents alone: a run packs those of a whole window (`order`).
+Rows are encoded one by one, as a compilation encodes them. Nothing is written, and no other rows are read. Packed rows
+hold only the first documents, while a run packs the documents of a whole window (`order`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,13 +27,13 @@ from trainer.data.source.reading import batches
 from trainer.data.source.rows import Batch, Decoded, printable
 from trainer.errors import DataError
 
-_PACKED_ROWS = 4  # as many are filled, or fewer with the most rows that are looked at
+_PACKED_ROWS = 4  # so many packed rows are filled, or fewer if `_MOST_ROWS` rows do not fill them
 _MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Tokens that follow each other, all of them trained or none; a special token is a piece of its own."""
+    """Consecutive tokens that are all trained or all untrained. A special token is a piece of its own."""
 
     text: str
     trained: bool
@@ -43,9 +42,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class SeenDocument:
-    """A document, or one of the two answers of one: its place, what it is of its row, its tokens, and which are
-    trained.
-    """
+    """A document, or one of its answers: its place, its role in the row, its tokens, and which of them are trained."""
 
     where: str
     part: str
@@ -56,7 +53,7 @@ class SeenDocument:
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row of a source with its documents, or a packed row with those of several and its `padding`."""
+    """A row of a source with its documents, or a packed row with the documents of several rows and its `padding`."""
 
     where: str
     form: str
@@ -82,8 +79,9 @@ class Viewer:
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
-        """`count` rows from the `first` on, from 1, of those that can be read. Raises `DataError` where there are not
-        so many.
+        """`count` of the readable rows, from number `first` on, counted from 1.
+
+        Raises `DataError` if there are fewer rows.
         """
         shown = [self._seen(row) for row in islice(self._read(), first - 1, first - 1 + count)]
         if not shown:
@@ -91,8 +89,9 @@ class Viewer:
         return shown
 
     def packed(self, number: int) -> SeenRow:
-        """The packed row of this number, from 1, of those that the first documents fill. Raises `DataError` where there
-        are not so many.
+        """The packed row of this number, counted from 1, among those that the first documents fill.
+
+        Raises `DataError` if there are fewer packed rows.
         """
         order, places, stored = train_order(self._config), list[str](), list[NDArray[np.uint32]]()
         for row in islice(self._read(), _MOST_ROWS):
@@ -120,7 +119,7 @@ class Viewer:
 
     def _read(self) -> Iterator[_Read]:
         def skip(error: DataError) -> None:
-            """Bad rows are counted by `capstan data check`."""
+            """Ignore a bad row. `capstan data check` counts them."""
 
         for file in self._given.files:
             for batch in batches(file):
@@ -143,7 +142,7 @@ class Viewer:
         return SeenRow(read.where, str(read.form), documents, warnings)
 
     def _answers(self, where: str, stored: NDArray[np.uint32]) -> Iterator[SeenDocument]:
-        """The document, or each of its answers; where they share their prompt, those behind the first without it."""
+        """Yield the document, or each of its answers. If answers share a prompt, only the first comes with it."""
         second = np.flatnonzero(stored & SEGMENT_BITS)
         parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
         if (stored & REJECTED_BIT).any():
@@ -158,7 +157,7 @@ class Viewer:
             yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained)))
 
     def _named(self, where: str, stored: NDArray[np.uint32], labels: Sequence[str]) -> SeenDocument:
-        """A text with its class, or with the tags of its words, by their names behind it."""
+        """A text, and behind it the name of its class or of the tag of each word."""
         numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
         second = np.flatnonzero(stored & MISMATCHED_BIT)
         end = int(second[0]) if len(second) else int(np.flatnonzero(trained)[0])
@@ -170,8 +169,10 @@ class Viewer:
         return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 
     def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
-        """The text piece by piece: each is the rest of what the tokens up to its end are decoded to, as decoding a
-        token alone may lose white space before it."""
+        """Yield the text piece by piece.
+
+        A piece is the end of the text that all tokens up to its end decode to. Decoding a token alone may lose the
+        white space before it."""
 
         def kind(place: int) -> tuple[bool, int | None]:
             return trained[place], place if tokens[place] in self._special else None
@@ -180,7 +181,7 @@ class Viewer:
         for (is_trained, special), places in groupby(range(len(tokens)), kind):
             end = max(places) + 1
             text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-            # The end of a piece may be half a character, which is decoded otherwise once it is whole.
+            # A piece may end within a character, which is decoded differently once it is complete.
             yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
             before = text
 

@@ -1,5 +1,6 @@
-"""The bins of a run's epochs, which are counted once and kept beside the data, and the optimizer's steps that they
-make.
+"""The number of bins in a run's epochs, and the optimizer steps that follow from it.
+
+Bins are counted once, and the counts are kept beside the data.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ class Bins(Record):
 
 
 def kept_bins(store: Store, fingerprint: str, order: Order) -> list[EpochBins]:
-    """The bins of the first epochs that an earlier start has counted and kept."""
+    """The bins of the first epochs, as far as an earlier start counted and kept them."""
     folder, key = store.sub(layout.dataset(fingerprint)), _bins_key(order)
     try:
         return [*read_record(Bins, folder, key).epochs]
@@ -61,10 +62,10 @@ def before(epoch: EpochBins, position: Position) -> int:
 def steps_of_epochs(
     epoch_bins: Sequence[int], epochs: Fraction, global_batch: int, taken: Sequence[int] = ()
 ) -> list[int]:
-    """The optimizer steps of each of `epochs` after the bins that are already `taken` of it; by default none are.
+    """The optimizer steps of each of `epochs`, without the bins of it that are already `taken` (none by default).
 
-    Where only a part of the last epoch is asked for, it has its first steps, rounded up to whole ones. `epochs` is the
-    very number that was given: 2.1 epochs of 30 steps are 63 steps, and would be 64 by the nearest binary numbers.
+    A fraction at the end of `epochs` takes the first steps of the last epoch, rounded up to whole steps. `epochs` is
+    exact: 2.1 epochs of 30 steps are 63 steps, while floating point would give 64.
     """
     steps = list[int]()
     for epoch, bins in enumerate(epoch_bins):

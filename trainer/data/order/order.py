@@ -1,16 +1,16 @@
 """The order of an epoch: which documents share a bin, and in which order bins are used.
 
 A window of an epoch is a pure function of (lengths and blocks of its chapter, the order's settings, epoch, number of
-the window). It knows no ranks, so any number of them takes the same bins in the same global order; and no other window,
-so a run resumes by planning the one it stopped in.
+the window). It does not depend on ranks, so any number of them takes the same bins in the same global order. It does
+not depend on other windows, so a run resumes by planning only the window in which it stopped.
 
     chapters of the data set, one after the other
     -> blocks of a chapter's documents -> seeded permutation -> windows of 64 blocks -> bins, packed in a window
     -> seeded permutation of the bins in a window
 
-Nearly every data set is one chapter. Where there are several, the first epoch takes each as soon as it is compiled.
+Nearly every data set is one chapter. If there are several, the first epoch takes each as soon as it is compiled.
 
-Documents are read in blocks, so that reading is a few long ranges; a window is what a rank holds in memory.
+Documents are read in blocks, so that a rank reads a few long ranges. A rank holds whole windows in memory.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _BLOCKS, _TIES, _BINS, _PHASE, _CHAPTERS = 1, 2, 3, 4, 5
 def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The output function of SplitMix64 (Steele, Lea, Flood 2014), element by element.
 
-    Our own, because the order must not move with a library: NumPy does not promise the stream of a Generator.
+    Capstan has its own because the order must not change with a library: NumPy does not promise a Generator's stream.
     """
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
@@ -60,8 +60,9 @@ def turns(chapters: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """`blocks` (at most 64,) int64 are the blocks to read, sorted; bin k holds `documents[borders[k] : borders[k +
-    1]]`.
+    """A window: the blocks to read, and its bins. Bin k holds `documents[borders[k] : borders[k + 1]]`.
+
+    `blocks` (at most 64,) int64 is sorted.
     """
 
     blocks: NDArray[np.int64]
@@ -73,7 +74,7 @@ class Window:
         return len(self.borders) - 1
 
     def bin(self, k: int) -> NDArray[np.int64]:
-        """The documents of bin k in the order in which the row holds them, (documents,) int64."""
+        """The documents of bin k, in their order in the row, (documents,) int64."""
         return self.documents[self.borders[k] : self.borders[k + 1]]
 
 
@@ -85,7 +86,7 @@ class EpochPlan:
         offsets: (documents + 1,) int64, where each document begins in the chapter, in tokens, and the end.
         blocks: (blocks + 1,) int64, the first document of each block, and the number of documents.
         block_sources: (blocks,) int32, the source that a block's documents come from.
-        turn: the place of the chapter in the order that the epoch takes them, from 0.
+        turn: the place of the chapter in the epoch's order of chapters, from 0.
 
     At weight 1 every document is in exactly one bin of every epoch.
     """
@@ -103,10 +104,10 @@ class EpochPlan:
         tokens = np.bincount(block_sources, np.diff(self.offsets[self.blocks]), minlength=len(order.weights))
         weights = order.weights_for(tokens.astype(np.int64).tolist())
         self._block_weights = np.asarray(weights, np.float64)[block_sources]
-        # Each visit is a block with all its documents, or with those whose turn it is by the fraction of the weight.
+        # A visit takes all documents of a block. The visit for the fraction of the weight takes only some of them.
         whole = np.floor(self._block_weights).astype(np.int64)
         partial = self._block_weights > whole
-        # The blocks of a large source take turns as wholes, so that a small share of it does not require reading all of
+        # Whole blocks of a large source take turns, so that a small share of the source does not require reading all of
         # it.
         for source in np.flatnonzero(np.bincount(block_sources[partial]) >= WINDOW_BLOCKS):
             mine = np.flatnonzero(block_sources == source)
@@ -151,8 +152,9 @@ class EpochPlan:
         )
 
     def _packed(self, documents: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The bin of each visit, (documents,). The first visits of all documents are packed first, then the second
-        visits, and so on, so no bin holds a document twice.
+        """The bin of each visit, (documents,). No bin holds a document twice.
+
+        The first visits of all documents are packed first, then the second visits, and so on.
         """
         by_document = np.argsort(documents, kind="stable")
         sorted_ = documents[by_document]
@@ -178,10 +180,9 @@ class EpochPlan:
 
 
 def _visits(phase: NDArray[np.floating], weight: float, epoch: int) -> NDArray[np.int64]:
-    """The visits in an epoch of a document or block with a `phase` in [0, 1): one whenever phase + epochs * weight
-    passes an integer.
+    """The visits of a document or block in an epoch: one each time that phase + epochs * weight passes an integer.
 
-    So after any number of epochs the visits are within one of their due.
+    `phase` is in [0, 1). After any number of epochs the number of visits differs from epochs * weight by less than one.
     """
     return (np.floor(phase + (epoch + 1) * weight) - np.floor(phase + epoch * weight)).astype(np.int64)
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
     """The bin of each document, (documents,) int64; no bin holds more than `capacity` tokens.
 
-    `lengths` (documents,) must not rise. Each document goes into the fullest bin that still takes it. Documents of
-    equal length go in the order they are given in, so a caller shuffles by permuting them.
+    `lengths` (documents,) must be sorted in descending order. Each document goes into the fullest bin that still has
+    room for it. Documents of equal length keep their order, so a caller shuffles by permuting them.
 
-    Documents of one length are placed together: the fullest bin that takes the first of them is, with that one in it,
-    the fullest that takes the next. So the work is one search in the sorted list of rooms (tokens left) for each bin
-    that a length visits: some 0.2 microseconds a document, whatever the capacity.
+    Documents of one length are placed together: once the fullest bin has taken the first of them, it is still the
+    fullest bin for the next one, as long as it has room. So each bin that a length visits costs one search in the
+    sorted list of rooms (tokens left): about 0.2 microseconds a document, whatever the capacity.
     """
     assert lengths.size == 0 or 0 < lengths[-1] <= lengths[0] <= capacity
     bins: list[int] = []

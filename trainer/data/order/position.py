@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Position:
-    """The place where a global step begins: a bin of a window of an epoch. It does not depend on ranks, and a
-    checkpoint stores it.
+    """The place where a global step begins: a bin of a window of an epoch.
 
-    `chapter` counts the chapters in the order of the epoch; nearly every data set has but one.
+    It does not depend on ranks, and a checkpoint stores it. `chapter` counts the chapters in the epoch's order; nearly
+    every data set has only one.
     """
 
     epoch: int = 0

@@ -1,7 +1,7 @@
 """Gives each rank its part of every global step, as packed rows.
 
-A global step takes the next `global_batch` bins of the epoch's plan. Which rank gets which of them follows from
-arithmetic alone, so the documents of a step never depend on the number of ranks, and a position is four integers.
+A global step takes the next `global_batch` bins of the epoch's plan. Arithmetic alone assigns them to ranks, so the
+documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,8 +48,9 @@ WindowPlace = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """A column of the documents of a window: the `values` of all, and `offsets` (documents + 1,) of where those of each
-    begin.
+    """A column of the documents of a window.
+
+    `values` are those of all documents; `offsets` (documents + 1,) say where each document's values begin.
     """
 
     values: NDArray[Any]
@@ -58,10 +59,10 @@ class _Column:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A window in memory: the `tokens` of its documents in the plan's order, and `offsets` (documents + 1,), where each
-    document begins.
+    """A window in memory: the `tokens` of its documents, in the plan's order.
 
-    Documents have their `numbers` in the whole data set, and `columns` beside their tokens.
+    `offsets` (documents + 1,) say where each document begins. `numbers` are the documents' numbers in the whole data
+    set, and `columns` the values beside their tokens.
     """
 
     plan: Window
@@ -75,17 +76,17 @@ class _Loaded:
 class Stream:
     """One rank's view of a data set, chapter by chapter, in one order.
 
-    A rank's `accumulation`, the micro-batches of a step, is derived: global_batch / (world_size * micro_batch), rounded
-    up. In memory are the window in use and the two after it, read in the background, and for a moment the one before:
-    at most 4 x 64 MiB of tokens, unless single documents are longer than a block. Nothing is read ahead beyond
+    `accumulation`, a rank's micro-batches in a step, is global_batch / (world_size * micro_batch), rounded up. The
+    stream holds the window in use and the two after it, which it reads in the background, and for a moment the one
+    before: at most 4 x 64 MiB of tokens, unless single documents are longer than a block. It reads nothing ahead beyond
     `epochs`.
 
-    With `parts` ranks that follow each other share their rows: each has a slice of every row, and the rows are those of
-    a `parts`-th of the ranks.
+    With `parts`, groups of so many consecutive ranks share their rows: each rank gets a slice of every row of its
+    group.
 
-    `reference` may be set before the first step is read: (documents, answers) fp32 of the whole data set, from which
-    each row gets its own. So may `teacher`, which tells each row about its targets, and `rollouts`: then a step is a
-    chapter, with as many rows as that has.
+    Three attributes may be set before the first step is read. `reference` is (documents, answers) fp32 of the whole
+    data set, from which each row gets its values. `teacher` gives each row the teacher's predictions of its targets.
+    With `rollouts` a step is one chapter, with as many rows as the chapter has.
     """
 
     chapters: Chapters
@@ -104,7 +105,7 @@ class Stream:
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
         assert self.world_size % self.parts == 0
-        # Ranks that share their rows are a group, which takes the bins that a single rank would.
+        # Ranks that share their rows form a group. It takes the bins that a single rank would take.
         self._group, self._part = divmod(self.rank, self.parts)
         self._groups = self.world_size // self.parts
         self.accumulation = -(-self.global_batch // (self._groups * self.micro_batch))
@@ -116,11 +117,11 @@ class Stream:
         self._windows = _ReadAhead(self._load, self._next_window)
 
     def step(self, position: Position) -> list[MicroBatch]:
-        """This rank's micro-batches of the global step that begins at `position`, always `accumulation` of them, or
-        those of a chapter.
+        """This rank's micro-batches of the global step that begins at `position`.
 
-        Bin b of the step belongs to rank (b // micro_batch) % world_size. Where the epoch ends or the ranks outnumber
-        the bins, rows are empty: all padding, no targets.
+        There are always `accumulation` of them, or with rollouts as many as the chapter needs. Bin b of the step
+        belongs to rank (b // micro_batch) % world_size. At the end of an epoch, or with more ranks than bins, rows are
+        empty: all padding, no targets.
 
         Raises:
             StorageError: the data cannot be read, or is not what was written.
@@ -134,19 +135,16 @@ class Stream:
         return batches
 
     def advance(self, position: Position) -> Position:
-        """The place where the next global step begins. After the last bin of an epoch it is the first bin of the next
-        epoch.
-        """
+        """The place where the next global step begins. After an epoch's last bin that is the next epoch's first."""
         return self._take(position)[1]
 
     def read_from(
         self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
     ) -> Iterator[list[MicroBatch]]:
-        """Yield every step from `position` on, without end. The next step is read while the caller works on the current
-        one.
+        """Yield every step from `position` on, without end. Reads the next step while the caller works on this one.
 
-        Calls `compiling(True)` every five seconds while the caller has to wait for a chapter that is not compiled yet,
-        and `compiling(False)` once it is, should the step's data take longer.
+        Calls `compiling(True)` every five seconds while the caller waits for a chapter that is not compiled yet. Once
+        it is compiled, calls `compiling(False)` if the step's data takes longer.
 
         Raises:
             DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
@@ -168,7 +166,7 @@ class Stream:
                 self.chapters.close()
 
     def epoch(self, epoch: int) -> Iterator[list[MicroBatch]]:
-        """Yield every step of one epoch. Each rank gets as many steps with as many micro-batches."""
+        """Yield every step of one epoch. All ranks get the same number of steps and of micro-batches."""
         position = Position(epoch)
         while position.epoch == epoch:
             yield self.step(position)
@@ -188,7 +186,7 @@ class Stream:
                 for window in range(plan.num_windows)
                 for k in range(plan.window(window).num_bins)
             ]
-            # Several updates may learn from one chapter. The place counts those that are done.
+            # Several updates may learn from one chapter. `place` counts the finished ones.
             if place + 1 < self.updates:
                 return whole_chapter, Position(epoch, bin=place + 1, chapter=chapter)
             return whole_chapter, Position(epoch, chapter=chapter + 1)
@@ -250,8 +248,9 @@ class Stream:
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets, columns)
 
     def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity; missing bins are padding. Returns the row, or this rank's
-        slice of it.
+        """Lay bins end to end, each padded to its capacity. Missing bins are padding.
+
+        Returns the row, or this rank's slice of it.
         """
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
@@ -311,10 +310,9 @@ class Stream:
 def reserve(
     tokens: NDArray[np.uint32], offsets: NDArray[np.int64], positions: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Put so many untrained `positions` before each document, and before the second answer of each document that has
-    two.
+    """Put `positions` untrained positions before each document, and before the second answer of a document with two.
 
-    `tokens` are those of the documents end to end, `offsets` (documents + 1,) where each begins, and the end.
+    `tokens` holds the documents end to end. `offsets` (documents + 1,) say where each begins and where the last ends.
     """
     marks, starts = REJECTED_BIT | DESIRED_BIT | MISMATCHED_BIT, _begins(tokens, offsets)
     reserved = np.full((len(starts), positions), PAD, np.uint32)
@@ -324,21 +322,22 @@ def reserve(
 
 
 def _begins(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first token of each document, and of the second answer of each that has two."""
+    """The first token of each document, and of the second answer of each document with two."""
     second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
     return np.sort(np.concatenate([offsets[:-1], second]))
 
 
 def _segments(stored: NDArray[np.uint32], starts: NDArray[np.int64], ends: list[int]) -> Segments:
-    """The segments of a row, whose documents begin at `starts`; documents and padding end at `ends`. The second answer
-    of a document begins inside it, and so do all that share its prompt.
+    """The segments of a row. Its documents begin at `starts`; documents and padding end at `ends`.
+
+    A second answer begins inside its document, and so does every answer that shares the document's prompt.
     """
     inside = np.flatnonzero(stored & SEGMENT_BITS)
     borders = np.sort(np.array([0, *ends, *inside], np.int64))
     firsts = stored[borders[:-1]]
     roles = np.full(len(firsts), Role.PADDING)
     roles[np.searchsorted(borders, starts)] = Role.DOCUMENT
-    # The bit of a role wins over that of a shared prompt, which is in the prefix.
+    # The bit of a role wins over that of a shared prompt, because the prefix already records the sharing.
     bits = ((SHARED_BIT, Role.ALTERNATIVE), (MISMATCHED_BIT, Role.MISMATCHED), (REJECTED_BIT, Role.REJECTED))
     for bit, role in bits:
         roles[(firsts & bit) > 0] = role
@@ -349,10 +348,10 @@ def _segments(stored: NDArray[np.uint32], starts: NDArray[np.int64], ends: list[
 def _prefixes(
     stored: NDArray[np.uint32], starts: NDArray[np.int64], borders: NDArray[np.int64]
 ) -> tuple[tuple[int, int], ...]:
-    """The prefix of each segment between `borders`, as `Segments.prefixes` has it; documents begin at `starts`.
+    """The prefix of each segment between `borders`, as in `Segments.prefixes`. Documents begin at `starts`.
 
-    Answers that share a prompt have all of it but its last token in common: that one predicts the first of each answer,
-    so each has its own.
+    Answers that share a prompt share all of it except its last token. That token predicts the first token of the
+    answer, so each answer has its own copy.
     """
     shared = np.flatnonzero(stored & SHARED_BIT)
     if not len(shared):
@@ -366,8 +365,8 @@ def _prefixes(
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The token that each position must predict, (T,) both. No label crosses a border: a document's first token is no
-    target.
+    """The token that each position must predict, (T,) both. The first token of a document is never a target, so no
+    label crosses a border.
     """
     labels = np.empty_like(input_ids)
     following = labels[:-1]
@@ -379,7 +378,7 @@ def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray
 
 
 class _ReadAhead:
-    """Windows by place, loaded in the background before they are asked for in turn."""
+    """Loads windows in the background, in the order in which they will be asked for."""
 
     def __init__(
         self, load: Callable[[WindowPlace], _Loaded], after: Callable[[WindowPlace], WindowPlace | None]
@@ -421,7 +420,7 @@ def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: in
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:
     """The stream of an evaluation: `for (batch,) in stream.epoch(0)` visits every document once, whatever its weight.
 
-    Every rank gets equally many micro-batches, and the bins are the same whatever the ranks and the run's seed.
+    All ranks get the same number of micro-batches. The bins do not depend on the ranks or on the run's seed.
     """
     micro_batch, parts = config.train.micro_batch, config.sharding.sequence_parallel
     order = eval_order(config, dataset.manifest)
@@ -430,8 +429,9 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 
 
 def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
-    """One rank's rows of one block of the data set. `epoch(0)` visits each of its documents once; `order` has the
-    weights of an evaluation.
+    """The rows of one block of the data set, for one rank. `epoch(0)` visits each document of the block once.
+
+    `order` has the weights of an evaluation.
     """
     order = replace(order, weights=order.weights[:1])
     return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)

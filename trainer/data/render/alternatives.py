@@ -1,6 +1,4 @@
-"""Turns a row of one prompt and several answers into a document for each of them, or into one in which all share their
-prompt.
-"""
+"""Turns a row of one prompt and several answers into documents: one for each answer, or one that shares the prompt."""
 
 from dataclasses import replace
 from typing import Any, Self
@@ -16,11 +14,11 @@ from trainer.errors import DataError
 
 
 class Alternatives(Answers):
-    """Answers of which each is trained by itself. Where they share no tokens, each is a document of its own."""
+    """Answers that are each trained by themselves. If they share no tokens, each is a document of its own."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest answer with its prompt: a row must hold these."""
+        """The number of tokens of the longest answer with its prompt. A packed row must hold them."""
         return max(len(answer.tokens) for answer in self.answers)
 
     def cut(self, limit: int) -> "Alternatives":
@@ -28,7 +26,7 @@ class Alternatives(Answers):
         return replace(self, answers=[answer.cut(limit) for answer in self.answers])
 
     def pieces(self, limit: int) -> list[Self]:
-        """As few documents of at most `limit` tokens as hold the answers in their order, each with the prompt."""
+        """The answers in order, in as few documents of at most `limit` tokens as possible, each with the prompt."""
         assert self.longest <= limit
         groups: list[list[Example]] = []
         room = 0
@@ -57,7 +55,7 @@ def read(row: Row, data: Data) -> ReadRow:
 
 
 def _messages(answer: Any) -> list[Row]:
-    """An answer to a conversation: its messages, or the words of one."""
+    """An answer to a conversation: its messages, or the text of a single message."""
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else messages_of(answer, "answers")
 
 
@@ -66,7 +64,7 @@ def documents(rows: list[Encoded], data: Data) -> list[Alternatives | DataError]
 
 
 def _together(answers: list[Example | DataError], data: Data) -> Alternatives | DataError:
-    """Alternatives that share what comes before the first trained token, where it is the same in all of them."""
+    """Alternatives that share the tokens before the first trained one, if these are the same in all of them."""
     for number, answer in enumerate(answers, 1):
         if isinstance(answer, DataError):
             return DataError(f"answer {number}: {answer}")

@@ -1,6 +1,6 @@
-"""Rows that have answers to a prompt, of messages or of strings: how they are encoded, whether they have one answer,
-two or several, and the document that they become, in which the answers may have the prompt's tokens in common
-(`data.share_prefix`).
+"""Encodes rows with one or more answers to a prompt, as messages or as strings, and the documents that they become.
+
+In a document the answers may share the prompt's tokens (`data.share_prefix`):
 
 alone:    p p p P a a a    p p p P b b        both predict their first token from P, the prompt's last one
 sharing:  p p p P a a a P b b                 P and b see p p p, and none of a
@@ -27,8 +27,10 @@ Made = TypeVar("Made", bound=Document)
 
 
 class EitherRenderer:
-    """Encodes rows of messages, with the chat template, and rows of strings without: each kind by a renderer of the
-    settings `messages` or `texts`, which is made when its first rows come. `ends` is that of `Renderer`."""
+    """Encodes rows of messages, with the chat template, and rows of strings, without it.
+
+    Each kind has a renderer with the settings `messages` or `texts`, which is made when its first rows come. `ends` is
+    that of `Renderer`."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class EitherRenderer:
         self._renderers: dict[bool, Renderer] = {}
 
     def encode(self, rows: Sequence[Row]) -> list[Example | DataError]:
-        """Each row's tokens and targets, or what is wrong with it; a row with `messages` is a conversation.
+        """Each row's tokens and targets, or its error. A row with `messages` is a conversation.
 
         Raises:
             ConfigError: the tokenizer cannot serve rows of messages, or of strings, as `chat.Renderer` says.
@@ -68,9 +70,7 @@ class EitherRenderer:
 
 
 class ReadRow(NamedTuple):
-    """A row as one of chat or of prompt_completion for each of its answers; its turns; and whether its answer is
-    desired, where it says so.
-    """
+    """A row of chat or of prompt_completion for each answer, the turns, and whether the answer is desired, if known."""
 
     rows: list[Row]
     turns: list[Turn]
@@ -82,9 +82,10 @@ Encoded = tuple[ReadRow, list[Example | DataError]]
 
 
 class AnswersRenderer(Generic[Made]):
-    """Encodes rows of one kind with one tokenizer. `read` takes a row apart, and raises `DataError` where it is none of
-    this kind. `documents` makes of the rows that are encoded together a document each, or says what is wrong with the
-    row."""
+    """Encodes rows of one kind with one tokenizer.
+
+    `read` takes a row apart, and raises `DataError` if it is not of this kind. `documents` gets the rows that are
+    encoded together, and makes a document or an error of each."""
 
     def __init__(
         self,
@@ -100,8 +101,9 @@ class AnswersRenderer(Generic[Made]):
         self._answers = EitherRenderer(tokenizer, data, messages, texts)
 
     def encode(self, rows: Sequence[Row]) -> list[Made | DataError]:
-        """Each row's document, or what is wrong with it; the error's text has no place in it. Raises `ConfigError` as
-        `EitherRenderer`.
+        """Each row's document, or its error, whose text does not name the row's place.
+
+        Raises `ConfigError` as `EitherRenderer`.
         """
         read = [or_error(self._read, row) for row in rows]
         whole = [row for row in read if isinstance(row, ReadRow)]
@@ -111,12 +113,12 @@ class AnswersRenderer(Generic[Made]):
         return [row if isinstance(row, DataError) else next(documents) for row in read]
 
     def turns(self, row: Row) -> list[Turn]:
-        """The turns of the prompt, then those of each answer. Raises `DataError` where the row is none of this kind."""
+        """The turns of the prompt, then those of each answer. Raises `DataError` if the row is not of this kind."""
         return self._read(row).turns
 
 
 def messages_of(given: Any, name: str) -> list[Message]:
-    """The messages in the field `name`. Raises `DataError` where there is no conversation."""
+    """The messages in the field `name`. Raises `DataError` if it is not a conversation."""
     try:
         return read_messages(given)
     except DataError as error:
@@ -125,8 +127,10 @@ def messages_of(given: Any, name: str) -> list[Message]:
 
 @dataclass(frozen=True, eq=False)
 class Answers(Document):
-    """Tokenized answers to one prompt, each with the prompt; a row holds the first `shared` tokens once. The first
-    token of answer i is stored with the bit `marks[i]`."""
+    """Tokenized answers to one prompt, each with the prompt.
+
+    A packed row holds the first `shared` tokens only once. The first token of answer i is stored with the bit
+    `marks[i]`."""
 
     answers: Sequence[Example]
     shared: int = 0
@@ -134,7 +138,7 @@ class Answers(Document):
 
     @property
     def _parts(self) -> list[Example]:
-        """The answers as they follow each other in a row."""
+        """The answers in the form in which they follow each other in a row."""
         first, *others = self.answers
         return [first, *(Example(one.tokens[self.shared :], one.targets[self.shared :]) for one in others)]
 
@@ -165,11 +169,12 @@ class Answers(Document):
 
 
 def prompt_tokens(answer: Example) -> int:
-    """Tokens before the first trained one."""
+    """The number of tokens before the first trained one."""
     return int(answer.targets.argmax())
 
 
 def shared_tokens(answer: Example) -> int:
-    """The tokens that all answers to a prompt share, counted in one of them with its prompt: all of the prompt but its
-    last token, which predicts the first one of each answer."""
+    """The number of tokens that all answers to a prompt can share, from one answer with its prompt.
+
+    It is the whole prompt except its last token, which predicts the first token of each answer."""
     return max(0, prompt_tokens(answer) - 1)

@@ -1,7 +1,7 @@
 """Turns a row into token ids, and decides which of them are trained.
 
-The document is rendered and tokenized once, as a whole, exactly as the model will see it. Which tokens are trained
-follows from the characters that are, which `chat_text` finds in a conversation.
+The document is rendered and tokenized once, as a whole, exactly as the model will see it. The trained tokens follow
+from the trained characters, which `chat_text` finds in a conversation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ from trainer.errors import ConfigError, DataError
 
 @dataclass(frozen=True, eq=False)
 class Example(Document):
-    """A text, tokenized."""
+    """A tokenized text."""
 
     tokens: NDArray[np.uint32]
     targets: NDArray[np.bool_]
@@ -38,7 +38,7 @@ class Example(Document):
         return replace(self, tokens=self.tokens[:limit], targets=self.targets[:limit])
 
     def pieces(self, limit: int) -> list[Self]:
-        """Pieces of `limit` tokens, and the rest; nothing in a piece predicts its first token."""
+        """Pieces of `limit` tokens, and a shorter last one. Nothing predicts the first token of a piece."""
         pieces = [
             replace(self, tokens=self.tokens[start : start + limit], targets=self.targets[start : start + limit].copy())
             for start in range(0, len(self.tokens), limit)
@@ -53,8 +53,10 @@ class Example(Document):
 
 
 class Renderer:
-    """Encodes rows of one format with one tokenizer. Texts without a chat template get an end token, from which a model
-    learns to stop, unless `ends` is False; the tokenizer's own framing stays.
+    """Encodes rows of one format with one tokenizer.
+
+    Texts without a chat template get an end token, from which a model learns to stop, unless `ends` is False. The
+    tokenizer's own framing stays.
 
     Raises:
         ConfigError: the tokenizer cannot serve the format: it is not a fast one, or lacks a chat template or an
@@ -70,13 +72,13 @@ class Renderer:
         self._tokenizer = tokenizer
         from tokenizers import Tokenizer as Backend
 
-        # A call of the tokenizer would switch both off too: a tokenizer.json may ask for them.
+        # Switch truncation and padding off, as a call of the tokenizer would: a tokenizer.json may ask for them.
         with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
             backend: Any = tokenizer.backend_tokenizer
             self._backend: Any = Backend.from_str(backend.to_str())
             self._backend.no_truncation()
             self._backend.no_padding()
-            # It frames texts, which is done here, and may leave a token's white space out of its offsets.
+            # The post-processor frames texts, which is done here, and may leave white space out of a token's offsets.
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
         self._data, self._wanted = data, data.wanted
@@ -87,7 +89,7 @@ class Renderer:
             special = self._chat.special
             self._bos = self._eos = None  # the template writes them
         elif data.format == "segments":
-            self._bos = self._eos = None  # whoever wrote the segments did
+            self._bos = self._eos = None  # the author of the segments wrote them
         else:
             with read_by_transformers(tokenizer.name_or_path, "the tokenizer"):
                 self._bos, eos = framing(tokenizer, data)
@@ -95,10 +97,10 @@ class Renderer:
         self._special = special
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
-        """Each row's tokens and targets, or what is wrong with it; the error's text has no place in it.
+        """Each row's tokens and targets, or its error. The error's text does not name the row's place.
 
         Raises:
-            ConfigError: the tokenizer breaks down.
+            ConfigError: the tokenizer fails.
         """
         with without_panics(self._tokenizer.name_or_path, "the tokenizer"):
             rendered = [or_error(self.render, row) for row in rows]
@@ -110,7 +112,7 @@ class Renderer:
             ]
 
     def _encodings(self, texts: list[str]) -> list[Any]:
-        """The encoding of each text, or a `DataError`: one that has no token for a character may raise."""
+        """The encoding of each text, or a `DataError`. A tokenizer may raise if it has no token for a character."""
         encode = self._backend.encode_batch_fast if self._spelling.usable else self._backend.encode_batch
         try:
             return encode(texts, add_special_tokens=False)
@@ -120,7 +122,7 @@ class Renderer:
             return [encoding for text in texts for encoding in self._encodings([text])]
 
     def render(self, row: dict[str, Any]) -> Rendered:
-        """A row's text and what of it is trained.
+        """A row's text and its trained characters.
 
         Raises:
             DataError: the row lacks a field, or a value is not what the format needs.
@@ -134,11 +136,11 @@ class Renderer:
             for end, (text, answers) in zip(ends, parts, strict=True)
             if text and (answers or everything)
         ]
-        # An empty completion is a gap in the data: it must not teach the model to say nothing.
+        # An empty completion is a gap in the data. The model must not learn from it to say nothing.
         return Rendered("".join(text for text, _ in parts), joined(spans), end_trained=bool(parts[-1][0]))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The turns of a row, in any format: a completion is an assistant's turn, and so is a plain text.
+        """The turns of a row of any format. A completion or a plain text is an assistant's turn.
 
         Raises:
             DataError: as `render`.
@@ -149,9 +151,7 @@ class Renderer:
         return [Turn("assistant" if answers else "user", text) for text, answers in self._parts(row)]
 
     def _parts(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
-        """The texts of a row that no template writes, end to end, and whether each is an answer, which is trained in
-        any case.
-        """
+        """The texts of a row without a template, end to end, and whether each is an answer, which is always trained."""
         match self._data.format:
             case "segments":
                 return _segments(self._field(row, "segments"))
@@ -188,8 +188,9 @@ class Renderer:
         return overlapping(encoding, document.spans)
 
     def _as_ends_are(self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The targets without the special token that ends each run of them, and white space behind it, where ends are
-        not trained.
+        """The targets, without the special token at the end of each run of targets if ends are not trained.
+
+        White space after that token is removed too.
         """
         if self._wanted.end:
             return targets
@@ -208,7 +209,7 @@ class Renderer:
 
 
 def _segments(given: Any) -> list[tuple[str, bool]]:
-    """The texts of segments, and whether each is trained. Raises `DataError` for what is no list of segments."""
+    """The texts of segments, and whether each is trained. Raises `DataError` if `given` is not a list of segments."""
     if not isinstance(given, list) or not given:
         raise DataError("the segments are no list with at least one segment")
     for number, part in enumerate(given, 1):
@@ -220,7 +221,7 @@ def _segments(given: Any) -> list[tuple[str, bool]]:
 
 
 def field_of(row: dict[str, Any], name: str, data: Data) -> Any:
-    """The value of a field by its name here, which `data.fields` may change. Raises `DataError` where there is none."""
+    """The value of a field, whose name `data.fields` may change. Raises `DataError` if the row lacks it."""
     called = data.fields.get(name, name)
     if called not in row:
         raise missing_field(row, name, called, data.format)
@@ -237,7 +238,7 @@ def turns_of(messages: Iterable[Message]) -> list[Turn]:
 
 
 def framing(tokenizer: Tokenizer, data: Data) -> tuple[int | None, int]:
-    """The begin token, where the tokenizer itself puts one before a text, and the end token."""
+    """The begin token, if the tokenizer itself puts one before a text, and the end token."""
     eos: Any = tokenizer.eos_token_id
     if eos is None:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Writes a conversation by the tokenizer's chat template, and finds which characters of the text are trained.
+"""Renders a conversation with the tokenizer's chat template, and finds which characters of the text are trained.
 
-That is a question of where the assistant's turns lie in the text: a template with `{% generation %}` tags says so
-itself; otherwise `conversation` finds the turns. Where thinking is kept or stripped, the text is that of the template
-with some edits (`thinking`), and places in it are moved with them.
+For that it needs the places of the assistant's turns. A template with `{% generation %}` tags marks them itself;
+otherwise `conversation` finds them. If thinking is kept or stripped, the template's text is edited (`thinking`), and
+places in it move with the edits.
 """
 
 import re
@@ -33,17 +33,17 @@ from trainer.data.render.thinking import (
 from trainer.errors import DataError
 from trainer.store.tokenizer_files import NAMED_TEMPLATES
 
-# Stands for a thought. No tokenizer or template knows this character of the private use area.
+# Replaces a thought. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0f2"
-_LONGEST_END = 128  # characters of a token that ends a turn, with white space behind it
+_LONGEST_END = 128  # characters of a token that ends a turn, with white space after it
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A document's text, and the characters of it that are trained: `spans` are sorted and disjoint.
+    """A document's text and its trained characters, `spans`, which are sorted and disjoint.
 
-    `end_trained` says whether the end-of-text token is trained, which texts without a chat template get. `left_out` is
-    as in `Example`.
+    Texts without a chat template get an end-of-text token; `end_trained` says whether it is trained. `left_out` is as
+    in `Example`.
     """
 
     text: str
@@ -53,8 +53,9 @@ class Rendered:
 
 
 class ChatText:
-    """Conversations as text, by one tokenizer's template. `added` are its added tokens by number, and those of
-    `special` end turns.
+    """Renders conversations with one tokenizer's template.
+
+    `added` has the tokenizer's added tokens by number. Those in `special` may end turns.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, added: Mapping[int, str], special: set[int]) -> None:
@@ -62,7 +63,7 @@ class ChatText:
         self._template = conversation_template(tokenizer, data)
         self._template.check_prompt()
         self._for_tools = template_for_tools(tokenizer, data)
-        # A token that a run adds is special to no tokenizer, and may still be that which ends a turn.
+        # A token that a run adds is not special to the tokenizer, but may still be the one that ends a turn.
         self.special = special | {
             number for number, token in added.items() if token and self._template.end.startswith(token)
         }
@@ -71,8 +72,9 @@ class ChatText:
         self._ended = re.compile(f"(?:{_any_of(added.values()).pattern})\\s*\\Z")
 
     def render(self, given: Any, given_tools: Any) -> Rendered:
-        """The text of a row's messages and tools, and what of it is trained. Raises `DataError` for a row that cannot
-        be trained so.
+        """The text of a row's messages and tools, and its trained characters.
+
+        Raises `DataError` if the row cannot be trained in this way.
         """
         messages, tools = read_messages(given), read_tools(given_tools)
         if self._data.drop_system:
@@ -107,7 +109,7 @@ class ChatText:
 
     @cached_property
     def _next_tag(self) -> str:
-        """The token by which the template begins a question behind an answer; empty where it begins otherwise."""
+        """The token with which the template begins a question after an answer. Empty if it begins with no token."""
         match = re.match(rf"\s*({self._ends.pattern})", self._template.behind_an_answer)
         return match[1] if match else ""
 
@@ -116,8 +118,9 @@ class ChatText:
         return form.given(message) if form else message
 
     def _as_read(self, message: Message) -> Message:
-        """The message with its thinking by a key where the template reads that: tags in its content would stand in the
-        answer, or behind an empty block of the template's."""
+        """The message with its thinking under a key, if the template reads that key.
+
+        Tags in the content would end up in the answer, or after an empty block that the template writes."""
         if thought_of(message) is None or any(key in message for key in THOUGHTS):
             return message
         form = self._form(message)
@@ -128,7 +131,7 @@ class ChatText:
         return self._template.thinking(calls="tool_calls" in message and not message["content"].strip())
 
     def _trained_turns(self, messages: list[Message]) -> list[int]:
-        """The turns of which anything is trained, by their roles, or as their rows ask for it."""
+        """The turns that are at least partly trained, because of their roles or because the row asks for it."""
         roles = self._wanted.roles or ["assistant"]
         turns = [turn for turn, message in enumerate(messages) if roles == "all" or message["role"] in roles]
         turns = turns[-1:] if self._wanted.turns == "last" else turns
@@ -136,7 +139,7 @@ class ChatText:
         return sorted(turn for turn in {*turns, *asked} if is_trained(messages[turn]))
 
     def _edits(self, talk: Conversation) -> dict[int, Edit]:
-        """By turn, what `data.thinking` changes of the text that the template makes."""
+        """Turn -> the edit that `data.thinking` makes in the template's text."""
         if self._data.thinking == "as_template":
             return {}
         messages = talk.messages
@@ -149,8 +152,9 @@ class ChatText:
         return {turn: self._kept(talk, turn) for turn in self._dropped(talk)}
 
     def _dropped(self, talk: Conversation) -> list[int]:
-        """The turns whose thinking the template leaves out. A thought's words may stand in an answer too, so a mark
-        takes its place.
+        """The turns whose thinking the template leaves out.
+
+        A mark replaces each thought to find out, because a thought's words may also stand in an answer.
         """
         messages = talk.messages
         marks = {turn: f"{_MARK}{turn}{_MARK}" for turn, message in enumerate(messages) if thought_of(message)}
@@ -173,9 +177,7 @@ class ChatText:
         return edit
 
     def _spans(self, talk: Conversation, turns: Sequence[int], edited: EditedText) -> tuple[list[Span], bool]:
-        """The spans that are trained in the edited text, and whether an end is trained in each of the assistant's
-        turns.
-        """
+        """The trained spans of the edited text, and whether an end is trained in each of the assistant's turns."""
         messages, wanted = talk.messages, self._wanted
         if wanted.roles == "all":
             kept_out = [edited.moved(span) for span in _silent(talk)]
@@ -193,7 +195,7 @@ class ChatText:
         return spans, ended
 
     def _enclosed(self, talk: Conversation, turns: Sequence[int]) -> list[Span]:
-        """The spans that the template's tags enclose, without those of turns that are not trained."""
+        """The spans between the template's tags, without those of untrained turns."""
         untrained = _silent(talk)
         if self._wanted.turns == "last":
             last = [turn for turn, message in enumerate(talk.messages) if message["role"] == "assistant"][-1:]
@@ -201,23 +203,23 @@ class ChatText:
         return without(talk.enclosed(), joined(untrained)) if turns else []
 
     def _turn(self, talk: Conversation, turn: int, edited: EditedText) -> list[Span]:
-        """The characters of the edited text that are trained of a turn."""
+        """The trained characters of a turn in the edited text."""
         is_assistants = talk.messages[turn]["role"] == "assistant"
         found = talk.written(turn) if is_assistants else [talk.said(turn)]
         spans = [edited.moved(span) for span in found]
         if edit := edited.by_turn.get(turn):
             spans[0] = edited.moved_place(edit.lead) + edit.prompted, spans[0][1]
-        # Many templates put a line break after the end-of-turn token; generation has ended by then.
+        # Many templates put a line break after the end-of-turn token, where generation has already ended.
         ends = [self._after_end.search(edited.text, start, end) for start, end in spans]
         return [(start, match.start(1) if match else end) for (start, end), match in zip(spans, ends, strict=True)]
 
     def _ends_in(self, text: str, span: Span) -> bool:
-        """Whether what is trained ends with a token of its own, by which a server can stop."""
+        """Whether the trained span ends with an added token, at which a server can stop."""
         begin, end = span
         return self._ended.search(text, max(begin, end - _LONGEST_END), end) is not None
 
     def _blocks(self, talk: Conversation, edited: EditedText) -> Iterator[Span]:
-        """The blocks of thinking in the edited text, with what the template writes around them."""
+        """Yield the blocks of thinking in the edited text, with what the template writes around them."""
         text, dropped = edited.text, [] if self._data.thinking == "strip" else self._dropped(talk)
         for turn, message in enumerate(talk.messages):
             if message["role"] != "assistant":
@@ -251,8 +253,9 @@ def _silent(talk: Conversation) -> list[Span]:
 
 
 def _check_shown(talk: Conversation, turns: Sequence[int]) -> None:
-    """Raises `DataError` where the template leaves out what the assistant says in one of these turns: its end alone
-    would be trained.
+    """Raises `DataError` if the template leaves out what the assistant says in one of these turns.
+
+    Only the end of that turn would be trained.
     """
     if lost := talk.vanished(turns):
         turn, what = lost
@@ -263,7 +266,7 @@ def _check_shown(talk: Conversation, turns: Sequence[int]) -> None:
 
 
 def _empty_blocks(talk: Conversation, form: ThinkingForm | None, turn: int) -> Iterator[Span]:
-    """The empty block that the template writes where nothing was thought."""
+    """Yield the empty block that the template writes in a turn without thinking."""
     whole, answer = talk.whole, talk.anchor(turn) if form else None
     if form is None or answer is None:
         return

@@ -1,9 +1,9 @@
-"""One conversation in a chat template: its text, and where in it a turn lies.
+"""One conversation rendered by a chat template: its text, and the place of each turn in it.
 
-A turn reaches from the end of the generation prompt to the end of its text, as the text of the conversation up to there
-begins the whole. Templates do not always keep to that: those of models that reason drop what earlier turns thought,
-others move the system message to the last question. There a turn is found by rendering the conversation once more with
-another content in its place, and from where the turn before it ends.
+Usually the text of the first turns is a prefix of the whole text. Then a turn reaches from the end of the generation
+prompt to the end of that prefix. Some templates break this rule: those of reasoning models drop the thinking of earlier
+turns, and others move the system message to the last question. For these Capstan renders the conversation again with
+another content in the place of the turn. The difference, and the end of the turn before, give the place.
 """
 
 import re
@@ -15,20 +15,22 @@ from trainer.data.render.templates.chat_template import ChatTemplate, Tools
 from trainer.data.render.thinking import OPEN
 from trainer.errors import DataError
 
-# Finding a turn renders all that is before it, twice. For the turns of one row together, these are the most messages
-# and characters, some five seconds' work: about 1,000 turns of which every second one is the assistant's.
+# Finding a turn renders everything before it, twice. These limits on messages and characters hold for all turns of one
+# row together. They allow about five seconds of work: some 1,000 turns, of which every second one is the assistant's.
 _MOST_MESSAGES, _MOST_CHARACTERS = 2**19, 2**30
-# Stands for the content of a turn. No tokenizer or template knows this character of the private use area.
+# Replaces the content of a turn. No tokenizer or template knows this character of the private use area.
 _MARK = "\ue0ff"
 
 
 class Misplaced(DataError):
-    """The place of a turn in the whole text cannot be told by the text up to it."""
+    """The place of a turn in the whole text does not follow from the text up to it."""
 
 
 class Conversation:
-    """One conversation: its text `whole`, and that of its beginnings. `ends` matches the tokenizer's special tokens,
-    which may end a turn. Raises `DataError` where the template refuses it."""
+    """One conversation: its text `whole`, and the texts of its beginnings.
+
+    `ends` matches the tokenizer's special tokens, which may end a turn. Raises `DataError` if the template refuses the
+    conversation."""
 
     def __init__(self, template: ChatTemplate, ends: re.Pattern[str], messages: list[Message], tools: Tools) -> None:
         self._template, self._tools = template, tools
@@ -41,7 +43,7 @@ class Conversation:
         return self._text(self.messages[:count], generation_prompt)
 
     def check_size(self, turns: Sequence[int]) -> None:
-        """Raises `DataError` where finding these turns in the whole text would take very long."""
+        """Raises `DataError` if finding these turns in the whole text would take very long."""
         messages, most = sum(2 * turn + 1 for turn in turns), _MOST_MESSAGES
         if messages > most or messages * len(self.whole) > _MOST_CHARACTERS * len(self.messages):
             raise DataError(
@@ -58,7 +60,7 @@ class Conversation:
             return False
 
     def prefix(self, count: int, generation_prompt: bool = False) -> int:
-        """Length of the text of the first `count` messages, which must begin the whole text."""
+        """The length of the text of the first `count` messages, which must be a prefix of the whole text."""
         if count == 0:
             return 0
         if count == len(self.messages):
@@ -74,8 +76,9 @@ class Conversation:
         return len(prefix)
 
     def vanished(self, turns: Sequence[int]) -> tuple[int, str] | None:
-        """The first of these turns whose content or calls the template leaves out, and which of both; None where all
-        come out.
+        """The first of these turns whose content or calls the template leaves out, and which of the two it is.
+
+        None if the template writes all of them.
         """
         others, marks = dict[int, Message](), dict[str, tuple[int, int | None]]()
         for turn in turns:
@@ -84,14 +87,14 @@ class Conversation:
             if names:
                 message = _renamed(message, list(names))
             if message["content"].strip():
-                mark = f"{_MARK}{turn}{_MARK}"  # at the end, as thinking is dropped from the beginning
+                mark = f"{_MARK}{turn}{_MARK}"  # at the end, because templates drop thinking from the beginning
                 message = {**message, "content": message["content"] + mark}
                 marks[mark] = turn, None
             marks |= {name: (turn, number) for name, number in names.items()}
             others[turn] = message
         try:
             text = self.with_all(others) if marks else ""
-        except DataError:  # it may look into a content, and refuse this one
+        except DataError:  # the template may inspect a content and refuse this one
             return None
         for mark, (turn, number) in marks.items():
             if mark not in text and (number is None or self._is_same_without(turn, number)):
@@ -99,7 +102,7 @@ class Conversation:
         return None
 
     def _is_same_without(self, turn: int, number: int) -> bool:
-        """Whether the text would be the same without a call: some templates write its arguments and not its name."""
+        """Whether the text would be the same without a call. Some templates write its arguments but not its name."""
         message = self.messages[turn]
         calls = [call for index, call in enumerate(message["tool_calls"]) if index != number]
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
@@ -109,11 +112,12 @@ class Conversation:
             return False
 
     def written(self, turn: int) -> list[Span]:
-        """The characters of the whole text that the model has to write in an assistant's turn, with white space behind
-        its end. They are several spans where the template puts something else between a turn's calls and its words.
+        """The characters of the whole text that the model writes in an assistant's turn, and white space after its end.
+
+        They are several spans if the template puts something else between a turn's calls and its words.
 
         Raises:
-            DataError: the place of the turn cannot be told.
+            DataError: the place of the turn cannot be determined.
         """
         if turn == 0:
             raise DataError(
@@ -132,9 +136,7 @@ class Conversation:
             return self._apart(turn, error)
 
     def said(self, turn: int) -> Span:
-        """The characters of the whole text that a message of another role has as its content, and the end of its
-        turn.
-        """
+        """The characters of the content of a message of another role, with the end of its turn."""
         content = self.content(turn)
         if content is None:
             raise Misplaced(f"turn {turn + 1}: its content is not found in the conversation's text")
@@ -145,7 +147,7 @@ class Conversation:
             return begin, end
 
     def place(self, turn: int) -> list[Span]:
-        """The characters of a whole turn, or of as much of it as can be told."""
+        """The characters of a whole turn, or of the part whose place can be determined."""
         try:
             return [(self.prefix(turn), self.prefix(turn + 1))]
         except Misplaced:
@@ -155,7 +157,7 @@ class Conversation:
         """The characters of a turn's content that its row leaves untrained.
 
         Raises:
-            DataError: the template rewrites the content, so that their places are unknown.
+            DataError: the template rewrites the content, so their places are unknown.
         """
         message = self.messages[turn]
         if UNTRAINED not in message:
@@ -172,20 +174,19 @@ class Conversation:
         return [(start, end) for start, end in found if start < end]
 
     def marked(self, turn: int, message: Message, mark: str) -> Span | None:
-        """The characters in whose place `mark` stands once `message` is that of the turn; None where that cannot be
-        told.
-        """
+        """The characters that `mark` replaces if `message` is the turn's message. None if they cannot be determined."""
         before, found, after = self._with(turn, message).partition(mark)
         if not found or mark in after or not self.whole.endswith(after):
             return None
-        # Templates write a line break between a content and a call; of an empty content that would be the one before
+        # Templates write a line break between a content and a call. With an empty content that is the line break before
         # the call.
         begin = shared_beginning(before, self.whole)
         return begin, max(begin, len(self.whole) - len(after))
 
     def anchor(self, turn: int) -> int | None:
-        """Where a turn's words begin, or the name of its first call where it has no words; None where that cannot be
-        told.
+        """The beginning of a turn's words, or of the name of its first call if it has no words.
+
+        None if it cannot be determined.
         """
         message = self.messages[turn]
         if message["content"].strip() or not message.get("tool_calls"):
@@ -195,18 +196,16 @@ class Conversation:
         return len(before) if mark and self.whole.startswith(before) else None
 
     def content(self, turn: int) -> Span | None:
-        """The characters in which the text differs once the content of the turn is another; None where that cannot be
-        told.
-        """
+        """The characters that change if the turn gets another content. None if they cannot be determined."""
         if turn not in self._contents:
             self._contents[turn] = self.marked(turn, {**self.messages[turn], "content": _MARK}, _MARK)
         return self._contents[turn]
 
     def _begin(self, turn: int, anchor: int, otherwise: Misplaced) -> int:
-        """The place behind the generation prompt of a turn whose words or calls begin at `anchor`.
+        """The end of the generation prompt of a turn whose words or calls begin at `anchor`.
 
-        The prompt follows the end of the turn before it, if that can be told. Else it is the last one before the
-        anchor. One that opens a block of thinking may be there without it.
+        The prompt follows the end of the turn before, if that end is known. Otherwise it is the last prompt before the
+        anchor. A prompt that opens a block of thinking may stand there without that opening.
         """
         before = self.content(turn - 1)
         if before is not None:
@@ -220,15 +219,13 @@ class Conversation:
         sought = {prompt, prompt.partition(OPEN)[0]} - {""}
         places = [(place, len(one)) for one in sought if (place := self.whole.rfind(one, 0, anchor)) >= 0]
         if places and self._is_alone(turn, (sum(max(places)), anchor)):
-            return sum(max(places))  # of two at one place the longer
+            return sum(max(places))  # the longer of two at the same place
         if self._goes_on(turn, anchor):
             return anchor
         raise otherwise
 
     def _goes_on(self, turn: int, anchor: int) -> bool:
-        """Whether a turn goes on where the words of an earlier one of the assistant end, to whose calls there were
-        results.
-        """
+        """Whether a turn continues directly after the words of an earlier assistant's turn whose calls got results."""
         for earlier in reversed(range(turn)):
             content = self.content(earlier)
             if self.messages[earlier]["role"] not in ("assistant", "tool"):
@@ -238,7 +235,7 @@ class Conversation:
         return False
 
     def _end(self, turn: int) -> int:
-        """The end of a turn's words and calls, and of the token that ends it where one follows."""
+        """The end of a turn's words and calls, including the token that ends it if one follows."""
         message = self.messages[turn]
         content = self.content(turn)
         if content is not None and (message["content"].strip() or not message.get("tool_calls")):
@@ -254,21 +251,19 @@ class Conversation:
         closing = behind[len(calls) :].strip()
         own = self._template.end.removesuffix(closing).rstrip()
         if own and calls.endswith(own) and self._template.behind_an_answer.lstrip().startswith(own):
-            return end  # `closing` ends a conversation, and no turn
-        # Where the last turn of a conversation has no token at its end, the one that follows here begins the next turn.
+            return end  # `closing` ends a conversation, not a turn
+        # If the last turn of a conversation has no end token, the token that follows here begins the next turn.
         match = re.compile(rf"\s*(?:{self._ends.pattern})").match(self.whole, end) if closing else None
         return match.end() if match else end
 
     def _is_alone(self, turn: int, span: Span) -> bool:
-        """Whether the span of a turn reaches neither over the content of the turn before it, nor over that of the one
-        behind it.
-        """
+        """Whether the span of a turn overlaps neither the content of the turn before it nor that of the turn after."""
         before = self.content(turn - 1)
         behind = self.content(turn + 1) if turn + 1 < len(self.messages) else None
         return not ((before and span[0] < before[1]) or (behind and behind[0] < behind[1] <= span[1]))
 
     def _apart(self, turn: int, otherwise: Misplaced) -> list[Span]:
-        """The spans of a turn whose words stand behind the results of its calls."""
+        """The spans of a turn whose words stand after the results of its calls."""
         message, words = self.messages[turn], self.content(turn)
         if not message.get("tool_calls") or words is None:
             raise otherwise
@@ -280,15 +275,15 @@ class Conversation:
         return [*calls, (words[0], self._end(turn))]
 
     def with_all(self, others: Mapping[int, Message]) -> str:
-        """The text of the whole conversation with others in the places of some messages, by turn."""
+        """The text of the whole conversation with some messages replaced, by turn."""
         return self._text([others.get(turn, message) for turn, message in enumerate(self.messages)])
 
     def enclosed(self) -> list[Span]:
-        """The characters that the template's {% generation %} tags enclose."""
+        """The characters between the template's {% generation %} tags."""
         return self._template.enclosed(self.messages, self._tools)
 
     def _with(self, turn: int, message: Message) -> str:
-        """The text of the whole conversation with another message in the place of one."""
+        """The text of the whole conversation with one message replaced."""
         return self.with_all({turn: message})
 
     def _text(self, messages: list[Message], generation_prompt: bool = False) -> str:
@@ -304,5 +299,5 @@ def _renamed(message: Message, names: Sequence[str]) -> Message:
 
 
 def _indent(text: str) -> int:
-    """How much white space a text begins with."""
+    """The length of the white space at the beginning of a text."""
     return len(text) - len(text.lstrip())

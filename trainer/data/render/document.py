@@ -1,4 +1,4 @@
-"""What a renderer is, and the documents that it makes of rows."""
+"""The interfaces of a renderer and of the documents that it makes from rows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from trainer.errors import DataError
 
 
 class Turn(NamedTuple):
-    """One message: the role that says it and its text; `calls` says whether it has a call of a tool."""
+    """One message: its role and its text. `calls` says whether it calls a tool."""
 
     role: str
     content: str
@@ -19,41 +19,41 @@ class Turn(NamedTuple):
 
 
 class Document(ABC):
-    """A row, tokenized."""
+    """A tokenized row."""
 
     tokens: NDArray[np.uint32]
-    """(n,) of the document as it is stored."""
+    """The tokens of the document as it is stored, (n,)."""
     targets: NDArray[np.bool_]
-    """(n,) whether each is trained. The first never is: nothing predicts it."""
+    """Whether each token is trained, (n,). The first never is, because nothing predicts it."""
     left_out: Sequence[str]
-    """The names of what the row carries and its text does not contain."""
+    """The names of parts of the row that its text does not contain."""
 
     @property
     def teaches(self) -> bool:
-        """Whether anything of it is trained."""
+        """Whether any of its tokens is trained."""
         return bool(self.targets.any())
 
     @property
     def longest(self) -> int:
-        """The tokens of the shortest row that holds it, or each of the documents that it falls into."""
+        """The tokens of the shortest packed row that can hold it, or each of the documents into which it is split."""
         return len(self.tokens)
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """The values of the columns that its kind declares, by their names."""
+        """The values of the columns that its kind declares, by name."""
         return {}
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Its part in the counters of the data set, once it is stored."""
+        """What it adds to the counters of the data set once it is stored."""
         return {}
 
     @abstractmethod
     def cut(self, limit: int) -> Self:
-        """Its beginning, with at most `limit` tokens in a row."""
+        """Its beginning, which takes at most `limit` tokens in a packed row."""
 
     def pieces(self, limit: int) -> Sequence["Document"]:
-        """Documents of at most `limit` tokens that it becomes: itself, unless rows of its kind are split."""
+        """The documents of at most `limit` tokens that it becomes: itself, unless rows of its kind are split."""
         return [self]
 
     @abstractmethod
@@ -62,14 +62,15 @@ class Document(ABC):
 
 
 class RowRenderer(Protocol):
-    """Encodes rows of one kind with one tokenizer. Made when the first rows of the kind come; it raises `ConfigError`
-    where the tokenizer cannot serve them.
+    """Encodes rows of one kind with one tokenizer.
+
+    It is made when the first rows of the kind come, and raises `ConfigError` if the tokenizer cannot encode them.
     """
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Sequence[Document | DataError]:
-        """Each row's document, or what is wrong with it; the error's text has no place in it."""
+        """Each row's document, or its error. The error's text does not name the row's place."""
         ...
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The turns of a row. Raises `DataError` where it is none of this kind."""
+        """The turns of a row. Raises `DataError` if it is not of this kind."""
         ...

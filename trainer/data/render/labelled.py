@@ -1,9 +1,9 @@
 """Turns a labelled row into a document: an answer to a prompt, and whether it is desired.
 
-Behind the answer stands, in the same document, the same prompt with the answer of another row: KTO estimates from such
-mismatched pairs how far the model is from its reference. The other row is the one before, in the same batch of rows
-that are read together, with another prompt; before the first comes the last. So the pairing depends on the data set
-alone.
+In the same document the answer is followed by the same prompt with the answer of another row. From such mismatched
+pairs KTO estimates how far the model is from its reference. The other row is the last one before it that has another
+prompt, in the same batch of rows that are read together; before the first row comes the last. So the pairing depends
+only on the data set.
 """
 
 from collections.abc import Mapping
@@ -19,21 +19,19 @@ from trainer.data.render.chat import Example, field_of, tools_of, turns_of
 from trainer.data.render.document import Turn
 from trainer.errors import DataError
 
-# Tables of text have no other values.
+# Text tables can write the label only in these ways.
 _WRITTEN = {"true": True, "True": True, "false": False, "False": False}
 
 
 class Labelled(Answers):
-    """An answer to its prompt, marked where it is desired. Where there is room, the mismatched answer stands behind
-    it.
-    """
+    """An answer to its prompt, marked if it is desired. The mismatched answer follows it if there is room."""
 
     @property
     def counts(self) -> Mapping[str, int]:
         return {"desired": int(self.marks[0] == DESIRED_BIT)}
 
     def cut(self, limit: int) -> "Labelled":
-        """The first `limit` tokens of the answer; beside one that needs a cut there is no room for another."""
+        """The first `limit` tokens of the answer. An answer that needs a cut leaves no room for a mismatched one."""
         return self if len(self.tokens) <= limit else replace(self, answers=(self.answers[0].cut(limit),))
 
 
@@ -62,8 +60,9 @@ def _labelled(answer: Example | DataError, desired: bool) -> Labelled | DataErro
 
 
 def _paired(found: list[Labelled], data: Data) -> list[Labelled]:
-    """Each answer with the one before it that has another prompt, as far as a row holds both; else with the one before
-    it.
+    """Pair each answer with the last one before it that has another prompt, or else with the one directly before it.
+
+    The mismatched answer is cut so that a packed row holds both.
     """
     answers = [one.answers[0] for one in found]
     prompts = [answer.tokens[: prompt_tokens(answer)].tobytes() for answer in answers]
@@ -73,7 +72,7 @@ def _paired(found: list[Labelled], data: Data) -> list[Labelled]:
         other = next((index for index in before if prompts[index] != prompts[place]), before[0] if before else None)
         room = data.sequence_length - len(answer.tokens)
         shared = shared_tokens(answer) if data.share_prefix else 0
-        # A row has room for the tokens behind the shared ones alone.
+        # Only the tokens after the shared ones need room in the row.
         mismatched = None if other is None else _mismatched(answer, answers[other]).cut(max(0, room) + shared)
         both = (answer, mismatched) if mismatched and mismatched.teaches else (answer,)
         result.append(replace(found[place], answers=both, shared=shared))
@@ -88,7 +87,7 @@ def _mismatched(answer: Example, other: Example) -> Example:
 
 
 def one_kind(desired: int, answers: int) -> str | None:
-    """A sentence for labelled training data of one kind only, where so many of the `answers` are desired."""
+    """A sentence if all labelled training answers are of one kind. `desired` of the `answers` are desired."""
     if desired not in (0, answers):
         return None
     return (

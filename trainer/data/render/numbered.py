@@ -1,13 +1,12 @@
-"""Turns a row with a class, or of words with tags, into a document: the text's tokens, and behind them numbers.
+"""Turns a row with a class, or with tagged words, into a document: the text's tokens, followed by numbers.
 
-A class: behind the text stands the number of its class, stored as a trained token; or, where a row may have several
-classes, for each class a 1 or a 0. So the text's last token is the first place whose label is to be predicted, and its
-label is the number. The model reads the numbers as tokens too, but behind all that counts: in a causal model nothing
-before them can see them.
+Classes: the number of the class follows the text, stored as a trained token. If a row may have several classes, a 1 or
+a 0 follows for each class. So the text's last token is the first place with a label, and the number is that label. The
+model reads the numbers as tokens too, but in a causal model no earlier token can see them.
 
-Tags: the text is the words with a space between them, as the tokenizer frames it, and behind it stands a number for
-each token. The number of a word's first token is its tag, and is trained; no other is. The numbers are a segment of
-their own, which no model reads.
+Tags: the text is the words joined by spaces, as the tokenizer frames it, and a number follows for each token. The
+number of a word's first token is its tag and is trained; no other number is. The numbers are a segment of their own,
+which no model reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +30,7 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Numbered(Document):
-    """A text's tokens, (n,) uint32, and behind them `numbers`, (m,) uint32; those that are `trained`, (m,) bool, are to
-    be predicted.
-    """
+    """A text's tokens, (n,) uint32, then `numbers`, (m,) uint32. Those that are `trained`, (m,) bool, are predicted."""
 
     text: NDArray[np.uint32]
     numbers: NDArray[np.uint32]
@@ -57,19 +54,19 @@ class Classified(Numbered):
 
     @property
     def teaches(self) -> bool:
-        """Whether there is a text to tell the class from."""
+        """Whether there is any text from which to predict the class."""
         return len(self.text) > 0
 
     def cut(self, limit: int) -> "Classified":
-        """The beginning of the text, with its class `limit` tokens. Nothing is left where there are more classes."""
+        """The beginning of the text, so that it has `limit` tokens with its class. Empty if the classes need more."""
         return replace(self, text=self.text[: max(0, limit - len(self.numbers))])
 
 
 class ClassifiedRenderer:
-    """Encodes rows of the kinds classified and multilabel with one tokenizer: a conversation by the chat template, a
-    text as the tokenizer itself frames it.
+    """Encodes rows of the kinds classified and multilabel with one tokenizer.
 
-    Tokens of padding at the end are left out: transformers' classifiers look at the last token that is none.
+    The chat template renders a conversation; the tokenizer itself frames a text. Padding tokens at the end are left
+    out, because transformers' classifiers read the last token that is not padding.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
@@ -79,14 +76,12 @@ class ClassifiedRenderer:
         self._examples = EitherRenderer(tokenizer, data, messages, texts, ends=False)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Classified | DataError]:
-        """Each row's text with its class, or what is wrong with it. Raises `ConfigError` as `EitherRenderer`."""
+        """Each row's text with its class, or its error. Raises `ConfigError` as `EitherRenderer`."""
         numbers = [or_error(self._numbers_of, row) for row in rows]
         return list(map(self._classified, self._examples.encode(rows), numbers))
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The turns of the conversation; a text is a user's turn. Raises `DataError` where the row is none of this
-        kind.
-        """
+        """The turns of the conversation. A text is a user's turn. Raises `DataError` if the row is not of this kind."""
         turns = self._examples.turns(row)
         return turns if "messages" in row else [Turn("user", turn.content) for turn in turns]
 
@@ -112,10 +107,10 @@ class ClassifiedRenderer:
 
 @dataclass(frozen=True, eq=False)
 class Tagged(Numbered):
-    """A text and the number of each token's tag, of which those are trained that begin a word.
+    """A text and the number of each token's tag. Only tokens that begin a word are trained.
 
-    `places` has the first token of each word. A token that begins several words can carry one tag: where they have the
-    same, it is trained once, and where they have different ones, it is not; then they are `untagged` words.
+    `places` has the first token of each word. A token that begins several words can carry only one tag. If these words
+    have the same tag, it is trained once. If not, it is not trained, and the words count as `untagged`.
     """
 
     places: Sequence[int] = ()
@@ -126,7 +121,7 @@ class Tagged(Numbered):
         return {"untagged": self.untagged} if self.untagged else {}
 
     def cut(self, limit: int) -> "Tagged":
-        """The beginning of the text, with its tags at most `limit` tokens."""
+        """The beginning of the text, so that it has at most `limit` tokens with its tags."""
         kept = limit // 2
         places = [place for place in self.places if place < kept]
         return replace(
@@ -134,7 +129,7 @@ class Tagged(Numbered):
         )
 
     def stored(self) -> NDArray[np.uint32]:
-        """The tokens as a data set holds them; the numbers are a segment of their own."""
+        """The tokens as a data set holds them. The numbers are a segment of their own."""
         stored = super().stored()
         stored[len(self.text)] |= MISMATCHED_BIT
         return stored
@@ -147,14 +142,14 @@ class TaggedRenderer:
         self._tokenizer, self._data, self._classes = tokenizer, data, Classes(data.labels or ())
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Tagged | DataError]:
-        """Each row's text with its tags, or what is wrong with it."""
+        """Each row's text with its tags, or its error."""
         read = [or_error(self._read, row) for row in rows]
         texts = [" ".join(found[0]) for found in read if not isinstance(found, DataError)]
         encoded = iter(self._encoded(texts))
         return [found if isinstance(found, DataError) else _tagged(*found, *next(encoded)) for found in read]
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        """The text as a user's turn. Raises `DataError` where the row is none of this kind."""
+        """The text as a user's turn. Raises `DataError` if the row is not of this kind."""
         return [Turn("user", " ".join(self._read(row)[0]))]
 
     def _read(self, row: dict[str, Any]) -> tuple[list[str], list[int]]:
@@ -167,7 +162,7 @@ class TaggedRenderer:
         return words, list(map(self._classes.number, tags))
 
     def _encoded(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The tokens of each text, and the characters that each of them stands for."""
+        """The tokens of each text, and the characters of each token."""
         if not texts:
             return []
         found: Any = self._tokenizer(texts, return_offsets_mapping=True, truncation=False, padding=False)
@@ -193,7 +188,7 @@ def _tagged(
 
 
 def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> list[int] | DataError:
-    """The first token of each word; `offsets` are the characters that each token stands for."""
+    """The first token of each word. `offsets` has the characters of each token."""
     places, begin, place = list[int](), 0, 0
     for word in words:
         first = begin + len(word) - len(word.lstrip())

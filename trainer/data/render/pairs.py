@@ -1,8 +1,7 @@
-"""Turns a preference row into a pair: a chosen and a rejected answer to one prompt, as two documents that stay
-together.
+"""Turns a preference row into a pair: a chosen and a rejected answer to one prompt, which stay together.
 
-An answer is a list of messages, rendered by the chat template, or a string. The prompt is the field `prompt`, or
-without one what chosen and rejected have in common at their beginning. It is never trained.
+An answer is a list of messages, which the chat template renders, or a string. The prompt is the field `prompt`, or else
+the common beginning of chosen and rejected. It is never trained.
 """
 
 import re
@@ -28,16 +27,17 @@ class Pair(Answers):
 
     @property
     def teaches(self) -> bool:
-        """Whether both have something trained, and are not the same."""
+        """Whether both answers have trained tokens, and differ."""
         chosen, rejected = self.answers
         return chosen.teaches and rejected.teaches and not np.array_equal(chosen.tokens, rejected.tokens)
 
     def cut(self, limit: int) -> "Pair":
-        """Both answers cut so that they have `limit` tokens together. Each gets half of the room behind what they
-        share, and what the other leaves of its half."""
+        """Both answers, cut so that they have `limit` tokens together.
+
+        Each gets half of the room after the shared tokens, and what the other leaves of its half."""
         (chosen, rejected), shared = self.answers, self.shared
         room = max(0, limit - shared)
-        # A prompt that is longer than a row leaves no room: the row has a part of the prompt alone, which trains
+        # A prompt that is longer than a row leaves no room: the row then holds only a part of the prompt, which trains
         # nothing.
         chosen = chosen.cut(min(limit, shared + max(room // 2, room - len(rejected.tokens) + shared)))
         return replace(self, answers=(chosen, rejected.cut(limit - len(chosen.tokens) + shared)))
@@ -65,7 +65,7 @@ def _read_conversations(row: Row, chosen: list[Message], rejected: list[Message]
         prompt = messages_of(given, "prompt")
         chosen, rejected = prompt + chosen, prompt + rejected
     shared = len(list(takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))))
-    # Data sets of today also repeat the first question as a string beside the messages that contain it.
+    # Some data sets repeat the first question as a string beside the messages that contain it.
     if isinstance(given, str) and all(message["content"] != given for message in chosen[:shared]):
         raise DataError("the prompt is a string, and not the content of a message that chosen and rejected begin with")
     if shared == min(len(chosen), len(rejected)):
@@ -76,7 +76,7 @@ def _read_conversations(row: Row, chosen: list[Message], rejected: list[Message]
 
 
 def _shared_words(chosen: str, rejected: str) -> str:
-    """The words that both begin with. The white space behind them belongs to the answers, as tokens begin with it."""
+    """The words with which both begin. White space after them belongs to the answers, because tokens begin with it."""
     words = re.match(r"(.*\S)?(?=\s)", chosen[: shared_beginning(chosen, rejected)], re.DOTALL)
     return words[0] if words else ""
 
@@ -86,8 +86,9 @@ def documents(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
 
 
 def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data) -> Pair | DataError:
-    """Both documents, whose prompts must be the same tokens: a difference before the first trained token would not be
-    judged.
+    """The pair of both answers. Their prompts must have equal tokens.
+
+    A difference before the first trained token would not be judged.
     """
     if isinstance(chosen, DataError):
         return DataError(f"chosen: {chosen}")

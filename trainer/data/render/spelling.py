@@ -1,6 +1,6 @@
-"""Which tokens of a text lie in given spans of its characters.
+"""Finds the tokens of a text that lie in given spans of its characters.
 
-A token across a border counts: "A: " + "yes" may be tokenized as "A", ":", " yes".
+A token across the border of a span counts: "A: " + "yes" may be tokenized as "A", ":", " yes".
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,8 +20,8 @@ _SAMPLE = "one two"
 class Spelling:
     """Finds tokens by the bytes that each stands for, in a byte-level tokenizer (those of Llama 3, Qwen, GPT-2, ...).
 
-    A tokenizer that records offsets, as the function `overlapping` needs, takes a fourth longer. Nothing is taken on
-    trust: a text counts as spelled only if the bytes of its tokens, end to end, are its own.
+    A tokenizer that records offsets, as the function `overlapping` needs, takes a quarter longer. The result is
+    verified: it is used only if the bytes of the tokens, end to end, equal those of the text.
     """
 
     def __init__(self, backend: "Tokenizer") -> None:
@@ -42,7 +42,7 @@ class Spelling:
     def overlapping(self, text: str, tokens: NDArray[np.uint32], spans: Sequence[Span]) -> NDArray[np.bool_] | None:
         """Which of `tokens` share a character with a span, (tokens,).
 
-        None if the tokens are not what the text consists of, as when a tokenizer normalizes it or drops white space.
+        None if the tokens do not spell the text, because the tokenizer normalizes it or drops white space.
         """
         if b"".join(map(self._bytes.__getitem__, tokens.tolist())) != text.encode():
             return None
@@ -58,15 +58,14 @@ class Spelling:
 def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens of a `tokenizers.Encoding` with offsets share a character with a span, (tokens,).
 
-    Asks for the tokens at the borders alone, as the encoding's list of all offsets takes half as long to make as the
-    tokens themselves.
+    Looks up only the tokens at the borders, because making the list of all offsets takes half as long as tokenizing.
     """
     targets = np.zeros(len(encoding), bool)
     for start, end in spans:
         first = _token_at(encoding, range(start, end))
         last = _token_at(encoding, range(end - 1, start - 1, -1))
         if first is not None and last is not None:
-            # One character may be several tokens, and the first of them was found.
+            # One character may be several tokens. Only the first of them was found above.
             while last + 1 < len(targets) and encoding.token_to_chars(last + 1)[0] < end:
                 last += 1
             targets[first : last + 1] = True
@@ -74,16 +73,16 @@ def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
 
 
 def _token_at(encoding: Any, characters: Iterable[int]) -> int | None:
-    """The first token of the first of these characters that is in any: a tokenizer may drop white space."""
+    """The first token of the first of these characters that is in any token. A tokenizer may drop white space."""
     found = (encoding.char_to_token(character) for character in characters)
     return next((token for token in found if token is not None), None)
 
 
 def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary: itself if it is printable, else one from
-    U+0100 on.
+    """The character that stands for each byte in a byte-level vocabulary.
 
-    Source: `bytes_to_unicode` in GPT-2's encoder.
+    It is the byte's own character if that is printable, else one from U+0100 on. Source: `bytes_to_unicode` in GPT-2's
+    encoder.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

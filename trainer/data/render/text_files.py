@@ -1,7 +1,7 @@
 """The files that decide how a run's texts become tokens: those of its tokenizer, and its chat template.
 
-They belong to the run: a manifest has their hashes, and the run's folder keeps each under its hash from the first start
-on. What lies beside the base later, or under `data.template`, may have been changed for other runs.
+They belong to the run. A manifest has their hashes, and from the first start on the run's folder keeps each file under
+its hash. The files beside the base, or that of `data.template`, may change later for other runs.
 """
 
 import hashlib
@@ -36,14 +36,15 @@ class RunText:
 
 
 def text_of(data: Data, directory: Path) -> RunText:
-    """As it is now beside the base in `directory`, and under `data.template`. Raises `ConfigError` where that cannot be
-    read.
+    """The current files beside the base in `directory`, and that of `data.template`.
+
+    Raises `ConfigError` if the template cannot be read.
     """
     return RunText(tokenizer_content(directory), template_text(data))
 
 
 def keep_text(folder: Store, text: RunText) -> None:
-    """Write what the run's folder has not yet."""
+    """Write those files that the run's folder does not have yet."""
     contents = [*text.files.values(), *([] if text.template is None else [text.template.encode()])]
     there = {entry.key for entry in folder.list(layout.TEXT)}
     for content in contents:
@@ -52,7 +53,7 @@ def keep_text(folder: Store, text: RunText) -> None:
 
 
 def kept_text(folder: Store, hashes: TextHashes) -> RunText:
-    """Raises `NotFound` where the run's folder lacks some of it, `Damaged` where it has changed."""
+    """Read the files from the run's folder. Raises `NotFound` if it lacks one, `Damaged` if one has changed."""
     files = {name: _kept(folder, sha256) for name, sha256 in hashes.tokenizer.items()}
     return RunText(files, _kept(folder, hashes.template).decode() if hashes.template else None)
 

@@ -1,8 +1,7 @@
-"""The thinking of models that reason: a block of text before an answer, in `reasoning_content` or between tags in the
-content.
+"""The thinking of reasoning models: text before an answer, in `reasoning_content` or between tags in the content.
 
-Chat templates write the block of the last turn, and mostly drop those of earlier ones, where no model sees them when it
-answers. How a template writes it is not known here: it is found from what the template makes of conversations of marks.
+Chat templates write the thinking of the last turn, and most drop that of earlier turns, which a model does not see when
+it answers. Capstan knows no template's form. It finds it by rendering test conversations whose contents are marks.
 """
 
 import re
@@ -17,14 +16,15 @@ OPEN, CLOSE = "<think>", "</think>"
 _BEFORE_ANSWER = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*", re.DOTALL)
 _BLOCK = re.compile(rf"{OPEN}.*?{CLOSE}\s*", re.DOTALL)
 _OPENED, _CLOSED = re.compile(rf"{OPEN}\s*\Z"), re.compile(rf"\s*{CLOSE}\s*")
-_FAR = 64  # characters of white space between a tag and a thought, at most
+_FAR = 64  # the most characters of white space between a tag and a thought
 # Characters of the private use area, which no tokenizer or template knows.
 _ASKED, _ANSWERED, _THOUGHT = "\ue0f5asked\ue0f5", "\ue0f6answered\ue0f6", "\ue0f7thought\ue0f7"
 
 
 def thought_of(message: Message) -> str | None:
-    """The thought of the message: by its key, or between tags at the beginning of the content. White space around it is
-    removed.
+    """The thought of the message: from its key, or from between tags at the beginning of the content.
+
+    White space around it is removed.
     """
     if message["role"] != "assistant":
         return None
@@ -34,7 +34,7 @@ def thought_of(message: Message) -> str | None:
 
 
 def with_thought(message: Message, thought: str) -> Message:
-    """The message with another thought, where it has one already."""
+    """The message with its thought replaced, in the place where it already has one."""
     keys = {key: thought for key in THOUGHTS if isinstance(message.get(key), str)}
     content, within = message["content"], _BEFORE_ANSWER.match(message["content"])
     return {
@@ -45,7 +45,7 @@ def with_thought(message: Message, thought: str) -> Message:
 
 
 def without_thinking(message: Message) -> Message:
-    """The message with its answer alone."""
+    """The message with only its answer."""
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key not in THOUGHTS}
@@ -63,17 +63,19 @@ def _in_tags(message: Message, thought: str) -> Message:
 
 @dataclass(frozen=True)
 class ThinkingForm:
-    """How a template writes what was thought. Each text reaches from the beginning of an assistant's turn to its
-    answer, or to the name of its first call where it has no words.
+    """How a template writes thinking.
+
+    Each text below reaches from the beginning of an assistant's turn to its answer, or to the name of its first call if
+    it has no words.
 
     Attributes:
-        by_key: whether the thinking is given by a key of the message, and not between tags in the content.
-        as_content: the template writes tags in a content as any other text, so it has no form of its own.
+        by_key: whether the thinking comes under a key of the message, and not between tags in the content.
+        as_content: whether the template writes tags in a content like any other text, so it has no form of its own.
         prompt: the generation prompt.
-        bare: in an earlier turn, without thinking.
-        dropped: in an earlier turn whose thinking the template leaves out.
-        empty: in the last turn, without thinking; some templates write an empty block there.
-        before, after: in the last turn, around the thinking.
+        bare: the text in an earlier turn without thinking.
+        dropped: the text in an earlier turn whose thinking the template leaves out.
+        empty: the text in the last turn without thinking; some templates write an empty block there.
+        before, after: the texts around the thinking in the last turn.
     """
 
     by_key: bool
@@ -86,7 +88,7 @@ class ThinkingForm:
     after: str
 
     def given(self, message: Message) -> Message:
-        """The message with its thinking where the template reads it."""
+        """The message with its thinking in the place where the template reads it."""
         thought = thought_of(message)
         if thought is None or (self.as_content and any(key in message for key in THOUGHTS)):
             return message
@@ -97,20 +99,22 @@ class ThinkingForm:
 
     @property
     def begin(self) -> int:
-        """The characters of a turn that stand before a thought in any case: the template writes them without one too,
-        or the generation prompt has written them."""
+        """The number of a turn's characters before a thought that do not depend on it.
+
+        The template writes them without a thought too, or the generation prompt has written them."""
         return min(shared_beginning(self.bare, self.before), shared_beginning(self.prompt, self.before))
 
     @property
     def around(self) -> tuple[str, str]:
-        """The text around a thought that the template would not write without one."""
+        """The texts around a thought that the template writes only if there is one."""
         end = shared_end(self.bare[self.begin :], self.after)
         return self.before[self.begin :], self.after[: len(self.after) - end]
 
 
 def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None:
-    """The form of turns with an answer, or of those with `calls` alone; `render` makes a text of messages. None where
-    the template does not show it."""
+    """The form of turns with an answer, or with `calls` only. None if the template does not show it.
+
+    `render` makes a text of messages."""
     asks: Message = {"role": "user", "content": _ASKED}
     turn = _call(_ANSWERED) if calls else {"role": "assistant", "content": _ANSWERED}
     result = [{"role": "tool", "name": "f", "content": "b", "tool_call_id": "call00001"}] if calls else []
@@ -125,7 +129,7 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
     except DataError:
         return None
     bare, empty = lead(turn, *middle), lead(turn)
-    if bare is None or empty is None or CLOSE in prompt:  # behind such a prompt nothing is thought any more
+    if bare is None or empty is None or CLOSE in prompt:  # the prompt already ends the thinking
         return None
     for way in (_by_key, _in_tags):
         found = (lead(way(turn, _THOUGHT)) or "").split(_THOUGHT)
@@ -135,7 +139,7 @@ def find_form(render: Callable[..., str], *, calls: bool) -> ThinkingForm | None
             as_content = verbatim and OPEN not in prompt
             dropped = earlier if earlier is not None and _THOUGHT not in earlier else bare
             return ThinkingForm(way is _by_key, as_content, prompt, bare, dropped, empty, found[0], found[1])
-    # The template has taken out what stands between the tags: it knows them, and so do its models.
+    # The template removed the text between the tags, so it knows them, and its models do too.
     if not calls and lead(_in_tags(turn, _THOUGHT)) is not None:
         return ThinkingForm(True, False, prompt, bare, bare, empty, bare + _BEFORE, _AFTER)
     return None
@@ -151,7 +155,7 @@ def _call(name: str) -> Message:
 
 
 def _lead(render: Callable[..., str], asks: Message, turns: list[Message]) -> str | None:
-    """The text of the first of `turns` before its answer; None where it is not in the text."""
+    """The text of the first of `turns` before its answer. None if the answer is not in the text."""
     try:
         text, alone = render([asks, *turns]), render([asks])
     except DataError:
@@ -161,15 +165,17 @@ def _lead(render: Callable[..., str], asks: Message, turns: list[Message]) -> st
 
 
 def _behind_question(text: str, alone: str) -> str:
-    """The text after the question's turn; `alone` is the text of the question, whose end belongs to its turn."""
+    """The text after the question's turn. `alone` is the text of the question, whose end belongs to its turn."""
     behind = text.rpartition(_ASKED)[2]
     return behind.removeprefix(alone.rpartition(_ASKED)[2])
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Other characters in the place of [begin, end) of a text. `lead` is where the turn begins that it belongs to, and
-    `prompted` how much of that turn, from there on, the generation prompt has written."""
+    """Replaces the characters [begin, end) of a text.
+
+    `lead` is the beginning of the edited turn. `prompted` is the number of characters from there on that the generation
+    prompt has written."""
 
     begin: int
     end: int
@@ -183,13 +189,14 @@ class Edit:
 
 
 def kept(form: ThinkingForm, whole: str, answer: int, thought: str) -> Edit | None:
-    """The edit that writes a dropped thought before the answer, which begins at `answer`; None where the turn does not
-    begin as the template's earlier turns do."""
+    """The edit that writes a dropped thought before the answer, which begins at `answer`.
+
+    None if the turn does not begin as the template's earlier turns do."""
     return _replaced(form, whole, answer, form.dropped, form.full(thought))
 
 
 def emptied(form: ThinkingForm, whole: str, answer: int) -> Edit | None:
-    """The edit that takes an empty block away before the answer; None where there is none."""
+    """The edit that removes an empty block before the answer. None if there is none."""
     return None if form.empty == form.bare else _replaced(form, whole, answer, form.empty, form.bare)
 
 
@@ -203,7 +210,7 @@ def _replaced(form: ThinkingForm, whole: str, answer: int, old: str, new: str) -
 
 
 class EditedText:
-    """The text `whole` with an edit in some turns, which are sorted and disjoint."""
+    """The text `whole` with an edit in some turns. Edits are sorted and disjoint."""
 
     def __init__(self, whole: str, by_turn: Mapping[int, Edit]) -> None:
         self.by_turn, self._edits = by_turn, list(by_turn.values())
@@ -212,8 +219,9 @@ class EditedText:
             self.text = self.text[: edit.begin] + edit.text + self.text[edit.end :]
 
     def moved(self, span: Span) -> Span:
-        """Where the span of the whole lies in the text. What is written at its beginning belongs to it, what is written
-        behind it does not.
+        """The place in the edited text of a span of the whole.
+
+        Text that an edit inserts at its beginning belongs to the span; text inserted after its end does not.
         """
         begin, end = span
         before = [edit for edit in self._edits if edit.begin < begin]
@@ -223,13 +231,14 @@ class EditedText:
         return begin + sum(edit.growth for edit in before), end + sum(edit.growth for edit in within)
 
     def moved_place(self, place: int) -> int:
-        """Where the place lies in the text, before what is written there."""
+        """The place in the edited text of a place in the whole, before any text that an edit inserts there."""
         return self.moved((place, place))[0]
 
 
 def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
-    """The block of a thought in the text, with what the template writes around it, and tags with white space behind
-    them.
+    """The block of a thought in the text.
+
+    It includes what the template writes around the thought, and tags with the white space after them.
     """
     begin, end = thought
     opened, closed = _OPENED.search(text, max(0, begin - _FAR), begin), _CLOSED.match(text, end)
@@ -241,5 +250,5 @@ def block_around(form: ThinkingForm | None, text: str, thought: Span) -> Span:
 
 
 def blocks(text: str, begin: int, end: int) -> Iterator[Span]:
-    """Blocks between tags in a part of a text that the template itself has written."""
+    """The blocks between tags in a part of a text that the template itself wrote."""
     return (match.span() for match in _BLOCK.finditer(text, begin, end))

@@ -1,5 +1,6 @@
-"""The rows of files that are no text: Parquet, Arrow and MDS. Apart from those of text, as pyarrow and numpy are loaded
-for it.
+"""Readers of the rows of binary files: Parquet, Arrow and MDS.
+
+They are apart from the readers of text because they load pyarrow and numpy.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -65,7 +66,7 @@ def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
 
 
 def parquet_rows(file: SourceFile) -> int:
-    """The rows that a Parquet file says it has."""
+    """The number of rows according to a Parquet file's footer."""
     try:
         return pyarrow.parquet.ParquetFile(buffered(file)).metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -73,9 +74,7 @@ def parquet_rows(file: SourceFile) -> int:
 
 
 def read_binary(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    """The rows of a file of this `kind`, such as .parquet. Raises errors of Python where it is damaged, and none of
-    pyarrow's own.
-    """
+    """The rows of a file of this `kind`, such as .parquet. Raises Python's errors, never pyarrow's own, if damaged."""
     try:
         yield from _READERS[kind](file, compression)
     except pyarrow.ArrowException as error:

@@ -1,4 +1,4 @@
-"""Finds the files that documents come from, wherever they lie."""
+"""Finds the files of a run's sources: local files, objects in a bucket, or data sets of the Hub."""
 
 import fnmatch
 import glob
@@ -15,7 +15,7 @@ from trainer.data.source import hub
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store.store import Store, open_store
 
-# Ending of a file's name -> its compression; what can be compressed as a whole.
+# For each kind of file: an ending of its name -> the compression of the whole file.
 _TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 _COMPRESSIONS = {
     **{kind: {"": None, ".gz": "gzip", ".zst": "zstd"} for kind in _TEXTS},
@@ -34,8 +34,8 @@ _WILDCARDS = frozenset("*?[")
 class SourceFile:
     """A file of a source: `uri` is its name in messages, `size` is in bytes, `source` the index of its source.
 
-    `version` changes when the content does. `form` is how its rows are read, once that is known, and `take` says which
-    are taken, where not all are. An `immutable` one has its version from elsewhere, and never changes.
+    `version` changes when the content does. `form` says how its rows are read, once that is known. `take` says which
+    rows are taken if not all are. An `immutable` file never changes, and its version does not come from its store.
     """
 
     uri: str
@@ -49,14 +49,15 @@ class SourceFile:
     take: "Take | None" = None
 
     def changed(self) -> bool:
-        """Whether the file is not what it was when it was found."""
+        """Whether the file has changed since it was found."""
         return not self.immutable and self.store.head(self.key).version != self.version
 
 
 @dataclass(frozen=True)
 class Take:
-    """`amount`: a number of rows from 1, or a share of them below 1. `seed`: None takes the first. `files` are all of
-    the source's.
+    """Which rows of a source are taken. `files` are all files of the source.
+
+    `amount` from 1 on is a number of rows, below 1 a share of them. Without a `seed` the first rows are taken.
     """
 
     amount: int | float
@@ -65,30 +66,30 @@ class Take:
 
     @property
     def counted(self) -> bool:
-        """Whether it depends on how many rows there are."""
+        """Whether the choice depends on the number of all rows."""
         return self.seed is not None or self.amount < 1
 
 
 def split_suffix(key: str) -> tuple[str, str | None]:
-    """The kind of file that a name stands for, such as .jsonl, and its compression."""
+    """The kind of a file by its name, such as .jsonl, and its compression."""
     return next(found for suffix, found in _SUFFIXES.items() if key.endswith(suffix))
 
 
 def is_of_hub(source: Source) -> bool:
-    """Whether the source is a data set of the Hub, whose files are downloaded before they can be looked at."""
+    """Whether the source is a data set of the Hub. Its files must be downloaded before they can be read."""
     return source.path.startswith(f"{hub.SCHEME}://")
 
 
 def is_compressed(key: str) -> bool:
-    """Whether a file of this name has its rows compressed, as Parquet has too."""
+    """Whether a file of this name holds its rows compressed, as Parquet does too."""
     kind, compression = split_suffix(key)
     return kind == ".parquet" or compression is not None
 
 
 def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
-    """The files of all sources, in the order of the sources; inside each in a data set's own order, else by name.
+    """The files of all sources, source by source. In a source they keep a data set's own order, else that of names.
 
-    `setting` is what messages call the list, such as `data.train`.
+    `setting` is the name of the list in messages, such as `data.train`.
 
     Raises:
         DataError: a path does not exist, matches nothing, or is of a kind that cannot be read.
@@ -97,7 +98,7 @@ def expand(sources: Sequence[Source], setting: str) -> list[SourceFile]:
 
 
 def unusable(data: Data) -> list[str]:
-    """One sentence for each source of a run that has no file to read. Data sets of the Hub are not asked for."""
+    """One sentence for each source of a run that has no file to read. Data sets of the Hub are not checked."""
     sentences = []
     for setting, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for index, source in enumerate(sources):
@@ -120,11 +121,11 @@ def _find(given: Source, source: int, name: str) -> list[SourceFile]:
             found = _find_in_hub(given, source, name)
         else:
             found = _find_local(path, source, name) if scheme == "file" else _find_remote(path, source, name)
-    # A name may be too long, the home of nobody, or no text.
+    # A name may be too long, name an unknown user's home, or not be valid text.
     except (OSError, RuntimeError, ValueError, StorageError) as error:
         cause = error.__cause__ if isinstance(error, StorageError) else error
         if isinstance(error, StorageError) and not isinstance(cause, ValueError):
-            raise  # the store itself fails; a ValueError is of a name that no store takes
+            raise  # the store itself failed; a ValueError comes from a name that no store accepts
         reason = " ".join(str(cause).split())
         raise DataError(f"{name}: {path!r} cannot be used: {reason}. Rename the file, or correct the path.") from error
     if not found:
@@ -139,10 +140,10 @@ def _find(given: Source, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_local(path: str, source: int, name: str) -> list[SourceFile]:
-    # Absolute, as it is part of the fingerprint: whoever compiles and whoever trains may stand in different
-    # directories.
+    # The path is part of the fingerprint. Make it absolute, because the processes that compile and that train may have
+    # different working directories.
     local = Path(unquote(urlsplit(path).path) if "://" in path else path).expanduser().absolute()
-    # A name with brackets in it may be a file, and not a pattern.
+    # A name with brackets may be that of a file, and not a pattern.
     if local.exists():
         matches = [local]
     elif _WILDCARDS & set(str(local)):
@@ -178,7 +179,7 @@ def _find_remote(path: str, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
-    # A data set's licence is a text too: such files are data where they are named.
+    # A data set's licence is a .txt file too, so text files are data only if the path names them.
     endings = (end for end, (kind, _) in _SUFFIXES.items() if kind != ".txt" or ".txt" in given.path)
     files = hub.find_hub_files(given.path, given.subset, given.split, name, tuple(endings))
     found = []
@@ -190,7 +191,7 @@ def _find_in_hub(given: Source, source: int, name: str) -> list[SourceFile]:
 
 
 def _find_in_folder(store: Store, uri: str, source: int, name: str) -> list[SourceFile]:
-    """The files of a data set that is a folder: what `Dataset.save_to_disk` wrote, or MDS shards with their index."""
+    """The files of a data set that is a folder: written by `Dataset.save_to_disk`, or MDS shards with their index."""
     try:
         keys = _saved_dataset(store, uri, name)
         if keys is None:

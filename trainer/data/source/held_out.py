@@ -1,4 +1,4 @@
-"""The part of the rows that a data set has, where some are held out."""
+"""The part of the rows that a data set uses if some rows are held out."""
 
 import hashlib
 import json
@@ -11,8 +11,9 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows are used: all, or one side of a split in which `fraction` of them is held out, by content and
-    `seed`.
+    """The rows that are used: all of them, or one side of a split that holds out `fraction` of them.
+
+    A row's content and `seed` decide its side.
     """
 
     fraction: float = 0.0
@@ -20,7 +21,7 @@ class Part:
     held_out: bool = False
 
     def has(self, row: Row) -> bool:
-        """The same side for equal rows, wherever they stand."""
+        """Whether the row is on this side. Equal rows are on the same side, wherever they stand."""
         if not self.fraction:
             return True
         content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
@@ -28,9 +29,7 @@ class Part:
         return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
 
     def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
-        """The rows of a batch that are on this side, with their places. A bad row counts once: among those trained
-        on.
-        """
+        """The rows of a batch on this side, with their places. A bad row counts once, on the training side."""
         report: OnBad = (lambda error: None) if self.held_out else on_bad
         rows: list[tuple[str, Row]] = []
         for where, row in batch.rows(report):

@@ -1,8 +1,8 @@
 """Finds the files of a data set on the Hugging Face Hub, and keeps them in huggingface_hub's cache.
 
-A path is `hf://owner/name` or `hf://datasets/owner/name`, as pandas and `datasets` write it, with `@revision` behind
-the name, and behind that a file or a glob. Without one the data set's own description says which files a subset and a
-split have: `configs` in its README.md, else the names of the files, as `datasets` takes them (datasets/data_files.py).
+A path is `hf://owner/name` or `hf://datasets/owner/name`, as in pandas and `datasets`. `@revision` may follow the name,
+and then a file or a glob. Without a file or a glob the data set itself says which files a subset and a split have:
+`configs` in its README.md, or else the names of the files, as in `datasets` (datasets/data_files.py).
 """
 
 import fnmatch
@@ -21,7 +21,7 @@ from trainer.store.hub import hub_answers
 SCHEME = "hf"
 _PATH = re.compile(r"hf://(?:datasets/)?(?!datasets/)([\w.-]+/[\w.-]+?)(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.+))?")
 _CARD = "README.md"
-# Files about a data set, which `datasets` does not take for data either (FILES_TO_IGNORE in its data_files.py).
+# Files that describe a data set. `datasets` does not read them as data either (FILES_TO_IGNORE in its data_files.py).
 _ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 # Words in the names of files and folders that stand for a split.
@@ -33,7 +33,7 @@ _SPLITS = {
 
 
 def repository(path: str) -> str | None:
-    """The repository owner/name of the data set that a path names; None where it names none."""
+    """The repository owner/name of the data set that a path names. None if it names none."""
     match = _PATH.fullmatch(path)
     return match[1] if match else None
 
@@ -41,13 +41,12 @@ def repository(path: str) -> str | None:
 def find_hub_files(
     path: str, subset: str | None, split: str | None, name: str, endings: Sequence[str]
 ) -> dict[str, Path]:
-    """The files of a split, with these `endings`, in the cache, by their URIs without the revision; those that it lacks
-    are downloaded.
+    """URI without revision -> path in the cache, for the files of a split with these `endings`. Downloads missing ones.
 
-    HF_TOKEN opens private data sets, HF_ENDPOINT names another Hub, and with HF_HUB_OFFLINE the cache alone is asked.
+    HF_TOKEN opens private data sets, HF_ENDPOINT names another Hub, and with HF_HUB_OFFLINE only the cache is used.
 
     Raises:
-        DataError: it is not there, or there is no such subset or split. `name` is the setting.
+        DataError: the data set does not exist, or has no such subset or split. `name` is the setting.
     """
     match = _PATH.fullmatch(path)
     if match is None:
@@ -87,8 +86,10 @@ def find_hub_files(
 
 
 def _listed_before(repo: str, revision: str | None) -> tuple[list[str], bool]:
-    """The names of a revision's files by the cache, and whether they are all: an earlier huggingface_hub has kept no
-    list of them, and then those that it has fetched are what is known. Raises `OSError` where there are none."""
+    """The names of a revision's files according to the cache, and whether the list is complete.
+
+    An earlier huggingface_hub kept no list; then only the files that it fetched are known. Raises `OSError` if there
+    are none."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -99,7 +100,7 @@ def _listed_before(repo: str, revision: str | None) -> tuple[list[str], bool]:
 
 
 def _check_parts(chosen: list[str]) -> None:
-    """Raises `OSError` where files that are numbered parts of a whole are not all of its parts."""
+    """Raises `OSError` if files are numbered parts of a whole and some parts are missing."""
     parts = Counter(match.groups() for key in chosen if (match := _PART.fullmatch(key)))
     for (start, whole, _), there in parts.items():
         if there < int(whole):
@@ -132,8 +133,9 @@ def _of_split(
     name: str,
     endings: Sequence[str],
 ) -> list[str]:
-    """Those of the `keys` that are the files of a split. The data set's card lists them by subset and split, where it
-    does; else their names tell, as the Hub's own viewer reads them."""
+    """Those of `keys` that are the files of a split.
+
+    The data set's card may list them by subset and split. Otherwise their names decide, as in the Hub's own viewer."""
     data = [key for key in keys if key.endswith(tuple(endings)) and not _is_hidden(key)]
     entries = [entry for entry in _listed(card.get("configs")) if isinstance(entry, dict)]
     configs = {str(entry.get("config_name", "default")): entry for entry in entries}
@@ -165,7 +167,7 @@ def _is_hidden(key: str) -> bool:
 
 
 def _patterns(files: Any) -> Iterator[tuple[str, list[str]]]:
-    """The patterns of each split, in whichever form a card gives them."""
+    """Yield the patterns of each split, from any form that a card may have."""
     if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
         for entry in files:
             yield str(entry.get("split")), _texts(entry.get("path"))
@@ -185,7 +187,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _by_name(keys: list[str], split: str, repo: str, name: str) -> list[str]:
-    """The files whose names have a word of the split; all of them are training data where no name has any."""
+    """The files whose names contain a word of the split. If no name contains any, all files are training data."""
     found = {known: [key for key in keys if _has_word(key, words)] for known, words in _SPLITS.items()}
     found = {known: own for known, own in found.items() if own} or {"train": keys}
     own = found.get(split) or [key for key in keys if _has_word(key, (split,))]
@@ -206,7 +208,7 @@ def _no_split(split: str, splits: list[str], repo: str, name: str) -> DataError:
 
 @contextmanager
 def _explained(repo: str, name: str) -> Iterator[None]:
-    from httpx2 import HTTPError  # which huggingface_hub asks by, and whose refused connections it hands on
+    from httpx2 import HTTPError  # huggingface_hub uses it, and passes on its errors for refused connections
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:

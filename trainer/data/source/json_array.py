@@ -13,11 +13,12 @@ _SPACE = re.compile(r"\s*")
 
 
 def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, int]]:
-    """Each element of the array that `read` gives the bytes of, as `io.BufferedReader.read` does, and how many
-    characters it has. An element in which an object has a key twice is a `DataError`.
+    """Yield each element of a JSON array and its number of characters. `read` is like `io.BufferedReader.read`.
+
+    An element in which an object has a key twice comes as a `DataError`.
 
     Raises:
-        ValueError: this is no array of JSON and nothing else, or an element has more than `longest` characters.
+        ValueError: the file is not exactly one JSON array, or an element has more than `longest` characters.
     """
     decode, parser = codecs.getincrementaldecoder("utf-8-sig")().decode, StrictDecoder()
     text, at, size, whole = "", 0, _FIRST_BYTES, False
@@ -47,7 +48,7 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
                 raise
             if len(text) - at > longest:
                 raise ValueError(f"an element has more than {longest:,} characters") from None
-            # Twice as much each time: an element is parsed again from its beginning.
+            # Read twice as much each time, because an element is parsed again from its beginning.
             size = max(_FIRST_BYTES, len(text) - at)
             more()
         else:

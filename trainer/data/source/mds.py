@@ -1,7 +1,7 @@
 """Reads a shard of MosaicML Streaming's MDS format, version 2.
 
-A shard is, end to end: uint32 samples, uint32 offsets (samples + 1 of them), a JSON object that describes the columns,
-the samples. A sample begins with the sizes (uint32 each) of those of its columns whose size varies; all values follow.
+A shard holds, end to end: the number of samples (uint32), samples + 1 offsets (uint32), a JSON object that describes
+the columns, and the samples. A sample begins with the size (uint32) of each column of variable size. All values follow.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.format import strict_json
 
-# How the fields of text data are written. Other columns (images, pickles, ...) are left out of the row.
+# The encodings of text data's fields. Other columns (images, pickles, ...) are left out of the row.
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str": lambda value: value.decode("utf-8"),
     "json": strict_json.loads,
@@ -24,7 +24,7 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
 
 @dataclass(frozen=True)
 class Column:
-    """`size` is in bytes, or None where each sample says it."""
+    """A column. `size` is in bytes, or None if each sample gives its own."""
 
     name: str
     encoding: str
@@ -32,7 +32,7 @@ class Column:
 
 
 def read_shard(content: bytes) -> tuple[list[Column], list[bytes]]:
-    """The columns and the samples of a whole shard. Raises `ValueError` where it is none."""
+    """The columns and the samples of a whole shard. Raises `ValueError` if the content is not a shard."""
     count = int.from_bytes(content[:4], "little")
     offsets = np.frombuffer(content, "<u4", count + 1, offset=4).astype(np.int64)
     begin = 4 * (count + 2)
@@ -55,7 +55,7 @@ def _columns(header: Any) -> list[Column]:
 
 
 def _values(header: Any, key: str, kind: Any) -> list[Any]:
-    """A value for each column."""
+    """The header's list under `key`, with one value for each column."""
     values = header.get(key) if isinstance(header, dict) else None
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise ValueError(f"its header has no {key} as it should")
@@ -63,8 +63,9 @@ def _values(header: Any, key: str, kind: Any) -> list[Any]:
 
 
 def decode_sample(columns: list[Column], sample: bytes) -> dict[str, Any]:
-    """The columns of a sample that are text or numbers. Raises `ValueError`, `RecursionError`: it is not what the
-    columns say.
+    """The columns of a sample that are text or numbers.
+
+    Raises `ValueError` or `RecursionError` if the sample does not fit the columns.
     """
     varying = sum(column.size is None for column in columns)
     sizes = iter(np.frombuffer(sample, "<u4", varying).tolist())

@@ -1,8 +1,8 @@
-"""Reads a source's file, of whatever kind it is: all of its rows, or those that `take` leaves.
+"""Reads a source's file of any kind: all of its rows, or those that `take` selects.
 
-`take` asks for the first rows, or for a choice by a seed, as a number or as a share of them. A share and a choice are
-known once all rows are counted: a pass over the source, or a look into Parquet's footers. The choice is that of
-`datasets.Dataset.shuffle(seed)` cut to as many rows; its order is left to the epoch's plan.
+`take` asks for the first rows or for a random choice by a seed, as a number or a share of the rows. For a share or a
+choice all rows are counted first, by a pass over the source or from Parquet's footers. The choice is that of
+`datasets.Dataset.shuffle(seed)` cut to that number of rows; the epoch's plan decides their order.
 """
 
 import csv
@@ -15,12 +15,12 @@ from trainer.data.source.files import SourceFile, Take, split_suffix
 from trainer.data.source.rows import TEXTS, Batch, Content, OnBad, at
 from trainer.errors import DataError
 
-# Readers raise these for damaged content; the sizes in it may ask for more than any memory.
+# Readers raise these errors for damaged content. Damaged sizes may ask for more memory than there is.
 _DAMAGE = (OSError, ValueError, ArithmeticError, MemoryError, RecursionError, csv.Error)
 
 
 def batches(file: SourceFile) -> Iterator[Batch]:
-    """The rows of a file that are taken, always in the same batches.
+    """The taken rows of a file, always in the same batches.
 
     Raises:
         DataError: the file as a whole is damaged.
@@ -41,7 +41,7 @@ def _whole(file: SourceFile) -> Iterator[Batch]:
         if kind in TEXTS:
             found = TEXTS[kind](file, compression)
         else:
-            # Only for such files: `plan` looks at the first rows too, and answers sooner without pyarrow.
+            # Import this only for such files: `plan` looks at the first rows too, and answers sooner without pyarrow.
             from trainer.data.source.binary_rows import read_binary
 
             found = read_binary(kind, file, compression)
@@ -54,9 +54,7 @@ def _whole(file: SourceFile) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Some:
-    """Rows of `content`: those that are `kept`, by their numbers in it from 0. In the places of the others there is
-    none.
-    """
+    """The rows of `content` whose numbers, from 0, are in `kept`. The places of the others hold no row."""
 
     content: Content
     kept: frozenset[int]
@@ -72,7 +70,7 @@ class Some:
 
 
 def _taken(file: SourceFile, take: Take) -> Iterator[Batch]:
-    """The batches of a file, with the rows in them that are taken; none behind the last of the first so many."""
+    """The batches of a file with only their taken rows. If the first rows are taken, stops after the last of them."""
     first = sum(map(_count, take.files[: take.files.index(replace(file, take=None))]))
     end = _amount(take) if take.counted else int(take.amount)
     chosen = _chosen(take) if take.seed is not None else range(end)
@@ -86,7 +84,7 @@ def _taken(file: SourceFile, take: Take) -> Iterator[Batch]:
 
 
 def _amount(take: Take) -> int:
-    """A share is rounded as `datasets` rounds percentages of a split: to the nearest."""
+    """The number of rows to take. A share is rounded to the nearest, as `datasets` rounds percentages of a split."""
     total = sum(map(_count, take.files))
     return round(take.amount * total) if take.amount < 1 else min(int(take.amount), total)
 
@@ -101,7 +99,7 @@ def _chosen(take: Take) -> frozenset[int]:
 
 @cache
 def _count(file: SourceFile) -> int:
-    """The rows of a file, bad ones among them."""
+    """The number of rows of a file, including bad ones."""
     if file.key.endswith(".parquet"):
         from trainer.data.source.binary_rows import parquet_rows
 

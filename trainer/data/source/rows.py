@@ -1,5 +1,5 @@
-"""The rows of a file in batches, which travel between processes undecoded, and those of text.
-trainer/data/source/binary_rows.py has the others.
+"""Batches of a file's rows, which travel between processes undecoded, and the readers of text files.
+trainer/data/source/binary_rows.py has the readers of binary files.
 """
 
 import codecs
@@ -20,11 +20,11 @@ BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
 # In a compressed file the reported position may run ahead by this many decompressed bytes.
 _BUFFER_BYTES = 2**18
-# Enough to tell an array of JSON from rows in lines.
+# Enough bytes to tell a JSON array from rows in lines.
 _BEGINNING = 2**12
-# Longer lines are bad rows: a line is held in memory, and no sequence can keep so much text.
+# Longer lines are bad rows: a line is held in memory, and no sequence is that long.
 LONGEST_LINE = 64 * 2**20
-# One request of this size keeps a bucket busy for about as long as it takes to answer.
+# A request of this size transfers for about as long as a bucket takes to begin its answer.
 _READ_BYTES = 8 * 2**20
 # Enough for a sentence with a few names from the row in it.
 _LONGEST_REASON = 400
@@ -34,23 +34,23 @@ OnBad = Callable[["BadRow"], None]
 
 
 class Content(Protocol):
-    """Rows, as far as possible undecoded: some lines of JSON, a part of an Arrow table, samples of an MDS shard."""
+    """Rows, undecoded if possible: some lines of JSON, a part of an Arrow table, or samples of an MDS shard."""
 
     def rows(self) -> Iterable[Row | DataError | None]:
-        """Each row in turn; in its place what is wrong with it, or None where there is none."""
+        """Yield each row, or the error of a bad row, or None in a place without a row."""
         ...
 
     def count(self) -> int:
-        """How many rows there are, bad ones among them; without decoding any."""
+        """The number of rows, including bad ones. Decodes none."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file that follow each other.
+    """Consecutive rows of a file.
 
-    `first` is the number of the first, from 1; `read` says how much of the file's size was read by their end, in bytes.
-    `form` is that of the file's source.
+    `first` is the number of the first row, from 1. `read` is the number of the file's bytes that were read by their
+    end. `form` is that of the file's source.
     """
 
     uri: str
@@ -60,7 +60,7 @@ class Batch:
     form: RowForm | None = None
 
     def rows(self, on_bad: OnBad) -> Iterator[tuple[str, Row]]:
-        """Every row with its place, `file:line` (`file:row` where there are no lines). Empty lines are no rows.
+        """Yield every row with its place, `file:line` (`file:row` if the file has no lines). Skips empty lines.
 
         A bad row goes to `on_bad`, which may raise; otherwise reading goes on.
         """
@@ -73,7 +73,7 @@ class Batch:
 
 
 class BadRow(DataError):
-    """A row that cannot be used: where it stands, and why."""
+    """A row that cannot be used, with its place and the reason."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
@@ -86,7 +86,7 @@ def at(where: str, error: DataError) -> BadRow:
 
 
 def printable(text: str) -> str:
-    """`text` on one line and not too long: rows bring every character, and names of any length."""
+    """`text` on one line and shortened, because rows bring any character and names of any length."""
     shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
 
@@ -107,8 +107,9 @@ def _object(line: str) -> Row | DataError:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of a file, each with its end. `begins` says whether the first is that of the file, and `row` makes a row of
-    one.
+    """Lines of a file, with their line ends. `row` makes a row of a line.
+
+    `begins` says whether the first line is the first of the file.
     """
 
     lines: list[bytes]
@@ -144,13 +145,13 @@ def _lines(
     stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
     lines = ((line, len(line)) for line in _bounded_lines(stream))
     for first, part, read in _portions(lines):
-        # The decompression reads ahead of the lines, so in a compressed file this is a little too much.
+        # Decompression reads ahead of the lines, so in a compressed file the position is a little too large.
         yield Batch(file.uri, first, Lines(part, first == 1, row), source.tell() if compression else read)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Rows that could be told from each other only by decoding them; an element of an array may be something else."""
+    """Rows that had to be decoded to be separated. An element of an array may also be no row."""
 
     elements: list[Any]
 
@@ -163,7 +164,7 @@ class Decoded:
 
 
 def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    """A file of JSON is an array of rows, unless it begins with something else: then it has a row a line."""
+    """A JSON file is an array of rows if it begins with one. Otherwise it has one row in each line."""
     stream = _decompressed(buffered(file), compression)
     if not stream.read(_BEGINNING).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return _lines(file, compression)
@@ -173,7 +174,7 @@ def _json(file: SourceFile, compression: str | None) -> Iterator[Batch]:
 
 
 def _separated(file: SourceFile, compression: str | None, delimiter: str) -> Iterator[Batch]:
-    """Rows of text whose fields the first line names (RFC 4180: a value in quotes may hold line breaks)."""
+    """Text rows whose fields the first line names (RFC 4180: a value in quotes may hold line breaks)."""
     source = buffered(file)
     stream = io.BufferedReader(_decompressed(source, compression), _BUFFER_BYTES)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
@@ -193,14 +194,15 @@ def _record(header: list[str], values: list[str]) -> Row | DataError:
 
 
 def _gathered(file: SourceFile, source: io.BufferedReader, elements: Iterable[tuple[Any, int]]) -> Iterator[Batch]:
-    """The elements, each with its size, in batches; `source` knows how much of the file they took, or a little more."""
+    """The elements, each with its size, in batches. The position of `source` is their end or a little more."""
     for first, part, _ in _portions(elements):
         yield Batch(file.uri, first, Decoded(part), source.tell())
 
 
 def _portions(items: Iterable[tuple[Any, int]]) -> Iterator[tuple[int, list[Any], int]]:
-    """The items, each with its size, in portions for a batch: the number of the first one from 1, the portion, and the
-    size of all by its end.
+    """Divide the items, each with its size, into portions for a batch.
+
+    Yields the number of the portion's first item, from 1, the portion, and the size of all items up to its end.
     """
     first, portion, size, before = 1, [], 0, 0
     for item, more in items:
@@ -214,7 +216,7 @@ def _portions(items: Iterable[tuple[Any, int]]) -> Iterator[tuple[int, list[Any]
 
 
 def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """All lines. One that is longer than is allowed comes with a byte too many and without its rest."""
+    """Yield all lines. A line over the limit is cut one byte above it, and its rest is skipped."""
     while line := stream.readline(LONGEST_LINE + 1):
         yield line
         while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
@@ -222,7 +224,7 @@ def _bounded_lines(stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 class ObjectReader(io.RawIOBase):
-    """An object as a seekable file: each `readinto` is one ranged read."""
+    """An object as a seekable file. Each `readinto` is one ranged read."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file, self._position = file, 0
@@ -251,14 +253,12 @@ class ObjectReader(io.RawIOBase):
 
 
 def buffered(file: SourceFile) -> io.BufferedReader:
-    """A file as it is stored."""
+    """A file's bytes as they are stored."""
     return io.BufferedReader(ObjectReader(file), _READ_BYTES)
 
 
 class _Uncompressed(io.RawIOBase):
-    """The bytes of a file as they are. It leaves the file open when it is closed, as a file is asked last how far it
-    was read.
-    """
+    """The bytes of a file, unchanged. Closing it leaves the file open, because the file's position is read last."""
 
     def __init__(self, source: io.BufferedReader) -> None:
         self._source = source
@@ -271,10 +271,10 @@ class _Uncompressed(io.RawIOBase):
 
 
 def _decompressed(source: io.BufferedReader, compression: str | None) -> Any:
-    """A raw stream of the text in a file, which is still open when the stream is closed."""
+    """A raw stream of the text in a file. Closing the stream leaves the file open."""
     if compression is None:
         return _Uncompressed(source)
-    # Only for what is compressed: `plan` looks at the first rows too, and answers sooner without it.
+    # Import pyarrow only for compressed files: `plan` looks at the first rows too, and answers sooner without it.
     import pyarrow
 
     return pyarrow.input_stream(source, compression=compression)

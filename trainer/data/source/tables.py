@@ -1,4 +1,4 @@
-"""Rows in Arrow's form: which can be looked at safely, how they travel, and how they are decoded."""
+"""Rows in Arrow's form: how they are checked, how they travel between processes, and how they are decoded."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ _UNDECODABLE = (pyarrow.ArrowException, ValueError, KeyError, ArithmeticError, R
 
 
 def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """The batch, in which nothing points at memory that is not its own: a damaged one would end the process.
+    """The batch, after checking that no offset leaves its own memory. A damaged batch would crash the process.
 
     Raises:
-        ValueError: it is damaged, the name of a column is no text, or two have the same. Single values may still be
-            wrong, see `Table`.
+        ValueError: it is damaged, the name of a column is not text, or two columns have the same name. Single values
+            may still be wrong, see `Table`.
     """
     batch.validate()
     names = batch.schema.names
@@ -26,7 +26,7 @@ def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     try:
         batch.validate(full=True)
     except pyarrow.ArrowInvalid:
-        # Text that is not UTF-8 and times that do not exist harm nobody before they are decoded.
+        # Text that is not UTF-8 and times that do not exist do no harm before they are decoded: check only the storage.
         for column in batch.columns:
             _as_stored(column).validate(full=True)
     return batch
@@ -37,16 +37,14 @@ def _as_stored(column: pyarrow.Array) -> pyarrow.Array:
     try:
         return column.cast(field.type)
     except pyarrow.ArrowNotImplementedError:
-        # Arrow's messages hold memory as it is, and another schema gives it another meaning; but they know no
+        # Arrow's messages hold raw memory, so another schema gives the same memory another type. Messages cannot hold
         # dictionaries.
         message = pyarrow.record_batch([column], ["column"]).serialize()
         return pyarrow.ipc.read_record_batch(message, pyarrow.schema([field])).column(0)
 
 
 def _stored(kind: Any) -> Any:
-    """The type that the same memory has at any depth without its meaning: bytes for text, numbers for dates and
-    times.
-    """
+    """The storage type of a type, at any depth: bytes for text, numbers for dates and times."""
     return next((make(kind) for is_one, make in _STORED if is_one(kind)), kind)
 
 
@@ -82,9 +80,7 @@ class Table:
     batch: pyarrow.RecordBatch
 
     def rows(self) -> list[dict[str, Any]] | Iterator[dict[str, Any] | DataError]:
-        """Each row, or what is wrong with it; one by one where a value has no form in Python, such as the year
-        300,000.
-        """
+        """Each row, or its error. Decodes row by row if a value has no form in Python, such as the year 300,000."""
         try:
             found = self.batch.to_pylist(maps_as_pydicts="strict")
         except _UNDECODABLE:
@@ -110,7 +106,7 @@ def _decoded(row: pyarrow.RecordBatch) -> dict[str, Any] | DataError:
 
 
 def _depth(kind: Any) -> int:
-    """How many structs a value of the type lies in at most, with itself."""
+    """The largest number of structs, nested in each other, in a value of the type."""
     if _TYPES.is_map(kind):
         return _depth(kind.item_type)
     inside = max((_depth(kind.field(number).type) for number in range(kind.num_fields)), default=0)
@@ -118,11 +114,10 @@ def _depth(kind: Any) -> int:
 
 
 def _given(value: Any, kind: Any) -> Any:
-    """The value without the keys that it has of other rows alone.
+    """The value without the keys that Arrow added because other rows have them.
 
-    All values of a struct have the same keys, so that the arguments of a call get a null for each argument that any
-    other call has. So the objects of a column in which objects lie in objects are read without their nulls. A map has
-    its own keys, and keeps them.
+    All values of a struct type have the same keys, so a call's arguments get a null for each argument that any other
+    call has. In a column with nested objects these nulls are therefore removed. A map has its own keys, and keeps them.
     """
     if isinstance(value, dict):
         if _TYPES.is_map(kind):
@@ -132,7 +127,7 @@ def _given(value: Any, kind: Any) -> Any:
 
 
 def alone(slice_: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """The same rows, which go to another process without the rest of the batch that they are a slice of."""
+    """A copy of the slice's rows, so that another process gets them without the rest of the batch."""
     with pyarrow.BufferOutputStream() as buffer, pyarrow.ipc.new_stream(buffer, slice_.schema) as stream:
         stream.write_batch(slice_)
     return pyarrow.ipc.open_stream(buffer.getvalue()).read_next_batch()

@@ -1,3 +1,4 @@
-"""The formats of rows, a file a family, found by being here; trainer/data/format/row_format.py says what one is made
-of.
+"""The formats of rows, one file for each family. A file here is found without being listed anywhere.
+
+Their interface is trainer/data/format/row_format.py.
 """

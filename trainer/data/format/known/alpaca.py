@@ -1,5 +1,6 @@
-"""Alpaca's rows: an instruction, often an input, and one answer, two answers or a labelled one. They follow
-LLaMA-Factory's converters (llamafactory/data/converter.py)."""
+"""Alpaca's rows: an instruction, often an input, and one answer, two answers or a labelled answer.
+
+The conversion follows LLaMA-Factory's (llamafactory/data/converter.py)."""
 
 from trainer.data.format.row_format import Row, RowFormat, Values, ask, fit_texts, is_label, says
 

@@ -1,4 +1,4 @@
-"""Rows of a text, or of a conversation, and its class, and rows of words, each of which has a tag."""
+"""Rows with a text or a conversation and its class, and rows with words that each have a tag."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +31,9 @@ def _are_classes(value: Any) -> bool:
 
 
 def label_name(value: Any) -> str:
-    """The name of a class as data.labels has it, in the form NFC, so that a letter with its accent beside it is the
-    letter that has it. Raises `DataError` for a value that names none.
+    """The name of a class, in the form of data.labels. Raises `DataError` if the value cannot be a name.
+
+    The name is in Unicode's form NFC, so that a composed and a decomposed letter are the same.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -46,15 +47,13 @@ _TRUTH = {"false": 0.0, "true": 1.0}
 
 
 def _amount(name: str) -> float | None:
-    """The number that a name is, or that the truth value is which it names; None for any other."""
+    """The number that a name stands for; a truth value counts as 0 or 1. None for any other name."""
     written = name.strip().lower()
     return float(written) if _NUMBER.fullmatch(written) else _TRUTH.get(written)
 
 
 def alike(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that a reader takes for the same class, if there are any: they are the same number, or differ in white
-    space alone.
-    """
+    """Two names that look like the same class, if there are any: equal numbers, or names that differ in white space."""
     seen = dict[Any, str]()
     for name in sorted(names):
         amount = _amount(name)
@@ -64,8 +63,10 @@ def alike(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 class Classes:
-    """The numbers of the classes that `data.labels` names. A whole number in a row is a name, or it counts the names
-    from 0: never the one in one row and the other in the next. It counts only where no name is a number itself.
+    """The numbers of the classes that `data.labels` names.
+
+    If any name is a number, a whole number in a row is a name. Otherwise it counts the names from 0. So a number never
+    means a name in one row and a count in the next.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -76,7 +77,7 @@ class Classes:
         return len(self._numbers)
 
     def number(self, value: Any) -> int:
-        """The number of a row's class. Raises `DataError` for a value that is none of the classes."""
+        """The number of a row's class. Raises `DataError` if the value is none of the classes."""
         name = label_name(value)
         if name in self._numbers:
             return self._numbers[name]

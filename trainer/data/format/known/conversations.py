@@ -1,5 +1,6 @@
-"""Rows that are conversations: messages as chat templates take them, and ShareGPT's, alone, with two answers or with a
-label. ShareGPT's follow LLaMA-Factory's converters (llamafactory/data/converter.py)."""
+"""Rows that are conversations, in the form of chat templates or of ShareGPT: alone, with two answers or with a label.
+
+The conversion of ShareGPT's rows follows LLaMA-Factory's (llamafactory/data/converter.py)."""
 
 from typing import Any
 

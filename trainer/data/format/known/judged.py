@@ -1,4 +1,4 @@
-"""Rows of answers to be judged: a chosen and a rejected one (TRL's preference data sets), or one with a label."""
+"""Rows with judged answers: a chosen and a rejected one (TRL's preference data sets), or one answer with a label."""
 
 from typing import Any
 

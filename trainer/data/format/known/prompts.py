@@ -1,5 +1,6 @@
-"""Rows of a prompt and its completion, as strings or as messages (TRL's conversational data sets), of a question and
-its answer, and of a prompt and several answers to it."""
+"""Rows with a prompt and its completion, with a question and its answer, or with a prompt and several answers.
+
+Prompts and completions are strings or messages (TRL's conversational data sets)."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
-"""Rows of running text, as a whole or in segments, each of which says whether it is trained; axolotl calls them
-input_output.
+"""Rows with running text, as a whole or in segments that each say whether they are trained.
+
+axolotl calls rows of segments input_output.
 """
 
 from typing import Any

@@ -1,1 +1,1 @@
-"""Chat templates: those of a base, of a file and of Capstan, and how each writes a conversation, thinking and tools."""
+"""Chat templates of a base, of a file and of Capstan, and how each writes conversations, thinking and tools."""

@@ -1,8 +1,8 @@
-"""A chat template, asked with messages in the form that it takes.
+"""A chat template that gets messages in the form that it reads.
 
-Templates differ in what they read: a content as text or in parts, the arguments of a call as an object or as JSON in a
-string. They raise over the other form, or write nothing. Which it is, is found once, from what the template makes of a
-conversation of marks.
+A template reads a content as text or in parts, and the arguments of a call as an object or as JSON in a string. With
+the other form it raises or writes nothing. Capstan renders a test conversation once to find out which form the template
+reads.
 """
 
 import json
@@ -18,7 +18,7 @@ from trainer.data.render.thinking import ThinkingForm, find_form
 from trainer.errors import ConfigError, DataError
 from trainer.processes.time_limit import OutOfTime, time_limit
 
-# The same expression as in transformers, which fills the mask only if it matches.
+# The same expression as in transformers, which fills its mask only if this matches.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKED, _SAID = "\ue0f3asked\ue0f3", "\ue0f4said\ue0f4"
 _QUESTION: Message = {"role": "user", "content": _ASKED}
@@ -39,12 +39,13 @@ class ChatTemplate:
         self._forms: dict[bool, ThinkingForm | None] = {}
 
     def render(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool = False) -> str:
-        """The text of a conversation. Raises `DataError` when the template refuses it."""
+        """The text of a conversation. Raises `DataError` if the template refuses it."""
         return self._rendered(self._as_taken(messages), tools, generation_prompt)
 
     def enclosed(self, messages: Sequence[Message], tools: Tools = None) -> list[Span]:
-        """The characters of the text that stand between {% generation %} tags, sorted and disjoint: those of the tokens
-        that transformers finds there."""
+        """The characters of the text between {% generation %} tags, sorted and disjoint.
+
+        They are those of the tokens that transformers finds there."""
         options: dict[str, Any] = {"chat_template": self._template, "tools": tools}
         found = _or_refused(
             lambda: self._tokenizer.apply_chat_template(
@@ -62,38 +63,37 @@ class ChatTemplate:
             if inside and before:
                 spans[-1] = spans[-1][0], end
             elif inside:
-                spans.append((min(begin, ahead), end))  # a tokenizer may leave white space out of a token's offsets
+                spans.append((min(begin, ahead), end))  # a token's offsets may leave white space out
             before, ahead = bool(inside), end
         return joined(spans)
 
     @cached_property
     def end(self) -> str:
-        """The text that the template writes behind the answer that ends a conversation, without white space around
-        it.
-        """
+        """The text that the template writes after the last answer of a conversation, without white space around it."""
         return self._behind_the_answer(_QUESTION, _ANSWER).strip()
 
     @cached_property
     def behind_an_answer(self) -> str:
-        """The text that the template writes behind an answer to which another question follows."""
+        """The text that the template writes after an answer if another question follows."""
         return self._behind_the_answer(_QUESTION, _ANSWER, _QUESTION)
 
     def _behind_the_answer(self, *messages: Message) -> str:
-        """Empty where the template refuses such a conversation."""
+        """The text after the answer in such a conversation. Empty if the template refuses it."""
         try:
             return self.render(messages).rpartition(_SAID)[2]
         except DataError:
             return ""
 
     def check_prompt(self) -> None:
-        """Raises `ConfigError` where the template writes the generation prompt behind the last answer, too: it would be
-        trained there.
+        """Raises `ConfigError` if the template also writes the generation prompt after the last answer.
+
+        It would be trained there.
         """
         try:
             asked, talk = self.render([_QUESTION]), self.render([_QUESTION, _ANSWER])
         except DataError:
             return
-        # Where another question follows, the text behind the answer goes on otherwise.
+        # If another question follows, other text comes after the answer.
         last, lead = talk.rpartition(_SAID)[2].rstrip(), talk.partition(_ASKED)[2].partition(_SAID)[0].rstrip()
         own = last[shared_beginning(last, self.behind_an_answer) :]
         if own and asked.rstrip().endswith(own) and lead.endswith(own):
@@ -104,9 +104,7 @@ class ChatTemplate:
             )
 
     def thinking(self, calls: bool) -> ThinkingForm | None:
-        """How the template writes what was thought before an answer, or before calls alone; None where that cannot be
-        found.
-        """
+        """How the template writes thinking before an answer, or before `calls` only. None if it cannot be found."""
         if calls not in self._forms:
             self._forms[calls] = find_form(self.render, calls=calls)
         return self._forms[calls]
@@ -123,13 +121,13 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether contents must be lists of parts: as text they do not come out."""
+        """Whether contents must be lists of parts, because the template does not write them as text."""
         talk = [_QUESTION, _ANSWER]
         return not self._shows(talk, _ASKED, _SAID) and self._shows(list(map(_in_parts, talk)), _ASKED, _SAID)
 
     @cached_property
     def _takes_written_arguments(self) -> bool:
-        """Whether the arguments of a call must be JSON in a string: as an object they do not come out."""
+        """Whether a call's arguments must be JSON in a string: the template does not write them as an object."""
         shape = _in_parts if self._takes_parts else dict
         call = {"type": "function", "function": {"name": _SAID, "arguments": {_ASKED: _ASKED}}, "id": "call00001"}
         talk = [shape({"role": "user", "content": "a"}), {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -180,5 +178,5 @@ def _or_refused(apply: Callable[[], Any], messages: int) -> Any:
             f" {RENDER_SECONDS:.0f} seconds. It seems to loop without an end; correct the template of the base, or give"
             " another one."
         ) from error
-    except Exception as error:  # a template is a program of the user's: it may raise anything
+    except Exception as error:  # a template is the user's program and may raise anything
         raise DataError(f"the chat template refuses the conversation: {error}") from error

@@ -1,9 +1,9 @@
-"""The chat template of a run: a file, one by name, or the base's own.
+"""The chat template of a run: a file, a named template, or the base's own.
 
-The named ones are for bases that have none, as the owners of these formats document them. Each is a file beside this
-one, is short and has no tools. Its text belongs to the fingerprint of data, so that a comment in it would have all data
-compiled again. The tokens are those that end and begin its turns; a base that lacks one, or has never seen it, learns
-it with `model.add_tokens`.
+The named templates are for bases without one. They follow the documentation of the owners of these formats. Each is a
+short file beside this one, and none supports tools. The template's text is part of the fingerprint of data, so even a
+new comment in it makes Capstan compile all data again. A template's tokens begin and end its turns. A base that lacks
+one, or has never seen it, learns it with `model.add_tokens`.
 """
 
 import json
@@ -23,7 +23,7 @@ from trainer.errors import ConfigError
 _CLOCK = "strftime_now"
 """The function by which a template asks for today's date."""
 _FOR_TOOLS = "tool_use"
-"""The name that transformers looks for where a conversation has tools."""
+"""The name of the template that transformers uses for a conversation with tools."""
 _DIRECTIVES = "aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
@@ -43,25 +43,25 @@ class NamedTemplate:
 _TEMPLATES = (
     NamedTemplate("chatml", ("<|im_start|>", "<|im_end|>"), "OpenAI's ChatML, which Qwen has too"),
     NamedTemplate("llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "Meta's Llama 3"),
-    # Gemma and Mistral have no turn of a system: its words stand before the first question, and before the last.
+    # Gemma and Mistral have no system turn. Gemma puts its text before the first question, Mistral before the last.
     NamedTemplate("gemma", ("<start_of_turn>", "<end_of_turn>"), "Google's Gemma 1 to 3"),
     NamedTemplate("mistral", ("[INST]", "[/INST]"), "Mistral's instruct models with the tokenizer of version 3"),
     NamedTemplate("phi3", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "Microsoft's Phi-3"),
 )
 NAMED: Mapping[str, NamedTemplate] = {template.name: template for template in _TEMPLATES}
-"""The named templates; where a base has the tokens of several, the first is the one to take."""
+"""The named templates. If a base has the tokens of several, the first of these is proposed."""
 
 
 def conversation_template(tokenizer: Tokenizer, data: Data) -> ChatTemplate:
-    """The template that the run's conversations are rendered by. Raises `ConfigError` as `chat_template`."""
+    """The template that renders the run's conversations. Raises `ConfigError` as `chat_template`."""
     return ChatTemplate(tokenizer, chat_template(tokenizer, data))
 
 
 def chat_template(tokenizer: Tokenizer, data: Data) -> str:
-    """The text of the run's chat template, in which it is always the day of `data.today`.
+    """The text of the run's chat template, whose clock always shows the day of `data.today`.
 
     Raises:
-        ConfigError: there is none, or its file cannot be read.
+        ConfigError: there is no template, or its file cannot be read.
     """
     own = template_text(data)
     if own is None:
@@ -73,15 +73,16 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str:
 
 
 def template_for_tools(tokenizer: Tokenizer, data: Data) -> str | None:
-    """The name of the tokenizer's other template, by which programs render conversations with tools, where the run has
-    none of its own.
+    """The name of the tokenizer's separate template for conversations with tools, which other programs use.
+
+    None if the run has its own template, or the tokenizer has no such template.
     """
     named = tokenizer.chat_template
     return _FOR_TOOLS if data.template is None and isinstance(named, dict) and _FOR_TOOLS in named else None
 
 
 def no_template(tokens: Collection[str] = ()) -> ConfigError:
-    """The error for a base without a chat template; `tokens` are those of its tokenizer, where they are known."""
+    """The error for a base without a chat template. `tokens` are those of its tokenizer, if they are known."""
     name = fitting_template(tokens) or next(iter(NAMED))
     return ConfigError(
         "data.template: not set, and the tokenizer of model.base has no chat template. Set it to a named one"
@@ -91,7 +92,7 @@ def no_template(tokens: Collection[str] = ()) -> ConfigError:
 
 
 def fitting_template(tokens: Collection[str]) -> str | None:
-    """The named template whose tokens are all among those of a tokenizer; None where there is none."""
+    """The named template whose tokens are all among those of a tokenizer. None if there is none."""
     return next((name for name, named in NAMED.items() if set(named.tokens) <= set(tokens)), None)
 
 
@@ -116,16 +117,14 @@ def template_text(data: Data) -> str | None:
 
 
 def has_template(data: Data, directory: Path) -> bool:
-    """Whether there is a chat template, by the settings and the files of the base's tokenizer in `directory`."""
+    """Whether the settings, or the files of the base's tokenizer in `directory`, have a chat template."""
     if data.template is not None or (directory / "chat_template.jinja").is_file():
         return True
     return any(_read(directory / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json"))
 
 
 def tokens_of(directory: Path) -> set[str]:
-    """The tokens that the files of a tokenizer add to its vocabulary, which are those that a chat template may be made
-    of.
-    """
+    """The tokens that a tokenizer's files add to its vocabulary. A chat template may use them."""
     added = _read(directory / "tokenizer.json").get("added_tokens") or []
     listed = _read(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
     both = [*(added if isinstance(added, list) else []), *(listed.values() if isinstance(listed, dict) else [])]
@@ -140,16 +139,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def asks_for_the_date(text: str) -> bool:
-    """Whether a template, or the file that holds one, prints the date of the day on which it is rendered."""
+    """Whether a template, or the file that holds one, prints the date on which it is rendered."""
     return _CLOCK in text
 
 
 def dated(text: str, day: date) -> str:
-    """The template with its own clock, which stands at midnight of `day`: it renders the same on every day."""
+    """The template with a clock that stands at midnight of `day`, so that it renders the same on every day."""
     if not asks_for_the_date(text):
         return text
     written = {f"%-{one}": day.strftime(f"%{one}").lstrip("0") or "0" for one in "dmHIMSjy"}
     written |= {f"%{one}": day.strftime(f"%{one}") for one in _DIRECTIVES}
     replaced = "".join(f" | replace({directive!r}, {value!r})" for directive, value in written.items())
-    # The empty expression keeps the white space that the template begins with.
+    # The empty expression keeps the white space at the beginning of the template.
     return f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{text}"
