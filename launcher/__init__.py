@@ -1,1 +1,1 @@
-"""The command line, Ray, status: what starts ranks and looks at runs. Imports no torch."""
+"""The command line, Ray and status: this package starts ranks and looks at runs. It imports no torch."""

@@ -50,7 +50,7 @@ _BOUNDS = {
 
 
 def render() -> str:
-    """The whole page as Markdown: a heading and a table for each section, in the order of the models."""
+    """Return the whole page as Markdown: a heading and a table for each section, in the order of the models."""
     parts = [_HEADER]
     for name, model in _sections(Config, ""):
         plain = [(key, field) for key, field in model.model_fields.items() if not _is_section(field.annotation)]
@@ -61,8 +61,10 @@ def render() -> str:
 
 
 def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section below `model`, depth first, each model once; those of a list are named `data.train[]`, and those
-    that have names `eval.sets.NAME`."""
+    """Yield every section below `model`, depth first, each model once.
+
+    Sections of a list are named `data.train[]`, and those that have names `eval.sets.NAME`.
+    """
     seen: set[type[BaseModel]] = set()
     for key, field in model.model_fields.items():
         name = f"{prefix}{key}"
@@ -94,7 +96,7 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _read_by(name: str) -> str:
-    """A sentence on the methods and optimizers that read the setting, where others do not."""
+    """Return a sentence on the methods and optimizers that read the setting, if others do not."""
     section, _, key = name.partition(".")
     readers = methods_reading(key if section == "tuning" else name, Tuning())
     if section == "optim":
@@ -103,7 +105,7 @@ def _read_by(name: str) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    """The type of a field and its bounds, in words: `whole number ≥ 1`."""
+    """Return the type of a field and its bounds, in words: `whole number ≥ 1`."""
     limits = ", ".join(filter(None, map(_limit, field.metadata)))
     named = ", ".join(f"`{name}`" for one in one_of(field) for name in one.about())
     if named:
@@ -112,7 +114,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def _limit(rule: Any) -> str:
-    """One of pydantic's constraints (annotated_types), such as Ge(ge=1)."""
+    """Return one of pydantic's constraints (annotated_types), such as Ge(ge=1), in words."""
     given = ((words, getattr(rule, name, None)) for name, words in _BOUNDS.items())
     return next((words.format(bound) for words, bound in given if bound is not None), "")
 
@@ -152,8 +154,10 @@ def _value(value: Any) -> str:
 
 
 def write_or_check(page: Path, render: Callable[[], str], module: str, source: str) -> int:
-    """The command of a page that is written from `source`: `python -m module` writes it, with --check it is compared.
-    Returns the exit code."""
+    """Run the command of a page that is written from `source`. Returns the exit code.
+
+    `python -m module` writes the page. With --check the page is compared.
+    """
     name = page.relative_to(page.parents[1])
     parser = argparse.ArgumentParser(description=f"Write {name} from {source}.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")

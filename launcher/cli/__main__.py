@@ -1,6 +1,6 @@
 """The `capstan` command: its verbs, in the order that --help shows them.
 
-Nothing heavy is imported here: what a verb needs is imported when the verb runs.
+Nothing heavy is imported here: a verb imports what it needs when it runs.
 """
 
 import sys
@@ -60,7 +60,7 @@ _add_verbs()
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and its exit code; `--debug` anywhere shows the traceback too."""
+    """The entry point. A user's mistake gives one sentence and its exit code; `--debug` adds the traceback."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

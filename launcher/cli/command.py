@@ -1,8 +1,8 @@
 """One verb of `capstan`, and how verbs are found.
 
-A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for one of a group, and what
-it says of a group in `GROUPS`. Everything that a verb needs beyond its options is imported when it runs, as --help and
-completion load all of these files.
+A file of launcher/cli/verbs names its verbs in `VERBS`, such as "train", or "data build" for a verb of a group. Its
+`GROUPS` describes groups. A verb imports everything beyond its options when it runs, because --help and completion load
+all of these files.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,11 @@ from launcher.cli import verbs
 
 
 class Command(NamedTuple):
-    """The function of a verb, whose docstring is its help and whose arguments are its options; the words after
-    `capstan` of an example, in which its help ends; its place in --help; and for options that somebody may look for,
-    and that it does not have, what to write `instead`."""
+    """The function of a verb: its docstring is the help, and its arguments are the options.
+
+    The other fields are the words after `capstan` of the example that ends the help, the verb's place in --help, and
+    what to write `instead` of options that the verb does not have but somebody may look for.
+    """
 
     function: Callable[..., Any]
     example: str
@@ -26,12 +28,12 @@ class Command(NamedTuple):
 
 
 def commands() -> list[tuple[str, Command]]:
-    """Every verb, in the order of --help."""
+    """Return every verb, in the order of --help."""
     return sorted(_declared("VERBS").items(), key=lambda item: (item[1].place, item[0]))
 
 
 def groups() -> dict[str, str]:
-    """The help of each group of verbs."""
+    """Return the help of each group of verbs."""
     return _declared("GROUPS")
 
 

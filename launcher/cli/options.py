@@ -66,19 +66,19 @@ FormatOption = Annotated[
 MERGED = {"--merge": "--format merged", "--merged": "--format merged"}
 """What stands in the place of options that somebody may look for."""
 
-# More than any machine has; a plan for as many would say nothing.
+# No machine has as many; a plan for them would say nothing.
 _MOST_GPUS = 2**17
 
 
 def finite(value: float | None) -> float | None:
-    """For options that are numbers: click takes `nan` and, without a bound, `inf`."""
+    """Refuse `nan` and `inf` for options that are numbers: click takes `nan` and, without a bound, `inf`."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no number to count with.")
     return value
 
 
 def countable(gpus: int | None) -> int | None:
-    """`--gpus`, unless it is more than any machine has."""
+    """Return `--gpus`, unless it is more than any machine has."""
     if gpus is not None and gpus > _MOST_GPUS:
         raise ConfigError(f"--gpus: {gpus:,} is more than any cluster has. Give at most {_MOST_GPUS:,}. Example: 8.")
     return gpus
@@ -89,7 +89,7 @@ def log(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """`log`, by one rank alone where torchrun or srun has started several."""
+    """Print the text like `log`, but on one rank alone if torchrun or srun has started several."""
     if not is_silent_rank():
         log(text)
 
@@ -102,7 +102,10 @@ class WithJson(Protocol):
 
 
 def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
-    """One JSON object on stdout, or what `show` makes of the value: text as it is, anything else printed by rich."""
+    """Print one JSON object on stdout, or what `show` makes of the value.
+
+    Text is printed as it is, and rich prints anything else.
+    """
     if as_json:
         print(json.dumps(value.to_json() if isinstance(value, WithJson) else asdict(value)))
     elif isinstance(shown := show(value), str):
@@ -114,8 +117,9 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
 
 
 def open_run(run: str, store: str, *, prepared: bool = False) -> Any:
-    """The run's folder; raises `ConfigError`, naming the runs there are, when it does not exist. `prepared`: also that
-    of a run that a start prepares.
+    """Return the run's folder. Raises `ConfigError`, naming the existing runs, if it does not exist.
+
+    With `prepared` a run that a start prepares counts too.
     """
     from launcher.view.runs import find_run
 

@@ -1,4 +1,4 @@
-"""The shell's side of the commands: what Tab offers, and help that says of an option no more than there is to say."""
+"""The shell's side of the commands: the candidates of Tab, and a short help of options."""
 
 from collections.abc import Iterator, Mapping
 from textwrap import shorten
@@ -20,8 +20,10 @@ _HELP_WIDTH = 60  # a candidate and its help are one line
 
 
 class Verb(TyperCommand):
-    """A command whose flags have no type in its help: it is there or not. An option that it does not have is refused
-    with what to write `instead`."""
+    """A command whose help shows no type for flags, because a flag is either there or not.
+
+    An option that the command does not have is refused with what to write `instead`.
+    """
 
     instead: Mapping[str, str] = MappingProxyType({})
 
@@ -37,7 +39,7 @@ class Verb(TyperCommand):
 
 
 class Verbs(TyperGroup):
-    """The same of a group."""
+    """The same for a group."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_untyped(parameter) for parameter in super().get_params(ctx)]
@@ -52,14 +54,15 @@ def _untyped(parameter: Any) -> Any:
 
 
 def answer_shells() -> None:
-    """Let Typer answer what the scripts ask; it would else do so beside options of its own, whose script for bash knows
-    no `=`.
+    """Let Typer answer the scripts' requests.
+
+    Otherwise it would do so beside options of its own, whose script for bash does not know `=`.
     """
     completion_init()
 
 
 def complete_setting(incomplete: str) -> Choices:
-    """Sections first, then the settings in them, then the values of those that have few."""
+    """Complete sections first, then the settings in them, then the values of settings that have few."""
     from trainer.config import fields
 
     known = dict(fields())
@@ -96,7 +99,7 @@ def _written_in(annotation: Any) -> Iterator[str]:
 
 
 def complete_format(incomplete: str) -> Choices:
-    """The formats of exports, each a file of trainer/export/formats."""
+    """Complete the formats of exports, each a file of trainer/export/formats."""
     from trainer.config.registry import kinds
 
     names = sorted(kinds("trainer.export.formats", "FORMATS"))
@@ -104,7 +107,7 @@ def complete_format(incomplete: str) -> Choices:
 
 
 def complete_run(ctx: typer.Context, incomplete: str) -> Choices:
-    """The runs of a store that is a folder; a bucket may take longer than somebody waits at a prompt."""
+    """Complete the runs of a store that is a folder. A bucket may take longer than a person waits at a prompt."""
     from launcher.view.runs import runs
     from trainer.errors import CapstanError
     from trainer.store.store import open_store

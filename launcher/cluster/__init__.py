@@ -1,1 +1,1 @@
-"""The clusters that a run can be handed to: Ray's and Slurm's."""
+"""The clusters that a run can be submitted to: Ray and Slurm."""

@@ -22,7 +22,7 @@ from trainer.store.store import open_run_store
 
 @dataclass(frozen=True)
 class Built:
-    """The compiled data by split; None where a dry run found that it still has to be compiled."""
+    """The compiled data by split; None if a dry run found that it still has to be compiled."""
 
     splits: dict[str, tuple[str, DatasetManifest | None]]
 
@@ -60,9 +60,7 @@ def _figures(manifest: DatasetManifest) -> dict[str, int]:
 
 
 def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built:
-    """Compile what is missing: on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine's
-    cores.
-    """
+    """Compile what is missing, on the Ray cluster of cluster.ray.address or RAY_ADDRESS, else on this machine."""
     refuse_secrets(config)
     base, store = resolve_base(config.model), open_run_store(config)
     check_base(base, config)

@@ -37,7 +37,7 @@ def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> D
 
 
 def report_table(report: DataReport) -> RenderableType:
-    """The report for a terminal: counts side by side, lengths, and examples of what is wrong."""
+    """Return the report for a terminal: counts side by side, lengths, and examples of what is wrong."""
     counts = FoldedTable("", *(f"{what} data" for what in report.splits))
     columns = [_counts(found) for found in report.splits.values()]
     for name in columns[0]:

@@ -1,6 +1,4 @@
-"""`capstan rollout`: the process that has servers sample answers beside a run, as one process of its own that needs no
-GPU.
-"""
+"""`capstan rollout`: a process of its own that has servers sample answers beside a run. It needs no GPU."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 @dataclass(frozen=True)
 class RolledOut:
-    """The steps of a run whose answers are there, and how many this process has `made`; with `dry_run` those that it
-    would.
+    """The steps of a run whose answers are there, and how many this process has `made`.
+
+    With `dry_run` they are those that it would make.
     """
 
     run: str
@@ -35,11 +34,11 @@ class RolledOut:
 
 
 def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> RolledOut:
-    """Sample for the run until it has all its answers or has ended; with `dry_run` say who would.
+    """Sample for the run until it has all its answers or has ended. With `dry_run` only say who would sample.
 
     Raises:
         ConfigError: the run learns from no rollouts, or samples by itself.
-        CapstanError: a server, or the reward.
+        CapstanError: a server or the reward fails.
     """
     config = run_config(run, overrides)
     if not isinstance(find_objective(config), LearnsFromRollouts):

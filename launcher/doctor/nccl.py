@@ -27,9 +27,11 @@ _STEP_SECONDS = 90
 
 @dataclass(frozen=True)
 class Network:
-    """The interfaces and adapters that NCCL takes on one machine. `interfaces` have addresses, those that it opens
-    sockets on come first in `sockets`; `adapters` are ports of InfiniBand or RoCE as NAME:PORT, `idle` such ports that
-    no cable or subnet manager has made active."""
+    """The interfaces and adapters that NCCL takes on one machine.
+
+    `interfaces` have addresses. `sockets` are those on which it opens sockets. `adapters` are active ports of
+    InfiniBand or RoCE as NAME:PORT; `idle` are such ports that no cable or subnet manager has made active.
+    """
 
     host: str
     interfaces: dict[str, str]
@@ -39,7 +41,7 @@ class Network:
 
     @property
     def transport(self) -> str:
-        """For people: what carries the traffic of this machine."""
+        """Say for people what carries the traffic of this machine."""
         over = ", ".join(f"{name} {self.interfaces[name]}" for name in self.sockets)
         return (
             f"InfiniBand or RoCE over {', '.join(self.adapters)}, begun over {over}"
@@ -49,7 +51,7 @@ class Network:
 
 
 def this_machine(environment: Mapping[str, str], adapters: Path = _ADAPTERS) -> Network:
-    """The network of this machine, with NCCL's variables as in `environment`."""
+    """Return the network of this machine, with NCCL's variables as in `environment`."""
     addresses = psutil.net_if_addrs()
     up = [name for name, stats in psutil.net_if_stats().items() if stats.isup]
     interfaces = {name: address for name in up if (address := _address(addresses.get(name, [])))}
@@ -63,8 +65,9 @@ def _address(known: Sequence[object]) -> str | None:
 
 
 def sockets(interfaces: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The interfaces that NCCL opens sockets on; none where NCCL_SOCKET_IFNAME names none of them, with which it
-    fails.
+    """Return the interfaces that NCCL opens sockets on.
+
+    There are none if NCCL_SOCKET_IFNAME names none of them; NCCL then fails.
     """
     asked = environment.get("NCCL_SOCKET_IFNAME")
     for rule in [asked] if asked else _DEFAULTS:
@@ -74,7 +77,7 @@ def sockets(interfaces: list[str], environment: Mapping[str, str]) -> list[str]:
 
 
 def ports(adapters: Path, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The active ports of InfiniBand and RoCE that NCCL uses, and those that it would if they were active."""
+    """Return the active ports of InfiniBand and RoCE that NCCL uses, and inactive ones that it would use."""
     active, idle = list[str](), list[str]()
     if environment.get("NCCL_IB_DISABLE", "0") not in ("", "0"):
         return active, idle
@@ -87,8 +90,10 @@ def ports(adapters: Path, environment: Mapping[str, str]) -> tuple[list[str], li
 
 
 def names(rule: str, name: str, port: str | None = None) -> bool:
-    """Whether a list of NCCL's names this: of beginnings of names, or after "=" of whole ones, each perhaps with :PORT;
-    after "^" all others."""
+    """Return whether a list of NCCL's names this one.
+
+    The list has beginnings of names, or after "=" whole names, each perhaps with :PORT. After "^" it means all others.
+    """
     excludes, rule = rule.startswith("^"), rule.removeprefix("^")
     whole, rule = rule.startswith("="), rule.removeprefix("=")
     for word in rule.split(","):
@@ -99,8 +104,9 @@ def names(rule: str, name: str, port: str | None = None) -> bool:
 
 
 def networks(environment: Mapping[str, str]) -> list[Network] | str:
-    """The network of every node of the allocation that this process is in, or of this machine alone; or why a node
-    cannot tell.
+    """Return the network of every node of this process's allocation, or of this machine alone.
+
+    A node that cannot tell has the reason instead.
     """
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if nodes == 1:
@@ -125,7 +131,7 @@ def networks(environment: Mapping[str, str]) -> list[Network] | str:
 
 
 def troubles(found: list[Network], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The reasons why NCCL cannot work between these machines, each with what to do about it."""
+    """Yield the reasons why NCCL cannot work between these machines, each with what to do about it."""
     for network in found:
         if not network.sockets:
             asked, there = environment.get("NCCL_SOCKET_IFNAME"), ", ".join(network.interfaces)

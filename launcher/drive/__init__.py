@@ -1,1 +1,1 @@
-"""The driver of a run: compile, start ranks, start them again; sweep/ drives many."""
+"""The driver of a run: it compiles data, starts ranks, and starts them again. sweep/ drives many runs."""

@@ -1,4 +1,4 @@
-"""A run's data, compiled by its driver: before the ranks start and, of data in chapters, beside them."""
+"""A run's data, compiled by its driver: before the ranks start and, if the data is in chapters, also beside them."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ _AGAIN_SECONDS = 10.0
 
 
 class Compilation:
-    """The data of `run`, whose folder has the stop requests; `log` gets how far it is."""
+    """The data of `run`, whose folder has the stop requests. `log` gets the progress."""
 
     def __init__(self, config: Config, folder: Store, log: Callable[[str], None]) -> None:
         self._config, self._run, self._log = config, folder, log
@@ -34,15 +34,15 @@ class Compilation:
         self._looked, self._told = 0.0, 0
 
     def begin(self, *, on_cluster: bool) -> tuple[Datasets, Iterator[int]]:
-        """The data that the run starts with, and what compiles the rest of it.
+        """Return the data that the run starts with, and what compiles the rest of it.
 
-        Raises `Stopped`, there and here, when that is asked for.
+        Both raise `Stopped` when a stop is requested.
         """
         stop_if_asked(self._run, "before it started")
-        # The two functions below are called for the first chapter here, and for the rest beside the ranks, when this is
-        # true.
+        # The two functions below are called for the first chapter here and, when this is true, for the rest beside the
+        # ranks.
         beside = False
-        # Lines, also on a terminal: the run's live view is there already.
+        # The progress is in lines even on a terminal, because the run's live view is there already.
         with compile_progress(self._log, bar=False) as show:
 
             def progress(what: str, now: Progress) -> None:
@@ -53,7 +53,8 @@ class Compilation:
                 self._look()
 
             def mapper(work: Iterable[Any], start: Callable[[], Any]) -> Iterator[Any]:
-                # Beside the ranks on this machine alone: tasks would book the CPUs that they are about to take.
+                # Beside the ranks, data is compiled on this machine alone: tasks would book the CPUs that the ranks are
+                # about to take.
                 if on_cluster and not beside:
                     return map_on_cluster(self._log, self._look, work, start)
                 return map_on_cores(work, start)
@@ -74,8 +75,8 @@ class Compilation:
     def beside(self, rest: Iterator[int]) -> Iterator[None]:
         """Compile the `rest` of the data while ranks work, and stop when they end.
 
-        Where it fails the ranks commit and end, whether they wait for data or have some left; then that is how the run
-        ends.
+        If it fails the ranks commit and end, whether they wait for data or have some left. Then the run ends with this
+        failure.
         """
         failure: BaseException | None = None
 
@@ -83,7 +84,7 @@ class Compilation:
             nonlocal failure
             try:
                 self._finish(rest)
-            except BaseException as error:  # whatever it is, ranks may be waiting for what does not come
+            except BaseException as error:  # whatever the error is, ranks may be waiting for data that does not come
                 if self._over.is_set():
                     return
                 failure = None if isinstance(error, Stopped) else error
@@ -96,7 +97,7 @@ class Compilation:
         except CapstanError:
             if failure is None:
                 raise
-            if generations(self._run):  # whose ranks know no more than that they were to stop
+            if generations(self._run):  # these ranks know only that they were to stop
                 record_end(self._run, str(failure), crash=True)
             raise failure from None
         finally:
@@ -111,7 +112,7 @@ class Compilation:
                         self._log(f"chapter {chapter + 1} of the training data is compiled")
                         self._told = chapter + 1
                 return
-            except Unreachable as error:  # the ranks have patience with a store, too
+            except Unreachable as error:  # the ranks are patient with a store, too
                 self._log(f"compiling goes on when the store can be reached: {error}")
                 rest = self._again()
 
@@ -122,7 +123,7 @@ class Compilation:
         raise Stopped("the run has ended, and needs no more data.")
 
     def _give_up(self, error: BaseException) -> None:
-        """Say so in the run's folder, however long the store is out of reach."""
+        """Record the failure in the run's folder, however long the store cannot be reached."""
         while not self._over.is_set():
             with suppress(StorageError):
                 give_up(self._run, error)

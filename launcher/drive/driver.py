@@ -46,7 +46,7 @@ from trainer.store.store import Store, open_store
 
 
 class Journal:
-    """Lines for `capstan logs RUN --driver`; `log` shows those that a person should see at once."""
+    """Lines for `capstan logs RUN --driver`. `log` shows those that a person should see at once."""
 
     def __init__(self, folder: Store, log: Callable[[str], None]) -> None:
         self._run, self._log = folder, log
@@ -62,7 +62,7 @@ class Journal:
 
     @contextmanager
     def to_the_end(self) -> Iterator[None]:
-        """Keep how the body, which is the driver's work, ends."""
+        """Record how the body, which is the driver's work, ends."""
         try:
             yield
         except CapstanError as error:
@@ -71,7 +71,7 @@ class Journal:
         self.keep("finished")
 
     def keep(self, line: str) -> None:
-        with self._keeping:  # what is beside the ranks has threads of its own
+        with self._keeping:  # work beside the ranks has threads of its own
             self._text += f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
             self._harmless(lambda: self._run.put(layout.DRIVER_LOG, self._text.encode()))
 
@@ -85,7 +85,7 @@ def drive(
     log: Callable[[str], None],
     address: str | None = None,
 ) -> None:
-    """Compile what is missing and train until done, stopped, or beyond help; the run is `owner`'s already.
+    """Compile what is missing and train until done, stopped, or beyond help. The run is `owner`'s already.
 
     Raises:
         CapstanError: with the exit code that the process should end with.
@@ -124,8 +124,9 @@ def compile_and_train(
     dashboard: str | None,
     log: Callable[[str], None],
 ) -> None:
-    """The work of a driver, without its signals: `dashboard` is that of the cluster which this process has joined, if
-    it has.
+    """Do the work of a driver, without its signals.
+
+    `dashboard` is the dashboard of the cluster which this process has joined, if it has.
 
     Raises:
         CapstanError: the run's own.

@@ -44,8 +44,8 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
     if is_rank() and os.environ.get("LOCAL_RANK", "0") == "0":
         collect_leftovers()  # a rank itself may make no folder
     if is_silent_rank():
-        # Without a process group, as rank 0 may compile for longer than a collective waits. Torchrun ends the other
-        # ranks itself when rank 0 ends; srun may not.
+        # There is no process group yet, because rank 0 may compile for longer than a collective waits. Torchrun ends
+        # the other ranks itself when rank 0 ends; srun may not.
         wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
         imported_rank(config)(config, None, resume=resume)
     elif is_rank():
@@ -94,12 +94,13 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
 
 
 def check_local_device(config: Config) -> None:
-    """Raises `ConfigError` where ranks on this machine would be on the CPU unasked; torch tells only where that may
-    be.
+    """Raise `ConfigError` if ranks on this machine would be on the CPU unasked.
+
+    torch is asked only if that is possible.
     """
     asked = config.cluster.gpus_per_worker
     if asked == 0 or (asked is None and not local_gpus()):
         return
     facts = ask_torch()
-    if not isinstance(facts, str):  # whoever cannot import torch finds out soon
+    if not isinstance(facts, str):  # a user who cannot import torch finds out soon
         check_device(asked, len(facts["gpus"]), facts["build"])

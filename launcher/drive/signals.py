@@ -1,7 +1,7 @@
-"""Stops that a driver itself asks for: by a signal, each of which asks the run to commit and end, or because the rest
-of the data cannot be compiled.
+"""Stops that a driver itself asks for.
 
-The driver's work leaves the main thread free for signals.
+A signal asks the run to commit and end, and so does a failure to compile the rest of the data. The driver's work leaves
+the main thread free for signals.
 """
 
 import os
@@ -27,13 +27,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @contextmanager
 def stop_on_signals(owner: Ownership) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop through the run's folder; a second Ctrl-C ends this process at
-    once.
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop request in the run's folder.
+
+    A second Ctrl-C ends this process at once.
     """
 
     def ask(number: int, _frame: object) -> None:
         name = signal.Signals(number).name
-        # In a thread: a store that does not answer must not keep this one from the next signal.
+        # The request is made in a thread: a store that does not answer must not delay this process's next signal.
         threading.Thread(target=_ask, args=(owner, name), name="stop", daemon=True).start()
         if number == signal.SIGINT:
             say("stopping after a commit; Ctrl-C again ends at once")
@@ -58,19 +59,21 @@ def _ask(owner: Ownership, name: str) -> None:
 
 
 def forget_own_stop(folder: Store) -> None:
-    """Clear stop requests made by signals or by the compilation, so they do not stop the next start. Keep a
-    person's.
+    """Clear stop requests made by signals or by the compilation, so they do not stop the next start.
+
+    A person's request stays.
     """
     if stop_requester(folder) in {BY_COMPILATION, *(number.name for number in _SIGNALS)}:
         folder.delete(layout.STOP)
 
 
 def beside_main_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a thread, and raise here what it raises; in the main thread Ray would install handlers of its
-    own.
+    """Run `work` in a thread, and raise here what it raises.
+
+    In the main thread Ray would install handlers of its own.
     """
     done = in_thread(work, "driver")
-    while not wait([done], timeout=0.2).done:  # short, as Python runs signal handlers only between its own instructions
+    while not wait([done], timeout=0.2).done:  # short: Python runs signal handlers only between its own instructions
         for number in _SIGNALS:
-            signal.signal(number, signal.getsignal(number))  # above Ray's own, which print a stack trace first
+            signal.signal(number, signal.getsignal(number))  # before Ray's own, which print a stack trace first
     done.result()

@@ -1,4 +1,4 @@
-"""Taking a run's folder for a start, and giving it back as it was when nothing comes of the start."""
+"""Takes a run's folder for a start, and gives it back as it was when nothing comes of the start."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -38,13 +38,14 @@ def claimed(
     again: str | None = None,
     waits: bool = False,
 ) -> Iterator[Ownership]:
-    """The run taken for the body, its folder made this configuration's; as it was before, where the body fails before a
-    rank trained.
+    """Take the run for the body, and make its folder this configuration's.
 
-    Writes config.yaml and the snapshot of the code, and takes back an earlier stop request; `log` gets what a resume
-    changes. `by` and `group` are the owner's; a start of a group that was called `again` and has the run goes on with
-    it. With `waits` the run is taken for a job that is about to be submitted, which claims it again when its turn
-    comes: until then the settings of a resume stand beside config.yaml. When several claims of a run race, one
+    If the body fails before a rank trained, the folder becomes what it was before.
+
+    This writes config.yaml and the snapshot of the code, and takes back an earlier stop request. `log` gets what a
+    resume changes. `by` and `group` are the owner's. A start of a group that was called `again` and has the run goes on
+    with it. With `waits` the run is taken for a job that is about to be submitted, and the job claims it again when its
+    turn comes. Until then the settings of a resume stand beside config.yaml. When several claims of a run race, one
     succeeds.
     """
     run = run_folder(config)
@@ -64,7 +65,7 @@ def claimed(
         if not ours:
             run.delete(layout.STOP)
         if not (ours or waits):
-            run.delete(layout.SUBMITTED)  # its job is not the run's any more
+            run.delete(layout.SUBMITTED)  # its job no longer belongs to the run
         with nullcontext() if waits else owner.kept_fresh():
             yield owner
     except BaseException:
@@ -77,7 +78,7 @@ def claimed(
 
 
 def turn(config: Config, submission: str, *, by: str, log: Callable[[str], None]) -> AbstractContextManager[Ownership]:
-    """`claimed` for a submitted job of `config` whose turn has come.
+    """Claim the run, as `claimed` does, for a submitted job of `config` whose turn has come.
 
     Raises:
         ConfigError: at once, when somebody else has taken the run since it was submitted.
@@ -87,21 +88,21 @@ def turn(config: Config, submission: str, *, by: str, log: Callable[[str], None]
 
 
 def _write(folder: Store, config: Config, *, opens: bool, waits: bool, log: Callable[[str], None]) -> None:
-    """config.yaml, or what stands for it until a submitted job's turn comes."""
+    """Write config.yaml, or the file that stands for it until a submitted job's turn comes."""
     text = dump_config(config).encode()
     keep_as_own(text)
     if opens:
         old = run_config(folder)
         for change in changes(old.model_dump(mode="json"), config.model_dump(mode="json")):
             log(change.sentence())
-    if not (opens and waits):  # a new run's over that of a start that died before it had anything to lose
+    if not (opens and waits):  # a new run replaces that of a start that died before it had anything to lose
         folder.put(layout.CONFIG, text)
     if waits:
         folder.put(layout.SUBMITTED, text)
 
 
 def keep_code(log: Callable[[str], None]) -> snapshot.Snapshot | None:
-    """The snapshot of the current directory's checkout, for a run that goes on without one where it is too large."""
+    """Snapshot the current directory's checkout. A run that goes on does without a snapshot that is too large."""
     try:
         taken = snapshot.take(Path.cwd())
     except ConfigError as error:
@@ -121,7 +122,7 @@ def _contents(folder: Store, keys: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _restore(folder: Store, before: dict[str, bytes], known: list[int]) -> None:
-    """Put back what was there, but for what ranks have begun with or trained with since."""
+    """Put back what was there, except for what ranks have begun with or trained with since."""
     new = [generation for generation in generations(folder) if generation not in known]
     if any(folder.exists(layout.settings(generation)) for generation in new) or (new and layout.CONFIG not in before):
         return
@@ -133,10 +134,10 @@ def _restore(folder: Store, before: dict[str, bytes], known: list[int]) -> None:
 
 
 def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Return once the run's data is compiled; meanwhile rank 0, of `group` where that is known, has the run.
+    """Return once the run's data is compiled. Meanwhile rank 0 has the run; `group` is its group, if known.
 
     Raises:
-        DataError: it had the run and has ended, or has not had it for `timeouts.meet` seconds.
+        DataError: rank 0 had the run and has ended, or has not had it for `timeouts.meet` seconds.
     """
     watch, siblings = OwnerWatch(run_folder(config), group), Siblings()
 

@@ -1,5 +1,4 @@
-"""A run's ranks and its model, put together: the ranks join each other, and each gets its part of a model that can
-learn.
+"""Puts a run's ranks and its model together: the ranks join each other, and each gets its part of the model.
 
 Every program on a run's ranks goes through here in this order: `join_run`, `trainer.plan.resolve.resolve_alike`,
 `settle`, `attention_of`, `choose_sharding`, `assemble`.
@@ -38,8 +37,9 @@ from trainer.state.zero.policy import Scope, build_deepspeed_config
 
 
 def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False) -> Team:
-    """Join the other ranks on the device and with the threads that the settings say. `is_gone` tells whether one has
-    ended meanwhile.
+    """Join the other ranks, on the device and with the threads that the settings say.
+
+    `is_gone` tells whether one of them has ended meanwhile.
 
     Raises:
         ConfigError: this process does not see the GPUs that it should, or the ranks cannot share rows as the settings
@@ -47,14 +47,14 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
         CapstanError: not all ranks have come within `timeouts.meet`, or one has ended meanwhile.
     """
     check_device(config.cluster.gpus_per_worker, *torch_gpus())
-    # Ranks have several communicators (two of all, others of a node and of those that share a row), and their
-    # kernels may come to two GPUs in different orders, which then wait for each other. NCCL 2.26 and later keep the
-    # order in which the host started them. NCCL reads its variables when it makes its first communicator.
+    # Ranks have several communicators (two of all, others of a node and of those that share a row). Their kernels may
+    # reach two GPUs in different orders, and then wait for each other. NCCL 2.26 and later keep the order in which the
+    # host started them. NCCL reads its variables when it makes its first communicator.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     os.environ.update(config.cluster.nccl_variables)
     if config.train.deterministic and kind():
         add_in_one_order()
-    # A collective may last longer than the heartbeat's limits, as the heartbeat names the rank that hangs.
+    # A collective may last longer than the heartbeat's limits, because the heartbeat names the rank that hangs.
     limit = timedelta(seconds=120 + max(config.timeouts.model_dump().values()))
     ranks = join(limit, timedelta(seconds=config.timeouts.meet), is_gone)
     cores = len(os.sched_getaffinity(0))
@@ -65,12 +65,12 @@ def join_run(config: Config, is_gone: Callable[[int], bool] = lambda rank: False
 
 
 def torch_gpus() -> tuple[int, str | None]:
-    """How many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
+    """Return how many GPUs torch sees, and the CUDA or ROCm version that it was built for; None is a CPU build."""
     return torch.cuda.device_count(), torch.version.cuda or torch.version.hip
 
 
 def check_same_base(base: Base, ranks: World) -> None:
-    """Raises `ConfigError` where the nodes have copies of the base with different weights. Collective."""
+    """Raise `ConfigError` if the nodes have copies of the base with different weights. Collective."""
     if in_bucket(base.name):
         return
     copies = ranks.together(lambda: (socket.gethostname(), base.samples if ranks.local_rank == 0 else None))
@@ -84,10 +84,10 @@ def check_same_base(base: Base, ranks: World) -> None:
 
 
 def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Resolved:
-    """The run with what depends on the memory of these ranks decided; `log` gets a line on it. Collective."""
+    """Decide the settings that depend on the memory of these ranks. Collective. `log` gets a line on them."""
     config, architecture = resolved.config, resolved.base.architecture
     memory = ranks.least_device_memory() or ranks.least_host_memory()
-    # Where nodes have different numbers of ranks, each would decide by its own.
+    # If nodes have different numbers of ranks, each node would decide by its own number.
     decided: Config = ranks.broadcast(settled(config, architecture, ranks.world_size, ranks.ranks_per_node, memory))
     layers, asked = architecture.layers, config.train.activation_checkpointing
     why = f"auto, for {memory / 2**30:.1f} GiB a rank" if asked == "auto" else f"as set: {asked}"
@@ -98,8 +98,9 @@ def settle(resolved: Resolved, ranks: Ranks, log: Callable[[str], None]) -> Reso
 
 
 def attention_of(resolved: Resolved, device: torch.device) -> Attention:
-    """The attention kernel for the run's settings, base and method. Raises `ConfigError` when the one that is set
-    cannot be used.
+    """Return the attention kernel for the run's settings, base and method.
+
+    Raises `ConfigError` when the kernel that the settings name cannot be used.
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
     refused = {**resolved.method.virtual.refused_kernels, **masked}
@@ -108,8 +109,11 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
 
 
 class Sharding(NamedTuple):
-    """How the model is divided: DeepSpeed's settings, which ranks hold one copy of the frozen base together, and the
-    bytes of a mixture's experts that a rank dequantizes at once."""
+    """How the model is divided.
+
+    It has DeepSpeed's settings, the ranks that hold one copy of the frozen base together, and the bytes of a mixture's
+    experts that a rank dequantizes at once.
+    """
 
     deepspeed: dict[str, Any]
     scope: Scope
@@ -117,7 +121,10 @@ class Sharding(NamedTuple):
 
 
 def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Sharding:
-    """The sharding that the settings say, or that suits these ranks, for so many micro-batches a step. Collective."""
+    """Return the sharding that the settings say, or that suits these ranks, for so many micro-batches a step.
+
+    Collective.
+    """
     config, architecture = resolved.config, resolved.base.architecture
     settings = build_deepspeed_config(
         config,
@@ -140,10 +147,10 @@ def assemble(
     sharding: Sharding,
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[Engine, LoadReport]:
-    """Load the base, attach what learns, and put DeepSpeed around it; `log` gets rank 0's progress. Collective.
+    """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.
 
     Raises:
-        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or
+        CapstanError: on every rank, if one cannot read a tensor, or the files lack it or have it in another shape or
             type.
     """
     config, base, method = resolved.config, resolved.base, resolved.method
@@ -166,26 +173,27 @@ def assemble(
 
 
 def peers_of(config: Config, world: World) -> Peers | None:
-    """The ranks that share rows with this one, which follow each other; None where each has rows of its own.
-    Collective.
+    """Return the ranks that share rows with this one, which follow each other. Collective.
+
+    None means that each rank has rows of its own.
     """
     size = config.sharding.sequence_parallel
     return None if size == 1 else RankPeers(world.group_of(size))
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """A sum over this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
+    """Return a sum over this rank's bytes of each packed parameter, to show that nothing cast or moved them."""
     parts: dict[str, Tensor] = {
         name: parameter.ds_tensor  # type: ignore[attr-defined]
         for name, parameter in model.named_parameters()
         if parameter.dtype == torch.uint8
     }
-    # Each is read by itself: where partitions are offloaded, those of small parameters are on the GPU and the others on
+    # Each is read by itself: if partitions are offloaded, those of small parameters are on the GPU and the others on
     # the host.
     return {name: int(_sum(part)) for name, part in parts.items()}
 
 
 def _sum(part: Tensor) -> Tensor:
-    """The sum of words of eight bytes: torch makes a copy of what it is to add up in a wider type than it has."""
+    """Return the sum of words of eight bytes: torch copies what it sums in a wider type than its own."""
     words = len(part) // 8 * 8
     return part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64)

@@ -34,25 +34,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """The attention of one decoder layer: operations of a forward pass for a pair of tokens, and how many tokens one
-    sees at most.
+    """The attention of one decoder layer.
+
+    It has the operations of a forward pass for a pair of tokens, and the most tokens that one token sees.
     """
 
     pair: float
     window: int | None
 
     def pairs(self, length: int) -> int:
-        """The pairs of a token and one that it sees, itself included, in a document."""
+        """Return the number of pairs of a token and one that it sees, itself included, in a document."""
         seen = min(length, self.window or length)
         return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """Operations of all passes of a step for a token of a document and for a target, and of `passes` forward passes for
-    pairs of tokens.
+    """The operations of all passes of a step: for a token of a document, for a target, and for pairs of tokens.
 
-    `peak` is the device's operations a second, where that is known.
+    Those for pairs are of `passes` forward passes. `peak` is the device's operations a second, if it is known.
     """
 
     token: float = 0.0
@@ -62,8 +62,9 @@ class StepWork:
     peak: float | None = None
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
-        """The operations of a step's micro-batches. Ranks that share a row have its pairs by heads, and as many
-        each.
+        """Return the operations of a step's micro-batches.
+
+        Ranks that share a row have its pairs by heads, and equally many each.
         """
         found = 0.0
         for batch in batches:
@@ -72,17 +73,16 @@ class StepWork:
         return found
 
     def of_row(self, tokens: int) -> float:
-        """The operations of a row that one document of so many tokens fills, each of them a target: the most that a row
-        can ask for.
+        """Return the operations of a row that one document of so many tokens fills, each of them a target.
+
+        No row can ask for more.
         """
         return tokens * (self.token + self.target) + self.passes * sum(
             layer.pair * layer.pairs(tokens) for layer in self.attention
         )
 
     def measured(self, operations: float, seconds: float) -> dict[str, float]:
-        """The measures of a step of so many operations and seconds, summed over the ranks: TFLOP/s of a rank, and
-        MFU.
-        """
+        """Return TFLOP/s of a rank, and MFU, of a step of so many operations and seconds, summed over the ranks."""
         if not operations:
             return {}
         rate = operations / seconds
@@ -94,7 +94,7 @@ UNKNOWN_WORK = StepWork()
 
 
 def _documents(batch: MicroBatch) -> Iterator[int]:
-    """Tokens of each segment of the row that is no padding."""
+    """Yield the tokens of each segment of the row, without padding."""
     from trainer.model.micro_batch import Role
 
     segments = batch.input.segments
@@ -104,7 +104,7 @@ def _documents(batch: MicroBatch) -> Iterator[int]:
 
 
 def work_of(config: Config, model: Architecture, recomputed: float, device_name: str) -> StepWork:
-    """The work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
+    """Return the work of a run whose backward passes repeat the forward passes of this share of the decoder layers."""
     method, gpu = method_of(config), find_gpu(device_name)
     objective = find_objective(config, method)
     survey, reference = objective.survey, reference_of(config, objective, method)
@@ -113,13 +113,13 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     visits = max((parameter.visits for parameter in model.parameters if parameter.kind == "experts"), default=1.0)
     learnt = sum(size for name, size in products.items() if name in learning)
     frozen = sum(products.values()) - learnt
-    if not method.virtual.count:  # virtual tokens are computed with as any token is
+    if not method.virtual.count:  # virtual tokens cost as much as any token
         # A vector is no product.
         added = [shape for name, shape in learning.items() if name not in base and len(shape) > 1]
         learnt += sum(prod(shape) * (visits if len(shape) == 3 else 1) for shape in added)
     head = model.vocabulary * model.hidden
     head_learns = model.head in learning or (model.head_is_embedding and model.embedding in learning)
-    # Some forward passes are not learnt from: those through the reference, without what was added, and those of a
+    # Some forward passes have no backward pass: those through the reference, without what was added, and those of a
     # survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
     every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
@@ -134,12 +134,17 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
 
 
 def _products(model: Architecture) -> dict[str, float]:
-    """The weights that a token is multiplied with, by parameter: of experts those that it visits."""
+    """Return the weights that a token is multiplied with, by parameter.
+
+    Of experts these are the ones that it visits.
+    """
     return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
 
 
 def _attention(model: Architecture) -> Iterator[AttentionWork]:
-    """The width of what enters the last linear layer of attention, that of its values, counts for queries and keys as
+    """Yield the attention of each layer.
+
+    The width of the values, which enter attention's last linear layer, stands for the width of queries and keys as
     well.
     """
     for layer in model.attention:

@@ -1,7 +1,6 @@
-"""How long a run is and how long it takes: epochs, tokens, steps, time and money, before it has begun. No torch.
+"""How long a run is and how long it takes, before it has begun: epochs, tokens, steps, time and money. No torch.
 
-Time is an estimate. It rests on a rate: one that a run has been measured at, or a share of the GPU's peak that is
-assumed.
+Time is an estimate. It rests on a rate, which was measured in a run, or on an assumed share of the GPU's peak.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,19 +17,19 @@ from trainer.plan.gpus import Gpu
 from trainer.plan.needs import GlobalBatch
 from trainer.plan.sizes import held_as
 
-# The share of its memory's peak that a GPU comes to in operators that only move numbers.
+# The share of its memory's peak that a GPU reaches in operators that only move numbers.
 _OF_BANDWIDTH = 0.9
-# The share of a GPU's peak in bf16 that a step is assumed to come to. By the arithmetic of its kernels an H100 comes to
-# 35 to 40 %.
+# The share of a GPU's peak in bf16 that a step is assumed to reach. By the arithmetic of its kernels an H100 reaches 35
+# to 40 %.
 UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
 class Length:
-    """How much a run trains; None is what cannot be told.
+    """How much a run trains. None stands for what cannot be known.
 
-    `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one. `counted` says that the
-    steps are those that the run will take, and `compiled` that the tokens are counted rather than estimated from
+    `tokens` are those of its documents in all its `epochs`, `tokens_of_epoch` those of one epoch. `counted` says that
+    the steps are those that the run will take. `compiled` says that the tokens are counted rather than estimated from
     `file_bytes`.
     """
 
@@ -41,15 +40,14 @@ class Length:
     counted: bool
     compiled: bool
     file_bytes: int
-    steps_of_epoch: int | None = None  # of the first one
+    steps_of_epoch: int | None = None  # of the first epoch
 
 
 @dataclass(frozen=True)
 class Rate:
-    """The seconds that a rank takes over one packed row, or the ranks that share it, and where they come from: a run of
-    the store and its GPU, or an assumption.
+    """The seconds that a rank (or the ranks that share it) takes for one packed row, and their source.
 
-    `tokens_per_second` are those of a rank.
+    The source is a run of the store and its GPU, or an assumption. `tokens_per_second` are those of a rank.
     """
 
     seconds_a_row: float
@@ -60,8 +58,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An estimate of a run's time and cost: its steps alone, without loading, evaluations, commits and what ranks wait
-    for.
+    """An estimate of a run's time and cost.
+
+    It covers only the steps, without loading, evaluations, commits and the waiting of ranks.
     """
 
     step_seconds: float
@@ -77,7 +76,7 @@ class Forecast:
 
 
 def length_of(config: Config, epoch: EpochLength | None) -> Length:
-    """The length of the run, whose training data has epochs of this length."""
+    """Return the length of the run, whose training data has epochs of this length."""
     train, rows = config.train, epoch.rows if epoch else None
     steps, epochs, counted = train.steps, train.epochs, train.steps is not None
     if train.epochs and epoch and rows:
@@ -94,8 +93,10 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
-    """The rate at which this GPU would compute, at the utilisation that is assumed, where this share of the layers is
-    computed again; None where its peak is not known."""
+    """Return the rate at which this GPU would compute, at the assumed utilisation. None if its peak is not known.
+
+    This share of the layers is computed again.
+    """
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
@@ -111,8 +112,10 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
 
 
 def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> float:
-    """The time of a row for making matrices of weights as they are held, where that is much: each rank makes all of
-    them for a micro-batch, in the forward and in the backward pass and where a layer is computed again.
+    """Return the time of a row for decoding matrices of weights from their stored form, if that is much.
+
+    Each rank decodes all of them for a micro-batch, in the forward and in the backward pass, and again if a layer is
+    recomputed.
     """
     moved = sum(part.numel * held_as(part, config.quant).decoding_traffic for part in model.parameters)
     if not gpu.bandwidth:
@@ -121,7 +124,7 @@ def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed:
 
 
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
-    """The time that the run takes at this rate; None where its steps or the rate are not known."""
+    """Return the time that the run takes at this rate; None if its steps or the rate are not known."""
     if rate is None or length.steps is None:
         return None
     step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row

@@ -1,4 +1,4 @@
-"""GPUs by name: the memory that they have, and the products that they can do in a second. No torch, no driver."""
+"""GPUs by name: their memory, and the products that they can do in a second. No torch, no driver."""
 
 import difflib
 import math
@@ -9,8 +9,8 @@ from trainer.errors import ConfigError, shown
 
 _MOST_GIB = 1e6
 
-# Name -> memory in MiB, as the driver tells it of such a card (where a card has ECC, with it on); TFLOP/s of dense
-# products in bf16 with sums in fp32, without sparsity, and GB/s of its memory, as the maker's data sheet says. Of cards
+# Name -> memory in MiB, as the driver reports it for such a card (with ECC on, if the card has it); TFLOP/s of dense
+# products in bf16 with sums in fp32, without sparsity, and GB/s of its memory, from the maker's data sheet. Among cards
 # of one name the smaller comes first. Cards before Ampere, such as V100 and T4, have no bf16.
 _GPUS: dict[str, tuple[int, float | None, int]] = {
     "H100": (81559, 989, 3350),
@@ -50,18 +50,20 @@ _GPUS: dict[str, tuple[int, float | None, int]] = {
 _DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6, "tib": 2**40, "tb": 1e12}
-# Words of a device's name that say nothing of which card it is.
+# These words of a device's name do not say which card it is.
 _IDLE_WORDS = frozenset(
     "nvidia amd instinct geforce tesla gpu generation hbm2 hbm2e hbm3 hbm3e sxm sxm2 sxm4 sxm5".split()
 )
-# Cards of these have the name of a faster one in theirs.
+# Cards with these words have the name of a faster card in theirs.
 _LESSER = frozenset(("d", "laptop", "max", "mig", "super", "ti"))
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in bytes, the peak of its products in bf16 in operations a second, and that of its memory in
-    bytes a second, where they are known.
+    """A GPU.
+
+    It has the memory in bytes, the peak of products in bf16 in operations a second, and the peak of the memory in bytes
+    a second, if they are known.
     """
 
     name: str
@@ -71,13 +73,14 @@ class Gpu:
 
 
 def names() -> list[str]:
-    """The GPUs that are known here, each as one word."""
+    """Return the GPUs that are known here, each as one word."""
     return [name.replace(" ", "-") for name in _GPUS]
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means; None for one that is not known
-    here.
+    """Find the GPU that a device's name, such as "NVIDIA H100 80GB HBM3", or a person means.
+
+    None if it is not known here.
 
     All words of a card's name in the table have to be in `name`, and of several such cards the longest counts. A person
     may also leave words out: A100 is the one of 40 GB, and 4090 an RTX 4090.
@@ -96,13 +99,13 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def read_gpu(text: str, option: str) -> Gpu:
-    """The GPU that a person gives by a size, such as 80GiB, 24GB or 80, which is in GiB, or by its name.
+    """Return the GPU that a person gives by its name, or by a size such as 80GiB, 24GB or 80, which is in GiB.
 
     Raises:
         ConfigError: it is neither; `option` is what the message calls it.
     """
     size = _SIZE.fullmatch(text.strip())
-    found = None if size and size[2] else find_gpu(text)  # 4090 is no memory
+    found = None if size and size[2] else find_gpu(text)  # 4090 is no size of memory
     if size and not found:
         memory = float(size[1]) * _UNITS[(size[2] or "").lower()]
         if not 0 < memory <= _MOST_GIB * 2**30:

@@ -22,8 +22,11 @@ from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the formulas, `deepspeed` its dictionary among them. `group` ranks hold one copy of the base;
-    `item` is the bytes of a 16- or 32-bit value; so many bytes of a mixture's experts are dequantized at once."""
+    """The inputs of the formulas, including `deepspeed`, DeepSpeed's dictionary of settings.
+
+    `group` ranks hold one copy of the base. `item` is the bytes of a 16- or 32-bit value. Of a mixture's experts, the
+    given number of bytes is dequantized at once.
+    """
 
     config: Config
     model: Architecture
@@ -45,9 +48,7 @@ class Inputs:
 
     @property
     def data_groups(self) -> int:
-        """The number of rows that are computed at one time: one for each rank, or for each group of ranks that share
-        theirs.
-        """
+        """The number of rows that are computed at one time: one for each rank, or each group that shares rows."""
         return max(1, self.world_size // self.shared)
 
     @property
@@ -87,13 +88,13 @@ class Inputs:
 
     @cached_property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the fp32 masters and of the optimizer's states."""
+        """The bytes of the fp32 masters and of the optimizer's states."""
         every = ((state, self.learning[name]) for name, states in self.states.items() for state in states)
         return sum(state.item * state.size(numel) for state, numel in every)
 
     @cached_property
     def state_bytes(self) -> int:
-        """Bytes of the same on one rank, which has vectors whole, and the fp32 gradient that it adds up."""
+        """The bytes of masters and states on one rank, which has vectors whole, and of its fp32 gradient sum."""
         every = (state for states in self.states.values() for state in states)
         vectors = sum(state.item * state.length for state in every if state.length is not None)
         return ceil((self.checkpoint_bytes - vectors) / self.world_size) + vectors + 4 * self.share
@@ -120,7 +121,7 @@ class Inputs:
 
     @cached_property
     def learning_base(self) -> int:
-        """Elements of the base's own parameters that learn; these are stored in 16 or 32 bits."""
+        """The elements of the base's own parameters that learn. These are stored in 16 or 32 bits."""
         return sum(parameter.numel for parameter in self.model.parameters if parameter.name in self.learning)
 
     @cached_property
@@ -130,14 +131,15 @@ class Inputs:
         return [stored for one in of_base for stored in stored_parameters(one, self.config.quant, self.item)]
 
     def is_whole(self, stored: StoredParameter) -> bool:
-        """Whether a parameter is small enough to be whole on every rank, and to stay on the GPU when the others are
-        offloaded.
+        """Return whether a parameter is small enough to be whole on every rank.
+
+        Such a parameter stays on the GPU when the others are offloaded.
         """
         return stored.elements <= self.zero["stage3_param_persistence_threshold"]
 
     @cached_property
     def reference_passes(self) -> int:
-        """Forward passes of a micro-batch through the reference."""
+        """The forward passes of a micro-batch through the reference."""
         return int(self.reference == "adapter_off")
 
     @cached_property
@@ -157,20 +159,21 @@ class Inputs:
 
     @property
     def offloads_inputs(self) -> bool:
-        """Whether the inputs of layers that are computed again go to the host. On a CPU they are there already."""
+        """Whether the inputs of recomputed layers go to the host. On a CPU they are there already."""
         return self.config.train.activation_offload and self.on_gpu
 
     @cached_property
     def row(self) -> int:
-        """Positions of a packed row, including those reserved for a method's virtual tokens
-        (trainer/data/order/settings.py).
+        """The positions of a packed row, including those reserved for a method's virtual tokens.
+
+        See trainer/data/order/settings.py.
         """
         data = self.config.data
         return data.sequence_length + data.segments(self.objective.formats) * self.method.virtual.reserved
 
     @property
     def tokens(self) -> int:
-        """Positions of a micro-batch that a rank computes."""
+        """The positions of a micro-batch that a rank computes."""
         return ceil(self.config.train.micro_batch * self.row / self.shared)
 
     @property
@@ -187,13 +190,15 @@ class Inputs:
         return self.zero.get("sub_group_size", 1_000_000_000)
 
     def pins(self, section: str) -> bool:
-        """Whether what this section of the policy offloads is pinned: there is nothing to copy to beside a CPU."""
+        """Return whether what this section of the policy offloads is pinned. A CPU has nothing to copy to."""
         return self.on_gpu and bool(self.zero.get(section, {}).get("pin_memory"))
 
     @property
     def communicators(self) -> int:
-        """The number of NCCL's communicators. All ranks have two, because DeepSpeed clones theirs; those of a node have
-        one if they share a copy of the base, and those that share rows have one. CPUs use gloo.
+        """The number of NCCL's communicators; CPUs use gloo.
+
+        All ranks have two, because DeepSpeed clones theirs. The ranks of a node have one more if they share a copy of
+        the base, and the ranks that share rows have one more.
         """
         if not self.on_gpu:
             return 0

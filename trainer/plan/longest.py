@@ -1,5 +1,6 @@
-"""The longest row that fits, by the plan's arithmetic, and what each setting that saves memory of activations buys. No
-torch.
+"""The longest row that fits, by the plan's arithmetic, and what each setting that saves activation memory buys.
+
+No torch.
 """
 
 from bisect import bisect_right
@@ -14,14 +15,17 @@ from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 
 _STEP, _MOST = 256, 2**20  # tokens; data.sequence_length takes no more
-# Sentences of a plan that a shorter row, or scaled positions, are the answer to.
+# These sentences of a plan can be answered with a shorter row, or with scaled positions.
 _OF_LENGTH = ("data.sequence_length:", "memory:")
 
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The longest row with some `settings`, in tokens, one a rank or a group of ranks at a time; 0 where none fits.
-    `activations` are the bytes of its activations on a rank, `host` those of host memory on a node."""
+    """The longest row with some `settings`, in tokens, with one row at a time on a rank or a group of ranks.
+
+    It is 0 if none fits. `activations` are the bytes of its activations on a rank, `host` those of host memory on a
+    node.
+    """
 
     settings: dict[str, Any]
     tokens: int
@@ -31,7 +35,10 @@ class LongestRow:
 
 @dataclass(frozen=True)
 class PlannedRanks:
-    """The ranks that rows are planned for, each with `memory` bytes of a GPU, or of the host where they are on CPUs."""
+    """The ranks that rows are planned for.
+
+    Each has `memory` bytes of a GPU, or of the host if the ranks are on CPUs.
+    """
 
     world_size: int
     per_node: int
@@ -40,15 +47,18 @@ class PlannedRanks:
 
 
 def longest_rows(config: Config, base: Description, ranks: PlannedRanks) -> list[LongestRow]:
-    """First with the settings as they are, then without any that saves memory of activations, and with one more in each
-    line. A line that does not suit the base or the run is left out."""
+    """Return the longest rows, first with the settings as they are.
+
+    Then come the rows without any setting that saves memory of activations, and with one more such setting in each
+    line. A line that does not suit the base or the run is left out.
+    """
     found = [_longest(config, base, ranks, {})]
     settings: dict[str, Any] = {}
     for more in _ladder(config, ranks):
         changed = {**settings, **more}
         try:
             given = override(config, *(assignment(name, value) for name, value in changed.items()))
-        except ConfigError:  # settings of the run that do not go with it
+        except ConfigError:  # settings of the run that do not suit this line
             continue
         if _refused(given, base, ranks):
             continue
@@ -73,7 +83,7 @@ def _ladder(config: Config, ranks: PlannedRanks) -> Iterator[dict[str, Any]]:
 
 
 def _plan(config: Config, base: Description, ranks: PlannedRanks, tokens: int) -> Plan:
-    """The plan with rows of so many tokens."""
+    """Return the plan with rows of so many tokens."""
     given = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": tokens})})
     gpu, host = (ranks.memory, None) if ranks.on_gpu else (None, ranks.memory)
     return make_plan(given, base, ranks.world_size, ranks.per_node, gpu, host)

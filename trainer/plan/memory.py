@@ -1,6 +1,6 @@
 """The memory of one GPU, by arithmetic, and how many layers keep their activations in it. No GPU, no torch.
 
-Bytes of stored tensors are exact; activations and gathered layers are estimates, by the formulas stated at each
+Bytes of stored tensors are exact. Activations and gathered layers are estimates, by the formulas stated at each
 function.
 """
 
@@ -20,36 +20,37 @@ from trainer.plan.sizes import (
 from trainer.processes.pinned import blocks, pinned, place_bytes
 from trainer.state.optimizer.optimizer import find_optimizer
 
-# trainer/model/head.py: bytes of logits computed at once, were they in fp32, and of those that are on a CPU and on a
-# GPU.
+# trainer/model/head.py: bytes of logits computed at once, as if in fp32, and of those that are on a CPU and on a GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)
-# Gradients of a hidden state that the backward pass of a norm has at one time, by the bytes of a value, and where the
-# norm is one kernel. PyTorch computes it in fp32: of 16-bit values it has five of four bytes, of fp32 ones four, as
-# some are the same tensor (benchmarks/length.py --device).
+# Gradients of a hidden state that the backward pass of a norm has at one time, by the bytes of a value, and for a norm
+# that is one kernel. PyTorch computes the norm in fp32: for 16-bit values it has five tensors of four bytes, for fp32
+# values four, because some are the same tensor (benchmarks/length.py --device).
 _NORM_GRADIENTS, _FUSED_NORM_GRADIENTS = {2: 10, 4: 4}, 2
 # trainer/state/zero/gather.py: layers that are whole on a GPU at one time.
 _LAYERS_GATHERED = 3
 # CUDA's context and the allocator's slack, and the buffers of an NCCL communicator: 16 channels of 4 MiB
-# (NCCL_BUFFSIZE) to send and to receive. Allowances, not measurements.
+# (NCCL_BUFFSIZE) to send and to receive. These are allowances, not measurements.
 _CONTEXT_BYTES = 3 * 2**28
 _COMMUNICATOR_BYTES = 2**27
 
 
 def base_bytes(given: Inputs) -> int:
-    """Bytes of one whole copy of the base as it is stored."""
+    """Return the bytes of one whole copy of the base as it is stored."""
     return sum(stored_layers(given.config, given.model)) + given.item * given.model.weights(
         "embedding", "head", "small"
     )
 
 
 def memory_of(given: Inputs) -> GpuMemory:
-    """Bytes on one GPU.
+    """Return the bytes on one GPU.
 
-    What is frozen: its stored bytes / the ranks that share one copy, nothing where it is offloaded. What of it is under
-    ZeRO-3's persistence threshold is whole beside that, and never offloaded: norms, and scales where the adapters are
-    wide. What learns, adapters or the base itself: the 16-bit partition and, where a parameter is under ZeRO-3's
-    persistence threshold, a whole copy; then fp32 master, the optimizer's states and accumulated gradient (with AdamW
-    16 bytes an element) / world size.
+    Frozen parameters take their stored bytes, divided by the ranks that share one copy. They take nothing if they are
+    offloaded. Frozen parameters under ZeRO-3's persistence threshold are also held whole, and are never offloaded:
+    norms, and scales if the adapters are wide.
+
+    Learning parameters, adapters or the base itself, take the 16-bit partition, and a whole copy if a parameter is
+    under ZeRO-3's persistence threshold. The fp32 master, the optimizer's states and the accumulated gradient (with
+    AdamW 16 bytes an element) are divided by the world size.
     """
     config, model, world_size = given.config, given.model, given.world_size
     parts = (part for layer in range(model.layers) for part in model.in_layer(layer) if is_packed(part, config.quant))
@@ -81,16 +82,19 @@ def memory_of(given: Inputs) -> GpuMemory:
 
 
 def _frozen_whole(given: Inputs) -> int:
-    """Bytes of what is frozen and small: whole beside this rank's partition of it, which is a part of the frozen bytes
-    unless those are offloaded."""
+    """Return the bytes of small frozen parameters that are held whole beside this rank's partition.
+
+    The partition is a part of the frozen bytes unless those are offloaded.
+    """
     small = sum(stored.bytes for stored in given.frozen if given.is_whole(stored))
     share = ceil(small / given.group)
     return (small if given.group > 1 else 0) + (share if given.offloaded else 0)
 
 
 def offloaded_base(given: Inputs) -> int:
-    """Bytes of host memory for a rank's offloaded partitions of the base. Each is a block of its own, pinned if the
-    policy says so.
+    """Return the bytes of host memory for a rank's offloaded partitions of the base.
+
+    Each partition is a block of its own, pinned if the policy says so.
     """
     if not given.offloaded:
         return 0
@@ -99,8 +103,10 @@ def offloaded_base(given: Inputs) -> int:
 
 
 def offloaded_states(given: Inputs) -> int:
-    """Bytes of host memory for a rank's offloaded masters, moments and gradients, with the update. Gradients are pinned
-    if the policy says so: the summed ones, and the fp32 copy of each sub-group that its update takes.
+    """Return the bytes of host memory for a rank's offloaded masters, moments and gradients, with the update.
+
+    Gradients are pinned if the policy says so: the summed ones, and the fp32 copy of each sub-group that its update
+    takes.
     """
     if not given.states_offloaded:
         return 0
@@ -116,8 +122,10 @@ def offloaded_states(given: Inputs) -> int:
 
 
 def _dequantized(given: Inputs) -> int:
-    """Bytes of the packed weights that are in 16 bits at one moment: one matrix, those of a tiled MLP, or as many of a
-    mixture's experts as are multiplied at once; plus what their format needs to decode them.
+    """Return the bytes of the packed weights that are in 16 bits at one moment.
+
+    They are one matrix, those of a tiled MLP, or as many of a mixture's experts as are multiplied at once. What their
+    format needs to decode them comes on top.
     """
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
@@ -133,13 +141,16 @@ def _dequantized(given: Inputs) -> int:
 
 
 def _in_fp8(given: Inputs) -> int:
-    """Bytes of a product's factors in FP8: scaled ones in 16 bits, those in 8, and the weight's in another order."""
+    """Return the bytes of a product's factors in FP8.
+
+    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order.
+    """
     shapes = [one.shape for one in given.model.parameters if multiplies_in_fp8(given.config, one)]
     return max((4 * prod(shape) + 3 * given.tokens * max(shape) for shape in shapes), default=0)
 
 
 def optimizer_step(given: Inputs) -> int:
-    """Bytes that the update takes after the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
+    """Return the bytes of the update after the passes have freed theirs, for one sub-group of DeepSpeed's at a time."""
     portion = min(given.share, given.sub_group)
     largest = ceil(max(given.learning.values(), default=0) / given.world_size)
     on_gpu = given.on_gpu and not given.states_offloaded
@@ -147,27 +158,29 @@ def optimizer_step(given: Inputs) -> int:
 
 
 def _gathered(given: Inputs) -> int:
-    """Bytes of the base's parameters that are whole on a GPU at one moment, as trainer/state/zero/gather.py gathers
-    them.
+    """Return the bytes of the base's parameters that are whole on a GPU at one moment.
 
-    In the middle the layer that the device computes, the next one, which the host has come to, and the flat buffer that
-    this one came in and the one behind it is gathered into. At the turn from forward to backward the head and the layer
-    before it. What the policy keeps within stage3_max_reuse_distance comes on top, half of it on either side of the
-    turn. Never more than the whole base; nothing when a partition is the whole parameter.
+    trainer/state/zero/gather.py gathers them. In the middle of a pass there are the layer that the device computes and
+    the next one, which the host has reached. Besides, there are the flat buffers of this layer and of the layer that is
+    gathered next. At the turn from forward to backward there are the head and the layer before it. Parameters that the
+    policy keeps within stage3_max_reuse_distance come on top, half of them on either side of the turn. The sum is never
+    more than the whole base. It is nothing when a partition is the whole parameter.
     """
     if given.group == 1 and not given.offloaded:
         return 0
     layer = max(stored_layers(given.config, given.model))
     turn = given.item * given.model.largest("embedding", "head") + layer
-    # A quantized parameter is made of bytes, any other of 16- or 32-bit values.
+    # A quantized parameter consists of bytes, any other of 16- or 32-bit values.
     element_bytes = 1 if given.config.quant.held.packs else given.item
     kept = given.zero.get("stage3_max_reuse_distance", 0) // 2 * element_bytes
     return min(base_bytes(given), max(_LAYERS_GATHERED * layer, turn) + kept)
 
 
 def _gradient_buckets(given: Inputs) -> int:
-    """Bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies that it reduces the bucket from and to. Of
-    a CPU's memory it takes what gradients are written to."""
+    """Return the bytes of DeepSpeed's bucket of fp32 gradients, and of the flat copies for its reduction.
+
+    On a CPU the bucket takes only as much memory as gradients are written to.
+    """
     bucket = given.zero.get("reduce_bucket_size", 500_000_000)
     written = min(bucket, given.trainable)
     reduced = written if given.world_size > 1 else 0
@@ -175,15 +188,17 @@ def _gradient_buckets(given: Inputs) -> int:
 
 
 def _activations(given: Inputs) -> tuple[int, int]:
-    """Bytes of activations of one micro-batch of T tokens, with an attention kernel that keeps no score matrix: those
-    that lie there from the forward pass on, and those that the backward pass of a layer adds, when the logits are gone.
+    """Return the bytes of activations of one micro-batch of T tokens. The attention kernel keeps no score matrix.
 
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), with frozen linear layers; see
-    trainer/base/describe/activations.py. The last layers may keep theirs. Any other keeps its hidden state, and is
-    computed again in its backward pass, when those behind it are gone. On top come the widest gradients: a hidden
-    state, and two of what enters the last linear layer of a block. Where MLPs are tiled, theirs are there for one tile
-    only. Of inputs that are offloaded two are on the GPU. Liger's kernels count where they are set, as with auto a run
-    finds out itself whether they fit the base.
+    The first number counts the activations that the forward pass leaves. The second counts those that the backward pass
+    of a layer adds, when the logits are gone.
+
+    The counts follow Korthikanti et al. (arXiv:2205.05198, section 4), with frozen linear layers; see
+    trainer/base/describe/activations.py. The last layers may keep their activations. Any other layer keeps its hidden
+    state, and is computed again in its backward pass, when those of later layers are gone. On top come the widest
+    gradients: a hidden state, and two of the input of a block's last linear layer. If MLPs are tiled, theirs are there
+    for one tile only. If inputs are offloaded, two of them are on the GPU. Liger's kernels count if they are set,
+    because with auto a run finds out itself whether they fit the base.
     """
     model = given.model
     again = given.recomputed_layers
@@ -197,8 +212,10 @@ def _activations(given: Inputs) -> tuple[int, int]:
 
 
 def _masks(given: Inputs) -> int:
-    """Bytes of the mask of a row of T tokens, T x T, which SDPA takes for windows (trainer/model/documents.py): as it
-    is made, and in values for each layer that keeps its activations."""
+    """Return the bytes of the mask, T x T, that SDPA takes for windows (trainer/model/documents.py).
+
+    The mask counts as it is made, and in values for each layer that keeps its activations.
+    """
     kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
     sdpa = kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
     masked = [one.layer for one in given.model.attention if sdpa and one.window and one.window < tokens]
@@ -207,8 +224,9 @@ def _masks(given: Inputs) -> int:
 
 
 def offloaded_activations(given: Inputs) -> int:
-    """Bytes of pinned host memory for the inputs of a rank's layers that are computed again, which lie together
-    (trainer/model/offload.py).
+    """Return the bytes of pinned host memory for the inputs of a rank's recomputed layers.
+
+    They lie together (trainer/model/offload.py).
     """
     if not given.offloads_inputs:
         return 0
@@ -217,9 +235,7 @@ def offloaded_activations(given: Inputs) -> int:
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
-    """Values a token that a layer keeps, and the width of the widest that enter the last linear layer of one of its
-    blocks.
-    """
+    """Return the values a token that a layer keeps, and the largest width into the last linear layer of a block."""
     values, tile = layer_values(given.model, place, given.item), _tile(given, place)
     kept = values.kept + (given.shared - 1) * values.kept_whole + tile * values.kept_in_mlps
     exchanged = values.exchanged * (given.shared > 1)
@@ -229,24 +245,28 @@ def _layer(given: Inputs, place: int) -> tuple[float, float]:
         norms = _FUSED_NORM_GRADIENTS
     # In attention's own backward pass one of the two copies of its results is gone.
     attention = values.widest_attention - exchanged / 2
-    # In that of the norm before an MLP what the MLP kept is gone; where it is tiled that is next to nothing.
+    # In the backward pass of the norm before an MLP, what the MLP kept is gone. If the MLP is tiled, that is next to
+    # nothing.
     norm = (norms * given.model.width - tile * values.kept_in_mlps) / 2 if values.kept_in_mlps else 0
     return kept + exchanged, max(values.widest, attention, norm, tile * values.widest_mlp)
 
 
 def _tile(given: Inputs, place: int) -> float:
-    """The share of a row that the MLPs of a layer compute at a time."""
+    """Return the share of a row that the MLPs of a layer compute at a time."""
     longest = given.config.train.longest_mlp(recomputed=place < given.recomputed_layers)
     return 1.0 if longest is None or given.tokens <= longest else MLP_TILE / given.tokens
 
 
 def _logits(given: Inputs) -> int:
-    """Bytes of the chunked loss: the logits of a chunk's tokens, whose place their gradient takes; those that are in
-    fp32 at one time, and what is computed of them; and the gradient of the hidden states of all T tokens."""
+    """Return the bytes of the chunked loss.
+
+    They are the logits of a chunk's tokens, which their gradient replaces, the logits that are in fp32 at one time with
+    what is computed of them, and the gradient of the hidden states of all T tokens.
+    """
     model, tokens = given.model, given.tokens
     chunk = min(
         tokens, max(1, _LOGITS_CHUNK_BYTES // (4 * model.vocabulary) // _LOGITS_CHUNK_ROWS) * _LOGITS_CHUNK_ROWS
     )
     in_fp32 = min(4 * chunk * model.vocabulary, _LOGITS_BLOCK_BYTES[given.on_gpu])
-    copies = 2 if given.item < 4 else 1  # logits that are in fp32 are not copied
+    copies = 2 if given.item < 4 else 1  # logits in fp32 are not copied
     return chunk * model.vocabulary * given.item + copies * in_fp32 + given.item * tokens * model.hidden

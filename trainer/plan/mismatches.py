@@ -1,5 +1,8 @@
-"""Whether the settings of a run, its base, its method and its objective go together: a sentence for each thing that
-does not; and where the reference of an objective comes from, which follows from all of them. No torch."""
+"""This file tells whether a run's settings, base, method and objective suit each other. No torch.
+
+There is a sentence for each thing that does not. The file also decides where an objective's reference comes from, which
+follows from all of them.
+"""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -18,8 +21,9 @@ _SHARED_PREFIX = "data.share_prefix"
 
 
 def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
-    """A sentence for each setting that does not suit the base, the method or the objective, by what config.json says of
-    the base.
+    """Return a sentence for each setting that does not suit the base, the method or the objective.
+
+    config.json describes the base.
     """
     own = [
         *tuning_mismatches(config, method, base.architecture),
@@ -35,13 +39,13 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
 
 
 def base_trained_by(config: Config) -> str:
-    """The setting that has parameters of the base learn, for messages."""
+    """Return the setting that makes parameters of the base learn, for messages."""
     modules = config.tuning.modules_to_save
     return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
 
 
 def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
-    """A sentence for each setting of the run or fact of the base that does not suit `method`, which is the run's."""
+    """Yield a sentence for each setting of the run or fact of the base that does not suit the run's `method`."""
     yield from method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
@@ -66,9 +70,7 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
 
 
 def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:
-    """A sentence where the files of the base, which the run would export with new weights in them, cannot hold
-    these.
-    """
+    """Yield a sentence if the files of the base cannot hold the new weights with which the run would export them."""
     if method.exports_model and stored.unmergeable:
         yield (
             f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and"
@@ -77,7 +79,7 @@ def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator
 
 
 def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> Iterator[str]:
-    """A sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
+    """Yield a sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
     if not virtual.count:
         return
     method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
@@ -108,7 +110,7 @@ def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Arc
 
 
 def objective_mismatches(config: Config, objective: Objective, method: Method) -> Iterator[str]:
-    """A sentence for each setting of the run that does not suit `objective` and `method`, which are the run's."""
+    """Yield a sentence for each setting of the run that does not suit the run's `objective` and `method`."""
     name, reference = config.objective.name, reference_of(config, objective, method)
     yield from objective.mismatches()
     if config.data.format != "auto" and config.data.kind not in objective.formats:
@@ -129,8 +131,9 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """A sentence for each setting that does not suit rows which ranks share; the exchange itself is
-    trainer/model/rows'.
+    """Yield a sentence for each setting that does not suit rows which ranks share.
+
+    trainer/model/rows has the exchange itself.
     """
     size, data = config.sharding.sequence_parallel, config.data
     reserved = method.virtual.reserved * data.segments(objective.formats)
@@ -159,7 +162,7 @@ def _of_shared_rows(config: Config, model: Architecture, method: Method, objecti
 
 
 def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:
-    """A sentence for each setting that does not suit answers which share their prompt in a row."""
+    """Yield a sentence for each setting that does not suit answers which share their prompt in a row."""
     kernel = config.model.attention
     if not config.data.share_prefix:
         return
@@ -175,7 +178,7 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """A sentence where a row has more numbers than the kernel of its attention counts."""
+    """Yield a sentence if a row has more numbers than its attention kernel can count."""
     if config.cluster.gpus_per_worker == 0:
         return
     reserved = method.virtual.reserved * config.data.segments(objective.formats)
@@ -194,7 +197,7 @@ def _of_long_rows(config: Config, model: Architecture, method: Method, objective
 
 
 def _of_segments(config: Config, model: Architecture, objective: Objective) -> Iterator[str]:
-    """A sentence where a document is several texts that must not see each other, which the base cannot keep apart."""
+    """Yield a sentence if a document is several texts that the base cannot hide from each other."""
     if not model.isolates_documents and not config.data.packing and config.data.segments(objective.formats) > 1:
         yield (
             f"objective.name: {config.objective.name} has two texts in one row, such as a chosen and a rejected answer,"
@@ -203,7 +206,7 @@ def _of_segments(config: Config, model: Architecture, objective: Objective) -> I
 
 
 def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
-    """`objective.reference`, with auto decided; None where the objective reads none."""
+    """Return `objective.reference`, with auto decided. None if the objective reads none."""
     if not objective.reads_reference:
         return None
     if config.objective.reference != "auto":

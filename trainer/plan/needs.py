@@ -9,8 +9,11 @@ from trainer.state.zero.policy import Scope
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of the model. The base is embedding + linear + small (norms and biases); `frozen` is the part of it that
-    does not learn, `trainable` are adapters or the other part."""
+    """Elements of the model.
+
+    The base is embedding + linear + small (norms and biases). `frozen` is the part of it that does not learn.
+    `trainable` are adapters or the other part of the base.
+    """
 
     embedding: int
     linear: int
@@ -22,8 +25,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class WholeWeights:
-    """Matrices that could be quantized by their form and are not: the last name of their module, why they stay as they
-    are, their elements and bytes."""
+    """Matrices that could be quantized by their form and are not.
+
+    They have the last name of their module, the reason why they stay as they are, and their elements and bytes.
+    """
 
     name: str
     reason: str
@@ -36,12 +41,11 @@ class GlobalBatch:
     """One optimizer step.
 
     Attributes:
-        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share
-            theirs.
-        empty_rows: rows that are computed without targets, as global_batch does not divide evenly.
+        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share rows.
+        empty_rows: rows without targets, which are computed because global_batch does not divide evenly.
         reference_time_percent: the time of the objective's passes through the reference, as a share of the others'.
-        stored_reference_percent: where the reference is stored, the time of the one pass before the first step, as a
-            share of an epoch's.
+        stored_reference_percent: if the reference is stored, the time of the one pass before the first step, as a share
+            of an epoch's.
     """
 
     world_size: int
@@ -72,7 +76,7 @@ ALLOWANCES = ("context", "communicators")
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on one GPU at the peak of a step. Parts of `ESTIMATES` and `ALLOWANCES` are none that are counted."""
+    """Bytes on one GPU at the peak of a step. Parts in `ESTIMATES` and `ALLOWANCES` are not counted exactly."""
 
     frozen_quantized: int
     frozen_unquantized: int
@@ -93,7 +97,7 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory on one node, the Python processes themselves left out."""
+    """Bytes of host memory on one node, without the Python processes themselves."""
 
     reads_during_load: int
     offloaded_base: int
@@ -105,7 +109,10 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes one rank receives in one optimizer step. `from_other_nodes` is the part of `total` that crosses nodes."""
+    """Bytes that one rank receives in one optimizer step.
+
+    `from_other_nodes` is the part of `total` that crosses nodes.
+    """
 
     base_gathers: int
     adapter_gathers: int
@@ -122,10 +129,10 @@ class Plan:
     Attributes:
         scope: `sharding.scope`, with auto decided.
         recomputed_layers: so many of the `layers`, from the first on, are computed again in the backward pass.
-        device: what the ranks are planned for; the CPU only where `cluster.gpus_per_worker` is 0.
+        device: what the ranks are planned for; the CPU only if `cluster.gpus_per_worker` is 0.
         shortfalls: a sentence for each thing that does not fit.
-        mismatches: those of them that ask more of the base than it has, on any machine.
-        left_out: the parts of the base's files that are not trained, where the files are at hand.
+        mismatches: those shortfalls that ask more of the base than it has, on any machine.
+        left_out: the parts of the base's files that are not trained, if the files are at hand.
         notes: sentences on settings without an effect.
         whole: the matrices that the quantization leaves as they are.
         unrecognised: sentences on what config.json names and the sizes lack; with any of them nobody can say whether
@@ -151,5 +158,5 @@ class Plan:
     unrecognised: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:
-        """A tree of plain values; bytes and elements are whole numbers."""
+        """Return a tree of plain values. Bytes and elements are whole numbers."""
         return asdict(self)

@@ -1,7 +1,7 @@
 """The needs of a run, by arithmetic: parameters, memory, batch, traffic. No GPU, no torch, nothing downloaded.
 
 Everything that does not fit or does not match is reported at once, in `Plan.shortfalls`. Counts of parameters and bytes
-of stored tensors are exact; activations, gathered layers and host memory are estimates, by the formulas stated at each
+of stored tensors are exact. Activations, gathered layers and host memory are estimates, by the formulas stated at each
 function.
 """
 
@@ -27,7 +27,7 @@ from trainer.tuning.method import method_of
 # trainer/base/partitions/reading.py: pieces of the base read ahead and the one that is quantized, each twice while it
 # is handed over.
 _READ_BYTES = 2 * 9 * 4 * 2**20
-# The share of a rank's memory up to which layers keep their activations, and then experts are dequantized: the plan is
+# The share of a rank's memory up to which layers keep their activations, and then experts are dequantized. The plan is
 # within 12 % of what is measured. Kept activations save more time a byte.
 _KEPT_SHARE = 0.85
 
@@ -43,9 +43,9 @@ def make_plan(
     """Plan a run on `world_size` ranks, `ranks_per_node` of them on each node.
 
     Args:
-        base: what config.json says of it.
+        base: what config.json says of the base.
         gpu_memory: bytes of one GPU; None when there is none to compare with.
-        host_memory: bytes that a rank on CPUs has for itself, where that is known.
+        host_memory: bytes that a rank on CPUs has for itself, if they are known.
 
     Raises:
         ConfigError: the method, the objective or the optimizer is unknown, or the DeepSpeed policy cannot be used.
@@ -91,7 +91,7 @@ def _untried(model: Architecture) -> Iterator[str]:
 
 
 def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
-    """Nothing is left as it is by a run that quantizes nothing."""
+    """Return the matrices that the quantization leaves as they are. A run that quantizes nothing has none."""
     if not config.quant.held.packs:
         return []
     item = value_bytes(config)
@@ -99,9 +99,11 @@ def _whole(config: Config, model: Architecture) -> list[WholeWeights]:
 
 
 def settled(config: Config, model: Architecture, world_size: int, ranks_per_node: int, memory: int | None) -> Config:
-    """The settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each: as many layers
-    keep their activations as the plan has room for. None do where that is not known, or not all that layers keep is
-    counted."""
+    """Return the settings with `train.activation_checkpointing: auto` decided for ranks of `memory` bytes each.
+
+    As many layers keep their activations as the plan has room for. No layer does if the memory is not known, or if not
+    everything that layers keep is counted.
+    """
     if config.train.activation_checkpointing != "auto":
         return config
     kept = 0
@@ -118,9 +120,7 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
 
 
 def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterator[str]:
-    """A sentence for each setting that was asked for and has no effect as `settled` has decided, or on the ranks of
-    this run.
-    """
+    """Yield a sentence for each requested setting that has no effect after `settled`, or on the ranks of this run."""
     if not asked.train.activation_offload:
         return
     if asked.cluster.gpus_per_worker == 0:
@@ -134,7 +134,7 @@ def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterat
 
 
 def _products(config: Config, model: Architecture) -> Iterator[str]:
-    """A sentence on what is multiplied in FP8, where that is asked for."""
+    """Yield a sentence on which products are in FP8, if FP8 is asked for."""
     if config.train.products == "fp8":
         linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
         some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
@@ -145,7 +145,7 @@ def _products(config: Config, model: Architecture) -> Iterator[str]:
 
 
 def _undecided(asked: Config, model: Architecture, memory: int | None) -> Iterator[str]:
-    """A sentence where the run will decide by a memory that the plan does not know."""
+    """Yield a sentence if the run will decide by a memory that the plan does not know."""
     if asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model):
         yield (
             "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is"
@@ -154,8 +154,11 @@ def _undecided(asked: Config, model: Architecture, memory: int | None) -> Iterat
 
 
 def _counts_all_activations(config: Config, model: Architecture) -> bool:
-    """Whether `trainer.plan.memory` knows all that a layer keeps: it does not where tokens are mixed by something else
-    than attention, or by one that may need a kernel which keeps scores."""
+    """Return whether `trainer.plan.memory` knows everything that a layer keeps.
+
+    It does not if tokens are mixed by something other than attention, or by attention that may need a kernel which
+    keeps scores.
+    """
     has_plain_attention = len(model.attention) == model.layers and not (model.has_sinks or model.caps_attention)
     keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
     # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
@@ -170,8 +173,10 @@ def _keeping(config: Config, layers: int) -> Config:
 def choose_scope(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, gpu_memory: int | None
 ) -> Scope:
-    """`sharding.scope`, with auto decided: node where there are several, all alike, and a GPU is known to hold its part
-    of a whole base a node; then no frozen weight crosses the network. Otherwise world, as where the base itself learns.
+    """Return `sharding.scope`, with auto decided.
+
+    The scope is node if there are several nodes, all alike, and a GPU is known to hold its part of a whole base a node.
+    Then no frozen weight crosses the network. Otherwise it is world, and also if the base itself learns.
     """
     if config.sharding.scope != "auto":
         return config.sharding.scope
@@ -186,16 +191,18 @@ def choose_scope(
 def choose_experts_at_once(
     config: Config, model: Architecture, world_size: int, ranks_per_node: int, scope: Scope, gpu_memory: int | None
 ) -> int:
-    """Bytes of a mixture's experts to dequantize at once, for settings that are `settled`: the largest stack of a
-    layer, for which the host need not wait to learn which experts are visited, where there is room for it beside all
-    else."""
+    """Return the bytes of a mixture's experts to dequantize at once, for settings that are `settled`.
+
+    With enough room beside everything else it is the largest stack of a layer. Then the host need not wait to learn
+    which experts are visited.
+    """
     return _experts_at_once(_inputs(config, model, world_size, ranks_per_node, scope), gpu_memory)
 
 
 def _experts_at_once(given: Inputs, gpu_memory: int | None) -> int:
     stacks = [given.item * one.numel for one in given.model.parameters if one.kind == "experts"]
     largest = max(stacks, default=0)
-    # A smaller stack asks for no more, so that most plans, of which `--longest` makes many, need no second sum.
+    # A smaller stack needs no more, so most plans (`--longest` makes many) need no second sum.
     if gpu_memory is None or largest <= EXPERTS_AT_ONCE:
         return EXPERTS_AT_ONCE
     has_room = memory_of(replace(given, experts_at_once=largest)).total <= _KEPT_SHARE * gpu_memory
@@ -218,9 +225,12 @@ def _parameters(given: Inputs) -> Parameters:
 
 
 def _batch(given: Inputs) -> GlobalBatch:
-    """Time is counted in passes: with frozen weights a backward pass makes as many products as a forward pass, and
-    twice as many where they learn; activation checkpointing repeats the forward pass of its layers. A survey takes some
-    of the tokens, one forward pass each, and leaves the loss the others."""
+    """Return the global batch. Time is counted in passes.
+
+    With frozen weights a backward pass makes as many products as a forward pass, and twice as many if the weights
+    learn. Activation checkpointing repeats the forward pass of its layers. A survey takes some of the tokens, one
+    forward pass each, and leaves the others to the loss.
+    """
     train = given.config.train
     rows = given.accumulation * given.data_groups * train.micro_batch
     surveyed = given.survey.share if given.survey else 0
@@ -241,9 +251,12 @@ def _batch(given: Inputs) -> GlobalBatch:
 
 
 def _host_memory(given: Inputs) -> HostMemory:
-    """Bytes on one node: each rank's pieces in flight, the base's partitions and the optimizer's states where the
-    policy offloads them, with one more gradient and what the update takes, the inputs of layers that are offloaded, and
-    the copies of what learns that checkpoints are uploaded from."""
+    """Return the bytes on one node.
+
+    They are each rank's pieces in flight, the base's partitions and the optimizer's states if the policy offloads them,
+    with one more gradient and what the update takes. The inputs of offloaded layers, and the copies of learning
+    parameters from which checkpoints are uploaded, come on top.
+    """
     ranks = min(given.ranks_per_node, given.world_size)
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
     inputs = ranks * offloaded_activations(given)
@@ -254,13 +267,15 @@ def _host_memory(given: Inputs) -> HostMemory:
 
 
 def _traffic(given: Inputs) -> Traffic:
-    """Bytes one rank receives in a step; from the W ranks of a group come (W - 1) / W of what is gathered.
+    """Return the bytes that one rank receives in a step.
 
-    The base is gathered in the forward and in the backward pass of every micro-batch, within which activations are
-    recomputed. A pass through the reference and a survey gather it once more each. Ranks that share rows exchange
-    queries, keys, values and results of attention in each pass through a layer, on their node. What learns, adapters or
-    the base itself, is gathered as often, but for the reference. Its gradients are reduce-scattered in fp32 after every
-    micro-batch; DeepSpeed does not wait for the last.
+    From the W ranks of a group come (W - 1) / W of what is gathered.
+
+    The base is gathered in the forward and in the backward pass of every micro-batch. Activations are recomputed within
+    the backward pass. A pass through the reference and a survey gather the base once more each. Ranks that share rows
+    exchange queries, keys, values and results of attention in each pass through a layer, on their node. Learning
+    parameters, adapters or the base itself, are gathered as often, except for the reference. Their gradients are
+    reduce-scattered in fp32 after every micro-batch; DeepSpeed does not wait for the last.
     """
     world_size, group = given.world_size, given.group
     passes = 2 * given.accumulation
@@ -283,8 +298,11 @@ def _traffic(given: Inputs) -> Traffic:
 
 
 def _exchanged(given: Inputs) -> int:
-    """Bytes that a rank receives of the others that share its rows: in the forward and the backward pass of each layer,
-    and where it is computed again. Of the values of its tokens all but its own part go to them, and as many come."""
+    """Return the bytes that a rank receives from the others that share its rows.
+
+    They come in the forward and the backward pass of each layer, and again if the layer is recomputed. A rank sends all
+    values of its tokens but its own part to the others, and receives as many.
+    """
     layers = given.model.layers
     again = 1 - given.kept_layers / layers
     passes = given.accumulation * (2 + again)
@@ -308,7 +326,7 @@ def _shortfalls(given: Inputs, needed: int, gpu_memory: int | None) -> Iterator[
 
 
 def _remedy(given: Inputs) -> str:
-    """The first thing to change when memory does not suffice."""
+    """Return the first thing to change when memory does not suffice."""
     config = given.config
     if given.kept_layers:
         return "Set train.activation_checkpointing: auto."

@@ -1,8 +1,8 @@
-"""A run's settings, resolved once: the things that they name are found, and whether these fit together is checked.
+"""A run's settings, resolved once: the things that they name are found, and it is checked that these fit together.
 
-Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on: nothing that
+Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on. Nothing that
 trains looks a method or an objective up again. Plans and the order of data follow from the configuration alone, and
-look up what they count with. Without torch.
+look up what they count with. No torch.
 """
 
 from dataclasses import dataclass, replace
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings of a run, and what they name."""
+    """The settings of a run, and the things that they name."""
 
     config: Config
     base: Base
     method: Method
     objective: Objective
     optimizer: Optimizer
-    beginning: Beginning | None = None  # where `tuning.start` names one; not before `resolve` has found it
+    beginning: Beginning | None = None  # the one that `tuning.start` names; `resolve` sets it
 
     @classmethod
     def of(cls, config: Config, base: Base) -> "Resolved":
-        """The things that `config` names, over `base`. Whether they fit together is not checked.
+        """Find the things that `config` names, over `base`. This does not check whether they fit together.
 
         Raises:
             ConfigError: a name is unknown, or a setting has a value that the named thing does not read.
@@ -55,21 +55,22 @@ class Resolved:
 
     @property
     def reference(self) -> Literal["adapter_off", "stored"] | None:
-        """`objective.reference`, with auto decided; None where the objective reads none."""
+        """`objective.reference`, with auto decided. None if the objective reads none."""
         return reference_of(self.config, self.objective, self.method)
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest text that the base has positions for, beside virtual tokens."""
+        """The tokens of the longest text that the base has positions for, beside virtual tokens."""
         return self.method.virtual.longest(self.base.architecture.positions)
 
     def identity(self, dataset: str) -> Identity:
-        """The facts that a checkpoint must share to be continued; `dataset` is the fingerprint of the compiled training
-        data.
+        """Return the facts that a checkpoint must share to be continued.
 
-        Every key is named here, by the method or by the objective, and never taken over from a dump of settings: a
-        setting that is added later stays out, or comes with a default for the checkpoints that were written before it.
-        Reads samples of the base's weights; raises as `content_of`.
+        `dataset` is the fingerprint of the compiled training data.
+
+        Every key is named here, by the method or by the objective, and never taken from a dump of settings. So a
+        setting that is added later stays out, or has a default for the checkpoints that were written before it. Reads
+        samples of the base's weights. Raises as `content_of`.
         """
         model, quant, base = self.config.model, self.config.quant, self.base
         teacher = teacher_of(self.objective)
@@ -105,14 +106,14 @@ class Resolved:
 
 
 def resolve(config: Config, base: Base | None = None, start: str | None = None) -> Resolved:
-    """Find everything that the settings name, and refuse what does not fit together; `base` is found too, unless it is
-    given. In the settings of the result `tuning.start` names a checkpoint where it was a run: that of `start`, where
-    this is given.
+    """Find everything that the settings name, and refuse what does not fit together.
+
+    `base` is found too, unless it is given. If `tuning.start` names a run, the result's settings name a checkpoint of
+    it: that of `start`, if this is given.
 
     Raises:
         ConfigError: the base is missing or unsupported, a name is unknown, or settings do not suit the base or each
-            other; the
-            last with a sentence for each.
+            other; the last with a sentence for each.
         StorageError: the bucket of the base does not answer or refuses.
     """
     base = base or resolve_base(config.model)
@@ -130,10 +131,12 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
 
 
 def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
-    """`resolve`, with one adapter to begin from on all ranks: a run that is learning may have a newer checkpoint by the
-    time that another rank looks, so that all take the one which rank 0 has found. Collective.
+    """Resolve the settings with one adapter to begin from on all ranks. Collective.
 
-    Raises as `resolve`, and `ConfigError` where a folder of PEFT has other weights on another machine.
+    A run that is learning may have a newer checkpoint by the time that another rank looks, so all ranks take the one
+    that rank 0 has found.
+
+    Raises as `resolve`, and `ConfigError` if a folder of PEFT has other weights on another machine.
     """
     with ranks.agreeing():
         resolved = resolve(config)

@@ -1,4 +1,4 @@
-"""Bytes of a base as it is stored, and what is small enough beside it to be whole on every rank. No torch."""
+"""Bytes of a base as it is stored, and which of its parameters are small enough to be whole on every rank. No torch."""
 
 from math import prod
 from typing import NamedTuple
@@ -11,34 +11,35 @@ from trainer.model.rows.heads import copies_of_keys
 from trainer.state.zero.policy import WHOLE
 from trainer.tuning.method import method_of
 
-# Adapters of more bytes are not worth their memory on every rank.
+# Larger adapters are not worth their memory on every rank.
 _WHOLE_BYTES = 2**29
 
 
 def value_bytes(config: Config) -> int:
-    """Bytes of a value of `model.dtype`."""
+    """Return the bytes of a value of `model.dtype`."""
     return 2 if config.model.dtype == "bf16" else 4
 
 
 def held_as(parameter: Parameter, quant: Quant) -> HeldFormat:
-    """How a frozen parameter is held: what is no matrix of a linear layer or of experts stays as it is."""
+    """Return how a frozen parameter is held. Only matrices of linear layers and of experts can change their form."""
     return quant.held.of(parameter.kept) if parameter.matrices else Plain()
 
 
 def is_packed(parameter: Parameter, quant: Quant) -> bool:
-    """Whether a parameter is held in fewer bits than it is computed with."""
+    """Return whether a parameter is held in fewer bits than it is computed with."""
     return held_as(parameter, quant).packs
 
 
 def multiplies_in_fp8(config: Config, parameter: Parameter) -> bool:
-    """Whether the products with a frozen matrix are in FP8 (trainer/model/kernels/fp8.py)."""
+    """Return whether the products with a frozen matrix are in FP8 (trainer/model/kernels/fp8.py)."""
     fits = parameter.kind == "linear" and all(size % 16 == 0 for size in parameter.shape)
     return config.train.products == "fp8" and fits and is_packed(parameter, config.quant)
 
 
 def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
-    """Bytes of the matrices of one parameter, which are alike; of `item` bytes a weight where they are not
-    quantized.
+    """Return the bytes of the matrices of one parameter, which are alike.
+
+    If they are not quantized, a weight takes `item` bytes.
     """
     means = 4 * len(parameter.matrices) * held_as(parameter, quant).means
     stored = stored_parameters(parameter, quant, item) if parameter.matrices else []
@@ -46,8 +47,9 @@ def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:
 
 
 class StoredParameter(NamedTuple):
-    """A parameter of the frozen base as ZeRO-3 divides it: a quantized matrix is several, its codes and its scales, of
-    bytes each.
+    """A parameter of the frozen base as ZeRO-3 divides it.
+
+    A quantized matrix is several such parameters, its codes and its scales, which consist of bytes.
     """
 
     elements: int
@@ -59,7 +61,7 @@ class StoredParameter(NamedTuple):
 
 
 def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[StoredParameter]:
-    """The parameters that one of the base's becomes; of `item` bytes an element where it is not quantized."""
+    """Return the parameters that one of the base's becomes. An element that is not quantized takes `item` bytes."""
     form = held_as(parameter, quant)
     if not form.packs:
         return [StoredParameter(parameter.numel, item)]
@@ -68,7 +70,7 @@ def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[Sto
 
 
 def stored_layers(config: Config, model: Architecture) -> list[int]:
-    """Bytes of the linear weights and experts of each decoder layer."""
+    """Return the bytes of the linear weights and experts of each decoder layer."""
     item = value_bytes(config)
     return [
         sum(stored_bytes(parameter, config.quant, item) for parameter in model.in_layer(layer))
@@ -77,10 +79,12 @@ def stored_layers(config: Config, model: Architecture) -> list[int]:
 
 
 def exchanged_values(model: Architecture, size: int) -> int:
-    """The values a token that `size` ranks which share a row exchange in a pass through all layers: queries, keys,
-    values and results of attention, keys and values as often as ranks need them (trainer/model/rows/attention.py), and
-    likewise what other layers take and return. Keys of an unknown form count as queries do. A layer that each rank
-    computes whole takes all states of the row."""
+    """Return the values a token that `size` ranks which share a row exchange in a pass through all layers.
+
+    They are queries, keys, values and results of attention, and likewise what other layers take and return. Keys and
+    values count as often as ranks need them (trainer/model/rows/attention.py). Keys of an unknown form count like
+    queries. A layer that each rank computes whole takes all states of the row.
+    """
     found = 0
     for layer in model.attention if size > 1 else ():
         if layer.path in model.computed_whole:
@@ -99,14 +103,16 @@ def exchanged_values(model: Architecture, size: int) -> int:
 
 
 def _copies(heads: int, groups: int, size: int) -> int:
-    """How often ranks need each group; once, where they could not share the heads."""
+    """Return how often ranks need each group. It is once if they could not share the heads."""
     return copies_of_keys(heads, groups, size) if heads % size == 0 else 1
 
 
 def most_whole(config: Config, model: Architecture) -> int:
-    """The elements up to which parameters stay whole on every rank, where the policy does not say: all adapters, as
-    long as they are few bytes beside a decoder layer. Then a pass gathers nothing but the base, and each layer in one
-    collective."""
+    """Return the number of elements up to which parameters stay whole on every rank, if the policy does not say.
+
+    It covers all adapters, as long as they take few bytes beside a decoder layer. Then a pass gathers nothing but the
+    base, and each layer in one collective.
+    """
     if method_of(config).trains_base:
         return WHOLE
     learning = [prod(shape) for shape in method_of(config).shapes(model).values()]

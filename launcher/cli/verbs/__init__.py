@@ -1,1 +1,1 @@
-"""The verbs of `capstan`, found by being here; launcher/cli/command.py says what one is made of."""
+"""The verbs of `capstan`. A file in this folder is found by itself; launcher/cli/command.py describes its parts."""

@@ -1,4 +1,4 @@
-"""The verb that measures what a run's training has made of its base."""
+"""The verb that measures how training has changed a run's base."""
 
 import json
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The verb that takes a run's result out of its folder, for other programs."""
+"""The verb that exports a run's result from its folder, for other programs."""
 
 from typing import Annotated
 

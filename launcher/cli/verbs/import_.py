@@ -1,4 +1,4 @@
-"""The verb that makes a configuration of another tool's."""
+"""The verb that turns another tool's configuration into one of Capstan's."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The verb that makes a first configuration of a few answers."""
+"""The verb that makes a first configuration from a few answers."""
 
 import json
 import sys
@@ -85,7 +85,7 @@ def init(
 
 
 def _answer(given: str | None, asks: bool, option: str, question: str, otherwise: str | None = None) -> str:
-    """The option's value, or the answer to a question where somebody is there to ask."""
+    """Return the option's value, or ask for it if a person is there to answer."""
     if given is not None:
         if not given.strip():
             raise ConfigError(f"{option}: empty. Give it a value, or leave the option out.")

@@ -1,4 +1,4 @@
-"""The verb that goes on with a run or a sweep."""
+"""The verb that continues a run or a sweep."""
 
 from launcher.cli.command import Command
 from launcher.cli.options import DryRun, Json, Overrides, RunName, StoreOption, TakeOver, TrustRun, open_run, say

@@ -1,4 +1,4 @@
-"""The verb that tries it all in small."""
+"""The verb that tries a whole run in small."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The verb that shows what a run or a sweep does."""
+"""The verb that shows what a run or a sweep is doing."""
 
 from typing import Annotated, Any
 

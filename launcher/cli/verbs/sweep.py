@@ -1,4 +1,4 @@
-"""The verb that searches over settings, and the way it goes on."""
+"""The verb that searches over settings, and the function that starts or continues a search."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 
 def start_sweep(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
-    """Start `config`'s sweep, or go on with it."""
+    """Start `config`'s sweep, or continue it."""
     from launcher.drive.sweep.driver import laid_out, run_sweep
     from launcher.policy.trials import in_words
     from launcher.view.sweep import is_sweep, read_sweep, render_sweep
@@ -33,7 +33,7 @@ def start_sweep(config: Any, *, resume: bool = False, take_over: bool = False, a
     try:
         emit(run_sweep(config, resume=resume, take_over=take_over, live=live, log=log), as_json, render_sweep)
     except ConfigError:
-        raise  # the sweep that is there may be another one's
+        raise  # the existing sweep may be another one's
     except CapstanError:
         folder = run_folder(config)
         if is_sweep(folder):

@@ -18,7 +18,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 
 def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
-    """Train `config`'s run here, or go on with it."""
+    """Train `config`'s run here, or continue it."""
     from launcher.cluster.slurm.queue import check_no_job
     from launcher.drive.local import start
     from launcher.start.check import check
@@ -38,7 +38,7 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
     except CapstanError:
-        # The run's status is worth knowing also after a stop or a failure; a mistake leaves no run to speak of.
+        # The run's status is of interest even after a stop or a failure. A user's mistake leaves no run to describe.
         if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
             emit(read_status(run_folder(config)), as_json, render)
         raise

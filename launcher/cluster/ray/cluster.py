@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined or started here, and how many ranks find room in it now."""
+"""The Ray cluster of a run: joining or starting it, and how many ranks it has room for now."""
 
 import logging
 import os
@@ -26,8 +26,9 @@ _SETTLE_SECONDS = 5.0
 
 
 def check_ray(what: str) -> None:
-    """Raise `ConfigError` where Ray is not installed, which `what` asks for. It is an extra: a run on one machine needs
-    none.
+    """Raise `ConfigError` if Ray is not installed. `what` needs it.
+
+    Ray is an extra, because a run on one machine needs none.
     """
     if find_spec("ray") is None:
         raise ConfigError(f"{what} needs Ray. Install it: pip install 'capstan-llm[ray]'.")
@@ -35,16 +36,16 @@ def check_ray(what: str) -> None:
 
 @contextmanager
 def local_ray(workers: int) -> Iterator[str]:
-    """A Ray of this process's own on this machine, with room for `workers` ranks; its address. Ends with the process.
+    """Start this process's own Ray on this machine, with room for `workers` ranks. Yields its address.
 
-    Raises `CapstanError` where it does not start, `ConfigError` where Ray is not installed.
+    It ends with the process. Raises `CapstanError` if it does not start, and `ConfigError` if Ray is not installed.
     """
     check_ray("A Ray on this machine")
-    # OpenMP's idle threads spin at barriers by default: on cores that two ranks share, that is many times slower.
+    # OpenMP's idle threads spin at barriers by default. On cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
 
-    # One CPU a worker is what Ray books; ranks may outnumber the cores of a laptop.
+    # Ray books one CPU for each worker. Ranks may outnumber the cores of a laptop.
     cpus = max(os.cpu_count() or 1, workers)
     alone = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     with guarded():  # a worker of Ray's does not always notice that its driver was killed
@@ -52,7 +53,7 @@ def local_ray(workers: int) -> Iterator[str]:
             with _on_loopback():
                 quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
                 ray.init(**alone, **quiet, _node_ip_address="127.0.0.1", job_config=_job_apart())
-        except Exception as error:  # a bare one, as where the machine is so busy that Ray gives up waiting for itself
+        except Exception as error:  # a plain one, for example if a busy machine makes Ray give up waiting for itself
             raise CapstanError(f"Ray did not start on this machine: {first_line(error)}. Try again.") from error
         _quiet()
         try:
@@ -62,14 +63,14 @@ def local_ray(workers: int) -> Iterator[str]:
 
 
 class _NoFolders(list[str]):
-    """Ray has its workers import from the driver's current folder first, which it adds here."""
+    """A list that takes no folders. Ray adds the driver's current folder, from which its workers would import first."""
 
     def extend(self, folders: Iterable[str]) -> None:
         pass
 
 
 def _job_apart() -> Any:
-    """Ray's settings of a job whose workers, as all processes of ours, import nothing from the current folder."""
+    """Return Ray's settings of a job whose workers, like all our processes, import nothing from the current folder."""
     from ray.job_config import JobConfig
 
     job: Any = JobConfig()
@@ -80,8 +81,10 @@ def _job_apart() -> Any:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for its own address, at which alone it then listens. It would take that of the network
-    instead, and listen at every address."""
+    """Let Ray take 127.0.0.1 for its own address, so that it listens there alone.
+
+    Otherwise it would take the network's address, and listen at every address.
+    """
     from ray._private import services  # no public setting keeps Ray to loopback
 
     with_network, services.resolve_ip_for_localhost = services.resolve_ip_for_localhost, lambda host: host
@@ -92,8 +95,9 @@ def _on_loopback() -> Iterator[None]:
 
 
 def address_of(config: Config, given: str | None = None) -> str | None:
-    """The cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS; None where the run stays
-    on this machine.
+    """Return the cluster to join: the one `given`, else that of cluster.ray.address or RAY_ADDRESS.
+
+    None means that the run stays on this machine.
     """
     address = given or config.cluster.ray.address or os.environ.get("RAY_ADDRESS")
     return None if address == STARTS_HERE else address
@@ -101,7 +105,7 @@ def address_of(config: Config, given: str | None = None) -> str | None:
 
 @contextmanager
 def joined_ray(address: str) -> Iterator[str]:
-    """A running cluster; yields its dashboard's address, which may be empty.
+    """Join a running cluster. Yields its dashboard's address, which may be empty.
 
     Raises:
         ConfigError: Ray is not installed; the cluster cannot be reached, refuses the token, or runs another Ray or
@@ -118,7 +122,7 @@ def joined_ray(address: str) -> Iterator[str]:
         )
     _knock(address)
     try:
-        # A Ray that listens at loopback alone is not at the network's address of this machine.
+        # A Ray that listens only at loopback is not at this machine's network address.
         with _on_loopback() if address.startswith("127.0.0.1:") else nullcontext():
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         _quiet()
@@ -133,7 +137,7 @@ def joined_ray(address: str) -> Iterator[str]:
 
 
 def is_dashboard(address: str) -> bool:
-    """Whether this address takes jobs, and no driver."""
+    """Return whether this address takes jobs, and no driver."""
     return address.startswith(("http://", "https://"))
 
 
@@ -165,7 +169,7 @@ def _knock(address: str) -> None:
 
 
 def _quiet() -> None:
-    """Turn off a dead node's last log lines, which Ray prints to every driver: the run's own words say as much."""
+    """Turn off a dead node's last log lines, which Ray prints to every driver: the run's own messages say as much."""
     from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
@@ -192,7 +196,7 @@ def _not_joined(address: str, error: Exception) -> ConfigError:
 
 
 def alive_nodes() -> dict[str, str]:
-    """The cluster's nodes: Ray's id of each and a name for people, HOST/ID."""
+    """Return the cluster's nodes: Ray's id of each and a name for people, HOST/ID."""
     import ray
 
     return {
@@ -201,7 +205,7 @@ def alive_nodes() -> dict[str, str]:
 
 
 def lost_nodes(before: Mapping[str, str], within: float) -> list[str]:
-    """Which of `before` are gone, as soon as any is, or after `within` seconds."""
+    """Return which nodes of `before` are gone, as soon as any is, or after `within` seconds."""
     deadline = time.monotonic() + within
     while True:
         now = alive_nodes()
@@ -221,7 +225,7 @@ class Need:
 
 
 def need(config: Config) -> Need:
-    """From the configuration, with the cluster's GPUs where it leaves the number open."""
+    """Return the demand of the configuration. If it leaves the number open, the cluster's GPUs decide."""
     import ray
 
     rules = config.cluster.ray
@@ -236,22 +240,23 @@ def need(config: Config) -> Need:
 
 
 def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """How many ranks find room in the free resources of each node."""
+    """Return how many ranks fit into the free resources of each node."""
     return sum(
         int(min(node.get(name, 0.0) // amount for name, amount in each.items() if amount > 0)) for node in free.values()
     )
 
 
 def room(each: Mapping[str, float]) -> int:
-    """How many more ranks the cluster has room for now."""
+    """Return how many more ranks the cluster has room for now."""
     from ray._private.state import available_resources_per_node  # no public name gives the free resources of each node
 
     return fits(available_resources_per_node(), each)
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """The resources that a cluster with `total` lacks for `asked` ranks, were it free: "asked for 16 GPUs, the cluster
-    has 8"; empty where it has them.
+    """Return the resources that a cluster with `total` lacks for `asked` ranks, even if it were free.
+
+    For example "asked for 16 GPUs, the cluster has 8". The text is empty if it lacks nothing.
     """
     missing = []
     for name, amount in each.items():
@@ -265,13 +270,13 @@ def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) 
 def wait_for_room(
     config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> tuple[Need, int]:
-    """The demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start.
+    """Return the demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start.
 
-    Returns once there is room for enough; `stop` may raise to end the wait. Meanwhile a placement group asks for all
-    of them, which makes an autoscaling cluster add nodes.
+    Returns once there is room for enough. `stop` may raise to end the wait. Meanwhile a placement group asks for all
+    ranks, which makes an autoscaling cluster add nodes.
 
     Raises:
-        ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or with not `can_grow` there
+        ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or, without `can_grow`, there
             never will be.
     """
     import ray
@@ -287,7 +292,7 @@ def wait_for_room(
             wanted = need(config)
             now, found = time.monotonic(), min(room(wanted.each), wanted.most)
             if demand is not None and demand.wait(0):
-                found = wanted.most  # the room is taken by the demand itself
+                found = wanted.most  # the demand itself takes the room
             if found != seen:
                 seen, changed = found, now
             if found >= wanted.most or (found >= wanted.fewest and now - changed >= _SETTLE_SECONDS):

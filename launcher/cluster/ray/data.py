@@ -1,7 +1,7 @@
-"""Compiling on all CPUs of a Ray cluster: batches of rows travel to its nodes as tasks, a CPU each.
+"""Compiles data on all CPUs of a Ray cluster: batches of rows travel to its nodes as tasks, one CPU each.
 
-The rows are read and the shards written here, in their order, so the result is the same as on one machine. A node that
-is lost takes its tasks along, and Ray starts them elsewhere; one that joins gets its share from the next batch on.
+The rows are read and the shards written here, in their order, so the result is the same as on one machine. If a node is
+lost, Ray starts its tasks elsewhere. A node that joins gets its share from the next batch on.
 """
 
 import gc
@@ -19,7 +19,7 @@ _BATCHES_AHEAD = 3
 _LOOK_SECONDS = 5.0
 _WAIT_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
-# A batch that ends its process so often, such as one that crashes the tokenizer, would do it for ever.
+# A batch that ends its process this often, such as one that crashes the tokenizer, would do so forever.
 _RETRIES = 5
 
 T = TypeVar("T")
@@ -33,9 +33,9 @@ def map_on_cluster(
     work: Iterable[tuple[Batch, T]],
     start: Callable[[], Callable[[Batch], R]],
 ) -> Iterator[tuple[R, T]]:
-    """With its first two given, a `trainer.data.compile.pool.Mapper` over the Ray cluster that this process has joined.
+    """With its first two arguments given, this is a `trainer.data.compile.pool.Mapper` over the joined Ray cluster.
 
-    `look` is called every second that a result is waited for; it may raise to end the work.
+    `look` is called every second while a result is awaited. It may raise to end the work.
 
     Raises:
         DataError: the process that works on a batch dies again and again.
@@ -44,8 +44,8 @@ def map_on_cluster(
     import ray
 
     start()  # an error of it is raised here, and not in a task
-    # The strategy is named because a trial of a sweep would else keep its tasks to its own placement group, which has
-    # no CPU.
+    # The strategy is named because a trial of a sweep would otherwise keep its tasks to its own placement group, which
+    # has no CPU.
     task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="DEFAULT")(_work)
     handle = ray.put(start)
     waiting: deque[tuple[Any, str, T]] = deque()
@@ -53,7 +53,7 @@ def map_on_cluster(
     log(f"compiling on the {cpus} CPUs of the Ray cluster")
     try:
         for batch, beside in work:
-            # In a list, as Ray would fetch and unpack the tokenizer anew for each batch.
+            # The tokenizer is in a list, because Ray would otherwise fetch and unpack it again for each batch.
             waiting.append((task.remote([handle], batch), f"{batch.uri}: the rows from {batch.first} on", beside))
             if time.monotonic() - looked > _LOOK_SECONDS:
                 cpus, looked = _cpus(), time.monotonic()
@@ -69,7 +69,7 @@ def map_on_cluster(
 def join_and_map(
     address: str, log: Log, work: Iterable[tuple[Batch, T]], start: Callable[[], Callable[[Batch], R]]
 ) -> Iterator[tuple[R, T]]:
-    """`map_on_cluster`, on the cluster at `address`, joined for just so long."""
+    """Run `map_on_cluster` on the cluster at `address`, joined only for this time."""
     with joined_ray(address):
         yield from map_on_cluster(log, lambda: None, work, start)
 
@@ -81,8 +81,10 @@ def _cpus() -> int:
 
 
 def _next(waiting: "deque[tuple[Any, str, T]]", log: Log, look: Callable[[], None]) -> tuple[Any, T]:
-    """The result of the oldest piece that waits, and the value that it came with. Its errors are told as the user's,
-    the machine's or the file's, since Ray wraps each into one of its own."""
+    """Return the result of the oldest waiting piece, and the value that it came with.
+
+    Ray wraps each error into one of its own. This unwraps them into errors of the user, the machine or the file.
+    """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
@@ -120,7 +122,7 @@ _worker: tuple[str, Callable[[Batch], Any]] | None = None
 
 
 def _work(handle: list[Any], batch: Batch) -> Any:
-    """One batch, in a process of the cluster; the tokenizer stays in it for the next ones."""
+    """Work on one batch, in a process of the cluster. The tokenizer stays in the process for the next ones."""
     global _worker
     import ray
 

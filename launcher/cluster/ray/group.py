@@ -1,8 +1,9 @@
-"""The process group of a run's ranks under Ray Train: it tells them where they meet, and they join as ranks of torchrun
-do.
+"""The process group of a run's ranks under Ray Train. It tells the ranks where they meet.
 
-Ray's own group would be served at every address of its machine, and says no more of a CPU build of torch than that it
-lacks NCCL. Imports torch, as Ray Train's own does.
+They join as ranks of torchrun do.
+
+Ray's own group would be served at every address of its machine, and would say of a CPU build of torch only that it
+lacks NCCL. This file imports torch, as Ray Train's own group does.
 """
 
 import os
@@ -17,7 +18,7 @@ from trainer.processes.devices import check_device
 
 
 class RankGroup(TorchConfig):
-    """A group that the ranks make themselves; those with a GPU each are asked for it first."""
+    """A group that the ranks make themselves. If each rank has a GPU, this is checked first."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -39,7 +40,7 @@ def _check_gpu() -> None:
 
 
 def _meeting() -> tuple[str, int]:
-    """An address of this machine that the others reach, and a port that is free there now."""
+    """Return an address of this machine that the others reach, and a port that is free there now."""
     address = ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.bind((address, 0))

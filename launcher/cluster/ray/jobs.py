@@ -1,6 +1,4 @@
-"""`capstan submit ray`: the run's driver as a job of a Ray cluster, or without one as a process of its own on this
-machine.
-"""
+"""`capstan submit ray`: it runs the driver as a job of a Ray cluster, or without one as a process on this machine."""
 
 import os
 import secrets
@@ -29,7 +27,7 @@ from trainer.store.scratch import scratch_folder
 
 @dataclass(frozen=True)
 class RaySubmission:
-    """A run as it was handed over, or with `dry_run` would be. `job` is Ray's submission id, or `process N`."""
+    """A submitted run, or with `dry_run` one that would be submitted. `job` is Ray's submission id, or `process N`."""
 
     run: str
     uri: str
@@ -44,7 +42,7 @@ class RaySubmission:
     dry_run: bool
 
     def text(self) -> str:
-        """For people: the run and the next command; of a dry run everything."""
+        """The text for people: the run and the next command; for a dry run everything."""
         where = f"the Ray cluster at {self.address}" if self.address else "a Ray of its own on this machine"
         if not self.dry_run:
             return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
@@ -59,7 +57,7 @@ class RaySubmission:
 def submit(
     config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
 ) -> RaySubmission:
-    """Check, claim the name, keep the code, and start the driver elsewhere; returns without waiting for it.
+    """Check, claim the name, keep the code, and start the driver elsewhere. Returns without waiting for it.
 
     Raises:
         ConfigError: a setting is wrong, the name is taken, the run is alive, or the cluster cannot be reached or
@@ -108,7 +106,7 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    os.environ["RAY_ADDRESS"] = address  # which Ray lets override the argument
+    os.environ["RAY_ADDRESS"] = address  # Ray lets it override the argument
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -133,8 +131,11 @@ def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
 
 
 def _start_process(command: list[str]) -> str:
-    """The driver in a session of its own, so that it outlives this terminal; what it says is in the run's folder."""
-    # Not by trainer.processes.children: this process is meant to outlive the command.
+    """Start the driver in a session of its own, so that it outlives this terminal.
+
+    Its output is in the run's folder.
+    """
+    # trainer.processes.children is not used here, because this process is meant to outlive the command.
     process = subprocess.Popen(
         children.apart(command),
         stdin=subprocess.DEVNULL,

@@ -1,5 +1,6 @@
-"""The processes beside a run's ranks as actors of Ray. The GPUs of its servers are reserved in one placement group
-before its ranks ask for theirs.
+"""Runs the processes beside a run's ranks as actors of Ray.
+
+The GPUs of its servers are reserved in one placement group before its ranks ask for theirs.
 """
 
 import os
@@ -19,8 +20,9 @@ _SAY_SECONDS = 5.0
 
 
 def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
-    """`sidecars_alive` on the cluster that this process has joined; servers have the GPUs of the placement `group`, a
-    bundle each.
+    """Run `sidecars_alive` on the cluster that this process has joined.
+
+    Servers have the GPUs of the placement `group`, one bundle each.
     """
     every = sidecars_of(config)
     return sidecars_alive(every, run, lambda one: _Actor(one, run, group, every.index(one)), log)
@@ -30,11 +32,12 @@ def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str],
 def gpus_for_servers(
     config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> Iterator[Any]:
-    """A placement group with a bundle for each of the run's servers; None where they need no GPUs. `stop` may raise to
-    end the wait for it.
+    """Yield a placement group with a bundle for each of the run's servers; None if they need no GPUs.
+
+    `stop` may raise to end the wait for it.
 
     Raises:
-        ConfigError: there is no room within cluster.ray.start_timeout, or with not `can_grow` there never will be.
+        ConfigError: there is no room within cluster.ray.start_timeout, or, without `can_grow`, there never will be.
     """
     import ray
     from ray.util import placement_group, remove_placement_group
@@ -69,9 +72,7 @@ def gpus_for_servers(
 
 
 class _Keeper:
-    """The actor: it has the process as a child, which Ray starts in the actor's main thread, and says what that
-    says.
-    """
+    """The actor. Its child is the process, which Ray starts in the actor's main thread. It passes on its lines."""
 
     def __init__(self, one: Sidecar, run: str, folder: str, variables: dict[str, str]) -> None:
         import ray.util
@@ -87,7 +88,7 @@ class _Keeper:
 
 
 class _Actor:
-    """A process beside the ranks, kept by an actor; that of a server has the GPUs of the `bundle` of this number."""
+    """A process beside the ranks, kept by an actor. A server's actor has the GPUs of the `bundle` of this number."""
 
     def __init__(self, one: Sidecar, run: Store, group: Any, bundle: int) -> None:
         import ray
@@ -99,9 +100,9 @@ class _Actor:
         elif group is not None:
             where = PlacementGroupSchedulingStrategy(group, bundle)
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": one.gpus, "scheduling_strategy": where}
-        # A worker has its machine's environment; what is near has this process's.
+        # A worker has its machine's environment. A process near the driver has the driver's.
         variables = dict(os.environ) if one.is_near else {}
-        # One thread for its words, and one in which it is told to end.
+        # One thread passes on its lines, and another one takes the request to end.
         keeper: Any = ray.remote(_Keeper).options(max_concurrency=2, **options)
         self._actor = keeper.remote(one, run.uri, os.getcwd(), variables)
 

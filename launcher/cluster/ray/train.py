@@ -1,9 +1,9 @@
-"""A run's ranks under Ray Train: worker group, rendezvous and liveness are Ray's, what happens after an end is ours.
+"""A run's ranks under Ray Train. Ray provides worker group, rendezvous and liveness; we decide what follows an end.
 
-Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for;
-`retry.decide` then says whether there is another. The train function restores by itself, so an attempt needs to know
-nothing of the one before. An elastic run grows by being asked to commit and start again: Ray Train's own resizing would
-kill the ranks in the middle of a step.
+Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for.
+`retry.decide` then says whether there is another attempt. The train function restores by itself, so an attempt needs to
+know nothing of the one before. An elastic run grows when it is asked to commit and start again: Ray Train's own
+resizing would kill the ranks in the middle of a step.
 """
 
 import os
@@ -33,33 +33,32 @@ from trainer.store.scratch import scratch_folder
 
 _LOSS_SECONDS = 30.0
 """Ray's health checks find a dead node within this time."""
-# The ranks may still be at their commit for so long past a node's announced end: the announcement is a guess.
+# The ranks may still be committing for this long after a node's announced end, because the announcement is a guess.
 _PREEMPTION_GRACE_SECONDS = 30.0
 
 
 def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
-    """Train on the Ray cluster that this process has joined, or on a Ray started here, until done or beyond the
-    budgets.
+    """Train until done or until the budgets are used up.
 
-    `dashboard` is the address of the joined cluster's, which may be empty; None starts a Ray for this run. Raises what
-    `keep_trying` does.
+    The cluster is the one that this process has joined, or a Ray started here. `dashboard` is the address of the joined
+    cluster's dashboard, which may be empty; None starts a Ray for this run. Raises what `keep_trying` does.
     """
     config = attempts.config
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user's command was given
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user gave the command
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
     joined = dashboard is not None
-    # Nobody announces the end of the machine that this process has started its Ray on.
+    # Nobody announces the end of the machine on which this process has started its Ray.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
     # Ray Train takes as long to import as Ray's processes take to start, so both happen at once.
     threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
     with ExitStack() as stack:
         if not joined:
             stack.enter_context(local_ray(config.cluster.most_workers or 1))
-        # Before the ranks have theirs, and for all attempts: none of them may take the servers' GPUs.
+        # The servers' GPUs are reserved before the ranks get theirs, and for all attempts: no attempt may take them.
         stop = partial(stop_if_asked, attempts.run, "while the run was starting")
         group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
         stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
@@ -69,10 +68,10 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
 def _attempt(
     attempts: Attempts, dashboard: str | None, stop: Callable[[], None], log: Callable[[str], None]
 ) -> retry.Failure | None:
-    """One start of as many ranks as find room; returns why it ended, or None when the run is done. `stop` may raise to
-    end the wait for room.
+    """Start as many ranks as there is room for, once. Returns why they ended, or None when the run is done.
 
-    Raises `ConfigError` when its ranks do not begin in time, and `Stopped` when it need not go on.
+    `stop` may raise to end the wait for room. Raises `ConfigError` when the ranks do not begin in time, and `Stopped`
+    when the run need not go on.
     """
     from ray.exceptions import RayTaskError
     from ray.train import ControllerError, WorkerGroupError
@@ -94,7 +93,7 @@ def _attempt(
             end = retry.classify(errors, resizing=group.resizing)
             if end.error is not None:
                 return end
-            # Ray reports a rank's death together with its node's; a broken connection is seen long before either.
+            # Ray reports a rank's death together with its node's. A broken connection is seen long before either.
             told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
             lost = lost_nodes(nodes, within=0 if told else _LOSS_SECONDS)
             return retry.lost_machine(", ".join(lost)) if lost else end
@@ -102,7 +101,7 @@ def _attempt(
             return retry.lost_machine(first_line(error))
         except ControllerError as error:
             cause = error.controller_failure
-            # A rank may have raised one of ours before its train function.
+            # A rank may have raised one of our errors before its train function.
             ours = cause.cause if isinstance(cause, RayTaskError) else None
             if isinstance(ours, CapstanError):
                 return retry.Failure(str(ours), ours)
@@ -128,7 +127,7 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
             placement_strategy=attempts.config.cluster.ray.placement,
         ),
         torch_config=RankGroup("nccl" if on_gpu else "gloo"),
-        # Checkpoints and metrics go to the run's own store; Ray Train only wants a place to put nothing.
+        # Checkpoints and metrics go to the run's own store. Ray Train only wants a place, and puts nothing there.
         run_config=RunConfig(
             name=attempts.config.run.name,
             storage_path=storage,
@@ -143,7 +142,7 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 
 
 class _Group:
-    """A group of ranks that Ray starts: whether it begins in time, and whether there is room for more of them."""
+    """A group of ranks that Ray starts. It watches whether they begin in time, and whether there is room for more."""
 
     def __init__(self, attempts: Attempts, wanted: Need, workers: int) -> None:
         self._attempts, self._wanted, self._workers = attempts, wanted, workers
@@ -152,7 +151,7 @@ class _Group:
         self._began = self._counted = time.monotonic()
 
     def look(self, training: bool) -> None:
-        """Raises `ConfigError` when the ranks do not begin in time."""
+        """Raise `ConfigError` when the ranks do not begin in time."""
         now = time.monotonic()
         if not training:
             self._check_begun(now)
@@ -161,14 +160,17 @@ class _Group:
             self._counted = now
             more = min(room(self._wanted.each), self._wanted.most - self._workers)
             if more > 0 and not self._asked:
-                self.resizing = True  # a request that fails may have reached the ranks all the same
+                self.resizing = True  # a request that fails may still have reached the ranks
                 request_restart(
                     self._attempts.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
                 )
                 self._asked = True
 
     def _check_begun(self, now: float) -> None:
-        """Ray bounds the wait for resources, but not that for the processes of the ranks."""
+        """Check that the ranks have begun.
+
+        Ray limits the wait for resources, but not the wait for the ranks' processes.
+        """
         patience = self._attempts.config.cluster.ray.start_timeout
         if not self._begun and self._attempts.run.exists(layout.RANKS_BEGUN):
             self._begun = True
@@ -182,7 +184,7 @@ class _Group:
 
 
 def _original(error: BaseException) -> BaseException:
-    """Ray wraps what the train function raised, to carry its traceback; a dead process has an error of its own."""
+    """Return the original error. Ray wraps what the train function raised, and has its own error for a dead process."""
     from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
@@ -205,7 +207,7 @@ def _rank(arguments: dict[str, Any]) -> None:
 
     config = parse_config(arguments["config"])
     if ray.train.get_context().get_world_rank() == 0:
-        run_folder(config).put(layout.RANKS_BEGUN, b"")  # before what takes a while on a slow disk
+        run_folder(config).put(layout.RANKS_BEGUN, b"")  # before everything that takes a while on a slow disk
     run_rank = imported_rank(config)
     from trainer.train.start import Starter
 
@@ -216,13 +218,13 @@ def _rank(arguments: dict[str, Any]) -> None:
 
 
 def _drain_notice() -> Callable[[], bool]:
-    """Whether Ray has announced that a node of this group will be taken away."""
+    """Return whether Ray has announced that a node of this group will be taken away."""
     import ray.train
 
     announced = threading.Event()
 
     def ask() -> None:
-        while not announced.wait(1.0):  # each question is a barrier of all ranks, so it is asked beside the training
+        while not announced.wait(1.0):  # each question is a barrier of all ranks, so a thread asks it
             if ray.train.get_preemption_info() is not None:
                 announced.set()
 

@@ -38,7 +38,7 @@ _ANSWER_SECONDS = 5.0
 
 
 def begin(config: Config, submission: str, job: int, restart: int, nodes: list[str]) -> str:
-    """Record the start; the batch file's next line."""
+    """Record the start. Returns the batch file's next line."""
     run = run_folder(config)
     check_turn(run, submission)
     ended_waiting(run)  # its turn has come, whatever becomes of it
@@ -55,8 +55,8 @@ def begin(config: Config, submission: str, job: int, restart: int, nodes: list[s
         _record(run, lost)
         record_end(run, _LOST, crash=True)
     forget_given_up(run)
-    forget_servers(run)  # before its steps, of which one may have servers
-    # The batch script has the run from here on; its driver, which takes a while to start, claims it again.
+    forget_servers(run)  # before its steps, one of which may have servers
+    # From here on the batch script has the run. Its driver, which takes a while to start, claims it again.
     take(run, "capstan submit slurm", newest_number(run), group=submission, place=f"job {job}")
     number = 1 + max((attempt.number for attempt in every), default=0)
     _record(run, Attempt(number, submission, job, restart, nodes, time.time(), step=_step(run)))
@@ -67,13 +67,16 @@ _LOST = "a node failed or the job was preempted: Slurm started it again"
 
 
 def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
-    """Judge and record the end of the newest attempt; the batch file's next line. `nodes` is scontrol's JSON."""
+    """Judge and record the end of the newest attempt. Returns the batch file's next line.
+
+    `nodes` is scontrol's JSON.
+    """
     run = run_folder(config)
     every = attempts(run)
     if not every:  # its record is damaged or gone, and nobody can say what it was
         return f"end {exit_code}"
     *earlier, current = every
-    end_group(run, current.submission)  # where its driver could not, or never began
+    end_group(run, current.submission)  # for a driver that could not, or that never began
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
     if exit_code and _ranks_stopped(run, status.generation, current.started):
@@ -119,7 +122,7 @@ def _say(attempt: Attempt, decision: JobDecision) -> None:
 
 
 def silent_nodes(nodes: list[dict]) -> list[str]:
-    """Which nodes' slurmd takes no connection: Slurm itself takes minutes to call them down."""
+    """Return the nodes whose slurmd takes no connection: Slurm itself takes minutes to call them down."""
 
     def answers(node: dict) -> bool:
         try:
@@ -133,8 +136,9 @@ def silent_nodes(nodes: list[dict]) -> list[str]:
 
 
 def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[dict]) -> list[str]:
-    """The node of the rank that each generation up to `newest` begun after `since` ended with, by Slurm's names of
-    nodes.
+    """Return the node of the rank with which each generation ended, by Slurm's names of nodes.
+
+    The generations are those up to `newest` that began after `since`.
     """
     names = {_short(node["hostname"]): node["name"] for node in nodes}
     found = []
@@ -156,7 +160,7 @@ def _short(hostname: str) -> str:
 
 
 def _ranks_stopped(folder: Store, generation: int, since: float) -> bool:
-    """Whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
+    """Return whether the ranks of `generation` have said, after `since`, that they committed and stopped."""
     ends = read_generation(folder, generation).get("end")
     return bool(ends) and ends[-1]["outcome"] == "stopped" and ends[-1]["time"] >= since
 
@@ -167,7 +171,7 @@ def _lost_machine(folder: Store, generation: int) -> bool:
 
 
 def _stopped_by(folder: Store) -> str | None:
-    """The person who asked for a stop; the driver notes Slurm's signals in the same place, by their names."""
+    """Return the person who asked for a stop. The driver notes Slurm's signals in the same place, by their names."""
     who = stop_requester(folder)
     return None if who is None or who.startswith("SIG") else who
 
@@ -181,7 +185,7 @@ def _record(folder: Store, attempt: Attempt) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on now, all different."""
+    """Return TCP ports that nobody listens on now, all different."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -193,7 +197,7 @@ def _read_nodes(text: str) -> list[dict]:
     try:
         return json.loads(text)["nodes"]
     except (ValueError, KeyError):
-        return []  # a controller that does not answer; the end is judged without it
+        return []  # the controller does not answer; the end is judged without it
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Slurm's own word on a run's jobs, beside what the run's folder says; and the end of jobs that wait."""
+"""What Slurm says about a run's jobs, beside what the run's folder says. This file also cancels waiting jobs."""
 
 import json
 import re
@@ -34,10 +34,10 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True)
 class SubmittedJobs:
-    """A run's newest submission as its folder keeps it, in slurm/job.json.
+    """A run's newest submission as its folder records it, in slurm/job.json.
 
-    `submission` tells its jobs from those of another one; `output` is a path with %j for the job's number; `run` is the
-    folder whose jobs they are, which a copy of the folder is not.
+    `submission` tells its jobs from those of another submission. `output` is a path with %j for the job's number. `run`
+    is the folder that the jobs belong to; a copy of the folder is not that folder.
     """
 
     jobs: list[int]
@@ -48,9 +48,10 @@ class SubmittedJobs:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as Slurm sees it. `reason` is Slurm's word for why it waits or ended; times are seconds since 1970.
+    """A job as Slurm sees it.
 
-    `start` is when it began, or for a pending job when Slurm expects it to. Accounting does not say `restarts`.
+    `reason` is Slurm's word for why it waits or ended. Times are seconds since 1970. `start` is when it began, or for a
+    pending job when Slurm expects it to begin. Accounting does not tell `restarts`.
     """
 
     job: int
@@ -69,7 +70,7 @@ class SlurmJob:
         return self.is_pending or self.state in ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
     def sentence(self) -> str:
-        """Such as: RUNNING on n[1-2], restarted 2 times."""
+        """Describe the job, such as: RUNNING on n[1-2], restarted 2 times."""
         text = self.state
         if self.is_pending:
             text += f": {_WHY.get(self.reason, self.reason)}" if self.reason else ""
@@ -79,7 +80,7 @@ class SlurmJob:
         return text + (f", restarted {self.restarts} times" if self.restarts else "")
 
 
-# Slurm's words that a user meets most, in more words. https://slurm.schedmd.com/job_reason_codes.html
+# Explanations of the reasons that users meet most. https://slurm.schedmd.com/job_reason_codes.html
 _WHY = {
     "Resources": "waits until enough nodes are free (Resources)",
     "Priority": "jobs of higher priority are before it (Priority)",
@@ -98,8 +99,9 @@ def _when(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class SlurmStatus:
-    """A run's folder and Slurm's word side by side. `jobs` is empty where Slurm cannot be asked or has forgotten
-    them.
+    """What a run's folder and what Slurm say, side by side.
+
+    `jobs` is empty if Slurm cannot be asked or has forgotten them.
     """
 
     run: RunStatus
@@ -129,7 +131,7 @@ def slurm_status(folder: Store, found: SubmittedJobs) -> SlurmStatus:
 
 
 def is_over(folder: Store, found: SubmittedJobs) -> Callable[[], bool]:
-    """Whether the run has ended and no job of it will go on; asks Slurm only every few seconds."""
+    """Return whether the run has ended and no job of it will go on. Slurm is asked only every few seconds."""
     asked, active = 0.0, True
 
     def over() -> bool:
@@ -144,7 +146,10 @@ def is_over(folder: Store, found: SubmittedJobs) -> Callable[[], bool]:
 
 
 def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
-    """Cancel the jobs that have not started, and ask the one that runs to commit and end. Says what was done."""
+    """Cancel the jobs that have not started, and ask the running job to commit and end.
+
+    Returns what was done, in words.
+    """
     jobs = [job for job in jobs_of(found) if job.is_active]
     waiting = [job.job for job in jobs if job.is_pending]
     running = [job.job for job in jobs if not job.is_pending]
@@ -165,7 +170,7 @@ def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
 
 
 def job_output(folder: Store) -> str:
-    """The output of the newest job that has begun. Raises `ConfigError` when the run has no such job."""
+    """Return the output of the newest job that has begun. Raises `ConfigError` when the run has no such job."""
     found = submitted_jobs(folder)
     if found is None:
         raise ConfigError(f"{folder.uri} was not submitted to Slurm, so there is no job's output.")
@@ -179,14 +184,14 @@ def job_output(folder: Store) -> str:
 
 
 def submitted_jobs(folder: Store) -> SubmittedJobs | None:
-    """The run's newest submission to Slurm; None where it has none, or the record of it is damaged."""
+    """Return the run's newest submission to Slurm; None if it has none, or the record of it is damaged."""
     found = _record(folder, layout.SLURM_JOB, SubmittedJobs)
     ours = found is not None and found.jobs and (not found.run or _place(found.run) == _place(folder.uri))
     return found if ours else None
 
 
 def _place(uri: str) -> str:
-    """Where a folder really is: the same one may have been reached through a link."""
+    """Return the real path of a folder, which may have been reached through a link."""
     return str(Path(urlsplit(uri).path).resolve()) if uri.startswith("file://") else uri
 
 
@@ -202,22 +207,22 @@ def check_no_job(folder: Store) -> None:
 
 
 def attempts(folder: Store) -> list[Attempt]:
-    """The starts of the run's jobs, oldest first; without those whose record is damaged."""
+    """Return the starts of the run's jobs, oldest first, without those whose record is damaged."""
     found = (_record(folder, entry.key, Attempt) for entry in folder.list(layout.SLURM_ATTEMPTS))
     return [attempt for attempt in found if attempt is not None]
 
 
 def _record(folder: Store, key: str, kind: type[_Record]) -> _Record | None:
-    """The record under `key`; None where there is none, or one that nobody can use."""
+    """Return the record under `key`; None if there is none, or it is unusable."""
     with suppress(NotFound, ValidationError):
         return TypeAdapter(kind).validate_json(folder.get(key))
     return None
 
 
 def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:
-    """Slurm's word on the jobs, from the controller as long as it remembers them, else from the accounting.
+    """Return what Slurm says about the jobs: the controller as long as it remembers them, else the accounting.
 
-    A job that neither knows is missing; without Slurm's commands on this machine all are.
+    A job that neither knows is missing. Without Slurm's commands on this machine all jobs are missing.
     """
     try:
         live = call("squeue", "--states=all", "--json", f"--jobs={','.join(map(str, found.jobs))}")
@@ -234,8 +239,9 @@ def jobs_of(found: SubmittedJobs) -> list[SlurmJob]:
 
 
 def parse_squeue(text: str) -> list[SlurmJob]:
-    """The jobs in squeue's JSON. A state is a list of a base state and flags, of which a flag such as COMPLETING says
-    more.
+    """Return the jobs in squeue's JSON.
+
+    A state is a list of a base state and flags. A flag such as COMPLETING says more than the base state.
     """
     return [
         SlurmJob(
@@ -251,7 +257,7 @@ def parse_squeue(text: str) -> list[SlurmJob]:
 
 
 def parse_sacct(text: str) -> list[SlurmJob]:
-    """The lines of `sacct --parsable2`: JobIDRaw|State|Reason|Start|NodeList."""
+    """Parse the lines of `sacct --parsable2`: JobIDRaw|State|Reason|Start|NodeList."""
     found = []
     for line in text.splitlines():
         number, state, reason, start, nodes = line.split("|")
@@ -269,18 +275,20 @@ def _state(given: Any) -> str:
 
 
 def _number(given: Any) -> int:
-    """Slurm writes a number as it is, or with whether it is set."""
+    """Return a number of Slurm's. Slurm writes it as it is, or together with a mark that says whether it is set."""
     return given if isinstance(given, int) else int(given["number"]) if given.get("set") else 0
 
 
 def job_name(run: str) -> str:
-    """The name that the jobs of a run have."""
+    """Return the name of a run's jobs."""
     return f"capstan:{run}"
 
 
 def cancel(jobs: Sequence[int], name: str | None = None) -> None:
-    """Cancel `jobs`, or those of them that have this `name`: whoever may write to a run's folder may name any job
-    there. Raises `ConfigError` with scancel's own words."""
+    """Cancel `jobs`, or those of them that have this `name`. Raises `ConfigError` with scancel's own words.
+
+    Whoever may write to a run's folder may name any job there, so the name is checked.
+    """
     if jobs:
         answer = call("scancel", *([f"--name={name}"] if name else []), *map(str, jobs))
         if answer.returncode:
@@ -290,7 +298,7 @@ def cancel(jobs: Sequence[int], name: str | None = None) -> None:
 def call(
     *command: str, given: str | None = None, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command of Slurm's; raises `ConfigError` when it is not installed or does not answer."""
+    """Run a command of Slurm's. Raises `ConfigError` when it is not installed or does not answer."""
     try:
         return children.run(
             command, input=given, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=False
@@ -304,6 +312,6 @@ def call(
 
 
 def words(answer: subprocess.CompletedProcess[str]) -> str:
-    """The words of a command of Slurm's, in one line and without its own prefix."""
+    """Return the message of a command of Slurm's, in one line and without its own prefix."""
     lines = [re.sub(r"^\w+: (error: )?", "", line) for line in answer.stderr.strip().splitlines()]
     return "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"

@@ -1,5 +1,6 @@
-"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`): python -m
-launcher.cluster.slurm.rank RUN_URI SUBMISSION
+"""One rank of a submitted run, as srun starts it (`cluster.slurm.launch: direct`).
+
+python -m launcher.cluster.slurm.rank RUN_URI SUBMISSION
 """
 
 import os
@@ -25,7 +26,7 @@ def main() -> None:
         _run(submitted_config(run), submission, rank)
     except CapstanError as error:
         say(f"capstan: {error}")
-        # srun kills the step at the first exit code that is not 0: rank 0, which has the most to write, gives it.
+        # srun kills the step at the first exit code that is not 0. So rank 0 returns it, which has the most to write.
         sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
 
 

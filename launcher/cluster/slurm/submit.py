@@ -1,4 +1,4 @@
-"""`capstan submit slurm`: one batch file, written down with the run and given to sbatch."""
+"""`capstan submit slurm`: it writes one batch file, stores it with the run, and gives it to sbatch."""
 
 import json
 import math
@@ -32,8 +32,9 @@ _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 
 @dataclass(frozen=True)
 class Shape:
-    """The nodes of a job; all ranks, their nodes, and the ranks and CPUs of each. The last nodes are those of the
-    servers that srun starts.
+    """The nodes of a job, all ranks, the ranks' nodes, and the ranks and CPUs of each.
+
+    The last nodes are those of the servers that srun starts.
     """
 
     nodes: int
@@ -45,7 +46,7 @@ class Shape:
 
 
 def shape(config: Config) -> Shape:
-    """The layout of the run's ranks and servers over the job's nodes.
+    """Return the layout of the run's ranks and servers over the job's nodes.
 
     Raises:
         ConfigError: the ranks do not divide over the nodes, or a node has fewer GPUs or CPUs than ranks, or no room is
@@ -58,8 +59,8 @@ def shape(config: Config) -> Shape:
         )
     serving = config.rollout.serving_gpus
     server_nodes = _server_nodes(config)
-    # On their own nodes where there are several; else the servers have the last GPUs of the nodes. Ray finds room for
-    # them by itself.
+    # Servers are on their own nodes if there are several nodes; else they have the last GPUs of the nodes. Ray finds
+    # room for them by itself.
     apart = serving and slurm.launch == "direct" and slurm.nodes > 1
     nodes = slurm.nodes - server_nodes if apart else slurm.nodes
     gpus = nodes * (slurm.gpus_per_node or 0) - (0 if apart else serving)
@@ -82,7 +83,7 @@ def shape(config: Config) -> Shape:
             f"cluster.workers: {per_node} ranks on each node need as many GPUs; cluster.slurm.gpus_per_node is "
             f"{slurm.gpus_per_node}. Lower the one or raise the other."
         )
-    # Beside a GPU work its rank's main thread, its data, the upload of checkpoints and NCCL's threads.
+    # Beside each GPU run its rank's main thread, its data, the upload of checkpoints and NCCL's threads.
     usual = 8 if slurm.gpus_per_node else 1
     each = max(config.cluster.threads_per_worker or usual, config.cluster.ray.cpus_per_worker)
     cpus = slurm.cpus_per_node or math.ceil(each * (slurm.gpus_per_node or per_node if serving else per_node))
@@ -92,7 +93,7 @@ def shape(config: Config) -> Shape:
 
 
 def _server_nodes(config: Config) -> int:
-    """The nodes that the run's servers take. Raises `ConfigError` where none has room for one."""
+    """Return the nodes that the run's servers take. Raises `ConfigError` if none has room for one."""
     serve, gpus = config.rollout.serve, config.cluster.slurm.gpus_per_node or 0
     if config.rollout.engine != SERVE:
         return 0
@@ -105,14 +106,14 @@ def _server_nodes(config: Config) -> int:
 
 
 def sbatch_options(config: Config, output: str, dependencies: list[str]) -> dict[str, str | None]:
-    """sbatch's options by their long names; None where an option has no value.
+    """Return sbatch's options by their long names; None if an option has no value.
 
-    `output` is the job's output file, `dependencies` are terms of `--dependency`, all of which must hold.
+    `output` is the job's output file. `dependencies` are terms of `--dependency`, all of which must hold.
     """
     slurm, node = config.cluster.slurm, shape(config)
     gpus = f"{slurm.gpu_type}:{slurm.gpus_per_node}" if slurm.gpu_type else slurm.gpus_per_node
     if slurm.chain:
-        dependencies = [*dependencies, "singleton"]  # one at a time of the jobs of this name
+        dependencies = [*dependencies, "singleton"]  # only one job with this name runs at a time
     found: dict[str, object] = {
         "job-name": job_name(config.run.name),
         "nodes": node.nodes,
@@ -137,7 +138,7 @@ def sbatch_options(config: Config, output: str, dependencies: list[str]) -> dict
 
 
 def render(config: Config, run_uri: str, submission: str, options: dict[str, str | None]) -> str:
-    """The whole batch file. `submission` tells its jobs from those of another submission of the same run."""
+    """Return the whole batch file. `submission` tells its jobs from those of another submission of the same run."""
     slurm, node = config.cluster.slurm, shape(config)
     values = {
         "RUN_NAME": config.run.name,
@@ -177,9 +178,9 @@ def _option_lines(options: dict[str, str | None], extra: list[str]) -> Iterator[
 
 
 def slurm_quoted(value: str) -> str:
-    """`value` as one word of an `#SBATCH` line: quotes group, a backslash takes the next character as it is.
+    """Return `value` as one word of an `#SBATCH` line: quotes group, a backslash takes the next character as it is.
 
-    Source: `_get_argument` of src/sbatch/opt.c in Slurm. Raises `ConfigError` for what one line cannot hold.
+    Source: `_get_argument` of src/sbatch/opt.c in Slurm. Raises `ConfigError` for a value that one line cannot hold.
     """
     if not value.isprintable():
         raise ConfigError(
@@ -196,19 +197,19 @@ def _shell(value: object) -> str:
     return shlex.quote(str(value))
 
 
-# torchrun, srun and Ray set these for the process that submits; they must not reach the job's own ranks.
+# torchrun, srun and Ray set these for the process that submits. They must not reach the job's own ranks.
 _OF_THIS_PROCESS = (
     *OF_A_RANK,
     "RAY_ADDRESS",
     "RAY_JOB_ID",
 )
-_OPTION_OF = {"timelimit": "time", "mempernode": "mem"}  # where SBATCH_ variables have names of their own
+_OPTION_OF = {"timelimit": "time", "mempernode": "mem"}  # some SBATCH_ variables have names of their own
 _OF_ITS_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "TMPDIR")
 
 
 @dataclass(frozen=True)
 class SlurmSubmission:
-    """A run as it was handed over to Slurm, or with `dry_run` would be; `script` is the batch file."""
+    """A run that was submitted to Slurm, or with `dry_run` one that would be. `script` is the batch file."""
 
     run: str
     uri: str
@@ -220,7 +221,7 @@ class SlurmSubmission:
     dry_run: bool
 
     def text(self) -> str:
-        """For people: the job, the run and the next command; of a dry run the batch file, ready for sbatch."""
+        """The text for people: the job, the run and the next command; for a dry run the batch file for sbatch."""
         if self.dry_run:
             return self.script.rstrip()
         jobs = f"job {self.jobs[0]}" if len(self.jobs) == 1 else f"jobs {', '.join(map(str, self.jobs))}"
@@ -236,7 +237,7 @@ def submit(
     dry_run: bool,
     log: Callable[[str], None],
 ) -> SlurmSubmission:
-    """Check, write the batch file, claim the name, keep the code, and submit; returns without waiting for the job.
+    """Check, write the batch file, claim the name, keep the code, and submit. Returns without waiting for the job.
 
     `after` is a run, a name in the same store or a URI, that has to finish first.
 
@@ -283,15 +284,15 @@ def submit(
 
 
 def inside_a_job(config: Config) -> Config:
-    """The run's settings with those that its job decides. Raises `ConfigError` as `shape` does."""
+    """Return the run's settings with those that its job decides. Raises `ConfigError` as `shape` does."""
     job_shape, cluster = shape(config), config.cluster
     if cluster.workers is None:
         config = override(config, f"cluster.workers={job_shape.ranks}")
     if cluster.slurm.gpus_per_node and cluster.gpus_per_worker is None:
-        # On a node that shows them no GPU the ranks would else compute on its CPUs.
+        # On a node that shows them no GPU the ranks would otherwise compute on its CPUs.
         config = override(config, "cluster.gpus_per_worker=1")
     if config.retry.preemptions is None:
-        # No machine comes in place of a lost one inside a job: the driver ends at once, and the job is requeued.
+        # Inside a job no machine replaces a lost one: the driver ends at once, and the job is requeued.
         config = override(config, "retry.preemptions=0")
     return config
 
@@ -308,9 +309,9 @@ def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list
 
 
 def clean_environment(environment: Mapping[str, str], options: Mapping[str, str | None]) -> dict[str, str]:
-    """The environment that the job inherits: nothing of a job or a rank that this process itself is part of.
+    """Return the environment that the job inherits: nothing of a job or a rank that this process itself is part of.
 
-    An SBATCH_ variable would win over the file's `#SBATCH` line, so it goes where the file has that option.
+    An SBATCH_ variable would override the file's `#SBATCH` line, so it is removed if the file has that option.
     """
     in_file = {name.replace("-", "") for name in options}
     inside_a_job = "SLURM_JOB_ID" in environment
@@ -333,7 +334,7 @@ def _output_folder(config: Config, folder: Store) -> Path:
 
 
 def _finished(run: str, config: Config) -> str:
-    """The dependency on the end of `run`."""
+    """Return the dependency on the end of `run`."""
     folder = find_run(run, config.run.store)
     found = submitted_jobs(folder)
     if found is None:

@@ -1,3 +1,4 @@
-"""A search over settings on Ray Tune: which trial is next and which ends early (search.py), one trial (trial.py), and
-its driver.
+"""A search over settings on Ray Tune.
+
+search.py decides which trial is next and which ends early, trial.py runs one trial, and driver.py drives the search.
 """

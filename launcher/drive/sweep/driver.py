@@ -1,8 +1,8 @@
 """The process that owns a sweep: it lays the trials out, has Ray Tune run them, and ends with the sweep's exit code.
 
-The folders of the trials are the truth. Tune's own storage is a scratch folder: a sweep that goes on, after a stop or
-after the death of this process, asks each trial's folder whether it is over, tells Tune the figures of those that are
-again, and resumes the others.
+The folders of the trials are the truth. Tune's own storage is a scratch folder. A sweep that goes on, after a stop or
+after the death of this process, asks each trial's folder whether it is over. It then tells Tune the figures of finished
+trials again, and resumes the others.
 """
 
 import json
@@ -70,8 +70,9 @@ _TRIAL_BYTES = 2**20
 
 
 def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
-    """The configuration that the trials vary, and the trials. Everything is refused here that can be before a trial
-    starts.
+    """Return the configuration that the trials vary, and the trials.
+
+    Everything that can be refused before a trial starts is refused here.
 
     Raises:
         ConfigError: a trial's settings are not allowed, a name is taken, or with `resume` the search is another than it
@@ -109,7 +110,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
 
 
 def _from_one_start(config: Config, folder: Store, *, resume: bool) -> Config:
-    """`config` whose trials, those of a resume too, begin from one checkpoint of the run in `tuning.start`."""
+    """Return `config` whose trials, those of a resume too, begin from one checkpoint of the run in `tuning.start`."""
     if not (resume and is_sweep(folder)):
         return with_known_start(config)
     kept = run_config(folder).tuning.start
@@ -117,7 +118,7 @@ def _from_one_start(config: Config, folder: Store, *, resume: bool) -> Config:
 
 
 def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
-    """Raises `ConfigError` where trials cut the same text into different tokens: means over these do not compare."""
+    """Raise `ConfigError` if trials cut the same text into different tokens: means over these do not compare."""
     tried = [name for name in _TOKENIZERS if name in config.sweep.settings]
     seen = dict[str, int]()
     for trial in plan.trials if tried else ():
@@ -133,7 +134,7 @@ def _check_tokenizers(config: Config, plan: SearchPlan) -> None:
 
 
 def _check_shared(before: Config, now: Config, uri: str) -> None:
-    """Raises `ConfigError` where trials to come would differ from earlier ones in more than what is tried."""
+    """Raise `ConfigError` if trials to come would differ from earlier ones in more than the settings that are tried."""
     for change in changes(before.model_dump(mode="json"), now.model_dump(mode="json")):
         if not change.setting.startswith(_MAY_CHANGE):
             raise ConfigError(
@@ -144,8 +145,9 @@ def _check_shared(before: Config, now: Config, uri: str) -> None:
 
 
 def _sharing_base(config: Config) -> Config:
-    """`config` with quant.cache, so that one trial quantizes the base for all, unless the configuration decides that or
-    has none to cache.
+    """Return `config` with quant.cache, so that one trial quantizes the base for all.
+
+    It stays as it is if the configuration decides that itself or has no base to cache.
     """
     if "cache" in config.quant.model_fields_set or not config.quant.held.quantizes:
         return config
@@ -158,7 +160,7 @@ def _sharing_base(config: Config) -> Config:
 
 
 def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> SweepStatus:
-    """Start the sweep of `config`, or go on with it, and return when all its trials are over.
+    """Start the sweep of `config`, or continue it, and return when all its trials are over.
 
     Raises:
         CapstanError: with the exit code that the process should end with; `Stopped` when the sweep can go on.
@@ -199,7 +201,7 @@ def _unfinished(status: SweepStatus, search: "_Search", who: str | None, resume:
 def _taken(
     config: Config, plan: SearchPlan, *, resume: bool, take_over: bool, log: Callable[[str], None]
 ) -> Iterator[Ownership]:
-    """The sweep's folder taken for the body, with the configuration, the trials and the code in it."""
+    """Take the sweep's folder for the body, with the configuration, the trials and the code in it."""
     folder, code = run_folder(config), keep_code(log)
     number = newest_number(folder)
     if not take_over:
@@ -221,7 +223,7 @@ def _taken(
 
 
 class _Search:
-    """The trials of a plan under Ray Tune, in this process; `ends` are those of the trials that had their turn."""
+    """The trials of a plan under Ray Tune, in this process. `ends` are the ends of those that had their turn."""
 
     def __init__(self, config: Config, plan: SearchPlan, owner: Ownership) -> None:
         self._config, self._owner, self._folder = config, owner, owner.run
@@ -234,7 +236,7 @@ class _Search:
         self.ends: dict[int, End] = {}
 
     def run(self) -> None:
-        """Return when the trials are over, or when all that train have been stopped.
+        """Run the trials. Returns when they are over, or when all that train have been stopped.
 
         Raises:
             CapstanError: the cluster cannot be joined, or Tune fails.
@@ -260,7 +262,7 @@ class _Search:
 
         def stop_early(settings: Any, step: int) -> None:
             self._early[settings["trial"]] = f"early, as other trials of the sweep were better at step {step}"
-            look.now()  # in its thread, which tries again where the store does not answer
+            look.now()  # in its thread, which tries again if the store does not answer
 
         rules = self._config.sweep
         try:
@@ -295,7 +297,7 @@ class _Search:
         return Candidate(number, frozenset() if done else frozenset(self._makes(config)), done)
 
     def _makes(self, config: Config) -> Iterator[str]:
-        """Keys of the manifests, in the store, of all that the trial's run makes unless it is there."""
+        """Yield the keys of the manifests of everything that the trial's run makes unless it is in the store."""
         base = self._found(config.model)
         for fingerprint in locate(config, base).values():
             yield f"{layout.dataset(fingerprint)}{DATA_MANIFEST}"
@@ -303,7 +305,7 @@ class _Search:
             yield f"{cache_key(base, config)}/{BASE_MANIFEST}"
 
     def _found(self, model: Model) -> Base:
-        """Once for all trials over this base, which samples of its weights are read of."""
+        """Find the base once for all its trials, because samples of its weights are read."""
         key = model.model_dump_json()
         if key not in self._bases:
             self._bases[key] = resolve_base(model)
@@ -315,8 +317,9 @@ class _Search:
         return key in self._made
 
     def _room(self, number: int) -> int:
-        """How many trials like this one the cluster can train at once, as it is now. One in any case: it waits, and
-        says for what.
+        """Return how many trials like this one the cluster can train at once, as it is now.
+
+        One trial always counts: it waits, and says for what.
         """
         import ray
 
@@ -326,8 +329,9 @@ class _Search:
         return min(found, self._config.sweep.concurrent or found)
 
     def _look(self, running: list[Candidate]) -> None:
-        """Pass on the stop requests to trials, and again to one that was just starting: it takes back those before its
-        start.
+        """Pass on the stop requests to trials.
+
+        A trial that was just starting gets the request again, because it takes back requests from before its start.
         """
         with suppress(Superseded):
             self._owner.check()

@@ -1,8 +1,7 @@
-"""The search as Ray Tune sees it: a searcher that says whose turn it is, and ASHA, whose verdict is an ordinary stop
-request.
+"""The search as Ray Tune sees it: a searcher that says whose turn it is, and ASHA, whose verdict is a stop request.
 
-Tune never ends a trial itself. Its schedulers would have the trial's process stopped, and count the trial as over while
-its ranks still commit; here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.
+Tune never ends a trial itself. Its schedulers would stop the trial's process, and count the trial as over while its
+ranks still commit. Here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.
 """
 
 import time
@@ -27,7 +26,7 @@ _NO_END = 2**31
 
 
 class Queue(Searcher):
-    """`turns` for Tune, until `closed()`; `sweep` is the URI of the sweep's folder."""
+    """Gives Tune its `turns`, until `closed()`. `sweep` is the URI of the sweep's folder."""
 
     def __init__(self, turns: Turns, sweep: str, closed: Callable[[], bool]) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Queue(Searcher):
         self.ends[number] = crash if error else End(told.get(EXIT_CODE, 0), told.get(REASON, ""))
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune's own records of the search are not used: a sweep goes on from the folders of its trials."""
+        """Save nothing. A sweep goes on from its trials' folders, so Tune's own records of the search are not used."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
@@ -68,8 +67,9 @@ class Queue(Searcher):
 
 
 class EarlyStopping(ASHAScheduler):
-    """Asynchronous successive halving (arXiv:1810.05934) as Tune has it; `stop` asks the trial of Tune's settings to
-    end.
+    """Asynchronous successive halving (arXiv:1810.05934), Tune's own.
+
+    `stop` asks the trial with Tune's settings to end.
     """
 
     def __init__(self, sweep: Sweep, mode: str, stop: Callable[[Mapping[str, Any], int], None]) -> None:
@@ -97,7 +97,7 @@ class EarlyStopping(ASHAScheduler):
 
 
 def next_look(sweep: Sweep, step: int) -> int | None:
-    """The first step behind `step` at which ASHA looks at a trial; None without early stopping."""
+    """Return the first step after `step` at which ASHA looks at a trial; None without early stopping."""
     if sweep.grace_steps is None:
         return None
     look = sweep.grace_steps

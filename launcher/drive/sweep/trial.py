@@ -1,5 +1,6 @@
-"""One trial: an ordinary run, driven on the cluster in a process of Tune's that holds no GPU, as its ranks have their
-own.
+"""One trial: an ordinary run, driven on the cluster.
+
+A process of Tune's drives it. That process holds no GPU, because the run's ranks have their own.
 """
 
 import hashlib
@@ -35,15 +36,16 @@ from trainer.store.store import Store, open_store
 
 
 def base_facts(base: Base) -> dict[str, str]:
-    """The facts by which `base` is known again. Reads samples of its weights."""
+    """Return the facts by which `base` is recognized again. Reads samples of its weights."""
     digest = hashlib.sha256(json.dumps([base.fingerprint, base.samples]).encode()).hexdigest()[:16]
     commit = hub_commit(base.directory)
     return {"digest": digest, **({"commit": commit} if commit else {})}
 
 
 def check_same(config: Config, known: dict[str, str]) -> None:
-    """Raises `ConfigError` where the base of a trial's `config` is another than the `known` one; without facts nothing
-    is read.
+    """Raise `ConfigError` if the base of a trial's `config` is another than the `known` one.
+
+    Without facts nothing is read.
     """
     if known and base_facts(resolve_base(config.model)) != known:
         raise ConfigError(
@@ -60,11 +62,13 @@ overflow by.
 
 
 class TuneTrial(Trainable):
-    """Trains the run of a trial, or goes on with it; each result is the metric where ASHA looks. A run that is done
-    already only tells its figures again."""
+    """Trains the run of a trial, or continues it. Each result is the metric at the steps where ASHA looks.
+
+    If the run is done already, only its figures are reported again.
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """`config` has the folder of the sweep as `sweep`, and the trial's number as `trial`.
+        """Set the trial up. `config` has the folder of the sweep as `sweep`, and the trial's number as `trial`.
 
         The run begins at the first `step`: Tune may set a process up for a trial, and then give the trial to one that
         has become free.
@@ -79,7 +83,7 @@ class TuneTrial(Trainable):
         self._work: Future[None] | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take over from a trial that has ended, without a process and its imports of its own."""
+        """Take over from a trial that has ended, which saves a new process and its imports."""
         self.setup(new_config)
         return True
 
@@ -98,7 +102,7 @@ class TuneTrial(Trainable):
 
 
 def _end(work: "Future[None]") -> dict[str, Any]:
-    """How the run ended; a mistake of ours is raised."""
+    """Return how the run ended. Our own mistakes are raised."""
     try:
         work.result()
     except CapstanError as error:
@@ -107,8 +111,9 @@ def _end(work: "Future[None]") -> dict[str, Any]:
 
 
 def train_trial(config: Config, base: dict[str, str]) -> None:
-    """Train the run of `config` to its end on the cluster that this process is in, from its newest commit where it has
-    one. `base` has the facts about the base that the sweep began with.
+    """Train the run of `config` to its end on the cluster that this process is in.
+
+    It continues from its newest commit, if it has one. `base` has the facts about the base that the sweep began with.
 
     Raises:
         CapstanError: the run's own, which is in its folder too.
@@ -117,7 +122,7 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
     if trial_state(run, read_status(run)) in DONE:
         return
     resume, before, known = bool(committed_steps(run)), read_owner(run), max(generations(run), default=0)
-    # The process that had it for this sweep is gone, with the driver of then or with its machine.
+    # The process that had the run for this sweep is gone, with its driver or with its machine.
     ours = before is not None and before.by == BY
     taken, asked = False, None
     try:
@@ -136,9 +141,9 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
                     forget_own_stop(run)
                     keep_report(run, say)
     except CapstanError as error:
-        if taken and not isinstance(error, Superseded):  # else its records are another start's
+        if taken and not isinstance(error, Superseded):  # otherwise its records are another start's
             # A start without ranks puts back the request before it. Ranks that are about to end may still read this
-            # one, so it has its reason.
+            # request, so it has its reason.
             if asked and asked.by == EARLY and asked != read_stop(run):
                 request_stop(run, *asked)
             _record(run, config, error, known)
@@ -146,7 +151,7 @@ def train_trial(config: Config, base: dict[str, str]) -> None:
 
 
 def _record(folder: Store, config: Config, error: CapstanError, known: int) -> None:
-    """Nobody sees what this process says, so also a run that came to nothing keeps a folder that tells why."""
+    """Record the end, even of a run that came to nothing. Nobody sees what this process prints."""
     if not folder.exists(layout.CONFIG):
         folder.put(layout.CONFIG, dump_config(config).encode())
     record_end(folder, str(error), stopped=isinstance(error, Stopped), after=known)

@@ -266,6 +266,18 @@ def test_rows_that_are_read_while_training_are_said_to_be_compiled(
     assert any("give it take, such as" in line for line in found.to_do) == said
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("alpaca", "type"), ("alpaca:chat", "type"), ("{format: '[INST] {instruction} [/INST]'}", "type.format")],
+)
+def test_the_text_around_alpacas_rows_is_said_to_be_another(kind: str, key: str, tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\ndatasets:\n- {{path: a/b, type: {kind}}}\n- {{path: a/c, type: alpaca}}\n"
+    found = imported_text(text, tmp_path, "axolotl")
+    assert sum(line.startswith("data.template: axolotl writes a text of its own") for line in found.to_do) == 1
+    assert {outcome.key: outcome.status for outcome in found.keys}[f"datasets[0].{key}"] == "not supported"
+    assert found.settings["data.train"][0]["format"] == "alpaca"
+
+
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site)
     lost = {
@@ -811,6 +823,9 @@ def test_what_is_within_quotes_ends_no_command_line(tmp_path: Path) -> None:
 
 def test_of_a_scripts_commands_the_one_with_the_options_is_read(tmp_path: Path) -> None:
     text = "pip install --upgrade trl && cd here; trl sft --model_name_or_path x --dataset_name a/b --use_peft > log\n"
+    assert (
+        imported_command("trl dpo --model_name_or_path x --dataset_name a/b \\", tmp_path).settings["model.base"] == "x"
+    )
     found = imported_command(f"{text}echo --use_dora\n", tmp_path).settings
     assert (found["model.base"], found["tuning.method"]) == ("x", "lora")
     with pytest.raises(ConfigError, match="holds 2 command lines"):
