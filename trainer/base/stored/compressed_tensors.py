@@ -1,19 +1,18 @@
-"""Bases of compressed-tensors, as llm-compressor writes them and Kimi K2 is published: integers or floats of 4 or 8
-bits.
+"""Bases of compressed-tensors, as llm-compressor and Kimi K2 have them: integers or floats of 4 or 8 bits.
 
-`config_groups` (config.json, quantization_config) say how the weights of some linear layers are stored; which layers
-these are, the files tell. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row
-(`channel`), a `block` of `block_structure`, or the whole matrix (`tensor`). Beside `weight_scale`, in the place of
-`weight` (rows, columns), there is
+`config_groups` (config.json, quantization_config) says how the weights of some linear layers are stored; the files show
+which layers these are. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row
+(`channel`), a `block` of `block_structure`, or the whole matrix (`tensor`). The files have `weight_scale`, and instead
+of `weight` (rows, columns)
 
-- `weight_packed` of I32, eight codes of 4 bits or four of 8 each, which count from the least number up
-  (pack-quantized). Where they are not symmetric, `weight_zero_point` has the codes that stand for 0, packed along the
-  rows. `weight_g_idx` has the group of each column, where its columns do not lie together;
+- `weight_packed` of I32, each with eight 4-bit or four 8-bit codes, which count from the smallest number up
+  (pack-quantized). If they are not symmetric, `weight_zero_point` has the codes that mean 0, packed along the rows.
+  `weight_g_idx` has the group of each column, if the columns of a group do not lie together;
 - `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides
   (nvfp4-pack-quantized), or with powers of two for 32 (mxfp4-pack-quantized);
-- `weight` in FP8 (float-quantized) or in whole numbers of 8 bits (int-quantized).
+- `weight` in FP8 (float-quantized) or in 8-bit integers (int-quantized).
 
-Weights are read in the type of their scales, or in bf16 where that has 8 bits, as the compressed-tensors package
+Weights are read in the type of their scales, or in bf16 if that type has 8 bits, as the compressed-tensors package
 decompresses them.
 """
 

@@ -1,18 +1,18 @@
-"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, and a scale for each tile of a
-matrix.
+"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, with a scale for each tile.
 
-Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which a weight is multiplied: one
-number for each tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128, those at the borders
-cut off; or, where that is null, one for the whole matrix. DeepSeek-V4 calls it `q_proj.scale`, Mistral
-`q_proj.qscale_weight`. Tensors without a scale are in 16 or 32 bits.
+Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which weights are multiplied. It has
+one number for each tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128; tiles at the
+borders are cut off. If the setting is null, it has one number for the whole matrix. DeepSeek-V4 calls it
+`q_proj.scale`, Mistral `q_proj.qscale_weight`. Tensors without a scale are in 16 or 32 bits.
 
-With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as DeepSeek-V4's are: two E2M1 numbers in each byte
-of an I8, and a power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later ones in
+With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as in DeepSeek-V4: two E2M1 numbers in each byte of
+an I8, and a power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later bases in
 the quantization_config.
 
-Weights become bf16 as they are read: the product in fp32, rounded once. transformers' dequantize=True and DeepSeek's
-own inference/fp8_cast_bf16.py give the same bits, the former where the tile divides both sides: it takes the shape of
-the scales for a number of equal tiles, which is another tile for 192 rows (two of 96), and an error for 576.
+Weights become bf16 when they are read: the product is computed in fp32 and rounded once. DeepSeek's own
+inference/fp8_cast_bf16.py gives the same bits. So does transformers' dequantize=True if the tile divides both sides. It
+derives the size of equal tiles from the shape of the scales, which gives other tiles for 192 rows (two of 96), and an
+error for 576.
 """
 
 import math

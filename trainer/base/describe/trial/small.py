@@ -48,7 +48,7 @@ def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
 
 
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Scale the weights, so that a layer's output matters beside the residual that bypasses it."""
+    """Make the weights large enough that a layer's output matters beside the residual that bypasses it."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for value in model.parameters():

@@ -46,9 +46,7 @@ def place_of(around: nn.Module, name: str) -> Place:
 
 @contextmanager
 def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
-    """A context in which every linear layer of the decoder layers adds its place to `found` if other code reads its
-    weight.
-    """
+    """A context that adds the place of each linear layer of the decoder layers to `found` if code reads its weight."""
     layers, classes = decoder_layers(model), dict[nn.Module, type[nn.Module]]()
     for around in layers.modules() if layers is not None else ():
         for name, child in around.named_children():

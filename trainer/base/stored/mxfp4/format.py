@@ -1,13 +1,13 @@
-"""Bases whose experts are in MXFP4, as gpt-oss is published: blocks of 32 weights, 4 bits each, with a power of two as
-scale.
+"""Bases whose experts are in MXFP4, as in gpt-oss: blocks of 32 weights in 4 bits, with a power of two as scale.
 
 Where a plain base has `experts.gate_up_proj` (experts, inputs, outputs), the files have `experts.gate_up_proj_blocks`
 (experts, outputs, inputs / 32, 16), two weights a byte, the lower half first, and `experts.gate_up_proj_scales`
-(experts, outputs, inputs / 32), exponents plus 127 (OCP Microscaling specification 1.0). All else is in 16 bits.
+(experts, outputs, inputs / 32), exponents plus 127 (OCP Microscaling specification 1.0). All other weights are in 16
+bits.
 
-Each weight is a bf16 number exactly, the one that transformers' dequantize=True gives. It is also put in transformers'
-order, in which matrices are multiplied and quantized: the transpose of the stored one. So a range of an expert needs
-bytes from all over it, and an expert is read whole.
+Each weight is exactly a bf16 number, the one that transformers' dequantize=True gives. Matrices are multiplied and
+quantized in transformers' order, which is the transpose of the stored one. So a range of an expert needs bytes from all
+over the stored expert, and an expert is read whole.
 """
 
 from collections.abc import Mapping
