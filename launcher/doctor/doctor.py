@@ -131,7 +131,7 @@ def report_table(report: Diagnosis) -> Group:
 
 
 def _packages() -> Iterator[Check]:
-    """Return every dependency that this distribution declares, checked to be installed and within its range.
+    """Yield every dependency that this distribution declares, checked to be installed and within its range.
 
     Those of kernels and trackers are optional.
     """
@@ -218,7 +218,7 @@ def _machine() -> Check:
 
 
 def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
-    """Return the network that NCCL takes between this allocation's nodes, or here, and what is wrong with it."""
+    """Yield the network that NCCL takes between this allocation's nodes, or here, and what is wrong with it."""
     found = networks(environment)
     if isinstance(found, str):
         yield Check("NCCL", "missing", found, "Try `srun hostname` in this allocation.")

@@ -131,7 +131,7 @@ def networks(environment: Mapping[str, str]) -> list[Network] | str:
 
 
 def troubles(found: list[Network], environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Return the reasons why NCCL cannot work between these machines, each with what to do about it."""
+    """Yield the reasons why NCCL cannot work between these machines, each with what to do about it."""
     for network in found:
         if not network.sockets:
             asked, there = environment.get("NCCL_SOCKET_IFNAME"), ", ".join(network.interfaces)

@@ -1,3 +1,1 @@
-"""`capstan evaluate` and `capstan generate`: a run's model on this machine's devices, and its answers on the
-terminal.
-"""
+"""`capstan evaluate` and `capstan generate`: they run a run's model on this machine's devices, and show its answers."""

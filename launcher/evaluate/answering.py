@@ -1,4 +1,4 @@
-"""`capstan generate`: prompts from a file, a pipe or a person, and the answers as they are written."""
+"""`capstan generate`: it takes prompts from a file, a pipe or a person, and shows the answers as they are written."""
 
 import os
 import sys
@@ -26,12 +26,13 @@ def generate_answers(
     log: Callable[[str], None],
     screen: "Screen | None",
 ) -> dict[str, Any]:
-    """The answers of a checkpoint of the run in `folder`, or of the server that has it, to lists of prompts, and its
-    step; `screen` shows them as they come.
+    """Return the answers of a checkpoint of the run in `folder`, or of its server, to lists of prompts, and its step.
+
+    `screen` shows the answers as they come.
 
     Raises:
         ConfigError: the server is asked for a checkpoint or for the base.
-        CapstanError: as the ranks do.
+        CapstanError: the ranks raise it.
     """
     if ask.server and (ask.base or ask.step is not None):
         raise ConfigError(
@@ -57,8 +58,9 @@ def generate_answers(
 
 
 def given_prompts(config: Config, path: str | None) -> list[Prompt]:
-    """The prompts in the file at `path`, or the lines of standard input for "-". Without a `path` they are the lines of
-    a pipe, or where it is empty or there is none, those of `eval.prompts`.
+    """Return the prompts in the file at `path`, or the lines of standard input for "-".
+
+    Without a `path` they are the lines of a pipe. If there is no pipe or it is empty, they are those of `eval.prompts`.
 
     Raises:
         ConfigError: the file cannot be read, or holds none.
@@ -72,15 +74,17 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
 
 
 def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
-    """`prompts` in lists of as many as there are ranks, which answer one each."""
+    """Return `prompts` in lists of as many as there are ranks, which answer one each."""
     ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else count_ranks(config)
     return [list(prompts[first : first + ranks]) for first in range(0, len(prompts), ranks)]
 
 
 class Screen:
-    """Answers on the terminal. With `streams` an answer is shown as it is written, else when it is whole; where `both`
-    sides answer, each has its name before it. `chats`: all that is typed is one conversation, as the ranks say when
-    they are ready."""
+    """Answers on the terminal.
+
+    With `streams` an answer is shown as it is written, else when it is whole. If `both` sides answer, each has its name
+    before it. `chats`: everything that is typed is one conversation, as the ranks say when they are ready.
+    """
 
     def __init__(self, out: TextIO, *, both: bool, streams: bool) -> None:
         self._out, self._both, self._streams = out, both, streams
@@ -109,15 +113,17 @@ class Screen:
         self._side = None
 
     def shown(self, turns: Iterable[list[Prompt]]) -> Iterator[list[Prompt]]:
-        """`turns`, each shown before its answer is written."""
+        """Yield `turns`, each shown before its answer is written."""
         for turn in turns:
             if self._streams:
                 self._write(f"> {asked(turn[0])}\n")
             yield turn
 
     def conversation(self) -> Iterator[list[Prompt]]:
-        """The prompts that a person types, one at a time until the end of input. Where it `chats` they are one
-        conversation, which the answers so far belong to; an empty line begins a new one."""
+        """Yield the prompts that a person types, one at a time until the end of input.
+
+        With `chats` they are one conversation, which includes the answers so far. An empty line begins a new one.
+        """
         said = list[dict[str, str]]()
         while True:
             self._write("> ")

@@ -1,4 +1,4 @@
-"""`capstan evaluate`: what it asks of the ranks, and what it shows meanwhile."""
+"""`capstan evaluate`: its request to the ranks, and what it shows meanwhile."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ Log = Callable[[str], None]
 
 
 def settings(overrides: Sequence[str], sets: Sequence[str], tasks: Sequence[str], bias: str | None) -> list[str]:
-    """`overrides`, and those that the options stand for. Raises `ConfigError` for a set that is no name=path."""
+    """Return `overrides`, and those that the options stand for. Raises `ConfigError` for a set that is no name=path."""
     given = list(overrides)
     for one in sets:
         name, equals, path = one.partition("=")
@@ -57,11 +57,12 @@ def evaluate_run(
     dry_run: bool,
     log: Log,
 ) -> Evaluated | str:
-    """Evaluate a checkpoint beside its base, or `base` alone; a sentence about it with `dry_run`. A `server` that has
-    its export may answer in the place of ranks.
+    """Evaluate a checkpoint beside its base, or `base` alone. With `dry_run` return a sentence about it.
+
+    A `server` that has the run's export may answer instead of ranks.
 
     Raises:
-        CapstanError: there is no such checkpoint, nothing to evaluate, or what the ranks raise.
+        CapstanError: there is no such checkpoint, there is nothing to evaluate, or the ranks raise it.
     """
     if base and (best or step is not None):
         raise ConfigError(
@@ -90,14 +91,14 @@ def evaluate_run(
 
 
 def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:
-    """`run_ranks` for what needs no prompts, with its progress on the terminal."""
+    """Run `run_ranks` for a request without prompts, with its progress on the terminal."""
     with _bars(log) as hear:
         return run_ranks(ask, config, (), hear)
 
 
 @contextmanager
 def _bars(log: Log) -> Iterator[Hear]:
-    """Bars on a terminal, one for each part of the work; else a line when a part is done."""
+    """Show bars on a terminal, one for each part of the work; elsewhere a line when a part is done."""
     with progress_bars(TextColumn("{task.completed}/{task.total}")) as bars:
         tasks, finished = dict[str, Any](), set[str]()
         console = bars.console

@@ -1,5 +1,6 @@
-"""Ranks on this machine that evaluate a run or answer prompts: one for each GPU, or as many on the CPU as the settings
-say.
+"""Ranks on this machine that evaluate a run or answer prompts.
+
+There is one rank for each GPU, or on the CPU as many as the settings say.
 """
 
 import json
@@ -31,10 +32,11 @@ _AWAKE_SECONDS = 300.0
 
 
 def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: Hear) -> dict[str, Any]:
-    """Do as asked, and return the result: by this process as one rank of torchrun's or srun's group, or by ranks of its
-    own.
+    """Do as asked, and return the result.
 
-    `prompts` are taken one list at a time, each when the answers to the one before are there; `hear` gets what rank 0
+    This process does it as one rank of torchrun's or srun's group, or it starts ranks of its own.
+
+    `prompts` are taken one list at a time, each when the answers to the one before are there. `hear` gets what rank 0
     tells.
 
     Raises:
@@ -59,8 +61,9 @@ def run_ranks(ask: Ask, config: Config, prompts: Iterable[list[Prompt]], hear: H
 
 
 def for_server(config: Config, setting: str, verb: str) -> Config:
-    """`config` for the one process that asks a server, which needs no GPU. Raises `ConfigError` where torchrun or srun
-    has started several.
+    """Return `config` for the one process that asks a server, which needs no GPU.
+
+    Raises `ConfigError` if torchrun or srun has started several processes.
     """
     if is_rank():
         raise ConfigError(f"{setting}: one process asks a server. Call capstan {verb} without torchrun or srun.")
@@ -69,7 +72,7 @@ def for_server(config: Config, setting: str, verb: str) -> Config:
 
 @contextmanager
 def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], str]]]:
-    """The process of rank 0, and a function that gives what all ranks wrote to their errors, once they have ended."""
+    """Start the process of rank 0. Yields it, and a function that returns all ranks' stderr once they have ended."""
     command = [sys.executable, "-m", _MODULE, ask.to_json()]
     said = list[str]()
     with tempfile.TemporaryFile("w+") as errors:
@@ -99,7 +102,7 @@ def _started(ask: Ask, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", Ca
 
 
 def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]], hear: Hear) -> dict[str, Any] | None:
-    """Hand over prompts as they are wanted and hear what is told, up to the last line; None where it never came."""
+    """Hand over prompts as they are wanted and hear what is told, up to the last line; None if it never came."""
     assert process.stdin
     assert process.stdout
     for line in process.stdout:
@@ -115,7 +118,7 @@ def _conversed(process: "subprocess.Popen[str]", prompts: Iterator[list[Prompt]]
 
 
 def _kept_awake(pipe: IO[str]) -> AbstractContextManager[None]:
-    """While a person thinks, the ranks get an empty list every few minutes: their group would not wait for an hour."""
+    """While a person thinks, send the ranks an empty list every few minutes: their group would not wait for an hour."""
 
     def keep(done: threading.Event) -> None:
         while not done.wait(_AWAKE_SECONDS):
@@ -125,8 +128,9 @@ def _kept_awake(pipe: IO[str]) -> AbstractContextManager[None]:
 
 
 def _hand_over(pipe: IO[str] | None, prompts: list[Prompt] | None) -> None:
-    """Write `prompts` to the pipe; None closes it. Ranks that have ended meanwhile are no error here, as their output
-    says why.
+    """Write `prompts` to the pipe; None closes it.
+
+    Ranks that have ended meanwhile are no error here, because their output says why.
     """
     assert pipe
     try:

@@ -17,7 +17,7 @@ SIDES = {"base": "base", "adapter": "now"}
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation as the run's folder has it; `where` it lies, or None for one that is not kept."""
+    """An evaluation as the run's folder has it. `where` is its place, or None if it is not kept."""
 
     found: Mapping[str, Any]
     run: str
@@ -51,8 +51,9 @@ class Evaluated:
 
 
 def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each set about the change by the training: it says where the interval of the difference leaves a
-    doubt.
+    """Yield a sentence for each set about the change by the training.
+
+    It says so if the interval of the difference leaves a doubt.
     """
     for name, found in sets.items():
         if shared := found.get("trained_on"):
@@ -86,7 +87,7 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sets(sets: Mapping[str, Any]) -> FoldedTable:
-    """A table of at most eighty columns: an arrow leads from each value of the base to that of the adapter."""
+    """Return a table of at most eighty columns: an arrow leads from each value of the base to that of the adapter."""
     after = len(_sides(sets.values())) > 1
     table = FoldedTable("set", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("tokens", "loss", "perplexity", *(("change", "95 % interval") if after else ())):
@@ -104,7 +105,7 @@ def _sets(sets: Mapping[str, Any]) -> FoldedTable:
 
 
 def _documents(count: int) -> str:
-    """Pieces of one text count once."""
+    """Count the documents. Pieces of one text count once."""
     return f"{count} independent documents are" if count > 1 else "one independent document is"
 
 
@@ -114,7 +115,7 @@ def _loss(side: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _sides(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The sides that were measured: of a server perhaps the model alone, and of a run without a checkpoint the base."""
+    """Return the sides that were measured. A server may have only the model, and a run only the base."""
     seen = set[str]().union(*found)
     return [side for side in SIDES if side in seen]
 

@@ -1,7 +1,7 @@
-"""`capstan export`: a run's checkpoint in one of the formats of trainer/export/formats/; and on request the proof that
-it is the trained model.
+"""`capstan export`: it writes a run's checkpoint in one of the formats of trainer/export/formats/.
 
-Both run in a process of their own, which may import torch.
+On request it also proves that the export is the trained model. Both run in a process of their own, which may import
+torch.
 """
 
 import json
@@ -40,8 +40,11 @@ _LINE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Exported:
-    """The export that was written, and with --verify its proof. `merged`: it is a whole model; `tuned_base`: as the
-    base itself was tuned, whatever the format. `facts` and `remarks` are what the format found out."""
+    """The export that was written, and with --verify its proof.
+
+    `merged`: it is a whole model. `tuned_base`: the base itself was tuned, whatever the format. `facts` and `remarks`
+    are what the format found out.
+    """
 
     destination: str
     format: str
@@ -84,12 +87,14 @@ def export_run(
     server: str | None = None,
     dry_run: bool = False,
 ) -> Exported:
-    """`destination` is a folder or an s3://, gs:// or az:// URI; `options` are those of the format, as `key=value`;
-    `step` None is the newest whole checkpoint; `server` is the URL of one that has the export, which is then compared
-    instead of the files.
+    """Export a run's checkpoint.
 
-    Raises `CapstanError` when there is none, the destination is taken, the run has no such export, or what was written
-    does not verify.
+    `destination` is a folder or an s3://, gs:// or az:// URI. `options` are those of the format, as `key=value`. `step`
+    None is the newest whole checkpoint. `server` is the URL of a server that has the export; then its answers are
+    compared instead of the files.
+
+    Raises `CapstanError` when there is no checkpoint, the destination is taken, the run has no such export, or the
+    written export does not verify.
     """
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
@@ -116,8 +121,10 @@ def export_run(
 
 @contextmanager
 def bar(title: str) -> Iterator[ExportProgress]:
-    """A bar on the terminal, or a line of the log now and then, from the first time that it is told of bytes done and
-    bytes in all; sentences go above it."""
+    """Show a bar on the terminal, or a line of the log now and then.
+
+    It begins with the first report of bytes done and bytes in all. Sentences go above it.
+    """
     with progress_bars(DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
         task = progress.add_task(title, visible=False)
         console = progress.console
@@ -132,12 +139,12 @@ def bar(title: str) -> Iterator[ExportProgress]:
 
 
 def lines(title: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> BytesWritten:
-    """Says how far what takes long is: at once where it is much, and then now and then."""
+    """Report the progress of long work: at once if there is much to do, and then now and then."""
     next_line, of = 0.0, 0
 
     def line(done: int, total: int) -> None:
         nonlocal next_line, of
-        if total != of:  # of the next part of the work
+        if total != of:  # the next part of the work
             of, next_line = total, clock() + (0.0 if total >= _MUCH else _LINE_SECONDS)
         if clock() >= next_line and done < total:
             say(f"{title}: {decimal(done)} of {decimal(total)}")
@@ -147,7 +154,7 @@ def lines(title: str, say: Callable[[str], None], clock: Callable[[], float] = t
 
 
 def run_module(name: str, *arguments: str, progress: ExportProgress) -> dict[str, Any]:
-    """Run one of the trainer's modules that print a JSON object; its error and exit code become ours.
+    """Run one of the trainer's modules that print a JSON object. Its error and exit code become ours.
 
     `progress` is told of its lines "progress DONE TOTAL" and "say SENTENCE".
     """
@@ -180,7 +187,7 @@ def run_module(name: str, *arguments: str, progress: ExportProgress) -> dict[str
 
 @dataclass(frozen=True)
 class Dequantized:
-    """The base that was written to `destination`; no `bytes` were in a dry run."""
+    """The base that was written to `destination`. A dry run has no `bytes`."""
 
     base: str
     quantized: str
@@ -200,7 +207,7 @@ def dequantize(
 ) -> Dequantized:
     """Write the base of the run that `path` describes to a folder or an s3://, gs:// or az:// URI.
 
-    Raises `ConfigError` where the run computes with the base as its files have it, or the destination is taken.
+    Raises `ConfigError` if the run computes with the base as its files have it, or the destination is taken.
     """
     config = anchored(load_config(path, overrides, log))
     if "://" not in destination:

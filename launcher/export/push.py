@@ -1,8 +1,8 @@
-"""`capstan push`: a run's checkpoint, exported and uploaded to the Hugging Face Hub in one commit.
+"""`capstan push`: it exports a run's checkpoint and uploads it to the Hugging Face Hub in one commit.
 
 The files are exported to a temporary folder, byte for byte the same at every call. The Hub keeps large files by their
-hashes, and makes them visible with the commit at the end: after a push that was killed the repository is as it was
-before, and the same command uploads only what is not there yet.
+hashes, and makes them visible with the commit at the end. After a push that was killed the repository is unchanged, and
+the same command uploads only what is not there yet.
 """
 
 import os
@@ -31,7 +31,7 @@ from trainer.store.tokenizer_files import NAMED_TEMPLATES
 _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _TOKEN = "HF_TOKEN"
 _TOKENS_PAGE = "huggingface.co/settings/tokens"
-# Files of an earlier export that a program would load beside the new ones, or in place of them.
+# A program would load these files of an earlier export beside the new ones, or in place of them.
 _LOADED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -46,7 +46,7 @@ _LOADED = (
 
 @dataclass(frozen=True)
 class Pushed:
-    """The commit that was made; none in a dry run, where `private` is what the repository would be made as."""
+    """The commit that was made. A dry run has none, and `private` is what the repository would be made as."""
 
     repository: str
     revision: str
@@ -82,8 +82,7 @@ def push_run(
 
     Raises:
         ConfigError: `target` is no repository, or a public one without `public`; there is no token in HF_TOKEN, or it
-            may not
-            write there; or as `export_run`.
+            may not write there; or `export_run` raises it.
         StorageError: the Hub cannot be reached, or fails.
     """
     repository, branch = _repository(target), revision or constants.DEFAULT_REVISION
@@ -113,7 +112,7 @@ def push_run(
         )
         with _explained(repository):
             message = f"Step {exported.step} of the run {name_of(folder)}, by Capstan"
-            # Not `upload_folder`, which makes several commits where hf_xet is installed.
+            # `upload_folder` is not used: it makes several commits if hf_xet is installed.
             operations = _operations(directory, api.list_repo_files(repository, revision=revision))
             made = api.create_commit(repository, operations, commit_message=message, revision=revision)
     return Pushed(repository, branch, private, exported, f"{api.endpoint}/{repository}", made.oid)
@@ -131,7 +130,7 @@ def _repository(target: str) -> str:
 
 
 def _operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """The files of `folder` in place of those of an earlier export that are `there`; whatever else is there stays."""
+    """Replace those files of an earlier export that are `there` with the files of `folder`. All other files stay."""
     new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     old = [name for name in there if name not in new and any(fnmatch(name, pattern) for pattern in _LOADED)]
     return [
@@ -151,7 +150,7 @@ def _token() -> str:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """A context around calls of the Hub, whose errors become ours."""
+    """Wrap calls of the Hub, whose errors become ours."""
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -167,5 +166,5 @@ def _explained(repository: str) -> Iterator[None]:
         raise StorageError(f"the Hub did not take hf://{repository}: {said} ({status}). Call push again.") from error
     except (OSError, httpx2.TransportError) as error:
         raise Unreachable(f"the Hub cannot be reached: {error}. Call push again; what is uploaded stays.") from error
-    except ValueError as error:  # of a model card that its metadata's rules do not allow
+    except ValueError as error:  # the Hub's rules do not allow the model card's metadata
         raise ConfigError(f"hf://{repository} does not take the export: {error}.") from error

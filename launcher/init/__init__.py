@@ -1,3 +1,1 @@
-"""A first configuration: a few answers and settings that fit the machine by the plan, or the file of another tool
-(importing/).
-"""
+"""A first configuration, from a few answers and the plan, or from the file of another tool (importing/)."""

@@ -1,5 +1,6 @@
-"""Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs, by the plan's own memory
-model.
+"""Chooses what fits: sequence length, storage of the base, micro-batch and number of GPUs.
+
+The plan's own memory model decides.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,12 @@ from trainer.plan.plan import make_plan
 
 GIB = 2**30
 _LENGTHS = (4096, 2048, 1024, 512)
-_LENGTH_STEP = 2048  # tokens; of rows that are longer than the longest of these
+_LENGTH_STEP = 2048  # tokens; for rows that are longer than the longest of these
 _MICRO_BATCHES = (8, 4, 2)
 _MOST_GPUS = 64
-# A plan may take so much of a GPU's memory: the rest is for what the plan estimates too low.
+# A plan may take this share of a GPU's memory. The rest is for what the plan estimates too low.
 _SHARE = 0.9
-# The base stays in 16 bits, which spares dequantizing it in every pass, where that takes no more than this.
+# If a base in 16 bits takes no more than this, it stays so, which saves dequantizing it in every pass.
 _EASY = 0.6
 _ON_CPU = 512
 
@@ -32,8 +33,9 @@ Setting = tuple[Any, str]
 
 @dataclass(frozen=True)
 class Machine:
-    """The machines that a run is for. `gpus` is None where it is to be found out, 0 is the CPU; `memory` is in bytes,
-    of one GPU.
+    """The machines that a run is for.
+
+    `gpus` is None if it has to be found out, and 0 is the CPU. `memory` is in bytes, of one GPU.
     """
 
     gpus: int | None
@@ -54,8 +56,10 @@ class Choice:
 def choose(
     given: Mapping[str, Setting], base: Description, machine: Machine, *, trains_base: bool, tokens: int
 ) -> Choice:
-    """Settings that fit `machine` beside those that are `given`: without the host's memory first, then the longest
-    rows, then the fewest GPUs where their number is open, then the storage of the base that costs least time.
+    """Return settings that fit `machine` beside those that are `given`.
+
+    The choice prefers to do without the host's memory, then the longest rows, then the fewest GPUs if their number is
+    open, then the storage of the base that costs least time.
 
     Raises:
         ConfigError: the base cannot be trained so, on any machine.
@@ -84,9 +88,10 @@ def choose(
 
 
 def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int, longest: int) -> Choice:
-    """The same with rows that hold a document of `longest` tokens, or as many of them as fit, where the rows of
-    `choice` are shorter: by the first line of `capstan plan --longest` that has room for it. A step still has about so
-    many `tokens`."""
+    """Lengthen the rows of `choice` to a document of `longest` tokens, or to as many of them as fit.
+
+    The first line of `capstan plan --longest` that has room decides. A step still has about so many `tokens`.
+    """
     shorter, most = choice.settings["data.sequence_length"][0], base.architecture.positions or longest
     wanted = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, most)
     if machine.memory is None or wanted <= shorter:
@@ -109,8 +114,9 @@ def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int,
 
 
 def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool:
-    """Whether a GPU has room for `total` bytes, where one is known. A base in 16 bits needs the room to be known, and
-    ample.
+    """Return whether a GPU has room for `total` bytes, if a GPU is known.
+
+    A base in 16 bits needs the room to be known, and ample.
     """
     in_16_bits = storage.get("quant.type", ("",))[0] == "none"
     if machine.memory is None:
@@ -125,15 +131,17 @@ def _lengths(base: Description, machine: Machine) -> Sequence[int]:
 
 
 def _counts(machine: Machine) -> Sequence[int]:
-    """Numbers of GPUs to try: the one that is given, or powers of two."""
+    """Return numbers of GPUs to try: the given one, or powers of two."""
     if machine.gpus is not None:
         return [machine.gpus]
     return [2**power for power in range(_MOST_GPUS.bit_length())]
 
 
 def _storages(trains_base: bool, offloads: bool, in_4_bits: bool) -> Iterator[dict[str, Setting]]:
-    """Ways to store the base and what learns, that which costs least time first; with `offloads` those that use the
-    host's memory. A base that is published `in_4_bits` stays as it is."""
+    """Yield ways to store the base and what learns, the one that costs least time first.
+
+    With `offloads` they are those that use the host's memory. A base that is published `in_4_bits` stays as it is.
+    """
     short = "in the host's memory, as the GPUs' does not suffice"
     small = {"optim.name": ("adamw_8bit", "moments of one byte, as four do not fit")}
     nf4 = {"quant.type": ("nf4", "4 bits a weight (QLoRA)")}
@@ -178,7 +186,7 @@ def _ranks(machine: Machine, gpus: int) -> dict[str, Setting]:
 
 
 def _widened(choice: Choice, length: int, base: Description, machine: Machine, tokens: int) -> Choice:
-    """The same with as many rows at once as fit, where a step has enough of them."""
+    """Return the same choice with as many rows at once as fit, if a step has enough of them."""
     if machine.memory is None or choice.plan.memory_per_gpu.total > _EASY * machine.memory:
         return choice
     for micro_batch in _MICRO_BATCHES:
@@ -197,12 +205,13 @@ def _plan(settings: Mapping[str, Setting], base: Description, machine: Machine, 
 
 
 def _least_plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
-    """The plan with all layers computed again, as they are where memory is short; where it is not, `auto` takes what is
-    left of it.
+    """Return the plan with all layers computed again, as they are if memory is short.
+
+    If memory is not short, `auto` takes what is left of it.
     """
     return _plan({**settings, "train.activation_checkpointing": ("all", "")}, base, machine, gpus)
 
 
 def parsed(settings: Mapping[str, Setting]) -> Config:
-    """The configuration with these settings."""
+    """Return the configuration with these settings."""
     return parse_config(yaml_text({name: value for name, (value, _) in settings.items()}, {}, ()))

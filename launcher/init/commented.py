@@ -17,7 +17,7 @@ _WIDTH = 120
 def yaml_text(
     settings: Mapping[str, Any], comments: Mapping[str, Sequence[str]], head: Sequence[str], foot: Sequence[str] = ()
 ) -> str:
-    """The configuration with these dotted settings; `head` and `foot` are lines of comment around it."""
+    """Return the configuration with these dotted settings. `head` and `foot` are lines of comment around it."""
     order = {name: index for index, (name, _) in enumerate(fields())}
     lines = [_comment(line) for line in head]
     opened: list[str] = []
@@ -38,7 +38,7 @@ def _comment(line: str) -> str:
 
 
 def check_new(path: Path, force: bool) -> None:
-    """Raise `ConfigError` where `path` is taken, unless `force`, or cannot be a file."""
+    """Raise `ConfigError` if `path` is taken, unless `force`, or if it cannot be a file."""
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(
             f"{shown(str(path))} cannot be written: its folder must exist, and it must not be a folder itself."
@@ -48,7 +48,7 @@ def check_new(path: Path, force: bool) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a configuration that `check_new` let pass."""
+    """Write a configuration that `check_new` accepted."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -56,7 +56,7 @@ def write_new(path: Path, text: str) -> None:
 
 
 def _lines(name: str, value: Any, comment: str) -> list[str]:
-    """One setting: a value on one line, or a list of sources with one on each."""
+    """Return the lines of one setting: a value on one line, or a list of sources with one on each."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         indent = " " * (len(name) - len(name.lstrip()) + 2)
         return [_commented(f"{name}:", comment), *(f"{indent}- {_flow(item)}" for item in value)]

@@ -1,4 +1,4 @@
-"""Puts a first configuration together: the answers, what fits, and the commands that come next."""
+"""Puts a first configuration together from the answers and what fits, with the commands that come next."""
 
 import re
 import shlex
@@ -28,8 +28,9 @@ from trainer.processes.devices import described_gpus
 
 
 class Goal(BaseModel):
-    """A goal of goals.yaml: its settings with the reason for each, its learning rates, and the data that it needs, in
-    words.
+    """A goal of goals.yaml: its settings with the reason for each, its learning rates, and the data that it needs.
+
+    The data is described in words.
     """
 
     about: str
@@ -52,19 +53,20 @@ KINDS: tuple[Kind, ...] = ("one", "slurm", "ray")
 _GPUS_A_NODE = 8
 _LARGE = 13e9
 """Weights above which QLoRA's learning rate is the lower one."""
-_TOKENS_OF_STEP = 65536  # about, whatever the number of GPUs
-# A step has no more tokens than leave an epoch so many steps; where there are few all the same, the data is passed over
-# more often.
+_TOKENS_OF_STEP = 65536  # about this many, whatever the number of GPUs
+# A step has few enough tokens to leave an epoch so many steps. If there are still few steps, the run passes over the
+# data more often.
 _STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
 _EVALUATIONS = 10
-_ROWS_SEEN = 256  # of each file, whose longest one says how long rows should be
+_ROWS_SEEN = 256  # of each file; the longest row decides how long rows should be
 _LITTLE, _FEW_HELD_OUT = 1_000_000, 0.1  # tokens, and share of rows
 
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """The answers that a first configuration is made of. `gpu` is a name or a size of memory; `gpus` how many there
-    are; None is as found here.
+    """The answers that a first configuration is made of.
+
+    `gpu` is a name or a size of memory, and `gpus` how many there are. None is what is found here.
     """
 
     base: str
@@ -89,12 +91,12 @@ class Initial:
     missing: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For people: what is missing or unfit of the data, and the next commands."""
+        """Return the lines for people: what is missing or unfit in the data, and the next commands."""
         return [*self.missing, "next:", *(f"  {line}" for line in self.next)]
 
 
 def initial_config(answers: InitAnswers, path: Path) -> Initial:
-    """A configuration for `answers`, to be written to `path`.
+    """Return a configuration for `answers`, to be written to `path`.
 
     Raises:
         ConfigError: an answer is not allowed, or the base cannot be found.
@@ -121,7 +123,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
     given |= _template(parsed(given), files) if files else {}
-    # By the size of its files; None where that cannot be seen from here.
+    # The size of the files gives the number. It is None if the size cannot be seen from here.
     tokens = found.tokens if (found := epoch_length(parsed(given), files, None)) else None
     given["data.held_out"] = (
         (_FEW_HELD_OUT, "so much of it is evaluated and never trained on; as there is little, more than usual")
@@ -150,9 +152,11 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
 
 
 def _template(config: Config, directory: Path) -> dict[str, Setting]:
-    """A named template whose tokens the base has, or the first of all, and its tokens, which such a base has never
-    seen: an adapter learns their rows too; `directory` has the base's own. Nothing where the base has a template, or
-    the rows that can be read here are no conversations."""
+    """Return a named template whose tokens the base has, or the first template, with its tokens.
+
+    A base that lacks these has never seen them, so an adapter learns their rows too. `directory` has the base's own
+    template. The result is empty if the base has a template, or if the rows that can be read here are no conversations.
+    """
     if has_template(config.data, directory) or not _looked_at(config, lambda files: any(map(has_conversations, files))):
         return {}
     name = fitting_template(tokens_of(directory)) or next(iter(NAMED))
@@ -166,13 +170,13 @@ def _template(config: Config, directory: Path) -> dict[str, Setting]:
 
 
 def _longest(files: Sequence[SourceFile]) -> int:
-    """About how many tokens the longest of the files' first rows has."""
+    """Return about how many tokens the longest of the files' first rows has."""
     first = (row for file in files for _, row in islice(rows(file, lambda _: None), _ROWS_SEEN))
     return max((sum(map(len, strings_of(row))) for row in first), default=0) // BYTES_A_TOKEN
 
 
 def _looked_at(config: Config, look: Callable[[Sequence[SourceFile]], T]) -> T | None:
-    """What `look` finds in the files of the training data; None where they cannot be read from here."""
+    """Return what `look` finds in the files of the training data; None if they cannot be read from here."""
     if any(is_of_hub(source) for source in config.data.train):
         return None
     try:
@@ -182,7 +186,7 @@ def _looked_at(config: Config, look: Callable[[Sequence[SourceFile]], T]) -> T |
 
 
 def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
-    """Passes over the data and how often the run is evaluated, by how many steps an epoch of the data has."""
+    """Return the passes over the data and how often the run is evaluated, from the steps of an epoch."""
     if tokens is None:
         return {"eval.every": (50, "steps; before the first one too")}
     in_step, length = (chosen.settings[name][0] for name in ("train.global_batch", "data.sequence_length"))
@@ -196,8 +200,9 @@ def _length(chosen: Choice, tokens: int | None) -> dict[str, Setting]:
 
 
 def _refused(config: Config, files: Path | None) -> tuple[str, ...]:
-    """The reasons why training would refuse the data that lies here: files that are missing, and rows that the goal
-    cannot learn from.
+    """Return the reasons why training would refuse the data that lies here.
+
+    Files may be missing, or the goal cannot learn from their rows.
     """
     lacking = unusable(config.data)
     if files and not lacking and all("://" not in source.path for source in config.data.train):
@@ -209,7 +214,7 @@ def _refused(config: Config, files: Path | None) -> tuple[str, ...]:
 
 
 def _machine(answers: InitAnswers) -> Machine:
-    """The GPUs that the answers name, or those of this machine."""
+    """Return the GPUs that the answers name, or those of this machine."""
     local = described_gpus() if answers.machine == "one" or not answers.gpu else []
     if answers.gpu:
         gpu = read_gpu(answers.gpu, "--gpu")
@@ -227,12 +232,12 @@ def _machine(answers: InitAnswers) -> Machine:
 
 
 def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str, Setting]:
-    """The settings of the cluster that runs it."""
+    """Return the settings of the cluster that runs it."""
     if answers.machine == "ray":
         return {"cluster.ray.address": ("auto", "the cluster that this machine is part of, or host:port")}
     if answers.machine == "one":
         return {}
-    # As many on every node.
+    # Every node has as many.
     per_node = max(count for count in range(1, machine.per_node + 1) if chosen.gpus % count == 0)
     return {
         "cluster.slurm.nodes": (chosen.gpus // per_node, "machines"),

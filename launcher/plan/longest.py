@@ -19,7 +19,7 @@ from trainer.plan.longest import LongestRow, PlannedRanks, longest_rows
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest rows on `ranks`, of a base with so many `positions`, where it has a limit."""
+    """The longest rows on `ranks`, of a base with so many `positions`, if it has a limit."""
 
     ranks: PlannedRanks
     gpu: Gpu | None
@@ -28,7 +28,7 @@ class Longest:
 
 
 def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) -> Longest:
-    """The longest rows of `config` on `gpu`, as `plan_run` finds it.
+    """Return the longest rows of `config` on `gpu`, which is found as in `plan_run`.
 
     Raises:
         ConfigError: no GPU is known to compare with, or the base or a method cannot be planned with.
@@ -44,7 +44,7 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
 
 
 def show_longest(found: Longest) -> RenderableType:
-    """A table with a line for each setting, and sentences on what it rests on."""
+    """Show a table with a line for each setting, and sentences on what it rests on."""
     table = FoldedTable()
     table.add_column("settings")
     for name in ("tokens", "activations", "host memory of a node"):

@@ -37,15 +37,15 @@ from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16
-# The first steps of a start warm kernels up, and fewer than these are no measurement.
+# The first steps of a start warm kernels up, and fewer steps than these are no measurement.
 _FEWEST_STEPS = 10
 
 
 def measured_rate(store: Store, config: Config, gpu: Gpu | None) -> Rate | None:
-    """The rate of the newest run whose settings make the same work of a row, on GPUs of this name, or on CPUs where the
-    run is for them.
+    """Return the rate of the newest run whose rows make the same work, on GPUs of this name.
 
-    None where there is no such run, or the store cannot be read. `gpu` is None where any will do.
+    If the run is for CPUs, runs on CPUs count. The rate is None if there is no such run, or the store cannot be read.
+    `gpu` is None if any GPU will do.
     """
     with suppress(CapstanError), ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
         found = pool.map(lambda name: _rate(store.sub(name), config, gpu), runs(store))
@@ -54,7 +54,7 @@ def measured_rate(store: Store, config: Config, gpu: Gpu | None) -> Rate | None:
 
 
 def _rate(folder: Store, config: Config, gpu: Gpu | None) -> tuple[float, Rate] | None:
-    """The time of the run's last step, and its rate."""
+    """Return the time of the run's last step, and its rate."""
     with suppress(CapstanError):
         other = run_config(folder)
         if _work(other) != _work(config):
@@ -71,10 +71,10 @@ def _rate(folder: Store, config: Config, gpu: Gpu | None) -> tuple[float, Rate] 
 
 
 def _work(config: Config) -> list[Any]:
-    """The settings that decide what a rank computes with one row."""
+    """Return the settings that decide what a rank computes with one row."""
     model, train, base = config.model, config.train, config.model.base
     if "://" not in base and (path := local_path(base, "model.base")).exists():
-        base = str(path)  # as a run's own configuration has it, from wherever it was started
+        base = str(path)  # as in a run's own configuration, wherever it was started
     return [
         (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
@@ -93,7 +93,7 @@ def _is_alike(start: Record, config: Config, gpu: Gpu | None) -> bool:
 
 
 def _card(device: str) -> str:
-    """The name of the card in "cuda:0 (NVIDIA H100 80GB HBM3)"."""
+    """Return the name of the card in "cuda:0 (NVIDIA H100 80GB HBM3)"."""
     return device.partition("(")[2].removesuffix(")")
 
 
@@ -111,8 +111,8 @@ def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Recor
     return Rate(seconds / rows, tokens, basis, name_of(folder))
 
 
-# A plan is made on a login node, which may not reach the store: then it does without what the store knows, and asks
-# once.
+# A plan is made on a login node, which may not reach the store. Then it does without what the store knows, and asks
+# only once.
 _STORE_SECONDS = 3.0
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
@@ -120,9 +120,10 @@ Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan of a run. `gpu` is what it is compared with, and `whose` says why that one; None where no GPU is known.
+    """The plan of a run.
 
-    `data_missing` says that what is short is the data. `forecast` is None where steps or rate are not known.
+    `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
+    data is what is short. `forecast` is None if steps or rate are not known.
     """
 
     plan: Plan
@@ -134,11 +135,11 @@ class Planned:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a GPU holds its part; None where no GPU is known, or where the sizes of the base are not."""
+        """Whether a GPU holds its part; None if no GPU is known, or the sizes of the base are not."""
         return None if self.gpu is None or self.plan.unrecognised else self.plan.memory_per_gpu.total <= self.gpu.memory
 
     def to_json(self) -> dict[str, Any]:
-        """The plan's own figures, and beside them those that it is compared with and what follows."""
+        """Return the plan's own figures, those that it is compared with, and what follows."""
         gpu = None if self.gpu is None else {**asdict(self.gpu), "whose": self.whose}
         estimate = self.forecast.to_json() if self.forecast else None
         return {
@@ -150,15 +151,16 @@ class Planned:
         }
 
     def check(self) -> None:
-        """Raises the error of what is wrong or does not fit, if anything is."""
+        """Raise the error of what is wrong or does not fit, if anything is."""
         if self.plan.shortfalls:
             kind = ConfigError if self.plan.mismatches else DataError if self.data_missing else DoesNotFit
             raise kind("\n".join(self.plan.shortfalls))
 
 
 class Machine(NamedTuple):
-    """The ranks of a run and those of a node, and what each has: a `gpu`, and `whose` says why that one, or on CPUs so
-    many bytes of the host.
+    """The ranks of a run and those of a node, and what each rank has.
+
+    A rank has a `gpu`, and `whose` says why that one. On CPUs it has so many bytes of the host.
     """
 
     world_size: int
@@ -169,7 +171,7 @@ class Machine(NamedTuple):
 
 
 def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Machine:
-    """The machine that `config` is planned for. Raises `ConfigError` where the GPU is unknown."""
+    """Return the machine that `config` is planned for. Raises `ConfigError` if the GPU is unknown."""
     found, whose, count = _gpu_of(config, gpu)
     world_size, per_node = _ranks(config, count, ranks_per_node)
     on_cpus = config.cluster.gpus_per_worker == 0
@@ -178,8 +180,9 @@ def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> M
 
 
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
-    """Plan `config` for `gpu`, a size or a name; by default for the GPU of cluster.slurm.gpu_type, else for this
-    machine's.
+    """Plan `config` for `gpu`, a size or a name.
+
+    The default is the GPU of cluster.slurm.gpu_type, else this machine's.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
@@ -189,7 +192,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
     config = config.decided(base.in_4_bits)
-    with suppress(CapstanError):  # where the data cannot be read, as is said below
+    with suppress(CapstanError):  # if the data cannot be read, which is reported below
         config = with_labels(config)
     memory = found.memory if found else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
@@ -229,7 +232,10 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
-    """A sentence on what the teacher stores. Not all tokens are targets, so that of an epoch is a bound."""
+    """Return a sentence on what the teacher stores.
+
+    Not all tokens are targets, so the tokens of an epoch are a bound.
+    """
     size = teacher.bytes_a_target(vocabulary)
     most = f", at most {decimal(size * length.tokens_of_epoch)} for an epoch's tokens" if length.tokens_of_epoch else ""
     return (
@@ -239,8 +245,10 @@ def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
 
 
 def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
-    """Sentences on what a step samples, who does, how fast that has to be, and what lies in the store. Each token of an
-    answer takes 12 bytes there, and so does each of its prompt."""
+    """Return sentences on what a step samples, who samples, how fast that has to be, and what the store takes.
+
+    Each token of an answer takes 12 bytes there, and so does each token of its prompt.
+    """
     given, batch = config.rollout, config.train.global_batch
     answers, adapter = batch * given.answers, f"an adapter at most {given.lag} updates old"
     who = f"{len(given.engine)} servers, with {adapter}"
@@ -280,7 +288,7 @@ def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:
 
 
 def _answering_store(config: Config) -> Store | None:
-    """The run's store; None where it does not answer, so that only one request waits for it."""
+    """Return the run's store; None if it does not answer, so that only one request waits for it."""
     store = open_store(config.run.store, retry_seconds=0.0, request_seconds=_STORE_SECONDS)
     try:
         store.exists(f"{config.run.name}/{layout.CONFIG}")
@@ -290,7 +298,7 @@ def _answering_store(config: Config) -> Store | None:
 
 
 def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None, int]:
-    """The GPU that is planned for, why that one, and how many of them this machine has."""
+    """Return the GPU that is planned for, why that one, and how many of them this machine has."""
     if given is not None:
         return read_gpu(given, "--gpu"), "given", 0
     if config.cluster.gpus_per_worker == 0:
@@ -308,8 +316,9 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:
-    """The ranks of the run and those of a node: as the settings say, else one for each GPU that is known of, else as
-    few as can be.
+    """Return the ranks of the run and those of a node.
+
+    They are as the settings say, else one for each GPU that is known of, else as few as can be.
     """
     slurm = config.cluster.slurm
     serving = config.rollout.serving_gpus

@@ -1,4 +1,4 @@
-"""A plan for people: what somebody wants to know of a run before anything else, in words, and the tables below."""
+"""A plan for people: in words what a person wants to know of a run first, and the tables below."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -46,7 +46,7 @@ _MEANING = {
 
 
 def meaning(part: str) -> str:
-    """A part of the plan's bytes in words, with how far they can be relied on."""
+    """A part of the plan's bytes in words, with how reliable they are."""
     kind = " (estimate)" if part in ESTIMATES else " (allowance)" if part in ALLOWANCES else ""
     return _MEANING.get(part, part.replace("_", " ")) + kind
 
@@ -66,7 +66,10 @@ _BATCH = {
 
 
 def plan_tables(plan: Plan) -> list[FoldedTable]:
-    """Parameters and batch, then a table of bytes for each of GPU, host and network. A part of nothing has no row."""
+    """Return parameters and batch, then a table of bytes for each of GPU, host and network.
+
+    A part of zero bytes has no row.
+    """
     facts = _table("run", "")
     facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
     for name, count in asdict(plan.parameters).items():
@@ -98,7 +101,7 @@ def plan_tables(plan: Plan) -> list[FoldedTable]:
 
 
 def binary(count: int) -> str:
-    """Bytes of memory as makers and drivers of GPUs count them: 23.9 GiB."""
+    """Return bytes of memory as makers and drivers of GPUs count them: 23.9 GiB."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
@@ -119,7 +122,7 @@ _WHOSE = {
 
 
 def show_plan(planned: Planned, config: Config) -> RenderableType:
-    """Whether it fits, how long it is, how long it takes and what it costs; then the tables that this follows from."""
+    """Show whether the run fits, how long it is, how long it takes and what it costs; then the tables behind this."""
     opening = facts()
     for name, text in _lines(planned, config):
         opening.add_row(name, text)
@@ -164,7 +167,7 @@ def _fits(planned: Planned) -> str | Text:
 
 
 def _sureness(planned: Planned) -> str:
-    """How much of the memory is counted, and how much is not."""
+    """Say how much of the memory is counted, and how much is not."""
     parts = asdict(planned.plan.memory_per_gpu)
     estimated, allowed = (sum(parts.get(name, 0) for name in names) for names in (ESTIMATES, ALLOWANCES))
     counted = parts["total"] - estimated - allowed
@@ -185,7 +188,7 @@ def _length(planned: Planned, config: Config) -> str:
 
 
 def _rhythm(length: Length, config: Config) -> Iterator[str]:
-    """The steps between what comes so many times in an epoch."""
+    """Yield the steps between two of so many events in an epoch."""
     for name, times in (
         ("eval.per_epoch", config.eval.per_epoch),
         ("checkpoint.per_epoch", config.checkpoint.per_epoch),
@@ -227,7 +230,7 @@ def _each(count: int, what: str) -> str:
 
 
 def _large(count: int) -> str:
-    """A number of tokens in three digits: 31.2 M."""
+    """Return a number of tokens in three digits: 31.2 M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if count >= size:
             return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"

@@ -1,8 +1,7 @@
-"""The metric of a sweep, and the settings that it may try by it: figures of trials compare only where all measure the
-same.
+"""The metric of a sweep, and the settings that it may try under this metric.
 
-A mean of nats depends on which tokens it is the mean over, and a preference's loss on the formula. A trial that changes
-either is better or worse by definition, not by training.
+Figures of trials compare only if all trials measure the same. A mean of nats depends on the tokens that it covers, and
+a preference's loss on the formula. A trial that changes either is better or worse by definition, not by training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +37,9 @@ _REFERENCE = (
 
 
 class Metric(NamedTuple):
-    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train". `mode`: min or max is
-    good.
+    """The figure `measure` of the records about `of`: the name of an evaluation set, or "train".
+
+    `mode` says whether min or max is good.
     """
 
     of: str
@@ -52,10 +52,11 @@ class Metric(NamedTuple):
 
 
 def metric_of(config: Config, trials: Sequence[Config]) -> Metric:
-    """The metric by which the `trials` of the sweep of `config` are compared.
+    """Return the metric by which the `trials` of the sweep of `config` are compared.
 
     Raises:
-        ConfigError: not all of them record it, the mode contradicts it, or what is tried changes what it measures.
+        ConfigError: not all of them record it, the mode contradicts it, or a setting that is tried changes what it
+            measures.
     """
     sweep = config.sweep
     of, measure = sweep.judged_by(config.evaluated)
@@ -83,12 +84,12 @@ def _mode(measure: str, metric: str | None) -> str:
 
 
 def _measures(config: Config, of: str) -> Sequence[str]:
-    """The figures that the run records of a set: a named one has its likelihood alone."""
+    """Return the figures that the run records of a set. A named set has only its likelihood."""
     return (LOSS, *(find_objective(config).measures if of in (UNNAMED, TRAIN) else ()))
 
 
 def _changes(name: str, metric: Metric, trials: Sequence[Config]) -> Iterator[str]:
-    """A sentence where trying the setting changes what the metric measures."""
+    """Yield a sentence if trying the setting changes what the metric measures."""
     section = name.partition(".")[0]
     if section == "data" and _decides_tokens(name, metric.of, trials[0]):
         yield (
@@ -127,7 +128,7 @@ def _changes(name: str, metric: Metric, trials: Sequence[Config]) -> Iterator[st
 
 
 def _decides_tokens(name: str, of: str, config: Config) -> bool:
-    """Whether a setting of the data decides which tokens the figures about `of` are of."""
+    """Return whether a setting of the data decides which tokens the figures about `of` cover."""
     if name not in _KEEP_THE_TOKENS or of == TRAIN:
         return True
     return of == UNNAMED and name in (
@@ -136,13 +137,14 @@ def _decides_tokens(name: str, of: str, config: Config) -> bool:
 
 
 def _compares(config: Config) -> bool:
-    """Whether the figures of the objective are differences to the base without what learns."""
+    """Return whether the figures of the objective are differences from the base without what learns."""
     return find_objective(config).reads_reference
 
 
 def _by_formula(metric: Metric, trials: Sequence[Config]) -> bool:
-    """Whether the figure is the objective's own, and no likelihood: evaluations leave out what training adds to
-    that.
+    """Return whether the figure is the objective's own, and no likelihood.
+
+    Evaluations leave out what training adds to the likelihood.
     """
     if metric.of == TRAIN:
         return True

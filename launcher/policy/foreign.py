@@ -1,7 +1,7 @@
-"""The rule for a run that is not this user's own (trainer/run/own.py): reading it runs no code that its config.yaml
-names, and reads no file, bucket or data set that it names, unless the reader names them or trusts it.
+"""The rule for a run that is not this user's own (trainer/run/own.py).
 
-docs/credentials.md tells users what holds, and what does not.
+Reading such a run executes no code that its config.yaml names, and reads no file, bucket or data set that it names. The
+reader may name these themselves, or trust the run. docs/credentials.md tells users what holds, and what does not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ Named = Iterator[tuple[str, Any]]
 
 
 def evaluated(config: Config) -> Named:
-    """What an evaluation compiles into the store, and the code of its tasks."""
+    """The settings that an evaluation compiles into the store, and those that name the code of its tasks."""
     yield from _text(config)
     reached = partial(_reached, config)
     yield "data.eval", _all(reached, (source.path for source in config.data.eval))
@@ -42,7 +42,7 @@ def exported(config: Config) -> Named:
 
 
 def started(config: Config) -> Named:
-    """What a start reads on this machine, and runs on this one and on those of the cluster."""
+    """The settings that a start reads on this machine, and those that it runs here and on the cluster's machines."""
     slurm, rollout = config.cluster.slurm, config.rollout
     yield from _text(config)
     yield "data.train", _all(_local, (source.path for source in config.data.train))
@@ -61,10 +61,11 @@ def started(config: Config) -> Named:
 def check_own(
     folder: Store, config: Config, uses: Callable[[Config], Named], overrides: Sequence[str], *, trust: bool
 ) -> None:
-    """Raise `ConfigError` where `config`, that of the run in `folder` with the reader's `overrides`, names something
-    that the verb `uses`, the run is not this user's own, and they neither name it themselves nor `trust` the run.
+    """Raise `ConfigError` if `config` names something that the verb `uses` and the run is not this user's own.
 
-    A run that is trusted once is their own from then on, until somebody changes its config.yaml.
+    `config` is that of the run in `folder` with the reader's `overrides`. Names that the reader gives themselves are
+    allowed, and so is a run that they `trust`. A trusted run is the reader's own from then on, until somebody changes
+    its config.yaml.
     """
     try:
         if trust:
@@ -86,7 +87,7 @@ def check_own(
 
 
 def _names(given: set[str], name: str) -> bool:
-    """Whether the reader has given the setting `name`, or the section that it is in."""
+    """Return whether the reader has given the setting `name`, or the section that it is in."""
     return any(name == setting or name.startswith(f"{setting}.") for setting in given)
 
 
@@ -105,7 +106,7 @@ def _all(which: Callable[[str], str | None], paths: Iterable[str]) -> list[str]:
 
 
 def _changed(section: str, settings: Any, *names: str) -> Named:
-    """Those that have not their defaults."""
+    """Yield the settings that do not have their defaults."""
     for name in names:
         value = getattr(settings, name)
         if value != type(settings).model_fields[name].get_default(call_default_factory=True):
@@ -113,13 +114,13 @@ def _changed(section: str, settings: Any, *names: str) -> Named:
 
 
 def _local(value: str | None) -> str | None:
-    """`value` where it is the path of something, and not a name."""
+    """Return `value` if it is a path, and not a name."""
     if value is None or ("://" in value and not value.startswith("file://")):
         return None
     return value if value.startswith(("/", "~", ".", "file://")) or Path(value).is_file() else None
 
 
 def _reached(config: Config, path: str) -> str | None:
-    """`path` where it takes this user's rights to read it, and not those that reach the run's own bucket."""
+    """Return `path` if reading it takes this user's rights, and not those that reach the run's own bucket."""
     bucket, ours = (place.split("/")[:3] for place in (path, config.run.store))
     return None if "://" in path and bucket == ours else path

@@ -1,7 +1,7 @@
 """Decides what the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
 
-Beside `retry`, which restarts ranks inside one job, this restarts the job: after a time limit, a lost node, or a driver
-that died. Two budgets, as there: preemptions and lost nodes are free, failures are few.
+`retry` restarts ranks inside one job. This restarts the job: after a time limit, a lost node, or a driver that died.
+There are two budgets, as in `retry`: preemptions and lost nodes are free, failures are few.
 """
 
 from collections import Counter
@@ -40,8 +40,9 @@ class Ending:
     """How the driver, or the ranks that srun started, ended, and what is known of the nodes by then.
 
     `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's
-    request. `lost_nodes` do not answer; `failed_nodes` holds the node of each rank that died, once for each death.
-    `step` is the newest commit's. `reason` is the run's own, and `lost_machine` whether that is a machine that left.
+    request. `lost_nodes` do not answer. `failed_nodes` holds the node of each rank that died, once for each death.
+    `step` is the newest commit's. `reason` is the run's own, and `lost_machine` says whether the reason is a machine
+    that left.
     """
 
     exit_code: int
@@ -56,9 +57,10 @@ class Ending:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job, as the run's folder records it; `ended` and `kind` are None while it runs, or if it was lost.
+    """One start of a job, as the run's folder records it.
 
-    `submission` tells the jobs of one `capstan submit slurm` from those of another. Times are seconds since 1970.
+    `ended` and `kind` are None while it runs, or if it was lost. `submission` tells the jobs of one `capstan submit
+    slurm` from those of another. Times are seconds since 1970.
     """
 
     number: int
@@ -88,10 +90,10 @@ class JobDecision:
 
 
 def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised: bool) -> JobDecision:
-    """`before` are the earlier attempts of the same submission, oldest first; `budget` is the number of failures
-    allowed.
+    """Decide whether the job goes on.
 
-    `supervised`: a driver has restarted dead ranks itself within the budget, so that its own exit code 1 is final.
+    `before` are the earlier attempts of the same submission, oldest first. `budget` is the number of failures allowed.
+    `supervised`: a driver has itself restarted dead ranks within the budget, so its own exit code 1 is final.
     """
     bad = bad_nodes(before, ending)
     kind, reason, again = _meaning(ending, supervised, newly_bad=bool(set(bad) & set(ending.failed_nodes)))
@@ -117,7 +119,7 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
 
 
 def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind, str, bool]:
-    """(kind, reason, whether starting again is worth it)."""
+    """Return (kind, reason, whether starting again is worth it)."""
     code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
     if code == 0:
         return "finished", "", False
@@ -126,7 +128,7 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
     if ending.lost_nodes:
         return "node lost", f"no answer from {', '.join(ending.lost_nodes)}", True
     if code in _STOPPED and not ending.signal and ending.lost_machine:
-        return "node lost", ending.reason, True  # by Ray, though Slurm still reaches it
+        return "node lost", ending.reason, True  # Ray lost it, though Slurm still reaches it
     if code == Stopped.exit_code and not ending.signal:
         return "stopped", ending.reason or "stopped by request", False
     if code in _MISTAKES and not (code in _STOPPED and ending.signal):
@@ -144,8 +146,10 @@ def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind
 
 
 def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
-    """Whether the start before ended by the same error of the run's own, with nothing committed since. Processes that
-    are killed tell too little for that, and a node on which ranks died is left out of the next start."""
+    """Return whether the start before ended by the same error of the run's own, with nothing committed since.
+
+    Killed processes tell too little for that. A node on which ranks died is left out of the next start.
+    """
     told = bool(ending.reason) and 0 < ending.exit_code < 128 and ending.exit_code != RAY_DID_NOT_START
     if not (told and before) or ending.failed_nodes:
         return False
@@ -154,7 +158,7 @@ def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
 
 
 def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:
-    """Nodes on which ranks died at least twice, or that were lost twice, over all attempts."""
+    """Return nodes on which ranks died at least twice, or that were lost twice, over all attempts."""
     earlier = [node for attempt in before for node in attempt.failed_nodes]
     deaths = Counter([*ending.failed_nodes, *ending.lost_nodes, *earlier])
     return sorted(node for node, count in deaths.items() if count >= BAD_NODE_FAILURES)

@@ -1,8 +1,8 @@
 """Decides what happens after a worker group ends: pure policy over the errors that ended its ranks.
 
-A rank's own `CapstanError` tells a mistake or a request apart from a crash: configuration, data and memory would only
-fail again, a stop is meant; a crash and a failing store are worth another attempt. Nodes that leave are nobody's
-failure and have a budget of their own.
+A rank's own `CapstanError` distinguishes a mistake or a request from a crash. Errors of configuration, data and memory
+would only come again, and a stop is intended. A crash and a failing store are worth another attempt. Nodes that leave
+are nobody's failure and have a budget of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,9 +27,12 @@ Kind = Literal["failure", "preemption", "resize"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended. `error` is the ranks' own, None is a crash; `step` is the one that was not finished, None
-    before the first. `raised`: a rank has raised what ended it, where others were killed. `lost_machine`: a machine
-    left, which is nobody's failure; `died`: the rank whose process ended by itself."""
+    """Why an attempt ended.
+
+    `error` is the ranks' own; None is a crash. `step` is the unfinished step; None before the first. `raised`: a rank
+    has raised what ended it, while others were killed. `lost_machine`: a machine left, which is nobody's failure.
+    `died`: the rank whose process ended by itself.
+    """
 
     reason: str
     error: CapstanError | None
@@ -49,7 +52,7 @@ class Failure:
 class RankDied(Exception):
     """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
-    Without `confirmed` no more is known than that it cannot be reached.
+    Without `confirmed` it is only known that the rank cannot be reached.
     """
 
     def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True) -> None:
@@ -63,10 +66,10 @@ def lost_machine(which: str) -> Failure:
 
 
 def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> Failure:
-    """The cause among the errors that ended the ranks; `resizing`: they were asked to end because more nodes had come.
+    """Return the cause among the errors that ended the ranks.
 
-    A lost node comes first, then an error of ours, then a rank that is gone: the ranks left behind fail with broken
-    connections.
+    `resizing`: they were asked to end because more nodes had come. A lost node comes first, then an error of ours, then
+    a rank that is gone: the ranks left behind fail with broken connections.
     """
     lost = sorted(rank for rank, error in errors.items() if isinstance(error, RankDied) and error.node_lost)
     if lost:
@@ -86,11 +89,10 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
 def decide(
     ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]
 ) -> str | CapstanError:
-    """The sentence with which another attempt is made, or the error that ends the run; `ends` are all attempts' so far,
-    the newest last.
+    """Return the sentence with which another attempt is made, or raise the error that ends the run.
 
-    `committed`: the run has a checkpoint, so that it can be resumed. `command` writes out the one that does a verb with
-    the run.
+    `ends` are all attempts' so far, the newest last. `committed`: the run has a checkpoint, so it can be resumed.
+    `command` writes out the command that does a verb with the run.
     """
     newest = ends[-1]
     again = "Starting again from the last commit"
@@ -118,8 +120,11 @@ def decide(
 
 
 def _is_certain(before: Failure, newest: Failure) -> bool:
-    """Whether two crashes are one that comes at every start: both in the same step, or the same error before there was
-    one. Ranks that are killed while they start tell too little for that."""
+    """Return whether two crashes are one that comes at every start.
+
+    They are in the same step, or have the same error before there was a step. Ranks that are killed while they start
+    tell too little for that.
+    """
     if newest.step is not None:
         return before.step == newest.step
     return newest.raised and (before.step, before.reason) == (None, newest.reason)
@@ -139,7 +144,7 @@ def _after_preemption(
 
 
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:
-    """`failure` with what its generation's records tell: a hang that the ranks named, and the step they were in."""
+    """Return `failure` with facts of its generation's records: a hang that the ranks named, and their step."""
     records = list(records)
     hang = next((record["reason"] for record in records if "hung_ranks" in record), None)
     if failure.error is None and hang is not None:

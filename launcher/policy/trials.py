@@ -1,5 +1,7 @@
-"""The trials of a sweep: which there are, as a pure function of its configuration, with their form in its folder; whose
-turn it is; and how much the metric depends on each setting, which is a plain description and no test of significance.
+"""The trials of a sweep: a pure function of its configuration, and their form in its folder.
+
+This file also decides whose turn it is. It describes how much the metric depends on each setting, which is no test of
+significance.
 """
 
 import itertools
@@ -37,22 +39,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The whole of a sweep, as its folder keeps it: by which metric its trials are compared, which they are, and what
-    is known of each base that they have, by `base_key`: the `digest` of its weights' samples and, of one of the Hub,
-    its `commit`."""
+    """The whole of a sweep, as its folder keeps it.
+
+    It has the metric that compares the trials, the trials, and what is known of each base by `base_key`: the `digest`
+    of the samples of its weights and, for a base of the Hub, its `commit`.
+    """
 
     metric: Metric
     trials: list[Trial]
     bases: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
 
     def config_of(self, config: Config, trial: Trial) -> Config:
-        """`trial_config`, at the commit of the Hub that the first trial over its base has."""
+        """Return `trial_config`, at the commit of the Hub that the first trial over its base has."""
         own = trial_config(config, trial)
         commit = self.base_of(own).get("commit")
         return override(own, assignment("model.revision", commit)) if commit else own
 
     def base_of(self, own: Config) -> dict[str, str]:
-        """The facts about the base of a trial's configuration; empty for a sweep that keeps none."""
+        """Return the facts about the base of a trial's configuration; empty for a sweep that keeps none."""
         return self.bases.get(base_key(own.model), {})
 
     def to_json(self) -> dict[str, Any]:
@@ -61,21 +65,21 @@ class SearchPlan:
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "SearchPlan":
-        """Raises `LookupError` or `TypeError` for what no version has written."""
+        """Read a plan. Raises `LookupError` or `TypeError` for JSON that no version has written."""
         return cls(
             Metric(**given["metric"]), [Trial(**trial) for trial in given["trials"]], dict(given.get("bases", {}))
         )
 
 
 def base_key(model: Model) -> str:
-    """A base as the settings name it."""
+    """Return a base as the settings name it."""
     return f"{model.base}@{model.revision or ''}"
 
 
 def planned(config: Config) -> SearchPlan:
-    """The sweep of `config`. Grids vary fastest, so that more samples leave the first trials what they are.
+    """Return the sweep of `config`. Grids vary fastest, so more samples leave the first trials what they are.
 
-    No two trials have the same values: where there are no more, there are fewer trials than samples.
+    No two trials have the same values. If there are no more values, there are fewer trials than samples.
 
     Raises:
         ConfigError: nothing is tried, or the figures of the trials would not compare.
@@ -89,12 +93,12 @@ def planned(config: Config) -> SearchPlan:
     grids = {name: given[GRID] for name, given in sweep.settings.items() if GRID in given}
     drawn = {name: given for name, given in sweep.settings.items() if name not in grids}
     samples = (sweep.samples or _SAMPLES) if drawn else 1
-    # A stream of its own for each setting: another setting beside it does not change its values.
+    # Each setting has a stream of its own, so another setting beside it does not change its values.
     streams = {name: _draws(given, random.Random(f"{sweep.seed} {name}")) for name, given in drawn.items()}
     trials: list[Trial] = []
     seen, combinations = set[str](), list(itertools.product(*grids.values()))
     for _ in range(samples):
-        for values in list(combinations):  # a copy, as those without new values are removed
+        for values in list(combinations):  # a copy, because combinations without new values are removed
             fixed = dict(zip(grids, values, strict=True))
             chosen = _new(
                 ({**fixed, **{name: next(draw) for name, draw in streams.items()}} for _ in range(_TRIES)), seen
@@ -109,8 +113,9 @@ def planned(config: Config) -> SearchPlan:
 
 
 def _with_each_objective(config: Config, trials: list[Trial]) -> list[Config]:
-    """The configuration with each of the objectives that the trials have: there may be thousands of trials with a few
-    of these.
+    """Return the configuration with each of the objectives that the trials have.
+
+    There may be thousands of trials with a few objectives.
     """
     tried = [
         {name: value for name, value in trial.settings.items() if name.startswith("objective.")} for trial in trials
@@ -120,7 +125,7 @@ def _with_each_objective(config: Config, trials: list[Trial]) -> list[Config]:
 
 
 def _new(drawn: Iterator[dict[str, Any]], seen: set[str]) -> dict[str, Any] | None:
-    """The first of the values that has not been `seen`, as it is from now on; None if there is none."""
+    """Return the first of the values that has not been `seen`, and mark it as seen. None if there is none."""
     for values in drawn:
         key = json.dumps(values, sort_keys=True)
         if key not in seen:
@@ -130,7 +135,7 @@ def _new(drawn: Iterator[dict[str, Any]], seen: set[str]) -> dict[str, Any] | No
 
 
 def trial_config(config: Config, trial: Trial) -> Config:
-    """The configuration of the trial's run: that of the sweep with its values, and without the sweep.
+    """Return the configuration of the trial's run: that of the sweep with its values, and without the sweep.
 
     Raises:
         ConfigError: its values are not allowed, or not together; it says which trial.
@@ -162,21 +167,23 @@ def _draw(kind: str, values: list[Any], draw: random.Random) -> Any:
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
-    """The settings of a trial, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
+    """Return the settings of a trial, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
     last = [name.rpartition(".")[2] for name in settings]
     names = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
     return " ".join(f"{name}={word(value)}" for name, value in zip(names, settings.values(), strict=True))
 
 
 def word(value: Any) -> str:
-    """A setting's value, as short as people compare it."""
+    """Return a setting's value, as short as people compare it."""
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial that has not had its turn. `makes` are the things in the store that its run needs and runs share:
-    compiled data and quantized bases, by the keys of their manifests. One that is `done` has only its figures to tell.
+    """A trial that has not had its turn.
+
+    `makes` are the things in the store that its run needs and runs share: compiled data and quantized bases, by the
+    keys of their manifests. A trial that is `done` has only its figures to report.
     """
 
     number: int
@@ -185,7 +192,7 @@ class Candidate:
 
 
 class End(NamedTuple):
-    """How a trial's run ended; the reason is empty where it finished."""
+    """How a trial's run ended. The reason is empty if it finished."""
 
     exit_code: int
     reason: str
@@ -193,9 +200,11 @@ class End(NamedTuple):
 
 @dataclass
 class Turns:
-    """The trials that are `waiting` for their turn and those that have it. Where several share something which is not
-    made yet, one goes first, and the others wait until it is there; `made` tells. `room` is how many trials the cluster
-    can train at once that are like the one of this number."""
+    """The trials that are `waiting` for their turn and those that have it.
+
+    If several trials share something that is not made yet, one goes first, and the others wait until it is there;
+    `made` tells. `room` is how many trials like the one of this number the cluster can train at once.
+    """
 
     waiting: list[Candidate]
     made: Callable[[str], bool]
@@ -203,11 +212,11 @@ class Turns:
     running: dict[int, Candidate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Those that are done first: what their figures were decides who is stopped early from now on.
+        # Finished trials come first: their figures decide which trials are stopped early from now on.
         self.waiting = sorted(self.waiting, key=lambda trial: (not trial.done, trial.number))
 
     def next(self) -> int | None:
-        """The trial to start now; it is running from here on. None where all that wait have to."""
+        """Return the trial to start now. It counts as running from here on. None if all waiting trials have to wait."""
         missing = {thing for trial in self.running.values() for thing in trial.makes if not self.made(thing)}
         training = sum(not trial.done for trial in self.running.values())
         for trial in self.waiting:
@@ -230,8 +239,8 @@ _FEWEST = 3
 class Sensitivity:
     """The metric of `trials` trials at `step`, by the values of one setting.
 
-    A range has the rank `correlation` (Spearman's) of value and metric, None where the trials do not tell. Single
-    values have the `means` of the metric for each, and the `spread`, which is the largest mean less the smallest.
+    A range has the rank `correlation` (Spearman's) of value and metric; None if the trials do not tell. Single values
+    have the `means` of the metric for each, and the `spread`, which is the largest mean minus the smallest.
     """
 
     setting: str
@@ -255,13 +264,13 @@ class Sensitivity:
 def sensitivities(
     settings: Mapping[str, Any], trials: Sequence[Trial], curves: Mapping[int, Mapping[int, float]]
 ) -> list[Sensitivity]:
-    """One for each of the sweep's `settings`, the strongest first among those of a kind.
+    """Return one for each of the sweep's `settings`, the strongest first among those of a kind.
 
     `curves` has the metric after each step for the numbers of those trials that count. They are compared at the last
-    step that all of them have reached: a metric before it and one behind it would not tell the settings apart from the
+    step that all of them have reached. Metrics at different steps would mix the effect of the settings with that of the
     training.
     """
-    # Before the first step all are the base.
+    # Before the first step all trials are the base.
     reached = {trial.number: {step for step in curves.get(trial.number, ()) if step > 0} for trial in trials}
     counted = [trial for trial in trials if reached[trial.number]]
     common = set[int].intersection(*(reached[trial.number] for trial in counted)) if counted else set[int]()
@@ -296,6 +305,6 @@ def _of_values(name: str, given: list[Any], metric: list[float], step: int) -> S
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Return ranks from 0. Equal values share the mean of theirs."""
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

@@ -1,1 +1,1 @@
-"""`capstan report`: one page that shows what a run did, made of its records alone."""
+"""`capstan report`: one page that shows what a run did. It is made from the run's records alone."""

@@ -1,5 +1,7 @@
-"""The pages that compare: several runs, with the settings that differ and their curves over each other; and the trials
-of a sweep, with how the metric depends on each setting.
+"""The pages that compare: several runs, or the trials of a sweep.
+
+Runs are shown with the settings that differ, and with their curves over each other. Trials are shown with how the
+metric depends on each setting.
 """
 
 import math
@@ -26,7 +28,7 @@ _COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes",
 
 
 def comparison_page(runs: Sequence[RunFigures]) -> str:
-    """The whole HTML file, for runs of any number."""
+    """Return the whole HTML file, for runs of any number."""
     names = distinct_names(runs)
     named = dict(zip(names, runs, strict=True))
     held_out = _held_out(runs)
@@ -42,19 +44,21 @@ def comparison_page(runs: Sequence[RunFigures]) -> str:
 
 
 def _held_out(runs: Iterable[RunFigures]) -> list[str]:
-    """The names of the data that any of them has evaluated."""
+    """Return the names of the data that any of them has evaluated."""
     return sorted({of for run in runs for of in run.held_out.get(_LOSS, {})})
 
 
 def distinct_names(runs: Sequence[RunFigures]) -> list[str]:
-    """The names of the runs; the whole place of those that share one."""
+    """Return the names of the runs. Runs that share a name get their whole place instead."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else run.run for run in runs]
 
 
 def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs, each with its value in every run, in words; name and place of the
-    run are left out."""
+    """Return the settings that are not the same in all runs, each with its value in every run, in words.
+
+    Name and place of the run are left out.
+    """
     every = [dict(leaves(run.settings)) for run in runs]
     names = {name: None for settings in every for name in settings}
     values = {name: [settings.get(name) for settings in every] for name in names if not name.startswith("run.name")}
@@ -63,8 +67,9 @@ def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
 
 
 def _set(value: Any) -> Any:
-    """A value as somebody would write it: lists of sections without what is not set in them, and those of a path alone
-    as the path.
+    """Return a value as a person would write it.
+
+    Lists of sections lack what is not set in them. A section with only a path is the path.
     """
     if isinstance(value, list):
         return [_set(one) for one in value]
@@ -75,10 +80,10 @@ def _set(value: Any) -> Any:
 
 
 def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
-    """The same measure of all runs in one plot: where a run has more steps than can be shown, its means."""
+    """Plot the same measure of all runs together. A run with more steps than can be shown has its means."""
     plots = [_overlaid(some, _LOSS, words) for words, some in _by_objective(runs).items()]
     for of in _held_out(runs.values()):
-        # A named set has the likelihood of its tokens; the loss of the data without a name is the objective's.
+        # A named set has the likelihood of its tokens. The loss of the data without a name is the objective's.
         for words, some in ({"": runs} if of else _by_objective(runs)).items():
             for data, alike in _by_data(some, of).items():
                 series = [Series(name, run.held_out.get(_LOSS, {}).get(of, [])) for name, run in alike.items()]
@@ -89,7 +94,7 @@ def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
 
 
 def _by_data(runs: Mapping[str, RunFigures], of: str) -> dict[str, dict[str, RunFigures]]:
-    """The runs whose set `of` has the same documents, by the first of them; without words where all are."""
+    """Return the runs whose set `of` has the same documents, by the first of them; without words if all have."""
     split, groups = split_of(of or UNNAMED), dict[str, dict[str, RunFigures]]()
     for name, run in runs.items():
         data = next((found.fingerprint for found in run.data if found.split == split), "")
@@ -98,7 +103,7 @@ def _by_data(runs: Mapping[str, RunFigures], of: str) -> dict[str, dict[str, Run
 
 
 def _by_objective(runs: Mapping[str, RunFigures]) -> dict[str, dict[str, RunFigures]]:
-    """The runs whose losses are of one formula, by its words; without words where all are."""
+    """Return the runs whose losses have the same formula, by its words; without words if all have."""
     tried = {name: {"name": "sft", **_set(run.settings.get("objective") or {})} for name, run in runs.items()}
     groups: dict[str, dict[str, RunFigures]] = {}
     for name, objective in tried.items():
@@ -127,8 +132,9 @@ _DECADES = 100
 
 @dataclass(frozen=True)
 class SweepFigures:
-    """A sweep now, and the figures of its best trials, the best first. `logarithmic` are the settings that are drawn
-    so.
+    """A sweep now, and the figures of its best trials, the best first.
+
+    `logarithmic` are the settings that are drawn on a logarithmic scale.
     """
 
     made: float
@@ -142,7 +148,10 @@ class SweepFigures:
 
 
 def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
-    """Raises `StorageError` when the store cannot be read, and `ConfigError` where the folder is no sweep's."""
+    """Read a sweep's figures.
+
+    Raises `StorageError` when the store cannot be read, and `ConfigError` if the folder is no sweep's.
+    """
     status = read_sweep(folder, clock)
     store, tried = store_of(folder), run_config(folder).sweep.settings
     best = [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)]
@@ -157,7 +166,7 @@ def _ranked(status: SweepStatus) -> list[TrialStatus]:
 
 
 def sweep_page(figures: SweepFigures) -> str:
-    """The whole HTML file."""
+    """Return the whole HTML file."""
     status = figures.status
     by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
     return rendered(
@@ -174,8 +183,9 @@ def sweep_page(figures: SweepFigures) -> str:
 
 
 def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
-    """The metric of every trial at its last step over a setting, by the trials' states. None where its values are no
-    numbers.
+    """Plot the metric of every trial at its last step over a setting, by the trials' states.
+
+    None if its values are no numbers.
     """
     groups: dict[str, list[Point]] = {}
     for trial in status.trials:
@@ -192,6 +202,6 @@ def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | 
 
 
 def _is_geometric(values: list[float]) -> bool:
-    """Whether three or more rising values grow by one factor, as 8, 16, 32 do."""
+    """Return whether three or more rising values grow by one factor, as 8, 16, 32 do."""
     factors = [later / earlier for earlier, later in pairwise(values)]
     return len(factors) > 1 and all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors)

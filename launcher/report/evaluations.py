@@ -1,6 +1,4 @@
-"""The results of evaluations and the samples in a run's folder, as they are shown: what is damaged is named and left
-out.
-"""
+"""The results of evaluations and the samples in a run's folder, for reports. Damaged ones are named and left out."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -28,9 +26,12 @@ class Loss(BaseModel):
 
 
 class SetResult(BaseModel):
-    """The losses on one set. `difference` is the adapter's loss less the base's, `interval` its 95 % interval, if there
-    are documents enough for one; `data` is the fingerprint of its documents, of which so many were `trained_on`;
-    earlier evaluations lack both. `server` is that which has answered in the place of ranks."""
+    """The losses on one set.
+
+    `difference` is the adapter's loss minus the base's. `interval` is its 95 % interval, if there are documents enough
+    for one. `data` is the fingerprint of the set's documents, and `trained_on` the number of them that were trained on;
+    earlier evaluations lack both. `server` is the server that answered instead of ranks.
+    """
 
     data: str | None = None
     documents: int | None = None
@@ -44,8 +45,11 @@ class SetResult(BaseModel):
 
 
 class MetricResult(BaseModel):
-    """One metric of a task; `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier
-    evaluations lack; `server` as of a set."""
+    """One metric of a task.
+
+    `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack. `server` is as
+    for a set.
+    """
 
     base: Number = None
     adapter: Number = None
@@ -81,7 +85,7 @@ class EvaluationFigures(BaseModel):
 
 
 class SampleText(BaseModel):
-    """A prompt and its answers, by the base where that was asked too."""
+    """A prompt and its answers, including the base's if the base was asked too."""
 
     prompt: str
     base: str | None = None
@@ -89,7 +93,7 @@ class SampleText(BaseModel):
 
 
 class SampleFigures(BaseModel):
-    """The answers after `step` updates; `left_out` prompts are not shown."""
+    """The answers after `step` updates. `left_out` prompts are not shown."""
 
     step: int
     samples: list[SampleText]
@@ -97,14 +101,16 @@ class SampleFigures(BaseModel):
 
 
 def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]:
-    """All of them, by step."""
+    """Return all evaluations, by step."""
     found = [_parsed(EvaluationFigures, folder.get(key), key, notes) for key in _keys(folder, layout.EVALUATIONS)]
     return sorted(filter(None, found), key=lambda evaluation: evaluation.step)
 
 
 def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
-    """A sentence wherever a set has other documents than before. `seen` are its name, the step at which it was
-    evaluated, or from which it was, and its fingerprint, in order."""
+    """Yield a sentence for each set that has other documents than before.
+
+    `seen` has in order the set's name, the step of its evaluation, and its fingerprint.
+    """
     last = dict[str, str]()
     for name, step, data in seen:
         if isinstance(data, str) and last.setdefault(name, data) != data:
@@ -113,7 +119,7 @@ def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
 
 
 def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:
-    """The samples of the first step and of the newest ones, with long texts cut."""
+    """Return the samples of the first step and of the newest ones, with long texts cut."""
     keys = _keys(folder, layout.SAMPLES)
     found = []
     for key in [*keys[:1], *keys[1:][1 - _MOST_STEPS :]]:

@@ -1,6 +1,6 @@
-"""Every figure that a report shows, read from the run's folder alone: the page (page.py) only lays them out.
+"""Every figure that a report shows, read from the run's folder alone. The page (page.py) only lays them out.
 
-No figure is made up where the records have none: it is None, an empty list, or a sentence in `RunFigures.notes`.
+No figure is invented if the records have none: it is None, an empty list, or a sentence in `RunFigures.notes`.
 """
 
 import math
@@ -37,8 +37,9 @@ _EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers"
 
 @dataclass(frozen=True)
 class Curve:
-    """A measure over the steps that count: `points` with the extremes of all, and the `means` where there are more than
-    those.
+    """A measure over the steps that count.
+
+    `points` include the extremes of all steps. `means` are there if there are more steps than points.
     """
 
     points: list[Point]
@@ -48,13 +49,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """A run as its folder tells it; `held_out` has the curves of evaluation sets by measure and set, "" for the unnamed
-    one.
+    """A run as its folder describes it.
 
-    `measured` has those of what else was measured every so many steps, by action and figure.
+    `held_out` has the curves of evaluation sets by measure and set; "" is the unnamed set. `measured` has the curves of
+    everything else that was measured every so many steps, by action and figure.
 
-    `Figures` are the parts that are shown and not computed with: the page finds each of theirs by its place in what
-    `--json` prints.
+    `Figures` are the parts that are only shown and not computed with. The page finds each of their values by its place
+    in what `--json` prints.
     """
 
     run: str
@@ -88,7 +89,7 @@ class RunFigures:
         return [start for start in self.starts if start.step is not None][1:]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values under the names above; a curve has the points that the page shows."""
+        """Return plain values under the names above. A curve has the points that the page shows."""
         tree = asdict(self)
         for name in ("evaluations", "samples"):
             tree[name] = [found.model_dump() for found in getattr(self, name)]
@@ -99,7 +100,10 @@ class RunFigures:
 
 
 def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFigures:
-    """The figures of the run in `folder` now. Raises `StorageError` when the store cannot be read; damage is none."""
+    """Return the figures of the run in `folder` now.
+
+    Raises `StorageError` when the store cannot be read. Damage raises nothing.
+    """
     notes: list[str] = []
     status, history = read_status(folder, clock), read_history(folder)
     settings, manifest = read_settings(folder, notes), newest_manifest(folder, notes)
@@ -138,7 +142,7 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
 
 
 def _progress(history: History, total: int | None) -> Figures:
-    """How far the run is. Losses are means over the step's targets, in nats."""
+    """Return how far the run is. Losses are means over the step's targets, in nats."""
     steps = history.steps
     losses, seconds = list(steps.values("loss")), steps.sum("seconds")
     went_on_from = next((start.step for start in reversed(history.starts) if start.step), 0)
@@ -155,7 +159,7 @@ def _progress(history: History, total: int | None) -> Figures:
 
 
 def _curves(history: History) -> dict[str, Curve]:
-    """A curve a measure: whatever number steps have, and no count of this step alone or part of its time."""
+    """Return a curve for each measure: every number that steps have, except counts of a step and parts of its time."""
     names = (name for name in history.steps.names if name not in _COUNTS and not name.endswith("_seconds"))
     every = {name: list(history.steps.points(name)) for name in names}
     return {name: Curve(thinned(points), means(points), len(points)) for name, points in every.items()}
@@ -186,16 +190,20 @@ def _measured(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
 
 
 def _commits(records: Iterable[Record], committed: Iterable[int]) -> list[Figures]:
-    """Those that were recorded, or that are `committed` in the store: a kill may come between a commit and its record.
-    The training waited `stall_seconds` for one."""
+    """Return the commits that were recorded, or that are `committed` in the store.
+
+    A kill may come between a commit and its record. The training waited `stall_seconds` for a commit.
+    """
     every: dict[int, Record] = {step: {} for step in committed} | {record["step"]: record for record in records}
     facts = ("bytes", "seconds", "stall_seconds")
     return [{"step": step, **{name: every[step].get(name) for name in facts}} for step in sorted(every)]
 
 
 def _time(history: History) -> list[Figures]:
-    """Where the time went from the first start to the last record of each, in seconds on the clock. The parts add up to
-    the whole: the last one is the rest, such as waits between steps and the end."""
+    """Return where the time went from the first start to the last record of each, in seconds on the clock.
+
+    The parts add up to the whole: the last part is the rest, such as waits between steps and the end.
+    """
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
     parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
@@ -211,8 +219,11 @@ def _time(history: History) -> list[Figures]:
 
 
 def _memory(history: History) -> list[Figures]:
-    """Bytes that the plan said, whose parts add up to it, and that were measured at most, where either is known. The
-    plan has all ranks alike; rank 0 is measured, on the host by its process alone."""
+    """Return the bytes that the plan said, and the most that were measured, if either is known.
+
+    The parts of the plan add up to its sum. The plan treats all ranks alike. Rank 0 is measured, on the host by its
+    process alone.
+    """
     plan = history.newest("plan")
     device = "one rank" if plan.get("device") == "cpu" else "one GPU"
     rows = (
@@ -237,8 +248,10 @@ def _memory_of(history: History, plan: Record, of: str, planned: str, measured: 
 
 
 def _experts(records: Sequence[Record]) -> list[Figures]:
-    """The loads of each mixture's layer in the newest steps of training: the visits to its busiest and its least busy
-    expert over the mean, and how many saw no token."""
+    """Return the loads of each mixture's layer in the newest steps of training.
+
+    They are the visits to its busiest and its least busy expert over the mean, and how many experts saw no token.
+    """
     newest = next((record for record in reversed(records) if record.get("of") == "train"), {})
     every = {
         layer: [load for _, load in finite_points([(0, load) for load in loads])]
@@ -258,9 +271,11 @@ def _experts(records: Sequence[Record]) -> list[Figures]:
 
 
 def _cost(history: History, price: Any) -> Figures | None:
-    """Hours of GPUs where a start had one, else those of ranks on CPUs, which have no price here; `lost_hours` of them
-    are for steps that had to be done again. The energy is in watt hours: the hours at `watts`, the mean power of rank
-    0's GPU in its steps."""
+    """Return the hours of GPUs, if a start had one; else those of ranks on CPUs, which have no price here.
+
+    `lost_hours` are those for steps that had to be done again. The energy is in watt hours: the hours at `watts`, the
+    mean power of rank 0's GPU in its steps.
+    """
     on_gpu = [start for start in history.starts if start.device and start.device.startswith("cuda")]
     counted = on_gpu or history.starts
     hours = math.fsum(start.rank_hours for start in counted)
@@ -283,7 +298,7 @@ def _cost(history: History, price: Any) -> Figures | None:
 
 
 def _mean_watts(history: History) -> float | None:
-    """The mean over the time of the steps that have a reading."""
+    """Return the mean over the time of the steps that have a reading."""
     seconds = dict(history.steps.points("seconds"))
     read = [(watts, seconds[step]) for step, watts in history.steps.points("device_watts") if seconds.get(step)]
     whole = math.fsum(took for _, took in read)

@@ -1,7 +1,7 @@
 """The history of a run: its starts, and the steps that count, read from the records of all its generations.
 
-A start goes on from a committed checkpoint, so its steps replace the equal and later ones of the starts before it:
-those were computed in vain.
+A start goes on from a committed checkpoint, so its steps replace the equal and later ones of the starts before it.
+Those were computed in vain.
 """
 
 import math
@@ -25,14 +25,17 @@ _NO_MEASURE = {"kind", "step", "time", "clock"}
 
 
 class Columns:
-    """One column a number that steps have, in the order of the steps; a step that lacks a number has NaN there."""
+    """One column for each number that steps have, in the order of the steps.
+
+    A step that lacks a number has NaN there.
+    """
 
     def __init__(self) -> None:
         self.steps = array("q")
         self._columns: dict[str, array[float]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a step's record. A number that is not finite is none, and so is a text."""
+        """Add a step's record. A text, or a number that is not finite, is left out."""
         before = len(self.steps)
         self.steps.append(record["step"])
         for name, value in record.items():
@@ -45,7 +48,7 @@ class Columns:
             column.append(value)
 
     def cut(self, step: int) -> "Columns":
-        """Take away the steps after `step`; returns what was taken, in columns of its own."""
+        """Remove the steps after `step`. Returns them, in columns of their own."""
         place, taken = bisect_right(self.steps, step), Columns()
         taken.steps = self.steps[place:]
         taken._columns = {name: column[place:] for name, column in self._columns.items()}
@@ -59,7 +62,7 @@ class Columns:
         return [name for name in self._columns if next(self.values(name), None) is not None]
 
     def points(self, name: str) -> Iterator[Point]:
-        """(step, value) of each step that has this number."""
+        """Return (step, value) of each step that has this number."""
         column = self._columns.get(name, ())
         return ((step, value) for step, value in zip(self.steps, column, strict=False) if not math.isnan(value))
 
@@ -75,13 +78,14 @@ def _is_number(value: Any) -> bool:
 
 
 def finite_points(points: Sequence[tuple[Any, Any]]) -> list[Point]:
-    """Those of `points` that can be drawn."""
+    """Return those of `points` that can be drawn."""
     return [(x, y) for x, y in points if _is_number(x) and _is_number(y)]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` of `points`, in their order: the first, the last, and of each stretch the lowest and the
-    highest.
+    """Return at most `most` of `points`, in their order.
+
+    They are the first, the last, and of each stretch the lowest and the highest.
     """
     if len(points) <= most:
         return list(points)
@@ -93,8 +97,9 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """The mean of each stretch of `points`, at the stretch's last x; empty where there are few enough to show them
-    all.
+    """Return the mean of each stretch of `points`, at the stretch's last x.
+
+    The result is empty if there are few enough points to show them all.
     """
     if len(points) <= most:
         return []
@@ -111,9 +116,9 @@ PARTS = ("launch", "load", "restore")
 
 @dataclass
 class PastStart:
-    """One start of the run. Times are seconds since 1970; `seconds` has those that a part of the start took.
+    """One start of the run. Times are seconds since 1970. `seconds` has the durations of parts of the start.
 
-    `step` is the state that it went on from, None where it never trained; `last_step` is the last one that it took.
+    `step` is the state that it went on from; None if it never trained. `last_step` is the last step that it took.
     """
 
     number: int
@@ -133,7 +138,7 @@ class PastStart:
 
     @property
     def lasted(self) -> float:
-        """Seconds from when its processes were started to its last record."""
+        """The seconds from the start of its processes to its last record."""
         return self.lifetime.seconds
 
     @property
@@ -143,8 +148,10 @@ class PastStart:
 
 @dataclass
 class History:
-    """`others` are the records that are no step's, by kind; the evaluations and commits of steps that do not count are
-    left out.
+    """The starts and steps of a run that count.
+
+    `others` are the records other than steps, by kind. The evaluations and commits of steps that do not count are left
+    out.
     """
 
     starts: list[PastStart] = field(default_factory=list)
@@ -152,12 +159,12 @@ class History:
     others: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
     def newest(self, kind: str) -> Record:
-        """The newest record of this kind, or an empty one."""
+        """Return the newest record of this kind, or an empty one."""
         return next(iter(self.others.get(kind, [])[-1:]), {})
 
 
 def read_history(folder: Store) -> History:
-    """Read every generation of the run in `folder`; a damaged record counts as none."""
+    """Read every generation of the run in `folder`. A damaged record counts as none."""
     history = History()
     for number in generations(folder):
         history.starts.append(start := PastStart(number))
@@ -197,7 +204,7 @@ def _read(history: History, start: PastStart, records: Iterable[Record]) -> None
 def _go_on_from(history: History, step: int) -> None:
     """Take back the steps after `step`, and what was measured or committed in them."""
     taken = history.steps.cut(step)
-    # The newest start is asked first, as each has only the steps after the state that it went on from.
+    # The newest start is asked first, because each has only the steps after the state that it went on from.
     for earlier in reversed(history.starts[:-1]):
         lost = taken.cut(earlier.step or 0)
         earlier.lost_steps += len(lost.steps)

@@ -1,5 +1,6 @@
-"""The page of one run: its figures, laid out. Names, reasons and samples are others' texts, so everything is
-escaped.
+"""The page of one run: its figures, laid out.
+
+Names, reasons and samples are others' texts, so everything is escaped.
 """
 
 import re
@@ -41,7 +42,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """How a number of the steps is drawn: its title, its unit, and the factor to that."""
+    """How a number of the steps is drawn: its title, its unit, and the factor to that unit."""
 
     title: str
     unit: str = ""
@@ -74,7 +75,7 @@ _MEASURES = {
 
 
 def run_page(figures: RunFigures) -> str:
-    """The whole HTML file. It loads nothing and runs nothing."""
+    """Return the whole HTML file. It loads nothing and runs nothing."""
     loss = {size: loss_plot(figures, wide=size == "wide") for size in ("wide", "narrow")}
     return rendered(
         "run.html.j2",
@@ -87,7 +88,7 @@ def run_page(figures: RunFigures) -> str:
 
 
 def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
-    """`template` with these values; `figure` finds a figure in `tree`, the values that `--json` prints."""
+    """Render `template` with these values. `figure` finds a figure in `tree`, the values that `--json` prints."""
 
     def figure(begin: str | tuple[str | int, ...], *rest: str | int, kind: str) -> Markup:
         path = (*((begin,) if isinstance(begin, str) else begin), *rest)
@@ -112,14 +113,15 @@ def _environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """`name`, escaped, with places where a line may end, so that no table is as wide as a path and no word ends
-    anywhere.
+    """Return `name`, escaped, with places where a line may end.
+
+    So no table is as wide as a path, and no word ends just anywhere.
     """
     return Markup("<wbr>").join(_BREAK.split(name))
 
 
 def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
-    """The loss of training and of every evaluation set, with commits and restarts."""
+    """Plot the loss of training and of every evaluation set, with commits and restarts."""
     measure = measure_of("loss")
     return lines(
         measure.title,
@@ -132,7 +134,7 @@ def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
 
 
 def _restarts(figures: RunFigures) -> dict[float, str]:
-    """The steps that starts went on from, with the numbers of those starts."""
+    """Return the steps that starts went on from, with the numbers of those starts."""
     numbers: dict[float, list[str]] = {}
     for start in figures.restarts:
         numbers.setdefault(start.step or 0, []).append(str(start.number))
@@ -140,8 +142,10 @@ def _restarts(figures: RunFigures) -> dict[float, str]:
 
 
 def _series(figures: RunFigures, name: str) -> list[Series]:
-    """The lines of a measure: that of training, and one for each set. Where the steps are too many to show each, the
-    extremes are faint, and the means in front."""
+    """Return the lines of a measure: that of training, and one for each set.
+
+    If there are too many steps to show each, the extremes are faint, and the means in front.
+    """
     measure, curve, found = measure_of(name), figures.curves.get(name), list[Series]()
     if curve and curve.means:
         found.append(Series("lowest and highest", measure.scaled(curve.points), "faint"))
@@ -154,8 +158,10 @@ def _series(figures: RunFigures, name: str) -> list[Series]:
 
 
 def measure_plots(figures: RunFigures) -> list[Plot]:
-    """A plot for each measure but the loss: those that are known first, then whatever an objective adds, then what
-    else is measured every so many steps."""
+    """Return a plot for each measure but the loss.
+
+    First come the known measures, then those that an objective adds, then what else is measured every so many steps.
+    """
     names = [*_MEASURES, *sorted((figures.curves.keys() | figures.held_out.keys()) - _MEASURES.keys())]
     plots = [_measure_plot(figures, name) for name in names if name != "loss"]
     for by, curves in figures.measured.items():
@@ -174,5 +180,5 @@ def _title(name: str) -> str:
 
 def _measure_plot(figures: RunFigures, name: str) -> Plot | None:
     measure, series = measure_of(name), _series(figures, name)
-    seen = any(y for one in series for _, y in one.points)  # a count that stays 0 is no plot
+    seen = any(y for one in series for _, y in one.points)  # a count that stays 0 gets no plot
     return lines(measure.title, series, unit=measure.unit) if seen else None

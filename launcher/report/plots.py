@@ -1,7 +1,7 @@
-"""Plots as SVG: pygal finds the scales and draws, and all colours and fonts are left to the page's style sheet.
+"""Plots as SVG: pygal finds the scales and draws, and the page's style sheet decides all colours and fonts.
 
 A plot works wherever its SVG is put into a page: it has no script, no style, no identifier and no link of its own. Its
-texts are ticks only; title, unit and legend are words of the page (`Plot`), which flow on a phone.
+only texts are ticks. Title, unit and legend are words of the page (`Plot`), which flow on a phone.
 """
 
 import math
@@ -32,9 +32,7 @@ Look = Literal["line", "faint", "dots", "dashed", "restart", "commit"]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) under a name, and their look: a line, a faint one beside its mean, dots alone, a dashed line, or
-    marks.
-    """
+    """Points (x, y) under a name, and their look: a line, a faint line beside its mean, dots, dashes, or marks."""
 
     name: str
     points: Sequence[Point]
@@ -43,7 +41,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Legend:
-    """An entry of a plot's legend: its class has the colour and the look, and it is a mark or a line."""
+    """An entry of a plot's legend. Its class has the colour and the look, and it is a mark or a line."""
 
     name: str
     css: str
@@ -52,7 +50,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn plot: `svg` is ready for the page, everything else is text that the page has to escape."""
+    """A drawn plot. `svg` is ready for the page, and the page has to escape everything else."""
 
     title: str
     unit: str
@@ -64,7 +62,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Axis:
-    """The x axis: on a logarithmic one every x is above 0. `ticks` stand where it says, by default at round numbers."""
+    """The x axis. On a logarithmic axis every x is above 0. `ticks` are given, or stand at round numbers."""
 
     name: str = "step"
     log: bool = False
@@ -91,9 +89,9 @@ def lines(
     wide: bool = False,
     note: str = "",
 ) -> Plot | None:
-    """Series over the same x, with a named upright line at each x of `restarts` and a mark below at each of `commits`.
+    """Plot series over the same x, with a named upright line at each x of `restarts` and a mark at each of `commits`.
 
-    None where there is no point to draw.
+    The marks are below. The result is None if there is no point to draw.
     """
     drawn = [Series(one.name, points, one.look) for one in series if (points := finite_points(one.points))]
     if not drawn:
@@ -112,13 +110,13 @@ def lines(
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest of `values`, apart from each other."""
+    """Return the lowest and the highest of `values`, with a distance between them."""
     low, high = min(values), max(values)
     return (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
 
 
 def _wider(low: float, high: float, room: float) -> tuple[float, float]:
-    """An axis from `low` to `high` with `room`, a share of its length, at both ends."""
+    """Return an axis from `low` to `high` with `room`, a share of its length, at both ends."""
     return low - room * (high - low), high + room * (high - low)
 
 
@@ -130,7 +128,7 @@ def _drawn(
 
     every = [at for one in series for at, _ in one.points]
     begin = 0 if not x.log and 0 < min(every) <= max(every) / 10 else min(every)
-    # Lines begin on the axes; dots alone stand apart from them.
+    # Lines begin on the axes. Dots alone keep a distance from them.
     room = _ROOM if any(one.look == "dots" for one in series) else 0.0
     chart = pygal.XY(
         width=960 if wide else 480,
@@ -141,7 +139,7 @@ def _drawn(
         show_legend=False,
         style=Style(label_font_size=_WIDE_FONT if wide else _FONT),
         max_scale=_TICKS,
-        truncate_label=-1,  # a number without its end is another one
+        truncate_label=-1,  # a number without its end is another number
         range=_wider(low, high, room),
         xrange=_wider(*_bounds([x.place(begin), x.place(max(every))]), room),
         x_labels=[*map(x.place, x.ticks or _log_ticks(begin, max(every)))] if x.ticks or x.log else None,
@@ -167,8 +165,9 @@ def _drawn(
 
 
 def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]) -> str:
-    """The SVG without pygal's style, script, tooltips and background; its dots have titles, which browsers show and
-    readers say.
+    """Return the SVG without pygal's style, script, tooltips and background.
+
+    Its dots have titles, which browsers show and screen readers say.
     """
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(svg)
@@ -192,7 +191,7 @@ def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]
 
 
 def _name_lines(group: ElementTree.Element, names: Sequence[str]) -> None:
-    """Write the name of each upright line over it."""
+    """Write the name of each upright line above it."""
     for path, name in zip(list(group), names, strict=False):
         place = re.match(r"M([\d.]+)", path.get("d", ""))
         attributes = {"x": place[1] if place else "0", "y": "-4"}
@@ -200,7 +199,7 @@ def _name_lines(group: ElementTree.Element, names: Sequence[str]) -> None:
 
 
 def _css(series: Sequence[Series], index: int) -> str:
-    """The classes of a series: its look, and a colour that a faint line shares with the mean behind it."""
+    """Return the classes of a series: its look, and a colour that a faint line shares with the mean behind it."""
     look = series[index].look
     if look in ("restart", "commit"):
         return f"series {look}"
@@ -210,7 +209,7 @@ def _css(series: Sequence[Series], index: int) -> str:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`: the more, the fewer powers of ten there are between them."""
+    """Return round numbers from `low` to `high`. There are more of them if there are few powers of ten in between."""
     orders = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if len(orders) <= 3 else (1,)
     every = (digit * 10.0**order for order in orders for digit in digits)
@@ -218,7 +217,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick(value: float, digits: int = 4) -> str:
-    """A number as an axis has it: short, and with a letter where it is large."""
+    """Return a number as an axis shows it: short, and with a letter if it is large."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.{digits}g}{suffix}"
@@ -229,5 +228,5 @@ def tick(value: float, digits: int = 4) -> str:
 
 
 def _digits(low: float, high: float) -> int:
-    """The significant digits that tell the ticks of an axis apart."""
+    """Return the significant digits that tell the ticks of an axis apart."""
     return max(4, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))

@@ -1,4 +1,4 @@
-"""The report of one run, of several, or of a sweep: where it is kept, and what `--json` tells of it."""
+"""The report of one run, of several, or of a sweep: where it is stored, and what `--json` prints of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,9 @@ class Report:
 
 
 def read_report(folders: Sequence[Store]) -> Report:
-    """A report of the run or the sweep in one folder, or one that compares the runs in several, the trials of sweeps
-    among them.
+    """Return a report of the run or the sweep in one folder, or one that compares the runs in several folders.
 
-    Raises `StorageError` when one cannot be read.
+    The trials of sweeps are among these runs. Raises `StorageError` when one cannot be read.
     """
     if len(folders) == 1 and is_sweep(folders[0]):
         sweep = read_sweep_figures(folders[0])
@@ -41,15 +40,16 @@ def read_report(folders: Sequence[Store]) -> Report:
 
 
 def target_of(folders: Sequence[Store], output: Path | None) -> str:
-    """Where the page of these goes: `output`, else the folder of the one run, or this directory for several."""
+    """Return the file for the page: `output`, else one in the folder of a single run, or in this directory."""
     if output is None and len(folders) == 1:
         return f"{folders[0].uri.removeprefix('file://')}/{layout.REPORT}"
     return str(output or layout.REPORT)
 
 
 def write_report(folders: Sequence[Store], output: Path | None = None) -> Report:
-    """Write the page to `target_of` them. Raises `StorageError` when a run cannot be read, or the page not be
-    written.
+    """Write the page to `target_of` the runs.
+
+    Raises `StorageError` when a run cannot be read, or the page cannot be written.
     """
     report = read_report(folders)
     if output is None and len(folders) == 1:
@@ -65,8 +65,9 @@ def write_report(folders: Sequence[Store], output: Path | None = None) -> Report
 
 
 def _write(target: Path, text: str) -> None:
-    """All of it or nothing: what is there stays where the disk is full. What is no file, such as /dev/stdout, is
-    written to as it is.
+    """Write the whole page or nothing: if the disk is full, the old page stays.
+
+    Something that is no file, such as /dev/stdout, is written to directly.
     """
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8")
@@ -81,8 +82,9 @@ def _write(target: Path, text: str) -> None:
 
 
 def keep_report(folder: Store, log: Callable[[str], None]) -> None:
-    """Write the page of a run, or of a sweep, that has ended into its folder; a failure is said, and never decides how
-    it ends.
+    """Write the page of a run or a sweep that has ended into its folder.
+
+    A failure is reported, and never decides how the run ends.
     """
     try:
         if is_sweep(folder) or generations(folder):

@@ -1,5 +1,6 @@
-"""The model and the data of a run, and how to do it again: read from its settings, its newest checkpoint and its
-compiled data.
+"""The model and the data of a run, and how to train it again.
+
+They are read from the run's settings, its newest checkpoint and its compiled data.
 """
 
 import json
@@ -41,15 +42,16 @@ Figures: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the newest start as plain values, each secret replaced by a word, and the key that they were read
-    from.
+    """The settings of the newest start as plain values, and the key that they were read from.
+
+    A word replaces each secret.
     """
 
     tree: dict[str, Any]
     key: str | None
 
     def get(self, setting: str) -> Any:
-        """The value of a dotted setting; None where it is not set."""
+        """Return the value of a dotted setting; None if it is not set."""
         value: Any = self.tree
         for name in setting.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -58,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class DataFigures:
-    """A compiled data set: `counts` has what became of the rows, `remarks` examples of what is wrong with them."""
+    """A compiled data set. `counts` has what became of the rows, `remarks` examples of what is wrong with them."""
 
     split: str
     fingerprint: str
@@ -71,7 +73,7 @@ class DataFigures:
 
 
 def read_settings(folder: Store, notes: list[str]) -> Settings:
-    """The newest settings that can be read; why others could not is added to `notes`."""
+    """Return the newest settings that can be read. The reasons why others could not go to `notes`."""
     keys = sorted((entry.key for entry in folder.list(layout.SETTINGS)), reverse=True)
     for key in [*keys, layout.CONFIG, layout.SUBMITTED]:
         try:
@@ -88,7 +90,7 @@ def read_settings(folder: Store, notes: list[str]) -> Settings:
 
 
 def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | None:
-    """That of the newest checkpoint which can be read; the damaged ones are added to `notes`."""
+    """Return the manifest of the newest checkpoint that can be read. Damaged ones go to `notes`."""
     skipped: list[str] = []
     try:
         manifest = next(readable_manifests(folder, skipped), None)
@@ -100,9 +102,11 @@ def newest_manifest(folder: Store, notes: list[str]) -> CheckpointManifest | Non
 
 
 def trained_figures(settings: Settings, manifest: CheckpointManifest | None, history: History) -> Figures:
-    """The part of the model that learns, and the base under it: `trainable` and `total` count parameters, and a loss is
-    a mean over `loss_of`. The manifest is the truth about a checkpoint; what it does not say, or where there is none,
-    the settings tell."""
+    """Return the learning part of the model, and the base under it.
+
+    `trainable` and `total` count parameters, and a loss is a mean over `loss_of`. The manifest is the truth about a
+    checkpoint. The settings tell what it does not say, or everything if there is no manifest.
+    """
     planned = history.newest("plan").get("parameters", {})
     base = manifest.base if manifest else {}
     adapter = dict(manifest.adapter) if manifest else {}
@@ -138,7 +142,7 @@ def _stored(kind: str, double: Any, settings: Settings) -> str:
 def data_figures(
     folder: Store, settings: Settings, manifest: CheckpointManifest | None, history: History, notes: list[str]
 ) -> list[DataFigures]:
-    """The data sets that the newest start has read, as far as the store still has them."""
+    """Return the data sets that the newest start has read, as far as the store still has them."""
     named = history.newest("start").get("data", {})
     fingerprints = {split: name for split, name in named.items() if isinstance(name, str)}
     if manifest:
@@ -176,8 +180,9 @@ def _data_set(root: Store, settings: Settings, split: str, fingerprint: str) -> 
 
 
 def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManifest | None) -> Figures | None:
-    """The way to do the same again: a command, and the configuration that it reads. None where no settings could be
-    read.
+    """Return how to do the same again: a command, and the configuration that it reads.
+
+    None if no settings could be read.
     """
     if settings.key is None:
         return None

@@ -1,9 +1,9 @@
-"""`capstan smoke`: the whole life of a run in small, on the real stack, every figure measured in this very run.
+"""`capstan smoke`: the whole life of a run in small, on the real stack. This very run measures every figure.
 
     material -> plan -> undisturbed run -> run killed (-9) in the middle -> resumed on another world size
     -> export -> verify
 
-A run that learns from what it samples is killed first, and the undisturbed one gets its answers.
+If a run learns from what it samples, it is killed first, and the undisturbed run gets its answers.
 
 Each part is the real command in a process of its own, so the proof holds for the commands that a user runs.
 """
@@ -55,9 +55,9 @@ _POLL_SECONDS = 0.5
 
 
 class Command:
-    """`python -m module arguments`, started at once. Its stderr is appended to `log`; leaving its context kills it.
+    """The process of `python -m module arguments`, started at once.
 
-    What it reads from stdin, if it reads, is `output`'s `said`.
+    Its stderr is appended to `log`. Leaving its context kills it. If it reads stdin, it reads `output`'s `said`.
     """
 
     def __init__(self, log: Path, module: str, *arguments: str) -> None:
@@ -69,7 +69,7 @@ class Command:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # they are runs of its own, also where nobody has a home
+                env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # its own runs, even if nobody has a home
             )
 
     def __enter__(self) -> "Command":
@@ -80,7 +80,7 @@ class Command:
         self._process.communicate()
 
     def runs(self) -> bool:
-        """Whether it still runs, after a short wait. Raises `CapstanError` when it has taken too long."""
+        """Return whether it still runs, after a short wait. Raises `CapstanError` when it has taken too long."""
         try:
             self._process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ class Command:
         return False
 
     def output(self, said: str = "") -> str:
-        """Its output, once it has ended well. It reads what is `said` to it."""
+        """Return its output, once it has ended with exit code 0. It reads `said` from stdin."""
         with self:
             try:
                 out, _ = self._process.communicate(said.encode(), timeout=_LONGEST_SECONDS)
@@ -100,7 +100,7 @@ class Command:
         return out.decode()
 
     def check(self) -> None:
-        """Raises `CapstanError`, with the same exit code, unless it has ended with exit code 0."""
+        """Raise `CapstanError`, with the same exit code, unless it has ended with exit code 0."""
         if code := self._process.returncode:
             error = CapstanError(f"a part of the smoke run ended with exit code {code}: {self.last_words()}")
             error.exit_code = max(code, 1)  # negative for a signal
@@ -112,7 +112,8 @@ class Command:
 
 
 KILL_AFTER = 6
-# The killed run is resumed so, and the undisturbed one never had more: no loss depends on how many ranks there are.
+# The killed run is resumed with this setting, and the undisturbed run has it from the start: no loss depends on the
+# number of ranks.
 ON_ONE_RANK = ("cluster.workers=1", "sharding.sequence_parallel=1")
 
 
@@ -125,8 +126,11 @@ def run_smoke(
     directory: Path,
     show: bool,
 ) -> SmokeResult:
-    """Take the `given` run through its life under `directory`; without one a run that is made on the spot with these
-    `overrides`, which learns from rewards if it is to be `online`. A failure in it is in the result, and not raised."""
+    """Take the `given` run through its life under `directory`.
+
+    Without one a run is made on the spot with these `overrides`. It learns from rewards if it is to be `online`. A
+    failure is in the result, and not raised.
+    """
     started = time.monotonic()
     given = anchored(given) if given else None
     if online and given is not None:
@@ -140,8 +144,8 @@ def run_smoke(
             with life.store(overrides if given is None else None), life.ray(given):
                 config = life.material(given, overrides, layers)
                 life.plan(config)
-                # One run alone leaves processors idle while it starts. A base of the user's may fill the memory, and so
-                # may one run a GPU's.
+                # A single run leaves processors idle while it starts. A user's base may fill the memory, and so may one
+                # run on each GPU.
                 life.prove(config, together=given is None and not local_gpus())
         except CapstanError as error:
             life.result.error, life.result.exit_code = str(error), error.exit_code
@@ -150,7 +154,10 @@ def run_smoke(
 
 
 def plan_smoke(given: Config | None, *, layers: int | None, directory: Path) -> SmokePlan:
-    """The plan of `run_smoke`; `config` is the user's own in small, without what only the running commands know."""
+    """Return the plan of `run_smoke`.
+
+    `config` is the user's own in small, without what only the running commands know.
+    """
     small = scale_down(anchored(given), str(directory.absolute() / "store"), "", layers) if given else None
     return SmokePlan(str(directory.absolute()), STEPS, COMMIT_EVERY, small.model_dump(mode="json") if small else None)
 
@@ -185,16 +192,15 @@ class _Life:
 
     @contextmanager
     def store(self, sample: Sequence[str] | None) -> Iterator[None]:
-        """A real S3 server where one is installed, else a folder: the same code writes to both, and the table says
-        which.
+        """Start a real S3 server if one is installed, else use a folder.
 
-        The sample with the settings `sample` is begun first, as a server's start is mostly waiting: its process asks
-        for the store last.
+        The same code writes to both, and the table says which. The sample with the settings `sample` is begun first,
+        because a server's start is mostly waiting: the sample's process asks for the store last.
         """
         server = local_s3.S3Server(self.directory / "s3") if local_s3.available() else None
         before = dict(os.environ)
         os.environ.update(server.environment if server else {})
-        # Runs of an earlier smoke under the same directory would be in the way of this one's names.
+        # Runs of an earlier smoke under the same directory would take the names of this one's.
         name = f"smoke-{time.time_ns():x}"
         try:
             if sample is not None:
@@ -216,8 +222,10 @@ class _Life:
 
     @contextmanager
     def ray(self, given: Config | None) -> Iterator[None]:
-        """One Ray for all the runs of a configuration that asks for Ray: each is a driver of its own, and the killed
-        one is killed with its ranks."""
+        """Start one Ray for all the runs of a configuration that asks for Ray.
+
+        Each run is a driver of its own. The killed driver is killed with its ranks.
+        """
         with ExitStack() as stack:
             if given is not None and given.cluster.ray.address:
                 with self.phase("Ray on this machine"):
@@ -225,7 +233,7 @@ class _Life:
             yield
 
     def material(self, given: Config | None, overrides: Sequence[str], layers: int | None) -> Config:
-        """A user's configuration scaled down, or one for the data, tokenizer and base that are made on the spot."""
+        """Return a user's configuration scaled down, or one for the sample that is made on the spot."""
         if given is None:
             assert self.making is not None
             with self.phase("data, tokenizer and base from the standard library's documentation"):
@@ -246,8 +254,9 @@ class _Life:
             raise DoesNotFit("\n".join(shortfalls))
 
     def prove(self, config: Config, *, together: bool) -> None:
-        """The undisturbed run, the killed one, its resumption and its export; `together`: the first beside the
-        others.
+        """Run the undisturbed run, the killed one, its resumption and its export.
+
+        `together`: the first runs beside the others.
         """
         undisturbed_file = self.file(override(config, *ON_ONE_RANK), "undisturbed")
         if learns_from_rollouts(config):
@@ -271,7 +280,7 @@ class _Life:
         self.compare()
 
     def interrupt(self, config: Config) -> None:
-        """The run that is killed, and its resumption on another world size."""
+        """Run the run that is killed, and its resumption on another world size."""
         run, result = self.runs.sub("smoke"), self.result
         with (
             self.phase("the run, killed (-9) in the middle", STEPS) as task,
@@ -284,8 +293,9 @@ class _Life:
             self.follow(command, run, 2, "resumed on 1 rank")
 
     def hand_over_answers(self) -> None:
-        """Give the undisturbed run what was sampled: what it would draw itself may differ by a rounding, on another
-        number of ranks.
+        """Give the undisturbed run the sampled answers.
+
+        On another number of ranks its own answers could differ by a rounding.
         """
         run, other = self.runs.sub("smoke"), self.runs.sub("undisturbed")
         for entry in run.list(layout.ROLLOUTS):
@@ -297,13 +307,13 @@ class _Life:
         self.result.reward_first, self.result.reward_last = mean(every[:COMMIT_EVERY]), mean(every[-COMMIT_EVERY:])
 
     def compare(self) -> None:
-        """The resumed run with the undisturbed one."""
+        """Compare the resumed run with the undisturbed one."""
         run, result = self.runs.sub("smoke"), self.result
         after = read_generation(run, 2)
         result.world_after, result.resumed_at_step = after["start"][0]["world_size"], after["start"][0]["step"]
         undisturbed = {step["step"]: step["loss"] for step in read_generation(self.runs.sub("undisturbed"), 1)["step"]}
         resumed = {step["step"]: step["loss"] for step in after["step"]}
-        # Single steps are of different rows, so their losses say little: the mean of several does.
+        # Single steps have different rows, so their losses say little. The mean of several steps does.
         result.loss_first = mean(step["loss"] for step in read_generation(run, 1)["step"][:COMMIT_EVERY])
         result.steps, result.loss_last = max(resumed), mean(list(resumed.values())[-COMMIT_EVERY:])
         result.resume_loss_gap = max(abs(loss - undisturbed[step]) for step, loss in resumed.items())
@@ -327,7 +337,7 @@ class _Life:
         return Command(self.directory / "smoke.log", module, *arguments)
 
     def follow(self, command: Command, folder: Store, generation: int, what: str) -> None:
-        """Show the steps of `folder` until its process ends, which must be well."""
+        """Show the steps of `folder` until its process ends, which must be with exit code 0."""
         with self.phase(what, STEPS) as task:
             while command.runs():
                 self.show(task, read_generation(folder, generation))
@@ -340,8 +350,9 @@ class _Life:
             self.progress.update(task, completed=newest["step"], steps=text)
 
     def kill(self, command: Command, folder: Store, task: TaskID) -> int:
-        """Kill -9 the ranks and their driver in the middle of the run, after a commit; returns the step they had
-        reached.
+        """Kill -9 the ranks and their driver in the middle of the run, after a commit.
+
+        Returns the step they had reached.
         """
         while command.runs():
             metrics = read_generation(folder, 1)

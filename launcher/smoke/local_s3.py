@@ -25,19 +25,22 @@ _READY_SECONDS = 60.0
 
 
 def available() -> bool:
-    """Whether the `weed` binary is installed."""
+    """Return whether the `weed` binary is installed."""
     return _binary() is not None
 
 
 def _binary() -> str | None:
-    """`weed` of this environment, whether or not it is activated, else the one on PATH."""
+    """Return `weed` of this environment, whether or not it is activated, else the one on PATH."""
     beside_python = str(Path(sys.executable).parent)
     return shutil.which("weed", path=beside_python) or shutil.which("weed")
 
 
 class S3Server:
-    """A server over `directory`, where its objects and log stay; its context is its time from `start` to `kill`.
-    `start` after `kill` serves the same objects at the same address."""
+    """A server over `directory`, where its objects and log stay.
+
+    It runs from `start` to `kill`, and so does its context. `start` after `kill` serves the same objects at the same
+    address.
+    """
 
     def __init__(self, directory: Path) -> None:
         binary = _binary()
@@ -45,7 +48,7 @@ class S3Server:
         self._binary = binary
         self._directory = directory.absolute()
         self._secret = secrets.token_hex(16)
-        # Each service has a port for HTTP and one for gRPC; left alone, weed takes port + 10000 for gRPC.
+        # Each service has a port for HTTP and one for gRPC. By default weed takes port + 10000 for gRPC.
         ports = iter(free_ports(2 * len(_SERVICES)))
         self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
         self.endpoint = f"http://{_HOST}:{self._ports['s3'][0]}"
@@ -62,7 +65,7 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """The environment that `open_store(server.uri(bucket))` needs."""
-        # The server is on loopback: a site's HTTP proxy cannot reach it, and would be asked first.
+        # The server is on loopback. A site's HTTP proxy cannot reach it, but would be asked first.
         no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), _HOST]))
         return {
             "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
@@ -74,7 +77,7 @@ class S3Server:
         }
 
     def uri(self, bucket: str) -> str:
-        """`s3://bucket`; the bucket is made if it does not exist."""
+        """Return `s3://bucket`. The bucket is made if it does not exist."""
         # Over S3 this would be a signed PUT. The filer, the layer below, keeps a bucket as a folder.
         status, answer = _request("POST", self._ports["filer"][0], f"/buckets/{bucket}/")
         if status != 201 and b"already exists" not in answer:
@@ -94,10 +97,10 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # weed takes credentials from AWS_* variables too, in place of its own configuration.
+                # weed also takes credentials from AWS_* variables, instead of its own configuration.
                 env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
-                # Not in the terminal's process group: Ctrl-C asks the training run to commit a checkpoint, and
-                # the store has to be there for that.
+                # The server is not in the terminal's process group: Ctrl-C asks the training run to commit a
+                # checkpoint, and the store has to be there for that.
                 start_new_session=True,
             )
         try:
@@ -120,7 +123,7 @@ class S3Server:
         identity = {
             "name": _ACCESS_KEY,
             "credentials": [{"accessKey": _ACCESS_KEY, "secretKey": self._secret}],
-            # Not Admin: a write of an Admin would make a missing bucket, and hide a misspelt name.
+            # The user is not Admin: a write of an Admin would make a missing bucket, and hide a misspelt name.
             "actions": ["Read", "List", "Tagging", "Write"],
         }
         config = self._directory / "s3.json"
@@ -134,8 +137,8 @@ class S3Server:
             "master.volumeSizeLimitMB": 1024,
             "master.electionTimeout": "1s",
             "master.heartbeatInterval": "100ms",
-            # A bucket takes seven volumes, however little is in them. Left to count what the free disk could hold of
-            # full ones, weed has none left for the third bucket on a disk with 20 GB free.
+            # A bucket takes seven volumes, however little is in them. If weed counts how many full volumes the free
+            # disk could hold, it has none left for the third bucket on a disk with 20 GB free.
             "volume.max": 1000,
             "volume.preStopSeconds": 0,
             "filer.localSocket": self._directory / "filer.sock",
@@ -161,7 +164,7 @@ class S3Server:
             time.sleep(0.05)
 
     def _ready(self) -> bool:
-        """The S3 gateway answers, and the master can place an object on a volume."""
+        """Check that the S3 gateway answers, and that the master can place an object on a volume."""
         try:
             healthy = _request("GET", self._ports["s3"][0], "/healthz")[0] == 200
             return healthy and b'"fid"' in _request("GET", self._ports["master"][0], "/dir/assign")[1]
@@ -174,7 +177,7 @@ class S3Server:
 
 
 def _request(method: str, port: int, path: str) -> tuple[int, bytes]:
-    """(status, body). http.client, unlike urllib, does not ask a proxy for a loopback address."""
+    """Return (status, body). http.client, unlike urllib, does not ask a proxy for a loopback address."""
     connection = http.client.HTTPConnection(_HOST, port, timeout=5)
     try:
         connection.request(method, path)
@@ -187,15 +190,15 @@ def _request(method: str, port: int, path: str) -> tuple[int, bytes]:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` ports that nobody listens on.
+    """Return `count` ports that nobody listens on.
 
-    They are below Linux's range for outgoing connections (32768 and up) and above Ray's workers (10002 to 19999), so
-    that nobody is handed one of them between this check and the server's listening, or while it is killed.
+    They are below Linux's range for outgoing connections (32768 and up) and above Ray's workers (10002 to 19999). So
+    nobody is given one of them between this check and the server's listening, or while the server is killed.
     """
     free: list[int] = []
     for port in random.SystemRandom().sample(range(20000, 32768), 500):
         with socket.socket() as probe:
-            # As weed itself does: a port with connections in TIME_WAIT is free.
+            # This is as weed itself does: a port with connections in TIME_WAIT is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((_HOST, port))

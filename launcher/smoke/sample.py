@@ -1,14 +1,14 @@
 """The material of a smoke run, made on the spot: chat data, a tokenizer and a small base model. Nothing is downloaded.
 
 The data is the documentation of the running Python's standard library, as questions and answers. The base is an
-ordinary Hugging Face directory of the Llama architecture, trained for some seconds on the library's source code, so
-that it knows something and has something to learn.
+ordinary Hugging Face directory of the Llama architecture. It is trained for some seconds on the library's source code,
+so it knows something and still has something to learn.
 
-It is a process of its own, as it imports torch, and hundreds of stdlib modules:
+This file runs as a process of its own, because it imports torch, and hundreds of stdlib modules:
 
     python -m launcher.smoke.sample DIR [key=value ...]
 
-prints the sample as one JSON object, and begins what a run with these settings needs in the store that stdin names.
+It prints the sample as one JSON object, and begins what a run with these settings needs in the store that stdin names.
 """
 
 import ast
@@ -36,24 +36,24 @@ from trainer.data.compile.prepare import prepare
 from trainer.run.background import say
 from trainer.store.store import open_run_store
 
-# Importing these opens a window or a browser, prints, or loads a test suite; distutils is what setuptools makes of it;
-# and the last four are known by another name: os and os.path.
+# Importing these opens a window or a browser, prints, or loads a test suite. distutils is what setuptools makes of it.
+# The last four are known by another name: os and os.path.
 _SKIPPED_MODULES = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
 _SKIPPED_MODULES |= {"distutils", "posix", "posixpath", "genericpath", "ntpath"}
-# Where a module's public objects say that they are from, besides the module itself and its C twin `_module`.
+# A module's public objects say that they come from these, besides the module itself and its C twin `_module`.
 _IMPLEMENTED_IN = {"os": ("posix",), "os.path": ("posixpath", "genericpath")}
 SHORTEST, LONGEST = 20, 1200  # characters of an answer
 _EVAL_SHARE = 32
 
 
 def pairs() -> list[tuple[str, str]]:
-    """(question, answer) for every documented public name of the standard library, sorted by name.
+    """Return (question, answer) for every documented public name of the standard library, sorted by name.
 
     An answer occurs once: a docstring that several names share (by inheritance or re-export) goes to the first of them.
     """
     names = {name for name in sys.stdlib_module_names if not name.startswith("_")} - _SKIPPED_MODULES
     found: dict[str, str] = {}
-    # Old modules warn when they are imported or looked at, some print.
+    # Old modules warn when they are imported or looked at, and some print.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for root in sorted(names | {"os.path"}):
@@ -65,7 +65,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def split(all_pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(train, held out), by a hash of the question: a pair stays on its side when others come or go."""
+    """Return (train, held out), by a hash of the question: a pair stays on its side when others come or go."""
     train, held_out = [], []
     for pair in all_pairs:
         digest = hashlib.sha256(pair[0].encode()).digest()
@@ -74,7 +74,7 @@ def split(all_pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list
 
 
 def _modules(name: str) -> Iterator[tuple[str, ModuleType]]:
-    """(name, module) of the module and the public ones inside it, as far as this machine can import them."""
+    """Yield (name, module) of the module and the public ones inside it, as far as this machine can import them."""
     try:
         module = importlib.import_module(name)
     except Exception:
@@ -88,7 +88,7 @@ def _modules(name: str) -> Iterator[tuple[str, ModuleType]]:
 
 
 def _public(module_name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """(dotted name, object) of the public functions and classes that the module defines, and of their methods."""
+    """Yield (dotted name, object) of the public functions and classes that the module defines, and of their methods."""
     homes = (module_name, f"_{module_name}", *_IMPLEMENTED_IN.get(module_name, ()))
     for name, thing in sorted(vars(module).items()):
         if name.startswith("_") or not (inspect.isclass(thing) or inspect.isroutine(thing)):
@@ -103,7 +103,7 @@ def _public(module_name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def _docstring(thing: Any) -> str:
-    """The cleaned docstring, cut at a paragraph when long; empty when there is none worth learning."""
+    """Return the cleaned docstring, cut at a paragraph when long; empty when there is none worth learning."""
     raw = getattr(thing, "__doc__", None)
     if not isinstance(raw, str):
         return ""
@@ -119,7 +119,7 @@ def source_files() -> list[Path]:
 
 
 def source_code(path: Path) -> str:
-    """A module without its docstrings: a base that has read the code is yet to learn to explain it."""
+    """Return a module without its docstrings. A base that has read the code still has to learn to explain it."""
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -162,7 +162,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where the material lies (absolute paths), and what it is. Losses are in nats per token."""
+    """Where the material lies (absolute paths), and what it is. Losses are in nats a token."""
 
     base: str
     train: list[str]
@@ -175,7 +175,7 @@ class Sample:
 def make_sample(
     directory: Path, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Sample:
-    """Make what is missing under `directory`; `sample.json`, written last, says that it is complete.
+    """Make what is missing under `directory`. `sample.json` is written last, and says that the sample is complete.
 
     The same Python and sizes give the same data and tokenizer, and on the same machine the same base.
     """
@@ -240,7 +240,7 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
         character_coverage=0.9995,
         byte_fallback=True,
         split_digits=True,
-        # The text comes back as it was: no Unicode folding, no lost indentation, no space put before the first word.
+        # The text comes back as it was: no Unicode folding, no lost indentation, no space before the first word.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
@@ -256,7 +256,7 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
 
 
 def _fast_tokenizer(model: bytes) -> Any:
-    """The same tokenizer in the `tokenizers` library, which gives offsets into the text."""
+    """Return the same tokenizer in the `tokenizers` library, which gives offsets into the text."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -284,7 +284,7 @@ def _fast_tokenizer(model: bytes) -> Any:
 
 
 def _fast_dtype() -> str:
-    """fp32 on a CPU without instructions for products in bf16, where these take ten times as long."""
+    """Return fp32 on a CPU without instructions for products in bf16, which then take ten times as long."""
     import torch
 
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
@@ -324,14 +324,14 @@ def _make_base(base: Path, sizes: Sizes) -> tuple[int, float, float]:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # Several files and an index, as every large model has.
+    # There are several files and an index, as in every large model.
     model.save_pretrained(base, max_shard_size=f"{max(1, parameters * 2 // 3 // 1000)}KB")
     tenth = max(1, len(losses) // 10)
     return parameters, sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def _tokens(tokenizer: Any, files: list[Path], sizes: Sizes) -> Any:
-    """(steps, batch, sequence_length + 1) int64: the modules in a seeded order, as much of them as the steps read."""
+    """Return (steps, batch, sequence_length + 1) int64: the modules in a seeded order, as much as the steps read."""
     import torch
 
     needed = sizes.steps * sizes.batch * (sizes.sequence_length + 1)
@@ -345,7 +345,7 @@ def _tokens(tokenizer: Any, files: list[Path], sizes: Sizes) -> Any:
 
 
 def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
-    """AdamW over `batches` with a linear warm-up and decay; the loss of each step, in nats per token."""
+    """Run AdamW over `batches` with a linear warm-up and decay. Returns the loss of each step, in nats a token."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
@@ -367,8 +367,11 @@ def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
 
 
 def _begin_runs(config: Config) -> None:
-    """Find out what `plan` asks of the base, and compile what the runs read. Both are kept, and each of these processes
-    would have to load PyTorch for it, which this one has done."""
+    """Find out what `plan` asks of the base, and compile what the runs read.
+
+    Both results are stored. Otherwise each of these processes would have to load PyTorch for it, which this one has
+    done.
+    """
     base = resolve_base(config.model)
     check_weights(base, config.model)
     prepare(config, base, open_run_store(config))
@@ -376,7 +379,7 @@ def _begin_runs(config: Config) -> None:
 
 def _main() -> None:
     directory, *overrides = sys.argv[1:]
-    # OpenMP's threads spin at barriers by default; on cores that other processes use too, that is 30 times slower.
+    # OpenMP's threads spin at barriers by default. On cores that other processes use too, that is 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported libraries print to stdout, which belongs to the sample.
     with contextlib.redirect_stdout(sys.stderr):

@@ -32,16 +32,17 @@ def config_of_sample(
     *,
     online: bool = False,
 ) -> Config:
-    """The configuration of the sample whose base, files of rows and type of numbers are given; `online` learns from
-    rewards of what it samples.
+    """Return the configuration of the sample with this base, these files of rows and this type of numbers.
+
+    `online` learns from rewards of what it samples.
     """
     rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
     tree = {
         **rewarded,
         "run": {"name": "smoke"},
         "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
-        # One file of the sample has more rows than the run takes, and halves of its rows teach as much in a third of
-        # the time.
+        # One file of the sample has more rows than the run takes. Halves of its rows teach as much in a third of the
+        # time.
         "data": {"train": [{"path": train[0]}], "sequence_length": SEQUENCE_LENGTH // 2},
         "optim": {"lr": 5e-3, "warmup_steps": 2},
         "train": {"steps": STEPS},
@@ -58,8 +59,9 @@ def write_rows(path: Path, rows: Iterable[Any]) -> str:
 
 
 def rows_with_regex(rows: str, directory: Path) -> str:
-    """A file of the sample's rows of chat, whose answers are a regular expression that some of the base's own answers
-    match.
+    """Return a file of the sample's chat rows whose answers are a regular expression.
+
+    Some of the base's own answers match it.
     """
     answer = {"role": "assistant", "content": REGEX}
     questions = [json.loads(line)["messages"][0] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
@@ -68,7 +70,7 @@ def rows_with_regex(rows: str, directory: Path) -> str:
 
 
 def first_rows(data: Data, directory: Path) -> list[Source]:
-    """The first rows of each source, as files in `directory`: a smoke run need not tokenize a whole data set."""
+    """Return the first rows of each source, as files in `directory`: a smoke run need not tokenize a whole data set."""
 
     def bad(error: DataError) -> None:
         if data.on_bad_row == "fail":
@@ -87,7 +89,7 @@ def learns_from_rollouts(config: Config) -> bool:
 
 
 def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
-    """The same run in small: its base, data, quantization, adapter and optimizer; fewer steps, tokens and ranks."""
+    """Return the same run with fewer steps, tokens and ranks, but its base, data, adapter and optimizer."""
     workers = min(config.cluster.most_workers or 2, local_gpus() or 2, 2)
     settings: dict[str, Any] = {
         "run.store": store,
@@ -105,7 +107,7 @@ def scale_down(config: Config, store: str, ray_address: str, layers: int | None)
         "optim.warmup_steps": min(config.optim.warmup_steps, 2),
         "optim.warmup_ratio": None,
         "train.sample_every": 0,
-        "train.deterministic": bool(local_gpus()),  # runs are compared, one that was killed with one that was not
+        "train.deterministic": bool(local_gpus()),  # a run that was killed is compared with one that was not
         "eval.every": 0,
         "eval.sets": {},
         "checkpoint.keep_best": 0,

@@ -15,7 +15,7 @@ RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in a
 
 @dataclass(frozen=True)
 class SmokePlan:
-    """A smoke run that would work in `directory`; `config` None is the sample made on the spot."""
+    """A smoke run that would work in `directory`. `config` None is the sample made on the spot."""
 
     directory: str
     steps: int
@@ -43,8 +43,10 @@ class Finding(NamedTuple):
 
 @dataclass
 class SmokeResult:
-    """Everything that was measured. Losses in nats a target token, the mean of several steps; `error` says which part
-    failed, None when all ran."""
+    """Everything that was measured.
+
+    Losses are in nats a target token, the mean of several steps. `error` says which part failed; None when all ran.
+    """
 
     steps: int | None = None
     loss_first: float | None = None
@@ -56,7 +58,8 @@ class SmokeResult:
     resume_loss_gap: float | None = None
     proof: Proof | None = None  # of the exported adapter
     checkpoints: int | None = None
-    # Steps whose answers were sampled, of a run that learns from those; and the mean reward of its first and last ones.
+    # For a run that learns from sampled answers: the steps with such answers, and the mean reward of its first and last
+    # ones.
     chapters: int | None = None
     reward_first: float | None = None
     reward_last: float | None = None
@@ -64,12 +67,12 @@ class SmokeResult:
     store: str | None = None
     device: str | None = None
     error: str | None = None
-    exit_code: int = 0  # that of the part that failed
+    exit_code: int = 0  # the exit code of the part that failed
     phases: dict[str, float] = field(default_factory=dict)  # seconds of each
 
     @property
     def checks(self) -> list[Finding]:
-        """Every claim of the table; one that was not measured does not hold."""
+        """Every claim of the table. A claim that was not measured does not hold."""
         one_gpu = self.device is not None and self.device.startswith("cuda") and self.world_before == 1
         other_size = (
             "1 -> 1 (one GPU: the world size stays 1)" if one_gpu else f"{self.world_before} -> {self.world_after}"
@@ -102,7 +105,7 @@ class SmokeResult:
         return Finding("answers sampled", rewards, f"of each of {STEPS} once", self.chapters == STEPS)
 
     def _export_findings(self) -> list[Finding]:
-        """The exported adapter in transformers + PEFT against the trained model, by either measure."""
+        """Compare the exported adapter in transformers + PEFT with the trained model, by either measure."""
         proof = self.proof
         if proof is None:
             return [Finding("exported adapter's predictions", "not measured", "those of the trained model", False)]
@@ -137,7 +140,7 @@ def _less(small: float | None, large: float | None) -> bool:
 
 
 def table(result: SmokeResult) -> FoldedTable:
-    """A table with a line for each finding."""
+    """Return a table with a line for each finding."""
     title = f"capstan smoke: {'everything holds' if result.ok else 'NOT OK'} ({result.seconds} s on {result.device})"
     shown = FoldedTable("checked", "measured", "required", "", title=title)
     for check in result.checks:

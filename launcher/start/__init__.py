@@ -1,1 +1,1 @@
-"""The first steps of every start: claim the run's folder, keep the code."""
+"""The first steps of every start: claim the run's folder, and keep the code."""

@@ -1,7 +1,7 @@
-"""A run over all attempts at it: each starts the ranks, and `retry.decide` says whether another follows. Where ranks
-run is the caller's.
+"""A run over all attempts at it: each starts the ranks, and `retry.decide` says whether another follows.
 
-The ranks restore by themselves, so an attempt needs to know nothing of the one before.
+The caller decides where ranks run. The ranks restore by themselves, so an attempt needs to know nothing of the one
+before.
 """
 
 import time
@@ -26,8 +26,9 @@ from trainer.store.store import Store
 
 
 def stop_if_asked(folder: Store, when: str) -> None:
-    """Raise `Stopped` when somebody has asked the run to stop; `NothingCommitted` where there is nothing to resume
-    then.
+    """Raise `Stopped` when somebody has asked the run to stop.
+
+    If there is nothing to resume then, raise `NothingCommitted`.
     """
     if asked := read_stop(folder):
         if committed_steps(folder):
@@ -40,7 +41,7 @@ def stop_if_asked(folder: Store, when: str) -> None:
 
 
 def give_up_waiting(folder: Store) -> None:
-    """Free a run that was submitted and whose turn has not come: nobody else is there to say that it has ended."""
+    """Free a submitted run whose turn has not come: nobody else is there to say that it has ended."""
     if ended_waiting(folder):
         record_end(folder, "stopped before its job had begun", stopped=True)
 
@@ -50,11 +51,11 @@ _LOOK_SECONDS = 2.0
 
 @dataclass
 class Attempts:
-    """A run and all attempts at it so far: `ends` are theirs, `began` is when the newest one was begun, in seconds
-    since 1970.
+    """A run and all attempts at it so far.
 
-    `before` is the newest generation before the attempt that is made now; `committed`: the run has a checkpoint. Both
-    are what the store has told last.
+    `ends` are the attempts' ends. `began` is when the newest attempt was begun, in seconds since 1970. `before` is the
+    newest generation before the current attempt. `committed`: the run has a checkpoint. `before` and `committed` are
+    what the store said last.
     """
 
     config: Config
@@ -77,8 +78,9 @@ class Attempts:
 
 
 def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None], log: Callable[[str], None]) -> None:
-    """Make attempts until one is done or the budgets are used up; `attempt` returns why it ended, or None when the run
-    is done.
+    """Make attempts until one is done or the budgets are used up.
+
+    `attempt` returns why it ended, or None when the run is done.
 
     Raises:
         CapstanError: the run's own, or a crash's with its reason.
@@ -88,7 +90,7 @@ def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None],
         try:
             attempts.owner.check()
             attempts.before = max(generations(run), default=0)
-            # Both are of the attempt before: its request to begin anew, and its sign that the ranks had begun.
+            # Both keys belong to the attempt before: its request to begin again, and its sign that the ranks had begun.
             run.delete(layout.RESTART)
             run.delete(layout.RANKS_BEGUN)
             end = attempt()
@@ -107,8 +109,12 @@ def keep_trying(attempts: Attempts, attempt: Callable[[], retry.Failure | None],
 
 
 def _after(attempts: Attempts, end: retry.Failure) -> str:
-    """Keep why an attempt ended, and return the sentence with which another follows, or raise the error that ends the
-    run. A store that does not answer keeps nobody from either."""
+    """Record why an attempt ended.
+
+    Return the sentence with which another follows, or raise the error that ends the run.
+
+    A store that does not answer prevents neither.
+    """
     run, before = attempts.run, attempts.before
     try:
         attempts.owner.check()  # the newest records would be another start's
@@ -131,7 +137,10 @@ def _after(attempts: Attempts, end: retry.Failure) -> str:
 
 
 def _between_attempts(attempts: Attempts, error: ConfigError | Stopped) -> CapstanError:
-    """The error that ends a run which has trained before, kept as the end of the start that comes to nothing."""
+    """Return the error that ends a run which has trained before.
+
+    It is recorded as the end of the start that comes to nothing.
+    """
     if isinstance(error, ConfigError) and attempts.committed:
         resume = command("resume", attempts.run)
         error = Stopped(f"{attempts.ends[-1].reason}; since then: {error} {resume} goes on.")
@@ -141,8 +150,10 @@ def _between_attempts(attempts: Attempts, error: ConfigError | Stopped) -> Capst
 
 
 class Watch:
-    """The driver's checks while ranks work: a stop that need not wait for a step, and what else is to be looked at,
-    `more`, which gets whether the ranks train already."""
+    """The driver's checks while ranks work: a stop that need not wait for a step, and whatever `more` checks.
+
+    `more` is told whether the ranks train already.
+    """
 
     def __init__(self, attempts: Attempts, more: Callable[[bool], None] = lambda training: None) -> None:
         self._attempts, self._more = attempts, more
@@ -150,8 +161,10 @@ class Watch:
         self._looked = time.monotonic()
 
     def look(self) -> None:
-        """Raises `Stopped` when a stop was asked for, nothing new is trained and something is committed already, and
-        what `more` raises. A store that does not answer is asked again at the next look."""
+        """Raise `Stopped` when a stop was asked for, nothing new is trained and something is committed already.
+
+        This also raises what `more` raises. A store that does not answer is asked again at the next look.
+        """
         try:
             self._look()
         except StorageError as error:

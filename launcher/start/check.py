@@ -36,7 +36,7 @@ from trainer.tuning.objective.teacher import teacher_of
 
 
 def anchored(config: Config) -> Config:
-    """`config` with its relative local paths made absolute: ranks, and a later resume, may have another directory."""
+    """Return `config` with absolute local paths: ranks, and a later resume, may have another directory."""
 
     def absolute(path: str, setting: str) -> str:
         return path if "://" in path else str(absolute_path(path, setting))
@@ -45,7 +45,7 @@ def anchored(config: Config) -> Config:
     for key, path in (("model.base", config.model.base), ("sharding.deepspeed", config.sharding.deepspeed)):
         if local_path(path, key).exists():
             changes[key] = absolute(path, key)
-    if config.tuning.start and "/" in config.tuning.start:  # else it is a run of this store
+    if config.tuning.start and "/" in config.tuning.start:  # otherwise it is a run of this store
         changes["tuning.start"] = absolute(config.tuning.start, "tuning.start")
     serve = config.rollout.serve
     if "/" in serve.command[0]:
@@ -59,7 +59,7 @@ def anchored(config: Config) -> Config:
         and (local_path(teacher.name, teacher.setting).exists() or (teacher.is_run and "/" in teacher.name))
     ):
         changes[teacher.setting] = absolute(teacher.name, teacher.setting)
-    if (python := config.rollout.reward_python) and "/" in python:  # else it is found by PATH
+    if (python := config.rollout.reward_python) and "/" in python:  # otherwise PATH finds it
         changes["rollout.reward_python"] = absolute(python, "rollout.reward_python")
     if config.data.template and config.data.template not in NAMED:
         changes["data.template"] = absolute(config.data.template, "data.template")
@@ -82,8 +82,10 @@ def anchored(config: Config) -> Config:
 def checked(
     config: Config, *, resume: bool, take_over: bool, dry_run: bool, log: Callable[[str], None]
 ) -> tuple[Config, bool]:
-    """`config`, which will train on other machines, checked and with its base pinned; and whether the store was seen. A
-    `dry_run` shows what would be submitted also from a login node that reaches neither the store nor the Hub."""
+    """Return `config` checked and with its base pinned, for other machines, and whether the store was seen.
+
+    A `dry_run` shows what would be submitted even from a login node that reaches neither the store nor the Hub.
+    """
     warn_of_place(config, log)
     if not dry_run:
         return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
@@ -100,8 +102,9 @@ def checked(
 
 
 def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
-    """`config` as a well-known base decides it, checked against its sizes; unchecked where the base that raised `error`
-    is not known.
+    """Return `config` as a well-known base decides it, checked against its sizes.
+
+    It stays unchecked if the base that raised `error` is not known.
     """
     try:
         base = base_at_hand(config.model)
@@ -117,9 +120,11 @@ def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str]
 
 
 def pinned(config: Config, resolved: Resolved) -> Config:
-    """`config` with what was found for it: the commit of a base of the Hub is its revision, so that every rank, and
-    every later start, gets that one, wherever the branch is by then; the same of the checkpoint of another run in
-    tuning.start; and quant.type, where it says nothing. So are the classes of its data."""
+    """Return `config` with what was found for it, so that every rank and every later start gets the same.
+
+    The commit of a base on the Hub becomes its revision, wherever the branch is by then. The checkpoint of another run
+    in tuning.start is pinned too, and quant.type, if it is not set. So are the classes of the run's data.
+    """
     found = resolved.config
     config = config.model_copy(update={"quant": found.quant, "tuning": found.tuning, "data": found.data})
     commit = hub_commit(resolved.base.directory)
@@ -131,15 +136,14 @@ def pinned(config: Config, resolved: Resolved) -> Config:
 def check(
     config: Config, *, resume: bool, take_over: bool = False, again: str | None = None, elsewhere: bool = False
 ) -> Resolved:
-    """Refuse what would fail, or harm another run or this one; changes nothing.
+    """Refuse what would fail, or harm another run or this one. This changes nothing.
 
-    `take_over`: start even if the run is alive. `again`: the name of this process's group, where it was started again
-    and may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
+    `take_over`: start even if the run is alive. `again`: the name of this process's group, if it was started again and
+    may have the run already. `elsewhere`: it will train on other machines, and its data need not be seen from here.
 
     Raises:
         ConfigError: a setting holds a secret, the base does not fit the settings, the newest checkpoint belongs to
-            other ones, the run is alive, the
-            name is taken, or a tracker is not installed.
+            other ones, the run is alive, the name is taken, or a tracker is not installed.
         DataError: the data of the run to resume is not there.
         NothingToResume: `resume`, and nothing is committed.
         StorageError: `resume`, and no checkpoint can be read.
@@ -167,7 +171,7 @@ def check(
 
 
 def has_run(folder: Store, group: str | None) -> bool:
-    """Whether the run's last owner was of `group`."""
+    """Return whether the run's last owner was of `group`."""
     owner = last_owner(folder) if group else None
     return owner is not None and group in (owner.group or "").split()
 
@@ -212,7 +216,7 @@ def check_name(folder: Store) -> None:
 
 
 def _check_checkpoint(folder: Store, resolved: Resolved, *, elsewhere: bool) -> None:
-    """Check the checkpoint that the ranks will load, as they will check it, as far as its manifest tells."""
+    """Check the checkpoint that the ranks will load as they will check it, as far as its manifest tells."""
     steps, damaged = committed_steps(folder), list[str]()
     if not steps:
         raise NothingToResume(f"{folder.uri} has no committed checkpoint. Start it again from its configuration.")
@@ -235,9 +239,7 @@ say file://.
 
 
 def warn_of_place(config: Config, log: Callable[[str], None]) -> None:
-    """Say of a store in a folder that other machines must have it, and that they seldom do where it holds temporary
-    files.
-    """
+    """Warn about a store in a folder: other machines must have it, and they seldom do if it holds temporary files."""
     folder = _folder(config)
     if folder is None:
         return
@@ -253,9 +255,7 @@ def warn_of_place(config: Config, log: Callable[[str], None]) -> None:
 
 
 def check_shared(config: Config, address: str) -> None:
-    """Raises `ConfigError` where a cluster at `address` is of other machines for certain, and the store is on a disk of
-    this one.
-    """
+    """Raise `ConfigError` if the store is on a disk of this machine, but the cluster at `address` certainly is not."""
     folder = _folder(config)
     if folder is None or config.run.store.startswith("file://") or not _is_elsewhere(address):
         return
@@ -269,8 +269,9 @@ def check_shared(config: Config, address: str) -> None:
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str | None:
-    """The type of the file system that `folder` is on, by `mounts` as /proc/mounts has them; None where that is not
-    told.
+    """Return the type of the file system that `folder` is on. `mounts` has the form of /proc/mounts.
+
+    None if it cannot be told.
     """
     if mounts is None:
         try:
@@ -283,7 +284,7 @@ def file_system(folder: Path, mounts: str | None = None) -> str | None:
 
 
 def _folder(config: Config) -> Path | None:
-    """The folder of the store; None for a bucket."""
+    """Return the folder of the store; None for a bucket."""
     store = config.run.store
     if "://" in store and not store.startswith("file://"):
         return None
@@ -291,8 +292,9 @@ def _folder(config: Config) -> Path | None:
 
 
 def _is_elsewhere(address: str) -> bool:
-    """Whether HOST:PORT, or a URL of it, is an address that this machine does not have; a name that nobody knows may be
-    any.
+    """Return whether HOST:PORT, or a URL of it, is an address that this machine does not have.
+
+    A name that nobody knows may be any address.
     """
     host = address.rpartition("://")[2].partition("/")[0].rpartition(":")[0].strip("[]")
     try:
@@ -303,7 +305,7 @@ def _is_elsewhere(address: str) -> bool:
 
 
 def _is_own(address: str) -> bool:
-    """A socket can be bound to the addresses of this machine alone."""
+    """Return whether the address is this machine's own: a socket can be bound to such addresses alone."""
     try:
         socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""This process as a rank: the group that torchrun or srun has started it in, by its environment, and the program."""
+"""This process as a rank: the group in which torchrun or srun started it, by its environment, and the program."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from trainer.processes.devices import stay_on_cpu
 
 
 def imported_rank(config: Config) -> Callable[..., None]:
-    """`run_rank`, whose import is that of torch, which sees the devices that the run leaves it."""
+    """Import and return `run_rank`. The import is that of torch, which sees the devices that the run leaves it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait keep cores from other ranks
     if config.cluster.gpus_per_worker == 0:
         stay_on_cpu()
@@ -20,22 +20,22 @@ def imported_rank(config: Config) -> Callable[..., None]:
 
 
 def is_rank() -> bool:
-    """Whether torchrun or srun made this process as one of several."""
+    """Return whether torchrun or srun started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_silent_rank() -> bool:
-    """Whether another rank speaks for this process."""
+    """Return whether another rank speaks for this process."""
     return is_rank() and os.environ["RANK"] != "0"
 
 
 def group_name(environment: Mapping[str, str]) -> str | None:
-    """Names of the srun step and of the torchrun that this process belongs to, one word each; None without either."""
+    """Return names of this process's srun step and torchrun, one word each; None without either."""
     return " ".join(filter(None, (_step_name(environment), _torchrun_name(environment)))) or None
 
 
 def restarted_as(environment: Mapping[str, str]) -> str | None:
-    """The one of those names that was there before, where torchrun or Slurm has started this group again; else None."""
+    """Return the one of those names that was there before, if this group was started again; else None."""
     if int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return _torchrun_name(environment)
     return _step_name(environment) if int(environment.get("SLURM_RESTART_COUNT", 0)) else None
@@ -47,13 +47,16 @@ def _step_name(environment: Mapping[str, str]) -> str | None:
 
 
 def _torchrun_name(environment: Mapping[str, str]) -> str | None:
-    """By --rdzv-id, which all its nodes share; without one by the agent, which starts the ranks of its node again."""
+    """Name the torchrun by --rdzv-id, which all its nodes share.
+
+    Without one it is named by the agent, which starts the ranks of its node again.
+    """
     name = environment.get("TORCHELASTIC_RUN_ID")
     return f"torchrun-{socket.gethostname()}-{os.getppid()}" if name == "none" else name and f"torchrun-{name}"
 
 
 def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torchrun would have set, for a task of an srun step with several tasks; empty elsewhere."""
+    """Return the variables that torchrun would have set, for one of several tasks of an srun step; else none."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
@@ -69,6 +72,6 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_node(nodes: str) -> str:
-    """The first of the nodes that Slurm writes as a list such as gpu[07,11]."""
+    """Return the first of the nodes that Slurm writes as a list such as gpu[07,11]."""
     command = ["scontrol", "show", "hostnames", nodes]
     return children.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]

@@ -1,9 +1,9 @@
-"""The program of a rank on its driver's machine, in a process of its own beside it.
+"""The program of a rank on its driver's machine, in a process of its own.
 
     python -m launcher.start.local_rank TASK OUTCOME
 
 The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start
-began. How it ended comes to the file OUTCOME, as `outcome_of` writes it; there is none where the process was killed.
+began. The rank writes how it ended to the file OUTCOME, as `outcome_of` does. A killed process writes none.
 """
 
 import json
@@ -18,7 +18,7 @@ from trainer.errors import CapstanError, NonFiniteLoss
 
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
-    """The error that ended a rank, as JSON."""
+    """Return the error that ended a rank, as JSON."""
     window = error.window if isinstance(error, NonFiniteLoss) else None
     return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
 

@@ -1,5 +1,6 @@
-"""The ranks of a run on this machine alone: processes beside the driver, without Ray, which would take longer to start
-than many a small run; and the servers beside them.
+"""The ranks of a run on this machine alone: processes beside the driver, and the servers beside them.
+
+Ray is not used, because its start would take longer than many a small run.
 """
 
 import json
@@ -33,8 +34,9 @@ _LAST_WORDS_SECONDS = 5.0
 
 
 def count_ranks(config: Config, serving: int = 0) -> int:
-    """A rank for each GPU of this machine but those that are `serving`, and no more than `cluster.workers`; without
-    GPUs as many as that, or one.
+    """Return a rank for each GPU of this machine except those that are `serving`, but at most `cluster.workers`.
+
+    Without GPUs it is `cluster.workers`, or one.
     """
     most = config.cluster.most_workers
     gpus = 0 if config.cluster.gpus_per_worker == 0 else local_gpus() - serving
@@ -42,8 +44,9 @@ def count_ranks(config: Config, serving: int = 0) -> int:
 
 
 def check_servers_here(config: Config, ranks: int) -> None:
-    """Raise `ConfigError` where the servers that start with the run find no program on this machine, or no GPUs beside
-    those of so many `ranks`.
+    """Raise `ConfigError` if the run's servers find no program on this machine, or no GPUs beside those of its ranks.
+
+    `ranks` is the number of the run's ranks.
     """
     serve = config.rollout.serve
     if config.rollout.engine != SERVE:
@@ -64,15 +67,16 @@ def check_servers_here(config: Config, ranks: int) -> None:
 
 
 def gpus_of_server(number: int, each: int, gpus: Sequence[str]) -> str:
-    """CUDA_VISIBLE_DEVICES of the server of this number, from 0, on a machine with these: the last of them, as ranks
-    take the first.
+    """Return CUDA_VISIBLE_DEVICES of the server of this number, from 0, on a machine with these devices.
+
+    Servers take the last devices, because ranks take the first.
     """
     end = len(gpus) - number * each
     return ",".join(gpus[end - each : end])
 
 
 def places(ranks: int) -> list[dict[str, str]]:
-    """The variables that tell each rank where it is among the others, as torchrun has them; none for a single one."""
+    """Return the variables that tell each rank its place, as torchrun sets them; none for a single rank."""
     if ranks == 1:
         return [{}]
     with socket.socket() as probe:
@@ -86,9 +90,11 @@ def places(ranks: int) -> list[dict[str, str]]:
 
 
 def end_together(processes: Sequence[Popen[Any]], look: Callable[[], None] = lambda: None) -> list[int]:
-    """Return when all have ended. Where one fails, the others get a moment for their own words, and are then killed, as
-    they would wait for
-    it: these are returned, by their numbers. `look` is called meanwhile, and may raise."""
+    """Return when all processes have ended. `look` is called meanwhile, and may raise.
+
+    When one fails, the others get a moment for their own messages, and are then killed, because they would wait for the
+    failed one. The result has the numbers of the killed ones.
+    """
     deadline: float | None = None
     while alive := [number for number, process in enumerate(processes) if process.poll() is None]:
         time.sleep(_LOOK_SECONDS)
@@ -108,9 +114,11 @@ _WORDS = 300
 
 
 def ranks_here(config: Config) -> int | None:
-    """How many ranks a run that joins no cluster has on this machine. None where it asks for what Ray gives: resources
-    by name, or more GPUs than this machine has, which Ray refuses with what is missing. Raises `ConfigError` where
-    there is no room for its servers."""
+    """Return how many ranks a run that joins no cluster has on this machine.
+
+    None means that it asks for what Ray gives: resources by name, or more GPUs than this machine has, which Ray refuses
+    with what is missing. Raises `ConfigError` if there is no room for its servers.
+    """
     cluster = config.cluster
     if cluster.ray.address == STARTS_HERE or cluster.ray.resources:
         return None
@@ -120,7 +128,10 @@ def ranks_here(config: Config) -> int | None:
 
 
 def run_here(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> None:
-    """Train as `ranks` processes beside this one until done or beyond the budgets. Raises what `keep_trying` does."""
+    """Train as `ranks` processes beside this one until done or until the budgets are used up.
+
+    Raises what `keep_trying` does.
+    """
     keep_trying(attempts, lambda: _attempt(attempts, ranks, log), log)
 
 
@@ -130,13 +141,13 @@ def _attempt(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> retr
         given = Path(folder, "task.json")
         given.write_text(json.dumps(attempts.task()), encoding="utf-8")
         with _started(given, ranks, attempts.config.rollout.serving_gpus) as group:
-            # Those that were killed had waited for one that is gone, and have nothing to tell.
+            # Killed ranks had waited for one that is gone, and have nothing to tell.
             killed = end_together([rank.process for rank in group], Watch(attempts).look)
             ended = {number: rank for number, rank in enumerate(group) if number not in killed}
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
         # Ranks that lose another fail after it, whatever their numbers are.
         first = min(failures, key=lambda number: ended[number].told_at(), default=None)
-        # Errors of ours and ranks that are gone are causes also where another rank has failed before.
+        # Our errors and ranks that are gone are causes even if another rank has failed before.
         always = CapstanError | retry.RankDied
         causes = {number: error for number, error in failures.items() if number == first or isinstance(error, always)}
         return retry.classify(causes) if causes else None
@@ -151,7 +162,7 @@ class _Rank:
     said: Path
 
     def told_at(self) -> float:
-        """When it wrote down how it ended; infinite where it could not."""
+        """The time at which it wrote down how it ended; infinite if it could not."""
         return self.outcome.stat().st_mtime if self.outcome.exists() else float("inf")
 
     def error(self) -> Exception | None:
@@ -171,7 +182,7 @@ class _Rank:
 
 @contextmanager
 def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
-    """The ranks' processes, which have ended when the block has. They do not see the last GPUs, which are `serving`."""
+    """Start the ranks' processes, and end them with the block. They do not see the last GPUs, which are `serving`."""
     group = list[_Rank]()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:-serving])} if serving else {}
     try:
@@ -198,7 +209,7 @@ def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
 
 
 def _error(found: dict[str, Any]) -> Exception:
-    """The error that `launcher.start.local_rank` has told of."""
+    """Return the error that `launcher.start.local_rank` has reported."""
     if not found["ours"]:
         return type(found["kind"], (Exception,), {})(found["text"])
     kind: type[CapstanError] = getattr(errors, found["kind"])

@@ -1,5 +1,6 @@
-"""A server of a run with rollout.engine: serve, kept alive beside its ranks. Where it answers its URL is in the run's
-folder, for `capstan rollout`.
+"""A server of a run with rollout.engine: serve, kept alive beside its ranks.
+
+Once it answers, its URL is in the run's folder, for `capstan rollout`.
 """
 
 import os
@@ -36,7 +37,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Program:
-    """A program beside the ranks, whose output is kept in the run's folder under its name."""
+    """A program beside the ranks. Its output is kept in the run's folder under its name."""
 
     def __init__(self, run: Store, name: str) -> None:
         self._log = Appender(run, layout.sidecar_log(max(generations(run), default=0) + 1, name))
@@ -48,8 +49,9 @@ class Program:
 
     @contextmanager
     def running(self, command: Sequence[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-        """The process of the command, which ends with the body, with all that it has started. Raises `OSError` where it
-        does not start.
+        """Run the command. Its process ends with the body, with everything that it has started.
+
+        Raises `OSError` if it does not start.
         """
         self._last.clear()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -72,7 +74,7 @@ class Program:
                 self._last.append(said)
 
     def keep(self) -> None:
-        """Have the run's folder hold all that it has said."""
+        """Store everything that the program has printed in the run's folder."""
         self._harmless(self._log.flush)
 
     def last_words(self, lines: int) -> str:
@@ -82,14 +84,14 @@ class Program:
 def keep_server(
     config: Config, run: Store, name: str, address: str, over: threading.Event, tell: Callable[[str], None]
 ) -> None:
-    """Have the server run until it is `over`, started again when it dies; `tell` gets what becomes of it.
+    """Keep the server running until it is `over`, and restart it when it dies. `tell` gets what becomes of it.
 
     Raises:
         ConfigError: its program is not there, or it does not answer in time.
         DataError: it dies again and again.
     """
     deaths, port = 0, 0
-    run.delete(layout.server(name))  # that of a keeper which was killed
+    run.delete(layout.server(name))  # the key of a keeper that was killed
     positions, longest = resolve_base(config.model).architecture.positions, config.data.sequence_length
     longest = min(positions or longest, longest)  # of a prompt with its answer, in tokens
     with closing(Program(run, name)) as program:
@@ -133,7 +135,7 @@ def _watch(
     over: threading.Event,
     tell: Callable[[str], None],
 ) -> None:
-    """Return when the server has died, or has been silent for too long after it had answered, or when it is `over`.
+    """Return when the server has died, has been silent for too long after it had answered, or is `over`.
 
     Raises:
         ConfigError: it never answered in time.
@@ -165,7 +167,7 @@ def _watch(
 
 
 def server_command(config: Config, address: str, port: int, longest: int) -> list[str]:
-    """The command of a server at HOST:PORT, of texts of up to so many tokens."""
+    """Return the command of a server at HOST:PORT, for texts of up to so many tokens."""
     serve = config.rollout.serve
     base = serve.base or config.model.base
     revision = [f"--revision={config.model.revision}"] if config.model.revision and not serve.base else []
@@ -205,7 +207,7 @@ def _devices() -> str:
 
 
 def _free_port(address: str, wanted: int) -> int:
-    """A port that nobody has: the one `wanted`, where `capstan rollout` asks already, if that is free."""
+    """Return a port that nobody has. It is `wanted`, which `capstan rollout` asks already, if that is free."""
     for port in (wanted, 0):
         with (
             suppress(OSError),

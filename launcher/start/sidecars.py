@@ -1,11 +1,12 @@
-"""The sidecars of a run that learns from what servers sample, processes beside its ranks: `capstan rollout`, which asks
-the servers, and with rollout.engine: serve the servers. Each is a command, which is placed on this machine, by
-cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
+"""The sidecars of a run that learns from what servers sample: processes beside its ranks.
+
+They are `capstan rollout`, which asks the servers, and with rollout.engine: serve also the servers. Each is a command.
+It is placed on this machine, by cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
 
     python -m launcher.start.sidecars RUN_URI NAME ADDRESS
 
-It keeps its process alive, says what becomes of it to stdout, a line each, and ends with it at SIGTERM. ADDRESS is that
-of its machine, as the others reach it.
+The command keeps its process alive, says on stdout what becomes of it, a line each, and ends with it at SIGTERM.
+ADDRESS is the address of its machine, as the others reach it.
 """
 
 import os
@@ -52,8 +53,9 @@ class Sidecar(NamedTuple):
 
 
 def sidecars_of(config: Config, *, servers: bool = True) -> list[Sidecar]:
-    """All of the run, or without the `servers`; none where it asks no servers. The reward is a function of the folder
-    that the run was started in.
+    """Return all sidecars of the run, or those without the `servers`; none if it asks no servers.
+
+    The reward is a function of the folder that the run was started in.
     """
     if not isinstance(find_objective(config), LearnsFromRollouts) or config.rollout.engine == OWN:
         return []
@@ -64,12 +66,12 @@ def sidecars_of(config: Config, *, servers: bool = True) -> list[Sidecar]:
 
 
 def server_name(number: int) -> str:
-    """The name of the server of this number, from 0."""
+    """Return the name of the server of this number, from 0."""
     return f"server-{number + 1}"
 
 
 def sidecars_sentence(config: Config) -> str | None:
-    """A sentence about them, for whoever submits the run."""
+    """Return a sentence about the sidecars, for the person who submits the run."""
     if not sidecars_of(config):
         return None
     engine, serve = config.rollout.engine, config.rollout.serve
@@ -90,11 +92,11 @@ class Placed(Protocol):
     """A process beside the ranks that was placed somewhere."""
 
     def words(self) -> Iterator[str]:
-        """Yields the lines that it says, until it ends as it should. Raises `CapstanError` where it is lost."""
+        """Yield the lines that it prints, until it ends as it should. Raises `CapstanError` if it is lost."""
         ...
 
     def end(self) -> None:
-        """Have it end, within seconds."""
+        """End it within seconds."""
         ...
 
 
@@ -102,8 +104,9 @@ class Placed(Protocol):
 def sidecars_alive(
     every: Sequence[Sidecar], run: Store, place: Callable[[Sidecar], Placed], log: Callable[[str], None]
 ) -> Iterator[None]:
-    """Inside, the run has these processes beside its ranks, where `place` places them, again where they are lost. `log`
-    gets what they say.
+    """Inside, the run has these processes beside its ranks. `log` gets what they print.
+
+    `place` places them, and places them again if they are lost.
     """
     if len(every) > 1:
         forget_servers(run)
@@ -122,7 +125,7 @@ def sidecars_alive(
 
 
 def forget_servers(run: Store) -> None:
-    """Those of a start that was killed."""
+    """Forget the servers of a start that was killed."""
     for entry in run.list(layout.SERVERS):
         run.delete(entry.key)
 
@@ -135,7 +138,7 @@ class _Tended:
 
     def tend(self) -> None:
         while True:
-            with self._placing:  # so that `end` ends what is placed, or nothing is placed behind it
+            with self._placing:  # so that `end` ends what is placed, or nothing is placed after it
                 if self._over.is_set():
                     return
                 self._placed = placed = self._place(self._one)
@@ -158,7 +161,7 @@ class _Tended:
 def sidecars_here(
     config: Config, run: Store, log: Callable[[str], None], *, servers: bool = True
 ) -> AbstractContextManager[None]:
-    """`sidecars_alive` on this machine, whose last GPUs are the servers'."""
+    """Run `sidecars_alive` on this machine, whose last GPUs are the servers'."""
     every = sidecars_of(config, servers=servers)
 
     def place(one: Sidecar) -> Placed:
@@ -174,9 +177,9 @@ class Child:
     """A process beside the ranks as a child of this one. It dies with the thread that makes this object."""
 
     def __init__(self, command: list[str], variables: dict[str, str], folder: str | None = None) -> None:
-        # It is no rank of the group that torchrun or srun may have made of this process.
+        # It is no rank of the group that torchrun or srun may have made this process a part of.
         group = {name for name in os.environ if name in children.OF_A_RANK or name.startswith("SLURM_")}
-        # In a session of its own: the driver says when it ends, and not Ctrl-C.
+        # It has a session of its own, so the driver ends it, and not Ctrl-C.
         self._process: subprocess.Popen[str] = children.start(
             command,
             env={name: value for name, value in os.environ.items() if name not in group} | variables,
@@ -199,7 +202,7 @@ class Child:
 
 
 def _keep_asking(run: Store, over: threading.Event, tell: Callable[[str], None]) -> None:
-    """Have `capstan rollout` run, and tell how it ended where that is news."""
+    """Keep `capstan rollout` running, and report how it ended if that is news."""
     told = ""
     with closing(Program(run, _ASKING)) as program:
         while not over.is_set():
@@ -223,7 +226,7 @@ def main(uri: str, name: str, address: str) -> None:
     run = open_store(uri)
 
     def tell(line: str) -> None:
-        with suppress(OSError):  # nobody hears it any more, and the end is near
+        with suppress(OSError):  # nobody listens any more, and the end is near
             print(line, flush=True)
 
     if name == _ASKING:
@@ -233,7 +236,7 @@ def main(uri: str, name: str, address: str) -> None:
         keep_server(submitted_config(run), run, name, address, over, tell)
     except CapstanError as error:
         tell(f"{error} The run commits and ends.")
-        while not over.is_set():  # however long the store is out of reach
+        while not over.is_set():  # however long the store cannot be reached
             with suppress(StorageError):
                 give_up(run, error)
                 return

@@ -1,5 +1,6 @@
-"""The code that a run was started from: the tracked files of the user's git checkout, their git state, the installed
-versions.
+"""The code that a run was started from: the tracked files of the user's git checkout, and what belongs to them.
+
+That is their git state, and the installed versions.
 
 `snapshot.tar.zst` in the run's folder holds
 
@@ -36,8 +37,8 @@ MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
 _NAME_OR_VERSION = re.compile(r"^(Name|Version): (.+)$", re.MULTILINE)
 _GIT_SECONDS = 60
-# Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays: the run may import
-# it.
+# Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays, because the run may
+# import it.
 _SECRETS = """
     .env .env.* *.env .envrc .netrc _netrc .npmrc .pypirc .htpasswd .passwd* .pgpass pgpass.conf .my.cnf .mylogin.cnf
     .s3cfg .boto rclone.conf kaggle.json .dockercfg .dockerconfigjson .vault-token .ssh .aws .azure .gnupg .kube
@@ -52,10 +53,10 @@ _CODE = (".py", ".pyi", ".md", ".rst")
 
 @dataclass(frozen=True)
 class GitState:
-    """Where the code was; `dirty` means that tracked files differ from `commit`, `left_out` are files that look like
-    secrets.
+    """Where the code was.
 
-    Names that are not UTF-8 text have surrogates in them, as `os.fsdecode` makes them.
+    `dirty` means that tracked files differ from `commit`. `left_out` are files that look like secrets. Names that are
+    not UTF-8 text have surrogates in them, as `os.fsdecode` makes them.
     """
 
     commit: str | None
@@ -68,7 +69,7 @@ class GitState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The tracked `files` of the checkout at `root`, packed; without one, nothing but the installed versions."""
+    """The tracked `files` of the checkout at `root`, packed. Without a checkout it has only the installed versions."""
 
     root: Path | None = None
     files: list["_File"] = field(default_factory=list)
@@ -77,7 +78,7 @@ class Snapshot:
     size: int = 0
 
     def archive(self, config: str) -> bytes:
-        """The .tar.zst, holding `config` as config.yaml. The same content gives the same bytes."""
+        """Return the .tar.zst, holding `config` as config.yaml. The same content gives the same bytes."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
             _add(tar, "config.yaml", config.encode())
@@ -101,7 +102,7 @@ class Snapshot:
         return kept + (f"; {left_out}" if (left_out := self.left_out()) else "")
 
     def left_out(self) -> str:
-        """Which tracked files are not in it, and why; empty when all are."""
+        """Return which tracked files are not in it, and why; empty when all are."""
         if self.git is None:
             return ""
         why = {"as they look like secrets": self.git.left_out, "as they cannot be read": self.git.unreadable}
@@ -160,7 +161,7 @@ def _check_size(root: Path, files: list[Path]) -> None:
 
 
 def _read(root: Path, paths: list[Path]) -> tuple[list[_File], list[str]]:
-    """The files, and the names of those that cannot be read or are gone by now."""
+    """Read the files. Also returns the names of those that cannot be read or are gone by now."""
     files, unreadable = list[_File](), list[str]()
     with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as tar:
         for path in paths:
@@ -176,14 +177,14 @@ def _read(root: Path, paths: list[Path]) -> tuple[list[_File], list[str]]:
 
 
 def _exclude(name: str) -> str:
-    """The pathspec by which git leaves out a file."""
+    """Return the pathspec by which git leaves out a file."""
     return f":(top,exclude,literal){name}"
 
 
 def unpack(archive: bytes, directory: Path) -> Path:
-    """Lay a snapshot's content out in `directory`; returns the folder of its code, which may be missing.
+    """Unpack a snapshot into `directory`. Returns the folder of its code, which may be missing.
 
-    Links that lead out of it stay behind: they mean something on the machine that they were made on.
+    Links that lead out of it are not unpacked: they mean something on the machine that they were made on.
     """
     with tarfile.open(fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(archive))) as tar:
         tar.extractall(directory, filter=_inside)
@@ -198,7 +199,7 @@ def _inside(member: tarfile.TarInfo, directory: str) -> tarfile.TarInfo | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """The output of git; None where git or a checkout is missing, or the question has no answer."""
+    """Return the output of git; None if git or a checkout is missing, or the question has no answer."""
     try:
         done = children.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=_GIT_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -207,14 +208,15 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def _names(root: Path, *arguments: str) -> list[str]:
-    """The paths that git lists with -z."""
+    """Return the paths that git lists with -z."""
     return [name for name in (_git(root, *arguments) or "").split("\0") if name]
 
 
 def _is_there(root: Path, path: Path) -> bool:
-    """Whether the tracked `path` is a file or a link in the checkout: it may be deleted, or be a submodule's folder.
+    """Return whether the tracked `path` is a file or a link in the checkout.
 
-    Where one of its folders is a link by now, it is not there for git either: the link may lead anywhere.
+    It may be deleted, or be a submodule's folder. If one of its folders is a link by now, it is not there for git
+    either: the link may lead anywhere.
     """
     if any((root / folder).is_symlink() for folder in path.parents):
         return False
@@ -231,7 +233,7 @@ def _looks_secret(name: str) -> bool:
 
 
 def _printable(name: str) -> str:
-    """A file's name in a message that is written as UTF-8."""
+    """Return a file's name in a message that is written as UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 

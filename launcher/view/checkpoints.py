@@ -1,4 +1,4 @@
-"""`capstan checkpoints ls | verify | prune`: what a run has committed, whether it is whole, and what may go."""
+"""`capstan checkpoints ls | verify | prune`: what a run has committed, whether it is whole, and what may be removed."""
 
 import time
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def _cells(manifest: CheckpointManifest) -> list[str]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The outcome of a prune: removed, or with `dry_run` to be removed."""
+    """The outcome of a prune: what was removed, or with `dry_run` what would be."""
 
     run: str
     dry_run: bool

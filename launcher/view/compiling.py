@@ -1,4 +1,4 @@
-"""How far a compilation of data is, for people: a bar on a terminal, or a line of a log now and then."""
+"""The progress of a compilation for people: a bar on a terminal, or a line of a log now and then."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ _LOG_SECONDS = 10.0
 
 @contextmanager
 def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Callable[[str, Progress], None]]:
-    """Shows what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
+    """Show what `prepare` reports: as a bar on the terminal, or as a line of the log now and then."""
     first: tuple[float, int] | None = None
     next_line, tasks = 0.0, dict[str, TaskID]()
 
@@ -32,7 +32,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
         def show(what: str, now: Progress) -> None:
             nonlocal next_line
-            for sentence in (*now.forms, *now.notes):  # how the rows of each source are read, where that was found out
+            for sentence in (*now.forms, *now.notes):  # how the rows of each source are read, if that was detected
                 log(f"{what} data: {sentence}")
             if bar and what not in tasks:
                 tasks[what] = bars.add_task(what)
@@ -47,7 +47,7 @@ def compile_progress(log: Callable[[str], None], *, bar: bool) -> Iterator[Calla
 
 
 def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:
-    """Say, once all rows are compiled, what of them the model will never see."""
+    """Say, once all rows are compiled, which parts of them the model will never see."""
     if now.left_out:
         log(f"{what} data: the chat template leaves out what rows carry: {'; '.join(describe_left_out(now.left_out))}")
 

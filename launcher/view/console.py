@@ -1,5 +1,6 @@
-"""Tables and bars for the terminal. They send no control characters but rich's own, read no text as markup, and cut
-nothing off.
+"""Tables and bars for the terminal.
+
+They send no control characters but rich's own, read no text as markup, and cut nothing off.
 """
 
 from collections.abc import Iterable
@@ -15,20 +16,22 @@ from launcher.view.terminal import visible
 
 
 def time_left() -> TimeRemainingColumn:
-    """How long a bar still takes, which no narrow terminal cuts off beside `description`."""
+    """Return the column for how long a bar still takes. No narrow terminal cuts it off beside `description`."""
     return TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00")))
 
 
 def description() -> TextColumn:
-    """The column that says what a bar is of, in several lines where it is long: rich takes the width of columns that do
-    not wrap from all of them alike.
+    """Return the column for what a bar is about, in several lines if it is long.
+
+    rich takes the width of columns that do not wrap from all of them alike.
     """
     return TextColumn("{task.description}", table_column=Column(no_wrap=False))
 
 
 def progress_bars(*more: ProgressColumn, shown: bool | None = None, transient: bool = False) -> Progress:
-    """Bars on stderr, each with what it is of, `more` about it, and the time that is left; by default where stderr is a
-    terminal.
+    """Show bars on stderr, each with what it is about, `more` about it, and the time that is left.
+
+    By default they are shown if stderr is a terminal.
     """
     console = Terminal(stderr=True)
     disable = not (console.is_terminal if shown is None else shown)
@@ -49,8 +52,9 @@ class Terminal(Console):
 
 
 class FoldedTable(Table):
-    """A table that wraps a cell where its column is narrow, at a space or inside a word, so that commands and names
-    stay whole.
+    """A table that wraps a cell if its column is narrow, at a space or inside a word.
+
+    So commands and names stay whole.
     """
 
     def add_column(self, *args: Any, **options: Any) -> None:
@@ -61,7 +65,7 @@ class FoldedTable(Table):
 
 
 def facts() -> FoldedTable:
-    """A table without lines, for rows of a name and what there is to say."""
+    """Return a table without lines, for rows of a name and a text."""
     table = FoldedTable(box=None, show_header=False, padding=(0, 2), pad_edge=False, collapse_padding=True)
     table.add_column(style="bold")
     table.add_column()

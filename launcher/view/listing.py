@@ -1,4 +1,4 @@
-"""`capstan ls`: the runs of a store in a table, by a few requests for each, however long a run is."""
+"""`capstan ls`: the runs of a store in a table, with a few requests for each, however long a run is."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +24,11 @@ _RUNS_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class RunLine:
-    """A run in a few words: losses in nats, `age_seconds` since its last sign of life; None is what is not known.
-    `state` is "unreadable" where the store does not tell, and `reason` then says why. A sweep has a number of `trials`,
-    and is "running", "silent" or "over"."""
+    """A run in a few words. Losses are in nats. `age_seconds` is the time since its last sign of life.
+
+    None is what is not known. `state` is "unreadable" if the store does not tell, and `reason` then says why. A sweep
+    has a number of `trials`, and is "running", "silent" or "over".
+    """
 
     run: str
     state: State | str
@@ -41,7 +43,7 @@ class RunLine:
 
 @dataclass(frozen=True)
 class RunList:
-    """The runs of a store, those first that were heard of last."""
+    """The runs of a store, those with the newest signs of life first."""
 
     store: str
     runs: list[RunLine]
@@ -57,8 +59,9 @@ class RunList:
 
 
 def list_runs(store: Store, clock: Callable[[], float] | None = None) -> RunList:
-    """The runs of a store, those among them that are being prepared. `clock` is the store's by default. Raises
-    `StorageError` when the store itself cannot be listed.
+    """Return the runs of a store, including those that are being prepared.
+
+    `clock` is the store's by default. Raises `StorageError` when the store itself cannot be listed.
     """
     names, clock = runs(store, prepared=True), clock or StoreClock(store)
     with ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
@@ -74,8 +77,9 @@ def _line(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
 
 
 def _read(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
-    """The run by the ends of its newest generation's records and, where that has taken no step yet, of the one
-    before.
+    """Read the run by the ends of its newest generation's records.
+
+    If that generation has taken no step yet, those of the one before are read too.
     """
     found = streams(folder.list(layout.METRICS))
     numbers = starts_in(found)[::-1]
@@ -108,7 +112,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
 
 
 def _sweep(folder: Store, name: str, clock: Callable[[], float]) -> RunLine:
-    """A sweep by its owner alone: its trials are runs of the same store, each with a line of its own."""
+    """Read a sweep by its owner alone. Its trials are runs of the same store, each with a line of its own."""
     owner = last_owner(folder)
     trials = len(read_plan(folder).trials)
     if owner is None:

@@ -1,5 +1,6 @@
-"""What a run says, from its folder alone: the output of its ranks and drivers, and its progress as plain lines where
-there is no terminal.
+"""What a run prints, from its folder alone: the output of its ranks and drivers, and its progress as plain lines.
+
+The plain lines are for places without a terminal.
 """
 
 import codecs
@@ -18,7 +19,7 @@ from trainer.store.store import Store
 
 
 def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
-    """The output of `rank` in `generation`; by default in the newest one that it has a log of.
+    """Return the output of `rank` in `generation`; by default in the newest one that it has a log of.
 
     Raises `ConfigError` when there is no such log, naming the ranks that have one.
     """
@@ -34,7 +35,7 @@ def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
 
 
 def read_driver_log(folder: Store) -> str:
-    """The messages of the run's drivers, one line each with its time."""
+    """Return the messages of the run's drivers, one line each with its time."""
     try:
         return folder.get(layout.DRIVER_LOG).decode(errors="replace")
     except NotFound as error:
@@ -51,7 +52,10 @@ def follow_log(
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """The output of `rank` as it comes in, until `stop()` holds. Without `generation` it goes on into every new one."""
+    """Yield the output of `rank` as it comes in, until `stop()` holds.
+
+    Without `generation` it continues into every new one.
+    """
     first = generation
     readers: dict[int, tuple[Appended, codecs.IncrementalDecoder]] = {}
     while True:
@@ -73,7 +77,7 @@ def follow_log(
 
 
 def _logs(folder: Store) -> dict[tuple[int, int], list[Segment]]:
-    """(generation, rank) -> the log's segments."""
+    """Return (generation, rank) -> the log's segments."""
     found = {}
     for stream, segments in streams(folder.list(layout.LOGS)).items():
         numbers = [int(digits) for digits in re.findall(r"\d+", stream)]
@@ -90,11 +94,11 @@ def follow_lines(
     *,
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Give `log` the lines of the starts that begin from now on, a step in every so many, until `stop()` is true."""
+    """Give `log` the lines of the starts that begin from now on, and of some steps, until `stop()` is true."""
     lines, reader, before = PlainLines(every), RunReader(folder), None
     while every:
         last_look = stop()
-        with suppress(StorageError):  # the run has its own patience with the store
+        with suppress(StorageError):  # the run itself is patient with the store
             if before is None:
                 before = max(generations(folder), default=0)
             for number, records in reader.read(streams(folder.list(layout.METRICS))):
@@ -103,4 +107,4 @@ def follow_lines(
                         log(text)
         if last_look:
             return
-        wait(3 * poll_seconds(folder))  # a log is looked at less often than a live view
+        wait(3 * poll_seconds(folder))  # a log is read less often than a live view

@@ -13,7 +13,7 @@ from trainer.store.store import Store, open_store
 
 
 def poll_seconds(folder: Store) -> float:
-    """A bucket bills each listing; a folder does not."""
+    """Return the seconds between two looks. A bucket bills each listing; a folder does not."""
     return 0.5 if folder.uri.startswith(("file://", "memory://")) else 5.0
 
 
@@ -22,10 +22,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's 
 
 
 def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
-    """The folder of `run`, a name in `store`, or a full URI or path; with `prepared` also of one that a start prepares,
-    which has no configuration yet.
+    """Return the folder of `run`, a name in `store`, or a full URI or path.
 
-    Raises `ConfigError`, naming the runs there are, when there is no such run.
+    With `prepared` a run that a start prepares counts too, which has no configuration yet. Raises `ConfigError`, naming
+    the existing runs, when there is no such run.
     """
     parent, _, name = run.rstrip("/").rpartition("/") if "/" in run else (store, "", run)
     root = open_store(parent)
@@ -45,7 +45,7 @@ def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
 
 
 def runs(store: Store, *, prepared: bool = False) -> list[str]:
-    """Names of the runs in `store`, sorted; with `prepared` also of those that a start prepares."""
+    """Return names of the runs in `store`, sorted. With `prepared` those that a start prepares are included."""
     names = store.children()[0]
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
         found = list(pool.map(lambda name: is_there(store.sub(name), prepared=prepared), names))
@@ -53,5 +53,5 @@ def runs(store: Store, *, prepared: bool = False) -> list[str]:
 
 
 def is_there(folder: Store, *, prepared: bool = True) -> bool:
-    """Whether the folder is that of a run; with `prepared` also of one that a start prepares."""
+    """Return whether the folder is a run's. With `prepared` a run that a start prepares counts too."""
     return folder.exists(layout.CONFIG) or (prepared and preparer(folder) is not None)

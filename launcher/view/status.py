@@ -1,6 +1,6 @@
-"""The status of a run, from its folder alone: no scheduler, no Ray, and it works as well when its machines are gone.
+"""The status of a run, from its folder alone: no scheduler, no Ray. It works even when the run's machines are gone.
 
-A generation is one start of the run; its records are in `metrics/` (trainer/run/records.py). A later generation goes on
+A generation is one start of the run. Its records are in `metrics/` (trainer/run/records.py). A later generation goes on
 from a committed checkpoint, so its steps replace equal and later ones of the generations before it.
 """
 
@@ -35,7 +35,7 @@ class Thinned:
         self._most, self._every = most, 1
 
     def add(self, step: int, value: float | None) -> None:
-        """Take a point after those before it; one that is not at a multiple of the distance is left out."""
+        """Add a point after those before it. A point that is not at a multiple of the distance is left out."""
         if value is None or step % self._every:
             return
         self.points.append((step, value))
@@ -45,13 +45,15 @@ class Thinned:
 
 
 def stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
-    """The begins and ends of `count` stretches of about the same length, which together are the whole."""
+    """Return the begins and ends of `count` stretches of about the same length, which together are the whole."""
     return pairwise(length * number // count for number in range(count + 1))
 
 
 def sparkline(points: Sequence[tuple[int, float]], width: int = 40) -> str:
-    """The curve as blocks, lowest to highest; empty for less than two points. Where there are more points than `width`,
-    each block is the mean of its own."""
+    """Return the curve as blocks, lowest to highest; empty for less than two points.
+
+    If there are more points than `width`, each block is the mean of its own.
+    """
     if len(points) < 2:
         return ""
     columns = min(width, len(points))
@@ -83,16 +85,16 @@ class Restart:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment. Losses are in nats per target token, times in seconds; None is what is not known yet.
+    """A run at one moment. Losses are in nats a target token, times in seconds. None is what is not known yet.
 
-    `machines` has the ranks on each, of which `sequence_parallel` share each row, `device` is what rank 0 computes on;
-    `quiet_seconds` is the time since the newest sign of life; `reason` is why the newest generation ended.
+    `machines` has the ranks on each machine, and `sequence_parallel` of them share each row. `device` is what rank 0
+    computes on. `quiet_seconds` is the time since the newest sign of life. `reason` is why the newest generation ended.
     `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
-    checkpoint), and `first_step`, all of it until the first update was done. `epoch` counts whole passes over the data,
-    `passes` also the part of the one under way, of the `epochs` that are asked for, if any. `loss_curve` has (step,
-    loss) of evenly spread steps, `eval_losses` the newest loss of each named evaluation set, `measured` the newest
-    figures of each other action that has some. `gpu_hours` are those of
-    all starts, and `cost` follows from track.price_per_gpu_hour. `next` is the command that an ended run wants.
+    checkpoint), and `first_step`, which is all of it until the first update was done. `epoch` counts whole passes over
+    the data, and `passes` also the part of the current one, of the requested `epochs`, if any. `loss_curve` has (step,
+    loss) of evenly spread steps. `eval_losses` has the newest loss of each named evaluation set, and `measured` the
+    newest figures of each other action that has some. `gpu_hours` are those of all starts, and `cost` follows from
+    track.price_per_gpu_hour. `next` is the command that an ended run suggests.
     """
 
     run: str
@@ -133,13 +135,16 @@ class RunStatus:
 
 
 def read_status(folder: Store, clock: Callable[[], float] | None = None) -> RunStatus:
-    """The run now. `clock` gives seconds since 1970; by default it is the store's. A folder with nothing in it is a run
-    that is starting."""
+    """Return the run's status now.
+
+    `clock` gives seconds since 1970; by default it is the store's. A folder with nothing in it is a run that is
+    starting.
+    """
     return Follower(folder, clock).read()
 
 
 def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
-    """The records of one start of the run by their kind, in the order they were written."""
+    """Return the records of one start of the run by their kind, in the order in which they were written."""
     by_kind: dict[str, list[Record]] = defaultdict(list)
     for record in read_records(folder, generation):
         by_kind[record["kind"]].append(record)
@@ -147,7 +152,7 @@ def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
 
 
 class Summary:
-    """The part of one generation's records that a status needs: it stays small, however many records there are."""
+    """The part of one generation's records that a status needs. It stays small, however many records there are."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
@@ -181,7 +186,7 @@ class Summary:
 
     @property
     def end(self) -> Record | None:
-        """The record of its end, where that is the run's: after a restart another start follows."""
+        """The record of its end, if that is the run's end: after a restart another start follows."""
         return None if self.last("restart") else self.last("end")
 
     @property
@@ -206,14 +211,15 @@ class Follower:
 
     @cached_property
     def _config(self) -> Config | None:
-        """The run's settings, read once; None where they cannot be."""
+        """The run's settings, read once; None if they cannot be read."""
         with suppress(ConfigError):
             return run_config(self._folder)
         return None
 
     def read(self) -> RunStatus:
-        """The run's state by its newest records; figures that a start has not written yet are those of the start before
-        it.
+        """Return the run's state by its newest records.
+
+        Figures that a start has not written yet are those of the start before it.
         """
         found = streams(self._folder.list(layout.METRICS))
         for number, records in self._reader.read(found):
@@ -275,30 +281,31 @@ class Follower:
         return [self._generations[number] for number in sorted(self._generations, reverse=True)]
 
     def _newest_value(self, kind: str, name: str) -> Any:
-        """The value from the newest generation that has written a record of this kind: one just restarted has no loss
-        yet.
+        """Return the value from the newest generation that has written a record of this kind.
+
+        A generation that has just started has no loss yet.
         """
         return next((record.get(name) for records in self._newest_first() if (record := records.last(kind))), None)
 
     def _count(self, kind: str) -> int:
-        """Records of this kind in all generations."""
+        """Return the number of records of this kind in all generations."""
         return sum(records.count[kind] for records in self._generations.values())
 
     def _step(self) -> int:
         return next((records.step for records in self._newest_first() if records.step is not None), 0)
 
     def _first_loss(self) -> float | None:
-        """The loss of the lowest step, by the newest generation that took it."""
+        """Return the loss of the lowest step, by the newest generation that took it."""
         firsts = [records.first["step"] for records in self._newest_first() if records.last("step")]
         return min(firsts, key=lambda record: record["step"]).get("loss") if firsts else None
 
     def _loss_curve(self) -> list[tuple[int, float]]:
-        """The points of all starts; where starts have repeated steps, those of the newest count."""
+        """Return the points of all starts. If starts have repeated steps, those of the newest count."""
         curve = Thinned()
         below: float = math.inf
         points: list[tuple[int, float]] = []
         for records in self._newest_first():
-            # A newer start may have taken steps of an older one again: these count once, as the newer one took them.
+            # A newer start may have taken steps of an older one again. These count once, as the newer one took them.
             points += [point for point in reversed(records.losses.points) if point[0] < below]
             below = points[-1][0] if points else below
         for step, loss in reversed(points):
@@ -306,11 +313,11 @@ class Follower:
         return curve.points
 
     def _of_all(self, of: Callable[[Summary], dict[str, T]]) -> dict[str, T]:
-        """The newest value of each name."""
+        """Return the newest value of each name."""
         return {name: value for records in reversed(self._newest_first()) for name, value in of(records).items()}
 
     def _restarts(self) -> list[Restart]:
-        """Starts after the first. One that was refused before it trained is none, unless it is the newest."""
+        """Return the starts after the first. One that was refused before it trained counts only if it is the newest."""
         newest = max(self._generations)
         numbers = [number for number in sorted(self._generations) if number == newest or not self._refused(number)]
         restarts = []
@@ -325,14 +332,15 @@ class Follower:
         return records.start_step is None and records.last("end") is not None and records.last("restart") is None
 
     def _last_commit(self) -> tuple[int, float] | None:
-        """(step, seconds since 1970) of the newest manifest: what is in the store, whatever the metrics say."""
+        """Return (step, seconds since 1970) of the newest manifest in the store, whatever the metrics say."""
         newest = newest_commit(self._folder)
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
 
 
 def next_command(folder: Store, state: State, *, committed: bool) -> str:
-    """The command that somebody wants next who sees the run in this state, with what it is for; empty while it goes
-    on.
+    """Return the command that a person who sees the run in this state wants next, with what it is for.
+
+    It is empty while the run goes on.
     """
     if state == "finished":
         return f"{command('export', folder, 'adapter/')} writes what was trained"
@@ -345,7 +353,7 @@ def next_command(folder: Store, state: State, *, committed: bool) -> str:
 
 
 def _gpu_seconds(records: Summary) -> float:
-    """The time of all GPUs of a start, from its launch to its last record."""
+    """Return the time of all GPUs of a start, from its launch to its last record."""
     start = records.last("start")
     if start is None or not str(start.get("device")).startswith("cuda"):
         return 0.0
@@ -353,7 +361,7 @@ def _gpu_seconds(records: Summary) -> float:
 
 
 def before_records(folder: Store, clock: Callable[[], float]) -> tuple[State, str]:
-    """The state of a run that has no records yet, and why."""
+    """Return the state of a run that has no records yet, and why."""
     owner = read_owner(folder)
     if owner is not None and not owner.is_alive(clock):
         return "silent", _NEVER_BEGUN
@@ -363,19 +371,22 @@ def before_records(folder: Store, clock: Callable[[], float]) -> tuple[State, st
 
 
 def heard_of(newest: Summary, found: Mapping[str, Sequence[Segment]], number: int) -> float:
-    """When the newest start, of this `number`, was heard of last, in seconds since 1970. As long as it goes on that is
-    by the store's clock. One that is over ended with its last record, as the folder may have been copied since.
+    """Return when the newest start, of this `number`, was heard of last, in seconds since 1970.
+
+    As long as it goes on, the store's clock counts. A start that is over ended with its last record, because the folder
+    may have been copied since.
     """
     written = last_written(found, number)
     return written if newest.end is None else newest.lifetime.ended or written
 
 
 def judge(folder: Store, newest: Summary, clock: Callable[[], float], quiet: float) -> tuple[State, str]:
-    """The state of a run by its newest generation and its owner, and why: the end of that generation, or who has taken
-    the run since.
+    """Return the state of a run by its newest generation and its owner, and why.
+
+    The reason is the end of that generation, or who has taken the run since.
     """
     end, owner = newest.last("end"), read_owner(folder)
-    # A run that has no owner lives by its records: a large base takes minutes to load, without a line.
+    # A run without an owner is judged by its records: a large base takes minutes to load, without a line.
     heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
     alive = owner.is_alive(clock) if owner else heard_of
     if owner and alive and newest.end and owner.since > newest.end.get("time", math.inf):
@@ -400,7 +411,7 @@ def _start_seconds(records: Summary) -> dict[str, float]:
 
 
 def _rates(records: Summary) -> tuple[float | None, float | None]:
-    """(tokens per second, seconds per step) over the last steps; None before the first."""
+    """Return (tokens per second, seconds per step) over the last steps; None before the first."""
     recent = records.recent_steps
     seconds = sum(record.get("seconds", 0) for record in recent)
     if not seconds:

@@ -1,6 +1,4 @@
-"""The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, and it works as well when all
-is over.
-"""
+"""The state of a sweep, from its folder and those of its trials alone: no Ray, no torch, even when all is over."""
 
 import json
 import math
@@ -38,8 +36,10 @@ _SMOOTHED_STEPS = 10
 
 
 class Scores:
-    """The metric of the run in `folder` after each step that has one, NaN where it was no finite number; each look
-    reads only what is new. Step 0 has none: there a trial is still the base."""
+    """The metric of the run in `folder` after each step that has one; NaN if it was no finite number.
+
+    Each look reads only what is new. Step 0 has none, because there a trial is still the base.
+    """
 
     def __init__(self, folder: Store, metric: Metric) -> None:
         self._folder, self._metric = folder, metric
@@ -53,8 +53,9 @@ class Scores:
         """
 
     def read(self) -> dict[int, float]:
-        """All of them so far, by step, in order. A start that goes on from a commit takes some steps a second time: its
-        figures count.
+        """Return all of them so far, by step, in order.
+
+        A start that goes on from a commit takes some steps a second time. Then its figures count.
         """
         for _, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
             for record in records:
@@ -95,9 +96,12 @@ _SAME_DATA = ("optim.", "train.", "tuning.", "quant.", "run.")
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """One trial now. `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early";
-    `value` is the metric at `value_step`, the last step that was evaluated; None also where it was no finite number
-    there, or of `other_data` than that of the first trial, as a file was changed in between."""
+    """One trial now.
+
+    `state` is its run's (launcher/view/status.py), or "waiting" before its turn, or "stopped early". `value` is the
+    metric at `value_step`, the last step that was evaluated. It is also None if it was no finite number there, or was
+    measured on `other_data` than the first trial's, because a file was changed in between.
+    """
 
     number: int
     run: str
@@ -114,9 +118,7 @@ class TrialStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """A sweep at one moment. `best` is the number of the trial that is best so far, `next` the command that suggests
-    itself.
-    """
+    """A sweep at one moment. `best` is the number of the trial that is best so far, `next` the suggested command."""
 
     sweep: str
     state: SweepState
@@ -138,7 +140,7 @@ class SweepStatus:
         return next((trial for trial in self.trials if trial.number == self.best), None)
 
     def counts(self) -> dict[str, int]:
-        """How many trials are in each state."""
+        """Return how many trials are in each state."""
         states = [trial.state for trial in self.trials]
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
@@ -149,8 +151,9 @@ def is_sweep(folder: Store) -> bool:
 
 @read_twice
 def read_plan(folder: Store) -> SearchPlan:
-    """The trials of the sweep in `folder`; raises `ConfigError` where there is none, `Damaged` where it cannot be
-    read.
+    """Return the trials of the sweep in `folder`.
+
+    Raises `ConfigError` if there is no sweep, and `Damaged` if it cannot be read.
     """
     try:
         return SearchPlan.from_json(json.loads(folder.get(layout.SWEEP)))
@@ -161,13 +164,13 @@ def read_plan(folder: Store) -> SearchPlan:
 
 
 def trial_folders(folder: Store) -> list[Store]:
-    """The folders of the sweep's trials that have begun."""
+    """Return the folders of the sweep's trials that have begun."""
     runs = (_beside(folder, trial.run) for trial in read_plan(folder).trials)
     return [run for run in runs if run.exists(layout.CONFIG)]
 
 
 def read_sweep(folder: Store, clock: Callable[[], float] | None = None) -> SweepStatus:
-    """The sweep now; raises `ConfigError` where the folder holds none."""
+    """Return the sweep now. Raises `ConfigError` if the folder holds none."""
     return SweepFollower(folder, clock).read()
 
 
@@ -204,12 +207,15 @@ class SweepFollower:
         )
 
     def _comparable(self, trials: list[TrialStatus]) -> list[TrialStatus]:
-        """The trials, those without a value that were evaluated over other data than the first, or trained on other
-        data than the first one whose settings ask for the same."""
+        """Return the trials. Some lose their value because their data is another than the first trial's.
+
+        They were evaluated on other data, or trained on other data than the first trial whose settings ask for the
+        same.
+        """
         first = dict[tuple[str, ...], str]()
 
         def is_of_other(trial: TrialStatus, scores: Scores) -> bool:
-            # Trials that try settings of the data have other data by intention, so each such choice has a first trial
+            # Trials that try settings of the data have other data by intention. So each such choice has a first trial
             # of its own.
             asked = (
                 f"{name} {word(value)}" for name, value in trial.settings.items() if not name.startswith(_SAME_DATA)
@@ -244,7 +250,7 @@ def _beside(folder: Store, run: str) -> Store:
 
 
 class _Followed:
-    """One trial of a sweep, as its folder tells. One that is over is not read again."""
+    """One trial of a sweep, as its folder describes it. A trial that is over is not read again."""
 
     def __init__(self, folder: Store, trial: Trial, metric: Metric, clock: Callable[[], float]) -> None:
         self._run, self._trial = folder, trial
@@ -275,21 +281,24 @@ class _Followed:
         return self._last
 
     def _reason(self, run: RunStatus) -> str:
-        """The words of the request that ended the trial early: its ranks may have ended before they had read them."""
+        """Return the words of the request that ended the trial early. Its ranks may have ended before reading it."""
         asked = read_stop(self._run)
         return run.reason if asked is None or asked.reason in run.reason else f"stopped {asked.reason}"
 
 
 def trial_state(folder: Store, status: RunStatus) -> str:
-    """The state of the trial in the folder `folder`, whose run is in this `status`; see `TrialStatus`."""
+    """Return the state of the trial in the folder `folder`, whose run is in this `status`; see `TrialStatus`."""
     if status.state == "starting" and not status.generation and not status.reason:
         return "waiting"
     return _STOPPED_EARLY if status.state == "stopped" and stop_requester(folder) == EARLY else status.state
 
 
 def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
-    """The trial with the best last figure. Training losses of different steps are those of different rows, so by the
-    training loss only those that have finished count as soon as there are any."""
+    """Return the trial with the best last figure.
+
+    Training losses of different steps have different rows. So by the training loss only finished trials count, as soon
+    as there are any.
+    """
     counted = [trial for trial in trials if trial.state != "failed" and trial.value is not None]
     if metric.of == TRAIN:
         counted = [trial for trial in counted if trial.state == "finished"] or counted
@@ -298,8 +307,9 @@ def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:
 
 
 def render_sweep(status: SweepStatus) -> RenderableType:
-    """A table of the trials, and below it the best one; once the sweep has ended the sensitivities and the next command
-    too.
+    """Return a table of the trials, and below it the best one.
+
+    Once the sweep has ended, the sensitivities and the next command follow.
     """
     table = FoldedTable(title=f"{status.sweep}: {status.state}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("trial", *status.settings, "state", "step", status.metric):
@@ -313,8 +323,9 @@ def render_sweep(status: SweepStatus) -> RenderableType:
 
 
 def summary(status: SweepStatus) -> list[str]:
-    """The sweep in a few lines: how many trials are in which state, the best one, what the metric depends on, what to
-    do next.
+    """Return the sweep in a few lines.
+
+    They say how many trials are in which state, which is the best, what the metric depends on, and what to do next.
     """
     lines = [", ".join(f"{count} {state}" for state, count in status.counts().items())]
     best = status.best_trial
@@ -334,15 +345,17 @@ def summary(status: SweepStatus) -> list[str]:
 
 
 def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: Callable[[str], None]) -> None:
-    """Show the sweep again and again, with `live` as a table on stderr, else by lines for `log`. `wait` takes the
-    seconds to the next look, and tells whether that is the last one."""
+    """Show the sweep again and again, with `live` as a table on stderr, else by lines for `log`.
+
+    `wait` takes the seconds to the next look, and tells whether that is the last one.
+    """
     follower, before = SweepFollower(folder), None
     pause = max(_LOOK_SECONDS, poll_seconds(folder))
     with Live(console=Terminal(stderr=True), auto_refresh=False) if live else nullcontext() as view:
         last = False
         while not last:
             last = wait(pause)
-            with suppress(StorageError):  # the trials have their own patience with the store
+            with suppress(StorageError):  # the trials themselves are patient with the store
                 now = follower.read()
                 if view is not None:
                     view.update(render_sweep(now), refresh=True)
@@ -353,7 +366,7 @@ def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: C
 
 
 def while_it_runs(folder: Store) -> Callable[[float], bool]:
-    """A `wait` for `watch_sweep` that ends when the sweep's process has ended."""
+    """Return a `wait` for `watch_sweep` that ends when the sweep's process has ended."""
 
     clock = StoreClock(folder)
 
@@ -366,7 +379,7 @@ def while_it_runs(folder: Store) -> Callable[[float], bool]:
 
 
 def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
-    """A line for each trial whose state has changed, for logs that cannot be redrawn."""
+    """Return a line for each trial whose state has changed, for logs that cannot be redrawn."""
     known = {trial.number: trial.state for trial in before.trials} if before else {}
     lines = []
     for trial in now.trials:

@@ -19,7 +19,7 @@ from trainer.store.store import Store
 
 
 def render(status: RunStatus) -> RenderableType:
-    """A small table of what is known."""
+    """Return a small table of what is known."""
     table = facts()
     for name, text in _lines(status):
         if text:
@@ -31,12 +31,15 @@ _COLORS = {"finished": "green", "running": "green", "failed": "red", "silent": "
 
 
 def colored(state: str, more: str = "") -> Text:
-    """A state in its color, and `more` about it."""
+    """Return a state in its color, and `more` about it."""
     return Text(state, _COLORS.get(state, "")).append(more, "default")
 
 
 def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
-    """Name and text of each line of a status. A line without text is left out, so that only what is known is shown."""
+    """Yield name and text of each line of a status.
+
+    A line without text is left out, so only what is known is shown.
+    """
     yield "run", status.run
     more = ""
     if status.state not in ENDED and status.quiet_seconds is not None and status.quiet_seconds >= SILENT_SECONDS:
@@ -114,7 +117,7 @@ def watch(
     console: Console | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> RunStatus:
-    """Show the run's progress on stderr until `stop()` is true; returns the status it saw last."""
+    """Show the run's progress on stderr until `stop()` is true. Returns the status it saw last."""
     follower = Follower(folder)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -131,7 +134,7 @@ def watch(
                 status = follower.read()
                 facts = _facts(status)
             except StorageError:
-                # The run has its own patience with the store; the view of it must not end first.
+                # The run itself is patient with the store. Its view must not end first.
                 facts = "the store does not answer"
             progress.update(
                 task,
@@ -147,22 +150,22 @@ def watch(
 
 
 def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus | None:
-    """Show all that is known, again and again, until the run has ended, or `over()`; returns the status it saw last."""
+    """Show all that is known, again and again, until the run has ended, or `over()`. Returns the status it saw last."""
     follower, ended = Follower(folder), 0
     with Live(console=Terminal(stderr=True), auto_refresh=False) as live:
         while True:
-            with suppress(StorageError):  # the run has its own patience with the store; the view must not end first
+            with suppress(StorageError):  # the run itself is patient with the store; its view must not end first
                 status = follower.read()
                 live.update(render(status), refresh=True)
                 ended = ended + 1 if status.state in ENDED else 0
-                # Between an end and a restart there is a moment, and what is prepared may be refused.
+                # There is a moment between an end and a restart, and a prepared run may be refused.
                 if (over() if over else ended == 2) or not is_there(folder):
                     return status
             time.sleep(poll_seconds(folder))
 
 
 def _facts(status: RunStatus) -> str:
-    # The time that is left comes first, as narrow terminals cut off what comes last.
+    # The time that is left comes first, because narrow terminals cut off what comes last.
     parts = [] if status.eta_seconds is None else [f"{duration(status.eta_seconds)} left"]
     if status.epochs is not None and status.passes is not None:
         parts.append(f"epoch {_epoch_line(status)}")

@@ -13,16 +13,15 @@ class Proof:
         kl: KL divergence of the next token's distributions, the mean over the places that are trained, in nats a token.
         kl_allowed: the largest divergence that rounding explains.
         kl_effect: the same divergence between the exported model and its base as it was before the training. For a
-            model in fewer
-            bits it is the trained model that is compared with that base.
+            model in fewer bits the trained model is compared with that base.
         log_prob: the mean absolute difference of the trained tokens' log-probabilities, in nats a token.
-        log_prob_allowed, log_prob_effect: likewise.
+        log_prob_allowed, log_prob_effect: the same for log_prob.
         computed_in: fp32 or bf16.
         rows: the rows in words, such as "8 rows of the evaluation data".
-        trained_kl: of a merged model, the divergence from the model as it was trained, over its quantized base. No
-            bound.
-        rounding_kl: of a merged model, the divergence from base and adapter side by side, whose sum is not rounded. No
-            bound.
+        trained_kl: for a merged model, the divergence from the model as it was trained, over its quantized base. It has
+            no bound.
+        rounding_kl: for a merged model, the divergence from base and adapter side by side, whose sum is not rounded. It
+            has no bound.
         compared: the two sides in words, to begin a sentence.
     """
 

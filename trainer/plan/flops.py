@@ -94,7 +94,7 @@ UNKNOWN_WORK = StepWork()
 
 
 def _documents(batch: MicroBatch) -> Iterator[int]:
-    """Return the tokens of each segment of the row, without padding."""
+    """Yield the tokens of each segment of the row, without padding."""
     from trainer.model.micro_batch import Role
 
     segments = batch.input.segments
@@ -142,7 +142,7 @@ def _products(model: Architecture) -> dict[str, float]:
 
 
 def _attention(model: Architecture) -> Iterator[AttentionWork]:
-    """Return the attention of each layer.
+    """Yield the attention of each layer.
 
     The width of the values, which enter attention's last linear layer, stands for the width of queries and keys as
     well.

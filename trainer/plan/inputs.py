@@ -101,7 +101,7 @@ class Inputs:
 
     @cached_property
     def states(self) -> dict[str, tuple[State, ...]]:
-        """Return the masters and the optimizer's states of each parameter that learns, by name."""
+        """The masters and the optimizer's states of each parameter that learns, by name."""
         return states_by_name(self.config.optim.name, self.shapes)
 
     @property

@@ -45,7 +45,7 @@ def base_trained_by(config: Config) -> str:
 
 
 def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
-    """Return a sentence for each setting of the run or fact of the base that does not suit the run's `method`."""
+    """Yield a sentence for each setting of the run or fact of the base that does not suit the run's `method`."""
     yield from method.mismatches(architecture)
     for name in OPTIM_OF_SOME:
         field = name.removeprefix("optim.")
@@ -70,7 +70,7 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
 
 
 def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:
-    """Return a sentence if the files of the base cannot hold the new weights with which the run would export them."""
+    """Yield a sentence if the files of the base cannot hold the new weights with which the run would export them."""
     if method.exports_model and stored.unmergeable:
         yield (
             f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and"
@@ -79,7 +79,7 @@ def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator
 
 
 def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> Iterator[str]:
-    """Return a sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
+    """Yield a sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
     if not virtual.count:
         return
     method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
@@ -110,7 +110,7 @@ def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Arc
 
 
 def objective_mismatches(config: Config, objective: Objective, method: Method) -> Iterator[str]:
-    """Return a sentence for each setting of the run that does not suit the run's `objective` and `method`."""
+    """Yield a sentence for each setting of the run that does not suit the run's `objective` and `method`."""
     name, reference = config.objective.name, reference_of(config, objective, method)
     yield from objective.mismatches()
     if config.data.format != "auto" and config.data.kind not in objective.formats:
@@ -131,7 +131,7 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
 
 
 def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """Return a sentence for each setting that does not suit rows which ranks share.
+    """Yield a sentence for each setting that does not suit rows which ranks share.
 
     trainer/model/rows has the exchange itself.
     """
@@ -162,7 +162,7 @@ def _of_shared_rows(config: Config, model: Architecture, method: Method, objecti
 
 
 def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:
-    """Return a sentence for each setting that does not suit answers which share their prompt in a row."""
+    """Yield a sentence for each setting that does not suit answers which share their prompt in a row."""
     kernel = config.model.attention
     if not config.data.share_prefix:
         return
@@ -178,7 +178,7 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """Return a sentence if a row has more numbers than its attention kernel can count."""
+    """Yield a sentence if a row has more numbers than its attention kernel can count."""
     if config.cluster.gpus_per_worker == 0:
         return
     reserved = method.virtual.reserved * config.data.segments(objective.formats)
@@ -197,7 +197,7 @@ def _of_long_rows(config: Config, model: Architecture, method: Method, objective
 
 
 def _of_segments(config: Config, model: Architecture, objective: Objective) -> Iterator[str]:
-    """Return a sentence if a document is several texts that the base cannot hide from each other."""
+    """Yield a sentence if a document is several texts that the base cannot hide from each other."""
     if not model.isolates_documents and not config.data.packing and config.data.segments(objective.formats) > 1:
         yield (
             f"objective.name: {config.objective.name} has two texts in one row, such as a chosen and a rejected answer,"

@@ -41,12 +41,11 @@ class GlobalBatch:
     """One optimizer step.
 
     Attributes:
-        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share
-            theirs.
-        empty_rows: rows that are computed without targets, as global_batch does not divide evenly.
+        data_groups: the ranks that have rows of their own, or the groups of `sequence_parallel` ranks that share rows.
+        empty_rows: rows without targets, which are computed because global_batch does not divide evenly.
         reference_time_percent: the time of the objective's passes through the reference, as a share of the others'.
-        stored_reference_percent: where the reference is stored, the time of the one pass before the first step, as a
-            share of an epoch's.
+        stored_reference_percent: if the reference is stored, the time of the one pass before the first step, as a share
+            of an epoch's.
     """
 
     world_size: int

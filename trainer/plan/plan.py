@@ -120,7 +120,7 @@ def settled(config: Config, model: Architecture, world_size: int, ranks_per_node
 
 
 def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterator[str]:
-    """Return a sentence for each requested setting that has no effect after `settled`, or on the ranks of this run."""
+    """Yield a sentence for each requested setting that has no effect after `settled`, or on the ranks of this run."""
     if not asked.train.activation_offload:
         return
     if asked.cluster.gpus_per_worker == 0:
@@ -134,7 +134,7 @@ def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterat
 
 
 def _products(config: Config, model: Architecture) -> Iterator[str]:
-    """Return a sentence on which products are in FP8, if FP8 is asked for."""
+    """Yield a sentence on which products are in FP8, if FP8 is asked for."""
     if config.train.products == "fp8":
         linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
         some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
@@ -145,7 +145,7 @@ def _products(config: Config, model: Architecture) -> Iterator[str]:
 
 
 def _undecided(asked: Config, model: Architecture, memory: int | None) -> Iterator[str]:
-    """Return a sentence if the run will decide by a memory that the plan does not know."""
+    """Yield a sentence if the run will decide by a memory that the plan does not know."""
     if asked.train.activation_checkpointing == "auto" and memory is None and _counts_all_activations(asked, model):
         yield (
             "train.activation_checkpointing: auto counts all layers as computed again here, as the memory of a rank is"

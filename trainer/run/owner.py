@@ -130,7 +130,7 @@ class Ownership:
 
     @property
     def lost(self) -> bool:
-        """Return whether another start has taken the run over since."""
+        """Whether another start has taken the run over since."""
         return self.run.exists(layout.owner(self._number + 1))  # a listing may be late, and costs more
 
     def check(self) -> None:
@@ -172,7 +172,7 @@ class OwnerWatch:
 
     @property
     def is_unheard(self) -> bool:
-        """Return whether the owner has not been seen yet."""
+        """Whether the owner has not been seen yet."""
         return not self._seen
 
     def is_gone(self) -> bool:

@@ -41,7 +41,7 @@ class PowerMeter:
 
 @contextmanager
 def metered(device: torch.device, *, reads: bool) -> Iterator[Callable[[], dict[str, float]]]:
-    """Return a function that gives the result of `PowerMeter.measured` for `device`.
+    """Yield a function that gives the result of `PowerMeter.measured` for `device`.
 
     It gives nothing on a CPU, without nvidia-smi, or if this rank does not read the power (`reads`).
     """

@@ -184,7 +184,7 @@ class RecordReader:
         self._torn: dict[str, bytes] = defaultdict(bytes)
 
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[Record]:
-        """Return the new records. A line that is not whole yet is left for later.
+        """Yield the new records. A line that is not whole yet is left for later.
 
         `found` has the segments of the run's metrics, by stream.
         """
@@ -209,7 +209,7 @@ class RunReader:
         self._readers: dict[int, RecordReader] = {}
 
     def read(self, found: Mapping[str, Sequence[Segment]]) -> Iterator[tuple[int, Iterator[Record]]]:
-        """Return the number of each start in `found`, in order, with its new records.
+        """Yield the number of each start in `found`, in order, with its new records.
 
         Records that the caller does not iterate over stay new. `found` is as for `RecordReader.read`.
         """
@@ -234,7 +234,7 @@ def _streams_of(found: Mapping[str, Sequence[Segment]], generation: int) -> list
 
 
 def read_records(folder: Store, generation: int) -> Iterator[Record]:
-    """Return all records of a generation so far; none if it does not exist."""
+    """Yield all records of a generation so far; none if it does not exist."""
     reader, found = RecordReader(folder, generation), streams(folder.list(layout.METRICS))
     yield from reader.read(found)
     if reader.missed(found):  # segments were replaced after the listing

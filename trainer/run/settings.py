@@ -57,7 +57,7 @@ def _kept(folder: Store, key: str) -> dict[str, Any] | None:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Return every setting of a configuration, given as a tree, as (dotted name, value)."""
+    """Yield every setting of a configuration, given as a tree, as (dotted name, value)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}.")

@@ -82,41 +82,50 @@ class CompletionsServer:
 
     @classmethod
     def of_adapters(cls, setting: str, url: str) -> "CompletionsServer":
-        """The server at the URL, of which each request names the model. Asks nothing."""
+        """Return the server at the URL for requests that each name a model. This asks the server nothing."""
         return cls(setting, _root(url), "")
 
     def ask(self, tokens: list[int], draws: int) -> Answer:
-        """Its answer to a prompt of these tokens. Raises `CapstanError` where it gives none, or one without
-        log-probabilities.
+        """Return the server's answer to a prompt of these tokens.
+
+        Raises `CapstanError` if it gives none, or one without log-probabilities.
         """
         wanted = {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
         drawing = {"max_tokens": draws, "temperature": 1.0, "seed": 0}
         return self._complete(tokens, lambda choices: _answer(choices[0], tokens), **drawing, **wanted)
 
     def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
-        """Its `top` likeliest tokens in the place of each of these but the first, by their numbers, the likeliest
-        first. Raises as `ask`.
+        """Return the server's `top` likeliest tokens at the place of each of these tokens but the first.
+
+        They are token numbers, the likeliest first. Raises as `ask`.
         """
         return self._complete(
             tokens, lambda choices: _places(choices[0], tokens, top), max_tokens=1, prompt_logprobs=top
         )
 
     def ranked(self, tokens: list[int]) -> list[tuple[float, bool]]:
-        """The log p of each of the tokens but the first, and whether it is the likeliest there. Raises as `ask`."""
+        """Return the log p of each of the tokens but the first, and whether it is the likeliest there.
+
+        Raises as `ask`.
+        """
         return self._complete(tokens, lambda choices: _ranked(choices[0], tokens), max_tokens=1, prompt_logprobs=1)
 
     def card(self) -> dict[str, Any]:
-        """Its own words on the model: of an adapter `parent` is the name of its base there. Raises as `ask`."""
+        """Return what the server says of the model.
+
+        For an adapter `parent` is the name of its base. Raises as `ask`.
+        """
         return self._models().get(self.model, {})
 
     def tokens_of(self, text: str) -> list[int]:
-        """`text` as its tokenizer has it. Raises as `ask`."""
+        """Return the tokens of `text` by the server's tokenizer. Raises as `ask`."""
         asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
         return self._read("/tokenize", asked, lambda found: list(found["tokens"]))
 
     def has(self, model: str) -> bool:
-        """Whether it knows a model of this name, or finds one (trainer/evaluate/rollout/vllm_plugin.py). Raises as
-        `ask`.
+        """Return whether the server knows a model of this name, or finds one. Raises as `ask`.
+
+        trainer/evaluate/rollout/vllm_plugin.py finds models by name.
         """
         try:
             replace(self, model=model).tokens_of("a")
@@ -125,33 +134,35 @@ class CompletionsServer:
         return True
 
     def load(self, name: str, folder: str) -> None:
-        """Have it take the adapter in the folder, which it sees, by this name. Raises as `ask`."""
+        """Have the server load the adapter in the folder, which it sees, under this name. Raises as `ask`."""
         self._read("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, None)
 
     def unload(self, name: str) -> None:
-        """Have it drop the adapter. Raises as `ask`."""
+        """Have the server drop the adapter. Raises as `ask`."""
         self._read("/v1/unload_lora_adapter", {"lora_name": name}, None)
 
     def sample(self, model: str, tokens: list[int], **sampling: Any) -> list[tuple[list[int], list[float]]]:
-        """Answers of the model called so to a prompt of these tokens: the tokens of each, and the log p of each of them
-        before the temperature. Raises as `ask`.
+        """Return answers of the model with this name to a prompt of these tokens. Raises as `ask`.
+
+        An answer has its tokens, and the log p of each token before the temperature.
         """
         wanted = {"logprobs": 0, "return_token_ids": True, **sampling}
         return self._complete(tokens, lambda choices: [_drawn(choice) for choice in choices], model, **wanted)
 
     def _models(self) -> dict[str, Any]:
-        """Its words on each of its models, by their names."""
+        """Return what the server says of each of its models, by their names."""
         return self._read("/v1/models", None, lambda found: {one["id"]: one for one in found["data"]})
 
     def _complete(self, prompt: list[int], read: Any, model: str = "", **options: Any) -> Any:
-        """What `read` finds in the choices of its answer to a prompt of these tokens, by another `model` where one is
-        named.
+        """Return what `read` finds in the choices of the server's answer to a prompt of these tokens.
+
+        If another `model` is named, that one answers.
         """
         asked = {"model": model or self.model, "prompt": prompt, **options}
         return self._read("/v1/completions", asked, lambda found: read(found["choices"]))
 
     def _read(self, path: str, body: Any, read: Any) -> Any:
-        """What `read` finds in the JSON of an answer; without it the answer is words."""
+        """Return what `read` finds in the JSON of an answer. Without `read` the answer is plain text."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
@@ -159,7 +170,7 @@ class CompletionsServer:
                 text = answer.read(_LONGEST_ANSWER)
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-            # A request to load an adapter gets 400 as well, for instance where it is loaded already: that refuses no
+            # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
             # prompt.
             refused = error.code == 400 and path == "/v1/completions"
             kind = NotServed if error.code == 404 else Refused if refused else CapstanError

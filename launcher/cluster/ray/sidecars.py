@@ -32,7 +32,7 @@ def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str],
 def gpus_for_servers(
     config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
 ) -> Iterator[Any]:
-    """Return a placement group with a bundle for each of the run's servers; None if they need no GPUs.
+    """Yield a placement group with a bundle for each of the run's servers; None if they need no GPUs.
 
     `stop` may raise to end the wait for it.
 

@@ -1,3 +1,4 @@
-"""Configurations of axolotl, LLaMA-Factory, TRL and accelerate as ours: tables in
-trainer/config/peers/*.yaml, and what keys make together here.
+"""Turns configurations of axolotl, LLaMA-Factory, TRL and accelerate into ours.
+
+The tables of keys are in trainer/config/peers/*.yaml. This package has the settings that several keys make together.
 """

@@ -15,7 +15,7 @@ _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     joint_settings.workers(keys, "ray_num_workers")
     _method(keys)
     _objective(keys)
@@ -70,8 +70,9 @@ def _method(keys: Keys) -> None:
 
 
 def _published(keys: Keys) -> None:
-    """A base whose files are in FP8 or MXFP4, which `model_quantization_config` names. They are read as 16-bit
-    values.
+    """Read a base whose files are in FP8 or MXFP4, which `model_quantization_config` names.
+
+    They are read as 16-bit values.
     """
     names = ("model_quantization_config", "model_quantization_config_kwargs")
     arguments = keys.given.get(names[1])
@@ -85,7 +86,7 @@ def _published(keys: Keys) -> None:
 
 
 def _trained_part(keys: Keys) -> None:
-    """`unfrozen_parameters`: regular expressions for the beginnings of names, where every dot is one."""
+    """Read `unfrozen_parameters`: regular expressions for the beginnings of names, in which every dot means a dot."""
     patterns = keys.names("unfrozen_parameters")
     if ranges := [given for given in patterns if re.search(r"\[[0-9]*(:[0-9]*)?\]$", given)]:
         keys.lose("unfrozen_parameters", f"{ranges[0]}: a parameter learns whole: tuning.train names parameters.")
@@ -96,8 +97,9 @@ def _trained_part(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """The objective. axolotl says it by several keys, and some of them ask for what we do not train, which is
-    refused.
+    """Set the objective.
+
+    axolotl says it by several keys. Some of them ask for what we do not train, which is refused.
     """
     asked = str(keys.given.get("rl") or "").lower()
     known = keys.peer.tables["objectives"]
@@ -135,8 +137,9 @@ def _objective(keys: Keys) -> None:
 
 
 def _distillation(keys: Keys) -> None:
-    """Its rows bring what a teacher says of their tokens, or a server says it while training; here `capstan teach` has
-    it written once.
+    """Set the distillation. Here `capstan teach` has the teacher's values written once, before the training.
+
+    axolotl's rows bring these values, or a server gives them during the training.
     """
     keys.put("objective.name", "distil", "kd_trainer")
     server = keys.given.get("kd_online_server_base_url")
@@ -176,7 +179,7 @@ def _shares(keys: Keys) -> dict[str, Any]:
 
 
 def _data(keys: Keys) -> None:
-    """The sources of the three lists of data sets, which we have as two."""
+    """Set the sources of the three lists of data sets. We have two lists."""
     for name, setting in (
         ("datasets", "data.train"),
         ("pretraining_dataset", "data.train"),
@@ -220,8 +223,9 @@ def _data(keys: Keys) -> None:
 
 
 def _template(keys: Keys) -> None:
-    """One template for all data sets here: the file's, or that of a data set, or the one that a type of preferences
-    brings.
+    """Set the one template for all data sets here.
+
+    It is the file's, or a data set's, or the one that a type of preferences brings.
     """
     named = [name for name in keys.given if name.rpartition(".")[2] == "chat_template" and keys.given[name]]
     if named:
@@ -239,7 +243,7 @@ def _flat(given: dict[str, Any]) -> list[str]:
 
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sources of one data set: one for each of its files."""
+    """Return the sources of one data set: one for each of its files."""
     form, fields = _format(keys, place, given)
     split, take = split_of(keys, f"{place}.split", given.get("split"))
     taken: dict[str, Any] = {"take": take}
@@ -251,7 +255,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
 
 
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
-    """The format of a data set's rows, None for one that is found out, and the names of its fields."""
+    """Return the format of a data set's rows (None if it has to be detected), and the names of its fields."""
     kind = given.get("type")
     if keys.settings.get("objective.name") in joint_settings.OF_ANSWERS:
         return _answers(keys, place, given, kind)
@@ -304,7 +308,7 @@ def _lose_text(keys: Keys, key: str) -> None:
 
 
 def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
-    """Messages with role and content, or with from and value."""
+    """Return the format of messages with role and content, or with from and value."""
     mapped = given.get("message_property_mappings")
     properties = mapped if isinstance(mapped, dict) else {}
     role = given.get("message_field_role") or properties.get("role") or "role"
@@ -331,7 +335,7 @@ def _conversation(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | 
 
 
 def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[str | None, dict[str, str]]:
-    """Pairs, or answers with a label."""
+    """Return the format of pairs, or of answers with a label."""
     labelled = keys.settings.get("objective.name") == "kto"
     if str(kind).startswith("bradley_terry."):  # a question in `input`, and nothing beside it
         return "preference_alpaca", {"instruction": "input", "input": "nothing"}
@@ -362,12 +366,12 @@ def _answers(keys: Keys, place: str, given: dict[str, Any], kind: Any) -> tuple[
 
 
 def _named(given: Mapping[str, Any], *fields: str) -> dict[str, str]:
-    """The names of these fields in the rows, as `field_NAME` has them, where they are others than ours."""
+    """Return the names of these fields in the rows, given as `field_NAME`, if they differ from ours."""
     return {name: str(given[f"field_{name}"]) for name in fields if given.get(f"field_{name}") not in (None, name)}
 
 
 def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
-    """Which turns of the conversations are trained; one answer for all data sets here."""
+    """Set which turns of the conversations are trained; one answer holds for all data sets here."""
     known = keys.peer.tables["roles"]
     allowed = ("system", "developer", "user", "assistant", "tool")
     named = (known.get(str(role), str(role)) for role in to.names(given.get("roles_to_train") or []))

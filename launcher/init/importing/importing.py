@@ -1,4 +1,4 @@
-"""One import: files of a peer in, a configuration of ours out, and a table of what became of every key."""
+"""One import: it reads a peer's files, and writes a configuration of ours and a table of what became of every key."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,7 @@ JOINS: Mapping[str, tuple[Peer, Callable[[Keys], None]]] = {
 """The peers whose files are read, by the names that `--from` takes."""
 _LAUNCHER = JOINS["accelerate"][0]  # says where something runs, beside the file of another peer
 _SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)")
-# A configuration that lacks one of these is none. The file is written with these in their places, and the table says
-# so.
+# A configuration needs all of these. The file is written with these values in their places, and the table says so.
 _FILL_IN: Mapping[str, tuple[Any, str]] = {
     "run.name": ("imported", "a name for the run"),
     "model.base": ("FILL-IN", "the base: a directory, a bucket's URI or a Hub id"),
@@ -38,8 +37,9 @@ _FILL_IN: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A configuration of ours, as text and as settings by their dotted names; what became of each key; and what is left
-    to do by hand.
+    """A configuration of ours, what became of each key, and what is left to do by hand.
+
+    The configuration is there as text, and as settings by their dotted names.
     """
 
     peers: tuple[str, ...]
@@ -58,7 +58,10 @@ class Imported:
         }
 
     def table(self) -> FoldedTable:
-        """A line a key; those that are lost come first, and those that are not needed for one reason share a line."""
+        """Return the table, a line for each key.
+
+        Lost keys come first. Keys that are not needed for the same reason share a line.
+        """
 
         def place(outcome: Outcome) -> tuple[int, str]:
             order = ("not supported", "unknown", "mapped", "not needed")
@@ -84,12 +87,12 @@ class Imported:
 def import_files(
     paths: Sequence[str | Path], peer: str | None = None, gpus: int | None = None, data_info: Path | None = None
 ) -> Imported:
-    """Carry the configurations in `paths` over; several make one, such as TRL's and accelerate's.
+    """Carry the configurations in `paths` over. Several make one, such as TRL's and accelerate's.
 
     Args:
-        peer: the tool that the first is of; found out by the keys where it is None.
-        gpus: how many GPUs the peer's run was on, of which its batch depends.
-        data_info: LLaMA-Factory's dataset_info.json, where it does not lie where the file says.
+        peer: the tool of the first file; None finds it out by the keys.
+        gpus: how many GPUs the peer's run was on, on which its batch depends.
+        data_info: LLaMA-Factory's dataset_info.json, if it is not where the file says.
 
     Raises:
         ConfigError: a file cannot be read, or no peer knows its keys.
@@ -111,7 +114,7 @@ def import_files(
         raise ConfigError(
             "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
         )
-    # Where something runs is known first, as the batch depends on it.
+    # The place where the run computes is settled first, because the batch depends on it.
     for keys in sorted(files, key=lambda keys: keys.peer is not _LAUNCHER):
         keys.convert()
         JOINS[keys.peer.name][1](keys)
@@ -132,7 +135,7 @@ def import_files(
 
 
 def _refuse_unknown(path: str | Path, keys: Keys) -> None:
-    """A file of which most keys are unknown is of another tool than it was taken for."""
+    """Refuse a file with mostly unknown keys: it belongs to another tool than it was taken for."""
     outcomes = keys.outcomes()
     unknown = [outcome.key for outcome in outcomes if outcome.status == "unknown"]
     if 2 * len(unknown) > len(outcomes):
@@ -143,7 +146,7 @@ def _refuse_unknown(path: str | Path, keys: Keys) -> None:
 
 
 def _unowned(settings: Mapping[str, Any]) -> list[str]:
-    """A sentence for each data set that is named as some of the Hub once were, without its owner."""
+    """Return a sentence for each data set that is named without its owner, as some on the Hub once were."""
     sources = [source for name in ("data.train", "data.eval") for source in settings.get(name) or ()]
     names = dict.fromkeys(str(source["path"]) for source in sources)
     return [
@@ -164,15 +167,16 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     peer = peer or by_program or ("trl" if path.suffix in (".py", ".ipynb") else None)
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(path, found, tree, settings, origins)
-    of_script = path.suffix in (".py", ".ipynb")  # whose calls say what is trained
+    of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
     keys.program, keys.name = program or "", "" if of_script else path.stem
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys
 
 
 def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:
-    """Give the settings values that have none and need one. Returns a sentence for each that is for the user to fill
-    in.
+    """Give a value to the settings that have none and need one.
+
+    Returns a sentence for each that the user has to fill in.
     """
     found: list[str] = []
     for name, (value, what) in _FILL_IN.items():
@@ -184,9 +188,12 @@ def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[
 
 
 def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
-    """Take out what our own checks refuse, with their sentence as the reason. Returns what is for the user to do."""
+    """Remove the settings that our own checks refuse, with their sentence as the reason.
+
+    Returns what the user has to do.
+    """
     to_do: list[str] = []
-    while True:  # a check that refuses one setting may keep another from being seen
+    while True:  # a check that refuses one setting may hide another
         try:
             config = parse_config(yaml_text(settings, {}, ()))
             for check in (method_of, find_objective):
@@ -214,7 +221,7 @@ def _valid(settings: dict[str, Any], files: Sequence[Keys]) -> list[str]:
 
 
 def _named(line: str, settings: Mapping[str, Any]) -> str:
-    """The setting that a sentence of ours begins with, or the one that holds what it names."""
+    """Return the setting that a sentence of ours begins with, or the one that contains it."""
     found = _SETTING.match(line)
     parts = found[1].split(".") if found else []
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

@@ -15,32 +15,34 @@ from trainer.errors import ConfigError
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
 """Objectives that compare answers, or judge whole ones."""
 _OF_FULL = ("tuning.method", "tuning.train")
-# LLaMA-Factory's templates of Qwen's, which are ChatML to the last character but for tools, over a base whose own
-# template has thoughts.
+# These are LLaMA-Factory's templates of Qwen's. They are ChatML to the last character except for tools, over a base
+# whose own template has thoughts.
 _WITHOUT_THOUGHTS = ("qwen3_nothink", "qwen3_5_nothink")
 
 
 def workers(keys: Keys, name: str) -> None:
-    """`cluster.workers`, unless it is known already."""
+    """Set `cluster.workers`, unless it is known already."""
     if keys.whole(name) > 0 and "cluster.workers" not in keys.settings:
         keys.put("cluster.workers", keys.whole(name), name)
 
 
 def parallel(keys: Keys, *sizes: str) -> None:
-    """`cluster.workers` as the product of all `sizes`, where the file names the first of them or the second: the others
-    alone leave open how many share the rest."""
+    """Set `cluster.workers` to the product of all `sizes`, if the file names the first or the second of them.
+
+    The other sizes alone leave open how many devices share the rest.
+    """
     if any(keys.whole(name) > 1 for name in sizes[:2]) and "cluster.workers" not in keys.settings:
         named = [name for name in sizes if keys.whole(name, 1) > 1]
         keys.put("cluster.workers", math.prod(keys.whole(name) for name in named), *named)
 
 
 def world(keys: Keys) -> int:
-    """The devices that a batch is of, as far as they are known."""
+    """Return the number of devices that a batch covers, as far as it is known."""
     return max(1, int(keys.settings.get("cluster.workers") or 1))
 
 
 def batch(keys: Keys, micro: str) -> None:
-    """`train.global_batch`: rows a device, times accumulation, times devices."""
+    """Set `train.global_batch`: rows a device, times accumulation, times devices."""
     devices, accumulation = world(keys), "gradient_accumulation_steps"
     keys.put("train.global_batch", keys.whole(micro, 1) * keys.whole(accumulation, 1) * devices, micro, accumulation)
     if devices > 1:
@@ -48,14 +50,16 @@ def batch(keys: Keys, micro: str) -> None:
 
 
 def in_8_bits(keys: Keys, key: str) -> None:
-    """`quant.type: int8`, which `key` asks for."""
+    """Set `quant.type: int8`, which `key` asks for."""
     keys.put("quant.type", "int8", key)
     keys.note(key, "A scale for 64 weights, where bitsandbytes has one for a row; and activations stay in 16 bits.")
 
 
 def in_bits(keys: Keys, section: str, bnb: bool, *others: str) -> None:
-    """`quant.type` and `quant.double` of a base in the bits that LLaMA-Factory's `section` asks for; with `bnb` as
-    bitsandbytes has them. `others` are keys that say no more than that."""
+    """Set `quant.type` and `quant.double` of a base in the bits that LLaMA-Factory's `section` asks for.
+
+    With `bnb` they are in bitsandbytes' form. `others` are keys that say no more than that.
+    """
     bits, kind = f"{section}quantization_bit", f"{section}quantization_type"
     if keys.whole(bits) == 8 and bnb:
         in_8_bits(keys, bits)
@@ -68,7 +72,7 @@ def in_bits(keys: Keys, section: str, bnb: bool, *others: str) -> None:
 
 
 def uncertainty(keys: Keys, switch: str, scale: float) -> None:
-    """`objective.eaft`, whose entropies the peer divides by `scale`."""
+    """Set `objective.eaft`, whose entropies the peer divides by `scale`."""
     if keys.asked(switch):
         power = keys.given.get("eaft_alpha")
         keys.attempt(switch, lambda: {"objective.eaft": to.number(1.0 if power is None else power)})
@@ -81,7 +85,7 @@ def uncertainty(keys: Keys, switch: str, scale: float) -> None:
 
 
 def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str:
-    """`tuning.method`: full, or the variant of LoRA that one of the `switches` asks for, or LoRA itself."""
+    """Set `tuning.method`: full, or the variant of LoRA that one of the `switches` asks for, or LoRA itself."""
     asked = [switch for switch in switches if not full and keys.asked(switch)]
     if len(asked) > 1:
         keys.lose(asked[0], "dora is scaled by alpha / rank. tuning.method is dora or rslora.")
@@ -93,7 +97,7 @@ def method(keys: Keys, key: str, full: bool, switches: Mapping[str, str]) -> str
 
 
 def divided(keys: Keys, *sizes: str) -> None:
-    """Ranks that share one row, by the product of these keys, are one of the batch."""
+    """Count ranks that share one row, by the product of these keys, as one of the batch."""
     together, devices = math.prod(max(1, keys.whole(name, 1)) for name in sizes), world(keys)
     if together > 1 and devices % together == 0:
         rows = int(keys.settings["train.global_batch"]) // devices * (devices // together)
@@ -102,13 +106,13 @@ def divided(keys: Keys, *sizes: str) -> None:
 
 
 def simpo(keys: Keys) -> None:
-    """SimPO's strengths where the file names none: those of the peers, which are not ours."""
+    """Set SimPO's strengths if the file names none: the peers' defaults differ from ours."""
     keys.settings.setdefault("objective.beta", 0.1)
     keys.settings.setdefault("objective.gamma", 0.5)
 
 
 def ipo(keys: Keys) -> None:
-    """IPO, whose margin the peers take a token, and its authors an answer."""
+    """Tell the user that the peers take IPO's margin for a token, and its authors for an answer."""
     if keys.settings.get("objective.loss_type") == "ipo":
         keys.to_do.append(
             f"objective.loss_type: {keys.peer.title}'s ipo takes the mean over an answer's tokens, and here it is their"
@@ -118,7 +122,7 @@ def ipo(keys: Keys) -> None:
 
 
 def streamed(keys: Keys, *names: str) -> None:
-    """Rows that are read while training, as far as the steps go; here all of a source is compiled first."""
+    """Tell the user to limit rows that the peer reads while training: here a whole source is compiled first."""
     asked = [name for name in names if keys.asked(name) or isinstance(keys.tree.get(name), list)]
     whole = [source["path"] for source in keys.settings.get("data.train") or () if not source.get("take")]
     if not (asked and whole and keys.settings.get("train.steps")):
@@ -133,7 +137,7 @@ def streamed(keys: Keys, *names: str) -> None:
 
 
 def without_next_tokens(keys: Keys) -> None:
-    """TRL's SimPO has CPO's term unless it is told not to."""
+    """Tell the user that TRL's SimPO has CPO's term by default, and ours does not."""
     if keys.given.get("cpo_alpha") is None:
         keys.to_do.append(
             "objective.name: TRL adds the chosen answer's next-token loss to SimPO's, as cpo_alpha is 1 there where"
@@ -142,7 +146,7 @@ def without_next_tokens(keys: Keys) -> None:
 
 
 def duration(keys: Keys) -> None:
-    """`train.steps` where the number of steps is limited, which then goes before epochs."""
+    """Set `train.steps` if the number of steps is limited. The limit then overrides epochs."""
     limit = keys.whole("max_steps")
     if limit > 0:
         keys.spare("train.epochs", "max_steps limits the run: train.steps.")
@@ -150,7 +154,7 @@ def duration(keys: Keys) -> None:
 
 
 def betas(keys: Keys) -> None:
-    """`optim.betas`."""
+    """Set `optim.betas`."""
     names = {"adam_beta1": 0.9, "adam_beta2": 0.999}
     given = [name for name in names if keys.given.get(name) is not None]
     if given:
@@ -162,7 +166,7 @@ def betas(keys: Keys) -> None:
 
 
 def schedule(keys: Keys, key: str) -> None:
-    """The settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
+    """Set the settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
     keys.carry("cosine_min_lr_ratio", "optim.min_lr_ratio", to.number)
     arguments = keys.given.get("lr_scheduler_kwargs")
     if isinstance(arguments, dict) and arguments:
@@ -195,7 +199,7 @@ def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 
 def evaluating_and_saving(keys: Keys) -> None:
-    """`eval.every` or `eval.per_epoch`, and `checkpoint.every_steps` or `per_epoch`."""
+    """Set `eval.every` or `eval.per_epoch`, and `checkpoint.every_steps` or `per_epoch`."""
     _rhythm(keys, ("eval_strategy", "evaluation_strategy"), "eval", "eval.every", "eval.per_epoch")
     if keys.given.get("save_strategy") == "no":
         keys.put("checkpoint.every_steps", 0, "save_strategy")
@@ -216,8 +220,9 @@ def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_
 
 
 def _in_steps(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, Any]:
-    """A number of steps; a share of all steps is so many times an epoch, or as many steps where their number is
-    given.
+    """Return a number of steps, or a number of times an epoch.
+
+    A share of all steps is so many times an epoch, or a number of steps if their total is given.
     """
     value = to.number(keys.given[key])
     if not 0 < value < 1:
@@ -228,7 +233,7 @@ def _in_steps(keys: Keys, key: str, by_steps: str, by_epoch: str) -> dict[str, A
 
 
 def early_end(keys: Keys, patience: str) -> None:
-    """`train.stop_when`: `patience` is the key for evaluations that are no better."""
+    """Set `train.stop_when`. `patience` is the key for evaluations that are no better."""
     if keys.whole(patience) > 0:
         keys.put("train.stop_when.no_better", keys.whole(patience), patience)
         keys.settings.setdefault("checkpoint.keep_best", 1)
@@ -248,8 +253,9 @@ def without_evaluation(keys: Keys) -> None:
 
 
 def pairs(keys: Keys, *names: str) -> None:
-    """`data.sequence_length` for answers that are compared: two of them lie in one row, and the peers' limit is that of
-    one.
+    """Set `data.sequence_length` for answers that are compared.
+
+    Two of them lie in one row, while the peers' limit is that of one answer.
     """
     if keys.settings.get("objective.name") in OF_ANSWERS and keys.settings.get("data.sequence_length"):
         keys.put("data.sequence_length", 2 * int(keys.settings["data.sequence_length"]), *names)
@@ -270,15 +276,17 @@ def head(keys: Keys) -> None:
 
 
 def _bare(name: str) -> str:
-    """The letters and digits of a name, by which Qwen/Qwen2.5-7B is of the family qwen_25, and DeepSeek-V3 of
-    deepseek3.
+    """Return the letters and digits of a name.
+
+    By these Qwen/Qwen2.5-7B is of the family qwen_25, and DeepSeek-V3 of deepseek3.
     """
     return re.sub(r"[^a-z0-9]|(?<![a-z])v(?=[0-9])", "", name.lower())
 
 
 def _is_of(base: str, asked: str) -> bool:
-    """Whether a template is that of the base's family. A last word says which of its models: those that see, or that do
-    not think.
+    """Return whether a template is that of the base's family.
+
+    A last word says which of its models: those that see, or that do not think.
     """
     family, _, kind = asked.rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
@@ -286,8 +294,9 @@ def _is_of(base: str, asked: str) -> bool:
 
 
 def template(keys: Keys, key: str, name: Any) -> None:
-    """`data.template`, where `name` is one of ours; a name that the tokenizer's own template stands for is none to
-    carry over.
+    """Set `data.template`, if `name` is one of ours.
+
+    A name that the tokenizer's own template stands for needs no setting.
     """
     asked, known = str(name or "").lower(), to.words("templates")
     if ours := known.get(asked):
@@ -306,7 +315,7 @@ def template(keys: Keys, key: str, name: Any) -> None:
 
 
 def offloading(keys: Keys) -> None:
-    """`sharding.deepspeed`, from a DeepSpeed configuration (a path or its content) and FSDP's."""
+    """Set `sharding.deepspeed`, from a DeepSpeed configuration (a path or its content) and FSDP's."""
     given = keys.given.get("deepspeed")
     content = {
         name.removeprefix("deepspeed."): value for name, value in keys.given.items() if name.startswith("deepspeed.")
@@ -327,7 +336,7 @@ def offloading(keys: Keys) -> None:
 
 
 def _deepspeed(keys: Keys, given: Any) -> Any:
-    """The content of a DeepSpeed configuration where its file is at hand, else what was given."""
+    """Return the content of a DeepSpeed configuration if its file is at hand, else what was given."""
     found = isinstance(given, str) and next((place for place in keys.places(given) if place.is_file()), None)
     try:
         return read_yaml(found.read_text(), str(given)) if found else given
@@ -336,13 +345,13 @@ def _deepspeed(keys: Keys, given: Any) -> Any:
 
 
 def tokens(keys: Keys, *names: str) -> None:
-    """`model.add_tokens`: the tokens that any of these keys lists."""
+    """Set `model.add_tokens`: the tokens that any of these keys lists."""
     if added := [token for name in names for token in keys.names(name)]:
         keys.put("model.add_tokens", list(dict.fromkeys(added)), *names)
 
 
 def tracking(keys: Keys) -> None:
-    """`track.trackers`, and what the run and its project are called there, by the peer's table of keys."""
+    """Set `track.trackers`, and the names of the run and its project there, by the peer's table of keys."""
     table = keys.peer.tables["tracking"]
     asked = list(keys.settings.get("track.trackers", []))
     for service, switches in table.get("services", {}).items():
@@ -357,8 +366,9 @@ def tracking(keys: Keys) -> None:
 
 
 def training_arguments(keys: Keys) -> None:
-    """The most of the above, for peers that take transformers' `TrainingArguments`, once method and objective are
-    known. The peer's table has the keys.
+    """Make most of the above settings, for peers that take transformers' `TrainingArguments`.
+
+    Method and objective must be known before. The peer's table has the keys.
     """
     table = keys.peer.tables["joint"]
     # The order matters: a batch is divided after it is known, a schedule reads the number of steps, and a sequence is

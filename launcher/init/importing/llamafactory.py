@@ -1,5 +1,6 @@
-"""LLaMA-Factory's keys that make settings together: stage and fine-tuning type, quantization, and data sets of
-dataset_info.json.
+"""LLaMA-Factory's keys that make settings together.
+
+They are stage and fine-tuning type, quantization, and data sets of dataset_info.json.
 """
 
 import json
@@ -16,7 +17,7 @@ _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
         joint_settings.workers(keys, name)
     predicts = keys.asked("do_predict") and not keys.asked("do_train")
@@ -46,8 +47,9 @@ def join(keys: Keys) -> None:
 
 
 def _method(keys: Keys) -> None:
-    """The method and the storage of the base, which LLaMA-Factory says together: its adapters of a quantized base are
-    QLoRA's.
+    """Set the method and the storage of the base. LLaMA-Factory says both together.
+
+    Its adapters of a quantized base are QLoRA's.
     """
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
@@ -85,8 +87,9 @@ def _oft(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """The objective by the stage and the loss over pairs, and whether rows are packed, which there depends on the
-    stage.
+    """Set the objective by the stage and the loss over pairs, and whether rows are packed.
+
+    In LLaMA-Factory packing depends on the stage.
     """
     stage, stages, losses = str(keys.get("stage")), keys.peer.tables["stages"], keys.peer.tables["losses"]
     if stage not in stages:
@@ -127,8 +130,9 @@ def _data(keys: Keys) -> None:
 
 
 def _dataset_info(keys: Keys) -> tuple[dict[str, Any], Path]:
-    """The content of dataset_info.json, which lies in `dataset_dir`: beside the file, above it, or here; or where it is
-    said to be.
+    """Return the content of dataset_info.json.
+
+    The file lies in `dataset_dir`: beside the file, above it, or here; or in the place that is named.
     """
     if keys.data_info is not None:
         try:
@@ -180,7 +184,7 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
 
 
 def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
-    """A data set that comes with LLaMA-Factory, or that it knows by this name, as dataset_info.json has it."""
+    """Return a data set that comes with LLaMA-Factory, or that it knows by this name, as dataset_info.json has it."""
     known, folder = keys.peer.tables["public_sets"].get(name), str(keys.given.get("dataset_dir") or "")
     if known is None or (folder and not folder.startswith(_ITS_DEMOS)):
         return None
@@ -193,7 +197,7 @@ def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The format of the rows, and the names of its fields: LLaMA-Factory's columns and tags."""
+    """Return the format of the rows, and the names of its fields: LLaMA-Factory's columns and tags."""
     columns, tags = given.get("columns") or {}, given.get("tags") or {}
     conversation = given.get("formatting", "alpaca") != "alpaca"
     plain = (tags.get("role_tag", "from"), tags.get("content_tag", "value")) == ("role", "content")
@@ -219,7 +223,7 @@ def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str
 
 
 def _with_fields(form: str, table: dict[str, str], columns: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """A format, and the names that its fields have in the rows, where they are not those that the format looks for."""
+    """Return a format, and the names of its fields in the rows if they are not those that the format looks for."""
     named = {ours: str(columns[theirs]) for theirs, ours in table.items() if columns.get(theirs)}
     return form, {
         ours: name

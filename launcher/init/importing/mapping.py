@@ -19,7 +19,7 @@ Status = Literal["mapped", "not needed", "not supported", "unknown"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A key, its value, and what became of it: the settings it made, or why it made none. `peer` is the tool's name."""
+    """A key, its value, and what became of it: its settings, or why it made none. `peer` is the tool's name."""
 
     peer: str
     key: str
@@ -32,7 +32,7 @@ class Outcome:
 class Keys:
     """The keys of one file and the settings that they have made so far.
 
-    `settings`, and `origins`, the keys that each comes from, are shared by the files of one import. `to_do` are
+    All files of one import share `settings`, and `origins`, the keys that each setting comes from. `to_do` are
     sentences about what only the user can fill in.
     """
 
@@ -40,7 +40,7 @@ class Keys:
         self, path: Path, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
     ) -> None:
         self.folder = path.parent
-        self.name = ""  # the file's own, where it may say what is trained
+        self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.peer = peer
         self.tree = tree
@@ -48,9 +48,9 @@ class Keys:
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
-        self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, where it is named apart
-        # By key: the settings that it made; why it is lost; what is different where it is carried over; why it is not
-        # needed.
+        self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, if it is named separately
+        # These are by key: the settings that it made; why it is lost; what differs although it is carried over; why it
+        # is not needed.
         self._made: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
         self._notes: dict[str, str] = {}
@@ -60,22 +60,20 @@ class Keys:
         return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
 
     def places(self, path: str) -> list[Path]:
-        """The places of a relative `path` that the file names: here, beside the file, and above it."""
+        """Return the places of a relative `path` that the file names: here, beside the file, and above it."""
         return [Path(path), *(above / path for above in (self.folder, *self.folder.absolute().parents))]
 
     def get(self, key: str) -> Any:
-        """The value that is given, or the peer's default."""
+        """Return the given value, or the peer's default."""
         given = self.given.get(key)
         return self.peer.defaults.get(key) if given is None else given
 
     def asked(self, key: str) -> bool:
-        """Whether a switch is given and on."""
+        """Return whether a switch is given and on."""
         return str(self.given.get(key) or "").lower() not in ("", "false", "0", "no", "none")
 
     def whole(self, key: str, otherwise: int = 0) -> int:
-        """A whole number that is given or the peer's default; `otherwise` where there is none, or none that can be
-        read.
-        """
+        """Return a whole number, given or the peer's default; `otherwise` if there is none, or it cannot be read."""
         try:
             given = self.get(key)
             return otherwise if given is None else to.whole(given)
@@ -84,7 +82,7 @@ class Keys:
             return otherwise
 
     def names(self, key: str) -> list[str]:
-        """A list of names that is given."""
+        """Return a given list of names."""
         return [] if self.given.get(key) in (None, "") else to.names(self.given[key])
 
     def put(self, setting: str, value: Any, *keys: str) -> None:
@@ -105,19 +103,18 @@ class Keys:
         self.settings[setting], self.origins[setting] = value, [why]
 
     def lose(self, key: str, why: str) -> None:
-        """The key is given and cannot be carried over as it is."""
+        """Record that the key is given and cannot be carried over as it is."""
         if key in self.given:
             self._lost.setdefault(key, why)
 
     def note(self, key: str, what: str) -> None:
-        """Say of a key that is carried over what is different all the same."""
+        """Record what differs although the key is carried over."""
         self._notes.setdefault(key, what)
 
     def convert(self) -> None:
-        """Make the settings of all keys that need no other, those of defaults among them."""
+        """Make the settings of all keys that need no other key, including those of defaults."""
         given = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
-        # Defaults come first, so that of two keys for one setting the given one counts, and of two given ones the
-        # later.
+        # Defaults come first. So if two keys make one setting, the given one counts, and of two given ones the later.
         for key, value in {**self.peer.defaults, **given}.items():
             row = self.row(key)
             if isinstance(row, To) and value is not None:
@@ -134,13 +131,15 @@ class Keys:
             self.put(setting, value, key)
 
     def carry(self, key: str, setting: str, convert: Conversion) -> None:
-        """Put the value of `key`, converted, where it is given; beside other keys it counts last."""
+        """Put the converted value of `key`, if it is given. Beside other keys it counts last."""
         if (value := self.given.get(key)) not in (None, ""):
             self.attempt(key, lambda: {setting: convert(value)})
 
     def drop(self, setting: str, why: str) -> bool:
-        """Remove a setting that turned out not to hold. A key that made nothing else is then reported as lost, because
-        of `why`; returns whether one is."""
+        """Remove a setting that turned out not to hold. Returns whether a key is reported as lost.
+
+        A key that made nothing else is reported as lost, because of `why`.
+        """
         self.settings.pop(setting, None)
         before = len(self._lost)
         for key, made in self._made.items():
@@ -151,18 +150,18 @@ class Keys:
         return len(self._lost) > before
 
     def spare(self, setting: str, why: str) -> None:
-        """Remove a setting that another one makes needless."""
+        """Remove a setting that another one makes unnecessary."""
         self.settings.pop(setting, None)
         for key, made in self._made.items():
             if setting in made:
                 self._spared[key] = why
 
     def need_not(self, key: str, why: str) -> None:
-        """The key is given, and what it asks for holds without it."""
+        """Record that the key is given, and that what it asks for holds without it."""
         self._spared[key] = why
 
     def outcomes(self) -> list[Outcome]:
-        """The outcome of each key that has a value, in the file's order."""
+        """Return the outcome of each key that has a value, in the file's order."""
         asked = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
         return [self._outcome(key, value) for key, value in asked.items()]
 
@@ -202,7 +201,7 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
 
 
 def no_training(what: str) -> ConfigError:
-    """The refusal of a file that would become another training than it is."""
+    """Return the refusal of a file that would become another training than it is."""
     return ConfigError(
         f"{what}: this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
         " docs/rollouts.md says how answers are sampled and rewarded here; of a base that sees or hears the language"
@@ -212,14 +211,14 @@ def no_training(what: str) -> ConfigError:
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
-_FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # of a split the first so many rows, or per cent of them
+_FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # the first rows of a split, as a number or in per cent
 _READERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
 
 
 def source_paths(path: str, files: Any = None, revision: str | None = None) -> list[str]:
-    """Where the rows are: a file, a folder, a bucket's URI, or `hf://owner/name` with its files.
+    """Return where the rows are: a file, a folder, a bucket's URI, or `hf://owner/name` with its files.
 
-    `path` may be a reader of `datasets`, such as json, whose `files` are what is read.
+    `path` may be a reader of `datasets`, such as json. Then its `files` are read.
     """
     if isinstance(files, dict):
         files = files.get("train") or next(iter(files.values()), None)
@@ -237,8 +236,10 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
 def sources_at(
     paths: Sequence[str], rows: Mapping[str, Any], subset: Any = None, split: str | None = None
 ) -> list[dict[str, Any]]:
-    """A source at each path, with what of `rows` is given, such as their format; with a subset, and a split other than
-    train, where it is a data set of the Hub."""
+    """Return a source at each path, with the given parts of `rows`, such as their format.
+
+    For a data set of the Hub it also has a subset, and a split other than train.
+    """
     of_hub = {"subset": subset, "split": None if split == "train" else split}
     return [
         {
@@ -252,20 +253,21 @@ def sources_at(
 
 
 def sections(given: Any) -> list[dict[str, Any]]:
-    """The sections of a list, or the one that stands in a list's place; a name is one with nothing but a path."""
+    """Return the sections of a list, or the one that stands in a list's place. A name is a section with only a path."""
     listed = given if isinstance(given, list) else [given]
     named = [{"path": item} if isinstance(item, str) and item else item for item in listed]
     return [item for item in named if isinstance(item, dict)]
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a data set of the Hub, and nothing that is here."""
+    """Return whether `path` names a data set of the Hub, and nothing that is here."""
     return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
 
 
 def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, int | float | None]:
-    """The name of a split, and what is taken of it, as `data.train[].take` has it. Where `key` asks for more than that,
-    it is said to be lost.
+    """Return the name of a split, and what is taken of it, in the form of `data.train[].take`.
+
+    If `key` asks for more than that, this is reported as lost.
     """
     if not given:
         return None, None

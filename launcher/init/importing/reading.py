@@ -1,4 +1,4 @@
-"""A peer's file as a tree of plain values, and which peer it is of."""
+"""This file reads a peer's file as a tree of plain values, and finds out which peer it belongs to."""
 
 import os
 import re
@@ -18,20 +18,22 @@ _PROGRAMS = ("trl", "swift", "megatron")
 """Programs whose first word behind them says what is trained."""
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
-# What ends a command of a shell script, where it is not within quotes.
+# This ends a command of a shell script, if it is not within quotes.
 _ENDS = re.compile(
     r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*\)|(?P<end>(?<!\S)\d>|&?[<>]|[|;&]+|\n(?!\s*-))""", re.DOTALL
 )
 _OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
-# A line of a shell script that sets a variable to a plain value.
+# This is a line of a shell script that sets a variable to a plain value.
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s$;&|`()]*)\s*(?:#.*)?")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
 def read_peer_file(path: Path) -> dict[str, Any]:
-    """The keys of a file: YAML (which JSON is), a command line with `--key value`, in a shell script or by itself, or a
-    Python script or notebook of TRL's, whose values that are computed are listed in `COMPUTED`.
+    """Return the keys of a file.
+
+    It is YAML (which includes JSON), a command line with `--key value`, in a shell script or by itself, or a Python
+    script or notebook of TRL's. `COMPUTED` lists the values of a script that are computed.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -54,8 +56,9 @@ def read_peer_file(path: Path) -> dict[str, Any]:
 
 
 def _arguments(text: str, path: str) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--flag` and `--list a b` of a command line, with the launcher's own in front of
-    the script.
+    """Return the options of a command line: `--key value`, `--key=value`, `--flag` and `--list a b`.
+
+    The launcher's own options come before the script.
     """
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
@@ -90,7 +93,7 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
 
 
 def _plain(value: str, path: str) -> Any:
-    """The value of a word: a number, a list or a switch as YAML has them, and a text where it is no YAML."""
+    """Return the value of a word: a number, a list or a switch as in YAML, and a text if it is no YAML."""
     try:
         return read_yaml(value, path) if value.strip() else value
     except ConfigError:
@@ -98,7 +101,7 @@ def _plain(value: str, path: str) -> Any:
 
 
 def _command(text: str, path: str) -> list[str]:
-    """The words of the one command line in `text` that has options: what is within quotes is no end of it."""
+    """Return the words of the one command line in `text` that has options. Quoted text does not end it."""
     joined, commands, begin = re.sub(r"\\[ \t]*(\n|$)", " ", text), list[str](), 0
     for found in _ENDS.finditer(joined):
         if found["end"]:
@@ -119,7 +122,7 @@ def _command(text: str, path: str) -> list[str]:
 
 
 def _followed(value: Any, root: dict[str, Any], seen: Sequence[str]) -> Any:
-    """`value` with references such as `${output_dir}/logs` replaced, as OmegaConf does."""
+    """Return `value` with references such as `${output_dir}/logs` replaced, as OmegaConf does."""
     if isinstance(value, dict):
         return {str(key): _followed(item, root, seen) for key, item in value.items()}
     if isinstance(value, list):
@@ -142,7 +145,7 @@ def _target(name: str, root: dict[str, Any], seen: Sequence[str], otherwise: str
 
 
 def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of `tree` with its value, dotted as far as the peer's table lists keys inside."""
+    """Yield every key of `tree` with its value, dotted as far as the peer's table lists keys inside."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         general = re.sub(r"\[\d+\]", "[]", key)
@@ -159,7 +162,7 @@ def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tu
 
 
 def refuse_others(tree: dict[str, Any], program: str | None, path: str) -> None:
-    """Refuse a file of a tool that is recognised and not read, as some of its keys are called as other tools' are.
+    """Refuse a file of a tool that is recognised but not read: some of its keys have the same names as other tools'.
 
     Raises:
         ConfigError: it is of such a tool.
@@ -182,7 +185,7 @@ def _has(tree: Any, key: str) -> bool:
 
 
 def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
-    """The peer that knows most of the keys. Raises `ConfigError` where none does, or two know as many."""
+    """Return the peer that knows most of the keys. Raises `ConfigError` if none does, or two know as many."""
     if {"run", "model", "data", "train"} <= set(tree):
         raise ConfigError(f"{path} is a configuration of Capstan already: capstan plan {path} says what it needs.")
     keys = list(map(str, tree))

@@ -1,7 +1,9 @@
-"""A training script of TRL as a tree of its command line's keys: its calls are read in the syntax tree, and never run.
+"""Reads a training script of TRL as a tree of its command line's keys.
 
-Most people call `SFTConfig(...)`, `LoraConfig(...)` and `load_dataset(...)` with plain values. A value that is computed
-is not known without running the script, and is left out with a sentence.
+It reads the syntax tree and never runs the script.
+
+Most people call `SFTConfig(...)`, `LoraConfig(...)` and `load_dataset(...)` with plain values. A computed value is not
+known without running the script, so it is left out with a sentence.
 """
 
 import ast
@@ -14,7 +16,7 @@ from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
 _TABLES = read_peer("trl").tables["script"]
-# Those of other trainings, and classes of models that see, hear or translate.
+# These belong to other trainings, or are classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
     r"\bFastVisionModel|\bFastSentenceTransformer|\bUnslothVisionDataCollator|"
@@ -30,7 +32,7 @@ _REGRESSION = "a head of one number"
 
 
 def notebook_code(text: str, path: str) -> str:
-    """The code cells of a notebook as one script, without the lines and cells that are for the shell.
+    """Return the code cells of a notebook as one script, without the lines and cells that are for the shell.
 
     Raises:
         ConfigError: it is no notebook.
@@ -45,7 +47,7 @@ def notebook_code(text: str, path: str) -> str:
 
 
 def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
-    """The keys that the script's calls make, and the names of those whose values are computed.
+    """Return the keys that the script's calls make, and the names of those whose values are computed.
 
     Raises:
         ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another
@@ -79,14 +81,16 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
     script = reader.script or reader.trainer or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
-    # A value of a configuration's own class goes before one that a trainer or a model is given, wherever it stands.
+    # A value of a configuration's own class overrides one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
     return ({**keys, "script": script} if script else keys), reader.computed
 
 
 def _calls(tree: ast.Module) -> list[ast.Call]:
-    """All calls by their lines, but for those behind `if False`, which notebooks have for what comes after a
-    training."""
+    """Return all calls by their lines, except those behind `if False`.
+
+    Notebooks have such lines for what comes after a training.
+    """
 
     def inside(node: ast.AST) -> Iterator[ast.Call]:
         if isinstance(node, ast.Call):
@@ -112,7 +116,7 @@ def _loads_rows(call: ast.Call) -> bool:
 
 
 def _assigned(tree: ast.Module) -> dict[ast.Call, set[str]]:
-    """The names that what a call returns is given, be it one of several or an attribute of it."""
+    """Return the names that a call's result is assigned to, even if it is one of several, or an attribute of it."""
     found: dict[ast.Call, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -122,7 +126,7 @@ def _assigned(tree: ast.Module) -> dict[ast.Call, set[str]]:
 
 
 def _given_names(calls: Sequence[ast.Call], argument: str) -> set[str]:
-    """The names in what the first trainer is given as `argument`."""
+    """Return the names in what the first trainer is given as `argument`."""
     trainers = [call for call in calls if _name(call).endswith("Trainer")]
     given = [word.value for call in trainers[:1] for word in call.keywords if word.arg == argument]
     return {part.id for value in given for part in ast.walk(value) if isinstance(part, ast.Name)}
@@ -131,15 +135,17 @@ def _given_names(calls: Sequence[ast.Call], argument: str) -> set[str]:
 def _trained_on(
     calls: Sequence[ast.Call], assigned: Mapping[ast.Call, set[str]], names: set[str], end: int | None
 ) -> ast.Call | None:
-    """Of the calls that load something, the last before the trainer whose result has the name that the trainer is
-    given; or else the first of all, as what is loaded later is tried or compared.
+    """Return the loading call whose data the trainer is given.
+
+    It is the last one before the trainer whose result has the name that the trainer gets. Otherwise it is the first of
+    all, because data that is loaded later is tried or compared.
     """
     of_trainer = [call for call in calls if assigned.get(call, set()) & names and (end is None or call.lineno <= end)]
     return of_trainer[-1] if of_trainer else calls[0] if calls else None
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
-    """Names that are given a plain value once, anywhere."""
+    """Return names that are given a plain value once, anywhere."""
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
@@ -151,8 +157,10 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 
 
 class _Reader:
-    """`arguments` are those of the training's own class, and `beside` what trainers and unsloth's models are given in
-    their place.
+    """Reads the calls of a script.
+
+    `arguments` are those of the training's own class. `beside` are those that trainers and unsloth's models are given
+    instead.
     """
 
     def __init__(self, constants: Mapping[str, Any]) -> None:
@@ -166,8 +174,10 @@ class _Reader:
         self.trainer: str | None = None
 
     def read(self, call: ast.Call) -> None:
-        """Keep what a call of the script says. Only its name is known, as nothing of the script is run; where several
-        calls give one setting the last one counts, as it would there."""
+        """Record what a call of the script says. Only its name is known, because nothing of the script is run.
+
+        If several calls give one setting the last one counts, as in the script.
+        """
         name = _name(call)
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _TABLES["trainings"]:
@@ -202,7 +212,7 @@ class _Reader:
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
 
     def _answers_alone(self, call: ast.Call) -> None:
-        """unsloth's mask over everything but the assistant's turns, or over all but the last of them."""
+        """Read unsloth's mask over everything but the assistant's turns, or over all but the last of them."""
         last = self._given(call, {"last_response_only": "last"}).get("last")
         self.arguments["assistant_only_loss"] = True
         if last:
@@ -215,7 +225,7 @@ class _Reader:
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
 
     def _parts(self, call: ast.Call) -> None:
-        """unsloth's switches for the kinds of layers that get adapters."""
+        """Read unsloth's switches for the kinds of layers that get adapters."""
         for switch, layers in _TABLES["unsloth_parts"].items():
             targets = self.keys.get("lora_target_modules")
             if self._given(call, {switch: switch}).get(switch) is False and isinstance(targets, list):
@@ -227,7 +237,7 @@ class _Reader:
             self.keys |= {"model_name_or_path": place, **settings}
 
     def _head(self, of: str, given: Mapping[str, Any]) -> None:
-        """A head in the place of the language model's; that of a reward is said by its trainer's own class."""
+        """Read a head that replaces the language model's. A trainer's own class says that it is a reward's."""
         kind = _TABLES["heads"].get(of)
         if kind == "classification" and given.get("num_labels") == 1:
             kind = _REGRESSION
@@ -245,7 +255,7 @@ class _Reader:
         self.keys |= given
 
     def _data(self, call: ast.Call) -> None:
-        """`load_dataset(path, name, split=..., data_files=...)`."""
+        """Read `load_dataset(path, name, split=..., data_files=...)`."""
         values = [self._value(argument) for argument in call.args] + [None, None]
         given = self._given(call, {name: name for name in ("path", "name", "split", "data_files")})
         source = {"path": given.pop("path", values[0]), "name": given.pop("name", values[1]), **given}
@@ -253,7 +263,7 @@ class _Reader:
             self.keys["datasets"] = [{key: value for key, value in source.items() if value is not None}]
 
     def _given(self, call: ast.Call, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The values of these arguments of a call by the names that they have as keys, or of all by their own."""
+        """Return the values of these arguments of a call by their names as keys, or of all by their own names."""
         found: dict[str, Any] = {}
         for word in call.keywords:
             key = word.arg if names is None else names.get(word.arg or "")
@@ -267,7 +277,7 @@ class _Reader:
         return found
 
     def _value(self, node: ast.expr) -> Any:
-        """The value of a plain expression, or of a name that has one; of `torch.bfloat16` its last part."""
+        """Return the value of a plain expression, or of a name that has one; for `torch.bfloat16` its last part."""
         if isinstance(node, ast.Name):
             return self._constants.get(node.id, _COMPUTED)
         if isinstance(node, ast.Attribute):

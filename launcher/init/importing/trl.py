@@ -13,7 +13,7 @@ _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mi
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     for name in ("num_processes", "nproc_per_node"):
         joint_settings.workers(keys, name)
     _objective(keys)
@@ -30,7 +30,7 @@ def join(keys: Keys) -> None:
 
 
 def _by_script(keys: Keys) -> str | None:
-    """The objective of the script or the command that is named. A file of another training is refused."""
+    """Return the objective of the named script or command. A file of another training is refused."""
     tables, script = keys.peer.tables, str(keys.tree.get("script", ""))
     if sign := next((name for name in tables["signs_of_others"].split() if keys.asked(name)), None):
         raise no_training(f"{sign}, which trainers have that sample answers or learn from a teacher")
@@ -45,7 +45,7 @@ def _by_script(keys: Keys) -> str | None:
 
 
 def _beginning(keys: Keys, name: str) -> str | None:
-    """The objective whose trainer's name `name` begins with."""
+    """Return the objective whose trainer's name `name` begins with."""
     return next((ours for theirs, ours in keys.peer.tables["scripts"].items() if name.lower().startswith(theirs)), None)
 
 
@@ -84,7 +84,7 @@ def _objective(keys: Keys) -> None:
             "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns"
             " are trained. Set data.loss_on: all for TRL's."
         )
-    # TRL masks by the assistant's turns wherever it is asked to, whatever completion_only_loss says.
+    # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
         keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
@@ -113,8 +113,10 @@ def _method(keys: Keys) -> None:
 
 
 def _data(keys: Keys) -> None:
-    """The sources. TRL names data sets in three ways, and gives shares of a mixture to all of them, where we leave the
-    last one the rest.
+    """Set the sources.
+
+    TRL names data sets in three ways. It gives shares of a mixture to all of them, while we leave the rest to the last
+    one.
     """
     listed = sections(keys.tree.get("datasets"))
     single = keys.given.get("dataset_name")

@@ -48,7 +48,7 @@ _BESIDE = re.compile(
 
 
 class CompressedTensors(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base."""
+    """Linear layers in 4 or 8 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
 
@@ -95,8 +95,9 @@ class CompressedTensors(StoredFormat):
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How the weights of a group of layers are stored: codes of `bits`, `number` int or float; None for a side of a
-    tile is all of it.
+    """How the weights of a group of layers are stored: codes of `bits`, of the `number` int or float.
+
+    A side of a tile that is None reaches over the whole matrix.
     """
 
     number: str
@@ -107,7 +108,7 @@ class _Scheme:
 
     @classmethod
     def of(cls, weights: dict[str, Any]) -> "_Scheme":
-        """Raises `KeyError`, `TypeError` or `ValueError` for what is not the `weights` of a group."""
+        """The scheme of a group's `weights`. Raises `KeyError`, `TypeError` or `ValueError` if they are malformed."""
         strategy, bits, number = weights.get("strategy"), weights["num_bits"], weights.get("type", "int")
         tiles: dict[Any, Any] = {
             "tensor": (None, None),
@@ -125,7 +126,7 @@ class _Scheme:
         return cls(number, bits, tile, bool(weights.get("symmetric", True)), weights.get("actorder") == "group")
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        """How it stores this weight, of a matrix of the usual scales, where that may stay so."""
+        """How this scheme stores a weight, if its scales have the usual form and it may stay as it is."""
         rows, columns = parameter.shape[-2:]
         down, across = self.tile
         numbers: dict[tuple[str, int], Numbers] = {("int", 4): "int4", ("int", 8): "offset8", ("float", 8): "e4m3"}
@@ -137,7 +138,7 @@ class _Scheme:
         return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
 
     def code(self, source: TensorSource) -> tuple[Code, tuple[int, ...]] | None:
-        """How the values of `source` are coded by it, and the shape of the weight; None where they are not."""
+        """The code of the values in `source`, and the shape of the weight. None if this scheme does not fit."""
         kinds = {
             ("int", 4, "I32"): ("int4", 8),
             ("int", 8, "I32"): ("offset8", 4),
@@ -155,8 +156,9 @@ class _Scheme:
 
 
 def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> StoredTensor:
-    """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is
-    missing or has another shape than it should."""
+    """The weight of the linear layer at `path`, whose codes are `source`.
+
+    Raises `ConfigError` if a part of it is missing or has a wrong shape."""
     from trainer.base.stored.shared.coded import Coded
     from trainer.base.stored.shared.floats import SCALES
 

@@ -31,12 +31,12 @@ from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 _USUAL_TILE = [128, 128]
 _FP4_TILE = (1, 32)
 _EXPERTS = ("fp8", "fp4")
-# The scales of inputs that the files may have beside a weight; training does without.
+# The scales of inputs that the files may have beside a weight. Training does not use them.
 _OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
 
 
 class Fp8(StoredFormat):
-    """Matrices in FP8, all else as in a plain base."""
+    """Matrices in FP8. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
     dequantizes: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Fp8(StoredFormat):
 
     @property
     def _codes(self) -> dict[str, Numbers]:
-        """The types of the codes in the files, and the numbers that they are."""
+        """The types of the codes in the files, and the kinds of numbers that they encode."""
         fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
         return {"F8_E4M3": "e4m3", **fp4}
 
@@ -93,8 +93,8 @@ class Fp8(StoredFormat):
         return found
 
     def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
-        """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
-        # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+        """The decoded weight. Raises `ConfigError` unless `base` has a scale for each tile."""
+        # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
         from trainer.base.stored.shared.coded import Coded
         from trainer.base.stored.shared.floats import SCALES
 
@@ -111,7 +111,7 @@ class Fp8(StoredFormat):
         tile = _FP4_TILE if numbers == "e2m1" else tuple(self._block_size or (rows, columns))
         code = Code(numbers, (tile[0], tile[1]))
         expected = (*matrices, *code.tiles(rows, columns))
-        # A scale for a whole matrix has no place among others, and is stored with two dimensions, one or none.
+        # A scale for a whole matrix may be stored with two dimensions, one or none.
         fits = numel(scales) == math.prod(expected) if whole else scales.shape == expected
         if scales.dtype not in SCALES or not fits:
             raise ConfigError(
@@ -123,7 +123,7 @@ class Fp8(StoredFormat):
 
 
 def _scale_names(name: str) -> tuple[str, ...]:
-    """The names that the scales of a weight may have."""
+    """The possible names of a weight's scales."""
     module = name.removesuffix("weight")
     return f"{name}_scale_inv", f"{module}scale", f"{module}qscale_weight"
 

@@ -23,13 +23,13 @@ from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
 
-_KEPT = 8  # codes, zeros, scales and groups of two matrices, as pieces of two may be in flight
+_KEPT = 8  # codes, zeros, scales and groups of two matrices, because pieces of two may be in flight
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class Gptq(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base."""
+    """Linear layers in 4 or 8 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
 
@@ -55,7 +55,7 @@ class Gptq(StoredFormat):
 
 
 class Awq(StoredFormat):
-    """Linear layers in 4 bits, all else as in a plain base."""
+    """Linear layers in 4 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "AWQ"
 
@@ -97,8 +97,7 @@ def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, m
 def _columns(
     base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
 ) -> StoredTensor:
-    """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape
-    than it should."""
+    """The weight of the linear layer at `path`. Raises `ConfigError` if a part is missing or has a wrong shape."""
     from trainer.base.stored.shared.columns import Columns
 
     part = {leaf: base.tensors.get(f"{path}.{leaf}") for leaf in _PARTS}

@@ -104,7 +104,7 @@ class Prompter:
 
     @property
     def text_begin(self) -> list[int]:
-        """Return the token that the tokenizer itself puts before a text, if it does."""
+        """The token that the tokenizer itself puts before a text, if it does."""
         begin, _ = framing(self._tokenizer, self._data)
         return [] if begin is None else [begin]
 

@@ -57,7 +57,7 @@ def likelihoods(
 
 
 def packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
-    """Return the numbers of texts of these lengths, for each row: the longest first, as many as fit."""
+    """Yield the numbers of texts of these lengths, for each row: the longest first, as many as fit."""
     row, length = list[int](), 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         if row and length + lengths[number] > capacity:

@@ -56,8 +56,9 @@ def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
 
 
 def math(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}, or the last of
-    what is said.
+    """Return 1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}.
+
+    Of a longer answer the last value counts.
     """
     from math_verify import parse, verify
 

@@ -53,7 +53,7 @@ def next_tokens(question: LlamaCppQuestion, folder: Path) -> NDArray[np.float32]
 
 
 def _answers(question: LlamaCppQuestion) -> Iterator[list[float]]:
-    """Return the distributions before any sampling, by one server, on the CPU, with keys and values in fp32."""
+    """Yield the distributions before any sampling, by one server, on the CPU, with keys and values in fp32."""
     llama: Any = import_module(_LLAMA_CPP)
     params: Any = llama.CommonParams()
     params.model.path, params.n_parallel, params.n_gpu_layers = question.model, 1, 0

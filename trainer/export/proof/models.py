@@ -78,7 +78,7 @@ class Trained:
 
     @cached_property
     def room(self) -> Room:
-        """Return the memory of this machine that is free before either side is loaded."""
+        """The memory of this machine that is free before either side is loaded."""
         return Room(aside("gpu", _free_gpu_memory) if local_gpus() else 0, host_memory_left())
 
     def side(self, computed_in: str) -> ProofSide:

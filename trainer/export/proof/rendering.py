@@ -51,7 +51,7 @@ class Texts:
 
     @property
     def begins_with_bos(self) -> bool:
-        """Return whether the tokenizer puts its begin token before a text."""
+        """Whether the tokenizer puts its begin token before a text."""
         return self.tokens("a")[1][:1] == [self.tokenizer.bos_token_id]
 
     def read_back(self, text: str) -> list[str]:

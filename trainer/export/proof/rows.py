@@ -95,7 +95,7 @@ def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: St
 
 
 def _rows(data: Dataset, read: Callable[[NDArray[np.uint32]], ProbeRow | None]) -> Iterator[ProbeRow]:
-    """Return documents at even distances, each cut to its last tokens up to the last one that is trained."""
+    """Yield documents at even distances, each cut to its last tokens up to the last one that is trained."""
     documents = len(data.offsets) - 1
     for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
         block = np.searchsorted(data.blocks, number, side="right") - 1

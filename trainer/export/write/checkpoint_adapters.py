@@ -92,7 +92,7 @@ class AdapterWriter:
 def adapters_beside(
     folder: Store, resolved: Resolved, log: Callable[[str], None], *, writes: bool
 ) -> Iterator[Callable[[], None]]:
-    """Return the function to call after each commit.
+    """Yield the function to call after each commit.
 
     At the end the training waits for the last adapter, unless the run ends by an exception: a machine that is taken
     away waits for nothing.

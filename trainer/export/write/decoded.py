@@ -94,7 +94,7 @@ def _readable(weight: StoredTensor | PackedTensor) -> StoredTensor:
 
 
 def _groups(weights: Mapping[str, StoredTensor]) -> Iterator[dict[str, StoredTensor]]:
-    """Return the weights in groups of at most `_FILE_BYTES`; a larger weight is a group of its own."""
+    """Yield the weights in groups of at most `_FILE_BYTES`; a larger weight is a group of its own."""
     group, size = dict[str, StoredTensor](), 0
     for name, weight in weights.items():
         if group and size + _bytes_of(weight) > _FILE_BYTES:

@@ -252,7 +252,7 @@ def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUp
 
 
 def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[_Change]:
-    """Return the changes of the stored tensors that the parameter `name` is made of.
+    """Yield the changes of the stored tensors that the parameter `name` is made of.
 
     Raises:
         ConfigError: its values are not stored row by row, or it has `more` rows now and is only a part of a stored

@@ -1,5 +1,6 @@
-"""The trained model with its linear layers in fewer bits, file by file: neither it nor its base is ever whole in
-memory.
+"""The trained model with its linear layers in fewer bits, written file by file.
+
+Neither the model nor its base is ever whole in memory.
 
 Each file is the one of a merge (trainer/export/write/merged.py), read as a stream. Its tensors come in the order of
 their places. Those to be quantized go through a code some rows at a time, and all others pass as they are. Sizes are

@@ -133,7 +133,7 @@ class Unshown:
         self._rows[step] = Row(step, record["time"], {**(earlier.points if earlier else {}), **drawn})
 
     def batches(self, most: int) -> Iterator[list[Row]]:
-        """Return the next rows, at most so many at a time.
+        """Yield the next rows, at most so many at a time.
 
         Rows count as shown when the caller asks for the next ones; after a failure they come again. After the run's end
         its last step is complete too. A last step that a kill has cut off is left to the start that repeats it.

@@ -21,12 +21,12 @@ from trainer.errors import ConfigError
 from trainer.model.held.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, numel
 
-# Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
+# Keep blocks and scales of two experts, because pieces of two may be in flight. Each expert of gpt-oss has about 9 MB.
 _READS_KEPT = 4
 
 
 class Mxfp4(StoredFormat):
-    """Experts in MXFP4, all else as in a plain base."""
+    """Experts in MXFP4. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "MXFP4"
     dequantizes: ClassVar[bool] = True
@@ -53,8 +53,8 @@ class Mxfp4(StoredFormat):
 
 
 def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
-    """Raises `ConfigError` unless `base` has a scale for each block of `name`."""
-    # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+    """The decoded weight `name`. Raises `ConfigError` unless `base` has a scale for each of its blocks."""
+    # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
     from trainer.base.stored.mxfp4.experts import BLOCK, Mxfp4Experts
 
     blocks, scales = (base.tensors.get(part) for part in _parts(name))
@@ -75,7 +75,7 @@ def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The names of what the files have in the place of a stack of experts."""
+    """The names of the tensors that the files have in place of a stack of experts: blocks and scales."""
     return f"{name}_blocks", f"{name}_scales"
 
 
