@@ -1,1 +1,1 @@
-"""A base: where it is, what it is made of, how its stored bytes become this rank's share."""
+"""The base model: finding it, describing its parameters, and loading this rank's share of its stored bytes."""

@@ -1,7 +1,7 @@
 """The architecture of a causal language model: its parameters and sizes, known without loading torch.
 
-`trainer/base/describe/meta.py` reads it off the model that transformers builds. Code that plans, loads, tunes or picks
-a kernel asks here, and no other file knows what a model is called.
+`trainer/base/describe/meta.py` derives it from the model that transformers builds. Code that plans, loads, tunes or
+picks a kernel asks the classes here, and never looks at the name of a model.
 """
 
 import math
@@ -29,15 +29,18 @@ UNKNOWN_EXPERTS = "its experts are in a form that cannot be packed"
 class Parameter:
     """One parameter, by its name and shape in the model that transformers builds.
 
-    `kind`: the matrix (outputs, inputs) of a linear layer that can be quantized and adapted; a stack (experts, rows,
-    columns) of a mixture's matrices, quantized one by one; embedding and head; `small` is all the rest: norms, biases,
-    routers, convolutions. `layer` is None outside the decoder layers. `visits` is the share of a row's tokens that each
-    of its matrices multiplies: less than 1 for experts to which tokens are routed. A matrix that could be quantized by
-    its form and is not says in `whole` why, as a clause; it is `small`. A stack that is `transposed` has matrices
-    (inputs, outputs), and its class says so; of a linear layer the files have the transpose. `kept` is how the files
-    hold it, where it may stay so (`quant.type: stored`). A linear layer that is not `adaptable` is multiplied by code
-    of the module around it as well, which hands its weight to a
-    kernel: PEFT refuses adapters on such. Or PEFT would not find the adapter's weights under any name.
+    Attributes:
+        kind: `linear` is the matrix (outputs, inputs) of a linear layer that can be quantized and adapted. `experts` is
+            a stack (experts, rows, columns) of a mixture's matrices, which are quantized one by one. Embedding and head
+            have kinds of their own. `small` is everything else: norms, biases, routers, convolutions.
+        layer: the decoder layer, or None outside these.
+        visits: the share of a row's tokens that each of its matrices multiplies. It is below 1 for routed experts.
+        transposed: whether a stack has matrices (inputs, outputs), as its class says; or whether the files hold the
+            transpose of a linear layer's matrix.
+        whole: why a matrix of a quantizable form stays in 16 bits, as a clause. Such a matrix is `small`.
+        kept: how the files hold it, if it may stay so (`quant.type: stored`).
+        adaptable: whether a linear layer can have an adapter. It cannot if the module around it also hands its weight
+            to a kernel, which PEFT refuses, or if PEFT finds the adapter's weights under no name.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Parameter:
 
     @property
     def matrices(self) -> list[int]:
-        """Weights of each matrix in it that is quantized by itself; none where it is not quantized."""
+        """The number of weights of each matrix that is quantized by itself. Empty if it is not quantized."""
         if self.kind == "linear":
             return [self.numel]
         return [math.prod(self.shape[1:])] * self.shape[0] if self.kind == "experts" else []
@@ -72,9 +75,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The attention of one decoder layer, at `path` in the model: the keys of a token are (key_value_heads, head_size),
-    or None where they are no such thing. `window` is the number of tokens that a token sees, itself included, where it
-    does not see all. `query_heads` are its heads of queries, where they are known.
+    """The attention of one decoder layer, at `path` in the model.
+
+    The keys of a token are (key_value_heads, head_size); both are None if its keys have no such form. `window` is the
+    number of tokens that a token sees, itself included, or None if it sees all. `query_heads` is the number of query
+    heads, if it is known.
     """
 
     path: str
@@ -87,8 +92,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class MixingLayer:
-    """A layer at `path` that mixes tokens otherwise than by attention as it is known here. Ranks that share a row
-    exchange what its functions take and return; without `exchanges` each computes the whole row in it."""
+    """A layer at `path` that mixes tokens, but not by a known form of attention.
+
+    With `exchanges`, ranks that share a row exchange the inputs and results of its functions. Otherwise each rank
+    computes the layer for the whole row."""
 
     path: str
     layer: int
@@ -97,26 +104,34 @@ class MixingLayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A causal language model, cut to its first `layers` of `stored_layers` in the files.
+    """A causal language model, cut to its first `layers` of `stored_layers` in the files. Layers may differ.
 
-    Layers may differ; `rotary` says that it has rotary positions, whose frequencies transformers can scale. `embedding`
-    and `head` are the names of these weights; `tied` maps a name to the parameter that it is another name of, as often
-    the head's to the embedding's. `buffers` are the shapes of those tensors in the files that are no parameters.
-    `positions` is the longest sequence, where the model has a limit. The attention caps its logits (`caps_attention`,
-    Gemma 2), or has a sink for each head (`has_sinks`), which not every kernel computes. transformers runs it with SDPA
-    (`supports_sdpa`), and with kernels that take no mask (`supports_flash`). `isolates_documents`: documents of a
-    packed row do not see each other in a small model of the same kinds; elsewhere a row has one document, with padding
-    behind it that is no document of its own. `padding` is the token that fills rows. The small model cannot compute
-    over 4 bits where `fails_packed` says why, and not on ranks that share a row where `fails_shared` does, nor
-    documents that share a prefix where `fails_prefix` does. The layers can compute their activations again in the
-    backward pass (`recomputes`). It is not `tried` where its family's code runs at no other sizes. The linear layers of
-    each entry of `read_together` are called with one tensor, in this order, and are in one layer whose activations can
-    be.
-    `taken_for_experts` are the last names of linear layers in whose place PEFT adapts the experts. `heads` are
-    transformers' classes with a head of another kind on the same model, where they have it under the name that all
-    families but a few use. `tokenizer` is the class that transformers reads its tokenizer by whatever the tokenizer's
-    own settings name; None where it goes by these. With logits z = `logit_factor` / `logit_divisor` * the product with
-    the head, and `softcap` c, the model's are c * tanh(z / c).
+    Capstan tries the family's code on a small model of the same kinds of layers; some attributes record the result.
+
+    Attributes:
+        rotary: whether it has rotary positions, whose frequencies transformers can scale.
+        embedding, head: the names of these weights.
+        tied: a name -> the parameter of which it is another name, such as the head's -> the embedding's.
+        buffers: the shapes of tensors in the files that are not parameters.
+        positions: the longest sequence, or None if the model has no limit.
+        caps_attention, has_sinks: whether attention caps its logits (Gemma 2), or has a sink for each head. Not every
+            kernel computes these.
+        supports_sdpa, supports_flash: whether transformers runs it with SDPA, and with kernels that take no mask.
+        isolates_documents: whether documents of a packed row do not see each other in the small model. If not, a row
+            has one document, and the padding behind it is not a document of its own.
+        padding: the token that fills rows.
+        fails_packed, fails_shared, fails_prefix: why the small model cannot compute with 4-bit weights, on ranks that
+            share a row, or with documents that share a prefix.
+        recomputes: whether layers can recompute their activations in the backward pass.
+        tried: whether the small model could be tried; a family's code may run at no other sizes.
+        read_together: groups of linear layers that are called with one tensor, in this order. Those of a group lie in
+            one layer whose activations can be recomputed.
+        taken_for_experts: last names of linear layers for which PEFT would adapt the experts instead.
+        heads: transformers' classes with another kind of head on the same model, if the head has its usual name.
+        tokenizer: the class that transformers always uses for its tokenizer, or None if the tokenizer's own settings
+            decide.
+        logit_factor, logit_divisor, softcap: with z = logit_factor / logit_divisor * the product with the head, and
+            softcap c, the logits are c * tanh(z / c).
     """
 
     layers: int
@@ -158,12 +173,12 @@ class Architecture:
 
     @property
     def sliding_window(self) -> int | None:
-        """The fewest tokens that a token sees in some layer, itself included; None where it sees all in every layer."""
+        """The smallest window of all layers, in tokens, itself included. None if every layer sees all tokens."""
         return min((layer.window for layer in self.attention if layer.window), default=None)
 
     @cached_property
     def width(self) -> int:
-        """Values of a token between decoder layers: `hidden`, unless a linear layer stands behind them (OPT-350M)."""
+        """Values of a token between decoder layers: `hidden`, unless a linear layer follows these (OPT-350M)."""
         inputs = [part.shape[1] for part in self.parameters if part.kind == "linear"]
         if not inputs or any(self.hidden in part.shape for part in self.parameters if part.kind == "linear"):
             return self.hidden
@@ -171,7 +186,7 @@ class Architecture:
 
     @property
     def widest_head(self) -> int:
-        """The width of the widest head whose keys and values are alike; 0 without any."""
+        """The width of the widest head with keys and values of equal width. 0 if there is none."""
         return max((layer.head_size or 0 for layer in self.attention), default=0)
 
     @property
@@ -182,7 +197,7 @@ class Architecture:
 
     @cached_property
     def computed_whole(self) -> frozenset[str]:
-        """The paths of the layers that each of the ranks which share a row computes for all of its tokens."""
+        """The paths of the layers that every rank of a shared row computes for all of the row's tokens."""
         return frozenset(mixing.path for mixing in self.mixing if not mixing.exchanges)
 
     def to_json(self) -> dict[str, Any]:
@@ -191,21 +206,19 @@ class Architecture:
 
     @staticmethod
     def from_json(tree: Any) -> "Architecture":
-        """Raises `ValueError` for a tree that `to_json` has not made."""
+        """The architecture of a tree. Raises `ValueError` if `to_json` did not make the tree."""
         return TypeAdapter(Architecture).validate_python(tree)
 
     def weights(self, *kinds: Kind) -> int:
-        """Elements of all parameters of these kinds."""
+        """The number of elements of all parameters of these kinds."""
         return sum(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
 
     def largest(self, *kinds: Kind) -> int:
-        """Elements of the largest parameter of these kinds."""
+        """The number of elements of the largest parameter of these kinds."""
         return max(parameter.numel for parameter in self.parameters if parameter.kind in kinds)
 
     def whole(self) -> dict[tuple[str, str], int]:
-        """The weights that could be packed by their form and stay in 16 bits, by the last name of their module and the
-        reason.
-        """
+        """(last name of the module, reason) -> weights that have a packable form but stay in 16 bits."""
         found = dict[tuple[str, str], int]()
         for part in self.parameters:
             if part.whole and len(part.shape) > 1:
@@ -248,8 +261,9 @@ class Architecture:
         return {parameter.name: parameter for parameter in self.parameters if parameter.kind == "experts"}
 
     def blocks(self) -> dict[int, list[str]]:
-        """Decoder layer -> the paths in the model of its blocks, each of whose outputs is added to the hidden states:
-        first attention, last the MLP or the mixture of experts."""
+        """Decoder layer -> the paths of its blocks, whose outputs are added to the hidden states.
+
+        The first is attention, the last is the MLP or the mixture of experts."""
         found: dict[int, dict[str, None]] = {}
         for parameter in self.parameters:
             if parameter.layer is not None and parameter.kind in ("linear", "experts"):
@@ -259,7 +273,7 @@ class Architecture:
 
 
 def mismatches(config: Config, model: Architecture) -> list[str]:
-    """A sentence for each setting of `config` that asks more of the architecture than it has."""
+    """One sentence for each setting of `config` that the architecture cannot meet."""
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:
         scaled, times = config.model.rope_scaling, math.ceil(length / model.positions)

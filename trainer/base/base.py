@@ -1,8 +1,8 @@
-"""A base as other packages see it: its parts, and the protocol of the formats in which its files store them.
+"""The interface of a base to other packages, and the interface of the formats in which its files store weights.
 
-The seam of stored formats: a format is one class that says which settings suit it, and gives the weights that the files
-hold by name, each as a tensor that can be read in parts. The code that makes parameters of these, quantizes and places
-them knows nothing of it. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in
+A stored format is one class. It checks the settings that it can serve, and maps the names of the weights in the files
+to tensors that can be read in parts. The code that makes parameters of these tensors, quantizes and places them does
+not depend on the format. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in
 `STORED`.
 """
 
@@ -26,8 +26,9 @@ from trainer.store.store import Store
 
 @dataclass(frozen=True)
 class StoredFormat(ABC):
-    """How the files of a base store its weights. The defaults hold for most formats. It is made from the
-    quantization_config of config.json, or from {} if there is none.
+    """How the files of a base store its weights. The defaults hold for most formats.
+
+    It is made from the quantization_config of config.json, or from {} if there is none.
     """
 
     quantization: dict[str, Any]
@@ -48,35 +49,35 @@ class StoredFormat(ABC):
     @staticmethod
     @abstractmethod
     def stores(quantization: dict[str, Any]) -> bool:
-        """Whether this quantization_config is of this format. At most one format says so."""
+        """Whether this quantization_config describes this format. At most one format may say so."""
 
     def mismatches(self, config: Config) -> list[str]:
-        """A sentence for each setting that contradicts what config.json says of the format."""
+        """One sentence for each setting that contradicts what config.json says about the format."""
         return []
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        """How the files hold a weight that may stay as stored (`quant.type: stored`), from config.json alone; None for
-        other weights. A load asks the tensors themselves.
+        """How the files hold a weight that may stay as stored (`quant.type: stored`). None for other weights.
+
+        It uses only config.json. A load asks the tensors themselves.
         """
         return None
 
     @abstractmethod
     def tensors(self, base: "Base") -> Mapping[str, StoredTensor | PackedTensor]:
-        """The weights of the files under the names of a plain base, as they are read: a weight in fewer bits and its
-        scales are one tensor. Reads headers and facts beside weights, but no weights. Raises `ConfigError` if a part of
-        a weight is missing, or has another shape or type than expected.
+        """The weights of the files, under the names of a plain base. A quantized weight and its scales are one tensor.
+
+        Reads headers, and small facts stored beside weights, but no weights. Raises `ConfigError` if a part of a weight
+        is missing, or has an unexpected shape or type.
         """
 
     # Most formats have one form, so there is nothing to check.
     def check(self, base: "Base", config: Config) -> None:  # noqa: B027
-        """Raises `ConfigError` if the files have another form of the format than `config` asks for. Reads no
-        weights.
-        """
+        """Raises `ConfigError` if the files have another form of the format than `config` needs. Reads no weights."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """The facts about a base that config.json alone gives."""
+    """The facts about a base that follow from config.json alone."""
 
     architecture: Architecture
     stored: StoredFormat
@@ -87,11 +88,11 @@ class Description:
 
     @property
     def in_4_bits(self) -> bool:
-        """Whether the base is published in 4 bits, in a form in which it can stay."""
+        """Whether the base is published in 4 bits, in a form that can stay as it is."""
         return any(part.kept and part.kept.code.bits == 4 for part in self.architecture.parameters)
 
     def mismatches(self, config: Config) -> list[str]:
-        """A sentence for each setting of `config` that the base cannot meet."""
+        """One sentence for each setting of `config` that the base cannot meet."""
         return [*mismatches(config, self.architecture), *self.stored.mismatches(config)]
 
 
@@ -99,9 +100,9 @@ class Description:
 class Base:
     """A Hugging Face model with safetensors files.
 
-    `name` is where it is, for messages; `directory` holds config.json and the tokenizer's files, `store` the weights;
-    `config` is the parsed config.json, `description` what it says. `tokens` is how the run's tokenizer differs from
-    that.
+    `name` says in messages where the base is. `directory` holds config.json and the tokenizer's files, `store` the
+    weights. `config` is the parsed config.json, `description` the facts in it. `tokens` says how the run's tokenizer
+    differs from the base's.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Base:
 
     @cached_property
     def headers(self) -> dict[str, FileHeader]:
-        """The header of each file of weights."""
+        """Name -> header, for each file of weights."""
         return read_headers(self.store)
 
     @cached_property
@@ -130,7 +131,7 @@ class Base:
 
     @cached_property
     def weights(self) -> Mapping[str, StoredTensor | PackedTensor]:
-        """The weights as the stored format reads them, under the names of a plain base."""
+        """The weights as the stored format reads them, by their names in a plain base."""
         return self.stored.tensors(self)
 
     @cached_property
@@ -141,15 +142,14 @@ class Base:
 
     @cached_property
     def samples(self) -> dict[str, str]:
-        """A value for each file that changes when the file's weights do, as far as trainer/base/weight_samples.py
-        samples them.
-        """
+        """For each file a value that changes when the weights that trainer/base/weight_samples.py samples change."""
         return sample_weights(self.store, self.headers)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A value that changes when the architecture or the tensors' names, shapes, types or places change. It does not
-        depend on weights.
+        """A value that changes with the architecture and with the tensors' names, shapes, types and places.
+
+        It does not depend on the weights' values.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):

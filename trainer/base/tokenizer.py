@@ -1,5 +1,6 @@
-"""The type of a run's tokenizer, for whoever only names it: transformers takes seconds to import, and `plan` does
-without.
+"""The type of a run's tokenizer, for code that only names it.
+
+transformers takes seconds to import, and `plan` does not import it.
 """
 
 from typing import TYPE_CHECKING, Any

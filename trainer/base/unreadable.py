@@ -1,4 +1,4 @@
-"""One sentence for each file of a base that cannot be read, whatever kind of error a library raises for it."""
+"""Turns any error that a library raises for an unreadable file of a base into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from trainer.errors import CapstanError, ConfigError, shown
 
 @contextmanager
 def read_by_transformers(name: str, what: str) -> Iterator[None]:
-    """Around transformers as it reads `what` of the base `name`.
+    """A context in which transformers reads `what` of the base `name`.
 
     Raises:
-        ConfigError: in place of the many kinds of error that it and its libraries raise for what they cannot read.
+        ConfigError: replaces the many kinds of errors that transformers and its libraries raise for unreadable files.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def read_by_transformers(name: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def without_panics(name: str, what: str) -> Iterator[None]:
-    """The same for panics of Rust code alone. Raises `ConfigError` for them, which are no `Exception`."""
+    """The same, but only for panics of Rust code, which are not an `Exception`. Raises `ConfigError` for them."""
     try:
         yield
     except BaseException as error:
@@ -40,7 +40,7 @@ def without_panics(name: str, what: str) -> Iterator[None]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # each library written in Rust has a class of its own
+    return type(error).__name__ == "PanicException"  # each library written in Rust has its own class of that name
 
 
 def unreadable(name: str, what: str, error: BaseException) -> str:

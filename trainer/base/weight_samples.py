@@ -1,9 +1,8 @@
-"""A fingerprint of a base's weights that costs next to nothing, whatever the base's size: some MB are read, in less
-than a second.
+"""A cheap fingerprint of a base's weights. It reads some MB in less than a second, for a base of any size.
 
-For each file it covers the size, every byte of the header, and ranges of the weights at fixed places, a tensor each.
-Another base of the same shapes differs there, and so does a merge, or a file of another version. A weight that has
-changed between the ranges is not seen: `hash_whole` reads everything.
+For each file it covers the size, every byte of the header, and ranges of the weights at fixed places, each in another
+tensor. Another base of the same shapes differs there, and so do a merge or another version of a file. A change between
+the ranges is not noticed; `hash_whole` reads everything.
 """
 
 import hashlib
@@ -40,8 +39,9 @@ def sample_weights(store: Store, headers: Mapping[str, FileHeader]) -> dict[str,
 
 
 def _places(headers: Mapping[str, FileHeader]) -> Iterator[_Range]:
-    """The ranges to read, the same at every call: whole files of a small base, else a part of as many tensors as there
-    are ranges.
+    """Yield the ranges to read, the same at every call.
+
+    They are the whole files of a small base, else a part of as many tensors as there are ranges.
     """
     stored = {key: list(header.tensors.values()) for key, header in headers.items()}
     if sum(_bytes_of(tensor) for tensors in stored.values() for tensor in tensors) <= SAMPLED_BYTES:
@@ -49,7 +49,7 @@ def _places(headers: Mapping[str, FileHeader]) -> Iterator[_Range]:
             begin = min((tensor.offset for tensor in header.tensors.values()), default=header.size)
             yield _Range(key, begin, header.size)
         return
-    # Each file has its turn, so that none is without a sample; which tensors of it come first is drawn by their names.
+    # Files take turns, so that each gets a sample. A hash of the names decides which tensors of a file come first.
     turns = zip_longest(*(sorted(header.tensors.items(), key=_drawn) for header in headers.values()))
     chosen = [entry for turn in turns for entry in turn if entry is not None][:_RANGES]
     size = SAMPLED_BYTES // len(chosen)
@@ -71,9 +71,7 @@ def _bytes_of(tensor: TensorSource) -> int:
 def hash_whole(
     store: Store, headers: Mapping[str, FileHeader], report: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, str]:
-    """Name -> SHA-256 of each file of weights, of which every byte is read; `report` is told of bytes done and bytes in
-    all.
-    """
+    """Name -> SHA-256, for each file of weights. Reads every byte. `report` gets the bytes done and all bytes."""
     done, total = [0], sum(header.size for header in headers.values())
 
     def whole(key: str) -> str:

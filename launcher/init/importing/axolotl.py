@@ -205,7 +205,12 @@ def _data(keys: Keys) -> None:
             "One answer for all data sets here: data.drop_system.",
         )
     templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
-    if templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
+    if _of_alpaca(keys):
+        keys.put("data.template", "alpaca", *(name for name in keys.given if name.endswith("].type")))
+        for name in keys.given:
+            if name.rpartition(".")[2] in ("chat_template", "chat_template_jinja"):
+                keys.need_not(name, "axolotl's type alpaca has a text of its own, and no chat template.")
+    elif templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
         keys.put("data.template", keys.given[templates[0]], *templates)
     elif templates:
         keys.lose(templates[0], "data.template is the path of a file. Write the template into one, and name it there.")
@@ -270,7 +275,7 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         )
         return None, {}
     form, fields = found.get("format"), found.get("fields", {})
-    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")):
+    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")) and not _of_alpaca(keys):
         _lose_text(keys, f"{place}.type")
     if form == "segments":
         keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
@@ -280,6 +285,14 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         column = given.get("field") or given.get("text_column")
         return form, {"text": str(column)} if column not in (None, "text") else {}
     return _conversation(keys, place, given) if form in (None, "sharegpt") else (form, dict(fields))
+
+
+def _of_alpaca(keys: Keys) -> bool:
+    """Whether all that a template is for are rows in alpaca's own text, as there is one template for all data sets."""
+    text, untemplated = (keys.peer.tables[name].split() for name in ("alpaca_text", "untemplated"))
+    listed = [given for name in ("datasets", "test_datasets") for given in sections(keys.tree.get(name))]
+    kinds = [given.get("type") or "chat_template" for given in listed if given.get("type") not in untemplated]
+    return bool(kinds) and all(kind in text for kind in kinds)
 
 
 def _lose_text(keys: Keys, key: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
+from trainer.data.format.formats import RowForm
 from trainer.data.render.chat import Example, Renderer
 from trainer.data.render.templates.template import (
     NAMED,
@@ -54,6 +55,10 @@ DOCUMENTED = {
         "<|system|>\nBe brief.<|end|>\n<|user|>\nOpen?<|end|>\n<|assistant|>\nUntil six.<|end|>\n"
         "<|user|>\nToday?<|end|>\n<|assistant|>\nYes.<|end|>\n"
     ),
+    "alpaca": (
+        "<s>### System:\nBe brief.\n\n### Instruction:\nOpen?\n\n### Response:\nUntil six.</s>\n\n"
+        "### Instruction:\nToday?\n\n### Response:\nYes.</s>"
+    ),
 }
 
 
@@ -76,6 +81,30 @@ def test_a_named_template_writes_what_its_owner_documents_and_trains_every_end(n
     assert trained.replace(" ", "") == f"Untilsix.{end}Yes.{end}"
     whole, prompt = conversation_template(tokenizer, data), TALK[:3]
     assert whole.render(TALK).startswith(whole.render(prompt, generation_prompt=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (
+            {"instruction": "Add\nthese.", "input": "1, 2"},
+            "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write"
+            " a response that appropriately completes the request.\n\n### Instruction:\nAdd\nthese.\n\n### Input:\n1,"
+            " 2\n\n### Response:\n3</s>",
+        ),
+        (
+            {"instruction": "Add 1 to 2."},
+            "<s>Below is an instruction that describes a task. Write a response that appropriately completes the"
+            " request.\n\n### Instruction:\nAdd 1 to 2.\n\n### Response:\n3</s>",
+        ),
+    ],
+)
+def test_the_template_alpaca_writes_a_rows_input_below_a_heading_of_its_own(asked: dict[str, str], text: str) -> None:
+    tokenizer, row = byte_tokenizer(), RowForm("alpaca", ()).read({**asked, "output": "3"})
+    assert conversation_template(tokenizer, settings(template="alpaca")).render(row["messages"]) == text
+    (example,) = Renderer(tokenizer, settings(template="alpaca")).encode([row])
+    assert isinstance(example, Example)
+    assert str(tokenizer.decode(example.tokens[example.targets].tolist())).replace(" ", "") == "3</s>"
 
 
 def test_a_named_template_fits_a_tokenizer_that_has_its_tokens(tmp_path: Path) -> None:

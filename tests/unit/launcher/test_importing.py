@@ -268,14 +268,30 @@ def test_rows_that_are_read_while_training_are_said_to_be_compiled(
 
 @pytest.mark.parametrize(
     ("kind", "key"),
-    [("alpaca", "type"), ("alpaca:chat", "type"), ("{format: '[INST] {instruction} [/INST]'}", "type.format")],
+    [
+        ("alpaca", "type"),
+        ("alpaca:chat", "type"),
+        ("oasst", "type"),
+        ("{format: '[INST] {instruction} [/INST]'}", "type.format"),
+    ],
 )
 def test_the_text_around_alpacas_rows_is_said_to_be_another(kind: str, key: str, tmp_path: Path) -> None:
-    text = f"base_model: x\nadapter: lora\ndatasets:\n- {{path: a/b, type: {kind}}}\n- {{path: a/c, type: alpaca}}\n"
+    text = f"base_model: x\nadapter: lora\ndatasets:\n- {{path: a/b, type: {kind}}}\n- {{path: a/c, type: chat_template}}\n"
     found = imported_text(text, tmp_path, "axolotl")
     assert sum(line.startswith("data.template: axolotl writes a text of its own") for line in found.to_do) == 1
     assert {outcome.key: outcome.status for outcome in found.keys}[f"datasets[0].{key}"] == "not supported"
     assert found.settings["data.train"][0]["format"] == "alpaca"
+
+
+@pytest.mark.parametrize("beside", ["", "\n- {path: a/c, type: completion}", "\n- {path: a/c, type: gpteacher}"])
+def test_the_text_of_alpacas_rows_is_kept_by_the_template_of_that_name(beside: str, tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\nchat_template: chatml\ndatasets:\n- {{path: a/b, type: alpaca}}{beside}\n"
+    found = imported_text(text, tmp_path, "axolotl")
+    assert parse_config(found.text).data.template == "alpaca"
+    assert not any(line.startswith("data.template") for line in found.to_do)
+    became = {outcome.key: (outcome.status, outcome.settings.get("data.template")) for outcome in found.keys}
+    assert became["datasets[0].type"] == ("mapped", "alpaca")
+    assert became["chat_template"] == ("not needed", None)
 
 
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

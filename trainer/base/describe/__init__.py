@@ -1,3 +1,1 @@
-"""The description of a base: its architecture, read off config.json and the model that transformers builds on
-`meta`.
-"""
+"""Describes a base: derives its architecture from config.json and from the model that transformers builds on `meta`."""

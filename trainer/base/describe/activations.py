@@ -1,6 +1,4 @@
-"""The values that a decoder layer keeps between its forward and its backward pass, counted over the layers that it
-has.
-"""
+"""Counts the values that a decoder layer keeps between its forward and its backward pass, from its linear layers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,12 +7,13 @@ from trainer.base.architecture import Architecture, Parameter
 
 
 class LayerValues(NamedTuple):
-    """The values a token that a decoder layer keeps for its backward pass, and half of the gradients that are there at
-    one time in the widest of its blocks, as many as enter its last linear layer: those of attention and of MLPs, which
-    can be tiled, apart from all others. `mlp_weights` are those of its largest MLP. Liger's kernels spare `fused` and
-    `fused_in_mlps` of what is kept: a norm's input in 16 bits, and the gate's function, which they compute again. Of
-    what is kept `kept_whole` is for all tokens of a row on each of the ranks that share it; these keep `exchanged`
-    beside it, attention's results as their heads computed them and as their tokens have them."""
+    """Values for each token that a decoder layer keeps for its backward pass, and gradients in its widest blocks.
+
+    The gradients are half of those that exist at one time in the widest block, as many as enter its last linear layer.
+    Those of attention and of MLPs, which can be tiled, are apart from all others. `mlp_weights` is the number of
+    weights of the largest MLP. Liger's kernels save `fused` and `fused_in_mlps` of the kept values: a norm's input in
+    16 bits, and the gate's function, which they recompute. If ranks share a row, each keeps `kept_whole` of the kept
+    values for all tokens of the row. It also keeps `exchanged`: attention's results, by heads and by tokens."""
 
     kept: float
     widest: float
@@ -31,11 +30,11 @@ class LayerValues(NamedTuple):
 def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     """The values that one decoder layer keeps of each token, in values of `item` bytes.
 
-    For each weight of a norm its input in fp32, and its output: three values of 16 bits, two of 32. In each block, such
-    as attention or an MLP: what leaves its linear layers but the last, what enters those that do not read the hidden
-    state, and what enters the last; in an MLP as much again, the gate's function. With h the hidden size, m an MLP's
-    width, q and kv those of queries and keys, a Llama layer has 6h + 2q + 2kv + 4m. A mixture's matrices count by the
-    share of tokens that visits them.
+    For each weight of a norm a layer keeps the norm's input in fp32 and its output: three values of 16 bits, or two of
+    32. In each block, such as attention or an MLP, it keeps the outputs of all linear layers except the last, the
+    inputs of those that do not read the hidden state, and the input of the last. An MLP keeps as much again for the
+    gate's function. With h the hidden size, m an MLP's width, q and kv those of queries and keys, a Llama layer has
+    6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
     """
     kept = fused = 0.0
     blocks = dict[str, list[Parameter]]()
@@ -53,7 +52,7 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
         own, exchanged = entering * (1 if path in attention else 2), exchanged + entering * (path in attention)
         leaving = sum(_values(part, model.width, entering=False) for part in parts if part is not last)
         own += leaving
-        if last.kind == "experts":  # what leaves them, which the weights of the routes multiply
+        if last.kind == "experts":  # their outputs, which the routing weights multiply
             own += last.visits * last.shape[0] * model.width
         own += sum(part.shape[1] for part in parts if part is not last and model.width not in part.shape[1:])
         own += _new_keys([part for part in parts if part is not last], model.width) if path in attention else 0
@@ -63,7 +62,7 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
             fused_in_mlps += entering
         else:
             kept += own
-            if path in attention:  # whose gradients are those of its results, and of queries, keys and values
+            if path in attention:  # its gradients are those of its results, and of queries, keys and values
                 widest_attention = max(widest_attention, (entering + leaving) / 2)
             else:
                 widest = max(widest, entering)
@@ -73,19 +72,20 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
 
 
 def _new_keys(parts: Sequence[Parameter], hidden: int) -> int:
-    """The number of values a token that newly made keys have; 0 in most families.
+    """The number of values of a token's keys if the layer assembles them in new memory; 0 in most families.
 
-    Where keys and values come out of a latent (DeepSeek-V2, arXiv:2405.04434), the keys are concatenated from a linear
-    layer's output and a part that all heads share, so they take memory of their own. They are as many as the queries,
-    whose layer is the first that is not a latent's.
+    If keys and values come from a latent (DeepSeek-V2, arXiv:2405.04434), the keys are concatenated from a linear
+    layer's output and a part that all heads share. They have as many values as the queries, whose layer is the first
+    that is not a latent's.
     """
     latents = {part.shape[1] for part in parts if hidden not in part.shape[1:]}
     return next(part.shape[0] for part in parts if part.shape[0] not in latents) if latents else 0
 
 
 def _values(part: Parameter, hidden: int, *, entering: bool) -> float:
-    """Values a token that enter or leave a linear layer, or all experts of a stack; those of a stack may be transposed,
-    so there it is the width that is not `hidden`."""
+    """The values of a token that enter or leave a linear layer, or all experts of a stack.
+
+    A stack may be transposed, so its width is the side that is not `hidden`."""
     if part.kind == "linear":
         return part.shape[1] if entering else part.shape[0]
     experts, rows, columns = part.shape

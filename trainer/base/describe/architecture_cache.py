@@ -1,5 +1,6 @@
-"""The architecture of a base by its config.json, read off transformers' model once
-(trainer/base/describe/torch_answers.py).
+"""Caches the architecture of a base, which transformers' model gives once for each config.json.
+
+See trainer/base/describe/torch_answers.py.
 """
 
 import json
@@ -17,20 +18,18 @@ from trainer.errors import ConfigError
 
 _DISTRIBUTION, _PACKAGE = "capstan-llm", "transformers"
 
-# Settings that say nothing of the model's parameters.
+# Settings that do not affect the model's parameters.
 _IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
 
 
 def read_architecture(
     base_config: Mapping[str, Any], layers: int | None = None, *, name: str = "the base"
 ) -> Architecture:
-    """The architecture of the base that messages call `name` by its parsed config.json; `layers` cuts it to its first
-    so many.
+    """The architecture of a base by its parsed config.json, cut to its first `layers`. Messages call it `name`.
 
     Raises:
-        ConfigError: transformers is of an unsupported version or does not know it, or it is no causal language model
-            that can be
-            trained.
+        ConfigError: transformers has an unsupported version or does not know the base, or it is not a causal language
+            model that can be trained.
     """
     check_transformers()
     settings = {key: value for key, value in base_config.items() if key not in _IRRELEVANT}
@@ -45,8 +44,9 @@ def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Archite
 
 
 def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str], name: str) -> dict[str, list[str]]:
-    """The paths that each of these layers of a base may have in PEFT's folder of an adapter, beside those in the
-    language model alone; `directory` has its config.json. Raises `ConfigError` where transformers cannot say."""
+    """Layer -> the paths that it may have in PEFT's folder of an adapter, beside the one in the language model alone.
+
+    `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
     given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
     question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
@@ -55,8 +55,9 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
 
 @cache
 def check_transformers() -> None:
-    """Raises `ConfigError` where transformers is outside of the range that this distribution declares: another trains
-    some families wrong without a word. A rank whose machine has no installation of Capstan itself knows none."""
+    """Raises `ConfigError` if transformers' version is outside of the range that this distribution declares.
+
+    Another version silently trains some families wrong. A machine without an installation of Capstan knows no range."""
     try:
         declared = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:

@@ -1,6 +1,4 @@
-"""The layers of a model on `meta` that mix tokens: heads of attention, and how far each looks back, and what ranks
-exchange in the others.
-"""
+"""Describes the layers of a model on `meta` that mix tokens: heads and windows of attention, and other layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,7 +15,7 @@ from trainer.model.rows.mixing import divides, exchanges
 def attention_layers(
     layers: Iterable[nn.Module], modules: Mapping[str, nn.Module], config: PretrainedConfig
 ) -> Iterator[AttentionLayer]:
-    """The layers of attention in a model's decoder layers; `modules` are all of the model's, by their paths."""
+    """The attention layers in a model's decoder layers. `modules` has all modules of the model, by path."""
     for number, layer in enumerate(layers):
         prefix = next(path for path, module in modules.items() if module is layer)
         for path, module in layer.named_modules(prefix=prefix):
@@ -27,7 +25,7 @@ def attention_layers(
 
 
 def mixing_layers(layers: Iterable[nn.Module], modules: Mapping[str, nn.Module], hidden: int) -> Iterator[MixingLayer]:
-    """The layers in a model's decoder layers that mix tokens otherwise; `hidden` is the width of their states."""
+    """The layers in a model's decoder layers that mix tokens in other ways. `hidden` is the width of their states."""
     paths = {module: path for path, module in modules.items()}
     example = torch.empty(1, 8, hidden, device="meta")
     for number, layer in enumerate(layers):
@@ -37,7 +35,7 @@ def mixing_layers(layers: Iterable[nn.Module], modules: Mapping[str, nn.Module],
 
 
 def _keys(module: nn.Module, config: PretrainedConfig) -> tuple[int | None, int | None]:
-    """Heads of keys and the width of each, where values are alike."""
+    """The number of key heads and their width, if values have the same."""
     size, made_by = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
     if not isinstance(size, int):
         return None, None
@@ -48,7 +46,7 @@ def _keys(module: nn.Module, config: PretrainedConfig) -> tuple[int | None, int 
 
 
 def _query_heads(module: nn.Module, config: PretrainedConfig) -> int | None:
-    """Heads of queries, by the layer itself or by its family's setting; None where neither says."""
+    """The number of query heads, from the layer itself or from its family's setting. None if neither says."""
     own = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
     found = next((count for count in own if type(count) is int), getattr(config, "num_attention_heads", None))
     return found if type(found) is int else None
@@ -66,5 +64,5 @@ def _window(module: nn.Module, layer: int, config: PretrainedConfig) -> int | No
 
 
 def declared(config: PretrainedConfig, key: str) -> Any:
-    """A setting of the family itself: transformers keeps what else a config.json has, and does not read it."""
+    """A setting that the family itself declares. transformers keeps other keys of config.json too, but ignores them."""
     return getattr(config, key, None) if key in type(config).__dataclass_fields__ else None

@@ -1,7 +1,7 @@
-"""Reads the config.json of a base: another person's file, which is checked before it is used.
+"""Reads the config.json of a base. Another person wrote the file, so it is checked before it is used.
 
-transformers reads them too, and raises whatever comes up; here each mistake is one sentence. Code that a base brings
-along (`auto_map`) is never run.
+transformers reads it too, but may raise any error for a mistake; here each mistake gives one sentence. Code that a base
+brings along (`auto_map`) is never run.
 """
 
 import json
@@ -12,10 +12,10 @@ from trainer.errors import NOT_JSON, ConfigError, shown
 
 _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 10_000
-_MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each has names of its own in the files
+_MOST_EXPERTS_IN_ALL = 2**17  # the largest models have some 25,000; each expert has its own names in the files
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MAY_BE_NONE = (*EXPERT_COUNTS, "head_dim", "n_shared_experts", "moe_num_shared_experts", "num_experts_per_tok")
-# Sizes in config.json -> the largest that is possible. Lists are as long as there are layers and experts.
+# Sizes in config.json -> the largest allowed value. Code makes lists as long as the number of layers and experts.
 _SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size"), 2**31),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), 2**31),
@@ -31,7 +31,7 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
     """The config.json of the base `name`.
 
     Raises:
-        ConfigError: it is not JSON, or has sizes or types that cannot be.
+        ConfigError: it is not JSON, or has impossible sizes or types.
     """
     try:
         config = json.loads(data)
@@ -49,16 +49,17 @@ def parse_base_config(name: str, data: bytes) -> dict[str, Any]:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the parsed config.json that says how the weights are stored, {} where there is none: its
-    quantization_config, or that of its text_config, with the `expert_dtype` that stands beside it at the top in
-    DeepSeek-V4."""
+    """The part of the parsed config.json that says how the weights are stored. {} if there is none.
+
+    It is the quantization_config, or that of the text_config. In DeepSeek-V4 the `expert_dtype` stands beside it, at
+    the top level, and is added."""
     experts = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
     found = config.get("quantization_config") or _text_config(config).get("quantization_config")
     return {**experts, **found} if found else {}
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the plain base that one in fewer bits stands for."""
+    """The config.json of the plain base that corresponds to a quantized one."""
     left = {key: value for key, value in config.items() if key not in ("quantization_config", "expert_dtype")}
     if text := _text_config(config):
         left["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
@@ -66,7 +67,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of one that sees or hears as well that describes its language model."""
+    """The section for the language model, if the base also processes pictures or sound."""
     section = config.get("text_config")
     return section if isinstance(section, dict) else {}
 
@@ -85,10 +86,10 @@ def _check_quantization(name: str, stored: Any) -> None:
 
 
 def _check_sizes(name: str, config: dict[str, Any]) -> None:
-    """Those of the model, or of a part of it, such as the text_config of one that sees."""
+    """Check the sizes of the model, or of a part of it, such as its text_config."""
     for key, largest in _SIZES.items():
         value, least = config.get(key), 0 if key in _MAY_BE_NONE else 1
-        # Layers may have sizes of their own, or the parts of a model that sees: then there is a list of them.
+        # Layers, or the parts of a vision model, may differ in size: then the value is a list.
         every = value if key in _MAY_BE_LISTS and isinstance(value, list) else [value]
         if value is not None and not all(type(size) is int and least <= size <= largest for size in every):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""From a parsed config.json to what it says: the architecture, and the format of the files."""
+"""Derives the architecture and the format of the files from a parsed config.json."""
 
 import re
 from dataclasses import replace
@@ -12,15 +12,15 @@ from trainer.base.describe.unrecognised import unrecognised
 from trainer.config.registry import kinds
 from trainer.errors import ConfigError, shown
 
-# The keys of a quantization_config that tell kinds of one method apart.
+# The keys of a quantization_config that distinguish the kinds of one method.
 _KINDS = ("quant_algo", "format", "expert_dtype", "load_in_8bit", "bits")
 
 
 def describe(base_config: dict[str, Any], layers: int | None = None, *, name: str = "the base") -> Description:
-    """Read the parsed config.json of the base that messages call `name`; `layers` cuts it to its first so many.
+    """Describe a base from its parsed config.json, cut to its first `layers`. Messages call it `name`.
 
     Raises:
-        ConfigError: it is of a kind or in a format that is not supported.
+        ConfigError: its kind or its format is not supported.
     """
     stored = stored_format(quantization_of(base_config), name)
     architecture = _with_kept(read_architecture(base_config, layers, name=name), stored)
@@ -28,10 +28,10 @@ def describe(base_config: dict[str, Any], layers: int | None = None, *, name: st
 
 
 def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture:
-    """The architecture that knows how the files hold its weights."""
+    """The architecture, extended by how the files hold its weights."""
     try:
         kept = [stored.kept(parameter) for parameter in architecture.parameters]
-    except (LookupError, TypeError, ValueError, AttributeError, re.error):  # `mismatches` says so in a sentence
+    except (LookupError, TypeError, ValueError, AttributeError, re.error):  # `mismatches` reports it
         return architecture
     if not any(kept):
         return architecture
@@ -40,9 +40,7 @@ def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture
 
 
 def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
-    """The format that the quantization_config of the base called `name` tells of. Raises `ConfigError` where none is
-    known.
-    """
+    """The format that the quantization_config of the base `name` describes. Raises `ConfigError` if none is known."""
     given, known = quantization or {}, kinds("trainer.base.stored", "STORED", speaks="format")
     for stored in known.values():
         if stored.stores(given):

@@ -1,4 +1,4 @@
-"""A model that transformers builds without weights: what files hold is on `meta`, what no file holds is there.
+"""Builds transformers' model without weights: tensors that files hold are on `meta`, all others are computed.
 
 As in transformers' own `from_pretrained`, a family's `_init_weights` computes the buffers that are not stored, such as
 rotary frequencies, and some weights and buffers stay in fp32 in a model of another type.
@@ -17,11 +17,11 @@ from trainer.base.describe.language_part import LanguagePart, is_part
 
 
 def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config`, all of its parameters and buffers on `meta`; `options` are those of
-    `from_config`. Where `config` is that of a whole class that has none for its language model, that is a part of the
-    whole one.
+    """The causal language model of `config`, with all parameters and buffers on `meta`.
 
-    accelerate's `init_empty_weights` would make each tensor first, and fill the experts of some families.
+    `options` are those of `from_config`. If transformers has no class for the language model of a `config`, it is a
+    part of the whole class. accelerate's `init_empty_weights` is not used: it would first make each tensor, and fill
+    the experts of some families.
     """
     part = is_part(config)
     made_by = AutoModelForMultimodalLM if part else AutoModelForCausalLM
@@ -31,13 +31,11 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 class TransposedLinear(nn.Linear):
-    """A linear layer in the place of transformers' `Conv1D`, which computes the same with the transpose of its weight:
-    files have that.
-    """
+    """A linear layer that replaces transformers' `Conv1D`. The files hold the transpose of its weight."""
 
 
 def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with linear layers in the places of those that GPT-2 and its kin have with transposed weights."""
+    """`model` with linear layers in place of the layers with transposed weights of GPT-2 and similar families."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             layer = TransposedLinear(module.nx, module.nf, device="meta")
@@ -47,9 +45,10 @@ def with_linear_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, whose experts without weights have no place in a stack. transformers 5.24 makes one for each of
-    LongCat's 256 in the first of the two stacks, and writes them: no published file has them, and no code reads
-    them."""
+    """`model` without rows in a stack for experts that have no weights.
+
+    transformers 5.24 makes such rows for LongCat's 256 experts without weights in the first of the two stacks, and
+    saves them. No published file has them, and no code reads them."""
     for module in model.modules():
         up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and len(up) > len(down):
@@ -59,19 +58,19 @@ def _without_idle_rows(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def idle_rows(model: PreTrainedModel, name: str) -> int:
-    """The rows of the parameter `name` that files may have beside those of the model, which no code reads."""
+    """The number of further rows of the parameter `name` that files may have, which no code reads."""
     path, _, leaf = name.rpartition(".")
     return vars(model.get_submodule(path)).get("idle_rows", 0) if leaf == "gate_up_proj" else 0
 
 
 def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The same, with the buffers that no file holds computed.
+    """As `meta_model`, but the buffers that no file holds are computed.
 
-    Its parameters and persistent buffers are on `meta`, each in the type that `from_pretrained` would load it in.
+    Its parameters and persistent buffers are on `meta`, each in the type in which `from_pretrained` would load it.
     """
     model = meta_model(config, dtype=dtype, **options)
     stored = model.state_dict(keep_vars=True)
-    # The private name says which weights a family keeps in fp32, routers above all.
+    # This private method says which weights a family keeps in fp32, mostly routers.
     in_fp32 = list(model._get_dtype_plan(dtype))
     if in_fp32:
         pattern, *_ = build_glob_alternation(in_fp32)

@@ -1,9 +1,8 @@
-"""The language model of a whole class that sees or hears as well and has no class for it: its decoder and its head, put
-together.
+"""Builds a language model from the decoder and the head of a larger class, if the language model has no own class.
 
-transformers says which module is the decoder (`get_decoder`) and which the head. The whole class may scale and cap
-logits, which trainer/base/describe/logits.py finds, and does nothing else to text: trainer/base/describe/trial/whole.py
-tries it.
+The larger class also processes pictures or sound. transformers says which module is the decoder (`get_decoder`) and
+which the head. The whole class may scale and cap logits, which trainer/base/describe/logits.py finds. It must do
+nothing else to text, which trainer/base/describe/trial/whole.py tries.
 """
 
 from typing import Any
@@ -23,14 +22,16 @@ from transformers.models.auto.modeling_auto import (
 
 
 def is_part(config: PretrainedConfig) -> bool:
-    """Whether `config` is that of a whole class whose language model has no class of its own."""
+    """Whether `config` belongs to a whole class whose language model has no class of its own."""
     text = config.get_text_config()
     return type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def whole_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that people load a model by that sees or hears as well: the one that its `architectures` name, where
-    that is made of such settings and predicts tokens, or transformers' own choice."""
+    """The class with which users load a model that also processes pictures or sound.
+
+    It is the one that `architectures` names, if that class takes such settings and predicts tokens. Otherwise it is
+    transformers' own choice."""
     predicting = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
     for name in config.architectures if isinstance(config.architectures, list) else ():
         named: type[PreTrainedModel] | None = getattr(transformers, name) if name in predicting else None
@@ -41,30 +42,31 @@ def whole_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def whole_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of `whole_class`, on `meta`, in the type that `config` names or in another one. The function by which
-    transformers builds a class in a type is private."""
+    """The model of `whole_class`, on `meta`, in the type that `config` names or in another one.
+
+    transformers' function that builds a class in a given type is private."""
     with torch.device("meta"), meta_device_safe_creation_ops():
         return whole_class(config)._from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
 def head_of(whole: PreTrainedModel) -> nn.Module | None:
-    """The output head of a model, which may know it by the language model in it alone."""
+    """The output head of a model. Some models know it only through the language model inside them."""
     models = (module for module in whole.modules() if isinstance(module, PreTrainedModel))
     return next((head for model in models if (head := model.get_output_embeddings()) is not None), None)
 
 
 class NoLanguagePart(Exception):
-    """A whole class that has no language model to be taken out of it; the text says why, as a clause."""
+    """Raised for a whole class from which no language model can be taken. The text says why, as a clause."""
 
 
 class LanguagePart(PreTrainedModel):
-    """A causal language model of a `decoder` and a `head`, whose settings are the decoder's."""
+    """A causal language model made of a `decoder` and a `head`. Its settings are the decoder's."""
 
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, decoder: PreTrainedModel, head: nn.Module, alike: type[PreTrainedModel]) -> None:
-        """`alike` is the class of the whole, whose rules of loading hold for its part."""
+        """`alike` is the class of the whole. Its rules for loading also hold for this part."""
         vars(self)["_kind"] = type(decoder)  # before torch's own, which asks for it
         super().__init__(decoder.config)
         self.model, self.lm_head = decoder, head
@@ -76,8 +78,9 @@ class LanguagePart(PreTrainedModel):
 
     @classmethod
     def of(cls, whole: PreTrainedModel) -> "LanguagePart":
-        """The part of a model that is `whole`, which shares its modules. Raises `NoLanguagePart` where it has no
-        decoder or no head.
+        """The language part of the model `whole`. It shares the model's modules.
+
+        Raises `NoLanguagePart` if the model has no decoder or no head.
         """
         decoder, head = whole.get_decoder(), whole.get_output_embeddings()
         if not isinstance(decoder, PreTrainedModel) or head is None:

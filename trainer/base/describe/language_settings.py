@@ -1,5 +1,6 @@
-"""transformers' settings of the language model of a base: taken out of those of a model that sees or hears as well, and
-cut to its first layers.
+"""transformers' settings of a base's language model, cut to its first layers.
+
+If the base also processes pictures or sound, they are a part of its settings.
 """
 
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ from trainer.base.describe.language_part import head_of, is_part, whole_model
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 
-SHARED = "num_kv_shared_layers"  # how many of the last layers share keys
+SHARED = "num_kv_shared_layers"  # the number of last layers that share keys
 
 
 def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
-    """transformers' configuration of the language model of a base, cut to its first `layers`; that of the whole model
-    where its language model has no class of its own."""
+    """transformers' configuration of the language model of a base, cut to its first `layers`.
+
+    It is that of the whole model if the language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return first_layers(causal(config, str(directory)), layers)[0]
 
@@ -45,7 +47,7 @@ def unknown(base_config: Mapping[str, Any], name: str) -> str:
 
 
 def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
-    """The settings of the language model in those of a base, which may see or hear as well."""
+    """The settings of the language model within those of a base, which may also process pictures or sound."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ConfigError(
@@ -79,7 +81,7 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
 
 
 def _no_language_model(config: PretrainedConfig, name: str) -> str:
-    """The sentence for a type that transformers builds no language model of by itself."""
+    """The sentence for a type for which transformers builds no separate language model."""
     kind, kinds = config.model_type, cast(list[Any], MODEL_FOR_MULTIMODAL_LM_MAPPING.keys())
     if wholes := sorted(whole.model_type for whole in kinds if type(config) in whole.sub_configs.values()):
         return (
@@ -95,13 +97,13 @@ def _tied(config: PretrainedConfig) -> bool | None:
 
 
 def _ties(whole: PreTrainedModel) -> bool:
-    """Whether the head of a model is its embedding: what is set for the whole and for its language model may differ."""
+    """Whether a model's head is its embedding. The settings of the whole and of its language model may differ."""
     head = head_of(whole)
     return head is not None and cast(Any, head).weight is whole.get_input_embeddings().weight
 
 
 def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:
-    """`config` cut to its first `layers`, and how many it had."""
+    """`config` cut to its first `layers`, and the number of layers that it had."""
     whole, config = config, config.get_text_config()
     count: int = config.num_hidden_layers
     if not layers or layers >= count:
@@ -116,8 +118,9 @@ def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[Pretrain
 
 
 def own_tokenizer(kind: str) -> str | None:
-    """The class that transformers reads the tokenizer of a base of this type by, as what such tokenizers name for
-    themselves is known to be wrong; None where it goes by the tokenizer. Its lists of these are private."""
+    """The class that transformers uses for the tokenizer of a base of this type. None if the tokenizer decides.
+
+    transformers knows types whose tokenizers name a wrong class. Its lists of them are private."""
     if kind not in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
         return None
     return tokenization_auto.TOKENIZER_MAPPING_NAMES.get(kind)

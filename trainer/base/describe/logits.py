@@ -1,7 +1,7 @@
-"""How a causal language model makes logits of its hidden states beside the product with its head, found by trying.
+"""Finds by trial how a causal language model scales and caps the product of its hidden states and its head.
 
-Training calls the body alone and makes the logits itself, a chunk at a time, so it must know what the model's own
-forward pass does.
+Training calls only the body and computes the logits itself, one chunk at a time, so it must do the same as the model's
+own forward pass.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits are `factor` / `divisor` times the product z with the head, c; with `softcap` c, c * tanh(that / c)."""
+    """Logits are y = `factor` / `divisor` * z, with z the product with the head; with `softcap` c, c * tanh(y / c)."""
 
     factor: float
     divisor: float
@@ -31,7 +31,7 @@ _NO_PICTURE = 3
 
 
 class _HiddenStates(dict[str, Any]):
-    """The result of a body, of which only the hidden states are something."""
+    """The result of a body, in which every field except the hidden states is empty."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden)
@@ -45,10 +45,9 @@ class _HiddenStates(dict[str, Any]):
 
 
 def probe_logits(model: PreTrainedModel, inner: nn.Module, head: nn.Linear) -> Logits | None:
-    """How the forward pass of `model` makes logits of the hidden states that `inner` returns, or None where that is not
-    one of the ways of `Logits`.
+    """How the forward pass of `model` computes logits from the hidden states that `inner` returns.
 
-    `inner` is made to return numbers that are known, and the head to return them as they are.
+    None if `Logits` cannot express it. For the trial `inner` returns known numbers, and the head returns its input.
     """
     forwards = inner.forward, head.forward
 
@@ -76,7 +75,7 @@ def _fitted(through: Callable[[Tensor], Tensor], width: int) -> Logits | None:
     divisor = float(f"{1 / scale:.12g}")
     values = torch.linspace(-20, 20, 2 * width).view(1, 2, width)
     found = through(values)
-    # A division by most numbers has other last bits than a product with their inverse.
+    # Dividing by a number usually differs in the last bits from multiplying by its inverse, so try both.
     for logits in (Logits(scale, 1.0, softcap), Logits(1.0, divisor, softcap)):
         if torch.equal(found, logits(values)):
             return logits

@@ -1,8 +1,8 @@
-"""The architecture of a base, read off the model that transformers builds without weights, on torch's `meta` device.
+"""Derives the architecture of a base from the model that transformers builds without weights, on torch's `meta` device.
 
-transformers alone says which parameters there are, and how logits are made of hidden states. No family is named here;
-the one table has the names that families give the number of experts a token is routed to. A base that cannot be trained
-is refused by its name.
+Only transformers says which parameters there are, and how logits follow from hidden states. No family is named here.
+The one table has the names that families use for the number of experts a token is routed to. A base that cannot be
+trained is refused with a message that names it.
 """
 
 import inspect
@@ -53,7 +53,7 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
 
-# The families' settings for how many experts a token is routed to.
+# The families' settings for the number of experts to which a token is routed.
 _ROUTED_TO = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -71,22 +71,22 @@ _OTHER_HEADS = (
     ),
     (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, GenericForTokenClassification, "AutoModelForTokenClassification"),
 )
-_WITHOUT_WEIGHTS = "zero_expert_num"  # how many experts more there are that return what they get
+_WITHOUT_WEIGHTS = "zero_expert_num"  # the number of further experts, which return their input
 _NOT_TRIED = "no small model of its kind could be tried"
 
 
 def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: str) -> dict[str, Any]:
-    """The architecture, as JSON, that the parsed config.json of the base `name` describes, cut to its first `layers`.
+    """The architecture, as JSON, of the base `name` by its parsed config.json, cut to its first `layers`.
 
     Raises:
-        ConfigError: transformers does not know it, or it is no causal language model that can be trained.
+        ConfigError: transformers does not know it, or it is not a causal language model that can be trained.
     """
     kind = base_config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ConfigError(unknown(base_config, name))
     with read_by_transformers(name, "config.json"):
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
-        # transformers writes an infinite number as an object, which its private function reads.
+        # transformers writes an infinite number as an object, which only its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
         config = causal(whole, name)
         text = config.get_text_config()
@@ -112,15 +112,15 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
 
 @cache
 def _code(module: type[nn.Module]) -> str:
-    """The source of a class: Python parses a whole file for each look."""
+    """The source of a class, cached because Python parses the whole file each time."""
     return inspect.getsource(module)
 
 
 def _is_handed_on(around: nn.Module, name: str) -> bool:
-    """Whether the code of the module `around` the linear layer `name` gives its weight to a function.
+    """Whether the code of the module `around` the linear layer `name` passes the layer's weight to a function.
 
-    No run shows it: only kernels of GPUs that are fused over several layers take a weight, and the code calls the layer
-    wherever such a kernel is not there. tests/unit/model/test_upstream.py fails where the code is written otherwise.
+    Running the model would not show it: only GPU kernels that fuse several layers take a weight, and without such a
+    kernel the code calls the layer. tests/unit/model/test_upstream.py fails if the code is written in another way.
     """
     return re.search(rf"[=(\s]self\.{name}\.weight,", _code(type(around))) is not None
 
@@ -131,8 +131,9 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A model on `meta`, and its settings; `whole` are those of the class that people load, which may see or hear as
-    well.
+    """A model on `meta`, and its settings.
+
+    `whole` has the settings of the class that users load, which may process pictures or sound as well.
     """
 
     model: PreTrainedModel
@@ -141,9 +142,7 @@ class _Reader:
     whole: PretrainedConfig
 
     def architecture(self, stored_layers: int) -> Architecture:
-        """The description of the model. Raises `ConfigError` for each kind of model that cannot be trained, as the
-        description would be wrong for it.
-        """
+        """The description of the model. Raises `ConfigError` for models that it cannot describe correctly."""
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = self._logits()
         if logits is None:
@@ -199,11 +198,11 @@ class _Reader:
 
     @cached_property
     def _is_alone(self) -> bool:
-        """Whether people load the language model itself, and no class that sees or hears as well."""
+        """Whether users load the language model itself, and not a class that also processes pictures or sound."""
         return self.whole.get_text_config() is self.whole
 
     def _logits(self) -> Logits | None:
-        """How the class that people load makes logits of what its decoder returns."""
+        """How the class that users load computes logits from its decoder's result."""
         if self._is_alone:
             with suppress(TypeError, ValueError, LookupError, RuntimeError, AttributeError, NotImplementedError):
                 return probe_logits(self.model, body(self.model), self._head)
@@ -213,7 +212,7 @@ class _Reader:
             return probe_logits(whole, inner_of(whole), cast(nn.Linear, head_of(whole)))
 
     def _check_whole(self) -> None:
-        """Raises `ConfigError` where the class that people load predicts otherwise of text than its language model."""
+        """Raises `ConfigError` if the class that users load predicts text differently than its language model."""
         if self._is_alone or self._small is None:
             return
         with self._given_text_alone():
@@ -225,7 +224,7 @@ class _Reader:
 
     @contextmanager
     def _given_text_alone(self) -> Iterator[None]:
-        """Around the class that people load, whose code raises whatever comes up where it wants a picture or sound."""
+        """A context around the class that users load. Its code may raise any error if it needs pictures or sound."""
         try:
             with outputs_lack_nothing():
                 yield
@@ -238,9 +237,7 @@ class _Reader:
             raise ConfigError(self._refusal(why)) from error
 
     def _heads(self) -> Iterator[str]:
-        """The classes by which transformers loads this model with a head for another task, of those built alike for
-        most families.
-        """
+        """transformers' classes for this model with a head for another task, if built as in most families."""
         for mapping, generic, name in _OTHER_HEADS if self._is_alone else ():
             made = mapping.get(type(self.config), None)
             if isinstance(made, type) and issubclass(made, generic):
@@ -302,7 +299,7 @@ class _Reader:
                 yield Parameter(name, shape, kind, layer, self._visits(path, shape[0]), transposed)
             else:
                 around, _, last = path.rpartition(".")
-                # Such as Mamba's, whose module hands the weight to a kernel.
+                # Mamba's module, for example, passes the weight to a kernel.
                 handed_on = kind == "linear" and _is_handed_on(self._modules[around], last)
                 fixed = handed_on or (kind == "linear" and path in self._lost_by_peft)
                 transposed = isinstance(owner, TransposedLinear) and leaf == "weight"
@@ -318,7 +315,7 @@ class _Reader:
         return "experts" if layer is not None and _is_stack(owner, parameter) else "small"
 
     def _whole(self, path: str, kind: Kind) -> str | None:
-        """The reason why a linear layer must stay as it is stored, if there is one."""
+        """Why a linear layer must stay as it is stored. None if it need not."""
         if kind != "linear":
             return None
         around, _, name = path.rpartition(".")
@@ -327,7 +324,7 @@ class _Reader:
         return KEPT_IN_FP32 if self._in_fp32 and self._in_fp32.search(f"{path}.weight") else None
 
     def _is_beside_the_layers(self, path: str) -> bool:
-        """Whether it is a linear layer in a decoder layer of another list than the one that counts as the model's."""
+        """Whether a linear layer lies in a list of decoder layers other than the model's own."""
         parts = path.split(".")
         around = (self._modules[".".join(parts[:end])] for end in range(1, len(parts)))
         return isinstance(self._modules[path], nn.Linear) and any(
@@ -336,17 +333,18 @@ class _Reader:
 
     @cached_property
     def _small(self) -> tuple[PreTrainedModel, set[Place]] | None:
-        """A small model of the same kinds of layers, and the places of the linear layers that its code reads; None
-        where it cannot be made or does not compute."""
+        """A small model of the same kinds of layers, and the places of the linear layers whose weights its code reads.
+
+        None if it cannot be made or does not compute."""
         try:
             small = small_model(self.config, self.model)
             return small, places_read(small)
-        except Exception:  # whatever a family's code raises for sizes that it was not made for
+        except Exception:  # a family's code may raise any error for sizes that it was not made for
             return None
 
     @cached_property
     def _places_read(self) -> set[Place]:
-        """By the small model, or by the text of the classes where there is none."""
+        """The places that the small model shows, or the text of the classes if there is no small model."""
         if self._small:
             return self._small[1]
         return {
@@ -368,8 +366,10 @@ class _Reader:
             raise ConfigError(self._refusal(why)) from error
 
     def _fails_shared(self, trial: Found | None) -> str | None:
-        """Why ranks cannot share a row. Some rotary frequencies follow from the longest position of the tokens that a
-        model computes, which a small model's do not come to."""
+        """Why ranks cannot share a row, if they cannot.
+
+        Some rotary frequencies depend on the largest position of the tokens that a model computes. A small model never
+        reaches such positions, so these are refused by their type."""
         if trial is None:
             return _NOT_TRIED
         rotary: Any = getattr(self.config, "rope_parameters", None) or {}
@@ -381,13 +381,14 @@ class _Reader:
 
     @cached_property
     def _in_fp32(self) -> re.Pattern[str] | None:
-        """Matches the names of the weights that a family keeps in fp32; transformers' names of them are private."""
+        """Matches the names of the weights that a family keeps in fp32. transformers' list of them is private."""
         names: list[Any] = [*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())]
         return build_glob_alternation(names)[0] if names else None
 
     def _share_of_unknown_experts(self, path: str, parameter: Tensor) -> float | None:
-        """The share of tokens that visit one of the matrices in a parameter that has those of all experts, one behind
-        the other; None for any other parameter."""
+        """The share of tokens that visit one expert, for a parameter that holds all experts' matrices end to end.
+
+        None for any other parameter."""
         count = self._expert_count
         if count is None or isinstance(self._modules[path], (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
             return None
@@ -402,13 +403,14 @@ class _Reader:
         return next((count for count in declared if type(count) is int and count > 1), None)
 
     def _settings(self) -> Iterator[PretrainedConfig]:
-        """Those of the model, and of its parts that have their own."""
+        """Yield the settings of the model, and of its parts that have their own."""
         yield self.config
         yield from (value for value in vars(self.config).values() if isinstance(value, PretrainedConfig))
 
     def _routers(self) -> Iterator[str]:
-        """Paths of the linear layers beside a stack of experts that have an output for each of them, alone in their
-        module: a shared expert, which has three, may be as wide."""
+        """Yield the paths of routers: linear layers beside a stack of experts, with one output for each expert.
+
+        A router is alone in its module. A shared expert may be as wide, but has three linear layers."""
         for name, parameter in self.model.named_parameters():
             path = name.rpartition(".")[0]
             if _is_stack(self._modules[path], parameter):
@@ -423,8 +425,10 @@ class _Reader:
                             yield inner
 
     def _taken_for_experts(self, parameters: Sequence[Parameter]) -> Iterator[str]:
-        """Where transformers 5 has stacks for what were linear layers of experts, PEFT 0.21 takes a linear layer of the
-        same last name for an expert and adapts the stacks instead (huggingface/peft#3711)."""
+        """Yield the last names of linear layers that PEFT takes for experts.
+
+        transformers 5 replaced the linear layers of experts by stacks. PEFT 0.21 takes any linear layer of the same
+        last name for an expert, and adapts the stacks instead (huggingface/peft#3711)."""
         if self._expert_count is None and not any(part.kind == "experts" for part in parameters):
             return
         from peft import LoraConfig
@@ -432,7 +436,7 @@ class _Reader:
 
         for name in sorted({part.name.split(".")[-2] for part in parameters if part.kind == "linear"}):
             asked = LoraConfig(target_modules=[name])
-            with suppress(ValueError):  # one of two matrices that are fused in a stack
+            with suppress(ValueError):  # only one of two matrices that are fused in a stack
                 convert_peft_config_for_transformers(asked, cast(nn.Module, SimpleNamespace(config=self.whole)), None)
                 if name in (asked.target_modules or ()):
                     continue
@@ -440,7 +444,7 @@ class _Reader:
 
     @cached_property
     def _lost_by_peft(self) -> set[str]:
-        """The linear layers whose adapters PEFT finds under no name."""
+        """The linear layers for whose adapters PEFT finds no name."""
         linears = {path: path for path, module in self._modules.items() if isinstance(module, nn.Linear)}
         loaded = self.model
         if not self._is_alone:
@@ -451,7 +455,7 @@ class _Reader:
         return {path for path, there in linears.items() if saved[there] is None}
 
     def _visits(self, path: str, experts: int) -> float:
-        """The share of tokens that are routed to one of the `experts` at `path`, or 1 where nothing tells."""
+        """The share of tokens that are routed to one of the `experts` at `path`, or 1 if it is unknown."""
         block = self._modules[path.rpartition(".")[0]]
         for owner in (*self._settings(), *block.modules()):
             for key in _ROUTED_TO:
@@ -462,5 +466,5 @@ class _Reader:
 
 
 def _is_stack(owner: nn.Module, parameter: Tensor) -> bool:
-    """Whether it holds matrices of a mixture's experts. Convolutions and recurrences have three dimensions as well."""
+    """Whether it holds the matrices of a mixture's experts. Convolutions and recurrences also have three dimensions."""
     return parameter.ndim == 3 and is_experts(owner)

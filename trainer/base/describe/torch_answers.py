@@ -1,11 +1,12 @@
-"""Answers that need torch and transformers, for processes that must answer at once: each is made once, some seconds in
-a process of its own, and kept in the user's cache.
+"""Answers that need torch and transformers, for processes that must answer quickly.
+
+Each answer takes a separate process some seconds. It is made once and kept in the user's cache.
 
     <cache>/capstan/<function>/<hash>.json
     python -m trainer.base.describe.torch_answers < question > answer
 
-What decides an answer is in the hash: the facts that are given, the versions of transformers and of what a base is
-tried with, and the code of `trainer/base` and `trainer/model`.
+The hash covers everything that decides an answer: the given facts, the versions of transformers and of the libraries
+with which a base is tried, and the code of `trainer/base` and `trainer/model`.
 """
 
 import hashlib
@@ -28,14 +29,13 @@ from trainer.processes.helper_thread import patiently
 
 Parsed = TypeVar("Parsed")
 _PACKAGES = ("transformers", "torch", "bitsandbytes")
-_SECONDS = 300  # transformers' import takes most of it on a slow disk; the model itself is on `meta`
+_SECONDS = 300  # on a slow disk transformers' import takes most of it; the model itself is on `meta`
 
 
 class Question(NamedTuple):
-    """A function of a module of `trainer/base`, such as `describe.meta`, and its arguments, all in JSON; its answer is
-    too.
+    """A function in a module of `trainer/base`, such as `describe.meta`, and its arguments. All are JSON.
 
-    `base` is the name of the base in messages, `doing` what is done in the meantime.
+    The answer is JSON too. `base` is the base's name in messages, and `doing` says what is happening in the meantime.
     """
 
     module: str
@@ -46,25 +46,26 @@ class Question(NamedTuple):
 
 
 def user_cache() -> Path:
-    """Where this machine keeps what can be made again."""
+    """The folder of this machine for files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan"
 
 
 def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) -> Parsed:
-    """The answer, from the cache where it is there for these `facts`. `parse` may raise `LookupError`, `TypeError` or
-    `AttributeError` for a tree that is none.
+    """The answer, from the cache if it has one for these `facts`.
+
+    `parse` may raise `LookupError`, `TypeError` or `AttributeError` for a tree that is not an answer.
 
     Raises:
-        CapstanError: whatever the function raises.
+        CapstanError: the function raised it.
         ConfigError: transformers cannot answer, or takes too long.
     """
     digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code()).hexdigest()
     path = user_cache() / question.function / f"{digest[:32]}.json"
-    # An entry that is damaged, not there or half written is made again: all who write it write the same.
+    # An entry that is damaged, missing or half written is made again. All processes write the same entry.
     with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):
         return parse(json.loads(path.read_bytes()))
     written = json.dumps(_answer(question) if "torch" in sys.modules else _answer_elsewhere(question))
-    with suppress(OSError):  # a home that cannot be written to costs time, and nothing else
+    with suppress(OSError):  # a home folder that cannot be written costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(written)
     return parse(json.loads(written))
@@ -72,7 +73,7 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
 
 @cache
 def _code() -> bytes:
-    """An entry of another version is none."""
+    """The code that decides an answer. A cache entry of other code does not count."""
     base, trainer = Path(__file__).parents[1:3]
     files = [*base.rglob("*.py"), *base.rglob("*.yaml"), *trainer.glob("model/*.py")]
     return b"".join(file.read_bytes() for file in sorted(files))
@@ -108,7 +109,7 @@ def _answer_elsewhere(question: Question) -> Any:
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # libraries print what they like
+    with redirect_stdout(sys.stderr):  # libraries may print anything
         try:
             said: dict[str, Any] = {"answer": _answer(Question(*json.load(sys.stdin)))}
         except CapstanError as refused:

@@ -1,7 +1,6 @@
-"""Finds the parts that a config.json names and the description of the base lacks: its sizes are then those of another
-model.
+"""Finds parts that a config.json names but the description of the base lacks, so that its sizes are wrong.
 
-A plan for such a base may be several times off, so it says so and gives no verdict.
+A plan for such a base may be wrong by a factor of several, so it says so and gives no verdict.
 """
 
 import re
@@ -20,7 +19,7 @@ _ROUTED = re.compile(r"top_?k|per_tok")
 
 
 def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> list[str]:
-    """A sentence for each thing in the parsed config.json that the sizes of the base lack."""
+    """One sentence for each part in the parsed config.json that the sizes of the base do not include."""
     found, entries = list[str](), list(_entries(base_config))
     read = _READ if quantization_of(base_config) else ()
     routes = any(part.visits < 1 for part in architecture.parameters)
@@ -39,7 +38,7 @@ def unrecognised(base_config: Mapping[str, Any], architecture: Architecture) -> 
 
 
 def _entries(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key of the tree by its path; what lies inside a format's own section is that format's to read."""
+    """Yield each key of the tree by its path, except those in the section of a stored format."""
     for key, value in tree.items():
         yield f"{prefix}{key}", value
         if isinstance(value, dict) and key not in _FORMATS:

@@ -1,1 +1,1 @@
-"""Where the base is, whether it may be trained with these settings, and its tokenizer."""
+"""Finds the base and its tokenizer, and checks whether the base can be trained with these settings."""

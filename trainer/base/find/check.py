@@ -1,6 +1,6 @@
-"""Whether the base is one that this project can train with these settings.
+"""Checks whether Capstan can train the base with these settings.
 
-Everything here is read without torch in this process and before any rank starts, so that a wrong base costs seconds.
+All checks run without torch in this process and before any rank starts, so that a wrong base costs only seconds.
 """
 
 import json
@@ -18,7 +18,7 @@ from trainer.errors import NOT_JSON, ConfigError
 
 
 class LeftOutPart(NamedTuple):
-    """A part of the files that the language model is without: the path that the names of its tensors begin with."""
+    """A part of the files that the language model does not have. The names of its tensors begin with its path."""
 
     path: str
     tensors: int
@@ -26,8 +26,9 @@ class LeftOutPart(NamedTuple):
 
 
 def check_base(base: Base, config: Config) -> None:
-    """Raises `ConfigError` for everything about the base and the settings of its model that can be wrong before a byte
-    of weights is read, but for the weights' names, shapes and types."""
+    """Raises `ConfigError` for any error in the base or its settings that shows before weights are read.
+
+    The weights' names, shapes and types are checked elsewhere (`check_weights`)."""
     wrong = base.description.mismatches(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
@@ -35,9 +36,7 @@ def check_base(base: Base, config: Config) -> None:
 
 
 def check_base_files(base: Base, config: Config) -> None:
-    """The part of `check_base` that looks into files beside config.json: the tokenizer, and the headers of the
-    weights.
-    """
+    """The part of `check_base` that reads other files than config.json: the tokenizer, and the weights' headers."""
     vocabulary = base.architecture.vocabulary
     tokens = tokenizer_size(base.directory, base.name)
     if tokens > vocabulary:
@@ -52,7 +51,7 @@ def tokenizer_size(directory: Path, name: str) -> int:
     """One more than the largest token id, from the tokenizer's own files.
 
     Raises:
-        ConfigError: there are none, or they cannot be read.
+        ConfigError: there are no such files, or they cannot be read.
     """
     if (directory / "tokenizer.json").is_file():
         try:
@@ -82,11 +81,11 @@ def _largest_id(tokenizer: dict[str, Any]) -> int:
 
 
 def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
-    """The parts of the files that training leaves out. The ranks check and find the same as they load.
+    """The parts of the files that training leaves out. The ranks check and find the same when they load.
 
     Raises:
-        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have
-            another one.
+        ConfigError: the files lack a weight that the architecture needs, have it in another shape or type, or have an
+            unknown weight.
         StorageError: the store of the files fails.
     """
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
@@ -96,8 +95,9 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
 
 
 def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
-    """The same where there are files to look into; a base that is only planned with may be a config.json, or still on
-    the Hub.
+    """As `check_weights`, if the files are on this machine or in a bucket.
+
+    For a plan the base may be only a config.json, or still be on the Hub.
     """
     if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
         return []
@@ -106,6 +106,6 @@ def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
 
 
 def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:
-    """Empty where nothing is left out."""
+    """The sentence that names the parts. Empty if nothing is left out."""
     named = [f"{part.path} ({part.tensors} tensors, {part.weights:,} weights)" for part in parts]
     return f"left out of the base, as its language model has no place for them: {', '.join(named)}" if named else ""

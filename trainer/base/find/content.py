@@ -1,4 +1,4 @@
-"""The facts by which a base is known again, wherever it lies."""
+"""The facts that identify a base, wherever it lies."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 from trainer.store.twice import read_json
 
-# huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH, which of a large file is its
-# SHA-256.
+# In huggingface_hub's cache, models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH. The hash of a large file is
+# its SHA-256.
 _SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def content_of(base: Base) -> dict[str, Any]:
-    """`weights` are the samples of each file. Where there are some, the `commit` of the Hub and its `hashes` of whole
-    files are beside them, or a digest of the `versions` of a bucket's objects.
+    """The facts that identify the base: `weights` has the samples of each file.
 
-    Raises `ConfigError` where a file is damaged, `StorageError` where the store fails.
+    If they are known, it also has the `commit` of the Hub and its `hashes` of whole files, or a digest of the
+    `versions` of a bucket's objects. Raises `ConfigError` if a file is damaged, `StorageError` if the store fails.
     """
     facts = {
         "weights": base.samples,
@@ -48,7 +48,7 @@ def hub_commit(directory: Path) -> str | None:
 
 
 def hub_hashes(base: Base) -> dict[str, str]:
-    """Name -> SHA-256 of each file of weights, as far as the Hub has told it; nothing is read."""
+    """Name -> SHA-256, for each file of weights whose hash the Hub has given. Reads no file."""
     if hub_commit(base.directory) is None:
         return {}
     named = {key: os.path.basename(os.path.realpath(base.directory / key)) for key in base.headers}
@@ -56,11 +56,11 @@ def hub_hashes(base: Base) -> dict[str, str]:
 
 
 def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Read every byte of the base's files, and compare them with what the Hub says of them or, where it does not, with
-    what the first call has kept in the folder of the run, which has one base from its first commit on. Returns what
-    they are the same as, in words; `report` is told of bytes done and bytes in all.
+    """Read every byte of the base's files, and compare their hashes with the Hub's.
 
-    Raises `ConfigError` where a file is another.
+    If the Hub gave none, compare with those that the first call kept in the run's folder. A run has one base from its
+    first commit on. Returns in words what the files equal. `report` gets the bytes done and all bytes. Raises
+    `ConfigError` if a file differs.
     """
     found, known = hash_whole(base.store, base.headers, report), hub_hashes(base)
     committed = bool(committed_steps(folder))

@@ -1,4 +1,4 @@
-"""Copies of a base or an export in a folder, for tools that read neither a bucket nor ranges of bytes."""
+"""Copies a base or an export into a folder, for tools that read neither a bucket nor ranges of bytes."""
 
 from pathlib import Path
 
@@ -9,9 +9,7 @@ from trainer.store.store import Entry, Store
 
 
 def copy_weights(base: Base, folder: Path) -> None:
-    """Copy the base's files into `folder`, and link to weights on this machine: for tools that read neither a bucket
-    nor ranges.
-    """
+    """Copy the base's files into `folder`. Weights that are on this machine are linked instead."""
     local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
     write_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
@@ -27,7 +25,7 @@ def copy_weights(base: Base, folder: Path) -> None:
 
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:
-    """Copy one object into `folder`, a part at a time."""
+    """Copy one object into `folder`, part by part."""
     (folder / entry.key).parent.mkdir(exist_ok=True)
     with (folder / entry.key).open("wb") as file:
         for chunk in store.chunks(entry.key, entry.size):

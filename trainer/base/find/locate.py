@@ -1,6 +1,6 @@
-"""The base model: where it is, its files, and what it says of itself.
+"""Locates the base model, its files and its description.
 
-Weights stay where they are, in a directory or a bucket; config.json and the tokenizer's files are always in a
+Weights stay where they are, in a directory or a bucket. config.json and the tokenizer's files are always in a
 directory.
 """
 
@@ -20,7 +20,7 @@ from trainer.store.hub import hub_answers, hub_host
 from trainer.store.store import SCHEMES, open_store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES
 
-# Other folders of the Hub hold other formats, and consolidated files the same weights under other names.
+# Subfolders on the Hub hold other formats, and consolidated files hold the same weights under other names.
 _LEFT_ON_THE_HUB = [
     *(f"{NAMED_TEMPLATES[:at]}[!{NAMED_TEMPLATES[at]}]*/*" for at in range(len(NAMED_TEMPLATES))),
     "consolidated*",
@@ -32,7 +32,7 @@ def resolve_base(model: Model) -> Base:
     """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
 
     Raises:
-        ConfigError: it is missing, has no config.json, or is of an architecture that is not supported.
+        ConfigError: it is missing, has no config.json, or its architecture is not supported.
         StorageError: the bucket does not answer or refuses.
     """
     local = None if in_bucket(model.base) else _directory(model, [*SMALL_FILES, "*.safetensors"])
@@ -43,7 +43,7 @@ def resolve_base(model: Model) -> Base:
 
 
 def base_files(model: Model) -> Path:
-    """A directory with config.json and the tokenizer's files; the weights are not downloaded for it."""
+    """A directory with config.json and the tokenizer's files. Does not download weights."""
     if in_bucket(model.base):
         found = fetched_small_files(open_store(model.base, setting="model.base"))
     else:
@@ -96,14 +96,16 @@ def _directory(model: Model, patterns: list[str]) -> Path:
 
 
 def describe_base(model: Model) -> Description:
-    """The description of the base by its config.json; no weights are downloaded for it. Raises as `resolve_base`."""
+    """The description of the base by its config.json. Does not download weights. Raises as `resolve_base`."""
     return describe(read_config(model.base, base_files(model)), model.layers, name=model.base)
 
 
 @dataclass(frozen=True)
 class AtHand:
-    """The parts of a base that a plan takes. `directory` has its config.json and the tokenizer's files; it is None
-    where the sizes are those that the package knows, which `said` says in a sentence."""
+    """The parts of a base that a plan needs.
+
+    `directory` has its config.json and the tokenizer's files. It is None if the sizes come from Capstan's own list,
+    which the sentence `said` then tells."""
 
     description: Description
     directory: Path | None
@@ -111,8 +113,7 @@ class AtHand:
 
 
 def base_at_hand(model: Model) -> AtHand:
-    """The description of the base as `describe_base` has it, and of a well-known one also where it cannot be had from
-    the Hub. Raises as `resolve_base`."""
+    """The description of the base, as by `describe_base`. A well-known base needs no Hub. Raises as `resolve_base`."""
     try:
         directory = base_files(model)
     except BaseOutOfReach as error:
@@ -134,17 +135,17 @@ def in_bucket(base: str) -> bool:
 
 
 def on_the_hub(base: str) -> bool:
-    """Whether `base` is a Hub id, and no directory of this machine."""
+    """Whether `base` is a Hub id, and not a directory of this machine."""
     return is_hub_id(base) and not local_path(base, "model.base").is_dir()
 
 
 def is_hub_id(base: str) -> bool:
-    """Whether `base` has the form of a Hub id. A directory of that name goes first."""
+    """Whether `base` has the form of a Hub id. A directory of that name takes precedence."""
     return bool(_HUB_ID.fullmatch(base))
 
 
 def check_mergeable(model: Model, base: Description) -> None:
-    """Raises `ConfigError` for a base that an adapter cannot be merged into; reads no weights."""
+    """Raises `ConfigError` if an adapter cannot be merged into the base. Reads no weights."""
     if base.stored.unmergeable:
         raise ConfigError(
             f"there is no merged model: {model.base} is {base.stored.unmergeable}. Take --format peft: PEFT and vLLM"

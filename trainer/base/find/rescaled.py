@@ -1,7 +1,7 @@
-"""config.json of a base whose rotary positions are scaled (`model.rope_scaling`), as transformers and servers read it.
+"""Writes the scaling of rotary positions (`model.rope_scaling`) into a config.json for transformers and servers.
 
-The base's files stay as they are. Its small files with the other config.json are a folder of this machine's cache,
-which is the base's directory from then on: whatever builds, compares, exports or merges the model reads it there.
+The base's files stay unchanged. A folder of this machine's cache gets its small files with the changed config.json.
+From then on it is the base's directory: all code that builds, compares, exports or merges the model reads it there.
 """
 
 import copy
@@ -19,12 +19,12 @@ _ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embedd
 def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     """The parsed config.json with `scaling` in place of the base's own.
 
-    Where kinds of layers have rotary parameters of their own, those that see all tokens get it.
-    `max_position_embeddings` become as many as the base was trained for times the factor, as published models with such
-    a scaling have it.
+    If kinds of layers have their own rotary parameters, only those that see all tokens get the scaling.
+    `max_position_embeddings` becomes the number of positions that the base was trained for times the factor, as in
+    published models with such a scaling.
 
     Raises:
-        ConfigError: it does not say for how many positions the base was trained, or has no layers that see all tokens.
+        ConfigError: it lacks the number of positions that the base was trained for, or layers that see all tokens.
     """
     tree = copy.deepcopy(config)
     language = tree["text_config"] if isinstance(tree.get("text_config"), dict) else tree

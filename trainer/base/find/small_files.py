@@ -1,6 +1,4 @@
-"""The files of a base beside its weights: config.json, the tokenizer's, and folders of this machine's cache that hold
-them.
-"""
+"""The files of a base beside its weights, config.json and the tokenizer's, and the cache folders that hold them."""
 
 import hashlib
 import json
@@ -34,8 +32,9 @@ def read_config(name: str, directory: Path) -> dict[str, Any]:
 
 
 def read_scaled(name: str, directory: Path, scaling: RopeScaling) -> tuple[Path, dict[str, Any]]:
-    """The config.json of the base called `name`, with `scaling` in it, and the directory that has it and the base's
-    other small files.
+    """A directory with the base's small files and `scaling` in its config.json, and that config.json.
+
+    `name` is the base's name in messages.
     """
     config = read_config(name, directory)
     if scaling.rope_type is None:
@@ -55,18 +54,18 @@ def with_config(directory: Path, config: Mapping[str, Any]) -> Path:
 
 
 def named_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Name -> content of those that are there."""
+    """Name -> content, for those of `names` that exist in `folder`."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def tokenizer_content(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the files there that decide what a tokenizer does."""
+    """Name -> content, for the files in `folder` that decide what a tokenizer does."""
     templates = sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
     return named_files(folder, filter(is_tokenizer_file, (*TOKENIZER_FILES, *templates)))
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files`, which are small files of a base."""
+    """Write the small `files` of a base into `folder`."""
     for name, content in files.items():
         assert is_small_file(name), f"{name!r} would be written elsewhere, or is no file of a base"
         (folder / name).parent.mkdir(exist_ok=True)
@@ -81,21 +80,22 @@ def fetched_small_files(store: Store) -> Path:
 
 
 def is_small_file(name: str) -> bool:
-    """Whether it is a file of a base beside its weights, of those that are read."""
+    """Whether it is one of the files beside a base's weights that Capstan reads."""
     if "/" in name:
         return is_tokenizer_file(name)
     return name != INDEX_FILE and any(Path(name).match(pattern) for pattern in SMALL_FILES)
 
 
 def cached_folder(files: Mapping[str, bytes]) -> Path:
-    """A folder of this machine's cache with these files, for what reads folders only."""
+    """A folder of this machine's cache with these files, for code that only reads folders."""
     names = json.dumps(sorted((name, hashlib.sha256(content).hexdigest()) for name, content in files.items()))
     return _cached(names, lambda: files)
 
 
 def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
-    """The folder of the cache for these `versions`; every rank of a machine may fill it at once, and the first to
-    rename its own wins.
+    """The folder of the cache for these `versions`.
+
+    All ranks of a machine may fill it at the same time. The first one to rename its own folder wins.
     """
     folder = user_cache() / "bases" / hashlib.sha256(versions.encode()).hexdigest()[:16]
     if folder.is_dir():

@@ -1,7 +1,6 @@
-"""The tokenizer of a run: its base's own, the tokens that `model.add_tokens` adds to it, and the uses that
-`model.special_tokens` gives.
+"""The tokenizer of a run: the base's, with `model.add_tokens` added and the uses that `model.special_tokens` gives.
 
-An added token is found wherever its text stands, inside a word too, before anything else is split. It is not special in
+An added token is found wherever its text stands, even inside a word, before other text is split. It is not special in
 transformers' sense, so decoding shows it.
 """
 
@@ -28,13 +27,14 @@ _TEMPLATES = (CHAT_TEMPLATE, "chat_template.json")
 
 
 def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokenizer:
-    """The tokenizer in the directory of the base `name`, with the run's own `tokens`. Raises `ConfigError` when it
-    cannot be read, or has no token of a name."""
+    """The tokenizer in the directory of the base `name`, with the run's own `tokens`.
+
+    Raises `ConfigError` if it cannot be read, or lacks a token that a setting names."""
     from transformers import AddedToken, AutoTokenizer
 
     with read_by_transformers(name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        # A token that is one already stays what it is, special or not.
+        # A text that already is a token stays as it is, special or not.
         there = {token.content for token in tokenizer.added_tokens_decoder.values()}
         new = [AddedToken(token, normalized=False) for token in tokens.added if token not in there]
         tokenizer.add_tokens(new)
@@ -58,25 +58,23 @@ def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokeniz
 
 
 def _listed(tokenizer: Tokenizer) -> str:
-    """The first of the tokens that are found whole."""
+    """The first tokens of those that are found as a whole."""
     found = [token.content for token in tokenizer.added_tokens_decoder.values()]
     return ", ".join([*found[:_MOST_NAMED], *(["..."] if len(found) > _MOST_NAMED else [])])
 
 
 class TokenRow(NamedTuple):
-    """The row of an added token in embedding and head, and the tokens that its text was before: itself, where it was
-    one.
-    """
+    """The row of an added token in embedding and head, and the tokens of its text before, perhaps only itself."""
 
     row: int
     pieces: list[int]
 
 
 def find_rows(model: Model) -> list[TokenRow]:
-    """Where each of `model.add_tokens` learns, in their order.
+    """The row in which each of `model.add_tokens` learns, in their order.
 
     Raises:
-        ConfigError: the base's tokenizer has no token for one of the texts, or is not here.
+        ConfigError: the base's tokenizer has no token for one of the texts, or is not on this machine.
     """
     if not model.add_tokens:
         return []
@@ -94,8 +92,9 @@ def find_rows(model: Model) -> list[TokenRow]:
 
 
 def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict[str, bytes]:
-    """Name -> content of the files of the run's tokenizer: those in the base's `directory`, or as transformers saves
-    what was added to; with the run's own chat `template` where it has one."""
+    """Name -> content, for the files of the run's tokenizer, with the run's own chat `template` if it has one.
+
+    They are the files in the base's `directory`, or as transformers saves them if the run adds tokens."""
     if model.tokens == _OWN:
         files = tokenizer_content(directory)
     else:
@@ -111,7 +110,7 @@ def tokenizer_files(directory: Path, model: Model, template: str | None) -> dict
 
 
 def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
-    """`content`, a config.json or generation_config.json, with the numbers of `model.special_tokens`."""
+    """`content`, a config.json or generation_config.json, with the ids of `model.special_tokens`."""
     if not model.tokens.special:
         return content
     tokenizer = read_tokenizer(directory, model.base, model.tokens)
@@ -120,9 +119,10 @@ def with_special_tokens(content: bytes, directory: Path, model: Model) -> bytes:
 
 
 def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> dict[str, bytes]:
-    """The `files` of a tokenizer for a folder without a config.json. The class that transformers takes for them by the
-    config.json in `directory`, that of the base `name`, is written into the settings where they alone would give
-    another, which may split texts otherwise."""
+    """The `files` of a tokenizer, adapted to a folder without a config.json.
+
+    With the config.json in `directory`, that of the base `name`, transformers may choose another class, which may split
+    texts differently. If so, the settings get the name of that class."""
     with suppress(ConfigError), scratch_folder("export") as folder:
         write_files(Path(folder), files)
         alone, beside = (type(read_tokenizer(place, name)).__name__ for place in (Path(folder), directory))

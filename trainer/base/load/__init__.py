@@ -1,1 +1,1 @@
-"""From safetensors files, or the cache of a quantized base, to a sharded model."""
+"""Loads a sharded model from safetensors files, or from the cache of a quantized base."""

@@ -1,10 +1,10 @@
-"""The quantized base in the store: written once, read again by any later start at any world size and scope.
+"""Keeps the quantized base in the store: written once, and read by any later start at any world size and scope.
 
     bases/<fingerprint>/<attempt>/rank-00003-0000.bin    ranges of packed tensors, one after another
-    bases/<fingerprint>/manifest.json                    where each tensor's bytes are; create-only, written last
+    bases/<fingerprint>/manifest.json                    the places of each tensor's bytes; create-only, written last
 
-Packed bytes do not depend on the ranks, so a reader takes the ranges it needs from whichever objects hold them. Every
-`CHUNK_BYTES` of a range have a hash of their own, so that a part can be checked without reading the whole.
+Packed bytes do not depend on the ranks, so a reader takes the ranges that it needs from any objects that hold them.
+Every `CHUNK_BYTES` of a range have their own hash, so that a part can be checked without reading the whole range.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HASH_CHARACTERS = 32  # the first half of a SHA-256, as hexadecimal digits
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes [begin, end) of a tensor, at `offset` of the object `key`; `hashes` are those of its chunks, end to end."""
+    """Bytes [begin, end) of a tensor, at `offset` of the object `key`. `hashes` has those of its chunks, end to end."""
 
     begin: int
     end: int
@@ -55,9 +55,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """A packed tensor in the cache, as a flat uint8 source. Raises `Damaged` for bytes that are not what was
-    written.
-    """
+    """A packed tensor in the cache, as a flat uint8 source. Reading raises `Damaged` if bytes have changed."""
 
     store: Store
     extents: tuple[Extent, ...]
@@ -74,7 +72,7 @@ class CachedTensor:
 
     @read_twice
     def _read(self, extent: Extent, begin: int, end: int) -> bytearray:
-        """Bytes [begin, end) of an extent, whole chunks of it read and checked."""
+        """Bytes [begin, end) of an extent. Whole chunks are read and checked."""
         start = begin // CHUNK_BYTES * CHUNK_BYTES
         stop = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, extent.end - extent.begin)
         try:
@@ -93,14 +91,14 @@ class CachedTensor:
 
 @dataclass(frozen=True)
 class BaseCache:
-    """One quantized base; `means` are the means of absmax of each module, under double quantization."""
+    """One quantized base. Under double quantization `means` has the means of absmax of each module."""
 
     store: Store
     tensors: dict[str, CachedTensor]
     means: dict[str, list[float]]
 
     def sources(self, path: str) -> PackedSources:
-        """The packed weights of the module at `path`; raises `Damaged` where it has none."""
+        """The packed weights of the module at `path`. Raises `Damaged` if the cache has none."""
         parts = self._parts.get(path)
         if parts is None:
             raise Damaged(f"{self.store.uri}/{MANIFEST} has no {path}.")
@@ -108,7 +106,7 @@ class BaseCache:
 
     @cached_property
     def _parts(self) -> dict[str, dict[str, CachedTensor]]:
-        """The tensors by module, and in it by the names that a format of weights in memory gives its parameters."""
+        """Module -> name of the parameter in the format of weights in memory -> tensor."""
         found = dict[str, dict[str, CachedTensor]]()
         for name, tensor in self.tensors.items():
             path, _, part = name.rpartition(".")
@@ -117,13 +115,14 @@ class BaseCache:
 
 
 def cache_key(base: Base, config: Config) -> str:
-    """The folder's key under the store's root. Another base, version of its files, quantization or number of layers is
-    another folder. Reads samples of the base's weights.
+    """The folder's key under the store's root. Reads samples of the base's weights.
+
+    Another base, another version of its files, another quantization or number of layers gives another folder.
     """
     facts = [
         FORMAT,
         base.fingerprint,
-        # Sizes and times may be those of another base, where files were copied with theirs. A bucket's versions are
+        # Another base may have the same sizes and times if its files were copied with theirs. A bucket's versions are
         # hashes.
         *([] if in_bucket(base.name) else [base.samples]),
         base.versions,
@@ -136,7 +135,7 @@ def cache_key(base: Base, config: Config) -> str:
 
 @read_twice
 def open_cache(folder: Store) -> BaseCache:
-    """Raises `Damaged` for a manifest that is not what was written, or gone."""
+    """Open the cache. Raises `Damaged` if the manifest is missing or not what was written."""
     try:
         outer = json.loads(folder.get(MANIFEST))
         body: dict[str, Any] = outer["body"]
@@ -154,9 +153,7 @@ def open_cache(folder: Store) -> BaseCache:
 
 
 def _cached(folder: Store, name: str, given: list[list[Any]]) -> CachedTensor:
-    """Raises `ValueError` unless its extents follow each other from 0 on, in objects of this cache and no other
-    place.
-    """
+    """The cached tensor. Raises `ValueError` unless its extents are contiguous from 0, in objects of this cache."""
     extents = tuple(Extent(*extent) for extent in sorted(given))
     expected = 0
     for extent in extents:
@@ -182,9 +179,9 @@ def write_cache(
     ranks: World,
     log: Callable[[str], None],
 ) -> None:
-    """Commit the first `writers` ranks' partitions, which are one whole copy of the base. Collective.
+    """Commit the partitions of the first `writers` ranks, which are one whole copy of the base. Collective.
 
-    A store that fails costs the cache, not the run. Objects of attempts that came to nothing are removed.
+    If the store fails, only the cache is lost, and the run goes on. Objects of failed attempts are removed.
     """
     attempt: str = ranks.broadcast(uuid4().hex[:8])
     failure, writer = "", _Writer(folder, f"{attempt}/rank-{ranks.rank:05d}")
@@ -208,7 +205,7 @@ def write_cache(
 
 
 def _commit(folder: Store, parts: list[dict[str, list[list[Any]]]], means: dict[str, list[float]]) -> str:
-    """Write the manifest; returns what went wrong, if anything."""
+    """Write the manifest. Returns the error in words, or an empty text."""
     tensors: dict[str, list[list[Any]]] = {}
     for part in parts:
         for name, extents in part.items():
@@ -217,14 +214,14 @@ def _commit(folder: Store, parts: list[dict[str, list[list[Any]]]], means: dict[
     try:
         folder.create(MANIFEST, json.dumps({"sha256": digest_of(body), "body": body}).encode())
     except AlreadyExists:
-        pass  # another run was first, with the same bytes
+        pass  # another run was faster and wrote the same bytes
     except StorageError as error:
         return str(error)
     return ""
 
 
 def _collect(folder: Store, attempt: str, *, failed: bool) -> None:
-    """Remove what no manifest will ever name: a failed `attempt`, or all but the committed one."""
+    """Remove objects that no manifest will ever name: those of a failed `attempt`, or all but the committed one's."""
     if failed:
         folder.delete_folder(f"{attempt}/")
         return

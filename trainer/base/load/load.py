@@ -1,4 +1,4 @@
-"""From safetensors files to a sharded, quantized model: no rank ever holds more of the base than its share."""
+"""Loads safetensors files into a sharded, quantized model. No rank ever holds more of the base than its share."""
 
 import time
 from collections.abc import Callable
@@ -35,8 +35,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class LoadReport:
-    """The work of a load on this rank: bytes read from the store, bytes kept, seconds; `kernels` is what
-    `model.kernels` came to.
+    """The work of a load on this rank: bytes read from the store, bytes kept, and seconds.
+
+    `kernels` has the kernels that `model.kernels` selected.
     """
 
     read_bytes: int = 0
@@ -54,12 +55,11 @@ def load_model(
     scope: Scope,
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The base, sharded over the ranks by `scope`, nothing of it trainable; `log` gets rank 0's progress. Collective.
+    """Load the base, frozen and sharded over the ranks by `scope`. `log` gets rank 0's progress. Collective.
 
     Raises:
-        CapstanError: on every rank, when one cannot read a tensor, or the files lack it or have it in another shape or
-            type; or when
-            `model.kernels` cannot be used.
+        CapstanError: on every rank, if one rank cannot read a tensor, if the files lack it or have it in another shape
+            or type, or if `model.kernels` cannot be used.
     """
     started = time.monotonic()
     dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
@@ -103,14 +103,12 @@ def _through_cache(
     fill: Callable[[ShareSource], _Filled],
     log: Callable[[str], None],
 ) -> _Filled:
-    """From the store's quantized base where there is one; otherwise, or where it is damaged, from the source and into
-    it.
-    """
+    """Load from the store's quantized base. If it is missing or damaged, load from the files and write it."""
     store = open_run_store(config)
-    # One rank tells the folder: nodes with copies of their own know other times of change.
+    # One rank computes the key: nodes with their own copies of the files see different times of change.
     folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))
     with ranks.agreeing():
-        # One rank looks: another might find what somebody commits in this very moment.
+        # Only one rank checks: another might see a cache that is committed at this very moment.
         there = ranks.rank == 0 and folder.exists(MANIFEST)
     if ranks.broadcast(there):
         try:
@@ -130,7 +128,7 @@ def _through_cache(
 
 
 def empty_model(base: Base, config: Config, attention: Attention, kernels: Kernels | None = None) -> PreTrainedModel:
-    """The architecture without what its files hold, as `unfilled_model` makes it, its head a `LossHead`."""
+    """The model of `unfilled_model`, without the tensors of its files, and with a `LossHead` as head."""
     with read_by_transformers(base.name, "config.json"):
         architecture = model_config(base.directory, config.model.layers)
         architecture.get_text_config().use_cache = False
@@ -140,7 +138,7 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
             attn_implementation=attention.name,
             experts_implementation=IMPLEMENTATION,
         )
-    if kernels is not None:  # first, as others wrap forward passes of these modules
+    if kernels is not None:  # before others wrap the forward passes of these modules
         kernels.apply(model)
     prepare_experts(model)
     plain: Any = model.get_output_embeddings()

@@ -1,5 +1,6 @@
-"""Partitions in the place of the parameters of a model on `meta`, and 4-bit modules in that of its matrices: the room
-for a rank's share, which a source fills then (source.py).
+"""Replaces the parameters of a model on `meta` by partitions, and its matrices by 4-bit modules.
+
+These are the room for a rank's share of the base. A source then fills them (source.py).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,24 +25,25 @@ PackedOf = Callable[[str], PackedSources | None]
 
 
 def nothing_packed(_path: str) -> None:
-    """No module's packed weights can be read: they are made of the files' weights."""
+    """The source of packed weights for a load without any: they are made from the files' weights."""
 
 
 @dataclass
 class Placement:
-    """The packed modules by their names before adapters are around them, and for each partition, in their order, what
-    makes the jobs that fill it: of the packed weights where these can be read.
+    """The packed modules, by their names before adapters wrap them, and what makes the jobs that fill the partitions.
+
+    The jobs use packed weights if these can be read.
     """
 
     packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
     fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
 
     def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
-        """The jobs that fill all partitions; raises `Damaged` where packed weights have other sizes."""
+        """The jobs that fill all partitions. Raises `Damaged` if packed weights have other sizes."""
         return [job for filling in self.fillings for job in filling(stored)]
 
     def partitions(self) -> dict[str, Partition]:
-        """All packed parameters' partitions, by name."""
+        """The partitions of all packed parameters, by name."""
         return {
             f"{path}.{name}": partition for path, (_, made) in self.packed.items() for name, partition in made.items()
         }
@@ -59,10 +61,10 @@ def place_partitions(
     sources: Mapping[str, StoredTensor | PackedTensor],
     quantizable: Collection[str],
 ) -> Placement:
-    """Replace every parameter of `model`, and the buffers that are stored: each in the type that it has on `meta`.
+    """Replace every parameter and every stored buffer of `model`. Each keeps the type that it has on `meta`.
 
     Args:
-        dtype: of the products with what is quantized.
+        dtype: the type of products with quantized weights.
         sources: where each parameter and buffer is read from.
         quantizable: the names of the weights that `quant` quantizes.
     """
@@ -99,8 +101,10 @@ def _fill_packed(
     partitioner: Partitioner,
     stored: PackedOf,
 ) -> Sequence[Job]:
-    """The jobs that fill what was `made` for the `module` at `path`: of the packed weights that the base has `given` or
-    that are `stored` elsewhere, or else of the weight in `source`.
+    """The jobs that fill the partitions `made` for the `module` at `path`.
+
+    They use the packed weights that the base has (`given`) or that are `stored` elsewhere, or else the weight in
+    `source`.
     """
     found = stored(path) if given is None else given
     if found is not None:
@@ -110,7 +114,7 @@ def _fill_packed(
 
 
 def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
-    """Every rank holds all of a buffer, which is small: its part of it is the whole."""
+    """The job that fills a buffer. Buffers are small, so every rank holds the whole one."""
     assert not isinstance(source, PackedTensor)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -120,7 +124,7 @@ def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTens
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """In every module that shares it: a tied weight stays tied."""
+    """Replace a parameter in every module that shares it, so that a tied weight stays tied."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter is old:

@@ -1,8 +1,8 @@
-"""Where the ranks' shares of the base come from.
+"""The sources of the ranks' shares of the base.
 
-A load has three parts: the shapes, which the files' headers and the settings give (`find_weights`, `load_model`); the
-room for this rank's share of each parameter (placement.py); and the reading, which is a source's. A source may also
-give the room, if it has the bytes in memory that a share can lie over.
+A load has three parts: the shapes, from the files' headers and the settings (`find_weights`, `load_model`); the room
+for this rank's share of each parameter (placement.py); and the reading, which a source does. A source that already has
+the bytes in memory may also provide the room.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,21 @@ class ShareSource(Protocol):
 
     @property
     def room(self) -> Room:
-        """Where the partitions lie."""
+        """The memory in which the partitions lie."""
         ...
 
     def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
-        """Fill all partitions; returns the bytes that this rank has read from a store. Collective.
+        """Fill all partitions. Returns the bytes that this rank has read from a store. Collective.
 
         Raises:
-            CapstanError: on every rank, when one cannot read a tensor.
+            CapstanError: on every rank, if one cannot read a tensor.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Files:
-    """The base's own files, of which a weight is quantized on the way where it has to be."""
+    """The base's own files. Weights are quantized on the way if necessary."""
 
     base: Base
     room: Room = own_room
@@ -49,7 +49,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Cached:
-    """The quantized base of another start (`quant.cache`); what is not quantized comes from the files."""
+    """The quantized base of another start (`quant.cache`). Weights that are not quantized come from the files."""
 
     base: Base
     cache: BaseCache

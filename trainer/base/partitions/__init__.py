@@ -1,1 +1,1 @@
-"""How bytes become this rank's partitions: read in pieces, quantized on the way, put in a parameter's place."""
+"""Fills this rank's partitions: bytes are read in pieces, quantized on the way, and put in a parameter's place."""

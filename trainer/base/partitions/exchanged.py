@@ -1,7 +1,7 @@
-"""A matrix whose files have its transpose, read once by all ranks together.
+"""Reads a matrix whose transpose is stored in the files, once by all ranks together.
 
-A rank's share of a matrix is some of its rows. Where the files have the transpose, these lie all over the tensor, so
-that every rank would read all of it. Instead each rank reads as many rows of the transpose, which lie together, and the
+A rank's share of a matrix is some of its rows. In the stored transpose these are scattered over the whole tensor, so
+every rank would read all of it. Instead each rank reads its share of the transpose's rows, which lie together, and the
 ranks exchange what the others need.
 """
 
@@ -21,8 +21,9 @@ from trainer.store.safetensors_index import StoredTensor
 
 @runtime_checkable
 class StoredTransposed(StoredTensor, Protocol):
-    """A matrix (rows, columns) that is better read as its `transpose`, by multiples of so many of its rows `together`:
-    facts beside it are shared by these."""
+    """A matrix (rows, columns) that is better read as its `transpose`.
+
+    Read multiples of `together` of the transpose's rows, because these share scales and other facts beside them."""
 
     @property
     def transpose(self) -> StoredTensor: ...
@@ -31,14 +32,12 @@ class StoredTransposed(StoredTensor, Protocol):
 
 
 def exchanged(job: Job, source: StoredTensor, ranks: Partitioner) -> Job:
-    """`job`, which fills the partitions of a parameter from `source`, with the reading shared where that is worth
-    it.
-    """
+    """`job`, which fills a parameter's partitions from `source`. Ranks share the reading if that is worth it."""
     return _Exchanged(job, source, ranks) if isinstance(source, StoredTransposed) and ranks.size > 1 else job
 
 
 class _Exchanged:
-    """In memory is this rank's share of a matrix twice, from its first piece to its `finish`."""
+    """A job with shared reading. From its first piece to `finish` it holds this rank's share of the matrix twice."""
 
     def __init__(self, job: Job, source: StoredTransposed, ranks: Partitioner) -> None:
         self._job, self._source, self._ranks = job, source, ranks
@@ -52,7 +51,7 @@ class _Exchanged:
             yield Piece(transpose, begin, end, lambda data, at=begin - first * outputs: self._place(at, data))
 
     def _rows_of(self, rank: int) -> tuple[int, int]:
-        """The rows of the transpose that a rank reads."""
+        """The rows [begin, end) of the transpose that a rank reads."""
         together, inputs = self._source.together, self._source.shape[1]
         first, last = share(-(-inputs // together), self._ranks.size, rank)
         return min(first * together, inputs), min(last * together, inputs)
@@ -65,7 +64,7 @@ class _Exchanged:
         self._read[offset : offset + len(values)] = values
 
     def finish(self) -> None:
-        """Exchange what was read, and do the job with it."""
+        """Exchange the values that ranks have read, and do the job with them."""
         wanted = list(self._job.pieces())
         columns = self._source.shape[1]
         begin = wanted[0].begin // columns if wanted else 0
@@ -83,7 +82,7 @@ class _Exchanged:
         spans = span.new_empty(2 * ranks.size)
         dist.all_gather_into_tensor(spans, span, group=ranks.group)
         read, self._read = self._read, None
-        if read is None:  # of few rows a rank may have none to read
+        if read is None:  # if there are few rows, a rank may have none to read
             read = torch.empty(0, dtype=SOURCE_DTYPES[self._source.dtype])
         mine = read.view(-1, outputs)
         parts = [

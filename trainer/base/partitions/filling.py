@@ -1,8 +1,8 @@
-"""How one tensor's bytes become this rank's partitions: copied, or quantized on the way.
+"""Fills this rank's partitions with one tensor's bytes, which are copied, or quantized on the way.
 
-ZeRO-3 gives rank r the elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of a flat parameter, so the bytes this rank
-needs of each tensor are known before any is read. To quantize, it reads the range that covers its share, rounded out to
-whole blocks. Bit-identical to bitsandbytes quantizing the whole tensor, as blocks are independent.
+ZeRO-3 gives rank r the elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of a flat parameter. So each rank knows which
+bytes of a tensor it needs before it reads any. To quantize, it reads the range that covers its share, extended to whole
+blocks. The result equals bitsandbytes' for the whole tensor to the bit, because blocks are independent.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from trainer.processes.accelerator import onto
 from trainer.state.zero.partition import Partition, Partitioner, share
 from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
 
-# Weights. bitsandbytes needs some 20 bytes a weight while it quantizes on a CPU.
+# Weights that are quantized at once. bitsandbytes needs about 20 bytes a weight while it quantizes on a CPU.
 _QUANTIZED_AT_ONCE = 2**19
 SOURCE_DTYPES = {
     "BF16": torch.bfloat16,
@@ -37,7 +37,7 @@ def as_tensor(data: bytearray, source: StoredTensor) -> Tensor:
 
 
 class Copy:
-    """A tensor that is kept as it is stored, in the partition's dtype."""
+    """A job that copies a stored tensor, in the partition's dtype."""
 
     def __init__(self, source: StoredTensor, partition: Partition) -> None:
         self._source, self._partition = source, partition
@@ -55,7 +55,7 @@ class Copy:
 
 
 def make_packed(module: HeldWeights, partitioner: Partitioner) -> dict[str, Partition]:
-    """Partitions of the sizes that `module` needs, which become its parameters."""
+    """Make partitions of the sizes that `module` needs. They become its parameters."""
     made = {name: partitioner.make((size,), torch.uint8) for name, size in module.sizes.items()}
     for name, partition in made.items():
         setattr(module, name, partition.parameter)
@@ -63,7 +63,7 @@ def make_packed(module: HeldWeights, partitioner: Partitioner) -> dict[str, Part
 
 
 def copy_packed(module: HeldWeights, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
-    """The jobs that fill `made` with the packed weights in `stored`; raises `Damaged` where these have other sizes."""
+    """The jobs that fill `made` with the packed weights in `stored`. Raises `Damaged` if these have other sizes."""
     there, means = {name: numel(source) for name, source in stored.parts.items()}, stored.mean or []
     if there != module.sizes or len(means) != module.slices * module.form.means:
         raise Damaged(f"packed weights of {there} bytes were found, where {module.sizes} belong.")
@@ -73,10 +73,10 @@ def copy_packed(module: HeldWeights, made: dict[str, Partition], stored: PackedS
 
 
 class Quantize:
-    """A weight that is quantized into `module`: slice by slice, each in pieces of whole units of its format.
+    """A job that quantizes a weight into `module`, slice by slice, each in pieces of whole units of its format.
 
-    Under double quantization the scales of a slice need their mean and their blocks of 256, which span ranks: they are
-    gathered when all ranks have computed theirs. They are 1/16 byte a weight, for one tensor at a time.
+    Double quantization needs the mean of a slice's scales and blocks of 256 scales, which span ranks. So the scales are
+    gathered once all ranks have computed theirs. They take 1/16 byte a weight, for one tensor at a time.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Quantize:
                 )
 
     def _span(self, index: int) -> tuple[int, int]:
-        """The units of a slice whose bytes, or scales, this rank holds: nearly the same range for all."""
+        """The units of a slice whose bytes or scales this rank holds. The range is nearly the same for all of these."""
         used = list[tuple[int, int]]()
         for name, size in self._unit_bytes.items():
             part, whole = self._made[name], self._bytes[name]
@@ -119,7 +119,7 @@ class Quantize:
         return (min(begin for begin, _ in used), max(end for _, end in used)) if used else (0, 0)
 
     def _scale_span(self) -> tuple[int, int]:
-        """The scales that this rank computes, of those that are finished together."""
+        """The range of scales that this rank computes, among those that are finished together."""
         return share(self._module.slices * self._units, self._ranks.size, self._ranks.rank)
 
     def _place(self, index: int, unit: int, data: bytearray) -> None:
@@ -155,5 +155,5 @@ class Quantize:
 
 
 def _overlap(begin: int, end: int, start: int, size: int) -> tuple[int, int]:
-    """[begin, end) within the slice [start, start + size), counted from its start."""
+    """The part of [begin, end) within the slice [start, start + size), counted from the slice's start."""
     return max(begin - start, 0), min(max(end - start, 0), size)

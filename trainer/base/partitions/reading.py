@@ -1,7 +1,7 @@
-"""The bytes of the base on their way into partitions: read in pieces, many in flight, in bounded memory.
+"""Reads the bytes of the base into partitions, in pieces, with many reads in flight and in bounded memory.
 
-Work is cut into rounds of about the same size. At the end of each round all ranks agree that nobody failed, so a rank
-that cannot read stops all of them with its own sentence, and rank 0 reports how far they are together.
+The work is divided into rounds of about the same size. At the end of each round all ranks agree that none has failed.
+So a rank that cannot read stops all of them with its own message, and rank 0 reports their common progress.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from trainer.processes.ranks import World
 from trainer.store.safetensors_index import StoredTensor, item_bytes
 
-# The memory of a load beside its result: so many pieces of so many bytes, as read, and one while it is quantized.
+# The memory of a load beside its result: this many pieces of this many bytes, and one more that is being quantized.
 PIECE_BYTES = 4 * 2**20
 PIECES_IN_FLIGHT = 8
 _ROUNDS = 100
@@ -26,7 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT_LIMIT = -1, -3, 32 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [begin, end) of `source`, and what to do with their bytes."""
+    """Elements [begin, end) of `source`, and the function that gets their bytes."""
 
     source: StoredTensor
     begin: int
@@ -38,7 +38,7 @@ class Piece:
 
 
 class Readable(Protocol):
-    """A piece of any kind."""
+    """The interface of a piece of any kind."""
 
     def read(self) -> bytearray: ...
 
@@ -51,20 +51,20 @@ class Job(Protocol):
 
     @property
     def numel(self) -> int:
-        """Elements of the whole tensor: the same on every rank, as rounds are cut by it."""
+        """The elements of the whole tensor. They are the same on every rank, because rounds are divided by them."""
         ...
 
     def pieces(self) -> Iterator[Piece]:
-        """The ranges that this rank has to read, in pieces of at most `PIECE_BYTES`."""
+        """Yield the ranges that this rank has to read, in pieces of at most `PIECE_BYTES`."""
         ...
 
     def finish(self) -> None:
-        """Called on every rank when all of them have placed their pieces; may be collective."""
+        """Called on every rank once all ranks have placed their pieces. May be collective."""
         ...
 
 
 def cut(source: StoredTensor, begin: int, end: int, multiple: int) -> Iterator[tuple[int, int]]:
-    """[begin, end) of `source` in pieces of at most `PIECE_BYTES`, each a multiple of `multiple` elements long."""
+    """Divide [begin, end) of `source` into pieces of at most `PIECE_BYTES`, each a multiple of `multiple` elements."""
     step = max(1, PIECE_BYTES // item_bytes(source) // multiple) * multiple
     for first in range(begin, end, step):
         yield first, min(end, first + step)
@@ -72,10 +72,10 @@ def cut(source: StoredTensor, begin: int, end: int, multiple: int) -> Iterator[t
 
 @contextmanager
 def freed_memory_given_back() -> Iterator[None]:
-    """Have glibc return what is freed at once if it is a mebibyte or more.
+    """A context in which glibc returns freed memory of a mebibyte or more to the system at once.
 
-    By itself it raises this limit up to 32 MiB as buffers are freed, and keeps whatever is smaller for later: after a
-    load that would be as much again as the shard.
+    By default glibc raises this limit up to 32 MiB as buffers are freed, and keeps smaller ones for later. After a load
+    that would be as much memory again as the shard.
     """
     _set_limit(2**20)
     try:
@@ -92,7 +92,7 @@ def _set_limit(freed_bytes: int) -> None:
 
 @freed_memory_given_back()
 def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> None:
-    """Do them all. Collective.
+    """Run all jobs. Collective.
 
     Raises:
         CapstanError: on every rank, when a read failed on one.
@@ -118,12 +118,12 @@ def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> N
             for job in part:
                 job.finish()
     finally:
-        # A read that is being retried need not be waited for: nobody wants its bytes any more.
+        # Do not wait for a read that is being retried. Nobody needs its bytes any more.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator[tuple[AnyPiece, bytearray]]:
-    """Pieces with their bytes, in order; reads run ahead."""
+    """Yield pieces with their bytes, in order. Reads run ahead."""
     pending: deque[tuple[AnyPiece, Future[bytearray]]] = deque()
     for piece in pieces:
         pending.append((piece, pool.submit(piece.read)))
@@ -136,7 +136,7 @@ def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator
 
 
 def _rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """The same rounds on every rank, of about a hundredth of all elements each."""
+    """Divide the jobs into rounds, each with about a hundredth of all elements. They are the same on every rank."""
     limit = sum(job.numel for job in jobs) / _ROUNDS
     part: list[Job] = []
     for job in jobs:
@@ -149,7 +149,7 @@ def _rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 class _Progress:
-    """One line over all ranks every few seconds, and one at the end."""
+    """Logs one line for all ranks every few seconds, and one at the end."""
 
     _SECONDS = 5.0
 

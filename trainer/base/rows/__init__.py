@@ -1,1 +1,1 @@
-"""Which stored rows make up each parameter of the model."""
+"""Finds out which stored rows make up each parameter of the model."""

@@ -1,10 +1,9 @@
-"""Which stored tensors make up each parameter of the model, by transformers' own conversion of checkpoints.
+"""Finds out which stored tensors make up each parameter, with transformers' own conversion of checkpoints.
 
-transformers renames the tensors of a checkpoint, and makes some parameters of several of them: it stacks the experts,
-puts gate and up one over the other, splits a fused projection. Here the same operations run on numbers in place of
-weights, one for each row of a stored tensor, so that the result says which stored row each row of a parameter is. Where
-an operation needs values, as a transposition does, it is applied to them when they are read
-(trainer/base/rows/converted.py).
+transformers renames the tensors of a checkpoint, and makes some parameters from several of them: it stacks the experts,
+concatenates gate and up, or splits a fused projection. Here the same operations run on numbers instead of weights, one
+number for each row of a stored tensor. The result says which stored row each row of a parameter is. An operation that
+needs values, such as a transposition, is applied when the values are read (trainer/base/rows/converted.py).
 """
 
 import math
@@ -33,10 +32,10 @@ Shape = tuple[int, ...]
 class Conversion:
     """The files' tensors as transformers assigns them to the model.
 
-    `sources` are by name in the model's `state_dict`, each in the shape that its files give it, which need not be the
-    model's. `failed` says why a parameter cannot be made of the tensors that are there for it. `others` maps each
-    stored tensor that the model has no place for to the name that it would have there. `beside` are the weights of a
-    model that sees or hears, by their names there, which its language model has no place for.
+    `sources` are by name in the model's `state_dict`. Each has the shape that the files give it, which may differ from
+    the model's. `failed` says why a parameter cannot be made from its stored tensors. `others` maps each stored tensor
+    without a place in the model to the name that it would have there. `beside` are the other weights of a model that
+    also processes pictures or sound, by their names there; its language model has no place for them.
     """
 
     sources: dict[str, Weight] = field(default_factory=dict)
@@ -46,10 +45,10 @@ class Conversion:
 
 
 def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
-    """Assign the tensors `stored`, by name, to the parameters and persistent buffers of `model`, which may be on
-    `meta`.
+    """Assign the tensors `stored`, by name, to the parameters and persistent buffers of `model`.
 
-    Reads no weight. The steps are those of transformers' `convert_and_load_state_dict_in_model`.
+    `model` may be on `meta`. No weight is read. The steps are those of transformers'
+    `convert_and_load_state_dict_in_model`.
     """
     found, operations = Conversion(), _Operations(model)
     mapping = get_model_conversion_mapping(model)
@@ -67,22 +66,20 @@ def convert(model: PreTrainedModel, stored: Mapping[str, Weight]) -> Conversion:
         elif pattern is not None:
             jobs.setdefault(name, _Job(name, by_pattern[pattern])).add(pattern, key, stored[key])
         elif name in found.sources:
-            found.others[key] = name  # the second tensor of one name: transformers takes the first
+            found.others[key] = name  # a second tensor for the same name; transformers takes the first
         else:
             found.sources[name] = stored[key]
     for job in jobs.values():
         try:
             found.sources |= operations.sources(job)
-        except Exception as error:  # an operation raises whatever comes up where tensors do not fit together
+        except Exception as error:  # an operation may raise any error if tensors do not fit together
             found.failed[job.name] = f"{len(job.keys)} tensors such as {job.keys[0]}: {first_line(error)}"
     return found
 
 
 @dataclass
 class _Job:
-    """The parameter `name`, the first where there are several, and the tensors by pattern that a converter makes it
-    of.
-    """
+    """The parameter `name`, or the first of several, and the tensors, by pattern, from which a converter makes it."""
 
     name: str
     converter: WeightConverter
@@ -102,7 +99,7 @@ class _Job:
         return [part.shape for part in self.parts]
 
     def apply(self, model: Any, config: Any, values: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The converter's operations on `values` in place of the parts."""
+        """Apply the converter's operations to `values` in place of the parts."""
         given = iter(values)
         return self.apply_to(model, config, {p: [next(given) for _ in parts] for p, parts in self.tensors.items()})
 
@@ -115,8 +112,9 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a parameter comes of a job's parts: these stretches of them, or, where rows do not suffice (None), by their
-    values.
+    """How a parameter is made from a job's parts.
+
+    It consists of these stretches of rows. With None, moving rows is not enough, and the values are converted.
     """
 
     shape: Shape
@@ -124,7 +122,7 @@ class _Recipe:
 
 
 class _Operations:
-    """Runs the operations of converters; of layers that are alike it looks at one."""
+    """Runs the operations of converters. It tries only one of several equal layers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._config = model, model.config
@@ -132,9 +130,7 @@ class _Operations:
         self._last_made = LastMade[Tensor]()
 
     def sources(self, job: _Job) -> dict[str, Weight]:
-        """Name -> source of each parameter that the job makes. Raises whatever the operations raise, or
-        `ValueError`.
-        """
+        """Name -> source, for each parameter that the job makes. Raises errors of the operations, or `ValueError`."""
         if len({part.dtype for part in job.parts}) > 1:
             raise ValueError("they are of several types")
         counts = tuple(len(parts) for parts in job.tensors.values())
@@ -156,19 +152,20 @@ class _Operations:
         return {name: _Recipe(shape, stretches.get(name)) for name, shape in shapes.items()}
 
     def _stretches(self, job: _Job, shapes: dict[str, Shape]) -> dict[str, tuple[Stretch, ...]]:
-        """The stretches of the job's parts that make up parameters of these `shapes`, but for those where an operation
-        does more than to move rows."""
+        """Name -> the stretches of the job's parts that make up a parameter, if the operations only move rows.
+
+        The parameters have these `shapes`."""
         numbers, widths = _row_numbers(job.shapes), {_width(shape) for shape in job.shapes}
         last = int(numbers[-1].max())
         try:
             found = job.apply(self._model, self._config, numbers)
             mirrored = job.apply(self._model, self._config, [last - part for part in numbers])
-        except Exception:  # so narrow tensors may not suit other operations, which raise whatever comes up
+        except Exception:  # other operations may raise any error for such narrow tensors
             return {}
         return {
             name: _join(rows.flatten()[:: _columns(shapes[name])], job.shapes)
             for name, rows in found.items()
-            # Rows that are only moved are moved alike whatever their numbers are.
+            # Operations that only move rows do so for any numbers in them.
             if widths == {_width(shapes[name])}
             and _are_rows(rows, shapes[name])
             and torch.equal(last - rows, mirrored[name])
@@ -196,9 +193,7 @@ class _Operations:
     def _slices(
         self, job: _Job, name: str, shape: Shape, stored: dict[str, list[StoredTensor]]
     ) -> list[dict[str, list[StoredPart]]]:
-        """The values, by pattern, that each slice along the first axis is made of; all of them in one where slices
-        mix.
-        """
+        """The values, by pattern, from which each slice along the first axis is made. A single entry if slices mix."""
         count, ones = shape[0], [1] * (len(shape) - 1)
         in_order = torch.arange(count).view(-1, *ones)
         slices: list[dict[str, list[StoredPart]]] = [{} for _ in range(count)]
@@ -216,7 +211,7 @@ class _Operations:
                 inputs[pattern] = [part]
         if len(ones) > 1 and len(numbers) == len(stored):
             found = job.apply_to(_OneSlice(shape), self._config, numbers)[name]
-            # Each slice of the result shows the number of the slice that it is made of.
+            # Each slice of the result shows the number of the slice from which it is made.
             if len(found) == count and bool((found == in_order).all()):
                 return slices
         return [{pattern: [StoredPart.whole(part) for part in parts] for pattern, parts in stored.items()}]
@@ -224,7 +219,7 @@ class _Operations:
 
 @dataclass(frozen=True)
 class _OneSlice:
-    """Stands for the model to operations that ask for the shape of the parameter that they make."""
+    """Replaces the model for operations that ask for the shape of the parameter that they make."""
 
     shape: Shape
 
@@ -233,18 +228,19 @@ class _OneSlice:
 
 
 def _width(shape: Shape) -> int:
-    """Elements of a row: rows are along the last axis, or are the elements where that is the only one."""
+    """The elements of a row. Rows lie along the last axis; in a tensor with one axis each element is a row."""
     return shape[-1] if len(shape) > 1 else 1
 
 
 def _columns(shape: Shape) -> int:
-    """Numbers for each row of a tensor of this shape; four show every operation that moves columns."""
+    """How many numbers stand for a row of a tensor of this shape. Four reveal every operation that moves columns."""
     return 4 if len(shape) > 1 else 1
 
 
 def _row_numbers(shapes: Sequence[Shape]) -> list[Tensor]:
-    """Numbers in place of tensors of these shapes, int32: consecutive ones for each row, and none for a row between
-    tensors.
+    """Numbers that replace tensors of these shapes, int32.
+
+    They are consecutive in each row, and skip the numbers of one row between tensors.
     """
     numbers, start = list[Tensor](), 0
     for shape in shapes:
@@ -256,7 +252,7 @@ def _row_numbers(shapes: Sequence[Shape]) -> list[Tensor]:
 
 
 def _are_rows(numbers: Tensor, shape: Shape) -> bool:
-    """Whether `numbers`, as above, are those of whole rows, in place of a tensor of this shape."""
+    """Whether `numbers`, made by `_row_numbers`, are whole rows in a tensor of this shape."""
     like = (*shape[:-1], _columns(shape)) if len(shape) > 1 else shape
     if numbers.dtype != torch.int32 or numbers.shape != like:
         return False
@@ -265,7 +261,7 @@ def _are_rows(numbers: Tensor, shape: Shape) -> bool:
 
 
 def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Stretch, ...]:
-    """Rows by the first of their numbers, (rows,) int32, as stretches of the tensors of these shapes."""
+    """Join rows, given by their first numbers, (rows,) int32, into stretches of the tensors of these shapes."""
     columns, width = _columns(shapes[0]), _width(shapes[0])
     rows = rows // columns
     starts = torch.tensor([0, *accumulate(math.prod(shape) // width + 1 for shape in shapes)])

@@ -1,6 +1,4 @@
-"""A parameter that is made of stored values, by transformers' operations or a transposition, as a tensor that is read
-in parts.
-"""
+"""Parameters that transformers' operations or a transposition make from stored values, readable in parts."""
 
 import math
 from collections.abc import Callable
@@ -14,9 +12,9 @@ from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.store.safetensors_index import DTYPE_BYTES, StoredTensor, TensorSource, item_bytes
 
-# Readers are a few pieces ahead of each other, so as many slices are kept as the pieces in flight may lie in.
+# Readers run a few pieces ahead of each other, so keep as many slices as the pieces in flight may need.
 _KEPT_BYTES = 2 * PIECES_IN_FLIGHT * PIECE_BYTES
-_MATRICES_KEPT = 2  # as pieces of two may be in flight
+_MATRICES_KEPT = 2  # because pieces of two matrices may be in flight
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class StoredPart:
 
     @classmethod
     def of(cls, tensor: StoredTensor, index: int) -> "StoredPart":
-        """One slice along the first axis, as a tensor of as many axes."""
+        """One slice along the first axis, with the same number of axes."""
         return cls(tensor, index * math.prod(tensor.shape[1:]), (1, *tensor.shape[1:]))
 
     def values(self) -> Tensor:
@@ -42,7 +40,7 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class Converted:
-    """A parameter in equal `slices` along its first axis, each of which `make` makes of values that it reads whole."""
+    """A parameter in equal `slices` along its first axis. `make` makes each from values that it reads whole."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -60,14 +58,15 @@ class Converted:
         return data
 
     def _flat(self, index: int) -> Tensor:
-        # An operation may give what it makes the type of the parameter, which is the loader's to give.
+        # An operation may convert its result to the parameter's type. Undo that, because the loader sets the type.
         return self.make(index).to(SOURCE_DTYPES[self.dtype]).contiguous().flatten()
 
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix whose `transpose` is stored. Read by rows of its own it takes all of that, once where `last_made` keeps
-    it.
+    """A matrix whose `transpose` is stored.
+
+    Reading its own rows needs the whole stored tensor, which is read only once if `last_made` keeps it.
     """
 
     transpose: TensorSource

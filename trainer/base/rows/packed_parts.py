@@ -1,7 +1,7 @@
-"""Weights that files hold in 4 or 8 bits as parts of a parameter: a mixture's experts, which they have one by one.
+"""Joins weights that files hold in 4 or 8 bits into one parameter: a mixture's experts, which are stored one by one.
 
-Those of bitsandbytes, as older transformers quantized them, are a `PackedTensor` each. Those of the other formats are a
-`CodedTensor` each, and may stay in their codes (`quant.type: stored`)."""
+An expert that bitsandbytes quantized, in older transformers, is a `PackedTensor`. An expert of another format is a
+`CodedTensor`, and may stay in its codes (`quant.type: stored`)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ _TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Unpacked:
-    """The values of a weight in 4 bits, as bitsandbytes dequantizes them to the type that they were made of."""
+    """The values of a 4-bit weight, as bitsandbytes dequantizes them to their original type."""
 
     packed: PackedTensor
 
@@ -51,7 +51,7 @@ class Unpacked:
         return bytearray(values[begin - start : end - start].view(torch.uint8).numpy())
 
     def _scales(self, first: int, last: int) -> Tensor:
-        """fp32 absmax of the blocks [first, last)."""
+        """The absmax of the blocks [first, last), fp32."""
         parts, mean = self.packed.sources.parts, self.packed.sources.mean
         if mean is None:
             return _bytes(parts["absmax"], 4 * first, 4 * last).view(torch.float32)
@@ -70,10 +70,10 @@ def unpacked(weight: Weight) -> StoredTensor:
 
 
 def join_packed(parts: Sequence[Weight], stretches: Iterable[Stretch], shape: tuple[int, ...]) -> PackedTensor | None:
-    """The stretches of `parts` as a stack of this shape in the 4 bits that they are in; None where that cannot be.
+    """The stretches of `parts` as a stack of this shape, still in 4 bits. None if that is impossible.
 
-    A stack is quantized matrix by matrix. Its blocks are those of the parts where each of these is whole, and begins a
-    block of its matrix; and those of its scales in 8 bits only where each is a whole matrix.
+    A stack is quantized matrix by matrix. Its blocks equal those of the parts if each stretch is a whole part and
+    begins at a block of its matrix. The blocks of its 8-bit scales are equal only if each stretch is a whole matrix.
     """
     placed, at, size = list[PackedTensor](), 0, math.prod(shape[1:])
     for stretch in stretches:
@@ -97,15 +97,15 @@ def join_packed(parts: Sequence[Weight], stretches: Iterable[Stretch], shape: tu
 
 
 def _joined(sources: Sequence[StoredTensor], stretches: Sequence[Stretch]) -> Joined:
-    """Stretches of bytes, one after another."""
+    """Join stretches of bytes end to end."""
     return Joined(tuple(sources), tuple(stretches), (sum(stretch.numel for stretch in stretches),))
 
 
 def kept_sources(weight: Weight) -> KeptSources | None:
-    """Where the codes and the scales of a parameter are stored; None where it has to be decoded as it is read.
+    """Where the codes and the scales of a parameter are stored. None if it must be decoded while it is read.
 
-    Stretches of rows are joined where each is whole rows of tiles, so that the tiles of the parameter are those of its
-    parts.
+    Stretches of rows can be joined if each consists of whole rows of tiles, so that the parameter's tiles are those of
+    its parts.
     """
     if isinstance(weight, CodedTensor):
         return weight.kept
@@ -131,9 +131,7 @@ def kept_sources(weight: Weight) -> KeptSources | None:
 
 
 def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence[int]) -> bool:
-    """Whether a stretch is whole rows of tiles, of its part of the shape `part` and of the parameter of this
-    `shape`.
-    """
+    """Whether a stretch is whole rows of tiles, in its part of shape `part` and in the parameter of this `shape`."""
     columns, down = shape[-1], kept.code.tile[0]
     if part[-1] != columns or stretch.begin % columns or stretch.numel % columns:
         return False
@@ -143,6 +141,6 @@ def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence
 
 
 def _tiles(stretch: Stretch, columns: int, down: int, across: int) -> Stretch:
-    """The bytes of the scales of a stretch of rows, `across` for each row of tiles."""
+    """The stretch of the scales' bytes for a stretch of rows, with `across` bytes for each row of tiles."""
     begin, rows = stretch.begin // columns // down, -(-stretch.numel // columns // down)
     return Stretch(stretch.part, begin * across, rows * across)

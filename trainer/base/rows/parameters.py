@@ -1,4 +1,4 @@
-"""Where the weights of the model are in the files, from their headers alone: checked before any weight is read."""
+"""Finds the model's weights in the files from their headers alone, and checks them before any weight is read."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,9 +27,9 @@ from trainer.errors import ConfigError
 from trainer.model.parts import tied_names
 from trainer.store.safetensors_index import WEIGHT_DTYPES, Joined, PackedTensor, TensorSource, numel
 
-# Elements of each part of two weights that is compared, and the number of parts behind the first.
+# The elements of each compared part of two weights, and the number of parts after the first.
 _COMPARED, _PARTS = 2**15, 16
-# transformers computes these anew, and old files hold them.
+# Old files hold these tensors, but transformers computes them again.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 
@@ -37,9 +37,8 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 class FoundWeights:
     """The source of each parameter and persistent buffer of a model, by name.
 
-    A tied parameter is there under its first name. `copies` are what the files hold under its other names. `left_out`
-    are the parts of the files that the language model is without: the vision tower of a model that sees, layers that
-    predict several tokens.
+    A tied parameter has its first name. `copies` has what the files hold under its other names. `left_out` are parts of
+    the files that the language model does not have, such as a vision tower, or layers that predict several tokens.
     """
 
     sources: dict[str, Weight]
@@ -48,24 +47,20 @@ class FoundWeights:
 
 
 def find_all_weights(base: Base, layers: int | None = None) -> FoundWeights:
-    """Where the files hold the weights of the whole base, or of its first `layers`. Raises `ConfigError` as
-    `find_weights` does.
-    """
+    """Find the weights of the whole base, or of its first `layers`, in the files. Raises as `find_weights`."""
     with read_by_transformers(base.name, "config.json"):
         model = meta_model(model_config(base.directory, layers))
     return find_weights(base, model, layers)
 
 
 def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) -> FoundWeights:
-    """Where the files of `base` hold the weights of `model`, which transformers built of its config.json and may be on
-    `meta`.
+    """Find the weights of `model` in the files of `base`. transformers built the model, which may be on `meta`.
 
-    With `layers` the model is cut to the first so many, and the files' other layers are left out on purpose.
+    With `layers` the model is cut to its first layers, and the files' other layers are left out on purpose.
 
     Raises:
-        ConfigError: the files lack one, have it in another shape or in a type that cannot be read, or have a tensor
-            that the
-            model has not.
+        ConfigError: the files lack a weight, have it in another shape or in an unreadable type, or have a tensor that
+            the model lacks.
     """
     found = _convert(base, model)
     for name, reason in found.failed.items():
@@ -96,8 +91,9 @@ def find_weights(base: Base, model: PreTrainedModel, layers: int | None = None) 
 def _as_in_model(
     model: PreTrainedModel, name: str, tensor: Tensor, source: Weight | None, last_made: LastMade[Tensor]
 ) -> Weight | None:
-    """The source of a weight as the model has it: without the rows of experts that compute nothing, and of a linear
-    layer of which plain files have the transpose; formats of fewer bits have it as it is computed with.
+    """The source of a weight in the model's form: without rows of experts that compute nothing, and transposed back.
+
+    Plain files may hold the transpose of a linear layer's weight. Quantized formats hold it as it is computed with.
     """
     idle = idle_rows(model, name)
     if idle and isinstance(source, Joined) and source.shape[0] == len(tensor) + idle:
@@ -108,15 +104,16 @@ def _as_in_model(
 
 
 def _first_rows(source: Joined, rows: int) -> Joined:
-    """The first `rows` of a stack whose files hold more of them."""
+    """The first `rows` of a stack if the files hold more."""
     shape = rows, *source.shape[1:]
     count = sum(start < prod(shape) for start in source.starts)
     return Joined(source.parts, source.stretches[:count], shape)
 
 
 def _convert(base: Base, model: PreTrainedModel) -> Conversion:
-    """The tensors in the files by the names in `model`; of a model that sees or hears as well, those of its language
-    model.
+    """The tensors in the files, by their names in `model`.
+
+    If the base also processes pictures or sound, they are those of its language model.
     """
     with read_by_transformers(base.name, "config.json"):
         whole = composite_model(base.directory)
@@ -135,13 +132,13 @@ def _convert(base: Base, model: PreTrainedModel) -> Conversion:
 
 
 def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], layers: int | None) -> dict[str, Weight]:
-    """The tensors that the model is without on purpose, by the name that each would have there; `others` as in a
-    `Conversion`, `ignored` are patterns that transformers ignores as well.
+    """The tensors that the model lacks on purpose, by the name that each would have there.
+
+    `others` is that of a `Conversion`, and `ignored` has patterns of names that transformers ignores as well.
 
     Raises:
-        ConfigError: for a tensor that nothing says may be left out. Such a model is not the one that config.json
-            describes: a bias or
-            a layer would be left out without a word.
+        ConfigError: a tensor may not be left out. The model is then not the one that config.json describes, and a bias
+            or a layer would silently be missing.
     """
     patterns = [re.compile(pattern) for pattern in ignored]
     rest = {key: name for key, name in others.items() if not _COMPUTED.search(name) and not _is_beyond(name, layers)}
@@ -155,15 +152,13 @@ def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], lay
 
 
 def _is_beyond(name: str, layers: int | None) -> bool:
-    """Whether a tensor belongs to a layer that the model was cut off before: the first number in a name is the
-    layer's.
-    """
+    """Whether a tensor belongs to a layer behind the cut. The first number in a name is that of the layer."""
     number = re.search(r"\.(\d+)\.", name)
     return layers is not None and number is not None and int(number[1]) >= layers
 
 
 def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOutPart]:
-    """The parts that are left out, each by the shortest path that nothing that is kept lies on."""
+    """The parts that are left out, each named by the shortest path that contains no kept tensor."""
     inside, sizes = {path for name in kept for path in _paths(name)}, dict[str, list[int]]()
     for name, weight in left_out.items():
         path = next((path for path in _paths(name) if path not in inside), name)
@@ -172,7 +167,7 @@ def _parts(left_out: Mapping[str, Weight], kept: Iterable[str]) -> list[LeftOutP
 
 
 def _paths(name: str) -> Iterator[str]:
-    """a, a.b and a.b.c of a.b.c."""
+    """Yield all beginnings of a path: a, a.b and a.b.c of a.b.c."""
     return accumulate(name.split("."), lambda path, leaf: f"{path}.{leaf}")
 
 
@@ -201,8 +196,10 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
 
 
 def _check_tied(base: Base, name: str, one: Weight, other: Weight) -> None:
-    """Raises `ConfigError` where the files hold two weights for what is one in the model: transformers would load both,
-    and say so. Of large ones some parts are compared, as two heads that have learnt differ all over."""
+    """Raises `ConfigError` if the files hold two different weights for one weight of the model.
+
+    transformers would load both and warn. Only some parts of large weights are compared, because two trained heads
+    differ everywhere."""
     if not (isinstance(one, TensorSource) and isinstance(other, TensorSource) and one.dtype == other.dtype):
         return
     count, size = numel(one), min(numel(one), _COMPARED)
@@ -216,7 +213,7 @@ def _check_tied(base: Base, name: str, one: Weight, other: Weight) -> None:
 
 
 def left_out_of(model: dict[str, Any]) -> list[LeftOutPart]:
-    """The `left_out` of the base of the settings `model`, for processes without torch.
+    """The `left_out` parts of the base that the settings `model` name, for processes without torch.
 
     Raises as `find_all_weights` and `resolve_base`.
     """

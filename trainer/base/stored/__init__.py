@@ -1,3 +1,4 @@
-"""The formats that bases are stored in, a file or a folder each, found by being here; trainer/base/base.py has the
-class of all.
+"""The formats in which bases are stored, one file or folder each. A format here is found without being listed anywhere.
+
+Their interface is trainer/base/base.py.
 """

@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes has quantized. The packed bytes of those in 4 bits are loaded as they are.
+"""Bases that bitsandbytes quantized. Packed 4-bit weights are loaded as they are.
 
 Beside each packed `weight`, `save_pretrained` writes `weight.absmax` and `weight.quant_state.bitsandbytes__nf4` (or
 fp4), JSON as bytes; under double quantization also `weight.nested_absmax` and `weight.nested_quant_map`.
@@ -19,15 +19,15 @@ from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, PackedTe
 
 _STATE = ".quant_state.bitsandbytes__"
 _NESTED_BLOCK = 256
-_MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map has
-# SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32: what 8-bit scales stand for.
+_MOST_NUMBERS = 2**16  # more than any quant_state or nested_quant_map needs
+# SHA-256 of bitsandbytes.functional.create_dynamic_map() as fp32, the values of 8-bit scales.
 _NESTED_MAP = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 _PART_OF_127 = 0.007874015718698502  # bitsandbytes/functional.py, int8_vectorwise_dequant
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class BitsAndBytes4bit(StoredFormat):
-    """Linear layers in 4 bits, and a mixture's experts where they are such; all else as in a plain base."""
+    """Linear layers in 4 bits, also as a mixture's experts. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "4 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 4 bits, where no merged weight fits"
@@ -77,9 +77,10 @@ class BitsAndBytes4bit(StoredFormat):
 
 
 class BitsAndBytes8bit(StoredFormat):
-    """Linear layers in whole numbers of 8 bits, LLM.int8(), all else as in a plain base: beside `weight` of I8 there is
-    `SCB`, the largest value of each row, which 127 stands for. Values are fp32: the number times SCB, times fp32's
-    1/127, as bitsandbytes dequantizes them."""
+    """Linear layers in 8-bit integers, LLM.int8(). All other weights are as in a plain base.
+
+    Beside `weight` of I8 there is `SCB`, the largest value of each row, which 127 represents. Values are fp32: the
+    integer times SCB, times fp32's 1/127, as bitsandbytes dequantizes them."""
 
     readable: ClassVar[str] = "8 bits by bitsandbytes"
     unmergeable: ClassVar[str | None] = "stored in 8 bits by bitsandbytes, where no merged weight fits"
@@ -110,9 +111,7 @@ class BitsAndBytes8bit(StoredFormat):
 
 
 def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """Name of each weight in 4 bits -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty
-    without one).
-    """
+    """4-bit weight -> the JSON of its quant_state, and the bytes of its nested_quant_map (empty if it has none)."""
     states = {name.partition(_STATE)[0]: source for name, source in base.tensors.items() if _STATE in name}
     maps = {f"{name}.nested_quant_map" for name in states}
     wanted = states | {name: base.tensors[name] for name in sorted(maps & base.tensors.keys())}
@@ -132,9 +131,7 @@ def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
 
 
 def _names_before_dots(name: str) -> set[str]:
-    """`name`, and what it is without its last one or two parts: the weight that an absmax or a quant_state belongs
-    to.
-    """
+    """`name`, and `name` without its last one or two parts: the weight to which an absmax or a quant_state belongs."""
     shorter = name.rpartition(".")[0]
     return {name, shorter, shorter.rpartition(".")[0]}
 
@@ -174,7 +171,7 @@ def _packed(base: Base, name: str, state: dict[str, Any], nested_map: bytes) -> 
 
 
 def _bytes(base: Base, name: str, size: int) -> TensorSource:
-    """The tensor `name`, whatever its type, as the `size` bytes that it must have."""
+    """The tensor `name` of any type, as `size` bytes, which it must have."""
     source = base.tensors.get(name)
     there = 0 if source is None else numel(source) * DTYPE_BYTES[source.dtype]
     if source is None or there != size:

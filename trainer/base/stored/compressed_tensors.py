@@ -1,19 +1,18 @@
-"""Bases of compressed-tensors, as llm-compressor writes them and Kimi K2 is published: integers or floats of 4 or 8
-bits.
+"""Bases of compressed-tensors, as llm-compressor and Kimi K2 have them: integers or floats of 4 or 8 bits.
 
-`config_groups` (config.json, quantization_config) say how the weights of some linear layers are stored; which layers
-these are, the files tell. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row
-(`channel`), a `block` of `block_structure`, or the whole matrix (`tensor`). Beside `weight_scale`, in the place of
-`weight` (rows, columns), there is
+`config_groups` (config.json, quantization_config) says how the weights of some linear layers are stored; the files show
+which layers these are. `strategy` says what shares a scale: a `group` of `group_size` columns of a row, a row
+(`channel`), a `block` of `block_structure`, or the whole matrix (`tensor`). The files have `weight_scale`, and instead
+of `weight` (rows, columns)
 
-- `weight_packed` of I32, eight codes of 4 bits or four of 8 each, which count from the least number up
-  (pack-quantized). Where they are not symmetric, `weight_zero_point` has the codes that stand for 0, packed along the
-  rows. `weight_g_idx` has the group of each column, where its columns do not lie together;
+- `weight_packed` of I32, each with eight 4-bit or four 8-bit codes, which count from the smallest number up
+  (pack-quantized). If they are not symmetric, `weight_zero_point` has the codes that mean 0, packed along the rows.
+  `weight_g_idx` has the group of each column, if the columns of a group do not lie together;
 - `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides
   (nvfp4-pack-quantized), or with powers of two for 32 (mxfp4-pack-quantized);
-- `weight` in FP8 (float-quantized) or in whole numbers of 8 bits (int-quantized).
+- `weight` in FP8 (float-quantized) or in 8-bit integers (int-quantized).
 
-Weights are read in the type of their scales, or in bf16 where that has 8 bits, as the compressed-tensors package
+Weights are read in the type of their scales, or in bf16 if that type has 8 bits, as the compressed-tensors package
 decompresses them.
 """
 
@@ -48,7 +47,7 @@ _BESIDE = re.compile(
 
 
 class CompressedTensors(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base."""
+    """Linear layers in 4 or 8 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "compressed-tensors (INT4, INT8, FP8, NVFP4, MXFP4)"
 
@@ -95,8 +94,9 @@ class CompressedTensors(StoredFormat):
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How the weights of a group of layers are stored: codes of `bits`, `number` int or float; None for a side of a
-    tile is all of it.
+    """How the weights of a group of layers are stored: codes of `bits`, of the `number` int or float.
+
+    A side of a tile that is None reaches over the whole matrix.
     """
 
     number: str
@@ -107,7 +107,7 @@ class _Scheme:
 
     @classmethod
     def of(cls, weights: dict[str, Any]) -> "_Scheme":
-        """Raises `KeyError`, `TypeError` or `ValueError` for what is not the `weights` of a group."""
+        """The scheme of a group's `weights`. Raises `KeyError`, `TypeError` or `ValueError` if they are malformed."""
         strategy, bits, number = weights.get("strategy"), weights["num_bits"], weights.get("type", "int")
         tiles: dict[Any, Any] = {
             "tensor": (None, None),
@@ -125,7 +125,7 @@ class _Scheme:
         return cls(number, bits, tile, bool(weights.get("symmetric", True)), weights.get("actorder") == "group")
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        """How it stores this weight, of a matrix of the usual scales, where that may stay so."""
+        """How this scheme stores a weight, if its scales have the usual form and it may stay as it is."""
         rows, columns = parameter.shape[-2:]
         down, across = self.tile
         numbers: dict[tuple[str, int], Numbers] = {("int", 4): "int4", ("int", 8): "offset8", ("float", 8): "e4m3"}
@@ -137,7 +137,7 @@ class _Scheme:
         return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
 
     def code(self, source: TensorSource) -> tuple[Code, tuple[int, ...]] | None:
-        """How the values of `source` are coded by it, and the shape of the weight; None where they are not."""
+        """The code of the values in `source`, and the shape of the weight. None if this scheme does not fit."""
         kinds = {
             ("int", 4, "I32"): ("int4", 8),
             ("int", 8, "I32"): ("offset8", 4),
@@ -155,8 +155,9 @@ class _Scheme:
 
 
 def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], last_reads: LastReads) -> StoredTensor:
-    """The weight of the linear layer at `path`, whose codes are `source`. Raises `ConfigError` where a part of it is
-    missing or has another shape than it should."""
+    """The weight of the linear layer at `path`, whose codes are `source`.
+
+    Raises `ConfigError` if a part of it is missing or has a wrong shape."""
     from trainer.base.stored.shared.coded import Coded
     from trainer.base.stored.shared.floats import SCALES
 

@@ -1,18 +1,18 @@
-"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, and a scale for each tile of a
-matrix.
+"""Bases in FP8, as DeepSeek, Qwen, MiniMax and Mistral publish them: float8_e4m3, with a scale for each tile.
 
-Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which a weight is multiplied: one
-number for each tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128, those at the borders
-cut off; or, where that is null, one for the whole matrix. DeepSeek-V4 calls it `q_proj.scale`, Mistral
-`q_proj.qscale_weight`. Tensors without a scale are in 16 or 32 bits.
+Beside `q_proj.weight` (rows, columns) the files have `q_proj.weight_scale_inv`, by which weights are multiplied. It has
+one number for each tile of `weight_block_size` (config.json, quantization_config), usually 128 x 128; tiles at the
+borders are cut off. If the setting is null, it has one number for the whole matrix. DeepSeek-V4 calls it
+`q_proj.scale`, Mistral `q_proj.qscale_weight`. Tensors without a scale are in 16 or 32 bits.
 
-With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as DeepSeek-V4's are: two E2M1 numbers in each byte
-of an I8, and a power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later ones in
+With the `expert_dtype` fp4 the experts of a mixture are in 4 bits, as in DeepSeek-V4: two E2M1 numbers in each byte of
+an I8, and a power of two for each 32 weights of a row. DeepSeek-V4 says so at the top of config.json, later bases in
 the quantization_config.
 
-Weights become bf16 as they are read: the product in fp32, rounded once. transformers' dequantize=True and DeepSeek's
-own inference/fp8_cast_bf16.py give the same bits, the former where the tile divides both sides: it takes the shape of
-the scales for a number of equal tiles, which is another tile for 192 rows (two of 96), and an error for 576.
+Weights become bf16 when they are read: the product is computed in fp32 and rounded once. DeepSeek's own
+inference/fp8_cast_bf16.py gives the same bits. So does transformers' dequantize=True if the tile divides both sides. It
+derives the size of equal tiles from the shape of the scales, which gives other tiles for 192 rows (two of 96), and an
+error for 576.
 """
 
 import math
@@ -31,12 +31,12 @@ from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 _USUAL_TILE = [128, 128]
 _FP4_TILE = (1, 32)
 _EXPERTS = ("fp8", "fp4")
-# The scales of inputs that the files may have beside a weight; training does without.
+# The scales of inputs that the files may have beside a weight. Training does not use them.
 _OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
 
 
 class Fp8(StoredFormat):
-    """Matrices in FP8, all else as in a plain base."""
+    """Matrices in FP8. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "FP8 with scales for tiles (with experts in FP4 too)"
     dequantizes: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Fp8(StoredFormat):
 
     @property
     def _codes(self) -> dict[str, Numbers]:
-        """The types of the codes in the files, and the numbers that they are."""
+        """The types of the codes in the files, and the kinds of numbers that they encode."""
         fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
         return {"F8_E4M3": "e4m3", **fp4}
 
@@ -93,8 +93,8 @@ class Fp8(StoredFormat):
         return found
 
     def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
-        """Raises `ConfigError` unless a scale of `base` belongs to each tile."""
-        # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+        """The decoded weight. Raises `ConfigError` unless `base` has a scale for each tile."""
+        # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
         from trainer.base.stored.shared.coded import Coded
         from trainer.base.stored.shared.floats import SCALES
 
@@ -111,7 +111,7 @@ class Fp8(StoredFormat):
         tile = _FP4_TILE if numbers == "e2m1" else tuple(self._block_size or (rows, columns))
         code = Code(numbers, (tile[0], tile[1]))
         expected = (*matrices, *code.tiles(rows, columns))
-        # A scale for a whole matrix has no place among others, and is stored with two dimensions, one or none.
+        # A scale for a whole matrix may be stored with two dimensions, one or none.
         fits = numel(scales) == math.prod(expected) if whole else scales.shape == expected
         if scales.dtype not in SCALES or not fits:
             raise ConfigError(
@@ -123,7 +123,7 @@ class Fp8(StoredFormat):
 
 
 def _scale_names(name: str) -> tuple[str, ...]:
-    """The names that the scales of a weight may have."""
+    """The possible names of a weight's scales."""
     module = name.removesuffix("weight")
     return f"{name}_scale_inv", f"{module}scale", f"{module}qscale_weight"
 

@@ -1,13 +1,13 @@
-"""Bases of GPTQ and AWQ: whole numbers of 4 or 8 bits, a scale and a zero for each group of inputs of an output.
+"""Bases of GPTQ and AWQ: integers of 4 or 8 bits, with a scale and a zero for each group of inputs of an output.
 
-In the place of `weight` (outputs, inputs) the files have, of its transpose,
+Instead of `weight` (outputs, inputs) the files hold its transpose as
 
-- `qweight` of I32: eight codes of 4 bits each, or four of 8. GPTQ packs along the inputs, AWQ along the outputs, and
-  there the codes of
-  columns 0, 2, 4, 6, 1, 3, 5, 7 one after another;
-- `qzeros` of I32 (groups, outputs / codes an int32): the codes that stand for 0, in GPTQ's first `checkpoint_format`
-  less one;
-- `scales` (groups, outputs), and in GPTQ `g_idx`, the group of each input, whose inputs lie apart under `desc_act`.
+- `qweight` of I32, each with eight 4-bit or four 8-bit codes. GPTQ packs along the inputs. AWQ packs along the outputs,
+  in the order of columns 0, 2, 4, 6, 1, 3, 5, 7;
+- `qzeros` of I32 (groups, outputs / codes an int32): the codes that mean 0; GPTQ's first `checkpoint_format` stores
+  them minus one;
+- `scales` (groups, outputs), and in GPTQ `g_idx`, the group of each input. Under `desc_act` the inputs of a group do
+  not lie together.
 
 Weights are read in the type of their scales: (code - zero) * scale, rounded once, as AutoGPTQ and AutoAWQ dequantize
 them.
@@ -23,13 +23,13 @@ from trainer.config import Config
 from trainer.errors import ConfigError, shown
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource
 
-_KEPT = 8  # codes, zeros, scales and groups of two matrices, as pieces of two may be in flight
+_KEPT = 8  # codes, zeros, scales and groups of two matrices, because pieces of two may be in flight
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class Gptq(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base."""
+    """Linear layers in 4 or 8 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "GPTQ in 4 and 8 bits"
 
@@ -55,7 +55,7 @@ class Gptq(StoredFormat):
 
 
 class Awq(StoredFormat):
-    """Linear layers in 4 bits, all else as in a plain base."""
+    """Linear layers in 4 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "AWQ"
 
@@ -97,8 +97,7 @@ def _weights(base: Base, quantization: dict[str, Any], *, along_outputs: bool, m
 def _columns(
     base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
 ) -> StoredTensor:
-    """The weight of the linear layer at `path`. Raises `ConfigError` where a part of it is missing or has another shape
-    than it should."""
+    """The weight of the linear layer at `path`. Raises `ConfigError` if a part is missing or has a wrong shape."""
     from trainer.base.stored.shared.columns import Columns
 
     part = {leaf: base.tensors.get(f"{path}.{leaf}") for leaf in _PARTS}

@@ -1,9 +1,9 @@
 """Bases of NVIDIA's Model Optimizer: NVFP4, and FP8 with a scale for each matrix.
 
-Beside `weight` the files have `weight_scale`: in NVFP4, where a byte of `weight` is two E2M1 numbers, one in E4M3 for
-16 columns, times `weight_scale_2`, one of fp32 for the whole matrix
-(modelopt/torch/quantization/qtensor/nvfp4_tensor.py). Weights become bf16 as they are read: the product in fp32,
-rounded once.
+Beside `weight` the files have `weight_scale`. In NVFP4 a byte of `weight` has two E2M1 numbers, and `weight_scale` has
+one E4M3 number for 16 columns, which is multiplied by `weight_scale_2`, one fp32 number for the whole matrix
+(modelopt/torch/quantization/qtensor/nvfp4_tensor.py). Weights become bf16 when they are read: the product is computed
+in fp32 and rounded once.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _CACHE = ("k_scale", "v_scale")
 
 
 class ModelOpt(StoredFormat):
-    """Linear layers in 4 or 8 bits, all else as in a plain base."""
+    """Linear layers in 4 or 8 bits. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "NVFP4 and FP8 of Model Optimizer"
 
@@ -53,9 +53,7 @@ class ModelOpt(StoredFormat):
 
 
 def _coded(base: Base, path: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
-    """The weight of the linear layer at `path`. Raises `ConfigError` where its scales are missing or have another
-    shape.
-    """
+    """The weight of the linear layer at `path`. Raises `ConfigError` if its scales are missing or have a bad shape."""
     from trainer.base.stored.shared.coded import Coded
 
     scales, second = (base.tensors.get(f"{path}.{leaf}") for leaf in ("weight_scale", "weight_scale_2"))

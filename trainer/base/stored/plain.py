@@ -1,4 +1,4 @@
-"""Bases stored as they compute, in 16 or 32 bits."""
+"""Bases that are stored in the types in which they compute, in 16 or 32 bits."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from trainer.store.safetensors_index import StoredTensor
 
 
 class Plain(StoredFormat):
-    """Every weight is a tensor of its own, which is quantized on the way into memory, if at all."""
+    """Every weight is a separate tensor. If it is quantized, that happens on the way into memory."""
 
     readable: ClassVar[str] = "16 and 32 bits"
     decoded: ClassVar[bool] = False

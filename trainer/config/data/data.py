@@ -94,7 +94,7 @@ class Data(Section):
         None,
         about=(
             "Chat template that replaces the tokenizer's, for instance for a base without one: chatml, llama3, gemma,"
-            " mistral or phi3, or the path of a Jinja file. docs/data-format.md says which one fits."
+            " mistral, phi3 or alpaca, or the path of a Jinja file. docs/data-format.md says which one fits."
         ),
         example="chatml",
     )

@@ -168,8 +168,9 @@ class LeftOut(Record):
 
 
 def add_left_out(total: dict[str, LeftOut], more: Mapping[str, LeftOut]) -> None:
-    """Add `more`, which was found in later rows, to `total`. It keeps only the first names, because rows may bring any
-    number of them.
+    """Add `more`, which was found in later rows, to `total`.
+
+    Only the first names are kept, because rows may bring any number of them.
     """
     for what, found in more.items():
         if what in total or len(total) < _LEFT_OUT_NAMES:

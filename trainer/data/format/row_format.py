@@ -140,7 +140,8 @@ def ask(values: Values) -> list[dict[str, Any]]:
         raise DataError("the history is not a list of [question, answer]")
     for question, answer in history:
         messages += [says("user", question), says("assistant", answer)]
-    return [*messages, says("user", "\n".join(filter(None, asked)))]
+    question = says("user", "\n".join(filter(None, asked)))
+    return [*messages, {**question, "input": asked[1]} if all(asked) else question]
 
 
 def says(role: str, content: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ class TwiceNamed(ValueError):
 
 
 class StrictDecoder(json.JSONDecoder):
-    """Decodes one text after another. After `raw_decode` has returned, `twice` is the first key that an object of the
-    text has twice, or None.
+    """Decodes JSON texts, and notes a key that one object has twice.
 
-    `raw_decode` does not raise for such a key, so a reader of a stream can tell it from a text that is not complete.
+    After `raw_decode` has returned, `twice` is the first such key, or None. `raw_decode` does not raise for it, so that
+    a reader of a stream can distinguish it from an incomplete text.
     """
 
     def __init__(self) -> None:

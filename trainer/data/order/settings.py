@@ -1,6 +1,4 @@
-"""The settings of a run on which the order of its data depends. trainer/data/order/order.py computes the order from
-them.
-"""
+"""The settings of a run on which the order of its data depends. trainer/data/order/order.py computes the order."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +10,10 @@ from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 
 VERSION = 2
-"""Changes whenever the same data and settings would give another order: a checkpoint's position is worth nothing
-then.
+"""It changes whenever the same data and settings would give another order, which makes a checkpoint's position invalid.
 """
 REPEATING_VERSION = 3
-"""The version where a source may be visited several times in an epoch: since 3 the visits of a document lie in
-different bins.
+"""The version if a source may be visited several times in an epoch. Since 3 a document's visits lie in different bins.
 """
 
 
@@ -25,11 +21,11 @@ different bins.
 class Order:
     """The settings on which the order depends, beside the data set and the epoch.
 
-    `weights` are visits an epoch of each source's documents. A part of a visit takes turns: at 0.5 a document is
-    visited in every second epoch, and half of the documents in each. A source that has one of `fractions` gets this
-    share of the tokens instead. `sequence_length` is a bin's capacity in tokens; `packing` False gives every document a
-    bin of its own. Before each of a document's `segments` lie `reserved` positions; a bin has room for those of one
-    document of `sequence_length` tokens.
+    `weights` are the visits of each source's documents in an epoch. At 0.5 a document is visited in every second epoch,
+    and each epoch visits half of the documents. A source with one of `fractions` gets this share of the tokens instead.
+    `sequence_length` is a bin's capacity in tokens. Without `packing` every document has its own bin. `reserved`
+    positions lie before each of a document's `segments`; a bin has room for those of one document of `sequence_length`
+    tokens.
     """
 
     weights: tuple[float, ...]
@@ -42,18 +38,16 @@ class Order:
 
     @property
     def beside(self) -> int:
-        """Positions that a document takes in addition to its tokens."""
+        """The number of positions that a document takes in addition to its tokens."""
         return self.reserved * self.segments
 
     @property
     def capacity(self) -> int:
-        """Positions of a bin."""
+        """The number of positions in a bin."""
         return self.sequence_length + self.beside
 
     def weights_for(self, tokens: Sequence[int]) -> list[float]:
-        """The weight of each source of a chapter with so many `tokens` of each. A fraction of a source without tokens
-        gives 0.
-        """
+        """The weight of each source in a chapter with so many `tokens` of each. A fraction without tokens gives 0."""
         fractions = self.fractions or (None,) * len(self.weights)
         sources = list(zip(self.weights, fractions, tokens, strict=True))
         plain = sum(weight * size for weight, fraction, size in sources if fraction is None)

@@ -365,8 +365,9 @@ def _prefixes(
 
 
 def _labels(stored: NDArray[np.uint32], input_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The token that each position must predict, (T,) both. The first token of a document is never a target, so no
-    label crosses a border.
+    """The token that each position must predict, (T,) both.
+
+    The first token of a document is never a target, so no label crosses a border.
     """
     labels = np.empty_like(input_ids)
     following = labels[:-1]

@@ -22,8 +22,9 @@ from trainer.store.twice import read_twice
 
 @dataclass(frozen=True)
 class RunText:
-    """Name -> content of the base's own files of the tokenizer; and the `template` of `data.template`, or None for the
-    tokenizer's own.
+    """The contents of the base's tokenizer files by name, and the run's chat template.
+
+    `template` is the text of `data.template`, or None for the tokenizer's own.
     """
 
     files: Mapping[str, bytes]

@@ -28,8 +28,10 @@ _SAVED_AS = {_DOWN: f"{_DOWN}.weight", _UP: f"{_UP}.weight", _MAGNITUDE: _MAGNIT
 
 @dataclass(frozen=True)
 class DoraUpdate:
-    """magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|; up (outputs, rank), down (rank, inputs),
-    magnitude (outputs,), fp32. The norm is that of the weight that is merged into, as in PEFT."""
+    """Replaces W by magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|.
+
+    up (outputs, rank), down (rank, inputs), magnitude (outputs,), fp32. The norm is that of the weight into which the
+    update is merged, as in PEFT."""
 
     up: Tensor
     down: Tensor

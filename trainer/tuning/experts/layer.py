@@ -1,5 +1,4 @@
-"""Low-rank adapters of a mixture's experts (LoRA, arXiv:2106.09685): each expert's matrix is W + scaling * B @ A with
-its own A and B.
+"""Low-rank adapters of a mixture's experts (LoRA, arXiv:2106.09685): W + scaling * B @ A, with A and B for each expert.
 
 Grouped products multiply the rows of all experts, and B @ A is never formed. As in trainer/model/held/layers.py the
 function keeps the module for its backward pass, never the gathered A and B.

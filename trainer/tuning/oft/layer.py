@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 
 def rotations(skew: Tensor, block: int) -> Tensor:
-    """(rotations, block, block) of the numbers above the diagonal of each Q = -Q^T, (rotations, block * (block - 1) /
-    2).
+    """The rotations (rotations, block, block) of skew-symmetric matrices Q = -Q^T.
 
+    `skew` has the numbers above the diagonal of each Q, (rotations, block * (block - 1) / 2). The rotation is
     Cayley's (I + Q) (I - Q)^-1 with the first terms of the inverse's series, as PEFT has it: I + 2Q + 2Q^2 + 2Q^3 +
     Q^4.
     """

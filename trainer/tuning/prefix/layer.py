@@ -19,8 +19,7 @@ from trainer.model.rows.attention import causal
 
 
 def add_prefixes(model: PreTrainedModel, layers: Sequence[Any], starts: Iterable[Tensor]) -> None:
-    """Give each of the attention `layers` of `model` the parameter `prefix` (2, kv_heads, P, head): P keys, and P
-    values.
+    """Give each of the attention `layers` of `model` the parameter `prefix` (2, kv_heads, P, head): P keys and values.
 
     The parameter is the attention module's own, so that ZeRO-3 gathers it there. While a layer's `attends_to_prefix` is
     false, in all layers alike, the model computes as it would without prefixes.

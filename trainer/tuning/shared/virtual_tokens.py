@@ -1,5 +1,6 @@
-"""The common part of methods that learn virtual tokens before each document, over a frozen base: their settings and
-their start.
+"""The base class of methods that learn virtual tokens before each document, over a frozen base.
+
+It has their settings and their start.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# The one tensor of PEFT's file, whichever of the methods made it.
+# The name of the only tensor in PEFT's file, for all of these methods.
 PEFT_TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
 class BesideBase(OfSettings):
-    """The part of a method that is the same wherever its virtual tokens enter the base."""
+    """A method with virtual tokens, which a subclass feeds into the base."""
 
     settings: ClassVar[Collection[str]] = ("virtual_tokens", "init_text")
     defaults: ClassVar[Mapping[str, Any]] = {"init_text": None}
@@ -34,9 +35,9 @@ class BesideBase(OfSettings):
     adapts_4_bits: ClassVar[bool] = True
 
     def first_tokens(self, model: PreTrainedModel, seed: int) -> Tensor:
-        """The ids of the tokens that the virtual ones start from, (virtual_tokens,) int64: the same on every rank.
+        """The ids of the tokens from which the virtual ones start, (virtual_tokens,) int64. Equal on every rank.
 
-        Raises `ConfigError` when `init_text` has no token.
+        Raises `ConfigError` if `init_text` has no token.
         """
         import torch
         from transformers import AutoTokenizer

@@ -1,1 +1,1 @@
-"""A small model of the same kinds of layers as a base, and what becomes of a few tokens in it."""
+"""Tries a family's code: a small model of the same kinds of layers as the base computes a few tokens."""

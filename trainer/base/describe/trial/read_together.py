@@ -1,5 +1,6 @@
-"""Linear layers of one module that read one tensor, such as those of queries, keys and values, found by use: a small
-model of the same kinds computes once."""
+"""Finds linear layers of one module that read the same tensor, such as those of queries, keys and values.
+
+A small model of the same kinds of layers computes once, and shows them."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
@@ -13,12 +14,14 @@ from trainer.model.parts import is_layer
 
 
 def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[Place, ...]]:
-    """The places of linear layers that are called with the very same tensor, in the order of their calls, in all
-    modules of a class that call any when `model` computes."""
+    """Groups of places of linear layers that are called with the same tensor, in the order of the calls.
+
+    The layers of a group are called together in every module of the class that calls any of them when `model`
+    computes."""
     calls = dict[nn.Module, list[tuple[Place, Tensor, int]]]()
 
     def note(around: nn.Module, name: str, _child: nn.Module, given: tuple[Tensor, ...]) -> None:
-        for x in given[:1]:  # none where it is given by its name
+        for x in given[:1]:  # empty if the tensor is a keyword argument
             calls.setdefault(around, []).append((place_of(around, name), x, x._version))
 
     with ExitStack() as hooks:
@@ -41,8 +44,9 @@ def _of_one_tensor(calls: list[tuple[Place, Tensor, int]]) -> set[tuple[Place, .
 
 
 def paths_together(model: nn.Module, together: Collection[tuple[Place, ...]]) -> Iterator[tuple[str, ...]]:
-    """The paths in `model` of the linear layers that are at such places, within the layers that ZeRO-3 gathers whole
-    (trainer/state/zero/gather.py).
+    """Yield groups of paths in `model` of linear layers at such places.
+
+    The paths lie within the layers that ZeRO-3 gathers whole (trainer/state/zero/gather.py).
     """
     for path, layer in model.named_modules():
         for inner, around in layer.named_modules(prefix=path) if is_layer(layer) else ():

@@ -1,9 +1,9 @@
-"""A test of a family's code before anything is trained: a small model of the same kinds of layers computes packed
-documents and each alone, and with packed weights and plain ones. Both must be alike.
+"""Tests a family's code before anything is trained, with a small model of the same kinds of layers.
 
-It takes tenths of a second, and finds what no look at a model's parts tells: a mask that is made without the documents'
-borders, positions that are counted through a row, a layer that cannot compute for a slice of a row, or with weights in
-4 bits.
+It computes packed documents and each document alone, and computes with packed and with plain weights. The results must
+be equal up to rounding. The test takes tenths of a second. It finds errors that the model's parts do not show: a mask
+without the documents' borders, positions that are counted through a whole row, or a layer that cannot compute a slice
+of a row, or with 4-bit weights.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,21 +28,23 @@ from trainer.model.rows.row import CannotDivide, lengths_known
 
 _LENGTHS = (7, 21, 12)  # longer than the small model's windows, and shorter
 _DIFFERENT = 1e-4  # of the largest value
-# A token that goes to another expert for the last bits of its score does so by noise of that size as well, in one draw
-# or another. A token that differs for another reason does not.
+# The last bits of a token's score may decide to which expert it goes. Noise of that size also moves such a token, in
+# one of the draws. It does not change a token that differs for another reason.
 _NOISE, _DRAWS = 2.0**-18, 8
-_MOST = 0.5  # of the tokens of a text that see those behind them
-_PADDING = 9  # tokens behind a document
-_IDS = 5  # ids of tokens that are tried as padding
+_MOST = 0.5  # the largest share of a text's tokens that may see later tokens
+_PADDING = 9  # padding tokens after a document
+_IDS = 5  # the number of token ids that are tried as padding
 _OTHERWISE = "a small model of its kind predicts otherwise then"
 _FORM = Blocks("nf4")
 
 
 class Found(NamedTuple):
-    """Whether tokens see those behind them, whether gradients reach layers behind embeddings that do not learn, whether
-    documents of a row, and one with padding behind it, are computed as each alone, and the token that padding is of;
-    and the reasons why ranks cannot share a row, documents cannot share a prefix, and weights in 4 bits cannot be
-    computed with, if there are any; and the linear layers that read one tensor."""
+    """The result of the trial.
+
+    It says whether tokens see later ones, whether gradients reach layers after frozen embeddings, and whether the
+    documents of a row, or one with padding behind it, are computed as each alone. It has the token for padding, and the
+    reasons, if any, why ranks cannot share a row, documents cannot share a prefix, or 4-bit weights cannot be used. It
+    also has the linear layers that read the same tensor."""
 
     looks_ahead: bool
     learns: bool
@@ -55,9 +57,9 @@ class Found(NamedTuple):
 
 
 def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
-    """`model` is small and is not of use to anybody afterwards; the linear layers at the places `read` stay plain.
+    """Try the family of the small `model`, which is unusable afterwards. Linear layers at the places `read` stay plain.
 
-    Raises whatever its forward pass raises with plain weights and one document.
+    Raises any error that the forward pass raises with plain weights and one document.
     """
     model.eval()
     inner = body(model)
@@ -72,7 +74,8 @@ def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         alone = each_alone()
         begun, first = hidden_states(inner, documents[1][:, : _LENGTHS[1] // 2]), _LENGTHS[0]
         until = first + begun.shape[1]
-        # Ties of scores may fall otherwise in a longer text too, which is no look at what is behind.
+        # Ties of scores may also be resolved differently in a longer text. That does not mean that a token sees later
+        # ones.
         others = noise.others(begun, alone[:, first:until], lambda: each_alone()[:, first:until])
         ahead = float(others.float().mean()) >= _MOST
         keep_documents_apart(model)
@@ -82,7 +85,7 @@ def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
         apart = apart and _is_as_alone(noise, inner, one, _LENGTHS[1:2], lambda: hidden_states(inner, one))
         padding = _padding(noise, model, inner, one, (_LENGTHS[1], _PADDING)) if apart else None
         apart = padding is not None
-        if padding is None:  # a row is computed as one document then
+        if padding is None:  # a row is then computed as one document
             padding = _padding(noise, model, inner, one, (_LENGTHS[1] + _PADDING,))
         shared = _fails_shared(noise, inner, tokens, positions, each_alone) or (None if apart else _OTHERWISE)
         prefix, learns = _fails_prefix(noise, inner, documents), _learns(model, inner, documents[1])
@@ -92,7 +95,7 @@ def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
 
 
 class _Noise:
-    """Tells tokens that are computed otherwise from those that stand on an edge, where the last bits decide."""
+    """Tells tokens that are computed differently from tokens for which only the last bits decide."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._embedding = model.get_input_embeddings()
@@ -101,8 +104,9 @@ class _Noise:
         return bool(self.others(found, expected, again).any())
 
     def others(self, found: Tensor, expected: Tensor, again: Callable[[], Tensor]) -> Tensor:
-        """(T,) bool, whether a token's states `found` (1, T, H) are far from those `expected`, and those that are
-        computed `again` with noise in the embeddings never are."""
+        """Whether each token's states `found` (1, T, H) are far from `expected` for a real reason, (T,) bool.
+
+        That is so if the states that are computed `again` with noise in the embeddings are never that far away."""
         wrong, draw = _far(found, expected), 0
         while wrong.any() and draw < _DRAWS:
             with self.drawn(draw):
@@ -127,7 +131,7 @@ class _Noise:
 def _is_as_alone(
     noise: _Noise, inner: nn.Module, tokens: Tensor, lengths: Sequence[int], alone: Callable[[], Tensor]
 ) -> bool:
-    """Whether a row of documents of such lengths, the last of which may be padding, is computed as each is `alone`."""
+    """Whether a row of documents of these lengths, of which the last may be padding, is computed as each is `alone`."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     expected = alone()
     try:
@@ -141,9 +145,10 @@ def _is_as_alone(
 def _padding(
     noise: _Noise, model: PreTrainedModel, inner: nn.Module, document: Tensor, lengths: tuple[int, ...]
 ) -> int | None:
-    """The first id of a token that lets a document be computed as it is alone, with a gradient that is a number, where
-    padding of that token is behind it in a row of such `lengths`. Some families divide by the length of a vector, which
-    is 0 for the token that transformers takes for padding. None where there is no such token."""
+    """The first token id that works as padding behind a document in a row of these `lengths`. None if none works.
+
+    With it the document must be computed as it is alone, and with finite gradients. Some families divide by the length
+    of a vector, which is 0 for transformers' own padding token."""
     size = document.shape[1]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     learning = [value for value in model.parameters() if value.requires_grad]
@@ -155,7 +160,7 @@ def _padding(
             with torch.enable_grad(), lengths_known(lengths):
                 loss = hidden_states(inner, row, positions)[:, :size].square().sum()
                 found = torch.autograd.grad(loss, learning, allow_unused=True)
-        except Exception:  # a family that computes backward by code of its own
+        except Exception:  # a family with its own backward code may raise any error
             return None
         if all(grad is None or bool(grad.isfinite().all()) for grad in found):
             return token
@@ -163,13 +168,13 @@ def _padding(
 
 
 def some_text(model: PreTrainedModel, length: int) -> Tensor:
-    """(1, length) int64, without the first tokens, which often mean something."""
+    """Random tokens, (1, length) int64, without the first ids, which often have a special meaning."""
     others = min(200, model.config.get_text_config().vocab_size - 3)
     return torch.arange(length).mul(37).remainder(others).add(3)[None]
 
 
 class ThreadPeers:
-    """Threads of this process that share a row, each by a slice."""
+    """Threads of this process that share a row. Each has a slice of it."""
 
     size = 2
 
@@ -190,9 +195,7 @@ class ThreadPeers:
 def _fails_shared(
     noise: _Noise, inner: nn.Module, tokens: Tensor, positions: Tensor, alone: Callable[[], Tensor]
 ) -> str | None:
-    """Why two ranks, here threads, that share a row of documents do not compute each as it is computed `alone`; None if
-    they do.
-    """
+    """Why two ranks, here threads, cannot share a row of documents. None if each is computed as it is `alone`."""
     given, meeting = [tokens] * ThreadPeers.size, Barrier(ThreadPeers.size)
 
     def compute(part: int) -> Tensor | str | None:
@@ -200,9 +203,9 @@ def _fails_shared(
         try:
             with torch.no_grad(), lengths_known(_LENGTHS, ThreadPeers(part, given, meeting)):
                 return hidden_states(inner, *slices)
-        except BrokenBarrierError:  # the other one says why
+        except BrokenBarrierError:  # the other thread reports the reason
             return None
-        except Exception as error:  # a family's code for a part of a row
+        except Exception as error:  # a family's code may raise any error for a part of a row
             meeting.abort()
             return _reason(error)
 
@@ -215,8 +218,9 @@ def _fails_shared(
 
 
 def _fails_prefix(noise: _Noise, inner: nn.Module, documents: Sequence[Tensor]) -> str | None:
-    """Why a document that goes on from the first tokens of another one is not computed as behind a copy of them; None
-    if it is.
+    """Why documents cannot share a prefix. None if they can.
+
+    A document that continues another one's first tokens must be computed as if it followed a copy of these.
     """
     first, other = documents[1], documents[2]
     prefix, lengths = first.shape[1] // 2, (first.shape[1], other.shape[1])
@@ -228,7 +232,7 @@ def _fails_prefix(noise: _Noise, inner: nn.Module, documents: Sequence[Tensor]) 
     try:
         with lengths_known(lengths, prefixes=((0, 0), (0, prefix))):
             found = hidden_states(inner, torch.cat([first, other], dim=1), positions)[:, lengths[0] :]
-    except Exception as error:  # a family's code for rows that it was not made for
+    except Exception as error:  # a family's code may raise any error for rows that it was not made for
         return _reason(error)
     return _OTHERWISE if noise.differs(found, behind_a_copy(), behind_a_copy) else None
 
@@ -245,17 +249,17 @@ def hidden_states(inner: nn.Module, tokens: Tensor, positions: Tensor | None = N
 
 
 def takes_positions(inner: nn.Module) -> bool:
-    """Whether a body can be told where the documents of a row begin."""
+    """Whether a body takes positions, which say where the documents of a row begin."""
     return "position_ids" in signature(inner.forward).parameters
 
 
 def _far(one: Tensor, other: Tensor) -> Tensor:
-    """(T,) bool, whether a token's values (1, T, ...) differ by more than rounding."""
+    """Whether each token's values (1, T, ...) differ by more than rounding, (T,) bool."""
     return ~((one - other).abs().amax(-1)[0] <= _DIFFERENT * other.abs().amax())
 
 
 def are_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether the values (1, T, ...) of no token differ by more than rounding."""
+    """Whether the values (1, T, ...) of all tokens are equal up to rounding."""
     return not _far(one, other).any()
 
 
@@ -287,7 +291,7 @@ def _fails_packed(
             module = hold(model, name, weight, _FORM, torch.float32)
             module.weight, module.absmax = (nn.Parameter(part, requires_grad=False) for part in (codes, absmax))
         found = hidden_states(inner, document)
-    except Exception as error:  # a family's code that looks into a weight
+    except Exception as error:  # a family's code that inspects a weight may raise any error
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     plain, *others = shaken
     again = iter(others)
@@ -295,9 +299,7 @@ def _fails_packed(
 
 
 def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:
-    """The weights that can be packed, by their names: of linear layers of the decoder layers, and stacks of experts'
-    matrices.
-    """
+    """Yield the name and the weight of what can be packed: linear layers of decoder layers, and stacks of experts."""
     layers = decoder_layers(model)
     inside = set(layers.modules()) if layers is not None else set[nn.Module]()
     for path, module in model.named_modules():
@@ -311,9 +313,7 @@ def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple
 
 
 def _packed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes and the absmax, as bytes, of a matrix or of a stack of them, and the values that are left of its
-    own.
-    """
+    """The codes and the absmax of a matrix or of a stack, as bytes, and its values after quantization."""
     matrices = [matrix.flatten() for matrix in (weight if weight.ndim == 3 else weight[None])]
     columns, found, left = weight.shape[-1], list[Mapping[str, Tensor]](), list[Tensor]()
     for matrix in matrices:

@@ -1,7 +1,7 @@
-"""A model of the same kinds of layers as a base's, so small that it computes on a CPU in a fraction of a second.
+"""Makes a model of the same kinds of layers as a base, so small that a CPU computes it in a fraction of a second.
 
-Its settings are the base's own but for the sizes: what a family's code does depends on the rest of them. sizes.yaml has
-these by the names that families give them; a size that is not there stays as it is.
+Its settings are the base's own, except for the sizes, because the family's code depends on all other settings.
+sizes.yaml has the sizes by the families' names for them. A size that is not listed there stays as it is.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,13 +27,14 @@ HEADS, HEAD, HIDDEN, VOCABULARY = (
 _NARROW = 48
 """The width of MLPs and experts, whatever they are called."""
 _WIDTH_OF_MLP = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "dim_ff", "feed_forward_size")
-# Lists with an entry for each layer have one of these in their names.
+# A list with one entry for each layer has one of these words in its name.
 BY_LAYER = ("layer", "pattern", "types", "intermediate_size")
 
 
 def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
-    """A model of random weights, the same at every call, in fp32, of the classes of `like`, which `config` describes.
-    Raises whatever transformers does for sizes that a family was not made for."""
+    """A model in fp32 with random weights, equal at every call, of the classes of `like`, which `config` describes.
+
+    transformers may raise any error for sizes that a family was not made for."""
     made: Any = type(config)(**small_settings(config))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -41,13 +42,13 @@ def small_model(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedMo
             decoder = type(like.model)(made)
             head = nn.Linear(made.hidden_size, made.vocab_size, bias=False)
             return _spread(LanguagePart(decoder, head, type(like)))
-        # transformers' grouped products want widths of whole 16 bytes.
+        # transformers' grouped products need widths that are multiples of 16 bytes.
         options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
         return _spread(with_linear_layers(AutoModelForCausalLM.from_config(made, trust_remote_code=False, **options)))
 
 
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that are large enough for a layer to matter beside what goes past it."""
+    """Make the weights large enough that a layer's output matters beside the residual that bypasses it."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for value in model.parameters():
@@ -59,10 +60,10 @@ def _spread(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def small_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The settings of the small model, as transformers' own class of the same `model_type` takes them."""
+    """The settings of the small model, in the form of transformers' own class of the same `model_type`."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     if getattr(config, "hidden_size", HIDDEN + 1) <= HIDDEN:
-        return settings  # it is small already
+        return settings  # the model is already small
     made = {**_sized(settings), **_that_follow(settings)}
     if rotary := settings.get("rope_parameters"):
         made["rope_parameters"] = _small_rotary(rotary, settings, made)
@@ -101,8 +102,9 @@ def _sized(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _small_rotary(rotary: Mapping[str, Any], settings: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings, or those of each kind of layer, for heads of the sizes `made`: sections of the dimension
-    that is turned are parts of that."""
+    """The rotary settings, or those of each kind of layer, for heads of the sizes `made`.
+
+    Sections of the rotated dimension are scaled with it."""
     found = {
         key: _small_rotary(value, settings, made) if isinstance(value, dict) else value for key, value in rotary.items()
     }
@@ -116,15 +118,13 @@ def _small_rotary(rotary: Mapping[str, Any], settings: Mapping[str, Any], made: 
 
 
 def _scaled(sections: list[int], total: int) -> list[int]:
-    """The parts of a rotary dimension in like proportions."""
+    """The sections of a rotary dimension, in the same proportions."""
     made = [max(1, part * total // sum(sections)) for part in sections]
     return [*made[:-1], total - sum(made[:-1])]
 
 
 def _that_follow(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes that are fixed by others: as many heads of keys as of queries, heads that fill the inner width of a
-    recurrence.
-    """
+    """Sizes that follow from others, such as the number of key heads, or the heads of a recurrence's inner width."""
     made, inner = dict[str, int](), HIDDEN * int(settings.get("expand") or settings.get("mamba_expand") or 1)
     heads = next((settings[key] for key in _HEADS if settings.get(key)), None)
     if heads and settings.get("num_key_value_heads") == heads:
@@ -168,7 +168,7 @@ def _size_of(key: Any, value: Any) -> Any:
 
 
 def small_id(key: str, value: Any) -> Any:
-    """The value of a setting, which for the id of a token is one that the trial's text has not."""
+    """The value of a setting. A token id is replaced by one that the trial's text does not contain."""
     if not key.endswith(_IDS) or not isinstance(value, int) or isinstance(value, bool):
         return value
     return 0 if key == "pad_token_id" else min(value, 2)
@@ -182,8 +182,9 @@ def _is_by_layer(key: str, value: Any, count: int) -> bool:
 
 
 def _one_of_each_kind(settings: Mapping[str, Any], count: int) -> list[int]:
-    """Numbers of layers that differ by any list that has an entry for each; two at least, as families treat their first
-    one otherwise.
+    """The numbers of layers that differ in any list with an entry for each layer.
+
+    There are at least two, because families may treat their first layer differently.
     """
     lists = [value for key, value in settings.items() if _is_by_layer(key, value, count)]
     kinds = dict[Any, int]()

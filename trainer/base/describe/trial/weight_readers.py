@@ -1,8 +1,8 @@
-"""Linear layers whose weights a family's own code reads, found by use: a small model of the same kinds computes once,
-and each reads' place is noted.
+"""Finds linear layers whose weights a family's own code reads.
 
-Such a layer must stay as it is stored: code that multiplies with `layer.weight`, clamps it or asks its type cannot do
-so with packed bytes.
+A small model of the same kinds of layers computes once, and the place of each read is recorded. Such a layer must stay
+as it is stored: code that multiplies with `layer.weight`, clamps it or asks for its type cannot do so with packed
+bytes.
 """
 
 from collections.abc import Iterator
@@ -23,16 +23,17 @@ in all of a model.
 
 
 def places_read(model: PreTrainedModel) -> set[Place]:
-    """The places of the linear layers in the decoder layers of `model` whose weight is read by other code than their
-    own forward pass, or that compute something else than a product."""
+    """The places of linear layers in decoder layers whose weight is read by code other than their forward pass.
+
+    Layers that compute something other than a product also count."""
     found = set[Place]()
     tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
     with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # Some families clamp weights only as they train, others scale them only as they do not.
+        # Some families clamp weights only in training, others scale them only in evaluation.
         for training in (False, True):
             model.train(training)
-            # A layer that convolves hands its weights to a fused kernel as it trains, but not as
-            # trainer/model/documents.py calls it.
+            # A convolution passes its weights to a fused kernel in training, but not when trainer/model/documents.py
+            # calls it.
             for module in model.modules():
                 module.training = training and not convolves(module)
             model(input_ids=tokens, use_cache=False)
@@ -45,9 +46,7 @@ def place_of(around: nn.Module, name: str) -> Place:
 
 @contextmanager
 def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
-    """Inside, every linear layer of the decoder layers adds its place to `found` when its weight is read from
-    outside.
-    """
+    """A context that adds the place of each linear layer of the decoder layers to `found` if code reads its weight."""
     layers, classes = decoder_layers(model), dict[nn.Module, type[nn.Module]]()
     for around in layers.modules() if layers is not None else ():
         for name, child in around.named_children():
@@ -62,7 +61,7 @@ def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
 
 
 def _watching(kind: type[nn.Linear], place: Place, found: set[Place]) -> type[nn.Linear]:
-    """A subclass of `kind` whose weight can be read by its own forward pass alone without a note in `found`."""
+    """A subclass of `kind` that adds its place to `found` if its weight is read outside its own forward pass."""
 
     def weight(self: Any) -> Tensor:
         if not vars(self).get("computes"):
@@ -83,7 +82,7 @@ def _watching(kind: type[nn.Linear], place: Place, found: set[Place]) -> type[nn
 
 
 def _is_product(linear: nn.Linear, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> bool:
-    """Whether a linear layer with a forward pass of its own has the result of a plain one."""
+    """Whether a linear layer with its own forward pass gives the result of a plain linear layer."""
     if len(given) != 1 or named or not isinstance(result, Tensor):
         return False
     plain = nn.functional.linear(given[0], linear.weight, linear.bias)

@@ -1,8 +1,8 @@
-"""The class that people load, in small, where it sees or hears beside its language model: what it predicts of text is
-what the language model must predict.
+"""Tries a small version of the class that users load, if it also processes pictures or sound.
 
-Its decoder and its head are the small language model's own. Its towers take no memory, as text does not reach them. A
-module that text does reach gets random weights when it is called.
+It must predict text exactly as the language model does. Its decoder and its head are those of the small language model.
+Its towers take no memory, because text does not reach them. A module that text does reach gets random weights when it
+is called.
 """
 
 import copy
@@ -25,12 +25,13 @@ _AS_WIDE = ("out_hidden_size", "text_hidden_size")
 
 
 def small_whole(config: PretrainedConfig, language: PreTrainedModel) -> PreTrainedModel:
-    """The whole model that `config` describes, around the small `language` model. Raises whatever transformers does for
-    sizes that a class was not made for."""
+    """The whole model that `config` describes, around the small `language` model.
+
+    transformers may raise any error for sizes that a class was not made for."""
     made = copy.deepcopy(config)
     text, small = made.get_text_config(), language.config.get_text_config()
     around, place = next(_places(made, text))
-    for key, value in vars(text).items():  # a setting that is there twice
+    for key, value in vars(text).items():  # a setting that also stands in the whole's settings
         if key in vars(around) and vars(around)[key] == value and key in vars(small):
             setattr(around, key, vars(small)[key])
     for part in _parts(made):
@@ -47,8 +48,10 @@ def small_whole(config: PretrainedConfig, language: PreTrainedModel) -> PreTrain
 
 
 def predicts_otherwise(whole: PreTrainedModel, language: PreTrainedModel) -> bool:
-    """Whether `small_whole` does not predict of text what the body of the `language` model and the head do with that
-    which the whole class does to their logits. Raises whatever the class does when it is given text alone."""
+    """Whether `small_whole` predicts text differently than the `language` model.
+
+    The known scaling and capping of logits is applied to the language model. The class may raise any error for text
+    without pictures or sound."""
     head: Any = language.get_output_embeddings()
     tokens = some_text(language, 21)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -66,13 +69,13 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def _places(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tuple[PretrainedConfig, str]]:
-    """The settings that those of the language model are a part of, at whatever depth, and their name there."""
+    """Yield the settings that contain those of the language model, at any depth, and their name there."""
     for part in _parts(config):
         yield from ((part, key) for key, value in vars(part).items() if value is text)
 
 
 def hollow(whole: PreTrainedModel) -> PreTrainedModel:
-    """`whole`, made on `meta`, with zeros on the CPU that take no memory: its code may ask where its weights are."""
+    """`whole`, made on `meta`, with zeros on the CPU that take no memory. Its code may ask for its weights' device."""
     for module in whole.modules():
         for name, value in module._parameters.items():
             if value is not None and value.is_meta:
@@ -88,7 +91,7 @@ def _zeros(value: Tensor) -> Tensor:
 
 
 def _fill(module: nn.Module, _given: Any) -> None:
-    """Give the weights of `module` that take no memory random values. What text reaches has no special weights then."""
+    """Give the weights of `module` that take no memory random values, so that no module on text's path has zeros."""
     for name, value in module._parameters.items():
         if value is not None and value.numel() > 1 and not any(value.stride()):
             module._parameters[name] = nn.Parameter(0.05 * torch.randn(value.shape), requires_grad=False)

@@ -1,1 +1,1 @@
-"""Bases whose experts are in MXFP4, and how an expert is decoded."""
+"""Bases whose experts are in MXFP4, and the decoding of an expert."""

@@ -1,4 +1,4 @@
-"""The values of a stack of experts in MXFP4, as they are read: put in transformers' order and decoded to bf16."""
+"""Reads the values of a stack of experts in MXFP4, decoded to bf16 and in transformers' order."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Mxfp4Experts:
 
     @property
     def kept(self) -> KeptSources:
-        """How it can stay as it is."""
+        """The sources of its codes and scales, with which it can stay as it is."""
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.blocks), "scales": as_bytes(self.scales)}
         kept = Kept(Code("e2m1", (1, BLOCK)), "F8_E8M0", self.dtype, transposed=True)
         return KeptSources(kept, PackedSources(parts, None))
@@ -56,7 +56,7 @@ class Mxfp4Experts:
         return data
 
     def _expert(self, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Its blocks (outputs, inputs / 32, 16) and scales (outputs, inputs / 32)."""
+        """The blocks (outputs, inputs / 32, 16) and the scales (outputs, inputs / 32) of an expert."""
         _, outputs, groups, half = self.blocks.shape
         count = outputs * groups
         blocks = self.last_reads.read(self.blocks, expert * count * half, (expert + 1) * count * half)
@@ -68,16 +68,17 @@ class Mxfp4Experts:
 
 
 def _decoded(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> Iterator[NDArray[np.uint32]]:
-    """The bits of bf16 of a block of each output, input by input, all outputs of one after another, some inputs at a
-    time: blocks (outputs, 16), scales (outputs,) -> some of (32 * outputs,)."""
+    """Yield the bf16 bits of one block of each output: blocks (outputs, 16), scales (outputs,) -> (32 * outputs,).
+
+    The values come input by input, each with all of its outputs, and some inputs at a time."""
     pairs, powers = np.ascontiguousarray(blocks.T), E8M0[scales]
     at_once = max(1, DECODED_AT_ONCE // 2 // len(scales))
     for first in range(0, len(pairs), at_once):
         part = pairs[first : first + at_once]
         values = np.stack([_LOWER.take(part, mode="clip"), _UPPER.take(part, mode="clip")], axis=1)
-        with np.errstate(over="ignore"):  # infinity is what transformers has there too
+        with np.errstate(over="ignore"):  # transformers also gets infinity there
             values *= powers
-        # The upper half of an fp32 number is all of it here: two bits of mantissa, and no exponent that bf16 has not.
+        # The upper half of the fp32 number is exact: the mantissa has two bits, and bf16 has all of the exponents.
         bits = values.reshape(-1).view(np.uint32)
         bits >>= 16
         yield bits

@@ -1,13 +1,13 @@
-"""Bases whose experts are in MXFP4, as gpt-oss is published: blocks of 32 weights, 4 bits each, with a power of two as
-scale.
+"""Bases whose experts are in MXFP4, as in gpt-oss: blocks of 32 weights in 4 bits, with a power of two as scale.
 
 Where a plain base has `experts.gate_up_proj` (experts, inputs, outputs), the files have `experts.gate_up_proj_blocks`
 (experts, outputs, inputs / 32, 16), two weights a byte, the lower half first, and `experts.gate_up_proj_scales`
-(experts, outputs, inputs / 32), exponents plus 127 (OCP Microscaling specification 1.0). All else is in 16 bits.
+(experts, outputs, inputs / 32), exponents plus 127 (OCP Microscaling specification 1.0). All other weights are in 16
+bits.
 
-Each weight is a bf16 number exactly, the one that transformers' dequantize=True gives. It is also put in transformers'
-order, in which matrices are multiplied and quantized: the transpose of the stored one. So a range of an expert needs
-bytes from all over it, and an expert is read whole.
+Each weight is exactly a bf16 number, the one that transformers' dequantize=True gives. Matrices are multiplied and
+quantized in transformers' order, which is the transpose of the stored one. So a range of an expert needs bytes from all
+over the stored expert, and an expert is read whole.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from trainer.errors import ConfigError
 from trainer.model.held.codes import Code, Kept
 from trainer.store.safetensors_index import StoredTensor, numel
 
-# Blocks and scales of two experts are kept, as pieces of two may be in flight: some 9 MB each in both sizes of gpt-oss.
+# Keep blocks and scales of two experts, because pieces of two may be in flight. Each expert of gpt-oss has about 9 MB.
 _READS_KEPT = 4
 
 
 class Mxfp4(StoredFormat):
-    """Experts in MXFP4, all else as in a plain base."""
+    """Experts in MXFP4. All other weights are as in a plain base."""
 
     readable: ClassVar[str] = "MXFP4"
     dequantizes: ClassVar[bool] = True
@@ -53,8 +53,8 @@ class Mxfp4(StoredFormat):
 
 
 def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
-    """Raises `ConfigError` unless `base` has a scale for each block of `name`."""
-    # Only what reads weights loads numpy: `plan` does not, and answers sooner.
+    """The decoded weight `name`. Raises `ConfigError` unless `base` has a scale for each of its blocks."""
+    # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
     from trainer.base.stored.mxfp4.experts import BLOCK, Mxfp4Experts
 
     blocks, scales = (base.tensors.get(part) for part in _parts(name))
@@ -75,7 +75,7 @@ def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The names of what the files have in the place of a stack of experts."""
+    """The names of the tensors that the files have in place of a stack of experts: blocks and scales."""
     return f"{name}_blocks", f"{name}_scales"
 
 

@@ -1,1 +1,1 @@
-"""Parts that several stored formats use, and that are no format themselves."""
+"""Code that several stored formats share."""

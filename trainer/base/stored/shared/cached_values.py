@@ -1,4 +1,4 @@
-"""Values that several pieces of a weight need: made or read once, and kept while that is likely."""
+"""Caches values that several pieces of a weight need, so that they are made or read only once."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,14 +12,14 @@ Value = TypeVar("Value")
 
 
 class LastMade(Generic[Value]):
-    """The values that were asked for last. Threads that want the same one at the same time share the making of it."""
+    """A cache of the values that were asked for last. Threads that need the same value at once make it only once."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._kept: OrderedDict[Hashable, Future[Value]] = OrderedDict()
 
     def get(self, key: Hashable, most: int, make: Callable[[], Value]) -> Value:
-        """The value `key`, made by the first thread that asks; `most` stay. Raises what `make` raises, every time."""
+        """The value `key`, made by the first thread that asks. Keeps `most` values. Raises the errors of `make`."""
         with self._lock:
             future = self._kept.get(key)
             first = future is None
@@ -39,16 +39,16 @@ class LastMade(Generic[Value]):
 
 
 class LastReads:
-    """The last `most` ranges that were read. 32 are the scales of as many matrices, a few thousand numbers each: pieces
-    of more are never in flight."""
+    """A cache of the last `most` ranges that were read.
+
+    32 ranges hold the scales of as many matrices, a few thousand numbers each. Pieces of more matrices are never in
+    flight."""
 
     def __init__(self, most: int = 32) -> None:
         self._most = most
         self._kept = LastMade[bytearray]()
 
     def read(self, source: TensorSource, begin: int, end: int) -> bytearray:
-        """The bytes of elements [begin, end), which the caller must not change. Raises what the store raises, every
-        time.
-        """
+        """The bytes of elements [begin, end), which the caller must not change. Raises the store's errors."""
         key = (source.key, *source.byte_range(begin, end))
         return self._kept.get(key, self._most, lambda: source.read(begin, end))

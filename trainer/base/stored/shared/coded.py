@@ -1,10 +1,8 @@
-"""The values of a matrix in 4 or 8 bits, as they are read: the number that each code stands for, times the scale of its
-tile.
+"""Decodes a matrix in 4 or 8 bits while it is read: each value is the number of its code times the scale of its tile.
 
-A tile is some rows and columns of a matrix that share a scale: 128 x 128 in FP8, a group of 16, 32 or 128 weights of a
-row in 4 bits, a row, or the whole matrix. Codes of 4 bits are two a byte, the lower half first; eight of them in an
-int32, as integer formats have them, are the same bytes. A range of weights costs as many codes, and the scales of its
-tiles.
+A tile is a part of a matrix that shares one scale: 128 x 128 in FP8, a group of 16, 32 or 128 weights of a row in 4
+bits, a row, or the whole matrix. A byte has two 4-bit codes, the lower half first. Integer formats have eight codes in
+an int32, which are the same bytes. To read a range of weights, only its codes and the scales of its tiles are read.
 """
 
 import math
@@ -29,13 +27,12 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Coded:
-    """The values of a matrix or a stack (..., rows, columns) in `code`; `scales` has one for each of its tiles, in
-    their order.
+    """The values of a matrix or a stack (..., rows, columns) in `code`. `scales` has one for each tile, in their order.
 
-    `second` is a scale of the scales, one for a whole matrix: it multiplies them, or it `second_divides` them. `zeros`
-    has the code that stands for zero in each tile, where that is not the number 0: packed along the rows of tiles into
-    int32, (ceil(tile rows / codes an int32), tile columns). `order` is the column of tiles of each column, where
-    columns of one tile do not lie together. `then` multiplies the products once more.
+    `second` is one scale of the scales for a whole matrix. It multiplies them, or divides them if `second_divides`.
+    `zeros` has the code that means zero in each tile, unless that is the number 0. They are packed along the rows of
+    tiles into int32, (ceil(tile rows / codes an int32), tile columns). `order` is the column of tiles of each column,
+    if the columns of a tile do not lie together. `then` multiplies the products once more.
     """
 
     codes: TensorSource
@@ -55,7 +52,7 @@ class Coded:
         start = begin // each
         raw = as_bytes(self.codes).read(start, -(-end // each))
         data = bytearray(max(item * (end - begin), len(raw)))
-        # It is decoded in place, from the front: codes at the end are read before values are written over them.
+        # Decode in place, from the front. Codes lie at the end and are read before values overwrite them.
         data[len(data) - len(raw) :] = raw
         stored = np.frombuffer(data, np.uint8)[len(data) - len(raw) :]
         del raw
@@ -75,7 +72,7 @@ class Coded:
             values = self._values(stored, first - start * each, last - start * each).reshape(-1, width)
             if zeros is not None:
                 values -= zeros[of_rows].take(across, axis=1, mode="clip")
-            with np.errstate(over="ignore", invalid="ignore"):  # infinity is what transformers has there too
+            with np.errstate(over="ignore", invalid="ignore"):  # transformers also gets infinity there
                 values *= tiles[of_rows].take(across, axis=1, mode="clip")
                 if self.then is not None:
                     values *= np.float32(self.then)
@@ -85,14 +82,14 @@ class Coded:
 
     @property
     def kept(self) -> KeptSources | None:
-        """How it can stay as it is; None where more than its scales makes values of its codes."""
+        """The sources with which it can stay as it is. None if decoding needs more than codes and scales."""
         if any(part is not None for part in (self.second, self.zeros, self.order, self.then)):
             return None
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
         return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
 
     def _row_of_tiles(self, number: int) -> int:
-        """The row of tiles that the row `number` of the stack lies in."""
+        """The row of tiles in which the row `number` of the stack lies."""
         rows, down = self.shape[-2], self.code.tile[0]
         matrix, row = divmod(number, rows)
         return matrix * math.ceil(rows / down) + row // down
@@ -101,7 +98,7 @@ class Coded:
         """Those of the rows of tiles [first, last), (last - first, columns of tiles)."""
         source, per_row = self.scales, self.code.tiles(*self.shape[-2:])[1]
         begin, end = first * per_row, last * per_row
-        if self.code.tile[0] > 1 or per_row == 1:  # so few that a rank may as well read them once
+        if self.code.tile[0] > 1 or per_row == 1:  # there are so few that reading all of them once is cheap
             whole = SCALES[source.dtype](self.last_reads.read(source, 0, numel(source)))
             found = whole[begin:end]
         else:
@@ -121,22 +118,20 @@ class Coded:
         return TABLES[self.code.numbers][codes[first - begin * each : last - begin * each]]
 
     def _tile_of_columns(self) -> NDArray[np.int32]:
-        """The column of tiles that each column lies in."""
+        """The column of tiles in which each column lies."""
         if self.order is None:
             return np.arange(self.shape[-1], dtype=np.int32) // np.int32(self.code.tile[1])
         return np.frombuffer(self.last_reads.read(self.order, 0, numel(self.order)), np.int32)
 
     def _values(self, stored: NDArray[np.uint8], begin: int, end: int) -> Floats:
-        """The numbers that the codes [begin, end) stand for."""
+        """The numbers that the codes [begin, end) represent."""
         if self.code.bits == 8:
             return TABLES[self.code.numbers].take(stored[begin:end], mode="clip")
         pairs = _PAIRS[self.code.numbers].take(stored[begin // 2 : -(-end // 2)], axis=0, mode="clip")
         return pairs.reshape(-1)[begin % 2 : begin % 2 + end - begin]
 
     def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """[begin, end) in runs of whole rows, each a row of tiles or all of one, and of the parts of rows at both
-        ends.
-        """
+        """Divide [begin, end) into runs of whole rows of one row of tiles, and the parts of rows at both ends."""
         (rows, columns), down = self.shape[-2:], self.code.tile[0]
         while begin < end:
             number, column = divmod(begin, columns)

@@ -1,7 +1,7 @@
-"""The values of a matrix whose files have its transpose in 4 or 8 bits, packed into int32: GPTQ's and AWQ's.
+"""Decodes a matrix whose transpose is stored in 4 or 8 bits, packed into int32, as in GPTQ and AWQ.
 
-A row of the matrix needs bytes from all over the codes, so that a process which reads some rows of a matrix reads all
-of its codes, once. A row of the transpose lies together: ranks read these, and exchange what they need
+The codes of one row of the matrix are scattered over the whole tensor, so a process that reads some rows reads all
+codes once. The codes of a row of the transpose lie together: ranks read such rows, and exchange what they need
 (trainer/base/partitions/exchanged.py).
 """
 
@@ -15,9 +15,9 @@ from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import SCALES, Floats, write_as
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
-# Weights that are decoded at once, by each thread that reads.
+# The number of weights that each reading thread decodes at once.
 _AT_ONCE = 2**18
-# A multiple of the codes that an int32 has.
+# A multiple of the number of codes in an int32.
 _ROWS = 8
 _SHARED = 128
 
@@ -26,10 +26,10 @@ _SHARED = 128
 class Columns:
     """The values of a matrix (outputs, inputs): (code - zero) * scale, in the type of the scales.
 
-    `codes` are packed along the inputs, (inputs / codes an int32, outputs), or, where `along_outputs`, along the
-    outputs. `zeros` (groups, outputs / codes an int32) are packed along the outputs, and one `more` than they say.
-    `scales` are (groups, outputs). A group is `group` inputs, or those for which `group_of` has its number. `order`
-    says which shift each code of an int32 along the outputs has.
+    `codes` are packed along the inputs, (inputs / codes an int32, outputs), or along the outputs with `along_outputs`.
+    `zeros` (groups, outputs / codes an int32) are packed along the outputs, and `more` is added to them. `scales` are
+    (groups, outputs). A group is `group` consecutive inputs, or the inputs to which `group_of` gives its number.
+    `order` gives the shift of each code in an int32 along the outputs.
     """
 
     codes: TensorSource
@@ -65,7 +65,7 @@ class Columns:
 
     @property
     def together(self) -> int:
-        """Inputs that share scales, or so many that these are little beside the codes; whole int32 in any case."""
+        """The inputs that share scales, or enough that scales are small beside the codes. Always whole int32."""
         return -(-min(self.group, _SHARED) // _ROWS) * _ROWS
 
     def _rows(self, first: int, last: int) -> Floats:
@@ -79,8 +79,9 @@ class Columns:
         return self._block(first, last, 0, self.shape[0], group, _only)
 
     def _block(self, begin: int, end: int, first: int, last: int, group: NDArray[np.int32], rows: "_Rows") -> Floats:
-        """The values of the inputs [begin, end), whose groups are `group`, and the outputs [first, last); `rows` reads
-        rows of a tensor.
+        """The values of the inputs [begin, end), whose groups are `group`, and the outputs [first, last).
+
+        `rows` reads rows of a tensor.
         """
         each, low = 32 // self.bits, int(group.min())
         if self.along_outputs:
@@ -98,7 +99,7 @@ class Columns:
         return values
 
     def _along_outputs(self, words: NDArray[np.uint32], first: int, last: int) -> NDArray[np.uint32]:
-        """The codes of the outputs [first, last), of words that have several side by side."""
+        """The codes of the outputs [first, last), from words that hold several outputs."""
         each = 32 // self.bits
         part = words[:, first // each : -(-last // each), None] >> np.array(self.order, np.uint32)
         return (part & self._mask).reshape(len(words), -1)[:, first % each :][:, : last - first]
@@ -114,7 +115,7 @@ class Columns:
         return np.frombuffer(rows(self.group_of, first, last), np.int32)
 
     def _whole(self, source: TensorSource, first: int, last: int) -> memoryview:
-        """Rows of a tensor that is read whole, and once."""
+        """Rows of a tensor that is read as a whole, only once."""
         data = memoryview(self.last_reads.read(source, 0, numel(source)))
         row = len(data) // source.shape[0]
         return data[first * row : last * row]
@@ -125,7 +126,7 @@ _Rows = Callable[[TensorSource, int, int], bytearray | memoryview]
 
 
 def _only(source: TensorSource, first: int, last: int) -> bytearray:
-    """These rows alone."""
+    """Read only these rows."""
     width = numel(source) // source.shape[0]
     return source.read(first * width, last * width)
 

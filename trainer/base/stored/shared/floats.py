@@ -1,7 +1,7 @@
-"""Floating-point numbers of 4, 8 and 16 bits as numpy's fp32, which numpy itself does not know.
+"""Converts floating-point numbers of 4, 8 and 16 bits, which numpy does not know, to fp32 and back.
 
 E8M0 is that of the OCP Microscaling specification 1.0 (section 5.4.1); trainer/model/held/codes.py has the others.
-numpy decodes here and not torch: it is twice as fast on one thread, and each of the threads that read is one.
+numpy decodes here instead of torch because it is twice as fast on one thread, and several threads read at once.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 
 from trainer.model.held.codes import VALUES, Numbers
 
-# Numbers that are decoded at once, by each thread that reads: their fp32 values stay in a core's cache.
+# Numbers that each reading thread decodes at once. Their fp32 values stay in a core's cache.
 DECODED_AT_ONCE = 2**14
 Floats = NDArray[np.float32]
 
 
 def _e8m0() -> Floats:
-    """The power of two that each byte stands for, (256,)."""
+    """The power of two that each byte represents, (256,)."""
     powers = np.ldexp(np.float32(1), np.arange(255, dtype=np.int32) - 127)
     return np.append(powers, np.float32(np.nan))
 
 
 TABLES: dict[Numbers, Floats] = {numbers: np.array(values, np.float32) for numbers, values in VALUES.items()}
 E2M1, E4M3, E8M0 = TABLES["e2m1"], TABLES["e4m3"], _e8m0()
-# The types that scales are stored in, by safetensors' names. U8 are exponents too, of writers whose torch had no name
-# for them.
+# The types in which scales are stored, by safetensors' names. U8 also holds exponents, from writers whose torch had no
+# type for them.
 SCALES: dict[str, Callable[[bytearray | memoryview], Floats]] = {
     "F32": lambda data: np.frombuffer(data, np.float32),
     "F16": lambda data: np.frombuffer(data, np.float16).astype(np.float32),
@@ -45,8 +45,9 @@ def round_to_bf16(values: Floats, out: NDArray[np.uint16]) -> None:
 
 
 def write_as(values: Floats, dtype: str, data: bytearray | NDArray[np.uint8], at: int = 0) -> None:
-    """Write `values` to `data` behind its first `at` ones, in a type of 16 or 32 bits by safetensors' name. `values`
-    are overwritten.
+    """Write `values` to `data`, after its first `at` values, in a type of 16 or 32 bits. `values` are overwritten.
+
+    `dtype` is safetensors' name of the type.
     """
     places = slice(at, at + len(values))
     if dtype == "BF16":

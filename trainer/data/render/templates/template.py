@@ -47,6 +47,8 @@ _TEMPLATES = (
     NamedTemplate("gemma", ("<start_of_turn>", "<end_of_turn>"), "Google's Gemma 1 to 3"),
     NamedTemplate("mistral", ("[INST]", "[/INST]"), "Mistral's instruct models with the tokenizer of version 3"),
     NamedTemplate("phi3", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "Microsoft's Phi-3"),
+    # Its headings are plain text, so any base can have it, and none is known by it.
+    NamedTemplate("alpaca", (), "Stanford's Alpaca, as axolotl writes it"),
 )
 NAMED: Mapping[str, NamedTemplate] = {template.name: template for template in _TEMPLATES}
 """The named templates. If a base has the tokens of several, the first of these is proposed."""
@@ -93,7 +95,7 @@ def no_template(tokens: Collection[str] = ()) -> ConfigError:
 
 def fitting_template(tokens: Collection[str]) -> str | None:
     """The named template whose tokens are all among those of a tokenizer. None if there is none."""
-    return next((name for name, named in NAMED.items() if set(named.tokens) <= set(tokens)), None)
+    return next((name for name, named in NAMED.items() if named.tokens and set(named.tokens) <= set(tokens)), None)
 
 
 def template_text(data: Data) -> str | None:
