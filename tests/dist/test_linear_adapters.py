@@ -151,8 +151,12 @@ def test_a_merged_model_is_what_peft_merges(
     plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     assert expected.keys() == model.state_dict().keys()
     changed = set[str]()
+    # A product of matrices rounds its last bit by its number of rows: PEFT rotates all at once, a merge a part.
+    apart = 2e-7 if method == "oft" and dtype == torch.float32 else 0.0
     for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+        torch.testing.assert_close(
+            value, expected[name], rtol=apart, atol=apart, msg=lambda text, name=name: f"{name}: {text}"
+        )
         if not torch.equal(value, plain.state_dict()[name]):
             changed.add(name)
     _, config, trained = trained_checkpoint(run, 4)
@@ -162,7 +166,7 @@ def test_a_merged_model_is_what_peft_merges(
     assert changed == updates.keys()
     assert any(name.endswith(".bias") for name in changed) == ((method, kind) == ("ia3", "qwen2"))
     plain.load_state_dict(expected)
-    assert torch.equal(logits(model), logits(plain))
+    torch.testing.assert_close(logits(model), logits(plain), rtol=50 * apart, atol=50 * apart)
 
 
 def test_a_merge_is_proven_and_a_broken_file_is_caught(run: Store, tmp_path: Path) -> None:
