@@ -245,13 +245,13 @@ class BitsAndBytes:
         from trainer.model.held.blockwise import four_bit_code, nested_code
         from trainer.model.held.encoder import as_bytes
 
-        form, scales, columns = self.form, list[Tensor](), shape[1]
+        form, scales, columns = self.form, list[torch.Tensor](), shape[1]
         for weights in pieces:
             parts = form.encode(weights.to(self.dtype), columns)
             error.add(weights, form.decode(parts, weights.numel(), columns, self.dtype))
             scales.append(parts["absmax"])
             yield as_bytes(parts["weight"])
-        absmax, facts, nested = torch.cat(scales), dict[str, Any](), list[Tensor]()
+        absmax, facts, nested = torch.cat(scales), dict[str, Any](), list[torch.Tensor]()
         if form.spanning:
             spanned, mean = form.spanning.finish(absmax.view(torch.float32))
             absmax, nested = spanned["absmax"], [spanned["nested_absmax"], nested_code(absmax.device)]

@@ -52,7 +52,7 @@ class Fp8Tiles:
 
         from trainer.model.held.encoder import as_bytes
 
-        largest, scales = torch.finfo(torch.float8_e4m3fn).max, list[Tensor]()
+        largest, scales = torch.finfo(torch.float8_e4m3fn).max, list[torch.Tensor]()
         for weights in pieces:
             tiles = weights.float().view(-1, self.tile, shape[1] // self.tile, self.tile)
             scale = tiles.abs().amax((1, 3), keepdim=True) / largest
