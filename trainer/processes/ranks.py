@@ -382,7 +382,8 @@ def _waited_for(store: Store, world_size: int, within: timedelta, is_gone: Calla
             if missing and over:
                 return missing
             if is_gone is not None and any(map(is_gone, missing)):
-                store.set(_OUTCOME, ",".join(map(str, missing)))
+                # Others may have come since they were looked for.
+                store.set(_OUTCOME, ",".join(map(str, _missing(store, world_size))))
         else:
             return [int(number) for number in store.get(_OUTCOME).decode().split(",") if number]
 
