@@ -3,12 +3,13 @@
 If the base also processes pictures or sound, they are a part of its settings.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -16,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from trainer.base.describe.language_part import head_of, is_part, whole_model
+from trainer.base.describe.language_part import is_part
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 
@@ -28,7 +29,8 @@ def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
 
     It is that of the whole model if the language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    return first_layers(causal(config, str(directory)), layers)[0]
+    given = json.loads((directory / "config.json").read_bytes())
+    return first_layers(causal(config, str(directory), given), layers)[0]
 
 
 def unknown(base_config: Mapping[str, Any], name: str) -> str:
@@ -46,8 +48,11 @@ def unknown(base_config: Mapping[str, Any], name: str) -> str:
     return f"{said} Give a causal language model that it knows."
 
 
-def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
-    """The settings of the language model within those of a base, which may also process pictures or sound."""
+def causal(config: PretrainedConfig, name: str, given: Mapping[str, Any]) -> PretrainedConfig:
+    """The settings of the language model within those of a base, which may also process pictures or sound.
+
+    `given` is the base's config.json. It tells a setting from a default of its type.
+    """
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ConfigError(
@@ -76,7 +81,9 @@ def causal(config: PretrainedConfig, name: str) -> PretrainedConfig:
     text.name_or_path = config.name_or_path
     is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     if is_whole and _tied(text) != _tied(config):
-        text.tie_word_embeddings = _ties(whole_model(config))
+        # Where nobody said that the head is tied, published files have one of their own, and transformers ties no
+        # weights that differ in the files.
+        text.tie_word_embeddings = bool(given.get("tie_word_embeddings"))
     return text
 
 
@@ -94,12 +101,6 @@ def _no_language_model(config: PretrainedConfig, name: str) -> str:
 
 def _tied(config: PretrainedConfig) -> bool | None:
     return getattr(config, "tie_word_embeddings", None)
-
-
-def _ties(whole: PreTrainedModel) -> bool:
-    """Whether a model's head is its embedding. The settings of the whole and of its language model may differ."""
-    head = head_of(whole)
-    return head is not None and cast(Any, head).weight is whole.get_input_embeddings().weight
 
 
 def first_layers(config: PretrainedConfig, layers: int | None) -> tuple[PretrainedConfig, int]:

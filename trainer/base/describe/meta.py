@@ -88,7 +88,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which only its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
-        config = causal(whole, name)
+        config = causal(whole, name, base_config)
         text = config.get_text_config()
         count: Any = getattr(text, "num_hidden_layers", None)
         if not isinstance(count, int):
