@@ -84,11 +84,11 @@ def find_reward(name: str) -> Reward:
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, _, function = name.partition(":")
+    # The user's own module, or tasks, may lie in the current folder. This folder is searched last, so no file there
+    # replaces a library.
+    sys.path.append(os.getcwd())
     if module == "verifiers":
         return reward_of(function)
-    # The user's own module may lie in the current folder. This folder is searched last, so no file there replaces a
-    # library.
-    sys.path.append(os.getcwd())
     return getattr(import_module(module), function)
 
 
