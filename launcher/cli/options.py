@@ -64,7 +64,7 @@ FormatOption = Annotated[
     ),
 ]
 MERGED = {"--merge": "--format merged", "--merged": "--format merged"}
-"""What stands in the place of options that somebody may look for."""
+"""Options that people look for, and what they write instead."""
 
 # No machine has as many; a plan for them would say nothing.
 _MOST_GPUS = 2**17

@@ -44,7 +44,7 @@ class Failure:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the record of the end keeps of it for programs."""
+        """The fields of the end record that programs read."""
         lost: dict[str, Any] = {"lost_machine": True} if self.lost_machine else {}
         return lost if self.died is None else {**lost, "died": self.died}
 

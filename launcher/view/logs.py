@@ -1,4 +1,4 @@
-"""What a run prints, from its folder alone: the output of its ranks and drivers, and its progress as plain lines.
+"""Show the output of a run from its folder alone: that of its ranks and drivers, and its progress as plain lines.
 
 The plain lines are for places without a terminal.
 """

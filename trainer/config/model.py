@@ -248,8 +248,8 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """What learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says when to use which
-    method.
+    """These settings choose what learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says
+    when to use which method.
     """
 
     method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(

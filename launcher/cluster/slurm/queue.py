@@ -99,7 +99,7 @@ def _when(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class SlurmStatus:
-    """What a run's folder and what Slurm say, side by side.
+    """The state of a run by its folder, and by Slurm.
 
     `jobs` is empty if Slurm cannot be asked or has forgotten them.
     """

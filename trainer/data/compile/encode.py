@@ -46,7 +46,7 @@ class Encoded:
 
 
 def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
-    """What the row at `where` carries but its text lacks, by these names, in a form that can be added up."""
+    """Count the fields `names`, which the row at `where` has and its text lacks, in a form that can be added up."""
     return {printable(name): LeftOut(rows=1, examples=[where]) for name in names}
 
 

@@ -7,7 +7,7 @@ OFFSET = np.dtype("<u8")
 HASH = np.dtype("<u8")
 BLOCK = np.dtype([("document", "<u8"), ("sha256", "V32")])
 COLUMN_BLOCK = np.dtype([("value", "<u8"), ("sha256", "V32")])
-"""Of a column in a block of documents: the shard's values before it, and the SHA-256 of its bytes."""
+"""For a column in a block of documents: the number of the shard's values before it, and the SHA-256 of its bytes."""
 # The top bit of a stored token says that it is trained. The bits below all of these hold the token's id.
 TARGET_BIT = np.uint32(1 << 31)
 # The bit below it says that a token is the first of the rejected answer of a pair.

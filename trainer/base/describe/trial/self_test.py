@@ -106,7 +106,8 @@ class _Noise:
     def others(self, found: Tensor, expected: Tensor, again: Callable[[], Tensor]) -> Tensor:
         """Whether each token's states `found` (1, T, H) are far from `expected` for a real reason, (T,) bool.
 
-        That is so if the states that are computed `again` with noise in the embeddings are never that far away."""
+        A reason is real if the states that are computed `again` with noise in the embeddings are never that far away.
+        """
         wrong, draw = _far(found, expected), 0
         while wrong.any() and draw < _DRAWS:
             with self.drawn(draw):
