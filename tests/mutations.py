@@ -119,6 +119,9 @@ MUTATIONS = (
 
 
 def main(words: list[str]) -> int:
+    for library in LIBRARIES:
+        import_module(library)
+    gc.freeze()
     if words[:1] == ["--random"]:
         return of_random(*map(int, words[1:]))
     chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation.name for word in words)]
@@ -130,9 +133,9 @@ def main(words: list[str]) -> int:
             assert source.count(mutation.old) == 1, (
                 f"{mutation.old!r} is {source.count(mutation.old)} times in {mutation.file}"
             )
-            control = passes(copy, mutation.tests)
+            control = not first_failed(copy, mutation.tests)
             (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-            noticed = not passes(copy, mutation.tests)
+            noticed = bool(first_failed(copy, mutation.tests))
             (copy / mutation.file).write_text(source, encoding="utf-8")
             verdict = "its tests fail without it" if not control else "noticed" if noticed else "NOT NOTICED"
             unnoticed += not (control and noticed)
@@ -143,12 +146,8 @@ def main(words: list[str]) -> int:
 def of_random(count: int, seed: int, stages: int = 3, at_once: int = 2) -> int:
     """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed.
 
-    `at_once` changes are tried beside each other, each in a copy and a process of its own. These are forked from this
-    one after it has imported the libraries, which takes longer than most tests.
+    `at_once` changes are tried beside each other, each in a copy of its own.
     """
-    for library in LIBRARIES:
-        import_module(library)
-    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="capstan-mutations-") as folder:
         copies = [copied(Path(folder, str(number))) for number in range(at_once)]
         changes = drawn(count, seed, copies[0])
@@ -167,7 +166,7 @@ def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool:
     source = file.read_text(encoding="utf-8")
     file.write_text(change.applied(source), encoding="utf-8")
     try:
-        found = (_first_failed_forked(copy, tests) for tests in nearest(change.file, copy)[:stages])
+        found = (first_failed(copy, tests) for tests in nearest(change.file, copy)[:stages])
         by = next((failed for failed in found if failed), "")
     finally:
         file.write_text(source, encoding="utf-8")
@@ -176,8 +175,12 @@ def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool:
     return bool(by)
 
 
-def _first_failed_forked(copy: Path, tests: tuple[str, ...]) -> str:
-    """As `first_failed`, in a forked process, which has to end within half an hour."""
+def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
+    """The first quick test that fails in `copy`, or what ended pytest; empty where all pass.
+
+    They run in a process that is forked from this one, after it has imported the libraries, which takes longer than most
+    tests. It has to end within half an hour.
+    """
     output = copy.with_name(f"{copy.name}.out")
     process = get_context("fork").Process(target=_pytest, args=(copy, output, tests))
     process.start()
@@ -208,18 +211,6 @@ def copied(copy: Path) -> Path:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file)
     return copy
-
-
-def passes(copy: Path, tests: tuple[str, ...]) -> bool:
-    return not first_failed(copy, tests)
-
-
-def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
-    """The first quick test that fails in `copy`, or what ended pytest; empty where all pass."""
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
-    command = [sys.executable, "-m", "pytest", *QUICKLY, *tests]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    return _failure(done.returncode, done.stdout)
 
 
 def _failure(code: int, output: str) -> str:
