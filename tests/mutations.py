@@ -17,11 +17,11 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 
@@ -182,26 +182,37 @@ def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
     tests. It has to end within half an hour.
     """
     output = copy.with_name(f"{copy.name}.out")
-    process = get_context("fork").Process(target=_pytest, args=(copy, output, tests))
-    process.start()
-    process.join(1800)
-    if process.exitcode is None:
-        os.killpg(process.pid or 0, signal.SIGKILL)
+    process = os.fork()
+    if process == 0:
+        _become_pytest(copy, output, tests)
+    deadline = time.monotonic() + 1800
+    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):  # and what tests have left, such as the server that forks their ranks
+        os.killpg(process, signal.SIGKILL)
+    if ended == (0, 0):
+        os.waitpid(process, 0)
         return "time-out"
-    return _failure(process.exitcode, output.read_text(encoding="utf-8", errors="replace"))
+    return _failure(os.waitstatus_to_exitcode(ended[1]), output.read_text(encoding="utf-8", errors="replace"))
 
 
-def _pytest(copy: Path, output: Path, tests: tuple[str, ...]) -> None:
+def _become_pytest(copy: Path, output: Path, tests: tuple[str, ...]) -> NoReturn:
     """In the forked process: pytest on the tests of `copy`, whose packages are imported and not those of this checkout."""
-    os.setsid()
-    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(written, stream)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "trainer", "launcher")]:
-        del sys.modules[name]
-    os.chdir(copy)
-    sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
-    sys.exit(pytest.main([*QUICKLY, *tests]))
+    code = 1
+    try:
+        os.setsid()
+        written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(written, stream)
+        sys.stdout = sys.stderr = os.fdopen(written, "w", buffering=1)
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "trainer", "launcher")]:
+            del sys.modules[name]
+        os.chdir(copy)
+        sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
+        code = int(pytest.main([*QUICKLY, *tests]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)  # nothing of the process that was forked ends here, and nobody waits for what tests have left
 
 
 def copied(copy: Path) -> Path:

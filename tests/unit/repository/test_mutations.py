@@ -2,9 +2,11 @@
 along.
 """
 
+from pathlib import Path
+
 import pytest
 
-from tests import random_mutations
+from tests import mutations, random_mutations
 from tests.mutations import MUTATIONS, ROOT, Mutation
 
 
@@ -28,3 +30,13 @@ def test_what_could_notice_a_change_begins_with_the_tests_of_its_module() -> Non
     assert "tests/unit/data/test_data_order.py" in near
     assert "tests/unit/launcher/test_retry.py" not in near
     assert "tests/unit/launcher/test_retry.py" in {test for stage in others for test in stage}
+
+
+def test_tests_that_pass_and_leave_a_process_notice_nothing(tmp_path: Path) -> None:
+    """Such a process is the server that ranks are forked from."""
+    leaving = "import multiprocessing, time\ndef test_one():\n    multiprocessing.Process(target=time.sleep, args=(60,)).start()\n"
+    (tmp_path / "test_left.py").write_text(leaving)
+    (tmp_path / "test_wrong.py").write_text("def test_two():\n    assert False\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\n")
+    assert mutations.first_failed(tmp_path, ("test_left.py",)) == ""
+    assert mutations.first_failed(tmp_path, ("test_wrong.py",)) == "test_wrong.py::test_two"
