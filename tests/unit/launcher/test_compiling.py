@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.drive import compiling
-from launcher.drive.compiling import Compilation
-from launcher.drive.signals import BY_COMPILATION
+from launcher.drive.driver import BY_COMPILATION, Compilation
 from tests.faulty import Fault, FaultyStore
 from trainer.errors import DataError, Stopped, Unreachable
 from trainer.run import layout
