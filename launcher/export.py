@@ -1,7 +1,11 @@
-"""`capstan export`: it writes a run's checkpoint in one of the formats of trainer/export/formats/.
+"""`capstan export` and `capstan push`: a run's checkpoint in one of the formats of trainer/export/formats/.
 
-On request it also proves that the export is the trained model. Both run in a process of their own, which may import
-torch.
+On request `export` also proves that the export is the trained model. Both run in a process of their own, which may
+import torch.
+
+`push` uploads the export to the Hugging Face Hub in one commit. The files are exported to a temporary folder, byte for
+byte the same at every call. The Hub keeps large files by their hashes, and makes them visible with the commit at the
+end. After a push that was killed the repository is unchanged, and the same command uploads only what is not there yet.
 """
 
 import json
@@ -48,6 +52,20 @@ from trainer.tuning.method import method_of
 
 _MUCH = 10**9
 _LINE_SECONDS = 10.0
+_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
+_TOKEN = "HF_TOKEN"
+_TOKENS_PAGE = "huggingface.co/settings/tokens"
+# A program would load these files of an earlier export beside the new ones, or in place of them.
+_LOADED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_PATTERNS,
+)
 
 
 @dataclass(frozen=True)
@@ -238,22 +256,6 @@ def dequantize(
     with bar("writing") as progress:
         made = run_module("trainer.export.write.as_quantized", dump_config(config), destination, progress=progress)
     return Dequantized(found.base, found.quantized, destination, made["bytes"])
-
-
-_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
-_TOKEN = "HF_TOKEN"
-_TOKENS_PAGE = "huggingface.co/settings/tokens"
-# A program would load these files of an earlier export beside the new ones, or in place of them.
-_LOADED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.gguf",
-    "adapter_config.json",
-    "adapter_model.bin",
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_PATTERNS,
-)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""`capstan teach`: it stores a teacher's log-probabilities beside a run's data, or of the answers that a run samples.
+"""`capstan teach` and `capstan rollout`: what a run learns from beside its data, made ahead of it or beside it.
 
-It runs as ranks on this machine, or as one rank of a group.
+`teach` stores a teacher's log-probabilities beside a run's data, or of the answers that a run samples. It runs as ranks
+on this machine, or as one rank of a group. `rollout` has servers sample answers for a run, and needs no GPU.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""`capstan data build`: compile ahead of time."""
+"""`capstan data build`, `check` and `show`: compile ahead of time, report on data, show rows as the model sees them.
+
+The report and the rows are on the terminal or JSON.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +31,11 @@ from trainer.data.look.check import DataReport, Findings, check_data
 from trainer.data.look.show import SeenDocument, SeenRow, TextPiece, Viewer
 from trainer.errors import ConfigError, NotFound
 from trainer.store.store import open_run_store
+
+_BAR = 30
+_FIRST_ROWS = 3
+# These marks surround what is trained if there is no colour to show it.
+_MARKS = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,6 @@ def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built
         except NotFound:
             splits[what] = (key, None)
     return Built(splits)
-
-
-_BAR = 30
 
 
 def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> DataReport:
@@ -171,11 +176,6 @@ def _lost(what: str, found: Findings) -> list[FoldedTable]:
     for length, lost in found.lost.items():
         table.add_row(f"{length:,}", *(f"{100 * share:.2f} %" for share in lost))
     return [table]
-
-
-_FIRST_ROWS = 3
-# These marks surround what is trained if there is no colour to show it.
-_MARKS = "⟦", "⟧"
 
 
 @dataclass(frozen=True)

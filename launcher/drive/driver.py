@@ -4,12 +4,13 @@ the run's exit code.
     python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT]
 
 drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
-`capstan train` and `capstan resume` do the same in the foreground.
+`capstan train` and `capstan resume` do the same in the foreground. docs/architecture.md has the files that a submission
+and a failure pass, in their order.
 
-docs/architecture.md has the files that a submission and a failure pass, in their order. A signal or `capstan stop` is
-no
-failure: it becomes the key STOP in the run's folder (signals.py), which the ranks obey at their next step, and the
-driver before it has ranks (start/attempts.py).
+The data is compiled before the ranks start and, if it is in chapters, also beside them. A signal is no failure, nor is
+`capstan stop`: it becomes the key STOP in the run's folder, which the ranks obey at their next step, and the driver
+before it has ranks (start/attempts.py). A failure to compile the rest of the data asks for a stop in the same way. The
+driver's work runs in a thread, which leaves the main thread free for signals.
 """
 
 import argparse
@@ -50,6 +51,13 @@ from trainer.run.owner import Ownership
 from trainer.run.records import generations, record_end
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store.store import Store, open_run_store, open_store
+
+_LOOK_SECONDS = 2.0
+_AGAIN_SECONDS = 10.0
+ENDED_AT_ONCE = 130
+"""The exit code after a second Ctrl-C."""
+BY_COMPILATION = "the compilation of its data"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Journal:
@@ -149,42 +157,6 @@ def compile_and_train(
                 run_here(attempts, ranks, journal.write)
         else:
             run_on_ray(attempts, dashboard, journal.write)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launcher.drive.driver", description=__doc__)
-    parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
-    parser.add_argument("--submission", required=True, help="the run's owner until now")
-    parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
-    parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
-    given = parser.parse_args()
-
-    try:
-        run = open_store(given.run)
-        config = submitted_config(run)
-        claim = turn(config, given.submission, by="capstan submit", log=say)
-        try:
-            with claim as owner:
-                drive(config, owner, resume=given.resume, live=False, log=say, address=given.address)
-        except Superseded:
-            raise  # the run's records are another start's
-        except CapstanError as error:
-            record_end(run, str(error), stopped=isinstance(error, Stopped))
-            raise
-        except Exception as error:
-            record_end(run, f"the driver failed: {type(error).__name__}: {error}", crash=True)
-            raise
-    except CapstanError as error:
-        say(f"capstan: {error}")
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
-
-
-_LOOK_SECONDS = 2.0
-_AGAIN_SECONDS = 10.0
 
 
 class Compilation:
@@ -295,12 +267,6 @@ class Compilation:
             self._over.wait(_LOOK_SECONDS)
 
 
-ENDED_AT_ONCE = 130
-"""The exit code after a second Ctrl-C."""
-BY_COMPILATION = "the compilation of its data"
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
 @contextmanager
 def stop_on_signals(owner: Ownership) -> Iterator[None]:
     """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop request in the run's folder.
@@ -353,3 +319,35 @@ def beside_main_thread(work: Callable[[], None]) -> None:
         for number in _SIGNALS:
             signal.signal(number, signal.getsignal(number))  # before Ray's own, which print a stack trace first
     done.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launcher.drive.driver", description=__doc__)
+    parser.add_argument("run", metavar="RUN_URI", help="the run's folder, as `capstan submit` printed it")
+    parser.add_argument("--submission", required=True, help="the run's owner until now")
+    parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
+    parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
+    given = parser.parse_args()
+
+    try:
+        run = open_store(given.run)
+        config = submitted_config(run)
+        claim = turn(config, given.submission, by="capstan submit", log=say)
+        try:
+            with claim as owner:
+                drive(config, owner, resume=given.resume, live=False, log=say, address=given.address)
+        except Superseded:
+            raise  # the run's records are another start's
+        except CapstanError as error:
+            record_end(run, str(error), stopped=isinstance(error, Stopped))
+            raise
+        except Exception as error:
+            record_end(run, f"the driver failed: {type(error).__name__}: {error}", crash=True)
+            raise
+    except CapstanError as error:
+        say(f"capstan: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """The process that owns a sweep: it lays the trials out, has Ray Tune run them, and ends with the sweep's exit code.
 
-The folders of the trials are the truth. Tune's own storage is a scratch folder. A sweep that goes on, after a stop or
-after the death of this process, asks each trial's folder whether it is over. It then tells Tune the figures of finished
-trials again, and resumes the others.
+tune.py has what Ray Tune is given. The folders of the trials are the truth. Tune's own storage is a scratch folder. A
+sweep that goes on, after a stop or after the death of this process, asks each trial's folder whether it is over. It
+then tells Tune the figures of finished trials again, and resumes the others.
 """
 
 import json

@@ -1,7 +1,10 @@
-"""The search as Ray Tune sees it: a searcher that says whose turn it is, and ASHA, whose verdict is a stop request.
+"""What Ray Tune is given: a searcher that says whose turn it is, ASHA, whose verdict is a stop request, and the trial.
 
 Tune never ends a trial itself. Its schedulers would stop the trial's process, and count the trial as over while its
 ranks still commit. Here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.
+
+A trial is an ordinary run, driven on the cluster by a process of Tune's. That process holds no GPU, because the run's
+ranks have their own.
 """
 
 import hashlib
@@ -42,9 +45,14 @@ STEP, VALUE = "step", "value"
 """The step of a result and the metric there; a trial's last result has neither."""
 EXIT_CODE, REASON = "exit_code", "reason"
 """How a trial's run ended, in its last result."""
-_TUNE_LOOK_SECONDS = 1.0
+_TURN_SECONDS = 1.0
 _NO_END = 2**31
 """More steps than any run takes: the longest trials end by themselves."""
+_LOOK_SECONDS = 0.5
+_WORST = 1e30
+"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they
+overflow by.
+"""
 
 
 class Queue(Searcher):
@@ -60,7 +68,7 @@ class Queue(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._closed() or not self._turns.waiting:
             return Searcher.FINISHED
-        if time.monotonic() - self._looked < _TUNE_LOOK_SECONDS:
+        if time.monotonic() - self._looked < _TURN_SECONDS:
             return None  # Tune asks ten times a second, and each look may be a few requests
         number = None
         with suppress(StorageError):  # the next look may find the store again
@@ -145,13 +153,6 @@ def check_same(config: Config, known: dict[str, str]) -> None:
             f"model.base: {config.model.base} is not the model that this sweep began with: its weights have changed"
             " since. Put that one back, or start another sweep under another run.name."
         )
-
-
-_LOOK_SECONDS = 0.5
-_WORST = 1e30
-"""A figure that was no finite number is worse than any other. ASHA takes means of neighbours, so it is none that they
-overflow by.
-"""
 
 
 class TuneTrial(Trainable):

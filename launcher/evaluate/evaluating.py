@@ -1,4 +1,7 @@
-"""`capstan evaluate`: its request to the ranks, and what it shows meanwhile."""
+"""`capstan evaluate`: its request to the ranks, what it shows meanwhile, and the result on the terminal.
+
+The result has before and after side by side, and sentences about what is certain.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,43 @@ from trainer.state.checkpoint.manifest import check_step, chosen_step, committed
 from trainer.store.store import Store
 
 Log = Callable[[str], None]
+SIDES = {"base": "base", "adapter": "now"}
+"""The sides of an evaluation, and what each is called on a terminal."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation as the run's folder has it. `where` is its place, or None if it is not kept."""
+
+    found: Mapping[str, Any]
+    run: str
+    where: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": self.run, **self.found}
+
+    def tables(self) -> Group:
+        found, parts = self.found, list[Any]()
+        if found["sets"]:
+            parts.append(_sets(found["sets"]))
+        if found["tasks"]:
+            parts.append(_tasks(found["tasks"]))
+        if found["bias"]:
+            parts.append(_bias(found["bias"]))
+        parts += [Text(sentence) for sentence in sentences(found["sets"])]
+        if server := found.get("server"):
+            parts.append(Text(f"by the server {server}, not by the run's own ranks"))
+        if under := found.get("under"):
+            parts.append(
+                Text(f"step {found['step']}, not kept in the run's folder: {', '.join(under)} is not what the run has")
+            )
+        elif found["step"] is None:
+            parts.append(
+                Text("not kept in the run's folder: --step N says which checkpoint the server has, and keeps it")
+            )
+        elif self.where:
+            parts.append(Text(f"step {found['step']}, kept in {self.where}"))
+        return Group(*parts)
 
 
 def settings(overrides: Sequence[str], sets: Sequence[str], tasks: Sequence[str], bias: str | None) -> list[str]:
@@ -122,45 +162,6 @@ def _bars(log: Log) -> Iterator[Hear]:
                     log(f"{what}: {total:,} done")
 
         yield hear
-
-
-SIDES = {"base": "base", "adapter": "now"}
-"""The sides of an evaluation, and what each is called on a terminal."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation as the run's folder has it. `where` is its place, or None if it is not kept."""
-
-    found: Mapping[str, Any]
-    run: str
-    where: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"run": self.run, **self.found}
-
-    def tables(self) -> Group:
-        found, parts = self.found, list[Any]()
-        if found["sets"]:
-            parts.append(_sets(found["sets"]))
-        if found["tasks"]:
-            parts.append(_tasks(found["tasks"]))
-        if found["bias"]:
-            parts.append(_bias(found["bias"]))
-        parts += [Text(sentence) for sentence in sentences(found["sets"])]
-        if server := found.get("server"):
-            parts.append(Text(f"by the server {server}, not by the run's own ranks"))
-        if under := found.get("under"):
-            parts.append(
-                Text(f"step {found['step']}, not kept in the run's folder: {', '.join(under)} is not what the run has")
-            )
-        elif found["step"] is None:
-            parts.append(
-                Text("not kept in the run's folder: --step N says which checkpoint the server has, and keeps it")
-            )
-        elif self.where:
-            parts.append(Text(f"step {found['step']}, kept in {self.where}"))
-        return Group(*parts)
 
 
 def sentences(sets: Mapping[str, Any]) -> Iterator[str]:

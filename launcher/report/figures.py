@@ -1,6 +1,7 @@
-"""Every figure that a report shows, read from the run's folder alone. The page (page.py) only lays them out.
+"""Every figure that a report shows, read from the run's folder alone: its records, its evaluations and its samples.
 
-No figure is invented if the records have none: it is None, an empty list, or a sentence in `RunFigures.notes`.
+The page (page.py) only lays them out. No figure is invented if the records have none: it is None, an empty list, or a
+sentence in `RunFigures.notes`. Damaged results of evaluations are named there and left out.
 """
 
 import json
@@ -38,6 +39,92 @@ _COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds"
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
 _EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers", "seconds"}
+_MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
+
+
+Number = Annotated[float | None, BeforeValidator(finite)]
+
+
+class Loss(BaseModel):
+    """Nats a target token, and e to that power."""
+
+    loss: Number = None
+    perplexity: Number = None
+
+
+class SetResult(BaseModel):
+    """The losses on one set.
+
+    `difference` is the adapter's loss minus the base's. `interval` is its 95 % interval, if there are documents enough
+    for one. `data` is the fingerprint of the set's documents, and `trained_on` the number of them that were trained on;
+    earlier evaluations lack both. `server` is the server that answered instead of ranks.
+    """
+
+    data: str | None = None
+    documents: int | None = None
+    trained_on: int | None = None
+    tokens: int | None = None
+    base: Loss | None = None
+    adapter: Loss | None = None
+    difference: Number = None
+    interval: tuple[Number, Number] | None = None
+    server: str | None = None
+
+
+class MetricResult(BaseModel):
+    """One metric of a task.
+
+    `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack. `server` is as
+    for a set.
+    """
+
+    base: Number = None
+    adapter: Number = None
+    base_stderr: Number = None
+    stderr: Number = None
+    server: str | None = None
+
+
+class Spread(BaseModel):
+    """The gap in log-probability between paired sentences, in nats."""
+
+    mean: Number = None
+    std: Number = None
+
+
+class BiasResult(BaseModel):
+    """The gaps of one group of paired sentences."""
+
+    pairs: int | None = None
+    base: Spread | None = None
+    adapter: Spread | None = None
+    server: str | None = None
+
+
+class EvaluationFigures(BaseModel):
+    """One `capstan evaluate`: of the adapter after `step` updates, beside its base."""
+
+    step: int
+    made: Number = None
+    sets: dict[str, SetResult] = {}
+    tasks: dict[str, dict[str, MetricResult]] = {}
+    bias: dict[str, BiasResult] = {}
+
+
+class SampleText(BaseModel):
+    """A prompt and its answers, including the base's if the base was asked too."""
+
+    prompt: str
+    base: str | None = None
+    adapter: str | None = None
+
+
+class SampleFigures(BaseModel):
+    """The answers after `step` updates. `left_out` prompts are not shown."""
+
+    step: int
+    samples: list[SampleText]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -310,93 +397,7 @@ def _mean_watts(history: History) -> float | None:
     return math.fsum(watts * took for watts, took in read) / whole if whole else None
 
 
-_MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 M = TypeVar("M", bound=BaseModel)
-
-
-Number = Annotated[float | None, BeforeValidator(finite)]
-
-
-class Loss(BaseModel):
-    """Nats a target token, and e to that power."""
-
-    loss: Number = None
-    perplexity: Number = None
-
-
-class SetResult(BaseModel):
-    """The losses on one set.
-
-    `difference` is the adapter's loss minus the base's. `interval` is its 95 % interval, if there are documents enough
-    for one. `data` is the fingerprint of the set's documents, and `trained_on` the number of them that were trained on;
-    earlier evaluations lack both. `server` is the server that answered instead of ranks.
-    """
-
-    data: str | None = None
-    documents: int | None = None
-    trained_on: int | None = None
-    tokens: int | None = None
-    base: Loss | None = None
-    adapter: Loss | None = None
-    difference: Number = None
-    interval: tuple[Number, Number] | None = None
-    server: str | None = None
-
-
-class MetricResult(BaseModel):
-    """One metric of a task.
-
-    `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack. `server` is as
-    for a set.
-    """
-
-    base: Number = None
-    adapter: Number = None
-    base_stderr: Number = None
-    stderr: Number = None
-    server: str | None = None
-
-
-class Spread(BaseModel):
-    """The gap in log-probability between paired sentences, in nats."""
-
-    mean: Number = None
-    std: Number = None
-
-
-class BiasResult(BaseModel):
-    """The gaps of one group of paired sentences."""
-
-    pairs: int | None = None
-    base: Spread | None = None
-    adapter: Spread | None = None
-    server: str | None = None
-
-
-class EvaluationFigures(BaseModel):
-    """One `capstan evaluate`: of the adapter after `step` updates, beside its base."""
-
-    step: int
-    made: Number = None
-    sets: dict[str, SetResult] = {}
-    tasks: dict[str, dict[str, MetricResult]] = {}
-    bias: dict[str, BiasResult] = {}
-
-
-class SampleText(BaseModel):
-    """A prompt and its answers, including the base's if the base was asked too."""
-
-    prompt: str
-    base: str | None = None
-    adapter: str | None = None
-
-
-class SampleFigures(BaseModel):
-    """The answers after `step` updates. `left_out` prompts are not shown."""
-
-    step: int
-    samples: list[SampleText]
-    left_out: int = 0
 
 
 def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]:

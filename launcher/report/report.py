@@ -1,4 +1,8 @@
-"""The report of one run, of several, or of a sweep: where it is stored, and what `--json` prints of it."""
+"""The report of one run, of several, or of a sweep: where it is stored, what `--json` prints, the pages that compare.
+
+Several runs are shown with the settings that differ, and with their curves over each other. Trials of a sweep are shown
+with how the metric depends on each setting. page.py has the page of one run.
+"""
 
 import math
 import time
@@ -23,6 +27,15 @@ from trainer.run.folder import command, run_config, store_of
 from trainer.run.records import generations
 from trainer.run.settings import leaves
 from trainer.store.store import Store
+
+_LOSS = "loss"
+_COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
+_OVERLAID = 7
+"""Trials whose curves are drawn over each other: as many as have colours of their own."""
+_FEW = 6
+"""So many values of a setting have a tick each."""
+_DECADES = 100
+"""Values of a setting that are so many times apart are on a logarithmic axis, however they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +117,6 @@ def keep_report(folder: Store, log: Callable[[str], None]) -> None:
             f"the report could not be written, which does not end the run: {reason}. {command('report', folder)} tries"
             " again."
         )
-
-
-_LOSS = "loss"
-_COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
 
 
 def comparison_page(runs: Sequence[RunFigures]) -> str:
@@ -203,14 +212,6 @@ def _overlaid(runs: Mapping[str, RunFigures], name: str, words: str = "") -> Plo
     series = [Series(run, measure.scaled(curve.means or curve.points)) for run, curve in curves.items()]
     note = "Means of stretches of steps" if any(curve.means for curve in curves.values()) else ""
     return lines(f"{measure.title}: {words}" if words else measure.title, series, unit=measure.unit, note=note)
-
-
-_OVERLAID = 7
-"""Trials whose curves are drawn over each other: as many as have colours of their own."""
-_FEW = 6
-"""So many values of a setting have a tick each."""
-_DECADES = 100
-"""Values of a setting that are so many times apart are on a logarithmic axis, however they were drawn."""
 
 
 @dataclass(frozen=True)

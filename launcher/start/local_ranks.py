@@ -1,6 +1,11 @@
 """The ranks of a run on this machine alone: processes beside the driver, and the servers beside them.
 
-Ray is not used, because its start would take longer than many a small run.
+Ray is not used, because its start would take longer than many a small run. The program of a rank is
+
+    python -m launcher.start.local_ranks TASK OUTCOME
+
+The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start
+began. The rank writes how it ended to the file OUTCOME, as `outcome_of` does. A killed process writes none.
 """
 
 import json
@@ -33,6 +38,7 @@ from trainer.store.scratch import scratch_folder
 _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_WORDS = 300
 
 
 def count_ranks(config: Config, serving: int = 0) -> int:
@@ -110,9 +116,6 @@ def end_together(processes: Sequence[Popen[Any]], look: Callable[[], None] = lam
                 processes[number].wait()
             return left
     return []
-
-
-_WORDS = 300
 
 
 def ranks_here(config: Config) -> int | None:
@@ -218,12 +221,6 @@ def _error(found: dict[str, Any]) -> Exception:
     return kind(found["text"], found["window"]) if issubclass(kind, NonFiniteLoss) else kind(found["text"])
 
 
-def outcome_of(error: BaseException) -> dict[str, Any]:
-    """Return the error that ended a rank, as JSON."""
-    window = error.window if isinstance(error, NonFiniteLoss) else None
-    return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
-
-
 def main() -> None:
     given, outcome = map(Path, sys.argv[1:])
     task = json.loads(given.read_text(encoding="utf-8"))
@@ -237,6 +234,12 @@ def main() -> None:
         outcome.write_text(json.dumps(outcome_of(error)), encoding="utf-8")
         raise SystemExit(1) from error
     outcome.write_text("{}", encoding="utf-8")
+
+
+def outcome_of(error: BaseException) -> dict[str, Any]:
+    """Return the error that ended a rank, as JSON."""
+    window = error.window if isinstance(error, NonFiniteLoss) else None
+    return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A run's status for people: as a table, and on a terminal live, as the run goes on."""
+"""A run for people who look on, from its folder alone: its status as a table or live, its progress as lines, its logs.
+
+The plain lines are for places without a terminal. The logs are those of its ranks and drivers.
+"""
 
 import codecs
 import math

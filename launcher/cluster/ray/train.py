@@ -1,9 +1,13 @@
-"""A run's ranks under Ray Train. Ray provides worker group, rendezvous and liveness; we decide what follows an end.
+"""A run's ranks under Ray Train, and what runs beside them on the cluster.
 
-Each attempt is one `TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for.
-`retry.decide` then says whether there is another attempt. The train function restores by itself, so an attempt needs to
-know nothing of the one before. An elastic run grows when it is asked to commit and start again: Ray Train's own
-resizing would kill the ranks in the middle of a step.
+Ray provides worker group, rendezvous and liveness; we decide what follows an end. Each attempt is one
+`TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for. `retry.decide` then
+says whether there is another attempt. The train function restores by itself, so an attempt needs to know nothing of the
+one before. An elastic run grows when it is asked to commit and start again: Ray Train's own resizing would kill the
+ranks in the middle of a step.
+
+The run's servers and `capstan rollout` are actors of Ray. The servers' GPUs are reserved in one placement group before
+the ranks ask for theirs.
 """
 
 import os
@@ -36,6 +40,8 @@ _LOSS_SECONDS = 30.0
 """Ray's health checks find a dead node within this time."""
 # The ranks may still be committing for this long after a node's announced end, because the announcement is a guess.
 _PREEMPTION_GRACE_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+_SAY_SECONDS = 5.0
 
 
 def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
@@ -254,10 +260,6 @@ def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
             gauge.set(record[name])
 
     return show
-
-
-_LOOK_SECONDS = 0.5
-_SAY_SECONDS = 5.0
 
 
 def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
