@@ -81,7 +81,7 @@ def test_a_gpu_is_given_by_its_memory_or_by_its_name(text: str, name: str, memor
 
 
 @pytest.mark.parametrize(
-    "text", ["nan", "inf", "0", "-3", "", "1e3", "2000000", "80 GiB GiB", "RTX", "NVIDIA", "V100", "GPU"]
+    "text", ["nan", "inf", "0", "-3", "", "1e3", "2000000", "80 GiB GiB", "RTX", "NVIDIA", "P100", "GPU"]
 )
 def test_what_is_no_gpu_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError) as refused:
