@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from launcher.plan.planning import Planned, machine_of
+from launcher.plan.planning import Planned, machine_of, typed_for
 from launcher.view.console import FoldedTable, facts
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
@@ -272,7 +272,8 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
     ranks = PlannedRanks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
     base = base_at_hand(config.model).description
-    rows = longest_rows(config.decided(base.in_4_bits), base, ranks)
+    config, _ = typed_for(config.decided(base.in_4_bits), machine, base)
+    rows = longest_rows(config, base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)
 
 
