@@ -1,8 +1,8 @@
 """The process that owns a sweep: it lays the trials out, has Ray Tune run them, and ends with the sweep's exit code.
 
-The folders of the trials are the truth. Tune's own storage is a scratch folder. A sweep that goes on, after a stop or
-after the death of this process, asks each trial's folder whether it is over. It then tells Tune the figures of finished
-trials again, and resumes the others.
+tune.py has what Ray Tune is given. The folders of the trials are the truth. Tune's own storage is a scratch folder. A
+sweep that goes on, after a stop or after the death of this process, asks each trial's folder whether it is over. It
+then tells Tune the figures of finished trials again, and resumes the others.
 """
 
 import json
@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.cluster.ray.cluster import address_of, check_ray, fits, joined_ray, local_ray, need
+from launcher.drive.driver import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.drive.local import check_local_device
-from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_signals
-from launcher.drive.sweep.trial import base_facts
+from launcher.drive.tune import base_facts
 from launcher.policy.trials import Candidate, End, SearchPlan, Turns, base_key, in_words, planned, trial_config
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle, typed_elsewhere
@@ -257,8 +257,7 @@ class _Search:
     def _tune(self) -> None:
         from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, TuneError, Tuner, with_resources
 
-        from launcher.drive.sweep.search import EarlyStopping, Queue
-        from launcher.drive.sweep.trial import TuneTrial
+        from launcher.drive.tune import EarlyStopping, Queue, TuneTrial
 
         turns = Turns([self._candidate(number) for number in self._configs], self._is_made, self._room)
         queue = Queue(turns, self._folder.uri, lambda: self._closed)

@@ -1,6 +1,7 @@
-"""`capstan teach`: it stores a teacher's log-probabilities beside a run's data, or of the answers that a run samples.
+"""`capstan teach` and `capstan rollout`: what a run learns from beside its data, made ahead of it or beside it.
 
-It runs as ranks on this machine, or as one rank of a group.
+`teach` stores a teacher's log-probabilities beside a run's data, or of the answers that a run samples. It runs as ranks
+on this machine, or as one rank of a group. `rollout` has servers sample answers for a run, and needs no GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from launcher.data.build import build
+from launcher.data.data import build
 from launcher.evaluate.evaluating import run_with_bars
 from launcher.evaluate.ranks import for_server
 from launcher.start.check import anchored
@@ -18,12 +19,15 @@ from launcher.start.group import is_rank
 from launcher.start.local_ranks import count_ranks
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
+from trainer.config.objective import OWN, SERVE
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.request import Ask
 from trainer.plan.resolve import resolve
 from trainer.run import layout
-from trainer.store.store import open_run_store
+from trainer.run.folder import run_config
+from trainer.store.store import Store, open_run_store
+from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
@@ -137,3 +141,46 @@ def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[st
         build(config, dry_run=False, log=log)
     found = run_with_bars(Ask("judge", run, config=dump_config(config)), config, log)
     return JudgedAnswers(run, teacher.name, found["steps"], found["made"], dry_run=False)
+
+
+@dataclass(frozen=True)
+class RolledOut:
+    """The steps of a run whose answers are there, and how many this process has `made`.
+
+    With `dry_run` they are those that it would make.
+    """
+
+    run: str
+    servers: list[str]
+    steps: int
+    made: int
+    dry_run: bool
+
+    def sentence(self) -> str:
+        if self.dry_run:
+            return f"would have {', '.join(self.servers)} sample the answers of {self.steps} steps of {self.run}"
+        return f"{self.run} has the answers of {self.steps} steps, {self.made} of them by this process"
+
+
+def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callable[[str], None]) -> RolledOut:
+    """Sample for the run until it has all its answers or has ended. With `dry_run` only say who would sample.
+
+    Raises:
+        ConfigError: the run learns from no rollouts, or samples by itself.
+        CapstanError: a server or the reward fails.
+    """
+    config = run_config(run, overrides)
+    if not isinstance(find_objective(config), LearnsFromRollouts):
+        raise ConfigError(f"objective.name: {config.objective.name} learns from no rollouts. Set it to grpo or opd.")
+    if config.rollout.engine == OWN:
+        raise ConfigError(
+            "rollout.engine: own samples in the ranks of the run. Give URLs of servers, for example"
+            " [http://gpu-1:8000], or serve."
+        )
+    given = config.rollout.engine
+    servers = ["the servers that start with the run"] if given == SERVE else list(given)
+    alone = for_server(config, "rollout.engine", "rollout")
+    if dry_run:
+        return RolledOut(run.uri, servers, config.train.steps or 0, 0, dry_run=True)
+    found = run_with_bars(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, log)
+    return RolledOut(run.uri, servers, found["steps"], found["made"], dry_run=False)
