@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.cli.command import Command
-from launcher.cli.options import DryRun, Force, Json, log
+from launcher.cli.command import Command, DryRun, Force, Json, log
 from launcher.cli.shell import complete_recipe
 from trainer.errors import ConfigError
 
