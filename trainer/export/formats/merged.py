@@ -48,9 +48,13 @@ class _MergedFolder(Section):
     def _as_stored(self) -> bool:
         return getattr(self, "as") == "stored"
 
+    @property
+    def _dithered(self) -> bool:
+        return self.rounding != "nearest"
+
     def check(self, config: Config, base: Description) -> None:
         if self._as_stored:
-            check_written_as_stored(config, base)
+            check_written_as_stored(config, base, dithered=self._dithered)
         check_mergeable_run(config, base)
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
@@ -58,8 +62,7 @@ class _MergedFolder(Section):
         from trainer.export.write.merged import export_merged
 
         if self._as_stored:
-            dithered = self.rounding != "nearest"
-            return export_as_stored(folder, destination, step, dithered=dithered, progress=progress)
+            return export_as_stored(folder, destination, step, dithered=self._dithered, progress=progress)
         return Written(export_merged(folder, destination, step, progress.written))
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
@@ -67,7 +70,7 @@ class _MergedFolder(Section):
         from trainer.export.proof.verify import prove_merged
 
         if self._as_stored:
-            return prove_as_stored(folder, step, destination, dithered=self.rounding != "nearest")
+            return prove_as_stored(folder, step, destination, dithered=self._dithered)
         return prove_merged(folder, step, destination)
 
 

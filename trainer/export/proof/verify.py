@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
+from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.proof.distributions import Distance, distance
 from trainer.export.proof.in_transformers import plain
@@ -54,6 +55,11 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
+    if trained.method.through:
+        raise ConfigError(
+            "--verify: the run was trained through the base's codes (tuning.through: stored), and its adapter beside"
+            " the base is another model. Verify --format merged as=stored."
+        )
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()

@@ -64,7 +64,7 @@ def export_as_stored(
     Raises as `ExportFormat.write`.
     """
     manifest, config, _ = checkpoint_of_model(folder, destination, step)
-    check_written_as_stored(config, describe_base(config.model))
+    check_written_as_stored(config, describe_base(config.model), dithered=dithered)
     base = resolve_trained_base(folder, config.model, manifest)
     rounding = "with a dither" if dithered else "to the nearest ones"
     what = (
