@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pack: a bin that a document would fill is passed over",
-        "trainer/data/order/pack.py",
+        "trainer/data/order/order.py",
         "bisect_left(rooms, length)",
         "bisect_left(rooms, length + 1)",
         ("tests/unit/data/test_data_order.py",),

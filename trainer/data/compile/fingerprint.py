@@ -15,9 +15,9 @@ from trainer.config.data.row_kinds import ROW_KINDS
 from trainer.config.model import Model, Tokens
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
-from trainer.data.render.templates.template import asks_for_the_date, template_text
+from trainer.data.render.chat_template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
-from trainer.data.source.held_out import EVERYTHING, Part
+from trainer.data.source.reading import EVERYTHING, Part
 from trainer.errors import NOT_JSON
 
 _DATED = "prints the date"  # an entry among a tokenizer's hashes, if its own template prints the date

@@ -16,8 +16,8 @@ from trainer.config import Data
 from trainer.data.format.messages import THOUGHTS, Message, is_trained, read_messages, read_tools, without_system
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.format.unrendered import END_OF_TURN, left_out
+from trainer.data.render.chat_template import conversation_template, template_for_tools
 from trainer.data.render.conversation import Conversation
-from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
     EditedText,

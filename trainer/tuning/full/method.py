@@ -18,7 +18,7 @@ from trainer.config import Model, Optim, Tuning
 from trainer.config.reading.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
-from trainer.tuning.full.settings import FullSettings
+from trainer.tuning.full import FullSettings
 from trainer.tuning.method import ExportedFiles, OfSettings, TrainedWeight
 
 if TYPE_CHECKING:
