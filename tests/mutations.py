@@ -110,7 +110,7 @@ MUTATIONS = (
     ),
     Mutation(
         "override: train.epochs leaves the file's train.steps where it is",
-        "trainer/config/reading/overrides.py",
+        "trainer/config/reading.py",
         '    _Exclusion("train.epochs", ("train.steps",)),\n',
         "",
         ("tests/unit/config/test_config.py", "tests/unit/repository/test_examples.py"),

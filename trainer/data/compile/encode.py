@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_KINDS
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.dataset import TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error

@@ -11,8 +11,8 @@ from typing import Any
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_KINDS
 from trainer.config.model import Model, Tokens
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import as_read, explicit_form
 from trainer.data.render.chat_template import asks_for_the_date, template_text

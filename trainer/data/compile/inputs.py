@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import LIKELY, ROW_FORMATS, ROW_KINDS, is_templated
 from trainer.config.objective import HEADS
+from trainer.config.row_kinds import LIKELY, ROW_FORMATS, ROW_KINDS, is_templated
 from trainer.data.format.formats import FORMATS, Row, RowForm, detect, lost_fields, or_error, wider_form
 from trainer.data.format.known.classified import alike, label_name
 from trainer.data.render.chat_template import has_template, no_template, tokens_of

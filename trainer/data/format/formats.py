@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_FORMATS
+from trainer.config.row_kinds import ROW_FORMATS
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from trainer.config.reading.patterns import check_patterns
+from trainer.config.patterns import check_patterns
 from trainer.config.section import Section, setting
 
 
