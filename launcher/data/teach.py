@@ -92,6 +92,7 @@ def teach(
     """
     config = anchored(load_config(path, overrides, log))
     resolved = resolve(config, resolve_base(config.model))
+    config = config.computing_in(resolved.config.model.dtype)
     if isinstance(resolved.objective, LearnsFromRollouts) and resolved.objective.judge is not None:
         return _judge(config, resolved.objective.judge, dry_run=dry_run, log=log)
     teacher = teacher_of(resolved.objective)

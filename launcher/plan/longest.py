@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from launcher.plan.planning import machine_of
+from launcher.plan.planning import machine_of, typed_for
 from launcher.plan.summary import binary
 from launcher.view.console import FoldedTable
 from trainer.base.find.locate import base_at_hand
@@ -39,7 +39,8 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
     ranks = PlannedRanks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
     base = base_at_hand(config.model).description
-    rows = longest_rows(config.decided(base.in_4_bits), base, ranks)
+    config, _ = typed_for(config.decided(base.in_4_bits), machine, base)
+    rows = longest_rows(config, base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)
 
 

@@ -18,87 +18,7 @@ from trainer.config.row_kinds import (
     most_segments,
 )
 from trainer.config.section import Section, Seed, setting
-
-
-class Source(Section):
-    """One source of documents."""
-
-    path: str = setting(
-        about=(
-            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), also with .gz or .zst, .parquet,"
-            " .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or"
-            " a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
-        ),
-        example="data/train-*.jsonl",
-    )
-    weight: float = setting(
-        1.0,
-        about="How often an epoch visits each document: 2 is twice, 0.5 a different half of them each epoch.",
-        example=0.5,
-        gt=0,
-        le=1000,
-        unit="visits an epoch",
-    )
-    fraction: float | None = setting(
-        None,
-        about=(
-            "Instead of weight: this source's share of an epoch's tokens, for instance of general data that keeps what"
-            " the model knew (replay)."
-        ),
-        example=0.1,
-        gt=0,
-        lt=1,
-        unit="share of tokens",
-    )
-    format: Format | None = setting(
-        None, about="The format of this source's rows, if it differs from data.format.", example="alpaca"
-    )
-    fields: dict[str, str] = setting(
-        {},
-        about=(
-            "Names of the fields in this source's rows. Those of data.fields also apply, unless the source has a"
-            " format."
-        ),
-        example={"messages": "dialogue"},
-    )
-
-    subset: str | None = setting(
-        None,
-        about="Configuration of a data set of the Hub. Default: the one that the data set calls default.",
-        example="en",
-    )
-    split: str | None = setting(None, about="Split of a data set of the Hub. Default: train.", example="test")
-    take: int | float | None = setting(
-        None,
-        about="Number of rows to take, or below 1 the share of the rows: the first ones. Default: all.",
-        example=1000,
-        gt=0,
-        unit="rows, or share of rows",
-    )
-    take_seed: int | None = setting(
-        None, about="Take a random choice of rows by this seed instead of the first ones.", example=42, ge=0, lt=2**32
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Source":
-        if self.take is not None and self.take > 1 and self.take % 1:
-            raise ValueError(
-                f"take: {self.take:g} is not allowed. Give a whole number of rows, or a share of them below 1. Example:"
-                " 0.01."
-            )
-        if isinstance(self.take, float) and self.take == 1:
-            raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
-        if self.take_seed is not None and self.take is None:
-            raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
-        for name in ("subset", "split"):
-            if getattr(self, name) is not None and not self.path.startswith("hf://"):
-                raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
-        if self.format:
-            check_fields("fields", self.format, self.fields)
-        if self.fraction is not None and self.weight != 1.0:
-            raise ValueError("weight and fraction: both given. Set one of them.")
-        return self
-
+from trainer.config.source import Source
 
 _FORMATS = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in ROW_FORMATS.items())
 
@@ -117,10 +37,21 @@ class TrainOn(Section):
     turns: Literal["all", "last"] = setting(
         "all", about="All turns of these roles, or the last one of them.", example="last"
     )
-    end: bool = setting(
+    end: bool | Literal["last"] = setting(
         True,
-        about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
-        example=False,
+        about=(
+            "Train the token that ends a turn, or a text (eos); last: only that of the last trained turn. Without it a"
+            " model does not learn to stop."
+        ),
+        example="last",
+    )
+    frame: bool = setting(
+        False,
+        about=(
+            "Also train what the chat template writes around an answer: the header before it, and what stands behind"
+            " its end. A template with {% generation %} tags says that itself."
+        ),
+        example=True,
     )
     thinking: bool = setting(True, about="Also train the assistant's thinking.", example=False)
 
@@ -205,6 +136,12 @@ class Data(Section):
         ),
         example="strip",
     )
+    system: str | None = setting(
+        None,
+        about="System message of conversations that have none. With drop_system it replaces that of the rows.",
+        example="You are a helpful assistant.",
+        min_length=1,
+    )
     drop_system: bool = setting(
         False, about="Leave out a system message at the beginning of a conversation.", example=True
     )
@@ -224,6 +161,14 @@ class Data(Section):
             " `answers`), hold the prompt once in a row. Each answer sees the prompt and itself, so loss and gradients"
             " are the same with fewer tokens. Only for bases whose layers mix tokens by attention alone, with kernels"
             " that take a mask (sdpa, flex_attention, eager)."
+        ),
+        example=True,
+    )
+    tokenize_apart: bool = setting(
+        False,
+        about=(
+            "Tokenize a prompt and its completion, or each of the segments, by itself and not as one text, so that no"
+            " token lies in both."
         ),
         example=True,
     )
@@ -303,6 +248,8 @@ class Data(Section):
     def _unread_by(self, name: str) -> str | None:
         """A setting of `train_on` that has no meaning for rows of a kind."""
         on, kind = self.train_on, ROW_KINDS[name]
+        if not is_templated(name) and on.frame:
+            return "data.train_on.frame"
         if name != "chat" and on.turns != "all":
             return "data.train_on.turns"
         if (kind.parted or not kind.loss_on) and on.roles is not None:
@@ -405,12 +352,15 @@ class Data(Section):
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
-            "end": None if on.end else False,
+            "end": None if on.end is True else on.end,
+            "frame": True if on.frame else None,
+            "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
             "drop_system": True if self.drop_system else None,
+            "system": self.system,
             "min_length": self.min_length or None,
         }
         return {name: value for name, value in found.items() if value is not None}

@@ -32,7 +32,7 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     if not (take_over or is_silent_rank()):
         check_no_job(run_folder(config))
     if dry_run:
-        check(config, resume=resume, take_over=take_over)
+        config = config.computing_in(check(config, resume=resume, take_over=take_over).config.model.dtype)
         put(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     try:

@@ -18,7 +18,7 @@ from launcher.drive.signals import beside_main_thread, forget_own_stop, stop_on_
 from launcher.drive.sweep.trial import base_facts
 from launcher.policy.trials import Candidate, End, SearchPlan, Turns, base_key, in_words, planned, trial_config
 from launcher.report.report import keep_report
-from launcher.start.check import anchored, check, check_idle
+from launcher.start.check import anchored, check, check_idle, typed_elsewhere
 from launcher.start.claim import keep_code
 from launcher.view.status import read_status
 from launcher.view.sweep import (
@@ -42,6 +42,7 @@ from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded, first_line
+from trainer.plan.number_type import typed
 from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every
@@ -168,6 +169,9 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     check_ray("capstan sweep")
     if address_of(config) is None:
         check_local_device(config)
+        config = typed(config)
+    else:
+        config = typed_elsewhere(config, log)
     config, plan = laid_out(config, resume=resume)
     folder = run_folder(config)
     with _taken(config, plan, resume=resume, take_over=take_over, log=log) as owner, stop_on_signals(owner):

@@ -18,7 +18,7 @@ import pytest
 from tests.compiled import compile_dataset
 from tests.unit.data.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
-from trainer.config.data import Source
+from trainer.config.source import Source
 from trainer.data.compile import compile, fingerprint
 from trainer.data.compile.compile import Place, Progress, compile_chapters
 from trainer.data.compile.fingerprint import count_chapters

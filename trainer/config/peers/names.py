@@ -4,7 +4,9 @@ ours.
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
-PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "accelerate", "llamafactory-v1")))
+PEERS = tuple(
+    map(read_peer, ("axolotl", "trl", "llamafactory", "accelerate", "llamafactory-v1", "ms-swift", "ms-swift-megatron"))
+)
 
 
 SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)
