@@ -28,6 +28,7 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import BytesWritten
 from trainer.export.format import ExportProgress, find_format
+from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
 from trainer.processes import children
 from trainer.state.checkpoint.manifest import whole_checkpoint
@@ -102,7 +103,9 @@ def export_run(
     if dry_run:
         manifest = whole_checkpoint(folder, step, by_manifest=True)
         config = trained_config(folder, manifest)
-        form.check(config, describe_base(config.model))
+        form.check_here()
+        for sentence in refused_exports(config, {format: options}).values():
+            raise ConfigError(sentence)
         tuned_base = method_of(config).exports_model
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]

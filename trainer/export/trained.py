@@ -176,14 +176,12 @@ def check_mergeable_run(config: Config, base: Description) -> None:
 def check_recodable(base: Description, code: str) -> None:
     """Raise `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
     if base.architecture.weights("experts"):
-        raise unloadable("its experts", code)
+        raise unloadable("the experts of this base", code)
 
 
 def unloadable(what: str, code: str) -> ConfigError:
     """Return the refusal of a model that nobody could load in `code`."""
-    return ConfigError(
-        f"--format {code}: of this base transformers cannot load {what} in {code}. Take --format merged."
-    )
+    return ConfigError(f"--format {code}: transformers cannot load {what} in this form. Take --format merged.")
 
 
 def resolve_trained_base(folder: Store, model: Model, manifest: CheckpointManifest) -> Base:
