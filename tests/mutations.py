@@ -143,7 +143,7 @@ def main(words: list[str]) -> int:
     return min(unnoticed, 1)
 
 
-def of_random(count: int, seed: int, stages: int = 3, at_once: int = 2) -> int:
+def of_random(count: int, seed: int, stages: int = 4, at_once: int = 2) -> int:
     """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed.
 
     `at_once` changes are tried beside each other, each in a copy of its own.

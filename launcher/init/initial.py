@@ -258,7 +258,8 @@ def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str
 def _head(answers: InitAnswers, machine: Machine, chosen: Choice) -> list[str]:
     goal = GOALS[answers.goal]
     head = [
-        f"{answers.goal}: {goal.about}. Behind each setting is why it is so; docs/configuration.md has all settings."
+        f"{answers.goal}: {goal.about}. Beside or above each setting is the reason for it; docs/configuration.md has"
+        " all settings."
     ]
     if machine.memory is None:
         return [*head, "No GPU was found, so this is for the CPU: to try the way, not to train a large base."]

@@ -14,7 +14,7 @@ from launcher.init.importing.reading import COMPUTED, PROGRAM, VARIABLES, detect
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
-from trainer.config.peers.table import Peer
+from trainer.config.peers.table import Peer, To
 from trainer.errors import ConfigError, shown
 from trainer.state.optimizer.optimizer import find_optimizer
 from trainer.tuning.method import method_of
@@ -126,12 +126,18 @@ def import_files(
     to_do += _completed(settings, origins)
     to_do += _valid(settings, files)
     to_do += _unowned(settings)
-    if "cluster.workers" not in settings:
+    if "cluster.workers" not in settings and not any(map(_declares_the_batch, files)):
         to_do.append("train.global_batch: counted for one GPU, as the file names no number. --gpus N counts for N.")
     outcomes = tuple(outcome for keys in files for outcome in keys.outcomes())
     names = tuple(dict.fromkeys(keys.peer.title for keys in files))
     text = _text(settings, origins, names, paths, outcomes, to_do)
     return Imported(names, text, settings, outcomes, tuple(to_do))
+
+
+def _declares_the_batch(keys: Keys) -> bool:
+    """Return whether a key is the batch of all devices."""
+    rows = (keys.row(key) for key, value in keys.given.items() if value is not None)
+    return any(isinstance(row, To) and row.setting == "train.global_batch" for row in rows)
 
 
 def _refuse_unknown(path: str | Path, keys: Keys) -> None:

@@ -45,7 +45,8 @@ class Keys:
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
         self.peer = peer
         self.tree = tree
-        self.given = dict(flat_keys(tree, peer))
+        nulls = peer.tables.get("nulls", "").split()
+        self.given = {key: None if value in nulls else value for key, value in flat_keys(tree, peer)}
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
