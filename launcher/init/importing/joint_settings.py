@@ -9,7 +9,7 @@ from launcher.init.importing.mapping import Keys
 from trainer.config.objective import HEADS
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError
 
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.init.importing.script import notebook_code, read_script
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer, others
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError, shown
 
 COMPUTED = "(computed)"
