@@ -55,8 +55,8 @@ def check_asked_exports(config: Config) -> None:
         )
     if method_of(config).through and (refused := refused_exports(config, {MERGED: ("as=stored",)})):
         raise ConfigError(
-            f"tuning.through: stored trains what an export as stored writes, which this run cannot have. {refused[MERGED]}"
-            " Remove tuning.through."
+            "tuning.through: stored trains what an export as stored writes, which this run cannot have."
+            f" {refused[MERGED]} Remove tuning.through."
         )
 
 
