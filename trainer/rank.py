@@ -19,7 +19,7 @@ from trainer.data.compile.prepare import Datasets, training_place
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollouts
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.rollout.making import rollouts_of

@@ -18,7 +18,7 @@ from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
-from trainer.data.render.templates.template import NAMED
+from trainer.data.render.chat_template import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.export.refusals import check_asked_exports
 from trainer.plan.gpus import find_gpu

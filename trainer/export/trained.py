@@ -26,7 +26,7 @@ from trainer.base.find.small_files import cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.data.render.text_files import RunText, kept_text
 from trainer.errors import ConfigError, Damaged, StorageError, shown
 from trainer.run.folder import run_config

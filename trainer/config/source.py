@@ -2,9 +2,9 @@
 
 from pydantic import model_validator
 
-from trainer.config.data.row_kinds import Format, check_fields
-from trainer.config.data.written import check_template
+from trainer.config.row_kinds import Format, check_fields
 from trainer.config.section import Section, setting
+from trainer.config.written import check_template
 
 
 class Source(Section):
