@@ -43,9 +43,11 @@ class Keys:
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
+        self.rows: dict[str, Any] | None = None  # what a script makes of its rows, as parts of a source
         self.peer = peer
         self.tree = tree
-        self.given = dict(flat_keys(tree, peer))
+        nulls = peer.tables.get("nulls", "").split()
+        self.given = {key: None if value in nulls else value for key, value in flat_keys(tree, peer)}
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
