@@ -20,6 +20,8 @@ from trainer.config.row_kinds import (
 from trainer.config.section import Section, Seed, setting
 from trainer.config.source import Source
 
+_WHOLE = ("chat", "text")
+"""The kinds of rows that `loss_on: whole` trains all of."""
 _FORMATS = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in ROW_FORMATS.items())
 
 
@@ -118,11 +120,12 @@ class Data(Section):
         example="2026-06-30",
         unit="YYYY-MM-DD",
     )
-    loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
+    loss_on: Literal["assistant", "last_assistant", "completion", "all", "whole"] | None = setting(
         None,
         about=(
             "Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, answers,"
-            " preference and labelled, all for text."
+            " preference and labelled, all for text. whole: all of a conversation or text, and of a prompt and its"
+            " completion the completion."
         ),
         example="last_assistant",
     )
@@ -333,12 +336,15 @@ class Data(Section):
             "all": {"roles": "all"},
             "assistant": {"roles": ["assistant"]},
             "last_assistant": {"roles": ["assistant"], "turns": "last"},
+            "whole": {"roles": "all"} if self.kind in _WHOLE else {},
         }
         return self.train_on.model_copy(update=said.get(self.loss_on or "", {}))
 
     @property
     def targets(self) -> str:
         """`loss_on`, or the word for what `train_on` says as far as there is one, or its default for the format."""
+        if self.loss_on == "whole":
+            return "all" if self.kind in _WHOLE else ROW_KINDS[self.kind].trained
         if self.loss_on or self.train_on.roles == "all":
             return self.loss_on or "all"
         if self.kind == "chat" and self.train_on.turns == "last":

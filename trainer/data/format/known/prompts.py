@@ -74,7 +74,7 @@ def _of_answers(tokenizer: Any, data: Any) -> Any:
 
 ROW_KINDS = {
     "prompt_completion": RowKind(
-        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all"), has_likelihood=True
+        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all", "whole"), has_likelihood=True
     ),
     "answers": RowKind(
         _of_answers, (*TEMPLATED, "share_prefix"), ("completion",), parted="an answer", has_likelihood=True
