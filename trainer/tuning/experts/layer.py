@@ -4,13 +4,15 @@ Grouped products multiply the rows of all experts, and B @ A is never formed. As
 function keeps the module for its backward pass, never the gathered A and B.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
 from trainer.model.experts import grouped_product
+from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
 from trainer.tuning.experts.method import StackUpdate
 from trainer.tuning.shared.moved import Moved
@@ -39,12 +41,20 @@ class ExpertLora(nn.Module):
         """
         self.moves, self.of_transposed = name, transposed
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Multiply rows (S, in), sorted by expert, by scaling * B @ A of their experts -> (S, out).
+    def begin(self, rows: Tensor, groups: Groups) -> "Begun":
+        """Multiply rows (S, in), sorted by expert, by scaling * A of their experts.
 
-        The caller adds the result to the frozen product.
+        The frozen product has to take the rows that come back: what is saved for gradients is saved before it, and the
+        last product of a layer need not be computed again.
         """
-        return _LowRank.apply(rows, self.lora_A, self.lora_B, self, groups)
+        with torch.no_grad():
+            low = groups.product(rows, self.factors()[0]).mul_(self.scaling)
+        rows, kept = keep(rows, rows, low)
+        return Begun(rows, low, kept)
+
+    def finish(self, begun: "Begun", groups: Groups) -> Tensor:
+        """Multiply by B -> (S, out). The caller adds the result to the frozen product."""
+        return _LowRank.apply(begun.rows, self.lora_A, self.lora_B, begun, self, groups)  # type: ignore[return-value]
 
     def through(self, rows: Tensor, groups: Groups, stack: Any, transposed: bool) -> Tensor:
         """Multiply rows (S, in) by the moved codes of the `stack` -> (S, out). `transposed` is as in
@@ -68,23 +78,34 @@ class ExpertLora(nn.Module):
         return (b, a) if self.swapped else (a.mT, b.mT)
 
 
+class Begun(NamedTuple):
+    """The rows (S, in), and scaling * A of them (S, R); `kept` has both for the backward pass, if rows have a
+    gradient.
+    """
+
+    rows: Tensor
+    low: Tensor
+    kept: Kept | None
+
+
 class _LowRank(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, adapter: ExpertLora, groups: Groups) -> Tensor:
-        """`a` and `b` are arguments only so that autograd gives them gradients."""
-        first, second = adapter.factors()
-        low = groups.product(rows, first).mul_(adapter.scaling)
-        ctx.save_for_backward(rows, low)
-        ctx.adapter, ctx.groups = adapter, groups
-        return groups.product(low, second)
+    def forward(
+        ctx: Any, rows: Tensor, a: Tensor, b: Tensor, begun: Begun, adapter: ExpertLora, groups: Groups
+    ) -> Tensor:
+        """`rows`, `a` and `b` are arguments only so that autograd gives them gradients."""
+        if begun.kept is None:
+            ctx.save_for_backward(rows, begun.low)
+        ctx.kept, ctx.adapter, ctx.groups = begun.kept, adapter, groups
+        return groups.product(begun.low, adapter.factors()[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         adapter, groups, grad = ctx.adapter, ctx.groups, grad.contiguous()
-        rows, low = ctx.saved_tensors
+        rows, low = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
         of_low, of_a, of_b = _of_factors(adapter, groups, rows, low, grad)
         of_rows = groups.product(of_low, adapter.factors()[0].mT) if ctx.needs_input_grad[0] else None
-        return of_rows, of_a, of_b, None, None
+        return of_rows, of_a, of_b, None, None, None
 
 
 def _of_factors(
