@@ -9,8 +9,7 @@ from typing import Any
 
 from tests.dist.runs import outcome_of
 from trainer.evaluate.request import Ask
-from trainer.evaluate.rollout.serving import roll_out
-from trainer.evaluate.rollout.teaching import judge_answers
+from trainer.evaluate.rollout.serving import judge_answers, roll_out
 
 
 def sample(run: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainer.errors import CapstanError
-from trainer.evaluate.measure.prompts import Prompt
+from trainer.evaluate.prompts import Prompt
 from trainer.evaluate.request import Ask, Tell
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import stay_on_cpu
@@ -33,8 +33,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     # These modules import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
-    from trainer.evaluate.rollout.serving import roll_out
-    from trainer.evaluate.rollout.teaching import judge_answers
+    from trainer.evaluate.rollout.serving import judge_answers, roll_out
     from trainer.evaluate.teach import teach
 
     work: dict[str, Callable[[Ask, Tell], dict[str, Any]]] = {

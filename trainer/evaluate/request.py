@@ -19,7 +19,7 @@ class Ask:
         overrides: settings as on the command line.
         base: evaluate the base alone, or generate its answers beside the adapter's.
         chat: the tasks are asked under the chat template.
-        sampling: the arguments of `trainer.evaluate.measure.generation.Sampling`.
+        sampling: the arguments of `trainer.evaluate.generation.Sampling`.
         config: the settings as YAML, for a teacher, whose run may not exist yet.
         server: the URL of a server that answers instead of the ranks.
     """

@@ -12,7 +12,7 @@ from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError, Damaged, NotFound, StorageError
-from trainer.evaluate.measure.prompts import Prompter
+from trainer.evaluate.prompts import Prompter
 from trainer.export.trained import (
     check_overrides,
     check_trained_base,
@@ -67,7 +67,7 @@ class OpenedRun:
     engine: Engine
     words: Words
     keeps: bool = True
-    """Whether a text that grows may keep keys and values; see `trainer.evaluate.measure.decoding.GrowingText`."""
+    """Whether a text that grows may keep keys and values; see `trainer.evaluate.generation.GrowingText`."""
 
     @contextmanager
     def as_base(self) -> Iterator["OpenedRun"]:
