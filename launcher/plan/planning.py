@@ -21,9 +21,9 @@ from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
+from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
-from trainer.plan.sizes import value_bytes
 from trainer.processes.devices import described_gpus, host_memory_left
 from trainer.processes.helper_thread import patiently
 from trainer.run import layout

@@ -19,8 +19,7 @@ from launcher.report.plots import Axis, Plot, Series, lines
 from launcher.view.sweep import SweepStatus, TrialStatus, read_sweep
 from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import LOG_UNIFORM
-from trainer.run.folder import run_config, store_of
-from trainer.run.settings import leaves
+from trainer.run.folder import leaves, run_config, store_of
 from trainer.store.store import Store
 
 _LOSS = "loss"

@@ -20,12 +20,11 @@ from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.templates.template import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
-from trainer.plan.mismatches import mismatches
-from trainer.plan.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
-from trainer.run.trackers.services import check_trackers
+from trainer.run.trackers.tracker import check_trackers
 from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from trainer.model.documents import recomputed
-from trainer.processes.pinned import blocks, place_bytes
+from trainer.processes.devices import blocks, place_bytes
 
 _LEAVING = 2  # how many saved inputs may be on the device as well
 

@@ -19,7 +19,7 @@ from trainer.config import Quant, override, parse_config
 from trainer.model.held.codes import Code, KeptSources
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, HeldStack, HeldWeights
-from trainer.plan.sizes import stored_bytes
+from trainer.plan.inputs import stored_bytes
 from trainer.store.safetensors_index import Joined, Stretch, numel
 
 KEPT = [

@@ -15,8 +15,7 @@ from trainer.base.weight_samples import hash_whole
 from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps
-from trainer.store.store import Store
-from trainer.store.twice import read_json
+from trainer.store.store import Store, read_json
 
 # In huggingface_hub's cache, models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH. The hash of a large file is
 # its SHA-256.

@@ -20,8 +20,7 @@ from safetensors.numpy import load, save
 
 from trainer.errors import NOT_JSON, Damaged
 from trainer.store.canonical_json import canonical, digest_of
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 _TENSOR = "log_p"
 

@@ -11,8 +11,7 @@ from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
-from trainer.store.store import Store
-from trainer.store.twice import read_json
+from trainer.store.store import Store, read_json
 from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Quant
 from trainer.export.proof.process import Device
-from trainer.plan.sizes import stored_bytes
+from trainer.plan.inputs import stored_bytes
 
 # This much comes on top of the weights: activations of a row, logits, and what libraries hold.
 _MARGIN = 1.25
