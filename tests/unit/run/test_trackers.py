@@ -294,7 +294,7 @@ def test_a_service_that_hangs_neither_slows_nor_ends_the_training(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    monkeypatch.setattr(beside, "CLOSE_SECONDS", 6.0)
+    monkeypatch.setattr(companion, "CLOSE_SECONDS", 6.0)
     config = load_config(configuration(tmp_path, [service]))
     run = run_folder(config)
     metrics = Metrics(open_trackers(run, claim_generation(run), config))
