@@ -5,9 +5,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from trainer.base.base import Base
+from trainer.base.base import Base, Tokenizer
 from trainer.base.find.locate import resolve_base
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer

@@ -19,7 +19,7 @@ from trainer.export.card import with_proof
 from trainer.export.figures import Proof, ServedProof
 from trainer.export.folder import CARD, DestinationTaken, nothing_left_by_a_refusal
 from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
-from trainer.export.proof.process import get_ready, getting_ready
+from trainer.export.proof.sides import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.processes.helper_thread import patiently
 from trainer.state.checkpoint.manifest import newest_commit, whole_checkpoint

@@ -229,7 +229,7 @@ def _masks(given: Inputs) -> int:
 def offloaded_activations(given: Inputs) -> int:
     """Return the bytes of pinned host memory for the inputs of a rank's recomputed layers.
 
-    They lie together (trainer/model/offload.py).
+    They lie together (trainer/model/activations.py).
     """
     if not given.offloads_inputs:
         return 0

@@ -23,7 +23,7 @@ from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.model.attention import Attention
 from trainer.tuning.method import find_method
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import FAMILIES, KINDS, SIZES
 from tests.material import tuning_misfits
 from trainer.base.architecture import Parameter
-from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.torch_answers import read_architecture
 from trainer.config import Optim, Tuning, parse_config
 from trainer.tuning.dora.layer import DoraLinear
 from trainer.tuning.dora.method import DoraUpdate

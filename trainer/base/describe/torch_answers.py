@@ -1,6 +1,7 @@
-"""Answers that need torch and transformers, for processes that must answer quickly.
+"""Answers that need torch and transformers, for processes that must answer quickly: above all a base's architecture.
 
-Each answer takes a separate process some seconds. It is made once and kept in the user's cache.
+Each answer takes a separate process some seconds. It is made once and kept in the user's cache. transformers' model
+gives the architecture once for each config.json.
 
     <cache>/capstan/<function>/<hash>.json
     python -m trainer.base.describe.torch_answers < question > answer
@@ -14,15 +15,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from functools import cache
-from importlib import import_module
+from functools import cache, lru_cache
+from importlib import import_module, metadata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from packaging.requirements import Requirement
+
 from trainer import errors
+from trainer.base.architecture import Architecture
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
 from trainer.processes.helper_thread import patiently
@@ -106,6 +110,61 @@ def _answer_elsewhere(question: Question) -> Any:
     if "refusal" in answer:
         raise getattr(errors, answer["error"])(answer["refusal"])
     return answer["answer"]
+
+
+_DISTRIBUTION, _PACKAGE = "capstan-llm", "transformers"
+
+# Settings that do not affect the model's parameters.
+_IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
+
+
+def read_architecture(
+    base_config: Mapping[str, Any], layers: int | None = None, *, name: str = "the base"
+) -> Architecture:
+    """The architecture of a base by its parsed config.json, cut to its first `layers`. Messages call it `name`.
+
+    Raises:
+        ConfigError: transformers has an unsupported version or does not know the base, or it is not a causal language
+            model that can be trained.
+    """
+    check_transformers()
+    settings = {key: value for key, value in base_config.items() if key not in _IRRELEVANT}
+    return _read(json.dumps(settings, sort_keys=True), layers, name, user_cache())
+
+
+@lru_cache(maxsize=64)
+def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Architecture:
+    given = {"base_config": json.loads(settings), "layers": layers, "name": name}
+    question = Question("describe.meta", "architecture_of", given, name, "reading the architecture")
+    return kept_answer(question, [layers, settings], Architecture.from_json)
+
+
+def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str], name: str) -> dict[str, list[str]]:
+    """Layer -> the paths that it may have in PEFT's folder of an adapter, beside the one in the language model alone.
+
+    `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
+    given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
+    question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
+    facts = [(directory / "config.json").read_text(), layers, given["paths"]]
+    return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})
+
+
+@cache
+def check_transformers() -> None:
+    """Raises `ConfigError` if transformers' version is outside of the range that this distribution declares.
+
+    Another version silently trains some families wrong. A machine without an installation of Capstan knows no range."""
+    try:
+        declared = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        return
+    allowed = next((part.specifier for part in declared if part.name == _PACKAGE), None)
+    found = metadata.version(_PACKAGE)
+    if allowed is not None and not allowed.contains(found, prereleases=True):
+        raise ConfigError(
+            f"{_PACKAGE} {found} is installed, and {allowed} is needed: with another, models may be trained wrong"
+            f" without a word. Install it: pip install '{_PACKAGE}{allowed}'."
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.compile.encode import Encoder, nothing_to_train, untagged_note
 from trainer.data.compile.fingerprint import count_chapters

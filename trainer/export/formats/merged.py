@@ -67,7 +67,7 @@ class _EncodedFolder(Section):
         return export_recoded(folder, destination, step, encoder, progress)
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.proof.recoded import prove_recoded
+        from trainer.export.proof.verify import prove_recoded
 
         return prove_recoded(folder, step, destination)
 

@@ -44,7 +44,7 @@ class PeftFolder(Section):
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
         if self.layout == "peft" or SETTINGS not in files:
             return files
-        from trainer.export.write.per_expert import per_expert_files
+        from trainer.export.write.adapter import per_expert_files
 
         return per_expert_files(files, model)
 

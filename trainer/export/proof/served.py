@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.export.figures import ServedProof
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, plain_model
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.proof.verify import SHAKEN_BY, TOLERATED_NOISE

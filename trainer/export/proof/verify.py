@@ -1,13 +1,13 @@
 """Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
 The proof compares distributions over the next token on rows of the run's own data
-(trainer/export/proof/distributions.py). It computes in fp32, in which the two sides differ only by the order of
+(trainer/export/proof/rows.py). It computes in fp32, in which the two sides differ only by the order of
 additions. If fp32 does not fit, or the base is stored in 4 bits for products in bf16, both sides compute in
 `model.dtype`. In either case the allowed difference is measured on the spot, by moving the last bits of every product.
 The adapter's own effect is the control: an allowed difference must be smaller.
 
-Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU if it fits there, whole or a
-decoder layer at a time, else on the CPU (trainer/export/proof/placement.py).
+Each side is a process of its own. It is on the GPU if it fits there, whole or a decoder layer at a time, else on the
+CPU (trainer/export/proof/sides.py).
 
 If the base was quantized for training, a merged model is not quite the trained one, because it is merged into the
 base's own weights. The proof then covers only the merging: the model predicts what PEFT's own merge predicts, rounded
@@ -16,6 +16,10 @@ to the same types.
 Before that, the export's bytes are compared with those of a second export (trainer/export/proof/same_bytes.py). Its
 tokenizer and chat template must also give the run's texts the tokens of the training
 (trainer/export/proof/rendering.py).
+
+A merged model that was quantized again, to 4 or 8 bits, is compared with the model as it was trained. No rounding of
+products explains that difference, so nothing is proven equal. The difference may be half of what the training changed:
+otherwise the quantization has undone much of the training.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,19 +29,20 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.base.describe.language_model import model_config
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.export.figures import Proof
-from trainer.export.proof.distributions import Distance, distance
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.export.proof.models import (
     Trained,
     base_directory,
+    dequantized_by_transformers,
     directory_of,
     grown_base,
     plain_base,
     plain_model,
 )
-from trainer.export.proof.rows import Probe, ProbeRow
+from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
@@ -202,3 +207,34 @@ def make_proof(
 
 def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
     return plain.computing_in_fp32(model) if computed_in == "fp32" else nullcontext()
+
+
+def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
+    """Compare the trained model of `step` with the files in `exported`.
+
+    Its effect is its difference from itself before the training.
+    """
+    trained = Trained.at(folder, step)
+    trained.check_texts(exported)
+    rows, computed_in = trained.probe.rows, trained.computed_in
+    expected, begun = trained.predictions(), trained.predictions(learnt=False)
+    found = trained.exported(_recoded_side, exported.uri, packed=False, recoded=True)
+    difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
+    return make_proof(trained.probe, computed_in, difference, half(effect), effect)
+
+
+def half(effect: Distance) -> Distance:
+    """Return the largest allowed difference by fewer bits, if the training has had this effect."""
+    return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
+
+
+def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
+    """Return the logits of the model as transformers reads it. FP8 is decoded, because no CPU multiplies in FP8."""
+    with directory_of(open_store(exported)) as folder:
+        architecture: Any = model_config(folder, None)
+        quantization = getattr(architecture, "quantization_config", None) or {}
+        decoded = quantization.get("quant_method") == "fp8"
+        with dequantized_by_transformers(architecture) if decoded else nullcontext():
+            model = plain.load_plain(folder, trained.dtype, trained.dtype, architecture if decoded else None)
+        plain.keep_packed(model)
+        return plain.place_logits(model.to(plain.device()), trained.probe.rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.describe.composite import composite_class
+from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.data.format.messages import Message, text_of
 from trainer.data.format.spans import Span, joined, shared_beginning
 from trainer.data.render.thinking import ThinkingForm, find_form
