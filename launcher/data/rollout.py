@@ -7,7 +7,7 @@ from launcher.evaluate.evaluating import run_with_bars
 from launcher.evaluate.ranks import for_server
 from trainer.config.objective import OWN, SERVE
 from trainer.errors import ConfigError
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.run.folder import run_config
 from trainer.store.store import Store
 from trainer.tuning.objective.objective import find_objective

@@ -26,8 +26,7 @@ from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import Proof, ServedProof
-from trainer.export.folder import BytesWritten
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import BytesWritten, ExportProgress, find_format
 from trainer.export.trained import trained_config
 from trainer.processes import children
 from trainer.state.checkpoint.manifest import whole_checkpoint

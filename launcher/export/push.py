@@ -22,7 +22,7 @@ from launcher.export.export import Exported, export_run
 from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.errors import ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
-from trainer.export.folder import CARD
+from trainer.export.format import CARD
 from trainer.run.folder import name_of
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.find.check import check_weights
-from trainer.base.find.content import hub_commit
+from trainer.base.find.check import check_weights, hub_commit
 from trainer.base.find.locate import base_at_hand, on_the_hub
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path

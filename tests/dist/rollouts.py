@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tests.dist.runs import outcome_of
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout.serving import judge_answers, roll_out
 
 

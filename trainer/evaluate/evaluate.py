@@ -35,7 +35,7 @@ from trainer.evaluate.measured import (
     trained_on,
 )
 from trainer.evaluate.models import ServedModel, SharedModel
-from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, Words, as_it_read, open_run, settings_of
 from trainer.evaluate.subjects import gaps_of, has_likelihood, read_pairs, subjects
 from trainer.servers.completions import CompletionsServer, refuse_head

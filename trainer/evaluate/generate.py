@@ -19,8 +19,8 @@ from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.generation import Opening, Sampling, Told, continued
 from trainer.evaluate.models import OpenText, ServedModel
+from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.prompts import Prompt, Prompter, asked
-from trainer.evaluate.request import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.find.content import content_of
+from trainer.base.find.check import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
@@ -38,7 +38,7 @@ from trainer.data.dataset.taught import (
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
-from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.sharded_model import open_run
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE

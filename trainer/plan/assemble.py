@@ -25,7 +25,7 @@ from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
-from trainer.model.rows.peers import Peers, RankPeers
+from trainer.model.rows.row import Peers, RankPeers
 from trainer.plan.inputs import most_whole
 from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved

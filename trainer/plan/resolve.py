@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Base, Description, StoredFormat
-from trainer.base.find.check import check_base_files
-from trainer.base.find.content import content_of
+from trainer.base.find.check import check_base_files, content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Optim
 from trainer.data.compile.inputs import with_labels

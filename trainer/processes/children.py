@@ -25,7 +25,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from trainer.processes import guard, leash
+from trainer.processes import guard
 
 _FAMILY = "CAPSTAN_FAMILY"
 _SAFE_PATH = "PYTHONSAFEPATH"  # the variable for Python's -P
@@ -100,7 +100,7 @@ def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[
     """
     given: dict[str, str] = options.pop("env", dict(os.environ))
     with _guard() as mark:
-        # Without the leash, because the guard has to find the command alive to know what it has started.
+        # Not tied to this process, because the guard has to find the command alive to know what it has started.
         process = subprocess.Popen(
             [_found(command[0]), *command[1:]],
             env={**given, _FAMILY: mark},
@@ -125,7 +125,7 @@ def _guard() -> Iterator[str]:
     """A process that ends the family of the mark if this process is killed in the body."""
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
-    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), "end", f"{_FAMILY}={mark}"]
     # In a session of its own, because what ends the family, such as Ctrl-C twice, must not end its guard first.
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
         try:
@@ -135,9 +135,9 @@ def _guard() -> Iterator[str]:
 
 
 def _tied(command: Sequence[str], folder: str | os.PathLike[str] | None) -> list[str]:
-    program = _found(command[0])  # the leash would find out too late for the caller
+    program = _found(command[0])  # the tied program would find out too late for the caller
     rest = apart(command, folder)[1:]
-    return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *rest]
+    return [sys.executable, "-I", "-S", str(Path(guard.__file__)), "tie", str(os.getpid()), program, *rest]
 
 
 def _found(program: str) -> str:
@@ -164,7 +164,7 @@ def end_with_agent() -> None:
     agent.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
-        leash.tie()
+        guard.tie()
         if _is_orphan():  # the agent was killed before it could be tied to
             sys.exit(1)
 

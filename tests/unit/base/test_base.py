@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.describe.config_json import parse_base_config
+from trainer.base.describe.description import parse_base_config
 from trainer.base.find.check import check_base, check_weights, tokenizer_size
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model

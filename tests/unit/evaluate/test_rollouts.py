@@ -26,7 +26,7 @@ from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout import making, serving
 from trainer.evaluate.rollout.making import Prompts
 from trainer.evaluate.rollout.published import StoreResolver, name_of, named

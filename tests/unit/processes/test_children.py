@@ -88,7 +88,7 @@ def test_a_rank_whose_agent_was_killed_while_it_started_ends(
 ) -> None:
     for name, content in parent.items():
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(children.leash, "tie", lambda: None)
+    monkeypatch.setattr(children.guard, "tie", lambda: None)
     monkeypatch.setattr(children, "Path", lambda _: tmp_path)
     children.end_with_agent()  # without one nothing happens
     for name in ("TORCHELASTIC_RUN_ID", "RANK"):

@@ -2,17 +2,25 @@
 
 If the base also processes pictures or sound, the language model's settings are a part of its own, and the rest of its
 files is left out.
+
+PEFT renames an adapter's weights with transformers' tables of the names in a base's files. For a few families it takes
+the current name of a layer for an old name in files, and puts the weights nowhere. `saved_paths` tries PEFT's own
+renaming. Such weights are saved under the name that the base's files have for the layer, which PEFT renames to the
+right one. If there is no such name, the layer cannot have an adapter.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,7 +30,6 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import ModelOutput
 
 from trainer.base.describe.empty_model import head_of, is_part, meta_model, whole_class, whole_model
-from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 from trainer.model.parts import body
@@ -238,3 +245,45 @@ def with_parts_of(whole: PreTrainedModel, language: PreTrainedModel) -> PreTrain
 
 def _path(model: nn.Module, part: nn.Module | None) -> str:
     return next(path for path, module in model.named_modules() if module is part)
+
+
+_WRAPPED = "base_model.model."
+"""Begins the names of all weights in PEFT's files."""
+
+
+def saved_paths(model: PreTrainedModel, paths: Collection[str]) -> dict[str, str | None]:
+    """The path of each of these layers -> the path under which its weights are saved. None if PEFT finds no path."""
+    misplaced = _misplaced(model, {path: path for path in paths})
+    renamed = {path: _in_files(model, path) for path in misplaced}
+    return {path: path for path in paths} | renamed | dict.fromkeys(_misplaced(model, renamed))
+
+
+def _misplaced(model: PreTrainedModel, saved: Mapping[str, str]) -> set[str]:
+    """The layers whose weights PEFT does not load correctly if they are `saved` under these paths."""
+    if (
+        get_checkpoint_conversion_mapping(model.config.model_type) is None
+    ):  # PEFT renames nothing, so save the seconds of its import
+        return set()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    given = {_weight(there): torch.empty(1, 1, device="meta") for there in saved.values()}
+    try:
+        read = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), given)
+    except Exception:  # a family's table may raise any error; an export tries again with the whole adapter
+        return set()
+    return {path for path in saved if _weight(path) not in read}
+
+
+def _weight(path: str) -> str:
+    return f"{_WRAPPED}{path}.lora_A.weight"
+
+
+def _in_files(model: PreTrainedModel, path: str) -> str:
+    """The path of the layer at `path` in a base's files, according to transformers' table."""
+    for entry in get_model_conversion_mapping(model):
+        if type(entry) is WeightRenaming:
+            before, pattern = entry.reverse_transform().rename_source_key(f"{path}.weight")
+            if pattern is not None:
+                return before.removesuffix(".weight")
+    return path

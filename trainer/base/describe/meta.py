@@ -37,7 +37,7 @@ from trainer.base.architecture import (
     Parameter,
 )
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
-from trainer.base.describe.config_json import EXPERT_COUNTS
+from trainer.base.describe.description import EXPERT_COUNTS
 from trainer.base.describe.empty_model import (
     NoLanguagePart,
     TransposedLinear,
@@ -53,11 +53,11 @@ from trainer.base.describe.language_model import (
     inner_of,
     outputs_lack_nothing,
     own_tokenizer,
+    saved_paths,
     unknown,
     whole_names,
 )
 from trainer.base.describe.logits import Logits, probe_logits
-from trainer.base.describe.trial.peft_names import saved_paths
 from trainer.base.describe.trial.self_test import Found, hollow, predicts_otherwise, small_whole, try_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import Place, paths_together, place_of, places_read

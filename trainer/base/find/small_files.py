@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.base import Base
-from trainer.base.describe.config_json import parse_base_config
+from trainer.base.describe.description import parse_base_config
 from trainer.base.describe.torch_answers import user_cache
 from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError

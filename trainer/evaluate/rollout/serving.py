@@ -23,7 +23,7 @@ from trainer.data.dataset.rollouts import Rollouts, commit_judgement, is_committ
 from trainer.data.dataset.taught import begin_teacher
 from trainer.data.order.stream import eval_stream
 from trainer.errors import NonFiniteLoss, NotFound, shown
-from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.rollout.making import Making, rollouts_of
 from trainer.evaluate.rollout.published import published
 from trainer.evaluate.rollout.sampling import ServerSampler

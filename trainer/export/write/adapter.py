@@ -26,8 +26,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.base.describe.empty_model import meta_model
-from trainer.base.describe.language_model import composite_class, composite_model, model_config, whole_names
-from trainer.base.describe.trial.peft_names import saved_paths
+from trainer.base.describe.language_model import (
+    composite_class,
+    composite_model,
+    model_config,
+    saved_paths,
+    whole_names,
+)
 from trainer.base.find.locate import base_files, describe_base, in_bucket
 from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
@@ -36,7 +41,7 @@ from trainer.config import Model, Tuning
 from trainer.data.render.templates.template import template_text
 from trainer.errors import ConfigError, NotFound
 from trainer.export.card import CardContent, head_usage, model_card, peft_usage
-from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
 from trainer.state.checkpoint.learnt_weights import LearntWeights

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from trainer.base.describe.config_json import EXPERT_COUNTS
+from trainer.base.describe.description import EXPERT_COUNTS
 from trainer.base.describe.empty_model import LanguagePart, with_linear_layers
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
